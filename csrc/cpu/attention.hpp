@@ -1,0 +1,99 @@
+// What attention's forward and backward share: blocks, loading with rotation, masking.
+//
+// Scores are held transposed, keys down and queries across, in blocks of kQueries queries. So the
+// softmax runs along vectors without horizontal sums, and every operand but one stands as the
+// small matrix product wants it: S' = K Q', O' = V' P', dP' = V dO', dV = P' dO, dK = dS' Q,
+// dQ' = K' dS'.
+#pragma once
+
+#include "numeric.hpp"
+#include "rotate.hpp"
+#include "scratch.hpp"
+#include "tile_gemm.hpp"
+
+namespace lora_engine {
+namespace {
+
+constexpr int64_t kQueries = 32;  // a multiple of every kTileN
+constexpr int64_t kKeys = 128;    // keys scored at a time
+
+// The type elements of T are multiplied as.
+template <class T>
+struct Element {
+  using type = T;
+};
+template <>
+struct Element<bf16> {
+  using type = Bf16Element;
+};
+
+// One sequence's key/value head, and the query heads that read it.
+struct HeadTask {
+  int64_t begin, length;  // its tokens
+  int64_t kv_head;
+};
+
+inline HeadTask head_task(const AttentionArgs& a, int64_t index) {
+  const int64_t sequence = index / a.kv_heads;
+  const int64_t begin = a.cu_seqlens[sequence];
+  return {begin, a.cu_seqlens[sequence + 1] - begin, index % a.kv_heads};
+}
+
+// The keys that queries [first, last) may see, from an even one on: keys are multiplied in pairs.
+struct KeyRange {
+  int64_t begin, end;
+};
+
+inline KeyRange visible_keys(const AttentionArgs& a, int64_t length, int64_t first, int64_t last) {
+  const int64_t begin = a.window > 0 && first - a.window + 1 > 0 ? first - a.window + 1 : 0;
+  return {begin / 2 * 2, a.causal ? last : length};
+}
+
+// Puts `masked` where a query of the block that starts at `first` may not see the key.
+template <class A>
+inline void mask_scores(const AttentionArgs& a, int64_t first, int64_t key_begin, int64_t keys,
+                        A* scores, A masked) {
+  for (int64_t j = 0; j < keys; ++j) {
+    const int64_t key = key_begin + j;
+    const int64_t hidden_before = a.causal ? key - first : 0;  // queries before the key
+    for (int64_t i = 0; i < kQueries && i < hidden_before; ++i) scores[j * kQueries + i] = masked;
+    if (a.window > 0) {
+      const int64_t past = key + a.window - first;  // the first query too far after the key
+      for (int64_t i = past > 0 ? past : 0; i < kQueries; ++i) scores[j * kQueries + i] = masked;
+    }
+  }
+}
+
+// Copies `rows` rows of one head, rotated where cos is given, as elements for multiplication.
+template <class T, class E, class A>
+inline void load_head(const T* src, int64_t stride, const A* cos, const A* sin, int64_t rows,
+                      int64_t head_dim, E* out) {
+  for (int64_t row = 0; row < rows; ++row) {
+    const T* x = src + row * stride;
+    E* y = out + row * head_dim;
+    if (cos) {
+      rotate(x, y, cos + row * head_dim, sin + row * head_dim, head_dim, false,
+             [](A value) { return store<E>(value); });
+    } else {
+#pragma omp simd
+      for (int64_t i = 0; i < head_dim; ++i) y[i] = store<E>(load(x[i]));
+    }
+  }
+}
+
+// out [head_dim, ld] = transpose of src [rows, head_dim], columns from rows to ld zero.
+template <class E>
+inline void transpose_head(const E* src, int64_t rows, int64_t head_dim, E* out, int64_t ld) {
+  for (int64_t d = 0; d < head_dim; ++d) {
+    for (int64_t row = 0; row < rows; ++row) out[d * ld + row] = src[row * head_dim + d];
+    for (int64_t row = rows; row < ld; ++row) out[d * ld + row] = E{};
+  }
+}
+
+template <class A>
+inline const A* offset_or_null(const void* base, int64_t offset) {
+  return base ? static_cast<const A*>(base) + offset : nullptr;
+}
+
+}  // namespace
+}  // namespace lora_engine

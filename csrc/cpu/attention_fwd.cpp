@@ -1,0 +1,138 @@
+// Attention within each packed sequence, forward: online softmax over blocks of keys (Milakov and
+// Gimelshein, 2018; Dao, 2023), nothing of size length x length in memory.
+#include "attention.hpp"
+#include "isa.hpp"
+
+namespace lora_engine {
+namespace {
+
+template <class T>
+struct Workspace {
+  using A = acc_t<T>;
+  using E = typename Element<T>::type;
+  E *keys, *values, *values_t;          // [length, D], [length, D], [D, padded length]
+  E *query, *query_packed;              // [kQueries, D], packed [D, kQueries]
+  A* scores;                            // [kKeys, kQueries]
+  E* probs;                             // packed [kKeys, kQueries]
+  A* out;                               // [D, kQueries]
+  A largest[kQueries], sum[kQueries];
+
+  Workspace(Scratch& scratch, int64_t length, int64_t head_dim) {
+    keys = scratch.allocate<E>(length * head_dim);
+    values = scratch.allocate<E>(length * head_dim);
+    values_t = scratch.allocate<E>(round_up(length, 2) * head_dim);
+    query = scratch.allocate<E>(kQueries * head_dim);
+    query_packed = scratch.allocate<E>(kQueries * head_dim);
+    scores = scratch.allocate<A>(kKeys * kQueries);
+    probs = scratch.allocate<E>(kKeys * kQueries);
+    out = scratch.allocate<A>(head_dim * kQueries);
+  }
+};
+
+// Folds one block of scores into the running softmax: probs, largest, sum, and out rescaled.
+template <class A>
+inline void online_softmax(A* scores, int64_t keys, A scale, A* largest, A* sum, A* out,
+                           int64_t head_dim) {
+  A block_largest[kQueries], correction[kQueries];
+  std::memcpy(block_largest, largest, sizeof block_largest);
+  for (int64_t j = 0; j < keys; ++j) {
+    A* row = scores + j * kQueries;
+#pragma omp simd
+    for (int64_t i = 0; i < kQueries; ++i) {
+      row[i] *= scale;
+      block_largest[i] = row[i] > block_largest[i] ? row[i] : block_largest[i];
+    }
+  }
+#pragma omp simd
+  for (int64_t i = 0; i < kQueries; ++i) {
+    correction[i] = exp_acc(largest[i] - block_largest[i]);
+    largest[i] = block_largest[i];
+    sum[i] *= correction[i];
+  }
+  for (int64_t d = 0; d < head_dim; ++d) {
+#pragma omp simd
+    for (int64_t i = 0; i < kQueries; ++i) out[d * kQueries + i] *= correction[i];
+  }
+  for (int64_t j = 0; j < keys; ++j) {
+    A* row = scores + j * kQueries;
+#pragma omp simd
+    for (int64_t i = 0; i < kQueries; ++i) {
+      row[i] = exp_acc(row[i] - largest[i]);
+      sum[i] += row[i];
+    }
+  }
+}
+
+template <class T>
+void query_block(const AttentionArgs& a, const HeadTask& task, int64_t head, int64_t first,
+                 Workspace<T>& w) {
+  using A = acc_t<T>;
+  using E = typename Element<T>::type;
+  const int64_t D = a.head_dim;
+  const int64_t count = task.length - first < kQueries ? task.length - first : kQueries;
+  const int64_t token = task.begin + first;
+  load_head(static_cast<const T*>(a.q) + token * a.q_stride + head * D, a.q_stride,
+            offset_or_null<A>(a.cos, token * D), offset_or_null<A>(a.sin, token * D), count, D,
+            w.query);
+  // Queries past the sequence's end are zeros: they cost little and are not stored.
+  std::memset(w.query + count * D, 0, sizeof(E) * (kQueries - count) * D);
+  pack_transposed(D, kQueries, w.query, D, w.query_packed, kQueries);
+  std::memset(w.out, 0, sizeof(A) * D * kQueries);
+  for (int64_t i = 0; i < kQueries; ++i) {
+    w.largest[i] = -INFINITY;
+    w.sum[i] = 0;
+  }
+  const KeyRange range = visible_keys(a, task.length, first, first + count);
+  for (int64_t key = range.begin; key < range.end; key += kKeys) {
+    const int64_t keys = range.end - key < kKeys ? range.end - key : kKeys;
+    tile_gemm<E>(keys, kQueries, D, w.keys + key * D, D, w.query_packed, kQueries, w.scores,
+                 kQueries, false);
+    mask_scores(a, first, key, keys, w.scores, -A(INFINITY));
+    online_softmax(w.scores, keys, A(a.softmax_scale), w.largest, w.sum, w.out, D);
+    pack_rows(keys, kQueries, w.scores, kQueries, w.probs, kQueries);
+    tile_gemm<E>(D, kQueries, round_up(keys, Dot<E>::kGroup), w.values_t + key,
+                 round_up(task.length, 2), w.probs, kQueries, w.out, kQueries, true);
+  }
+  A* lse = static_cast<A*>(a.lse) + head * a.tokens + token;
+  T* o = static_cast<T*>(a.o) + token * a.o_stride + head * D;
+  for (int64_t i = 0; i < count; ++i) {
+    lse[i] = w.largest[i] + std::log(w.sum[i]);
+    const A inverse = A(1) / w.sum[i];
+    for (int64_t d = 0; d < D; ++d) o[i * a.o_stride + d] = store<T>(w.out[d * kQueries + i] * inverse);
+  }
+}
+
+template <class T>
+void forward(const AttentionArgs& a) {
+  using A = acc_t<T>;
+  const int64_t D = a.head_dim, heads_per_kv = a.q_heads / a.kv_heads;
+  const int64_t tasks = a.sequences * a.kv_heads;
+#pragma omp parallel for schedule(dynamic)
+  for (int64_t index = 0; index < tasks; ++index) {
+    const HeadTask task = head_task(a, index);
+    Scratch scratch;
+    Workspace<T> w(scratch, task.length, D);
+    const int64_t offset = task.begin * D;
+    load_head(static_cast<const T*>(a.k) + task.begin * a.k_stride + task.kv_head * D, a.k_stride,
+              offset_or_null<A>(a.cos, offset), offset_or_null<A>(a.sin, offset), task.length, D,
+              w.keys);
+    load_head<T, typename Element<T>::type, A>(
+        static_cast<const T*>(a.v) + task.begin * a.v_stride + task.kv_head * D, a.v_stride,
+        nullptr, nullptr, task.length, D, w.values);
+    transpose_head(w.values, task.length, D, w.values_t, round_up(task.length, 2));
+    for (int64_t h = 0; h < heads_per_kv; ++h)
+      for (int64_t first = 0; first < task.length; first += kQueries)
+        query_block(a, task, task.kv_head * heads_per_kv + h, first, w);
+  }
+}
+
+}  // namespace
+
+namespace LORA_ENGINE_ISA {
+
+void attention_fwd(DType dtype, const AttentionArgs& args) {
+  dispatch(dtype, [&](auto t) { forward<decltype(t)>(args); });
+}
+
+}  // namespace LORA_ENGINE_ISA
+}  // namespace lora_engine

@@ -1,0 +1,25 @@
+// The table of one instruction set. Compiled once for each, like the kernels.
+#include "isa.hpp"
+
+#define LORA_ENGINE_STRING_(x) #x
+#define LORA_ENGINE_STRING(x) LORA_ENGINE_STRING_(x)
+
+namespace lora_engine {
+namespace LORA_ENGINE_ISA {
+
+extern const Kernels table;
+const Kernels table = {
+    LORA_ENGINE_STRING(LORA_ENGINE_ISA),
+    rms_norm_fwd,
+    rms_norm_bwd,
+    rope,
+    swiglu_fwd,
+    swiglu_bwd,
+    cross_entropy,
+    attention_fwd,
+    attention_bwd,
+    adamw,
+};
+
+}  // namespace LORA_ENGINE_ISA
+}  // namespace lora_engine

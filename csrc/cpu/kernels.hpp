@@ -1,0 +1,121 @@
+// The CPU kernels as a table of functions, one table for each instruction set.
+//
+// Pointers are addresses of row-major data; a `stride` counts elements from one row (token) to
+// the next. Inner arithmetic is float32 (float64 for float64 data).
+#pragma once
+
+#include <cstdint>
+
+namespace lora_engine {
+
+enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat64 = 2 };
+
+struct RmsNormArgs {
+  const void* x;       // [rows, cols]
+  const void* weight;  // [cols]
+  void* y;             // [rows, cols], rows y_stride apart
+  void* rstd;          // [rows], float32 (float64 for float64 data): 1 / rms
+  int64_t rows, cols, x_stride, y_stride;
+  double eps;
+};
+
+struct RmsNormBwdArgs {
+  const void* dy;      // [rows, cols]
+  const void* x;       // [rows, cols]
+  const void* weight;  // [cols]
+  const void* rstd;    // [rows]
+  void* dx;            // [rows, cols], contiguous
+  void* dweight;       // [cols] in the arithmetic type, or null for a frozen weight
+  int64_t rows, cols, dy_stride, x_stride;
+};
+
+struct RopeArgs {
+  const void* x;    // [tokens, heads, head_dim]
+  void* y;          // the same shape; may be x
+  const void* cos;  // [tokens, head_dim] in the arithmetic type
+  const void* sin;  // [tokens, head_dim]
+  int64_t tokens, heads, head_dim, x_stride, y_stride;
+  bool inverse;  // the transposed rotation: the backward pass
+};
+
+struct GluArgs {
+  const void* gate;  // [rows, cols]
+  const void* up;    // [rows, cols]
+  void* y;           // [rows, cols]
+  int64_t rows, cols, gate_stride, up_stride, y_stride;
+};
+
+struct GluBwdArgs {
+  const void* dy;    // [rows, cols]
+  const void* gate;  // [rows, cols]
+  const void* up;    // [rows, cols]
+  void* dgate;       // [rows, cols]; may be gate
+  void* dup;         // [rows, cols]; may be up
+  int64_t rows, cols, dy_stride, gate_stride, up_stride, dgate_stride, dup_stride;
+};
+
+struct CrossEntropyArgs {
+  void* logits;           // [rows, cols]; becomes d loss / d logits where `gradient`
+  const int64_t* target;  // [rows]; a row of `ignore_index` has loss 0 and gradient 0
+  void* loss;             // [rows] in the arithmetic type
+  uint8_t* correct;       // [rows]: whether the target has the largest logit
+  int64_t rows, cols, stride, ignore_index;
+  bool gradient;
+};
+
+struct AttentionArgs {
+  const void *q, *k, *v;      // [tokens, heads, head_dim], heads contiguous
+  const void *cos, *sin;      // [tokens, head_dim] in the arithmetic type, or null: no rotation
+  const int32_t* cu_seqlens;  // [sequences + 1]
+  void* o;                    // [tokens, q_heads, head_dim]
+  void* lse;                  // [q_heads, tokens] in the arithmetic type
+  int64_t tokens, sequences, q_heads, kv_heads, head_dim;
+  int64_t q_stride, k_stride, v_stride, o_stride;
+  int64_t window;  // keys a query sees, itself included; 0: all before it
+  double softmax_scale;
+  bool causal;
+};
+
+struct AttentionBwdArgs {
+  AttentionArgs fwd;  // with o and lse as the forward pass left them
+  const void* d_o;    // [tokens, q_heads, head_dim]
+  void *dq, *dk, *dv;
+  int64_t do_stride, dq_stride, dk_stride, dv_stride;
+};
+
+struct AdamWArgs {
+  void* params;       // [count] float32 (or float64), as are the others
+  const void* grads;  // [count]
+  void* exp_avg;      // [count]
+  void* exp_avg_sq;   // [count]
+  int64_t count;
+  double lr, beta1, beta2, eps, weight_decay, bias_correction1, bias_correction2, grad_scale;
+};
+
+struct Kernels {
+  const char* isa;
+  void (*rms_norm_fwd)(DType, const RmsNormArgs&);
+  void (*rms_norm_bwd)(DType, const RmsNormBwdArgs&);
+  void (*rope)(DType, const RopeArgs&);
+  void (*swiglu_fwd)(DType, const GluArgs&);
+  void (*swiglu_bwd)(DType, const GluBwdArgs&);
+  void (*cross_entropy)(DType, const CrossEntropyArgs&);
+  void (*attention_fwd)(DType, const AttentionArgs&);
+  void (*attention_bwd)(DType, const AttentionBwdArgs&);
+  void (*adamw)(DType, const AdamWArgs&);
+};
+
+// The best table that was built and that this processor can run; null where it can run none.
+const Kernels* kernels();
+
+// Every table that was built, best first; `runs` says whether this processor can run it.
+struct BuiltIsa {
+  const Kernels* table;
+  bool runs;
+};
+int built_isas(const BuiltIsa** list);
+
+// Make kernels() answer with the table named `isa`; false where it is not built or cannot run.
+bool select_isa(const char* isa);
+
+}  // namespace lora_engine

@@ -1,0 +1,96 @@
+// Element types and elementary functions of the CPU kernels.
+//
+// Every kernel file is compiled once for each instruction set (see dispatch.cpp), so all that
+// stands in a header here has internal linkage, and the kernels use no templates of the standard
+// library: otherwise the linker keeps one copy, perhaps the AVX-512 one, for every processor.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "../common/bf16.hpp"
+#include "kernels.hpp"
+
+#ifndef LORA_ENGINE_ISA
+#error "compile with -DLORA_ENGINE_ISA=<name>"
+#endif
+
+namespace lora_engine {
+namespace {
+
+// The type arithmetic is done in: float32, except for float64 data.
+template <class T>
+struct Accumulate {
+  using type = float;
+};
+template <>
+struct Accumulate<double> {
+  using type = double;
+};
+template <class T>
+using acc_t = typename Accumulate<T>::type;
+
+inline float load(float x) { return x; }
+inline float load(bf16 x) { return to_float(x); }
+inline double load(double x) { return x; }
+
+template <class T>
+inline T store(acc_t<T> x);
+template <>
+inline float store<float>(float x) {
+  return x;
+}
+template <>
+inline bf16 store<bf16>(float x) {
+  return to_bf16(x);
+}
+template <>
+inline double store<double>(double x) {
+  return x;
+}
+
+// exp for float32 within 2 ulp, written so that loops over it vectorise: x = n ln 2 + r with
+// |r| <= ln 2 / 2, a degree-6 polynomial for exp(r), and n put into the exponent in two halves so
+// that results reach down to the denormals. Cody and Waite's split of ln 2.
+inline float exp_acc(float x) {
+  const float clamped = x < -110.0f ? -110.0f : (x > 89.0f ? 89.0f : x);
+  const float n = std::nearbyint(clamped * 1.44269504088896341f);
+  float r = clamped - n * 0.693359375f;
+  r -= n * -2.12194440e-4f;
+  float p = 1.3888889e-3f;
+  p = p * r + 8.3333333e-3f;
+  p = p * r + 4.1666667e-2f;
+  p = p * r + 1.6666667e-1f;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  const int32_t whole = static_cast<int32_t>(n);
+  const int32_t half = whole >> 1;
+  const int32_t low_bits = (half + 127) << 23;
+  const int32_t high_bits = (whole - half + 127) << 23;
+  float low, high;
+  std::memcpy(&low, &low_bits, sizeof low);
+  std::memcpy(&high, &high_bits, sizeof high);
+  return p * low * high;
+}
+inline double exp_acc(double x) { return std::exp(x); }
+
+// Calls body(T{}) with the element type that `dtype` names.
+template <class Body>
+inline void dispatch(DType dtype, Body&& body) {
+  switch (dtype) {
+    case DType::kFloat32:
+      body(float{});
+      break;
+    case DType::kBFloat16:
+      body(bf16{});
+      break;
+    case DType::kFloat64:
+      body(double{});
+      break;
+  }
+}
+
+}  // namespace
+}  // namespace lora_engine

@@ -1,0 +1,44 @@
+"""lora_engine: a performance engine for fine-tuning language models.
+
+The public names load on first use, so that `import lora_engine` stays cheap.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "accelerate": "lora_engine.models.accelerate",
+    "restore": "lora_engine.models.accelerate",
+    "load_model": "lora_engine.models.load",
+    "Trainer": "lora_engine.training.trainer",
+    "TrainConfig": "lora_engine.training.config",
+    "UserError": "lora_engine.errors",
+}
+_MODULES = ("ops", "reference", "backends", "data", "models", "training", "evaluation")
+
+__all__ = ["__version__", *_PUBLIC, *_MODULES]
+
+if TYPE_CHECKING:
+    from lora_engine.errors import UserError as UserError
+    from lora_engine.models.accelerate import accelerate as accelerate
+    from lora_engine.models.accelerate import restore as restore
+    from lora_engine.models.load import load_model as load_model
+    from lora_engine.training.config import TrainConfig as TrainConfig
+    from lora_engine.training.trainer import Trainer as Trainer
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        value = getattr(importlib.import_module(_PUBLIC[name]), name)
+    elif name in _MODULES:
+        value = importlib.import_module(f"{__name__}.{name}")
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,140 @@
+"""What this machine has, and which implementation of an operation runs on it.
+
+This is the one place that answers either question. `choose` is a pure function of what is asked
+and what the machine has; `explain` says in words what it would answer, and why.
+"""
+
+import importlib
+import os
+import platform
+import warnings
+from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
+
+import torch
+
+from lora_engine.errors import UnavailableError
+
+IMPLEMENTATIONS = ("reference", "cpu")
+CPU_OPERATIONS = (
+    "rms_norm",
+    "rope",
+    "swiglu",
+    "linear_cross_entropy",
+    "cross_entropy",
+    "lora_linear",
+    "attention",
+    "adamw",
+)
+CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The implementation of an operation that runs, and the reason."""
+
+    operation: str
+    impl: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Extension:
+    """The compiled module lora_engine._C: the module, or why there is none."""
+
+    module: ModuleType | None
+    problem: str | None
+
+
+@cache
+def extension() -> Extension:
+    """Imports lora_engine._C. torch is imported before it, so both share one OpenMP runtime."""
+    try:
+        module = importlib.import_module("lora_engine._C")
+        module.isa()
+    except (ImportError, RuntimeError) as error:
+        return Extension(None, str(error))
+    return Extension(module, None)
+
+
+def extension_available() -> bool:
+    """Whether the C++ kernels can run here."""
+    return extension().module is not None
+
+
+def native() -> ModuleType:
+    """The compiled module; UnavailableError where there is none."""
+    found = extension()
+    if found.module is None:
+        raise UnavailableError(
+            f"the C++ extension lora_engine._C cannot run here ({found.problem}); "
+            "`pip install -e .` builds it and `lora-engine doctor` says more"
+        )
+    return found.module
+
+
+@cache
+def cpu_features() -> frozenset[str]:
+    """The processor's instruction sets among those that matter here, by Linux's names."""
+    wanted = {"avx2", "fma", "avx512f", "avx512bw", "avx512vl", "avx512_bf16", "amx_bf16"}
+    if platform.system() != "Linux" or not os.path.exists("/proc/cpuinfo"):
+        return frozenset()
+    with open("/proc/cpuinfo", encoding="ascii", errors="replace") as file:
+        for line in file:
+            if line.startswith("flags"):
+                return frozenset(wanted & set(line.split(":", 1)[1].split()))
+    return frozenset()
+
+
+def choose(
+    operation: str, device: torch.device, dtype: torch.dtype, impl: str | None = None
+) -> Choice:
+    """The implementation of `operation` for tensors of `dtype` on `device`.
+
+    `impl` forces one of IMPLEMENTATIONS; UnavailableError where it cannot run.
+    """
+    if impl is not None and impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl={impl!r}: expected one of {', '.join(IMPLEMENTATIONS)}")
+    if impl == "reference":
+        return Choice(operation, "reference", "asked for")
+    problem = _why_not_cpu(operation, device, dtype)
+    if impl == "cpu" and problem is not None:
+        raise UnavailableError(f"{operation}: impl='cpu' is not available: {problem}")
+    if problem is None:
+        return Choice(operation, "cpu", f"C++ kernel, {native().isa()}")
+    return Choice(operation, "reference", problem)
+
+
+def _why_not_cpu(operation: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type != "cpu":
+        return f"the tensors are on {device.type}"
+    if operation not in CPU_OPERATIONS:
+        return "there is no C++ kernel for it"
+    if dtype not in CPU_DTYPES:
+        return f"the C++ kernels take float32, bfloat16 and float64, not {dtype}"
+    return extension().problem
+
+
+@cache
+def _warn_once(operation: str, reason: str) -> None:
+    warnings.warn(
+        f"lora_engine.{operation} runs as the PyTorch reference: {reason}", stacklevel=4
+    )
+
+
+def select(
+    operation: str, device: torch.device, dtype: torch.dtype, impl: str | None = None
+) -> str:
+    """What an operation calls: `choose`, with one warning where the reference is not by choice."""
+    choice = choose(operation, device, dtype, impl)
+    if choice.impl == "reference" and impl is None:
+        _warn_once(operation, choice.reason)
+    return choice.impl
+
+
+def explain(
+    operation: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> Choice:
+    """Which implementation `operation` runs with on `device` and `dtype`, and why."""
+    return choose(operation, torch.device(device), dtype)

@@ -1,0 +1,22 @@
+"""Errors that are the user's to mend: one line that says what, where and how."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """A mistake in what the user gave (a file, a key, a shape), not in the program.
+
+    The message is one line naming what is wrong, where, and how to mend it. The command line
+    prints it without a traceback.
+    """
+
+
+class UnavailableError(RuntimeError):
+    """A backend was asked for by name and cannot run here; the message says why."""
+
+
+def nearest(name: str, choices: Iterable[str]) -> str | None:
+    """The choice most like `name`, or None if none is close."""
+    matches = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.6)
+    return matches[0] if matches else None

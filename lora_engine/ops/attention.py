@@ -1,0 +1,225 @@
+"""Attention within each of several packed sequences, with its gradient."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lora_engine import backends, reference
+from lora_engine.ops import augmented
+from lora_engine.ops.native import (
+    accumulate_dtype,
+    as_rows,
+    check,
+    dtype_code,
+    pointer,
+    shape_of,
+)
+
+
+def attention(
+    q: Tensor,  # [T, Hq, D], or [..., Hq D] with head_dim
+    k: Tensor,  # [T, Hkv, D], or [..., Hkv D]
+    v: Tensor,  # [T, Hkv, D], or [..., Hkv D]
+    cu_seqlens: Tensor,  # [S + 1] int32
+    *,
+    head_dim: int | None = None,
+    cos: Tensor | None = None,  # [T, D]
+    sin: Tensor | None = None,  # [T, D]
+    softmax_scale: float | None = None,
+    causal: bool = True,
+    window: int = 0,
+    tail: int = 0,
+    grad_tail: int = 0,
+    impl: str | None = None,
+) -> Tensor:
+    """`softmax(scale q kᵀ) v` within each sequence, q's shape and dtype (arXiv:2307.08691).
+
+    Sequence s is tokens `cu_seqlens[s]` to `cu_seqlens[s + 1]`; together they cover all T. Query
+    head h reads key/value head `h // (Hq / Hkv)`. With cos and sin, q and k are rotated on the way
+    in (`ops.rope`), and their gradients back on the way out. `softmax_scale` defaults to D^-1/2.
+    `window` > 0 lets a query see that many keys, itself included (causal only). `tail` leaves
+    spare columns behind each token of the result for `ops.lora_linear`, and `grad_tail` behind the
+    gradients of q, k and v, which lie side by side in one buffer. Memory beyond the result is one
+    float a token and head.
+
+    Raises ValueError where shapes, dtypes or sequence bounds do not fit.
+    """
+    if head_dim is None:
+        check(q.dim() == 3, f"attention: q {shape_of(q)} is not [T, Hq, D]; or give head_dim")
+        dim = q.shape[-1]
+        flat = (x.flatten(1) for x in (q, k, v))
+        out = attention(
+            *flat,
+            cu_seqlens,
+            head_dim=dim,
+            cos=cos,
+            sin=sin,
+            softmax_scale=softmax_scale,
+            causal=causal,
+            window=window,
+            impl=impl,
+        )
+        return out.view(q.shape)
+    _check(q, k, v, cu_seqlens, head_dim, cos, sin, causal, window)
+    scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
+    if backends.select("attention", q.device, q.dtype, impl) == "reference":
+        heads = (x.unflatten(-1, (-1, head_dim)).flatten(0, -3) for x in (q, k, v))
+        return reference.attention(
+            *heads, cu_seqlens, cos=cos, sin=sin, softmax_scale=scale, causal=causal, window=window
+        ).view(q.shape)
+    accumulate = accumulate_dtype(q.dtype)
+    result: Tensor = _Attention.apply(
+        q,
+        k,
+        v,
+        cu_seqlens.contiguous(),
+        None if cos is None else cos.to(accumulate).contiguous(),
+        None if sin is None else sin.to(accumulate).contiguous(),
+        _Options(head_dim, scale, causal, window, tail, grad_tail),
+    )
+    return result
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    head_dim: int,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    causal: bool,
+    window: int,
+) -> None:
+    shapes = f"q {shape_of(q)}, k {shape_of(k)}, v {shape_of(v)}"
+    check(
+        q.shape[:-1] == k.shape[:-1] and k.shape == v.shape,
+        f"attention: tokens differ, or k and v: {shapes}",
+    )
+    check(
+        head_dim > 0 and head_dim % 2 == 0 and q.shape[-1] % head_dim == k.shape[-1] % head_dim == 0,
+        f"attention: head size {head_dim} is odd or does not divide: {shapes}",
+    )
+    heads, kv_heads = q.shape[-1] // head_dim, k.shape[-1] // head_dim
+    check(
+        kv_heads > 0 and heads % kv_heads == 0,
+        f"attention: {heads} query heads are no multiple of {kv_heads} key heads: {shapes}",
+    )
+    tokens = q[..., 0].numel()
+    check(q.dtype == k.dtype == v.dtype, f"attention: dtypes differ: {shapes}")
+    check(window == 0 or causal, "attention: window needs causal=True")
+    check((cos is None) == (sin is None), "attention: give both cos and sin, or neither")
+    if cos is not None and sin is not None:
+        expected = (tokens, head_dim)
+        check(
+            cos.shape == expected and sin.shape == expected,
+            f"attention: cos {shape_of(cos)}, sin {shape_of(sin)}: expected {list(expected)}",
+        )
+    check(
+        cu_seqlens.dim() == 1 and cu_seqlens.dtype == torch.int32 and cu_seqlens.numel() >= 1,
+        f"attention: cu_seqlens {shape_of(cu_seqlens)} is not [S + 1] int32",
+    )
+    if cu_seqlens.device.type == "cpu":
+        bounds = cu_seqlens.tolist()
+        rising = all(a <= b for a, b in zip(bounds, bounds[1:], strict=False))
+        check(
+            bounds[0] == 0 and bounds[-1] == tokens and rising,
+            f"attention: cu_seqlens must rise from 0 to {tokens}, got {bounds[:8]}…",
+        )
+
+
+class _Options(NamedTuple):
+    head_dim: int
+    scale: float
+    causal: bool
+    window: int
+    tail: int
+    grad_tail: int
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_seqlens: Tensor,
+        cos: Tensor | None,
+        sin: Tensor | None,
+        options: _Options,
+    ) -> Tensor:
+        shape = q.shape
+        q, k, v = as_rows(q), as_rows(k), as_rows(v)
+        tokens, width = q.shape
+        (o,) = augmented.empty(tokens, [width], options.tail, dtype=q.dtype, device=q.device)
+        lse = torch.empty(width // options.head_dim, tokens, dtype=accumulate_dtype(q.dtype))
+        backends.native().attention_fwd(
+            dtype_code(q.dtype), *_arguments(q, k, v, cu_seqlens, cos, sin, o, lse, options)
+        )
+        ctx.save_for_backward(q, k, v, cu_seqlens, cos, sin, o, lse)
+        ctx.options, ctx.leading = options, shape[:-1]
+        return augmented.keep_room(o, o.view(shape))
+
+    @staticmethod
+    def backward(ctx: Any, d_o: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        q, k, v, cu_seqlens, cos, sin, o, lse = ctx.saved_tensors
+        d_o = as_rows(d_o)
+        widths = [q.shape[1], k.shape[1], v.shape[1]]
+        dq, dk, dv = augmented.empty(
+            q.shape[0], widths, ctx.options.grad_tail, dtype=q.dtype, device=q.device
+        )
+        backends.native().attention_bwd(
+            dtype_code(q.dtype),
+            *_arguments(q, k, v, cu_seqlens, cos, sin, o, lse, ctx.options),
+            d_o.data_ptr(),
+            dq.data_ptr(),
+            dk.data_ptr(),
+            dv.data_ptr(),
+            d_o.stride(0),
+            dq.stride(0),
+            dk.stride(0),
+            dv.stride(0),
+        )
+        grads = (
+            augmented.keep_room(grad, grad.view(*ctx.leading, grad.shape[1]))
+            for grad in (dq, dk, dv)
+        )
+        return (*grads, None, None, None, None)
+
+
+def _arguments(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    o: Tensor,
+    lse: Tensor,
+    options: _Options,
+) -> tuple[int | float | bool, ...]:
+    head_dim = options.head_dim
+    return (
+        q.data_ptr(),
+        k.data_ptr(),
+        v.data_ptr(),
+        pointer(cos),
+        pointer(sin),
+        cu_seqlens.data_ptr(),
+        o.data_ptr(),
+        lse.data_ptr(),
+        q.shape[0],
+        cu_seqlens.numel() - 1,
+        q.shape[1] // head_dim,
+        k.shape[1] // head_dim,
+        head_dim,
+        q.stride(0),
+        k.stride(0),
+        v.stride(0),
+        o.stride(0),
+        options.window,
+        options.scale,
+        options.causal,
+    )

@@ -1,0 +1,83 @@
+"""Buffers with room at the end of each row, so that a matrix product can be augmented in place.
+
+The augmented product `[X | S] W̃ᵀ` wants S in the columns behind X. Whoever makes X (a norm, a
+gated activation, attention; in the backward pass their gradients) asks `empty` for a buffer with
+that many spare columns and returns the front columns as ordinary tensors. The consumer's `claim`
+gives it the whole buffer, if the tensors it received are still those columns and nobody claimed
+them before; otherwise a copy with room is made. So the room is only ever written by one consumer,
+and a tensor from anywhere else works just as well, one copy dearer.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_ATTRIBUTE = "_lora_engine_room"
+
+
+@dataclass
+class _Room:
+    buffer: Tensor  # [rows, sum(widths) + tail]
+    widths: tuple[int, ...]
+    claimed: bool = False
+
+
+def empty(
+    rows: int, widths: Sequence[int], tail: int, *, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, ...]:
+    """One tensor [rows, width] for each width, side by side in one buffer with `tail` to spare."""
+    buffer = torch.empty(rows, sum(widths) + tail, dtype=dtype, device=device)
+    # The room's own version counter: writing it changes none of the columns autograd may have saved.
+    room = _Room(buffer.data, tuple(widths))
+    parts = buffer[:, : sum(widths)].split(list(widths), dim=1)
+    for part in parts:
+        setattr(part, _ATTRIBUTE, room)
+    return tuple(parts)
+
+
+def keep_room(source: Tensor, view: Tensor) -> Tensor:
+    """Marks `view`, another shape of the same rows, as having `source`'s room; returns it."""
+    room = getattr(source, _ATTRIBUTE, None)
+    if room is not None:
+        setattr(view, _ATTRIBUTE, room)
+    return view
+
+
+def claim(parts: Sequence[Tensor], tail: int) -> Tensor:
+    """The buffer [rows, sum(widths) + tail] whose front columns are `parts` [..., width] each.
+
+    The last `tail` columns hold anything; the caller may write them, and only them.
+    """
+    room: _Room | None = getattr(parts[0], _ATTRIBUTE, None)
+    if room is not None and not room.claimed and _are_columns(parts, room, tail):
+        room.claimed = True
+        return room.buffer
+    flat = [part.reshape(-1, part.shape[-1]) for part in parts]
+    if tail == 0 and len(flat) == 1:
+        return flat[0]
+    widths = [part.shape[-1] for part in flat]
+    first = flat[0]
+    buffer = torch.empty(
+        first.shape[0], sum(widths) + tail, dtype=first.dtype, device=first.device
+    )
+    torch.cat(flat, dim=1, out=buffer[:, : sum(widths)])
+    return buffer
+
+
+def _are_columns(parts: Sequence[Tensor], room: _Room, tail: int) -> bool:
+    buffer = room.buffer
+    widths = tuple(part.shape[-1] for part in parts)
+    if widths != room.widths or sum(widths) + tail != buffer.shape[1]:
+        return False
+    column = 0
+    for part in parts:
+        same_place = part.data_ptr() == buffer.data_ptr() + column * buffer.element_size()
+        same_rows = part.numel() == buffer.shape[0] * part.shape[-1] and (
+            part.shape[-1] == 0 or part.reshape(-1, part.shape[-1]).data_ptr() == part.data_ptr()
+        )
+        if getattr(part, _ATTRIBUTE, None) is not room or not (same_place and same_rows):
+            return False
+        column += part.shape[-1]
+    return True

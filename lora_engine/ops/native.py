@@ -1,0 +1,36 @@
+"""Calling lora_engine._C: dtypes as its codes, tensors as rows an address and a stride apart."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_engine import backends
+from lora_engine.reference.numeric import accumulate_dtype as accumulate_dtype
+
+
+def dtype_code(dtype: torch.dtype) -> Any:
+    """The extension's name for `dtype`."""
+    return getattr(backends.native().DType, str(dtype).removeprefix("torch."))
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """`x` [..., cols] as [rows, cols] with unit column stride, copied only if it has to be."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(-1) == 1 else rows.contiguous()
+
+
+def pointer(x: Tensor | None) -> int:
+    """The address of `x`; 0 for None."""
+    return 0 if x is None else x.data_ptr()
+
+
+def check(condition: bool, message: str) -> None:
+    """ValueError with `message` unless `condition`."""
+    if not condition:
+        raise ValueError(message)
+
+
+def shape_of(x: Tensor) -> str:
+    """`[2, 3] float32`, for messages."""
+    return f"{list(x.shape)} {str(x.dtype).removeprefix('torch.')}"

@@ -1,0 +1,47 @@
+"""Fixtures for all tests."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from lora_engine import backends
+
+
+@pytest.fixture(autouse=True)
+def few_threads() -> Iterator[None]:
+    """Small tensors are slower on many threads; two show what one would hide."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(min(2, before))
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """New uninitialised memory holds NaN, so that what a kernel forgets to write shows."""
+    empty, empty_like, new_empty = torch.empty, torch.empty_like, torch.Tensor.new_empty
+
+    def poison(x: torch.Tensor) -> torch.Tensor:
+        return x.fill_(float("nan")) if x.is_floating_point() else x
+
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: poison(empty(*a, **k)))
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: poison(empty_like(*a, **k)))
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda x, *a, **k: poison(new_empty(x, *a, **k)))
+
+
+def runnable_isas() -> list[str]:
+    """The instruction sets that were built and run here."""
+    if not backends.extension_available():
+        return []
+    return [isa for isa, runs in backends.native().built_isas() if runs]
+
+
+@pytest.fixture(params=runnable_isas() or [pytest.param("", marks=pytest.mark.skip("no _C"))])
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test once on each instruction set that this processor has."""
+    native = backends.native()
+    best = native.isa()
+    assert native.select_isa(request.param)
+    yield request.param
+    assert native.select_isa(best)

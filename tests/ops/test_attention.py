@@ -1,0 +1,158 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import check
+from torch import Tensor
+
+from lora_engine import ops, reference
+from lora_engine.testing import cu_seqlens
+
+LENGTHS = {
+    "one_token": [1],
+    "ragged": [1, 63, 0, 32, 33],
+    "several_key_blocks": [300, 5],
+    "many_short": [7] * 20,
+    "none": [],
+}
+
+
+def inputs(lengths: list[int], heads: int, kv_heads: int, dim: int, dtype: torch.dtype) -> list:
+    torch.manual_seed(0)
+    tokens = sum(lengths)
+    return [torch.randn(tokens, h, dim).to(dtype) for h in (heads, kv_heads, kv_heads)]
+
+
+def tables(tokens: int, dim: int) -> dict[str, Tensor]:
+    angle = torch.rand(tokens, dim // 2) * 6
+    return {"cos": torch.cat([angle.cos()] * 2, -1), "sin": torch.cat([angle.sin()] * 2, -1)}
+
+
+def peer(lengths: list[int], causal: bool = True):
+    """PyTorch's own attention, sequence by sequence."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        pieces = [
+            torch.nn.functional.scaled_dot_product_attention(
+                *(x.transpose(0, 1)[None] for x in part), is_causal=causal, enable_gqa=True
+            )[0].transpose(0, 1)
+            for part in zip(*(x.split(lengths) for x in (q, k, v)), strict=True)
+            if part[0].shape[0]
+        ]
+        return torch.cat(pieces)
+
+    return attend
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("name", ["one_token", "ragged", "several_key_blocks", "many_short"])
+@pytest.mark.parametrize("heads,kv_heads,dim", [(6, 2, 64), (2, 2, 80)], ids=str)
+def test_matches_pytorch(
+    isa: str, poisoned: None, name: str, dtype: torch.dtype, heads: int, kv_heads: int, dim: int
+) -> None:
+    lengths = LENGTHS[name]
+    bounds = cu_seqlens(lengths)
+    check(
+        lambda q, k, v: ops.attention(q, k, v, bounds),
+        peer(lengths),
+        inputs(lengths, heads, kv_heads, dim, dtype),
+        floor=0.3,  # one token's scores have no gradient but rounding's
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{"causal": False}, {"window": 1}, {"window": 17}, {"window": 150}, {"softmax_scale": 0.3}],
+    ids=str,
+)
+@pytest.mark.parametrize("rotated", [False, True], ids=["plain", "rotated"])
+def test_options(isa: str, poisoned: None, dtype: torch.dtype, options: dict, rotated: bool) -> None:
+    lengths = [1, 40, 0, 201]
+    bounds = cu_seqlens(lengths)
+    options = options | (tables(sum(lengths), 16) if rotated else {})
+    check(
+        lambda q, k, v: ops.attention(q, k, v, bounds, **options),
+        lambda q, k, v: reference.attention(q, k, v, bounds, **options),
+        inputs(lengths, 4, 2, 16, dtype),
+        tolerance=2e-2 if dtype == torch.bfloat16 else 3e-5,
+        floor=0.3,
+    )
+
+
+def test_sequences_do_not_see_each_other(isa: str) -> None:
+    q, k, v = inputs([20, 30], 4, 2, 16, torch.float32)
+    together = ops.attention(q, k, v, cu_seqlens([20, 30]))
+    alone = ops.attention(q[20:], k[20:], v[20:], cu_seqlens([30]))
+    assert torch.equal(together[20:], alone)
+
+
+def test_large_scores_do_not_overflow(isa: str) -> None:
+    q, k, v = (x * 100 for x in inputs([40], 2, 1, 16, torch.float32))
+    check(
+        lambda q, k, v: ops.attention(q, k, v, cu_seqlens([40])),
+        peer([40]),
+        [q, k, v],
+        tolerance=1e-4,
+    )
+
+
+def test_no_tokens(isa: str) -> None:
+    q, k, v = (x.requires_grad_() for x in inputs(LENGTHS["none"], 4, 2, 16, torch.float32))
+    out = ops.attention(q, k, v, cu_seqlens([]))
+    assert out.shape == (0, 4, 16)
+    assert torch.autograd.grad(out.sum(), q)[0].shape == q.shape
+
+
+def test_flat_heads_give_the_same(isa: str) -> None:
+    q, k, v = inputs([9, 30], 4, 2, 16, torch.float32)
+    bounds = cu_seqlens([9, 30])
+    flat = ops.attention(
+        *(x.reshape(3, 13, -1) for x in (q, k, v)), bounds, head_dim=16, tail=8, grad_tail=8
+    )
+    assert torch.equal(flat.reshape(39, 4, 16), ops.attention(q, k, v, bounds))
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 140), min_size=1, max_size=4),
+    kv_heads=st.integers(1, 2),
+    group=st.integers(1, 3),
+    half_dim=st.integers(1, 40),
+    window=st.integers(0, 200),
+)
+def test_any_shape(
+    lengths: list[int], kv_heads: int, group: int, half_dim: int, window: int
+) -> None:
+    q, k, v = inputs(lengths, kv_heads * group, kv_heads, 2 * half_dim, torch.float32)
+    bounds = cu_seqlens(lengths)
+    out = ops.attention(q, k, v, bounds, window=window)
+    assert torch.allclose(
+        out, reference.attention(q, k, v, bounds, window=window), rtol=1e-4, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
+@pytest.mark.parametrize("rotated", [False, True], ids=["plain", "rotated"])
+def test_gradcheck(impl: str, rotated: bool) -> None:
+    leaves = [x.requires_grad_() for x in inputs([1, 4], 4, 2, 4, torch.float64)]
+    options = {k: v.double() for k, v in tables(5, 4).items()} if rotated else {}
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return ops.attention(q, k, v, cu_seqlens([1, 4]), impl=impl, **options)
+
+    assert torch.autograd.gradcheck(attend, leaves)
+
+
+def test_errors_name_what_does_not_fit() -> None:
+    q, k, v = inputs([5], 4, 2, 16, torch.float32)
+    with pytest.raises(ValueError, match="rise from 0 to 5"):
+        ops.attention(q, k, v, cu_seqlens([4]))
+    with pytest.raises(ValueError, match="4 query heads are no multiple of 3 key heads"):
+        ops.attention(q, torch.randn(5, 3, 16), torch.randn(5, 3, 16), cu_seqlens([5]))
+    with pytest.raises(ValueError, match="not .S . 1. int32"):
+        ops.attention(q, k, v, cu_seqlens([5]).long())
+    with pytest.raises(ValueError, match="window needs causal"):
+        ops.attention(q, k, v, cu_seqlens([5]), causal=False, window=2)
+    with pytest.raises(ValueError, match="both cos and sin"):
+        ops.attention(q, k, v, cu_seqlens([5]), cos=torch.ones(5, 16))
