@@ -1,0 +1,196 @@
+"""A data source as tokenized examples, with an account of every record that is not among them."""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, overload
+
+import numpy as np
+
+from lora_engine.data.records import Record, Source, raise_listed, read_records
+from lora_engine.data.render import Example, LossOn, Tokenizer, tokenize
+from lora_engine.errors import UserError
+
+NO_ANSWER = "nothing to learn from: the answer is empty"
+ANSWER_CUT_OFF = "nothing to learn from: the answer lies beyond max_length"
+TOO_LONG = "longer than max_length"
+OnTooLong = Literal["truncate", "drop"]
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """A record that is not trained on, and why."""
+
+    origin: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Duplicate:
+    """A record whose tokens and mask are those of an earlier one."""
+
+    origin: str
+    first: str
+
+
+@dataclass(frozen=True)
+class TokenizedDataset(Sequence[Example]):
+    """Examples in the order of their records.
+
+    name: what the data is called in messages.
+    kinds: number of records of each kind, dropped ones included.
+    duplicates: examples that repeat an earlier one. They stay in: repeating may be meant.
+    """
+
+    examples: Sequence[Example]
+    name: str = "data"
+    kinds: tuple[tuple[str, int], ...] = ()
+    dropped: tuple[Dropped, ...] = ()
+    duplicates: tuple[Duplicate, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Example]: ...
+    def __getitem__(self, index: int | slice) -> Example | Sequence[Example]:
+        return self.examples[index]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens per example, int64 [n]."""
+        return np.array([len(example) for example in self.examples], dtype=np.int64)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all examples."""
+        return int(self.lengths.sum())
+
+    @property
+    def num_targets(self) -> int:
+        """Tokens that the loss is taken over."""
+        return sum(example.num_targets for example in self.examples)
+
+    @property
+    def num_records(self) -> int:
+        """Records read: examples and dropped ones."""
+        return len(self.examples) + len(self.dropped)
+
+    @property
+    def truncated(self) -> tuple[str, ...]:
+        """Origins of the examples that were cut to max_length."""
+        return tuple(example.origin for example in self.examples if example.truncated)
+
+    def drop_reasons(self) -> Counter[str]:
+        """How many records were dropped for each reason."""
+        return Counter(dropped.reason for dropped in self.dropped)
+
+
+@dataclass(frozen=True)
+class Leakage:
+    """What of the evaluation data is also in the training data, as the origins (eval, train).
+
+    examples: the same tokens.
+    prompts: the same tokens up to the answer, with another answer.
+    """
+
+    examples: tuple[tuple[str, str], ...]
+    prompts: tuple[tuple[str, str], ...]
+
+
+def prepare(
+    source: "Source | TokenizedDataset",
+    tokenizer: Tokenizer,
+    *,
+    max_length: int | None = 2048,
+    loss_on: LossOn = "assistant",
+    on_too_long: OnTooLong = "truncate",
+    split: str | None = None,
+    limit: int | None = None,
+) -> TokenizedDataset:
+    """Read, render and tokenize `source` (see `read_records`); a TokenizedDataset stays as it is.
+
+    max_length: longest example in tokens; None for no limit.
+    on_too_long: "truncate" keeps the first max_length tokens, "drop" leaves the record out.
+    split: split of a hub dataset.
+    limit: use only the first `limit` records.
+
+    A record with nothing to learn from is dropped and accounted for. Raises UserError for a
+    source that cannot be read, malformed records (all are listed), or no example left.
+    """
+    if isinstance(source, TokenizedDataset):
+        return source
+    if max_length is not None and max_length < 2:
+        raise UserError(f"max_length must be at least 2 tokens, got {max_length}")
+    records = read_records(source, split=split)[:limit]
+    name = str(source) if isinstance(source, str) else getattr(source, "name", "data")
+    examples: list[Example] = []
+    dropped: list[Dropped] = []
+    problems: list[str] = []
+    keep = max_length if on_too_long == "truncate" else None
+    for record in records:
+        try:
+            example = tokenize(record, tokenizer, max_length=keep, loss_on=loss_on)
+        except UserError as error:
+            problems.append(str(error))
+            continue
+        reason = _reason_to_drop(record, example, max_length)
+        if reason:
+            dropped.append(Dropped(record.origin, reason))
+        else:
+            examples.append(example)
+    raise_listed(name, problems, len(records))
+    dataset = TokenizedDataset(
+        examples,
+        name=name,
+        kinds=tuple(sorted(Counter(record.kind for record in records).items())),
+        dropped=tuple(dropped),
+        duplicates=tuple(_find_duplicates(examples)),
+    )
+    if not examples:
+        reasons = "; ".join(f"{count} times {why}" for why, count in dataset.drop_reasons().items())
+        raise UserError(f"{name}: no example is left to learn from: {reasons}")
+    return dataset
+
+
+def find_leakage(train: Iterable[Example], evaluation: Iterable[Example]) -> Leakage:
+    """Evaluation examples that the training data gives away."""
+    whole: dict[Any, str] = {}
+    prompts: dict[Any, str] = {}
+    for example in train:
+        whole.setdefault(tuple(example.input_ids), example.origin)
+        prompts.setdefault(_prompt(example), example.origin)
+    same_example, same_prompt = [], []
+    for example in evaluation:
+        if origin := whole.get(tuple(example.input_ids)):
+            same_example.append((example.origin, origin))
+        elif (prompt := _prompt(example)) and (origin := prompts.get(prompt)):
+            same_prompt.append((example.origin, origin))
+    return Leakage(tuple(same_example), tuple(same_prompt))
+
+
+def _prompt(example: Example) -> tuple[int, ...]:
+    """Tokens before the first supervised one; empty for plain text."""
+    return tuple(example.input_ids[: example.supervised.index(True)])
+
+
+def _reason_to_drop(record: Record, example: Example, max_length: int | None) -> str | None:
+    if not record.has_answer():
+        return NO_ANSWER
+    if max_length is not None and len(example) > max_length:
+        return TOO_LONG
+    if example.num_targets == 0:
+        return ANSWER_CUT_OFF if example.truncated else NO_ANSWER
+    return None
+
+
+def _find_duplicates(examples: Iterable[Example]) -> Iterable[Duplicate]:
+    first: dict[Any, str] = {}
+    for example in examples:
+        key = (tuple(example.input_ids), tuple(example.supervised))
+        if key in first:
+            yield Duplicate(example.origin, first[key])
+        else:
+            first[key] = example.origin

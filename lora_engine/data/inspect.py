@@ -1,0 +1,222 @@
+"""What is in the data: the account that `lora-engine data CONFIG` prints.
+
+`report` gathers plain numbers and texts; `render` turns them into rich renderables.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lora_engine.data.dataset import (
+    Dropped,
+    Duplicate,
+    Leakage,
+    TokenizedDataset,
+    find_leakage,
+)
+from lora_engine.data.render import Example, Tokenizer
+
+if TYPE_CHECKING:
+    from rich.console import Group, RenderableType
+    from rich.table import Table
+    from rich.text import Text
+
+HISTOGRAM_BINS = 10
+LISTED = 10  # records named per finding; the count is always complete
+
+
+@dataclass(frozen=True)
+class Bin:
+    """Examples with low <= tokens < high."""
+
+    low: int
+    high: int
+    count: int
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One example's text, in runs of (text, supervised)."""
+
+    origin: str
+    runs: tuple[tuple[str, bool], ...]
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """The account of one dataset. Tokens count every token, targets those the loss is taken over.
+
+    leakage: what of this data is also in the training data; None for the training data itself.
+    """
+
+    name: str
+    num_records: int
+    num_examples: int
+    kinds: tuple[tuple[str, int], ...]
+    num_tokens: int
+    num_targets: int
+    length_min: int
+    length_median: int
+    length_max: int
+    histogram: tuple[Bin, ...]
+    truncated: tuple[str, ...]
+    dropped: tuple[Dropped, ...]
+    duplicates: tuple[Duplicate, ...]
+    samples: tuple[Sample, ...]
+    leakage: Leakage | None = None
+
+
+def report(
+    dataset: TokenizedDataset,
+    tokenizer: Tokenizer,
+    *,
+    train: TokenizedDataset | None = None,
+    num_samples: int = 3,
+) -> DataReport:
+    """The account of `dataset`; with `train`, also of what it shares with the training data."""
+    lengths = dataset.lengths
+    return DataReport(
+        name=dataset.name,
+        num_records=dataset.num_records,
+        num_examples=len(dataset),
+        kinds=dataset.kinds,
+        num_tokens=dataset.num_tokens,
+        num_targets=dataset.num_targets,
+        length_min=int(lengths.min()),
+        length_median=int(np.median(lengths)),
+        length_max=int(lengths.max()),
+        histogram=length_histogram(lengths),
+        truncated=dataset.truncated,
+        dropped=dataset.dropped,
+        duplicates=dataset.duplicates,
+        samples=tuple(sample(example, tokenizer) for example in _spread(dataset, num_samples)),
+        leakage=find_leakage(train, dataset) if train is not None else None,
+    )
+
+
+def length_histogram(lengths: np.ndarray, bins: int = HISTOGRAM_BINS) -> tuple[Bin, ...]:
+    """At most `bins` bins of one width, a round number of tokens, that hold every length."""
+    width = _round_width((int(lengths.max()) + 1) / bins)
+    first = int(lengths.min()) // width
+    counts = np.bincount(lengths // width - first)
+    return tuple(
+        Bin((first + i) * width, (first + i + 1) * width, int(count))
+        for i, count in enumerate(counts)
+    )
+
+
+def sample(example: Example, tokenizer: Tokenizer) -> Sample:
+    """The example's text as the model sees it, special tokens included."""
+    tokens = zip(example.input_ids, example.supervised, strict=True)
+    return Sample(
+        example.origin,
+        tuple(
+            (tokenizer.decode([token for token, _ in run]), supervised)
+            for supervised, run in groupby(tokens, key=lambda token: token[1])
+        ),
+    )
+
+
+def render(reports: Sequence[DataReport]) -> "Group":
+    """The reports (training data first) as one rich renderable."""
+    from rich.console import Group
+    from rich.rule import Rule
+
+    parts: list[RenderableType] = []
+    for data in reports:
+        parts += [Rule(data.name), _counts(data), "", _histogram(data), "", *_findings(data)]
+        parts += [_sample_text(shown) for shown in data.samples]
+    return Group(*parts)
+
+
+def _round_width(least: float) -> int:
+    """The smallest of 1, 2, 5, 10, 20, 50, … that is at least `least`."""
+    power = 1
+    while True:
+        for digit in (1, 2, 5):
+            if digit * power >= least:
+                return digit * power
+        power *= 10
+
+
+def _spread(examples: Sequence[Example], count: int) -> list[Example]:
+    """`count` examples at even distances, or all if there are fewer."""
+    count = min(count, len(examples))
+    return [examples[i * len(examples) // count] for i in range(count)]
+
+
+def _counts(data: DataReport) -> "Table":
+    from rich.table import Table
+
+    table = Table.grid(padding=(0, 2))
+    kinds = ", ".join(f"{count:,} {kind}" for kind, count in data.kinds)
+    share = data.num_targets / data.num_tokens
+    table.add_row("records", f"{data.num_records:,}" + (f" ({kinds})" if kinds else ""))
+    table.add_row("examples", f"{data.num_examples:,}")
+    table.add_row("tokens", f"{data.num_tokens:,}")
+    table.add_row("learned from", f"{data.num_targets:,} tokens ({share:.1%})")
+    table.add_row(
+        "tokens per example",
+        f"{data.length_min:,} to {data.length_max:,}, median {data.length_median:,}",
+    )
+    return table
+
+
+def _histogram(data: DataReport) -> "Table":
+    from rich.table import Table
+
+    table = Table.grid(padding=(0, 2))
+    table.add_column(justify="right")
+    table.add_column(justify="right")
+    table.add_row("tokens", "examples", "", style="bold")
+    tallest = max(entry.count for entry in data.histogram)
+    for entry in data.histogram:
+        bar = "█" * -(-entry.count * 40 // tallest)  # any example shows
+        table.add_row(f"{entry.low:,} to {entry.high - 1:,}", f"{entry.count:,}", bar)
+    return table
+
+
+def _findings(data: DataReport) -> "list[Text]":
+    found = [_finding("truncated to max_length", data.truncated)]
+    reasons = dict.fromkeys(dropped.reason for dropped in data.dropped)
+    for reason in reasons:
+        origins = [dropped.origin for dropped in data.dropped if dropped.reason == reason]
+        found.append(_finding(f"dropped, {reason}", origins))
+    if not reasons:
+        found.append(_finding("dropped", ()))
+    found.append(
+        _finding("duplicates (kept)", [f"{d.origin} repeats {d.first}" for d in data.duplicates])
+    )
+    if data.leakage is not None:
+        pairs = data.leakage.examples
+        found.append(_finding("also in the training data", [f"{a} is {b}" for a, b in pairs]))
+        pairs = data.leakage.prompts
+        found.append(
+            _finding("prompt also in the training data", [f"{a} as {b}" for a, b in pairs])
+        )
+    return found
+
+
+def _finding(title: str, entries: Iterable[str]) -> "Text":
+    from rich.text import Text
+
+    entries = list(entries)
+    text = Text(f"{title}: ").append(f"{len(entries):,}", style="bold yellow" if entries else "")
+    for entry in entries[:LISTED]:
+        text.append(f"\n  {entry}")
+    if len(entries) > LISTED:
+        text.append(f"\n  … and {len(entries) - LISTED:,} more")
+    return text
+
+
+def _sample_text(shown: Sample) -> "Text":
+    from rich.text import Text
+
+    text = Text(f"\n{shown.origin} ", style="bold")
+    text.append("(green: learned from)\n", style="not bold dim")
+    for run, supervised in shown.runs:
+        text.append(run, style="not bold green" if supervised else "not bold")
+    return text

@@ -1,0 +1,273 @@
+"""Read training records from files, the hub or memory, and check them before any work.
+
+A record is one of three kinds, told by its fields (the first that matches counts):
+
+- `messages`: a chat, a list of {"role": ..., "content": ...}
+- `prompt` and `completion`: two strings
+- `text`: one string
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+from lora_engine.data.readers import READERS, Row, RowError
+from lora_engine.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    import datasets
+
+Kind = Literal["messages", "completion", "text"]
+Source: TypeAlias = "str | Path | Sequence[Mapping[str, Any]] | Sequence[Record] | datasets.Dataset"
+
+FIELDS = ("messages", "prompt", "completion", "text")
+# Sources that come with the package, by name.
+BUILT_IN = ("docstrings",)
+
+
+@dataclass(frozen=True)
+class Record:
+    """One checked training record.
+
+    kind: which of the fields below are set.
+    messages: the chat, for kind "messages".
+    prompt, completion: for kind "completion".
+    text: for kind "text".
+    origin: where it stands, "file:line" where there are lines.
+    group: records of one group belong on one side of a train/held-out split ("": no group).
+    """
+
+    kind: Kind
+    messages: tuple[Mapping[str, Any], ...] = ()
+    prompt: str = ""
+    completion: str = ""
+    text: str = ""
+    origin: str = ""
+    group: str = ""
+
+    def has_answer(self) -> bool:
+        """Whether there is anything to learn from before the tokenizer has its say."""
+        if self.kind == "messages":
+            return any(
+                message["role"] == "assistant"
+                and ((message.get("content") or "").strip() or message.get("tool_calls"))
+                for message in self.messages
+            )
+        return bool((self.completion if self.kind == "completion" else self.text).strip())
+
+    def content_key(self) -> str:
+        """A digest that two records share only if their contents are the same."""
+        content = (self.kind, self.messages, self.prompt, self.completion, self.text)
+        encoded = json.dumps(content, sort_keys=True, default=str).encode()
+        return hashlib.sha256(encoded).hexdigest()
+
+
+def read_records(source: "Source", *, split: str | None = None) -> list[Record]:
+    """Every record of `source`, checked.
+
+    source: a .jsonl, .json, .parquet or .csv file, a hub dataset id, "docstrings" (the Python
+    standard library, see `docstrings.py`), a list of dicts or Records, or a datasets.Dataset.
+    split: which split of a hub dataset or DatasetDict ("train" if None).
+
+    Raises UserError for a missing source, and one UserError that lists every malformed record
+    with its file and line.
+    """
+    if isinstance(source, str | Path):
+        if str(source) in BUILT_IN:
+            return _built_in(split)
+        name, rows = _open(source, split)
+    else:
+        name, rows = "data", _rows_in_memory(source, split)
+    records: list[Record] = []
+    problems: list[str] = []
+    for item in rows:
+        if isinstance(item, RowError):
+            problems.append(f"{item.origin}: {item.problem}")
+            continue
+        if isinstance(item.value, Record):
+            records.append(item.value)
+            continue
+        try:
+            records.append(parse_record(item.value, item.origin))
+        except UserError as error:
+            problems.append(str(error))
+    raise_listed(name, problems, len(records) + len(problems))
+    if not records:
+        raise UserError(f"{name}: holds no records")
+    return records
+
+
+def parse_record(row: Any, origin: str) -> Record:
+    """Check one row. Raises UserError "origin: what is wrong"."""
+    if not isinstance(row, Mapping):
+        raise UserError(f"{origin}: expected an object with fields, got {_name(row)}")
+    present = {field for field in FIELDS if row.get(field) is not None}
+    if "messages" in present:
+        return Record("messages", messages=_messages(row["messages"], origin), origin=origin)
+    if {"prompt", "completion"} <= present:
+        prompt, completion = (_string(row, f, origin) for f in ("prompt", "completion"))
+        return Record("completion", prompt=prompt, completion=completion, origin=origin)
+    if "text" in present:
+        return Record("text", text=_string(row, "text", origin), origin=origin)
+    raise UserError(
+        f"{origin}: needs 'messages', 'prompt' and 'completion', or 'text'; "
+        f"has {', '.join(map(repr, row)) or 'no fields'}"
+    )
+
+
+def split_heldout(
+    records: Sequence[Record], fraction: float, *, seed: int = 0
+) -> tuple[list[Record], list[Record]]:
+    """Hold out about `fraction` of the records; returns (train, held out).
+
+    Records of one group, and records of the same content, stay on one side. The choice depends
+    on the contents and the seed only, not on the order. Train keeps the order of `records`;
+    the held-out records are shuffled, so that the first few are a fair sample.
+    """
+    if not 0 < fraction < 1:
+        raise UserError(f"held-out fraction must lie between 0 and 1, got {fraction}")
+    contents = [record.content_key() for record in records]
+    keys = _side_keys(records, contents)
+    sizes: dict[str, int] = {}
+    for key in keys:
+        sizes[key] = sizes.get(key, 0) + 1
+    target, taken = max(1, round(fraction * len(records))), 0
+    heldout_keys: set[str] = set()
+    for key in sorted(sizes, key=lambda key: _digest(seed, key)):
+        if taken + sizes[key] <= target:
+            heldout_keys.add(key)
+            taken += sizes[key]
+    if not heldout_keys or len(heldout_keys) == len(sizes):
+        raise UserError(
+            f"cannot hold out {fraction:.0%} of {len(records)} records in {len(sizes)} groups; "
+            "give a larger fraction, more records or an eval file"
+        )
+    train = [r for r, key in zip(records, keys, strict=True) if key not in heldout_keys]
+    heldout = sorted(
+        (i for i, key in enumerate(keys) if key in heldout_keys),
+        key=lambda i: (_digest(seed, contents[i]), i),
+    )
+    return train, [records[i] for i in heldout]
+
+
+def _side_keys(records: Sequence[Record], contents: Sequence[str]) -> list[str]:
+    """The key by which each record is assigned to a side.
+
+    A record without a group goes by its content. A content that appears in several groups would
+    tie them together, so it goes with the first of them.
+    """
+    first_group: dict[str, str] = {}
+    for record, content in zip(records, contents, strict=True):
+        first_group.setdefault(content, record.group)
+    return [first_group[content] or content for content in contents]
+
+
+def _digest(seed: int, key: str) -> str:
+    return hashlib.sha256(f"{seed}:{key}".encode()).hexdigest()
+
+
+def raise_listed(name: str, problems: Sequence[str], total: int) -> None:
+    """One UserError that lists `problems`, if there are any."""
+    if problems:
+        listed = "\n  ".join(problems)
+        raise UserError(f"{name}: {len(problems)} of {total} records cannot be used:\n  {listed}")
+
+
+def _messages(value: Any, origin: str) -> tuple[Mapping[str, Any], ...]:
+    if not isinstance(value, list | tuple) or not value:
+        raise UserError(f"{origin}: 'messages' must be a non-empty list, got {_name(value)}")
+    return tuple(_message(m, f"{origin}: message {i}") for i, m in enumerate(value, start=1))
+
+
+def _message(message: Any, where: str) -> Mapping[str, Any]:
+    if not isinstance(message, Mapping):
+        raise UserError(f"{where}: expected an object, got {_name(message)}")
+    # Columnar files spell an absent field as null.
+    message = {key: value for key, value in message.items() if value is not None}
+    role, content = message.get("role"), message.get("content")
+    if not isinstance(role, str) or not role:
+        raise UserError(f"{where}: 'role' must be a string such as 'user', got {_name(role)}")
+    if content is None and message.get("tool_calls"):
+        return message
+    if not isinstance(content, str):
+        raise UserError(f"{where}: 'content' must be a string, got {_name(content)}")
+    return message
+
+
+def _string(row: Mapping[str, Any], field: str, origin: str) -> str:
+    value = row[field]
+    if not isinstance(value, str):
+        raise UserError(f"{origin}: {field!r} must be a string, got {_name(value)}")
+    return value
+
+
+def _name(value: Any) -> str:
+    names = {str: "a string", list: "a list", dict: "an object", type(None): "nothing"}
+    if isinstance(value, list | tuple) and not value:
+        return "an empty list"
+    return names.get(type(value), f"{type(value).__name__} {value!r}"[:60])
+
+
+def _built_in(split: str | None) -> list[Record]:
+    from lora_engine.data.docstrings import docstring_records
+
+    if split is not None:
+        raise UserError(f"docstrings: has no split {split!r}; leave the split out")
+    return docstring_records()
+
+
+def _open(source: str | Path, split: str | None) -> tuple[str, Iterable[Row | RowError]]:
+    path = Path(source).expanduser()
+    if path.is_file():
+        if path.suffix not in READERS:
+            raise UserError(
+                f"{source}: cannot read {path.suffix or 'a file without a suffix'}; "
+                f"use {', '.join(READERS)}"
+            )
+        return str(source), READERS[path.suffix](path)
+    if path.is_dir():
+        raise UserError(f"{source}: is a folder; name one of its files ({', '.join(READERS)})")
+    if isinstance(source, Path) or path.suffix in READERS or not _looks_like_hub_id(source):
+        raise UserError(f"{source}: no such file{_alternative(path)}")
+    if "/" not in source and (close := nearest(source, BUILT_IN)):
+        raise UserError(f"{source}: no such file; did you mean {close}?")
+    return source, _rows_in_memory(_load_hub(source, split), split, prefix=source)
+
+
+def _looks_like_hub_id(source: str) -> bool:
+    return source.count("/") <= 1 and not source.startswith((".", "/", "~"))
+
+
+def _alternative(path: Path) -> str:
+    beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    close = nearest(path.name, beside)
+    return f"; did you mean {path.parent / close}?" if close else ""
+
+
+def _load_hub(name: str, split: str | None) -> "datasets.Dataset":
+    import datasets
+
+    try:
+        return datasets.load_dataset(name, split=split or "train")
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"{name}: no such file, and not loadable from the Hugging Face hub: {reason}"
+        ) from error
+
+
+def _rows_in_memory(
+    source: Any, split: str | None, prefix: str = "record"
+) -> Iterator[Row | RowError]:
+    if isinstance(source, Mapping):  # datasets.DatasetDict
+        if (split := split or "train") not in source:
+            raise UserError(f"the data has no split {split!r}; it has {', '.join(source)}")
+        source = source[split]
+    for number, value in enumerate(source):
+        origin = f"{prefix}:{number}"
+        if isinstance(value, Record) and not value.origin:
+            value = replace(value, origin=origin)
+        yield Row(value, origin)

@@ -1,0 +1,1 @@
+"""What knows about transformers and PEFT modules: load, attach, detach."""

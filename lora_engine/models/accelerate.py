@@ -1,0 +1,221 @@
+"""`accelerate`: our kernels under a transformers model; `restore`: the model as it was."""
+
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from lora_engine import backends
+from lora_engine.errors import UserError
+from lora_engine.models import attention
+from lora_engine.models.attention import ATTENTION_CLASSES, AttentionForward
+from lora_engine.models.causal_lm import CausalLmForward, transformers_model, why_no_plain_head
+from lora_engine.models.coverage import CoverageReport
+from lora_engine.models.linear_group import LinearGroup, is_linear, is_lora
+from lora_engine.models.mlp import MlpForward, is_gated_mlp, is_silu
+from lora_engine.models.norm import RmsNormForward, rms_norm_eps
+from lora_engine.models.patches import Patches
+from lora_engine.models.sequences import SequenceFinder
+
+_PATCHES: WeakKeyDictionary[nn.Module, Patches] = WeakKeyDictionary()
+
+VERIFY_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2}
+
+
+def accelerate(
+    model: nn.Module,
+    *,
+    strict: bool = False,
+    verify: dict[str, Tensor] | None = None,
+) -> CoverageReport:
+    """Puts our kernels under a transformers causal language model, plain or with PEFT LoRA.
+
+    Behaviour is replaced on the model's own module instances; parameters, names and files stay as
+    they are, and `restore(model)` takes it all back. Frozen weights of linears that share an input
+    move into one buffer, which their parameters then view. In training, calling the model with
+    `labels` computes the loss without logits (`logits` is None in the result).
+
+    `verify`, a batch as the model takes it with labels, runs loss and gradients both ways and
+    raises ValueError outside VERIFY_TOLERANCE. `strict` raises UserError where anything was left.
+    Accelerating an accelerated model does it anew (after adding an adapter, say).
+    """
+    restore(model)
+    inner = transformers_model(model)
+    patches = Patches()
+    _PATCHES[model] = patches
+    expected = _loss_and_gradients(model, verify) if verify is not None else None
+    try:
+        report = _Accelerator(inner, patches).run()
+        if strict and report.left:
+            raise UserError(f"accelerate(strict=True) left parts of the model:\n{report}")
+        if verify is not None and expected is not None:
+            _compare(expected, _loss_and_gradients(model, verify))
+    except BaseException:
+        restore(model)
+        raise
+    return report
+
+
+def restore(model: nn.Module) -> None:
+    """Takes back what `accelerate` did: forwards, attention, and weights in their own storage."""
+    patches = _PATCHES.pop(model, None)
+    if patches is not None:
+        patches.undo()
+
+
+class _Accelerator:
+    """One walk over a model, replacing what is recognised."""
+
+    def __init__(self, model: Any, patches: Patches) -> None:
+        self.model, self.patches = model, patches
+        self.report = CoverageReport()
+        self.finder = SequenceFinder()
+        self.covered: set[nn.Module] = set()  # linears inside a replaced layer
+        weight = next(model.parameters())
+        self.device, self.dtype = weight.device, weight.dtype
+
+    def run(self) -> CoverageReport:
+        self._attention_interface()
+        tails: dict[nn.Module, int] = {}  # norm -> room for the linears that read it
+        for name, module in self.model.named_modules():
+            if type(module).__name__ in ATTENTION_CLASSES:
+                self._attention(name, module, tails)
+            elif is_gated_mlp(module):
+                self._mlp(name, module, tails)
+        for name, module in self.model.named_modules():
+            eps = rms_norm_eps(module)
+            if eps is not None:
+                self._norm(name, module, eps, tails.get(module, 0))
+            elif is_lora(module) and module not in self.covered:
+                self._single_linear(name, module)
+        self._loss()
+        return self.report
+
+    def _how(self, operation: str) -> str:
+        return backends.choose(operation, self.device, self.dtype).reason
+
+    def _attention_interface(self) -> None:
+        before = self.model.config._attn_implementation
+        attention.register()
+        self.model.set_attn_implementation(attention.IMPLEMENTATION)
+        if self.model.config._attn_implementation != attention.IMPLEMENTATION:
+            self.report.add(
+                type(self.model).__name__, "attention", False, "the class takes no interface"
+            )
+            return
+        self.patches.on_undo(lambda: self.model.set_attn_implementation(before))
+
+    def _group(self, name: str, modules: list[nn.Module]) -> LinearGroup:
+        group = LinearGroup(modules, self.patches)
+        self.covered.update(modules)
+        what = "lora_linear" if group.has_lora else "linear"
+        self.report.add(name, what, group.reason is None, group.reason or self._how("lora_linear"))
+        return group
+
+    def _attention(self, name: str, module: Any, tails: dict[nn.Module, int]) -> None:
+        qkv = self._group(f"{name}.qkv", [module.q_proj, module.k_proj, module.v_proj])
+        output = self._group(f"{name}.o_proj", [module.o_proj])
+        forward = AttentionForward(module, qkv, output, self.finder)
+        self.patches.set_attribute(module, "forward", forward)
+        self.report.add(name, "attention + rope", True, self._how("attention"))
+        self._note_tail(name, "input_layernorm", qkv, tails)
+
+    def _mlp(self, name: str, module: Any, tails: dict[nn.Module, int]) -> None:
+        linears = [module.gate_proj, module.up_proj, module.down_proj]
+        if not is_silu(module.act_fn) or not all(map(is_linear, linears)):
+            reason = "its activation is not SiLU, or its projections are not linear layers"
+            self.report.add(name, "swiglu", False, reason)
+            return
+        gate_up = self._group(f"{name}.gate_up", linears[:2])
+        down = self._group(f"{name}.down_proj", linears[2:])
+        forward = MlpForward(gate_up, down)
+        if not _agrees(module, forward, linears[0].in_features):
+            self.report.add(name, "swiglu", False, "its forward is not down(silu(gate) * up)")
+            return
+        self.patches.set_attribute(module, "forward", forward)
+        self.report.add(name, "swiglu", True, self._how("swiglu"))
+        self._note_tail(name, "post_attention_layernorm", gate_up, tails)
+
+    def _note_tail(
+        self, name: str, norm: str, group: LinearGroup, tails: dict[nn.Module, int]
+    ) -> None:
+        """The norm beside a layer feeds it in the models we know; elsewhere the room is unused."""
+        parent = self.model.get_submodule(name.rpartition(".")[0])
+        if hasattr(parent, norm):
+            tails[getattr(parent, norm)] = group.tail
+
+    def _norm(self, name: str, module: nn.Module, eps: float, tail: int) -> None:
+        self.patches.set_attribute(module, "forward", RmsNormForward(module, eps, tail))
+        self.report.add(name, "rms_norm", True, self._how("rms_norm"))
+
+    def _single_linear(self, name: str, module: nn.Module) -> None:
+        group = self._group(name, [module])
+        if group.weight is not None:
+            self.patches.set_attribute(module, "forward", _SingleLinear(group))
+
+    def _loss(self) -> None:
+        name = type(self.model).__name__
+        problem = why_no_plain_head(self.model)
+        if problem is None:
+            self.patches.set_attribute(self.model, "forward", CausalLmForward(self.model))
+        how = problem or self._how("linear_cross_entropy")
+        self.report.add(name, "linear_cross_entropy", problem is None, how)
+
+
+class _SingleLinear:
+    """The forward of a LoRA layer that stands alone."""
+
+    def __init__(self, group: LinearGroup) -> None:
+        self.group = group
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if args or kwargs:  # PEFT's options for this call, such as adapter_names
+            result: Tensor = self.group.forwards[0](x, *args, **kwargs)
+            return result
+        return self.group(x)[0]
+
+
+def _agrees(module: nn.Module, forward: Any, features: int) -> bool:
+    """Whether `forward` computes what the module's own forward does, on two tokens."""
+    weight = next(module.parameters())
+    probe = torch.linspace(-1.0, 1.0, 2 * features).view(1, 2, features).to(weight)
+    with torch.no_grad():
+        expected, actual = module(probe).float(), forward(probe).float()
+    scale = expected.abs().max().clamp(min=1e-6)
+    return bool((actual - expected).abs().max() <= 5e-2 * scale)
+
+
+def _loss_and_gradients(
+    model: Any, batch: dict[str, Tensor]
+) -> tuple[float, dict[str, Tensor]]:
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    was_training = model.training
+    model.train()
+    try:
+        loss = model(**batch).loss
+    finally:
+        model.train(was_training)
+    grads = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+    named = zip(parameters, grads, strict=True)
+    return loss.item(), {name: grad for name, grad in named if grad is not None}
+
+
+def _compare(
+    expected: tuple[float, dict[str, Tensor]], actual: tuple[float, dict[str, Tensor]]
+) -> None:
+    (loss, grads), (our_loss, our_grads) = expected, actual
+    dtype = min((grad.dtype for grad in grads.values()), key=lambda d: d.itemsize)
+    tolerance = VERIFY_TOLERANCE.get(dtype, 5e-2)
+    if abs(our_loss - loss) > tolerance * max(1.0, abs(loss)):
+        raise ValueError(f"accelerate(verify=…): loss {our_loss:.6g}, the model's own {loss:.6g}")
+    if grads.keys() != our_grads.keys():
+        raise ValueError("accelerate(verify=…): gradients reach other parameters than before")
+    scale = max(grad.abs().max().item() for grad in grads.values())
+    for name, grad in grads.items():
+        worst = (our_grads[name] - grad).abs().max().item()
+        if worst > tolerance * max(scale, 1e-12):
+            raise ValueError(
+                f"accelerate(verify=…): the gradient of {name} is off by {worst:.3g}, "
+                f"largest gradient {scale:.3g}"
+            )

@@ -1,0 +1,63 @@
+"""The user's cache folder: what was made once and can be made again."""
+
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+_ABANDONED_AFTER_SECONDS = 24 * 3600
+
+
+def user_cache_dir() -> Path:
+    """$XDG_CACHE_HOME/lora_engine, or ~/.cache/lora_engine."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "lora_engine"
+
+
+def cached_folder(folder: Path, build: Callable[[Path], None]) -> Path:
+    """`folder`, made by `build(temporary folder)` if it is not there yet.
+
+    The result appears by one rename, so that a folder that exists is complete. Of two processes
+    that build at the same time, both finish and the first result stays.
+    """
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(folder.parent)
+    temporary = Path(tempfile.mkdtemp(prefix=".building-", dir=folder.parent))
+    try:
+        build(temporary)
+        temporary.chmod(0o755)  # mkdtemp makes it private
+        for path in (*temporary.rglob("*"), temporary):
+            _flush(path)
+        try:
+            temporary.rename(folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
+        else:
+            _flush(folder.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Remove what killed processes left; young ones may still be at work."""
+    for path in folder.glob(".building-*"):
+        try:
+            age = time.time() - path.stat().st_mtime
+        except FileNotFoundError:  # its builder has just finished
+            continue
+        if age > _ABANDONED_AFTER_SECONDS:
+            shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,98 @@
+"""Which tokens of a batch attend to each other, worked out once for all layers."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lora_engine.reference.numeric import accumulate_dtype
+
+
+class Sequences(NamedTuple):
+    """A batch's tokens as packed sequences."""
+
+    cu_seqlens: Tensor  # [S + 1] int32
+    index: Tensor | None  # [T] places of the tokens in the batch's rows; None: all, in order
+    cos: Tensor  # [T, D] in the type arithmetic is done in
+    sin: Tensor  # [T, D]
+
+
+class SequenceFinder:
+    """Finds a batch's Sequences; the same arguments, as from layer to layer, give the last ones."""
+
+    def __init__(self) -> None:
+        self._key: tuple[Any, ...] = ()
+        self._found: Sequences | None = None
+
+    def __call__(
+        self,
+        shape: tuple[int, int],
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        position_ids: Tensor | None,
+    ) -> Sequences:
+        """The sequences of a batch [B, L].
+
+        From `cu_seqlens` over the flattened batch where given; else from the padding mask [B, L];
+        else from `position_ids`, where a token that does not continue the one before it starts a
+        sequence; else every row is one.
+        """
+        key = (shape, *position_embeddings, attention_mask, cu_seqlens, position_ids)
+        if self._found is None or not _same(key, self._key):
+            self._found = _find(
+                shape, position_embeddings, attention_mask, cu_seqlens, position_ids
+            )
+            self._key = key
+        return self._found
+
+
+def _same(key: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
+    if len(key) != len(other) or key[0] != other[0]:
+        return False
+    return all(a is b for a, b in zip(key[1:], other[1:], strict=True))
+
+
+def _find(
+    shape: tuple[int, int],
+    position_embeddings: tuple[Tensor, Tensor],
+    attention_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    position_ids: Tensor | None,
+) -> Sequences:
+    rows, length = shape
+    index = None
+    if cu_seqlens is not None:
+        bounds = cu_seqlens.to(torch.int32)
+    elif attention_mask is not None:
+        valid = attention_mask.bool()
+        index = valid.flatten().nonzero()[:, 0]
+        bounds = _cumulative(valid.sum(1))
+    elif position_ids is not None and position_ids.dim() == 2:
+        bounds = _restarts(position_ids.expand(rows, length))
+    else:
+        bounds = torch.arange(0, rows * length + 1, length, dtype=torch.int32)
+    cos, sin = (_per_token(table, rows, index) for table in position_embeddings)
+    return Sequences(bounds, index, cos, sin)
+
+
+def _restarts(position_ids: Tensor) -> Tensor:
+    """Bounds of the sequences in position_ids [B, L]; every row starts one."""
+    starts = torch.ones_like(position_ids, dtype=torch.bool)
+    starts[:, 1:] = position_ids[:, 1:] != position_ids[:, :-1] + 1
+    first = starts.flatten().nonzero()[:, 0]
+    return torch.cat((first, first.new_tensor([position_ids.numel()]))).to(torch.int32)
+
+
+def _cumulative(lengths: Tensor) -> Tensor:
+    bounds = torch.zeros(lengths.numel() + 1, dtype=torch.int32, device=lengths.device)
+    bounds[1:] = lengths.cumsum(0)
+    return bounds
+
+
+def _per_token(table: Tensor, rows: int, index: Tensor | None) -> Tensor:
+    """cos or sin [B or 1, L, D] for each token [T, D]."""
+    flat = table.expand(rows, -1, -1).flatten(0, 1)
+    if index is not None:
+        flat = flat[index]
+    return flat.to(accumulate_dtype(table.dtype)).contiguous()
