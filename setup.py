@@ -30,11 +30,9 @@ COMMON_FLAGS = ["-std=c++17", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wext
 # No errno and no traps from arithmetic: what loops need to vectorise. NaN and inf stay exact.
 KERNEL_FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
 
-SHARED_SOURCES = ["csrc/bindings.cpp", "csrc/cpu/dispatch.cpp"]
+SHARED_SOURCES = ["csrc/bindings.cpp", "csrc/cpu/dispatch.cpp", "csrc/cpu/memory.cpp"]
 KERNEL_SOURCES = sorted(
-    str(path.relative_to(ROOT))
-    for path in (ROOT / "csrc/cpu").glob("*.cpp")
-    if path.name != "dispatch.cpp"
+    {str(path.relative_to(ROOT)) for path in (ROOT / "csrc/cpu").glob("*.cpp")} - {*SHARED_SOURCES}
 )
 HEADERS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.hpp"))
 

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "cpu/kernels.hpp"
+#include "cpu/memory.hpp"
 
 namespace py = pybind11;
 using namespace lora_engine;
@@ -58,6 +59,9 @@ PYBIND11_MODULE(_C, m) {
     for (int i = 0; i < count; ++i) result.emplace_back(list[i].table->isa, list[i].runs);
     return result;
   }, "Pairs (instruction set, whether this processor runs it), best first.");
+
+  m.def("keep_freed_memory", &keep_freed_memory,
+        "Let the allocator keep freed blocks for reuse; False where the C library has no such knob.");
 
   const auto release = py::call_guard<py::gil_scoped_release>();
 

@@ -74,6 +74,16 @@ def native() -> ModuleType:
     return found.module
 
 
+def keep_freed_memory() -> bool:
+    """Lets the C library keep freed memory for reuse, for the rest of the process.
+
+    A training step allocates and frees the same tensors again and again; handing them back to the
+    system makes it fault in and zero every page anew. False where it cannot be set.
+    """
+    found = extension()
+    return found.module is not None and bool(found.module.keep_freed_memory())
+
+
 @cache
 def cpu_features() -> frozenset[str]:
     """The processor's instruction sets among those that matter here, by Linux's names."""

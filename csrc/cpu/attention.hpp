@@ -81,13 +81,16 @@ inline void load_head(const T* src, int64_t stride, const A* cos, const A* sin, 
   }
 }
 
-// out [head_dim, ld] = transpose of src [rows, head_dim], columns from rows to ld zero.
+// out [head_dim, ld] = transpose of src [rows, head_dim], ld being rows rounded up to a whole
+// group, and what is beyond rows zero. `work` has room for ld * head_dim elements.
 template <class E>
-inline void transpose_head(const E* src, int64_t rows, int64_t head_dim, E* out, int64_t ld) {
-  for (int64_t d = 0; d < head_dim; ++d) {
-    for (int64_t row = 0; row < rows; ++row) out[d * ld + row] = src[row * head_dim + d];
-    for (int64_t row = rows; row < ld; ++row) out[d * ld + row] = E{};
-  }
+inline void transpose_head(const E* src, int64_t rows, int64_t head_dim, E* out, int64_t ld,
+                           E* work) {
+  using Word = GroupWord<E>;
+  constexpr int kGroup = Dot<E>::kGroup;
+  pack_rows(rows, head_dim, src, head_dim, work, head_dim);
+  transpose(ld / kGroup, head_dim, reinterpret_cast<const Word*>(work), head_dim,
+            reinterpret_cast<Word*>(out), ld / kGroup);
 }
 
 template <class A>

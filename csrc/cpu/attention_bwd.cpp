@@ -12,7 +12,8 @@ struct Workspace {
   using A = acc_t<T>;
   using E = typename Element<T>::type;
   int64_t padded_dim;                          // head_dim rounded up to a tile
-  E *keys, *values, *keys_t;                   // [length, D], [length, D], [D, padded length]
+  int64_t padded_length;                       // length rounded up to a group
+  E *keys, *values, *keys_t;                   // [length, D], [length, D], [D, padded_length]
   A *dk, *dv;                                  // [length, padded_dim]
   E *query, *d_out;                            // [kQueries, D]
   E *query_t, *d_out_t;                        // packed [D, kQueries]
@@ -24,9 +25,10 @@ struct Workspace {
 
   Workspace(Scratch& scratch, int64_t length, int64_t D) {
     padded_dim = round_up(D, kTileN<E>);
-    keys = scratch.allocate<E>(length * D);
-    values = scratch.allocate<E>(length * D);
-    keys_t = scratch.allocate<E>(round_up(length, 2) * D);
+    padded_length = round_up(length, Dot<E>::kGroup);
+    keys = scratch.allocate<E>(padded_length * D);
+    values = scratch.allocate<E>(padded_length * D);
+    keys_t = scratch.allocate<E>(padded_length * D);
     dk = zeros<A>(scratch, length * padded_dim);
     dv = zeros<A>(scratch, length * padded_dim);
     query = scratch.allocate<E>(kQueries * D);
@@ -152,10 +154,9 @@ void query_block(const AttentionBwdArgs& b, const HeadTask& task, int64_t head, 
     tile_gemm<E>(keys, w.padded_dim, kQueries, w.d_score_rows, kQueries, w.query_rows,
                  w.padded_dim, w.dk + key * w.padded_dim, w.padded_dim, true);
     tile_gemm<E>(D, kQueries, round_up(keys, Dot<E>::kGroup), w.keys_t + key,
-                 round_up(task.length, 2), w.d_score_pack, kQueries, w.dq_t, kQueries, true);
+                 w.padded_length, w.d_score_pack, kQueries, w.dq_t, kQueries, true);
   }
-  for (int64_t i = 0; i < count; ++i)
-    for (int64_t d = 0; d < D; ++d) w.dq[i * D + d] = w.dq_t[d * kQueries + i];
+  transpose(D, kQueries, w.dq_t, kQueries, w.dq, D);
   store_gradient(a, token, count, w.dq, D, static_cast<T*>(b.dq) + token * b.dq_stride + head * D,
                  b.dq_stride, a.cos != nullptr);
 }
@@ -176,9 +177,9 @@ void backward(const AttentionBwdArgs& b) {
     load_head(static_cast<const T*>(a.k) + task.begin * a.k_stride + column, a.k_stride,
               offset_or_null<A>(a.cos, task.begin * D), offset_or_null<A>(a.sin, task.begin * D),
               task.length, D, w.keys);
+    transpose_head(w.keys, task.length, D, w.keys_t, w.padded_length, w.values);
     load_head<T, E, A>(static_cast<const T*>(a.v) + task.begin * a.v_stride + column, a.v_stride,
                        nullptr, nullptr, task.length, D, w.values);
-    transpose_head(w.keys, task.length, D, w.keys_t, round_up(task.length, 2));
     for (int64_t h = 0; h < heads_per_kv; ++h)
       for (int64_t first = 0; first < task.length; first += kQueries)
         query_block(b, task, task.kv_head * heads_per_kv + h, first, w);

@@ -10,21 +10,24 @@ template <class T>
 struct Workspace {
   using A = acc_t<T>;
   using E = typename Element<T>::type;
-  E *keys, *values, *values_t;          // [length, D], [length, D], [D, padded length]
+  int64_t padded_length;                // a whole number of groups
+  E *keys, *values, *values_t;          // [length, D], [length, D], [D, padded_length]
   E *query, *query_packed;              // [kQueries, D], packed [D, kQueries]
   A* scores;                            // [kKeys, kQueries]
   E* probs;                             // packed [kKeys, kQueries]
-  A* out;                               // [D, kQueries]
+  A *out_t, *out;                       // [D, kQueries], [kQueries, D]
   A largest[kQueries], sum[kQueries];
 
   Workspace(Scratch& scratch, int64_t length, int64_t head_dim) {
-    keys = scratch.allocate<E>(length * head_dim);
-    values = scratch.allocate<E>(length * head_dim);
-    values_t = scratch.allocate<E>(round_up(length, 2) * head_dim);
+    padded_length = round_up(length, Dot<E>::kGroup);
+    keys = scratch.allocate<E>(padded_length * head_dim);
+    values = scratch.allocate<E>(padded_length * head_dim);
+    values_t = scratch.allocate<E>(padded_length * head_dim);
     query = scratch.allocate<E>(kQueries * head_dim);
     query_packed = scratch.allocate<E>(kQueries * head_dim);
     scores = scratch.allocate<A>(kKeys * kQueries);
     probs = scratch.allocate<E>(kKeys * kQueries);
+    out_t = scratch.allocate<A>(head_dim * kQueries);
     out = scratch.allocate<A>(head_dim * kQueries);
   }
 };
@@ -77,7 +80,7 @@ void query_block(const AttentionArgs& a, const HeadTask& task, int64_t head, int
   // Queries past the sequence's end are zeros: they cost little and are not stored.
   std::memset(w.query + count * D, 0, sizeof(E) * (kQueries - count) * D);
   pack_transposed(D, kQueries, w.query, D, w.query_packed, kQueries);
-  std::memset(w.out, 0, sizeof(A) * D * kQueries);
+  std::memset(w.out_t, 0, sizeof(A) * D * kQueries);
   for (int64_t i = 0; i < kQueries; ++i) {
     w.largest[i] = -INFINITY;
     w.sum[i] = 0;
@@ -88,17 +91,20 @@ void query_block(const AttentionArgs& a, const HeadTask& task, int64_t head, int
     tile_gemm<E>(keys, kQueries, D, w.keys + key * D, D, w.query_packed, kQueries, w.scores,
                  kQueries, false);
     mask_scores(a, first, key, keys, w.scores, -A(INFINITY));
-    online_softmax(w.scores, keys, A(a.softmax_scale), w.largest, w.sum, w.out, D);
+    online_softmax(w.scores, keys, A(a.softmax_scale), w.largest, w.sum, w.out_t, D);
     pack_rows(keys, kQueries, w.scores, kQueries, w.probs, kQueries);
     tile_gemm<E>(D, kQueries, round_up(keys, Dot<E>::kGroup), w.values_t + key,
-                 round_up(task.length, 2), w.probs, kQueries, w.out, kQueries, true);
+                 w.padded_length, w.probs, kQueries, w.out_t, kQueries, true);
   }
+  transpose(D, kQueries, w.out_t, kQueries, w.out, D);
   A* lse = static_cast<A*>(a.lse) + head * a.tokens + token;
-  T* o = static_cast<T*>(a.o) + token * a.o_stride + head * D;
   for (int64_t i = 0; i < count; ++i) {
-    lse[i] = w.largest[i] + std::log(w.sum[i]);
+    T* o = static_cast<T*>(a.o) + (token + i) * a.o_stride + head * D;
+    const A* row = w.out + i * D;
     const A inverse = A(1) / w.sum[i];
-    for (int64_t d = 0; d < D; ++d) o[i * a.o_stride + d] = store<T>(w.out[d * kQueries + i] * inverse);
+    lse[i] = w.largest[i] + std::log(w.sum[i]);
+#pragma omp simd
+    for (int64_t d = 0; d < D; ++d) o[d] = store<T>(row[d] * inverse);
   }
 }
 
@@ -113,13 +119,13 @@ void forward(const AttentionArgs& a) {
     Scratch scratch;
     Workspace<T> w(scratch, task.length, D);
     const int64_t offset = task.begin * D;
-    load_head(static_cast<const T*>(a.k) + task.begin * a.k_stride + task.kv_head * D, a.k_stride,
-              offset_or_null<A>(a.cos, offset), offset_or_null<A>(a.sin, offset), task.length, D,
-              w.keys);
     load_head<T, typename Element<T>::type, A>(
         static_cast<const T*>(a.v) + task.begin * a.v_stride + task.kv_head * D, a.v_stride,
         nullptr, nullptr, task.length, D, w.values);
-    transpose_head(w.values, task.length, D, w.values_t, round_up(task.length, 2));
+    transpose_head(w.values, task.length, D, w.values_t, w.padded_length, w.keys);
+    load_head(static_cast<const T*>(a.k) + task.begin * a.k_stride + task.kv_head * D, a.k_stride,
+              offset_or_null<A>(a.cos, offset), offset_or_null<A>(a.sin, offset), task.length, D,
+              w.keys);
     for (int64_t h = 0; h < heads_per_kv; ++h)
       for (int64_t first = 0; first < task.length; first += kQueries)
         query_block(a, task, task.kv_head * heads_per_kv + h, first, w);

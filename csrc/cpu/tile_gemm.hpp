@@ -9,6 +9,7 @@
 #pragma once
 
 #include "numeric.hpp"
+#include "transpose.hpp"
 #ifdef __AVX512BF16__
 #include <immintrin.h>
 #endif
@@ -156,14 +157,20 @@ inline void pack_rows(int64_t k, int64_t n, const S* src, int64_t ld, E* packed,
   }
 }
 
-// Packs the transpose of row-major src [n, k] as B; k is a whole number of groups.
+// A whole group of elements, moved as one.
+template <class E>
+struct GroupWord {
+  E elements[Dot<E>::kGroup];
+};
+
+// Packs the transpose of row-major src [n, k] (rows ld apart) as B; k and ld are whole groups.
 template <class E>
 inline void pack_transposed(int64_t k, int64_t n, const E* src, int64_t ld, E* packed,
                             int64_t ldb) {
+  using Word = GroupWord<E>;
   constexpr int kGroup = Dot<E>::kGroup;
-  for (int64_t j = 0; j < n; ++j)
-    for (int64_t p = 0; p < k; p += kGroup)
-      std::memcpy(packed + p * ldb + j * kGroup, src + j * ld + p, sizeof(E) * kGroup);
+  transpose(n, k / kGroup, reinterpret_cast<const Word*>(src), ld / kGroup,
+            reinterpret_cast<Word*>(packed), ldb);
 }
 
 }  // namespace

@@ -188,14 +188,15 @@ class _LoraLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dx = torch.mm(dys, buffer[:, :k]).view(ctx.shape)
         d_factors: list[Tensor | None] = [None] * len(factors)
+        # dA of the whole group in one product: its rows are the ranks of every adapter.
+        d_a = torch.mm(d_s.t(), xs[:, :k]) if any(ctx.needs_input_grad[3::2]) else None
         for i, (adapter, rows, columns) in enumerate(
             zip(weight.adapters, weight.rows, weight.columns, strict=True)
         ):
             if adapter is None:
                 continue
-            if ctx.needs_input_grad[3 + 2 * i]:
-                d_a = torch.mm(d_s[:, columns].t(), xs[:, :k])
-                d_factors[2 * i] = d_a.to(adapter.lora_a.dtype)
+            if d_a is not None and ctx.needs_input_grad[3 + 2 * i]:
+                d_factors[2 * i] = d_a[columns].to(adapter.lora_a.dtype)
             if ctx.needs_input_grad[4 + 2 * i]:
                 s = xs[:, k + columns.start : k + columns.stop]
                 d_b = torch.mm(dys[:, rows].t(), s)

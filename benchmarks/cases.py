@@ -1,0 +1,229 @@
+"""The benchmark's cases, one per operation."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from measure import Matmul, linear_matmuls
+from registry import Problem, Size, Work, case
+from torch import Tensor
+
+from lora_engine import ops, reference
+from lora_engine.testing import cu_seqlens
+
+EPS = 1e-5
+SCALING = 2.0
+BETAS = (0.9, 0.999)
+ADAMW: dict[str, Any] = {"lr": 1e-4, "eps": 1e-8, "weight_decay": 0.01}
+
+
+def _normal(
+    *shape: int, dtype: torch.dtype, device: torch.device, grad: bool = True, std: float = 1.0
+) -> Tensor:
+    return (std * torch.randn(shape, device=device)).to(dtype).requires_grad_(grad)
+
+
+@case
+def rms_norm(size: Size, dtype: torch.dtype, device: torch.device) -> Problem:
+    """Forward reads x and writes y; backward reads dy and x and writes dx (weight frozen)."""
+    hidden = size.model.hidden
+    x = _normal(size.tokens, hidden, dtype=dtype, device=device)
+    weight = _normal(hidden, dtype=dtype, device=device, grad=False)
+    row = x.nbytes
+    return Problem(
+        (x, weight),
+        ours=lambda x, w: ops.rms_norm(x, w, EPS),
+        eager=lambda x, w: F.rms_norm(x, (hidden,), w, EPS),
+        oracle=lambda x, w: reference.rms_norm(x, w, EPS),
+        forward=Work(2 * row),
+        both=Work(5 * row),
+    )
+
+
+@case
+def rope(size: Size, dtype: torch.dtype, device: torch.device) -> Problem:
+    """The rotation of the queries; forward and backward read and write them once each."""
+    heads, dim = size.model.heads, size.model.head_dim
+    x = _normal(size.tokens, heads, dim, dtype=dtype, device=device)
+    half = _normal(size.tokens, dim // 2, dtype=torch.float32, device=device, grad=False)
+    angles = torch.cat((half, half), dim=-1)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+
+    def eager(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        first, second = x.chunk(2, dim=-1)
+        return x * cos[:, None] + torch.cat((-second, first), dim=-1) * sin[:, None]
+
+    tables = cos.nbytes + sin.nbytes
+    return Problem(
+        (x, cos, sin),
+        ours=ops.rope,
+        eager=eager,
+        oracle=reference.rope,
+        forward=Work(2 * x.nbytes + tables),
+        both=Work(4 * x.nbytes + 2 * tables),
+    )
+
+
+@case
+def swiglu(size: Size, dtype: torch.dtype, device: torch.device) -> Problem:
+    """Forward reads gate, up, writes h; backward reads dh, gate, up and writes dgate, dup."""
+    shape = (size.tokens, size.model.intermediate)
+    gate, up = (_normal(*shape, dtype=dtype, device=device) for _ in range(2))
+    return Problem(
+        (gate, up),
+        ours=ops.swiglu,
+        eager=lambda gate, up: F.silu(gate) * up,
+        oracle=reference.swiglu,
+        forward=Work(3 * gate.nbytes),
+        both=Work(8 * gate.nbytes),
+    )
+
+
+@case
+def cross_entropy(size: Size, dtype: torch.dtype, device: torch.device) -> Problem:
+    """Forward reads the logits; with the backward pass their gradient is written as well."""
+    logits = _normal(size.targets, size.model.vocab, dtype=dtype, device=device)
+    target = torch.randint(size.model.vocab, (size.targets,), device=device)
+    return Problem(
+        (logits, target),
+        ours=ops.cross_entropy,
+        eager=lambda logits, t: F.cross_entropy(logits.float(), t, reduction="none"),
+        oracle=reference.cross_entropy,
+        forward=Work(logits.nbytes),
+        both=Work(2 * logits.nbytes),
+    )
+
+
+@case
+def linear_cross_entropy(size: Size, dtype: torch.dtype, device: torch.device) -> Problem:
+    """A frozen head: the logits' product, and dx's with the backward pass."""
+    rows, hidden_size, vocab = size.targets, size.model.hidden, size.model.vocab
+    hidden = _normal(rows, hidden_size, dtype=dtype, device=device)
+    weight = _normal(
+        vocab, hidden_size, dtype=dtype, device=device, grad=False, std=hidden_size**-0.5
+    )
+    target = torch.randint(vocab, (rows,), device=device)
+    forward, both = _matmul_work(linear_matmuls(rows, vocab, hidden_size))
+    return Problem(
+        (hidden, weight, target),
+        ours=lambda h, w, t: ops.linear_cross_entropy(h, w, t, reduction="none").loss,
+        eager=lambda h, w, t: F.cross_entropy(F.linear(h, w).float(), t, reduction="none"),
+        oracle=lambda h, w, t: reference.linear_cross_entropy(h, w, t)[0],
+        forward=forward,
+        both=both,
+    )
+
+
+@case
+def lora_linear(size: Size, dtype: torch.dtype, device: torch.device) -> Problem:
+    """q, k and v as one group. Useful work: the frozen products and LoRA's own."""
+    tokens, rank, hidden = size.tokens, size.rank, size.model.hidden
+    x = _normal(tokens, hidden, dtype=dtype, device=device)
+    weights, factors = [], []
+    for n, k in size.model.qkv:
+        weights.append(_normal(n, k, dtype=dtype, device=device, grad=False, std=k**-0.5))
+        factors.append(_normal(rank, k, dtype=torch.float32, device=device, std=k**-0.5))
+        factors.append(_normal(n, rank, dtype=torch.float32, device=device, std=0.02))
+    pairs = zip(factors[::2], factors[1::2], strict=True)
+    adapters = [ops.LoraFactors(a, b, SCALING) for a, b in pairs]
+    augmented = ops.AugmentedWeight(weights, adapters)
+
+    def plain(x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        count = len(weights)
+        pairs = zip(tensors[count::2], tensors[count + 1 :: 2], strict=True)
+        return tuple(
+            reference.lora_linear(x, w, a, b, SCALING)
+            for w, (a, b) in zip(tensors[:count], pairs, strict=True)
+        )
+
+    matmuls = [m for n, k in size.model.qkv for m in linear_matmuls(tokens, n, k)]
+    extra = sum(2 * tokens * rank * (n + k) for n, k in size.model.qkv)
+    forward, both = _matmul_work(matmuls, extra_forward=extra, extra_both=3 * extra)
+    return Problem(
+        (x, *weights, *factors),
+        ours=lambda x, *_: ops.lora_linear(x, augmented),
+        eager=plain,
+        oracle=plain,
+        forward=forward,
+        both=both,
+    )
+
+
+@case
+def attention(size: Size, dtype: torch.dtype, device: torch.device) -> Problem:
+    """Causal, packed. Useful work: the causal half of two products forward and four backward."""
+    heads, kv_heads, dim = size.model.heads, size.model.kv_heads, size.model.head_dim
+    q = _normal(size.tokens, heads, dim, dtype=dtype, device=device)
+    k, v = (_normal(size.tokens, kv_heads, dim, dtype=dtype, device=device) for _ in range(2))
+    bounds = cu_seqlens(size.lengths).to(device)
+
+    def eager(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        pieces = []
+        for parts in zip(*(x.split(size.lengths) for x in (q, k, v)), strict=True):
+            qs, ks, vs = (x.transpose(0, 1)[None] for x in parts)
+            out = F.scaled_dot_product_attention(qs, ks, vs, is_causal=True, enable_gqa=True)
+            pieces.append(out[0].transpose(0, 1))
+        return torch.cat(pieces)
+
+    products = sum(2 * heads * dim * n * (n + 1) // 2 for n in size.lengths)
+    mean = size.tokens // len(size.lengths)
+    alike = linear_matmuls(size.tokens * heads, mean, dim)
+    return Problem(
+        (q, k, v),
+        ours=lambda q, k, v: ops.attention(q, k, v, bounds),
+        eager=eager,
+        oracle=lambda q, k, v: reference.attention(q, k, v, bounds),
+        forward=Work(2 * products, alike),
+        both=Work(6 * products, alike),
+    )
+
+
+@case
+def adamw(size: Size, dtype: torch.dtype, device: torch.device) -> Problem:
+    """One step over all adapters of a layer times the layers; float32 whatever the dtype."""
+    model = size.model
+    count = model.layers * sum(size.rank * (n + k) for n, k in model.linears)
+    params, grads, exp_avg = (
+        _normal(count, dtype=torch.float32, device=device, grad=False) for _ in range(3)
+    )
+    exp_avg_sq = exp_avg.square()
+
+    def ours(*buffers: Tensor) -> tuple[Tensor, ...]:
+        ops.adamw_(*buffers, step=10, beta1=BETAS[0], beta2=BETAS[1], **ADAMW)
+        return buffers[0], buffers[2], buffers[3]
+
+    def eager(
+        params: Tensor, grads: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor
+    ) -> tuple[Tensor, ...]:
+        optimizer = torch.optim.AdamW([params], betas=BETAS, fused=True, **ADAMW)
+        state = {"step": torch.tensor(9.0), "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+        optimizer.state[params] = state
+        params.grad = grads
+        optimizer.step()
+        return params, exp_avg, exp_avg_sq
+
+    def oracle(*buffers: Tensor) -> tuple[Tensor, ...]:
+        reference.adamw_(*buffers, step=10, beta1=BETAS[0], beta2=BETAS[1], **ADAMW)
+        return buffers[0], buffers[2], buffers[3]
+
+    return Problem(
+        (params, grads, exp_avg, exp_avg_sq),
+        ours=ours,
+        eager=eager,
+        oracle=oracle,
+        forward=Work(7 * params.nbytes),
+        both=None,
+        in_place=True,
+    )
+
+
+def _matmul_work(
+    matmuls: Sequence[Matmul], *, extra_forward: int = 0, extra_both: int = 0
+) -> tuple[Work, Work]:
+    """Forward's work and both passes': the products, and operations besides them."""
+    forward = tuple(m for m in matmuls if m.transposed)
+    return (
+        Work(sum(m.flops for m in forward) + extra_forward, forward),
+        Work(sum(m.flops for m in matmuls) + extra_both, tuple(matmuls)),
+    )

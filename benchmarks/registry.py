@@ -1,0 +1,91 @@
+"""What a kernel benchmark consists of. The cases themselves are in cases.py.
+
+A case is named by its operation's stem and builds a `Problem` for a size and dtype: inputs, our
+function, the same in PyTorch as people write it, the oracle, and how much work there is to do.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from measure import Matmul
+from torch import Tensor
+from train_flops import ModelShape
+
+Function: TypeAlias = Callable[..., Tensor | tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one call cannot avoid: bytes moved, or floating-point operations.
+
+    amount: bytes, or operations with a multiply-add as two.
+    matmuls: None if memory bounds the case (the ceiling is then a copy of as many bytes), else
+        the products whose measured rate is the ceiling.
+    """
+
+    amount: int
+    matmuls: tuple[Matmul, ...] | None = None
+
+    @property
+    def unit(self) -> str:
+        return "GB/s" if self.matmuls is None else "GFLOP/s"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One case at one size.
+
+    inputs: leaf tensors, the functions' arguments; those that require a gradient get one.
+    ours, eager: the implementations; eager is what a PyTorch user writes, in the inputs' dtype.
+    oracle: the reference; it is called with float64 copies of the inputs.
+    forward, both: work of a forward pass without gradients, and with the backward pass; `both` is
+        None for an operation without a gradient.
+    in_place: the functions change their inputs.
+    """
+
+    inputs: tuple[Tensor, ...]
+    ours: Function
+    eager: Function
+    oracle: Function
+    forward: Work
+    both: Work | None
+    in_place: bool = False
+
+
+@dataclass(frozen=True)
+class Size:
+    """Sizes of a model and of the packed batch it sees."""
+
+    model: ModelShape
+    lengths: tuple[int, ...]
+    targets: int
+    rank: int = 16
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.lengths)
+
+
+Builder: TypeAlias = Callable[[Size, torch.dtype, torch.device], Problem]
+
+SIZES = {
+    "tiny": Size(ModelShape(2, 32, 48, 4, 2, 8, 97), (5, 1, 7), 4, rank=4),
+    "smollm2": Size(
+        ModelShape(30, 576, 1536, 9, 3, 64, 49152), (270, 87, 208, 85, 97, 90, 62, 246), 84
+    ),
+    "llama-8b": Size(ModelShape(32, 4096, 14336, 32, 8, 128, 128256), (512,) * 2, 128),
+}
+CASES: dict[str, Builder] = {}
+
+
+def case(builder: Builder) -> Builder:
+    """Register a builder under its function's name."""
+    CASES[builder.__name__] = builder
+    return builder
+
+
+def as_tuple(outputs: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The outputs of a `Function`, always as a tuple."""
+    return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)

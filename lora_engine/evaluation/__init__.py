@@ -1,0 +1,1 @@
+"""What a run achieved: samples of the model's writing, and the report."""

@@ -1,0 +1,166 @@
+"""What the model writes for held-out prompts, beside what it should have written."""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+BATCH_SIZE = 8
+PROMPT_TOKENS_OF_PLAIN_TEXT = 0.5
+
+
+class ExampleLike(Protocol):
+    """A tokenized example: `supervised[i]` says whether token i is learned from."""
+
+    @property
+    def input_ids(self) -> Sequence[int]: ...
+
+    @property
+    def supervised(self) -> Sequence[bool]: ...
+
+    @property
+    def origin(self) -> str: ...
+
+    @property
+    def truncated(self) -> bool: ...
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """The tokens before a held-out answer, and that answer. origin: where the record stands."""
+
+    input_ids: tuple[int, ...]
+    origin: str
+    text: str
+    reference: str
+
+
+def choose_prompts(examples: Sequence[ExampleLike], tokenizer: Any, count: int) -> list[Prompt]:
+    """`count` distinct prompts spread evenly over `examples`, whole ones before truncated ones.
+
+    Fewer if there are fewer.
+    """
+    chosen: dict[tuple[int, ...], Prompt] = {}
+    order = sorted(_spread(len(examples), count), key=lambda i: examples[i].truncated)
+    for index in order:
+        if len(chosen) == count:
+            break
+        prompt = split_example(examples[index], tokenizer)
+        if prompt is not None:
+            chosen.setdefault(prompt.input_ids, prompt)
+    return list(chosen.values())
+
+
+def split_example(example: ExampleLike, tokenizer: Any) -> Prompt | None:
+    """The example's last supervised run as reference, all before it as prompt.
+
+    An example that is supervised from its start (plain text) is cut in the middle. None if
+    nothing is left on one of the two sides.
+    """
+    ids, supervised = list(example.input_ids), list(example.supervised)
+    if True not in supervised:
+        return None
+    end = len(ids) - supervised[::-1].index(True)
+    start = end
+    while start > 0 and supervised[start - 1]:
+        start -= 1
+    if start <= 1:  # nothing, or only a begin-of-text token, stands before it
+        start = int(end * PROMPT_TOKENS_OF_PLAIN_TEXT)
+    prompt_ids, answer_ids = ids[:start], ids[start:end]
+    reference = tokenizer.decode(answer_ids, skip_special_tokens=True).strip()
+    if not prompt_ids or not reference:
+        return None
+    text = tokenizer.decode(prompt_ids, skip_special_tokens=True).strip()
+    return Prompt(tuple(prompt_ids), example.origin, text, reference)
+
+
+def differing_parts(prompts: Sequence[str]) -> list[str]:
+    """The prompts without the whole lines (or words) that all of them begin and end with."""
+    if len(set(prompts)) < 2:
+        return list(prompts)
+    start = _boundary(os.path.commonprefix(prompts))  # noqa: RUF071 (characters are meant)
+    rest = [prompt[start:] for prompt in prompts]
+    end = _boundary(os.path.commonprefix([text[::-1] for text in rest]))  # noqa: RUF071
+    return [text[: len(text) - end].strip("\n") for text in rest]
+
+
+def _boundary(shared: str) -> int:
+    """Length of `shared` up to its last line break, or else its last space, included."""
+    return (shared.rfind("\n") if "\n" in shared else shared.rfind(" ")) + 1
+
+
+def generate(
+    model: Any, tokenizer: Any, prompts: Sequence[Prompt], *, max_new_tokens: int
+) -> list[str]:
+    """The model's greedy continuation of every prompt, as text without special tokens.
+
+    model: a transformers (or PEFT) causal language model; each module's training mode is as
+    before afterwards, and no random number is drawn.
+    """
+    texts: list[str] = []
+    with _inference_mode(model):
+        for first in range(0, len(prompts), BATCH_SIZE):
+            batch = [list(p.input_ids) for p in prompts[first : first + BATCH_SIZE]]
+            texts += _generate_batch(model, tokenizer, batch, max_new_tokens)
+    return texts
+
+
+def _generate_batch(
+    model: Any, tokenizer: Any, batch: list[list[int]], max_new_tokens: int
+) -> list[str]:
+    from transformers import GenerationConfig
+
+    stop = _stop_tokens(model, tokenizer)
+    pad = tokenizer.pad_token_id
+    if pad is None:
+        pad = stop[0] if stop else 0
+    longest = max(map(len, batch))
+    input_ids = torch.tensor([[pad] * (longest - len(ids)) + ids for ids in batch])
+    attention_mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in batch])
+    output = model.generate(
+        input_ids=input_ids.to(model.device),
+        attention_mask=attention_mask.to(model.device),
+        generation_config=GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            pad_token_id=pad,
+            eos_token_id=stop or None,
+        ),
+    )
+    answers = [_until_stop(row, stop) for row in output[:, longest:].tolist()]
+    return [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers]
+
+
+def _stop_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """End-of-text tokens of the tokenizer and of the model's own generation settings."""
+    configured = getattr(model.generation_config, "eos_token_id", None)
+    candidates = configured if isinstance(configured, list) else [configured]
+    return list(dict.fromkeys(t for t in (tokenizer.eos_token_id, *candidates) if t is not None))
+
+
+def _until_stop(ids: list[int], stop: list[int]) -> list[int]:
+    end = next((i for i, token in enumerate(ids) if token in stop), len(ids))
+    return ids[:end]
+
+
+def _spread(length: int, count: int) -> list[int]:
+    """All indices below `length`, `count` evenly spaced ones first."""
+    first = [i * length // count for i in range(min(count, length))] if count else []
+    chosen = set(first)
+    return first + [i for i in range(length) if i not in chosen]
+
+
+@contextmanager
+def _inference_mode(model: torch.nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; afterwards every module is in the mode it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training

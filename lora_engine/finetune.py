@@ -1,0 +1,261 @@
+"""One fine-tuning run from configuration to report: what `lora-engine train` and `demo` do.
+
+The run's folder ends up with
+
+    config.yaml     the whole configuration; `train` it again with --resume to continue
+    metrics.jsonl   a line per step and per evaluation
+    checkpoints/    from which an interrupted run continues
+    adapter/        in PEFT's format (or the whole model, where all weights were trained)
+    summary.json    the result in numbers, the samples, the machine
+    report.html     the same for people
+"""
+
+import json
+import math
+import shlex
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from lora_engine.config import DataConfig, LoraConfig, RunConfig, dump_config
+from lora_engine.data import TokenizedDataset, prepare, read_records, split_heldout
+from lora_engine.data.inspect import DataReport, report
+from lora_engine.errors import UserError
+from lora_engine.evaluation.report import write_report
+from lora_engine.evaluation.samples import Prompt, choose_prompts, generate
+from lora_engine.files import write_text
+from lora_engine.machine import machine_facts
+from lora_engine.models.accelerate import accelerate, restore
+from lora_engine.models.load import load_model, load_tokenizer
+from lora_engine.training.checkpoint import CheckpointStore
+from lora_engine.training.trainer import Trainer, TrainResult
+
+SMOLLM2_NAME = "SmolLM2-135M-Instruct"
+
+
+class Observer(Protocol):
+    """Is told what a run is doing; its further methods are callbacks of the Trainer."""
+
+    def stage(self, text: str) -> None:
+        """Something that takes a while begins: "loading the model"."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """result: of the training loop. summary: what summary.json holds; None if interrupted."""
+
+    folder: Path
+    result: TrainResult
+    summary: dict[str, Any] | None
+
+
+def finetune(
+    config: RunConfig, *, resume: bool = False, observer: Observer | None = None
+) -> Outcome:
+    """Run `config` to its end, or until SIGINT or SIGTERM.
+
+    resume: continue the run in `config.train.output_dir` from its newest checkpoint.
+    Raises UserError for whatever in the configuration or the data cannot be used.
+    """
+    tell = observer.stage if observer else _ignore
+    folder = config.train.output_dir
+    _make_room(folder, resume=resume, overwrite=config.train.overwrite)
+    tell(f"loading {model_name(config)}")
+    model, tokenizer = load_model(
+        config.model.path, dtype=config.model.dtype, device=config.model.device
+    )
+    tell(f"reading {config.data.train}")
+    train_data, eval_data = prepare_data(config.data, tokenizer)
+    if config.lora is not None:
+        model = add_adapter(model, config.lora)
+    prompts = choose_prompts(eval_data, tokenizer, config.samples.count)
+    before = _samples_before(config, model, tokenizer, prompts, folder, tell)
+    coverage = None
+    if config.accelerate:
+        coverage = accelerate(model, strict=config.accelerate == "strict")
+    callbacks = () if observer is None else (observer,)
+    trainer = Trainer(model, tokenizer, train_data, eval_data, config.train, callbacks=callbacks)
+    write_text(folder / "config.yaml", dump_config(config))
+    tell(f"measuring {len(eval_data):,} held-out examples, then training")
+    result = trainer.fit(resume=resume)
+    if coverage is not None:
+        restore(model)
+    if result.stopped == "interrupted":
+        return Outcome(folder, result, None)
+    if prompts:
+        tell(f"writing {len(prompts)} samples")
+    after = generate(model, tokenizer, prompts, max_new_tokens=config.samples.max_new_tokens)
+    summary = {
+        **result.summary(),
+        "peak_memory_bytes": max(result.peak_memory_bytes, _earlier_peak(folder)),
+        "heldout_perplexity_before": _perplexity(result.heldout_loss_before),
+        "heldout_perplexity_after": _perplexity(result.heldout_loss_after),
+        **_description(config, model, train_data, eval_data),
+        "samples": [
+            {
+                "origin": p.origin,
+                "prompt": p.text,
+                "before": b,
+                "after": a,
+                "reference": p.reference,
+            }
+            for p, b, a in zip(prompts, before, after, strict=True)
+        ],
+        "coverage": str(coverage) if coverage is not None else None,
+        "config": config.model_dump(mode="json"),
+        "machine": machine_facts(),
+    }
+    write_text(folder / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+    write_report(folder)
+    return Outcome(folder, result, summary)
+
+
+def prepare_data(data: DataConfig, tokenizer: Any) -> tuple[TokenizedDataset, TokenizedDataset]:
+    """The training and the held-out examples that `data` describes."""
+    options: dict[str, Any] = {
+        "max_length": data.max_length,
+        "loss_on": data.loss_on,
+        "on_too_long": data.on_too_long,
+    }
+    if data.eval is not None:
+        train_data = prepare(data.train, tokenizer, split=data.split, **options)
+        eval_data = prepare(
+            data.eval, tokenizer, split=data.eval_split, limit=data.eval_limit, **options
+        )
+    else:
+        records = read_records(data.train, split=data.split)
+        training, heldout = split_heldout(records, data.eval_fraction, seed=data.seed)
+        train_data = prepare(training, tokenizer, **options)
+        eval_data = prepare(heldout, tokenizer, limit=data.eval_limit, **options)
+    return (
+        replace(train_data, name=f"{data.train}, training"),
+        replace(eval_data, name=f"{data.eval or data.train}, held out"),
+    )
+
+
+def examine_data(config: RunConfig) -> list[DataReport]:
+    """What is in the training and in the held-out data; reads the tokenizer, not the model."""
+    tokenizer = load_tokenizer(config.model.path)
+    train_data, eval_data = prepare_data(config.data, tokenizer)
+    return [report(train_data, tokenizer), report(eval_data, tokenizer, train=train_data)]
+
+
+def add_adapter(model: Any, lora: LoraConfig) -> Any:
+    """`model` in a PeftModel with a LoRA adapter as `lora` says, initialised from its seed."""
+    import peft
+
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules,
+        exclude_modules=lora.exclude_modules,
+        use_rslora=lora.rslora,
+        bias=lora.bias,
+        modules_to_save=lora.modules_to_save,
+    )
+    torch.manual_seed(lora.seed)
+    try:
+        return peft.get_peft_model(model, config)
+    except ValueError as error:  # names that match no module
+        raise UserError(f"lora.target_modules: {' '.join(str(error).split())}") from error
+
+
+def model_name(config: RunConfig) -> str:
+    """The model's name for people: the last part of its path or hub id."""
+    if config.model.path == "smollm2":
+        return SMOLLM2_NAME
+    return Path(config.model.path).name or config.model.path
+
+
+def how_to_resume(folder: Path) -> str:
+    """What to type to go on with the interrupted run in `folder`."""
+    if not has_checkpoint(folder):
+        return "there is no checkpoint yet, start again with the same command"
+    return f"continue with: lora-engine train {shlex.quote(str(folder / 'config.yaml'))} --resume"
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Whether a run in `folder` can be resumed."""
+    return CheckpointStore(folder / "checkpoints").latest() is not None
+
+
+def _make_room(folder: Path, *, resume: bool, overwrite: bool) -> None:
+    """Stop before any work if `folder` holds a run that is not to be touched.
+
+    The Trainer clears its own files; those of an earlier summary go here.
+    """
+    metrics = folder / "metrics.jsonl"
+    used = has_checkpoint(folder) or (metrics.is_file() and metrics.stat().st_size > 0)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: is a file, train.output_dir must be a folder")
+    if used and not resume and not overwrite:
+        raise UserError(
+            f"{folder}: already holds a run; continue it with --resume, give another "
+            "train.output_dir, or discard it with train.overwrite=true"
+        )
+    stale = ["summary.json", "report.html"] + ([] if resume else ["samples_before.json"])
+    for name in stale:
+        (folder / name).unlink(missing_ok=True)
+
+
+def _samples_before(
+    config: RunConfig,
+    model: Any,
+    tokenizer: Any,
+    prompts: list[Prompt],
+    folder: Path,
+    tell: Any,
+) -> list[str]:
+    """What the untrained model writes; kept in a file, so that a resumed run has it at once."""
+    path = folder / "samples_before.json"
+    asked = {
+        "max_new_tokens": config.samples.max_new_tokens,
+        "prompts": [list(prompt.input_ids) for prompt in prompts],
+    }
+    if path.is_file():
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        if kept["asked"] == asked:
+            return kept["texts"]
+    if prompts:
+        tell(f"writing {len(prompts)} samples before training")
+    texts = generate(model, tokenizer, prompts, max_new_tokens=config.samples.max_new_tokens)
+    write_text(path, json.dumps({"asked": asked, "texts": texts}))
+    return texts
+
+
+def _description(
+    config: RunConfig, model: Any, train_data: TokenizedDataset, eval_data: TokenizedDataset
+) -> dict[str, Any]:
+    """What was trained on what."""
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    return {
+        "model": model_name(config),
+        "method": f"LoRA of rank {config.lora.r}" if config.lora else "Full fine-tuning",
+        "device": next(model.parameters()).device.type,
+        "data": config.data.train,
+        "train_examples": len(train_data),
+        "eval_examples": len(eval_data),
+        "parameters": sum(size for size, _ in sizes),
+        "trainable_parameters": sum(size for size, trained in sizes if trained),
+        "finished": datetime.now().strftime("%Y-%m-%d %H:%M"),
+    }
+
+
+def _earlier_peak(folder: Path) -> int:
+    """The most memory a step took, in bytes, also in sittings before a resumption."""
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return max((json.loads(line).get("peak_memory_bytes", 0) for line in lines), default=0)
+
+
+def _perplexity(loss: float | None) -> float | None:
+    """exp(loss); None for no loss, or one too large for the exponential."""
+    return math.exp(loss) if loss is not None and loss < 700 else None
+
+
+def _ignore(text: str) -> None:
+    """Nobody watches."""

@@ -1,0 +1,1 @@
+"""The fine-tuning loop: configuration, schedule, flat optimiser, checkpoints, held-out loss."""

@@ -1,0 +1,137 @@
+"""What the training loop can be told: `TrainConfig`."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+# Changing these between a checkpoint and its resumption leaves every weight as it would have
+# been; changing any other field makes it another run.
+_FREE_ON_RESUME = frozenset(
+    {
+        "output_dir",
+        "overwrite",
+        "eval_every",
+        "early_stopping_patience",
+        "save_every",
+        "keep_checkpoints",
+        "final_weights",
+        "max_length",  # its effect, the tokens, is compared by itself
+    }
+)
+
+
+class TrainConfig(BaseModel):
+    """The training loop: how long, how fast, how often it measures and saves."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    output_dir: Path = Field(
+        Path("runs/train"),
+        description="Folder of the run: checkpoints/, adapter/ and metrics.jsonl.",
+    )
+    overwrite: bool = Field(
+        False,
+        description="Discard the run that output_dir already holds, if any, when not resuming.",
+    )
+
+    max_steps: int | None = Field(
+        None, ge=1, description="Number of optimiser steps; give this or epochs."
+    )
+    epochs: int | None = Field(
+        None,
+        ge=1,
+        description="Number of passes over the training data; one if max_steps is not given.",
+    )
+    tokens_per_batch: int = Field(
+        4096, ge=2, description="Tokens packed into one micro-batch, without padding."
+    )
+    gradient_accumulation_steps: int = Field(
+        1,
+        ge=1,
+        description="Micro-batches per optimiser step; their gradient is that of one large batch.",
+    )
+    max_length: int | None = Field(
+        None,
+        ge=2,
+        description="Longest example in tokens, for data that the Trainer tokenises itself.",
+    )
+
+    learning_rate: float = Field(2e-4, gt=0, lt=float("inf"), description="Peak learning rate.")
+    schedule: Literal["cosine", "linear", "constant"] = Field(
+        "cosine", description="Shape of the learning rate after the warm-up."
+    )
+    warmup_steps: int | None = Field(
+        None, ge=0, description="Steps of linear warm-up; give this or warmup_ratio."
+    )
+    warmup_ratio: float | None = Field(
+        None, ge=0, lt=1, description="Warm-up as a share of all steps; none if neither is given."
+    )
+    min_lr_ratio: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Share of the peak learning rate that cosine and linear end at.",
+    )
+
+    weight_decay: float = Field(
+        0.0, ge=0, lt=float("inf"), description="Decoupled weight decay, on all trained weights."
+    )
+    beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's decay rate of the gradient's mean.")
+    beta2: float = Field(
+        0.999, ge=0, lt=1, description="AdamW's decay rate of the squared gradient's mean."
+    )
+    eps: float = Field(1e-8, gt=0, lt=1, description="AdamW's term in the denominator.")
+    max_grad_norm: float | None = Field(
+        1.0,
+        gt=0,
+        description="Gradients with a larger global norm are scaled down to it; null never does.",
+    )
+
+    eval_every: int | None = Field(
+        None,
+        ge=1,
+        description="Steps between evaluations on held-out data; null evaluates first and last.",
+    )
+    early_stopping_patience: int | None = Field(
+        None,
+        ge=1,
+        description="Stop after this many evaluations in a row without a lower held-out loss.",
+    )
+    save_every: int | None = Field(
+        None,
+        ge=1,
+        description="Steps between checkpoints; null saves first, last and at the best.",
+    )
+    keep_checkpoints: int = Field(
+        2, ge=1, description="Newest checkpoints to keep; the best one is kept besides."
+    )
+    final_weights: Literal["best", "last"] = Field(
+        "best",
+        description="Which weights the run ends with: lowest held-out loss, or the last step's.",
+    )
+    seed: int = Field(
+        0, ge=0, lt=2**32, description="Seed of the order of the data and of dropout."
+    )
+
+    @model_validator(mode="after")
+    def _one_of_each_pair(self) -> "TrainConfig":
+        if self.max_steps is not None and self.epochs is not None:
+            raise ValueError("give either max_steps or epochs, not both")
+        if self.warmup_steps is not None and self.warmup_ratio is not None:
+            raise ValueError("give either warmup_steps or warmup_ratio, not both")
+        if (
+            self.max_steps is not None
+            and self.warmup_steps is not None
+            and self.warmup_steps >= self.max_steps
+        ):
+            raise ValueError(
+                f"warmup_steps {self.warmup_steps} must be less than max_steps {self.max_steps}"
+            )
+        if self.early_stopping_patience is not None and self.eval_every is None:
+            raise ValueError("early_stopping_patience needs eval_every")
+        return self
+
+    def trajectory(self) -> dict[str, object]:
+        """The fields that decide the weights, as JSON values; a resumed run must share them."""
+        return self.model_dump(mode="json", exclude=set(_FREE_ON_RESUME))

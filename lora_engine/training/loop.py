@@ -1,0 +1,175 @@
+"""The loop proper: step, measure, save, until there is a reason to stop."""
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import nn
+
+from lora_engine.data.batch import PackedBatch
+from lora_engine.training import random_state
+from lora_engine.training.config import TrainConfig
+from lora_engine.training.flat import FlatParameters
+from lora_engine.training.heldout import evaluate
+from lora_engine.training.metrics import MetricsLog, StepMetrics, peak_memory_bytes
+from lora_engine.training.nonfinite import NonFiniteError
+from lora_engine.training.optimizer import FlatAdamW
+from lora_engine.training.run_folder import RunFolder
+from lora_engine.training.schedule import Schedule
+from lora_engine.training.signals import Interrupted
+from lora_engine.training.state import Stopped, TrainState
+from lora_engine.training.step import TrainStep
+from lora_engine.training.stream import BatchStream
+
+logger = logging.getLogger(__name__)
+
+
+class TrainingLoop:
+    """One sitting of a run: from the beginning or a checkpoint to the end or an interruption.
+
+    notify: called as notify("on_step", metrics) or notify("on_eval", step, result).
+    check: called between micro-batches; raises Interrupted to end the run.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        flat: FlatParameters,
+        train_stream: BatchStream,
+        eval_stream: BatchStream | None,
+        config: TrainConfig,
+        schedule: Schedule,
+        folder: RunFolder,
+        *,
+        notify: Callable[..., None],
+        check: Callable[[], None],
+    ) -> None:
+        self._model = model
+        self._flat = flat
+        self._train_stream = train_stream
+        self._eval_stream = eval_stream
+        self._config = config
+        self._schedule = schedule
+        self._folder = folder
+        self._notify = notify
+        self._check = check
+        self._optimizer = FlatAdamW(flat, config)
+        self._step = TrainStep(model, self._optimizer)
+        self._saved_step: int | None = None
+        self._log: MetricsLog | None = None
+        self.state = TrainState()
+
+    def start(self, resume: bool) -> None:
+        """Prepare the folder; load the newest checkpoint if resuming, else seed everything."""
+        newest = self._folder.checkpoints.latest() if resume else None
+        metrics_bytes = 0
+        if newest is None:
+            self._folder.clear(self._config.overwrite, resume)
+            random_state.seed_all(self._config.seed)
+        else:
+            self.state, metrics_bytes = self._folder.load(newest, self._flat, self._optimizer)
+            self._saved_step = newest
+            logger.info("continuing from step %d", newest)
+        self._log = MetricsLog(self._folder.metrics, metrics_bytes)
+
+    def run(self) -> Stopped:
+        """Train until done. Whatever the reason to stop, the last good state is saved."""
+        try:
+            while True:
+                self._evaluate_if_due()
+                stopped = self._reason_to_stop()
+                if stopped or self._save_is_due():
+                    self._save()
+                if stopped:
+                    return stopped
+                self._one_step()
+        except Interrupted as signal_name:
+            logger.info("%s: saving step %d and ending", signal_name, self.state.step)
+            self._save()
+            return "interrupted"
+        except NonFiniteError as error:
+            error.checkpoint = self._save()
+            raise
+
+    def load_final_weights(self) -> None:
+        """Bring back the best weights, if configured and known."""
+        best, state = self._config.final_weights == "best", self.state
+        if best and state.best_step is not None and state.best_step != state.step:
+            weights = self._folder.checkpoints.tensors(state.best_step, "weights")
+            self._flat.load_named(self._flat.data, weights)
+            self._flat.publish()
+
+    def close(self) -> None:
+        if self._log is not None:
+            self._log.close()
+
+    def _one_step(self) -> None:
+        state = self.state
+        started = time.perf_counter()
+        step = state.step + 1
+        batches, position = self._train_stream.take(
+            state.position, self._config.gradient_accumulation_steps
+        )
+        learning_rate = self._schedule(step)
+        result = self._step(step, batches, learning_rate, self._check)
+        seconds = time.perf_counter() - started
+        state.step, state.position = step, position
+        state.train_tokens += result.tokens
+        state.train_seconds += seconds
+        metrics = StepMetrics(
+            step=step,
+            loss=result.loss,
+            learning_rate=learning_rate,
+            grad_norm=result.grad_norm,
+            tokens=result.tokens,
+            supervised_tokens=result.supervised_tokens,
+            tokens_per_second=result.tokens / seconds,
+            peak_memory_bytes=peak_memory_bytes(self._flat.device),
+        )
+        self._metrics_log.append_step(metrics)
+        self._notify("on_step", metrics)
+
+    def _evaluate_if_due(self) -> None:
+        state, every = self.state, self._config.eval_every
+        at_either_end = state.step in (0, self._schedule.total_steps)
+        due = at_either_end or (every is not None and state.step % every == 0)
+        if self._eval_stream is None or not due or state.latest_step == state.step:
+            return
+        result = evaluate(self._model, self._interruptible(self._eval_stream), step=state.step)
+        state.record_heldout(result)
+        self._metrics_log.append_heldout(state.step, result.loss, result.accuracy)
+        self._notify("on_eval", state.step, result)
+
+    def _interruptible(self, stream: BatchStream) -> Iterator[PackedBatch]:
+        for batch in stream.one_epoch():
+            self._check()
+            yield batch
+
+    def _reason_to_stop(self) -> Stopped | None:
+        patience = self._config.early_stopping_patience
+        if self.state.step >= self._schedule.total_steps:
+            return "finished"
+        if patience is not None and self.state.evals_since_best >= patience:
+            return "early_stopping"
+        return None
+
+    def _save_is_due(self) -> bool:
+        step, every = self.state.step, self._config.save_every
+        scheduled = every is not None and step % every == 0
+        return scheduled or step == 0 or step == self.state.best_step
+
+    def _save(self) -> Any:
+        """Checkpoint the current step unless that is on disk already; returns its folder."""
+        step, checkpoints = self.state.step, self._folder.checkpoints
+        if self._saved_step != step:
+            self._folder.save(self._flat, self._optimizer, self.state, self._metrics_log.sync())
+            self._saved_step = step
+            best = self.state.best_step
+            checkpoints.prune(self._config.keep_checkpoints, () if best is None else (best,))
+        return checkpoints.path(step)
+
+    @property
+    def _metrics_log(self) -> MetricsLog:
+        assert self._log is not None, "start() comes first"
+        return self._log

@@ -1,0 +1,84 @@
+"""What is measured while training, and the file it goes to."""
+
+import json
+import os
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """One optimiser step, one line of metrics.jsonl.
+
+    loss: mean over the step's supervised tokens, in nats.
+    grad_norm: before clipping.
+    tokens, supervised_tokens: real tokens of this step; there is no padding to count.
+    tokens_per_second: tokens over the step's wall time, evaluation and checkpoints excluded.
+    peak_memory_bytes: see `peak_memory_bytes`.
+    """
+
+    step: int
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    tokens: int
+    supervised_tokens: int
+    tokens_per_second: float
+    peak_memory_bytes: int
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """On a GPU, torch's peak allocation since fit began; else the process's peak resident size."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return _peak_resident_bytes()
+
+
+def _peak_resident_bytes() -> int:
+    status = Path("/proc/self/status")
+    if status.exists():  # ru_maxrss would start from the parent's size at the time of the fork
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+class MetricsLog:
+    """metrics.jsonl: one JSON object per line, handed to the system line by line.
+
+    Lines of steps have the fields of StepMetrics; those of evaluations have step, heldout_loss
+    and heldout_accuracy.
+    """
+
+    def __init__(self, path: Path, size: int) -> None:
+        """Opens `path`, cut back to its first `size` bytes (and to whole lines)."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        with path.open("rb+") as file:
+            kept = file.read(size)
+            file.truncate(kept.rfind(b"\n") + 1)
+        self._file = path.open("ab", buffering=0)
+
+    def append_step(self, metrics: StepMetrics) -> None:
+        self._append(asdict(metrics))
+
+    def append_heldout(self, step: int, loss: float, accuracy: float) -> None:
+        self._append({"step": step, "heldout_loss": loss, "heldout_accuracy": accuracy})
+
+    def sync(self) -> int:
+        """Flush to the disk; returns the file's size in bytes."""
+        os.fsync(self._file.fileno())
+        return os.fstat(self._file.fileno()).st_size
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _append(self, line: dict[str, Any]) -> None:
+        self._file.write(json.dumps(line, allow_nan=False).encode() + b"\n")

@@ -1,0 +1,105 @@
+"""Where a NaN or an infinity came from."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_engine.data.batch import PackedBatch
+from lora_engine.errors import UserError
+from lora_engine.training.flat import FlatParameters
+from lora_engine.training.objective import supervised_loss
+
+_SHOWN_SAMPLES = 8
+
+
+class NonFiniteError(UserError):
+    """A loss or gradient was NaN or infinite; the step was not applied.
+
+    step: the optimiser step that failed, or None outside training.
+    origins: of the samples it was computed from ("file:line").
+    layer: the first module or parameter found non-finite, or None.
+    checkpoint: folder of the last good state, once written.
+    """
+
+    def __init__(
+        self, what: str, step: int | None, origins: Sequence[str], layer: str | None
+    ) -> None:
+        super().__init__(what, step, origins, layer)
+        self.what = what
+        self.step = step
+        self.origins = tuple(origins)
+        self.layer = layer
+        self.checkpoint: Path | None = None
+
+    def __str__(self) -> str:
+        where = "" if self.step is None else f"step {self.step}: "
+        samples = ", ".join(self.origins[:_SHOWN_SAMPLES])
+        if len(self.origins) > _SHOWN_SAMPLES:
+            samples += f" and {len(self.origins) - _SHOWN_SAMPLES} more"
+        parts = [f"{where}{self.what}"]
+        if self.layer is not None:
+            parts.append(f"first bad layer {self.layer}")
+        parts.append(f"samples {samples}")
+        if self.checkpoint is not None:
+            parts.append(f"the last good state is in {self.checkpoint}")
+        parts.append("look at these samples, or lower the learning rate")
+        return "; ".join(parts)
+
+
+def first_nonfinite_layer(model: nn.Module, batch: PackedBatch) -> str | None:
+    """Name of the first module, in order of execution, whose output is not finite.
+
+    Runs one forward pass. "output head" if the hidden states are finite and the loss is not;
+    None if all is finite. Modules that a fused kernel runs without calling them are seen through
+    the module around them.
+    """
+    found: list[str] = []
+
+    def hook(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def look(module: nn.Module, args: Any, output: Any) -> None:
+            if not found and not _is_finite(output):
+                found.append(name + _bad_weight(module))
+
+        return look
+
+    handles = [m.register_forward_hook(hook(name)) for name, m in model.named_modules() if name]
+    try:
+        with torch.no_grad():
+            loss = supervised_loss(model, batch).loss
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not found and not _is_finite(loss):
+        return "output head"
+    return found[0] if found else None
+
+
+def last_nonfinite_gradient(flat: FlatParameters) -> str | None:
+    """Name of the last parameter, in the model's order, whose gradient is not finite.
+
+    Backpropagation runs in the opposite order, so this is where it first went wrong.
+    """
+    for entry in reversed(flat.entries):
+        if not _is_finite(entry.view(flat.grad)):
+            return entry.name
+    return None
+
+
+def _is_finite(value: Any) -> bool:
+    if isinstance(value, torch.Tensor):
+        return not value.is_floating_point() or bool(torch.isfinite(value).all())
+    if isinstance(value, dict):
+        return all(_is_finite(item) for item in value.values())
+    if isinstance(value, (list, tuple)):
+        return all(_is_finite(item) for item in value)
+    return True
+
+
+def _bad_weight(module: nn.Module) -> str:
+    for name, parameter in module.named_parameters():
+        if not _is_finite(parameter.detach()):
+            return f" (its {name} is not finite)"
+    return ""

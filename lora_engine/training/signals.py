@@ -1,0 +1,55 @@
+"""Ctrl-C and SIGTERM as a request to end at the next safe point."""
+
+import signal
+import threading
+from types import FrameType, TracebackType
+from typing import Any
+
+
+class Interrupted(Exception):
+    """Raised at a safe point after a signal; never leaves the training loop."""
+
+
+class InterruptGuard:
+    """While active, the first SIGINT or SIGTERM sets `requested` instead of ending the process.
+
+    From then on the handlers from before are back, so a second signal acts at once as it would
+    have without the guard. Signals that the process ignores stay ignored. Outside the main
+    thread, where Python allows no handlers, it does nothing.
+    """
+
+    def __init__(self) -> None:
+        self.requested: signal.Signals | None = None
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def check(self) -> None:
+        """Raises Interrupted if a signal came."""
+        if self.requested is not None:
+            raise Interrupted(self.requested.name)
+
+    def __enter__(self) -> "InterruptGuard":
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                previous = signal.getsignal(number)
+                # None: installed by C code, and not to be had back through Python.
+                if previous not in (signal.SIG_IGN, None):
+                    self._previous[number] = previous
+                    signal.signal(number, self._handle)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._restore()
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.requested = signal.Signals(number)
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, previous in self._previous.items():
+            signal.signal(number, previous)
+        self._previous.clear()

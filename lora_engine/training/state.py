@@ -1,0 +1,85 @@
+"""Where a training run stands: everything a checkpoint's JSON remembers, and the result."""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from lora_engine.training.heldout import HeldoutResult
+
+Stopped = Literal["finished", "early_stopping", "interrupted"]
+
+
+class Position(NamedTuple):
+    """The next micro-batch: its epoch, and its index in that epoch's order."""
+
+    epoch: int = 0
+    batch_index: int = 0
+
+
+@dataclass
+class TrainState:
+    """step: optimiser steps done. before, latest, best: held-out results at step 0, at
+    latest_step and at best_step. evals_since_best: evaluations in a row without a new best."""
+
+    step: int = 0
+    position: Position = field(default_factory=Position)
+    train_tokens: int = 0
+    train_seconds: float = 0.0
+    before: HeldoutResult | None = None
+    latest: HeldoutResult | None = None
+    latest_step: int | None = None
+    best: HeldoutResult | None = None
+    best_step: int | None = None
+    evals_since_best: int = 0
+
+    def record_heldout(self, result: HeldoutResult) -> None:
+        """Note the result of evaluating the weights of the current step."""
+        self.latest, self.latest_step = result, self.step
+        if self.step == 0:
+            self.before = result
+        if self.best is None or result.loss < self.best.loss:
+            self.best, self.best_step = result, self.step
+            self.evals_since_best = 0
+        else:
+            self.evals_since_best += 1
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "TrainState":
+        results = {
+            name: HeldoutResult(**values[name]) if values[name] else None
+            for name in ("before", "latest", "best")
+        }
+        return cls(**{**values, **results, "position": Position(*values["position"])})
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run came to.
+
+    train_tokens, train_seconds: real tokens in all steps, and the steps' wall time, without
+        evaluation and checkpoints; of earlier sittings too if the run was resumed.
+    heldout_*_before: before the first step. heldout_*_after: of the weights the run ends with.
+        None without held-out data, and after an interruption that left them unmeasured.
+    best_step: the step with the lowest held-out loss.
+    stopped: why it ended. checkpoint_dir: the newest checkpoint.
+    """
+
+    steps: int
+    train_tokens: int
+    train_seconds: float
+    tokens_per_second: float
+    peak_memory_bytes: int
+    heldout_loss_before: float | None
+    heldout_loss_after: float | None
+    heldout_accuracy_before: float | None
+    heldout_accuracy_after: float | None
+    best_step: int | None
+    stopped: Stopped
+    checkpoint_dir: Path
+
+    def summary(self) -> dict[str, Any]:
+        """The values as JSON, for summary.json."""
+        return {**asdict(self), "checkpoint_dir": str(self.checkpoint_dir)}

@@ -1,0 +1,73 @@
+"""The endless, or epoch-limited, sequence of micro-batches; any position can be returned to."""
+
+import hashlib
+from array import array
+from collections.abc import Iterator, Sequence
+
+from lora_engine.data.batch import PackedBatch, collate
+from lora_engine.data.render import Example
+from lora_engine.data.sampler import PackedSampler
+from lora_engine.training.state import Position
+
+
+class BatchStream:
+    """Micro-batches of packed examples, epoch after epoch, each epoch in its own order.
+
+    Holds no position: `take` is a function of where it is asked to start.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        tokens_per_batch: int,
+        *,
+        seed: int = 0,
+        shuffle: bool = True,
+        epochs: int | None = None,
+    ) -> None:
+        """epochs: where the stream ends; None never ends."""
+        self._examples = examples
+        self._epochs = epochs
+        self._sampler = PackedSampler(
+            [len(example) for example in examples],
+            tokens_per_batch,
+            seed=seed,
+            shuffle=shuffle,
+        )
+
+    def take(self, start: Position, count: int) -> tuple[list[PackedBatch], Position]:
+        """`count` micro-batches from `start` on (fewer at the end), and the position after."""
+        batches: list[PackedBatch] = []
+        position = start
+        while len(batches) < count:
+            plan = self._sampler.epoch_batches(position.epoch)
+            if position.batch_index >= len(plan):
+                position = Position(position.epoch + 1, 0)
+                if self._epochs is not None and position.epoch >= self._epochs:
+                    break
+                continue
+            batches.append(self._collate(plan[position.batch_index]))
+            position = position._replace(batch_index=position.batch_index + 1)
+        return batches, position
+
+    def one_epoch(self) -> Iterator[PackedBatch]:
+        """The micro-batches of the first epoch."""
+        for indices in self._sampler.epoch_batches(0):
+            yield self._collate(indices)
+
+    def count(self, epochs: int) -> int:
+        """Number of micro-batches in the first `epochs` epochs; packing may vary per epoch."""
+        return sum(self._sampler.num_batches(epoch) for epoch in range(epochs))
+
+    def _collate(self, indices: Sequence[int]) -> PackedBatch:
+        return collate([self._examples[index] for index in indices])
+
+
+def fingerprint(examples: Sequence[Example]) -> str:
+    """SHA-256 of all token ids and of which are supervised."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(len(example).to_bytes(8, "little"))
+        digest.update(array("q", example.input_ids).tobytes())
+        digest.update(bytes(example.supervised))
+    return digest.hexdigest()

@@ -1,0 +1,235 @@
+"""A whole run on a tiny model: its files, its numbers, and how it goes on after a break."""
+
+import json
+import signal
+
+import peft
+import pytest
+import torch
+from rich.console import Console
+from tiny_model import save_tiny_model
+from transformers import AutoModelForCausalLM
+
+from lora_engine.config import load_config
+from lora_engine.errors import UserError
+from lora_engine.finetune import finetune, how_to_resume
+from lora_engine.progress import ConsoleProgress, render_outcome
+
+REQUIRED = {
+    "heldout_loss_before",
+    "heldout_loss_after",
+    "heldout_accuracy_before",
+    "heldout_accuracy_after",
+    "train_tokens",
+    "train_seconds",
+    "tokens_per_second",
+    "peak_memory_bytes",
+    "samples",
+}
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory):
+    return save_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture
+def settings(tmp_path, tiny_model, monkeypatch):
+    """A folder with the data and the config, run.yaml, of a run of four steps."""
+    torch.set_num_threads(1)  # on a busy machine, threads that wait for each other take minutes
+    monkeypatch.chdir(tmp_path)
+    rows = [
+        {"messages": [{"role": "user", "content": f"double {i}"},
+                      {"role": "assistant", "content": f"{i} {i}"}]}
+        for i in range(60)
+    ]  # fmt: skip
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "run.yaml").write_text(
+        f"model: {{path: {tiny_model}, dtype: float32, device: cpu}}\n"
+        "data: {train: rows.jsonl, eval_fraction: 0.2}\n"
+        "lora: {r: 4, alpha: 8}\n"
+        "train: {output_dir: out, max_steps: 4, tokens_per_batch: 128, learning_rate: 0.01,\n"
+        "        eval_every: 2, save_every: 1}\n"
+        "samples: {count: 3, max_new_tokens: 5}\n"
+    )
+    return tmp_path
+
+
+def run(*overrides, resume=False, observer=None):
+    return finetune(load_config("run.yaml", overrides), resume=resume, observer=observer)
+
+
+def read_metrics(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if "loss" in line]
+
+
+class Recorder:
+    """An observer that remembers, and can do something at a step."""
+
+    def __init__(self, at_step=None, action=None):
+        self.stages, self.steps, self.evals = [], [], []
+        self.at_step, self.action = at_step, action
+
+    def stage(self, text):
+        self.stages.append(text)
+
+    def on_step(self, metrics):
+        self.steps.append(metrics.step)
+        if metrics.step == self.at_step:
+            self.action()
+
+    def on_eval(self, step, result):
+        self.evals.append(step)
+
+
+def interrupt():
+    signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("accelerate", ["true", "false"])
+def test_run_leaves_its_files_and_learns(settings, accelerate):
+    observer = Recorder()
+    outcome = run(f"accelerate={accelerate}", "train.max_steps=8", observer=observer)
+    folder = settings / "out"
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary == outcome.summary
+    assert set(summary) >= REQUIRED
+    assert summary["heldout_loss_after"] < summary["heldout_loss_before"]
+    assert summary["train_tokens"] == sum(row["tokens"] for row in read_metrics(folder))
+    assert (summary["train_examples"], summary["eval_examples"]) == (48, 12)
+    assert [set(sample) for sample in summary["samples"]] == 3 * [
+        {"origin", "prompt", "before", "after", "reference"}
+    ]
+    assert all(sample["origin"].startswith("rows.jsonl:") for sample in summary["samples"])
+    assert observer.steps == list(range(1, 9))
+    assert observer.evals == [0, 2, 4, 6, 8]
+    assert "rows.jsonl" in (folder / "report.html").read_text()
+    assert load_config(folder / "config.yaml") == load_config(
+        "run.yaml", [f"accelerate={accelerate}", "train.max_steps=8"]
+    )
+    assert (summary["coverage"] is not None) == (accelerate == "true")
+
+
+def test_adapter_gives_peft_the_same_answers(settings, tiny_model):
+    summary = run("train.final_weights=last").summary
+    base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    model = peft.PeftModel.from_pretrained(base, settings / "out/adapter")
+    from transformers import AutoTokenizer
+
+    from lora_engine.evaluation.samples import choose_prompts, generate
+    from lora_engine.finetune import prepare_data
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    _, heldout = prepare_data(load_config("run.yaml").data, tokenizer)
+    prompts = choose_prompts(heldout, tokenizer, 3)
+    texts = generate(model, tokenizer, prompts, max_new_tokens=5)
+    assert texts == [sample["after"] for sample in summary["samples"]]
+    with model.disable_adapter():
+        texts = generate(model, tokenizer, prompts, max_new_tokens=5)
+    assert texts == [sample["before"] for sample in summary["samples"]]
+
+
+def test_interrupted_and_resumed_is_the_same_run(settings):
+    whole = run("train.output_dir=whole")
+    stopped = run(observer=Recorder(at_step=2, action=interrupt))
+    assert stopped.result.stopped == "interrupted"
+    assert stopped.summary is None
+    assert not (settings / "out/summary.json").exists()
+    assert how_to_resume(stopped.folder) == (
+        "continue with: lora-engine train out/config.yaml --resume"
+    )
+    observer = Recorder()
+    resumed = finetune(load_config("out/config.yaml"), resume=True, observer=observer)
+    assert observer.steps == [3, 4]
+    assert not any("before training" in stage for stage in observer.stages)
+    for key in ("samples", "heldout_loss_before", "heldout_loss_after", "train_tokens"):
+        assert resumed.summary[key] == whole.summary[key], key
+    peaks = [row["peak_memory_bytes"] for row in read_metrics(settings / "out")]
+    assert resumed.summary["peak_memory_bytes"] >= max(peaks)
+    losses = [[row["loss"] for row in read_metrics(settings / name)] for name in ("whole", "out")]
+    assert losses[0] == losses[1]
+
+
+def test_used_folder_is_not_touched_without_being_told(settings):
+    run()
+    before = {path: path.read_bytes() for path in (settings / "out").glob("*.*")}
+    with pytest.raises(UserError, match="out: already holds a run; continue it with --resume"):
+        run()
+    assert {path: path.read_bytes() for path in (settings / "out").glob("*.*")} == before
+    run("train.overwrite=true", "train.max_steps=3")
+    assert len(read_metrics(settings / "out")) == 3
+
+
+def test_changed_prompts_are_sampled_anew_on_resume(settings):
+    run(observer=Recorder(at_step=2, action=interrupt))
+    summary = run("samples.count=2", resume=True).summary
+    assert len(summary["samples"]) == 2
+
+
+def test_full_fine_tuning(settings):
+    outcome = run("lora=null", "samples.count=0", "train.max_steps=2")
+    assert outcome.summary["parameters"] == outcome.summary["trainable_parameters"]
+    assert outcome.summary["samples"] == []
+    AutoModelForCausalLM.from_pretrained(settings / "out/adapter")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("lora.target_modules=[q_prj]", "lora.target_modules: .*q_prj"),
+        ("data.train=row.jsonl", "row.jsonl: no such file; did you mean rows.jsonl?"),
+        ("model.path=./gone", "./gone: no such model folder or file"),
+        ("train.output_dir=rows.jsonl", "rows.jsonl: is a file, train.output_dir must be a folder"),
+    ],
+)
+def test_mistake_stops_before_training(settings, override, message):
+    with pytest.raises(UserError, match=message):
+        run(override)
+    assert not (settings / "out").exists()
+
+
+def console_text(terminal):
+    return Console(record=True, force_terminal=terminal, width=100, file=_Nowhere())
+
+
+class _Nowhere:
+    encoding = "utf-8"
+
+    def write(self, text):
+        return len(text)
+
+    def flush(self):
+        return None
+
+    def isatty(self):
+        return False
+
+
+def test_plain_progress_is_lines_with_loss_and_speed(settings):
+    console = console_text(terminal=False)
+    outcome = run(observer=ConsoleProgress(console))
+    console.print(render_outcome(outcome))
+    text = console.export_text()
+    for step in range(1, 5):
+        [line] = [line for line in text.splitlines() if line.startswith(f"step {step}/4")]
+        assert "loss " in line and "held-out " in line and "tokens/s" in line
+        assert ("left" in line) == (step < 4)
+    assert "step 0: held-out loss" in text
+    assert "out/report.html" in text
+    for name in ("before", "after", "reference"):
+        assert text.count(f" {name} ") >= 3
+
+
+def test_terminal_progress_is_a_bar_that_is_gone_after_an_error(settings):
+    console = console_text(terminal=True)
+    progress = ConsoleProgress(console)
+    with pytest.raises(ZeroDivisionError):
+        progress.on_start(type("T", (), {"total_steps": 4, "state": type("S", (), {"step": 0})}))
+        try:
+            _ = 1 / 0
+        finally:
+            progress.close()
+    assert console._live_stack == []
+    run(observer=ConsoleProgress(console))
+    assert "4/4" in console.export_text()

@@ -1,0 +1,215 @@
+"""Configuration files: what is accepted, and the one line that says what is not."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lora_engine.config import (
+    RunConfig,
+    dump_config,
+    load_config,
+    shipped_configs,
+)
+from lora_engine.config_reference import reference_page
+from lora_engine.errors import UserError
+
+BASE = "model: {path: tiny}\ndata: {train: train.jsonl}\n"
+
+
+@pytest.fixture(autouse=True)
+def in_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def load(text=BASE, *overrides):
+    Path("run.yaml").write_text(text, encoding="utf-8")
+    return load_config("run.yaml", overrides)
+
+
+def test_file_and_overrides():
+    config = load(BASE + "train: {max_steps: 3, seed: 4}\n", "train.max_steps=20", "lora.r=8")
+    assert (config.train.max_steps, config.train.seed) == (20, 4)
+    assert config.lora is not None and config.lora.r == 8
+    assert config.model.path == "tiny"
+
+
+def test_override_values_are_yaml():
+    config = load(
+        BASE, "lora.target_modules=[q_proj, v_proj]", "train.learning_rate=5e-4", "data.split="
+    )
+    assert config.lora is not None and config.lora.target_modules == ["q_proj", "v_proj"]
+    assert config.train.learning_rate == 5e-4
+    assert config.data.split is None
+
+
+def test_null_lora_is_full_fine_tuning_and_can_be_given_back():
+    assert load(BASE + "lora: null\n").lora is None
+    restored = load(BASE + "lora: null\n", "lora.r=2").lora
+    assert restored is not None and restored.r == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "message"),
+    [
+        (
+            BASE + "train:\n  max_stepz: 3\n",
+            [],
+            "run.yaml:4: train.max_stepz: unknown key; did you mean train.max_steps?",
+        ),
+        (
+            BASE + "learning_rate: 3\n",
+            [],
+            "run.yaml:3: learning_rate: unknown key; did you mean train.learning_rate?",
+        ),
+        (
+            BASE + "train: {max_steps: many}\n",
+            [],
+            "run.yaml:3: train.max_steps: expected a whole number ≥ 1 or null, got 'many'",
+        ),
+        (
+            BASE,
+            ["train.schedule=cosin"],
+            "command line: train.schedule: expected cosine or linear or constant, "
+            "got 'cosin'; did you mean cosine?",
+        ),
+        (
+            BASE,
+            ["lora.target_modules=[a, 3]"],
+            "command line: lora.target_modules: expected text or a list of text, got ['a', 3]",
+        ),
+        (
+            BASE,
+            ["samples.counts=1"],
+            "command line: samples.counts: unknown key; did you mean samples.count?",
+        ),
+        (
+            BASE,
+            ["samples.zzz=1"],
+            "command line: samples.zzz: unknown key; samples takes count, max_new_tokens",
+        ),
+        (
+            BASE,
+            ["lora.dropout=1.5", "lora.r=x"],
+            "command line: lora.r: expected a whole number ≥ 1, got 'x' (1 more after this one)",
+        ),
+        (
+            BASE + "train: {max_grad_norm: off}\n",
+            [],
+            "run.yaml:3: train.max_grad_norm: expected a number > 0 or null, got False",
+        ),
+        (BASE, ["lora.r=true"], "command line: lora.r: expected a whole number ≥ 1, got True"),
+        (BASE, ["model.path=12"], "command line: model.path: expected text, got 12"),
+        (
+            BASE,
+            ["train.warmup_steps=5", "train.warmup_ratio=0.1"],
+            "run.yaml: train: give either warmup_steps or warmup_ratio, not both",
+        ),
+        (
+            BASE,
+            ["data.eval=a.jsonl", "data.eval_fraction=0.1"],
+            "run.yaml:2: data: give either eval or eval_fraction, not both",
+        ),
+        (BASE, ["train.max_length=9"], "run.yaml: train.max_length: give data.max_length instead"),
+        (
+            "model: {path: tiny}\n",
+            [],
+            "run.yaml: data: is required, expected a section of keys",
+        ),
+        (
+            "model: {path: tiny}\ndata: {split: train}\n",
+            [],
+            "run.yaml:2: data.train: is required, expected text",
+        ),
+        (
+            BASE + "model: {path: other}\n",
+            [],
+            "run.yaml:3: model: given twice, first in line 1",
+        ),
+        (
+            BASE + "lora: {r: 8\n",
+            [],
+            "run.yaml:4: is not valid YAML: expected ',' or '}', but got '<stream end>'",
+        ),
+        ("", [], "run.yaml: is empty; it needs at least model.path and data.train"),
+        (
+            "- a\n",
+            [],
+            "run.yaml: expected sections such as 'model:' and 'data:' at the top",
+        ),
+        (
+            BASE,
+            ["max_steps"],
+            "command line: 'max_steps': expected key=value, e.g. train.max_steps=20",
+        ),
+        (
+            BASE,
+            ["data.train.split=x"],
+            "command line: data.train.split: data.train is a value, it has no keys",
+        ),
+        (BASE, ["train=5"], "command line: train: expected a section of keys, got 5"),
+        (BASE, ["lora.r=[1"], "command line: lora.r: '[1' is not a valid YAML value"),
+    ],
+    ids=lambda value: value[:60] if isinstance(value, str) and ":" in value[:20] else None,
+)
+def test_mistake_is_one_exact_line(text, overrides, message):
+    with pytest.raises(UserError) as caught:
+        load(text, *overrides)
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("demoo", "demoo: no such config file; did you mean demo, which is shipped?"),
+        ("ran.yaml", "ran.yaml: no such config file; did you mean run.yaml?"),
+        ("zzz", "zzz: no such config file; shipped configs: demo"),
+        ("folder", "folder: is a folder, expected a YAML file"),
+        ("binary.yaml", "binary.yaml: is not UTF-8 text, expected a YAML file"),
+    ],
+)
+def test_missing_or_unreadable_file(name, message):
+    Path("run.yaml").write_text(BASE)
+    Path("folder").mkdir()
+    Path("binary.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError) as caught:
+        load_config(name)
+    assert str(caught.value) == message
+
+
+def test_config_is_frozen():
+    with pytest.raises(ValueError, match="frozen"):
+        load().model.path = "other"
+
+
+def test_dump_reads_back_to_the_same():
+    config = load(BASE, "train.output_dir=runs/a b", "lora=null", "accelerate=strict")
+    Path("again.yaml").write_text(dump_config(config), encoding="utf-8")
+    assert load_config("again.yaml") == config
+
+
+@pytest.mark.parametrize("name", shipped_configs())
+def test_shipped_config_is_valid_and_named_by_its_stem(name):
+    assert isinstance(load_config(name), RunConfig)
+
+
+def test_file_in_the_folder_wins_over_a_shipped_name():
+    Path("demo").write_text(BASE)
+    assert load_config("demo").model.path == "tiny"
+
+
+def test_reference_is_current():
+    page = Path(__file__).parents[1] / "docs/configuration.md"
+    assert page.read_text(encoding="utf-8") == reference_page(), (
+        "docs/configuration.md is out of date: "
+        "python -m lora_engine.config_reference > docs/configuration.md"
+    )
+
+
+def test_reference_describes_every_key():
+    page = reference_page()
+    config = RunConfig.model_validate(yaml.safe_load(BASE)).model_dump()
+    for section, values in config.items():
+        for key in values if isinstance(values, dict) else ():
+            row = next(line for line in page.splitlines() if f"`{section}.{key}`" in line)
+            assert not row.endswith("|  |"), f"{section}.{key} has no description"

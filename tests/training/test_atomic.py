@@ -1,0 +1,45 @@
+import pytest
+
+from lora_engine.training.atomic import new_folder, remove_folder, remove_leftovers
+
+
+def test_folder_appears_whole(tmp_path):
+    with new_folder(tmp_path / "deep" / "target") as folder:
+        (folder / "sub").mkdir()
+        (folder / "sub" / "file").write_text("x")
+        assert not (tmp_path / "deep" / "target").exists()
+    assert (tmp_path / "deep" / "target" / "sub" / "file").read_text() == "x"
+    assert [p.name for p in (tmp_path / "deep").iterdir()] == ["target"]
+
+
+def test_replaces_what_was_there(tmp_path):
+    for text in ("old", "new"):
+        with new_folder(tmp_path / "target") as folder:
+            (folder / text).write_text(text)
+    assert [p.name for p in (tmp_path / "target").iterdir()] == ["new"]
+
+
+def test_failure_leaves_the_old_one(tmp_path):
+    with new_folder(tmp_path / "target") as folder:
+        (folder / "file").write_text("old")
+    with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / "target") as folder:
+        (folder / "file").write_text("new")
+        raise KeyboardInterrupt
+    assert (tmp_path / "target" / "file").read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["target"]
+
+
+def test_leftovers_of_killed_processes_go(tmp_path):
+    for name in (".tmp-target-1", ".old-target-2", "target"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").touch()
+    remove_leftovers(tmp_path)
+    remove_leftovers(tmp_path / "absent")
+    assert [p.name for p in tmp_path.iterdir()] == ["target"]
+
+
+def test_remove_folder(tmp_path):
+    (tmp_path / "target").mkdir()
+    (tmp_path / "target" / "file").touch()
+    remove_folder(tmp_path / "target")
+    assert list(tmp_path.iterdir()) == []

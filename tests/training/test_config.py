@@ -1,0 +1,76 @@
+import pytest
+from pydantic import ValidationError
+
+from lora_engine.training.config import TrainConfig
+
+
+def test_every_field_has_a_description():
+    assert [n for n, info in TrainConfig.model_fields.items() if not info.description] == []
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"max_steps": 0},
+        {"epochs": 0},
+        {"tokens_per_batch": 1},
+        {"gradient_accumulation_steps": 0},
+        {"learning_rate": 0},
+        {"learning_rate": float("nan")},
+        {"learning_rate": float("inf")},
+        {"schedule": "exponential"},
+        {"warmup_steps": -1},
+        {"warmup_ratio": 1.0},
+        {"min_lr_ratio": 1.1},
+        {"weight_decay": -0.1},
+        {"beta1": 1.0},
+        {"beta2": 1.0},
+        {"eps": 0},
+        {"max_grad_norm": 0},
+        {"keep_checkpoints": 0},
+        {"early_stopping_patience": 0, "eval_every": 1},
+        {"seed": -1},
+        {"seed": 2**32},
+        {"lerning_rate": 1e-3},
+    ],
+    ids=str,
+)
+def test_refused(values):
+    with pytest.raises(ValidationError):
+        TrainConfig(**values)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"max_steps": 5, "epochs": 1}, "max_steps or epochs"),
+        ({"warmup_steps": 1, "warmup_ratio": 0.1}, "warmup_steps or warmup_ratio"),
+        ({"warmup_steps": 5, "max_steps": 5}, "must be less than max_steps"),
+        ({"early_stopping_patience": 2}, "needs eval_every"),
+    ],
+)
+def test_fields_that_contradict_each_other(values, message):
+    with pytest.raises(ValidationError, match=message):
+        TrainConfig(**values)
+
+
+def test_is_frozen():
+    with pytest.raises(ValidationError, match="frozen"):
+        TrainConfig().learning_rate = 1.0
+
+
+@pytest.mark.parametrize(
+    ("change", "same_run"),
+    [
+        ({"learning_rate": 0.5}, False),
+        ({"seed": 3}, False),
+        ({"max_steps": 9}, False),
+        ({"tokens_per_batch": 99}, False),
+        ({"save_every": 7}, True),
+        ({"eval_every": 7}, True),
+        ({"output_dir": "elsewhere"}, True),
+    ],
+    ids=str,
+)
+def test_trajectory_holds_what_decides_the_weights(change, same_run):
+    assert (TrainConfig(**change).trajectory() == TrainConfig().trajectory()) is same_run

@@ -1,0 +1,81 @@
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from lora_engine.training.metrics import MetricsLog, StepMetrics, peak_memory_bytes
+
+STEP = StepMetrics(1, 2.5, 1e-3, 0.7, 100, 40, 321.5, 1 << 30)
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_lines_have_exactly_these_fields(tmp_path):
+    log = MetricsLog(tmp_path / "deep" / "metrics.jsonl", 0)
+    log.append_step(STEP)
+    log.append_heldout(1, 2.0, 0.5)
+    log.close()
+    step, heldout = lines(tmp_path / "deep" / "metrics.jsonl")
+    assert set(step) == {
+        "step",
+        "loss",
+        "learning_rate",
+        "grad_norm",
+        "tokens",
+        "supervised_tokens",
+        "tokens_per_second",
+        "peak_memory_bytes",
+    }
+    assert heldout == {"step": 1, "heldout_loss": 2.0, "heldout_accuracy": 0.5}
+
+
+def test_is_on_disk_after_every_line(tmp_path):
+    log = MetricsLog(tmp_path / "m", 0)
+    log.append_step(STEP)
+    assert lines(tmp_path / "m")[0]["loss"] == 2.5
+    log.close()
+
+
+def test_opening_cuts_back_to_the_checkpoint(tmp_path):
+    log = MetricsLog(tmp_path / "m", 0)
+    log.append_step(STEP)
+    size = log.sync()
+    for step in (2, 3):
+        log.append_step(replace(STEP, step=step))
+    log.close()
+    with (tmp_path / "m").open("a") as file:
+        file.write('{"step": 4, "lo')  # killed while writing
+    log = MetricsLog(tmp_path / "m", size)
+    log.append_step(replace(STEP, step=2))
+    log.close()
+    assert [line["step"] for line in lines(tmp_path / "m")] == [1, 2]
+
+
+def test_opening_a_shorter_file_keeps_whole_lines(tmp_path):
+    (tmp_path / "m").write_text('{"step": 1}\n{"st')
+    log = MetricsLog(tmp_path / "m", 1000)
+    log.append_step(replace(STEP, step=2))
+    log.close()
+    assert [line["step"] for line in lines(tmp_path / "m")] == [1, 2]
+
+
+def test_what_is_not_json_is_refused(tmp_path):
+    log = MetricsLog(tmp_path / "m", 0)
+    with pytest.raises(ValueError, match="JSON compliant"):
+        log.append_step(replace(STEP, loss=float("nan")))
+    log.close()
+
+
+def test_peak_memory_is_at_least_what_was_resident():
+    array = np.ones(64 << 17)  # 64 MiB, touched
+    resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    del array
+    counters_may_lag = 1 << 20
+    assert peak_memory_bytes(torch.device("cpu")) >= resident - counters_may_lag
+    assert resident > 64 << 20

@@ -1,0 +1,61 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from lora_engine.training.config import TrainConfig
+from lora_engine.training.flat import FlatParameters
+from lora_engine.training.optimizer import FlatAdamW, clip_factor
+
+
+def test_is_torchs_adamw_with_clipping():
+    torch.manual_seed(1)
+    config = TrainConfig(weight_decay=0.1, beta1=0.8, beta2=0.95, eps=1e-6, max_grad_norm=0.5)
+    ours = [nn.Parameter(torch.randn(s)) for s in [(5, 3), (7,)]]
+    theirs = [nn.Parameter(p.detach().clone()) for p in ours]
+    flat = FlatParameters([(f"p{i}", p) for i, p in enumerate(ours)])
+    optimizer = FlatAdamW(flat, config)
+    oracle = torch.optim.AdamW(theirs, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1)
+    norms = []
+    for step in range(6):
+        learning_rate = 0.1 / (step + 1)
+        scale = 10.0 if step % 2 else 1e-2  # clipped every other step
+        flat.zero_grad()
+        oracle.zero_grad()
+        for parameters in (ours, theirs):
+            (scale * sum((p.sin() * p).sum() for p in parameters)).backward()
+        norms.append(optimizer.grad_norm().item())
+        optimizer.step(learning_rate, norms[-1])
+        nn.utils.clip_grad_norm_(theirs, 0.5)
+        oracle.param_groups[0]["lr"] = learning_rate
+        oracle.step()
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=2e-5, atol=1e-6)
+    assert min(norms) < 0.5 < max(norms)
+    assert optimizer.updates == 6
+
+
+@given(st.floats(0, 1e30), st.floats(1e-6, 1e6))
+def test_clipped_norm_is_at_most_the_maximum(norm, maximum):
+    clipped = norm * clip_factor(norm, maximum)
+    assert clipped <= maximum * (1 + 1e-9)
+    if norm <= maximum:
+        assert clipped == norm
+
+
+def test_no_clipping():
+    assert clip_factor(1e9, None) == 1.0
+    assert math.isclose(clip_factor(4.0, 1.0), 0.25)
+
+
+def test_step_bumps_versions():
+    parameter = nn.Parameter(torch.ones(3))
+    flat = FlatParameters([("p", parameter)])
+    version = parameter._version
+    flat.grad.fill_(1.0)
+    FlatAdamW(flat, TrainConfig()).step(0.1, 1.0)
+    assert parameter._version > version
+    assert parameter[0].item() == pytest.approx(0.9, abs=1e-6)

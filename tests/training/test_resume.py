@@ -1,0 +1,198 @@
+"""Continuing a run, and runs that end early: interrupted, failed, or of another configuration."""
+
+import signal
+
+import pytest
+import torch
+from training_helpers import (
+    TRAIN,
+    SignalAtStep,
+    accelerated,
+    assert_same_bits,
+    lines,
+    make_dataset,
+    make_trainer,
+    saved_steps,
+    tiny_llama,
+    tiny_lora,
+    trainable,
+)
+
+from lora_engine.errors import UserError
+from lora_engine.training import random_state
+from lora_engine.training.checkpoint import CheckpointStore
+from lora_engine.training.nonfinite import NonFiniteError
+
+
+@pytest.mark.parametrize(
+    ("make_model", "stop_at"),
+    [
+        pytest.param(lambda: tiny_lora(), 1, id="float32"),
+        pytest.param(lambda: tiny_lora(0.3), 4, id="dropout"),
+        pytest.param(
+            lambda: tiny_lora(0.3, torch.bfloat16, autocast_adapter_dtype=False),
+            3,
+            id="bfloat16 with dropout",
+        ),
+        pytest.param(lambda: accelerated(tiny_lora()), 4, id="accelerated"),
+        pytest.param(
+            lambda: accelerated(tiny_lora(0.0, torch.bfloat16)), 3, id="accelerated bfloat16"
+        ),
+    ],
+)
+def test_interrupted_and_resumed_is_bitwise_the_same(tmp_path, make_model, stop_at):
+    def fit(name, callbacks=(), resume=False):
+        model = make_model()
+        trainer = make_trainer(
+            tmp_path / name,
+            model,
+            callbacks=callbacks,
+            gradient_accumulation_steps=2,
+            eval_every=2,
+            final_weights="last",
+        )
+        return trainer.fit(resume=resume), model
+
+    _, expected = fit("straight")
+    interrupted, _ = fit("broken", [SignalAtStep(stop_at)])
+    assert (interrupted.stopped, interrupted.steps) == ("interrupted", stop_at)
+    assert interrupted.checkpoint_dir.is_dir()
+    resumed, model = fit("broken", resume=True)
+    assert resumed.stopped == "finished"
+    assert_same_bits(trainable(model), trainable(expected))
+    assert [x["step"] for x in lines(tmp_path / "broken")] == [
+        x["step"] for x in lines(tmp_path / "straight")
+    ]
+
+
+def test_resuming_a_finished_run_changes_nothing(tmp_path):
+    first_model, second_model = tiny_lora(), tiny_lora()
+    first = make_trainer(tmp_path, first_model).fit()
+    before = lines(tmp_path)
+    second = make_trainer(tmp_path, second_model).fit(resume=True)
+    assert_same_bits(trainable(second_model), trainable(first_model))
+    assert lines(tmp_path) == before
+    assert (second.steps, second.train_tokens) == (first.steps, first.train_tokens)
+    assert second.heldout_loss_before == first.heldout_loss_before
+    assert second.heldout_loss_after == first.heldout_loss_after
+
+
+def test_resume_with_nothing_there_starts_from_the_beginning(tmp_path):
+    assert make_trainer(tmp_path / "a").fit(resume=True).steps == 6
+    assert len(lines(tmp_path / "a")) == 8
+
+
+def test_half_written_checkpoint_is_ignored(tmp_path):
+    expected, model = tiny_lora(), tiny_lora()
+    make_trainer(tmp_path / "straight", expected, save_every=2).fit()
+    make_trainer(tmp_path / "broken", model, save_every=2).fit()
+    folder = tmp_path / "broken" / "checkpoints" / "step-00000006"
+    (folder / "exp_avg.safetensors").write_bytes(b"half")
+    resumed = tiny_lora()
+    make_trainer(tmp_path / "broken", resumed, save_every=2).fit(resume=True)
+    assert_same_bits(trainable(resumed), trainable(expected))
+    assert [x["step"] for x in lines(tmp_path / "broken")] == [0, 1, 2, 3, 4, 5, 6, 6]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"learning_rate": 0.1}, "made with learning_rate=0.005, now learning_rate=0.1"),
+        ({"max_steps": 9}, "made with max_steps=6, now max_steps=9"),
+        ({"train": make_dataset(31)}, "made with other training data"),
+        ({"model": tiny_lora(rank=3)}, r"lora_A.default.weight has shape \[4, 32\], not \[3, 32\]"),
+        ({"model": tiny_llama()}, "not the tensors of this model's trainable parameters"),
+    ],
+    ids=["learning rate", "steps", "data", "rank", "full model"],
+)
+def test_checkpoint_of_another_run_is_refused(tmp_path, change, message):
+    make_trainer(tmp_path).fit()
+    files = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    with pytest.raises(UserError, match=message):
+        make_trainer(tmp_path, **change).fit(resume=True)
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == files
+
+
+def test_a_run_is_not_overwritten_unasked(tmp_path):
+    make_trainer(tmp_path).fit()
+    with pytest.raises(UserError, match="already holds a run: resume it, choose another"):
+        make_trainer(tmp_path).fit()
+    (tmp_path / "notes.txt").write_text("mine")
+    result = make_trainer(tmp_path, max_steps=3, overwrite=True).fit()
+    assert result.steps == 3
+    assert len(lines(tmp_path)) == 5
+    assert saved_steps(tmp_path)[-1] == 3
+    assert (tmp_path / "notes.txt").exists()
+
+
+def test_adapter_without_checkpoints_is_not_lost_by_resuming(tmp_path):
+    make_trainer(tmp_path).fit()
+    CheckpointStore(tmp_path / "checkpoints").clear()
+    with pytest.raises(UserError, match="already holds a run"):
+        make_trainer(tmp_path).fit(resume=True)
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+
+
+def test_interruption_during_evaluation_is_evaluated_on_resumption(tmp_path, monkeypatch):
+    from lora_engine.training import heldout
+
+    compute, calls = heldout.supervised_loss, []
+
+    def interrupting(model, batch):
+        calls.append(1)
+        if len(calls) == 3:  # the evaluation at step 0 is one call of two batches
+            signal.raise_signal(signal.SIGTERM)
+        return compute(model, batch)
+
+    monkeypatch.setattr(heldout, "supervised_loss", interrupting)
+    config = {"held_out": make_dataset(12, seed=1), "eval_every": 3}
+    first = make_trainer(tmp_path, **config).fit()
+    assert (first.stopped, first.steps) == ("interrupted", 3)
+    assert [x["step"] for x in lines(tmp_path)] == [0, 1, 2, 3]
+    make_trainer(tmp_path, **config).fit(resume=True)
+    assert [x["step"] for x in lines(tmp_path)] == [0, 1, 2, 3, 3, 4, 5, 6, 6]
+
+
+def test_handlers_are_restored(tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+    make_trainer(tmp_path, max_steps=2, callbacks=[SignalAtStep(1)]).fit()
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_non_finite_loss_keeps_the_last_good_state(tmp_path):
+    model = tiny_lora()
+
+    class Poison:
+        def on_step(self, metrics):
+            if metrics.step == 3:
+                with torch.no_grad():
+                    model.get_base_model().model.layers[0].self_attn.v_proj.weight[:] = torch.nan
+
+    with pytest.raises(NonFiniteError) as caught:
+        make_trainer(tmp_path, model, callbacks=[Poison()]).fit()
+    error = caught.value
+    assert isinstance(error, UserError)
+    assert error.step == 4
+    assert "layers.0.self_attn.v_proj" in error.layer
+    assert set(error.origins) <= {e.origin for e in TRAIN}
+    assert error.checkpoint == tmp_path / "checkpoints" / "step-00000003"
+    assert saved_steps(tmp_path)[-1] == 3
+    assert not (tmp_path / "adapter").exists()
+    for parameter in trainable(model).values():
+        assert torch.isfinite(parameter).all()
+        assert parameter.untyped_storage().nbytes() == parameter.numel() * 4
+    healthy = tiny_lora()
+    assert make_trainer(tmp_path, healthy).fit(resume=True).stopped == "finished"
+    expected = tiny_lora()
+    make_trainer(tmp_path / "straight", expected).fit()
+    assert_same_bits(trainable(healthy), trainable(expected))
+
+
+def test_random_state_ends_where_an_uninterrupted_run_leaves_it(tmp_path):
+    make_trainer(tmp_path / "a", tiny_lora(dropout=0.3)).fit()
+    expected = random_state.capture()
+    make_trainer(tmp_path / "b", tiny_lora(dropout=0.3), callbacks=[SignalAtStep(3)]).fit()
+    make_trainer(tmp_path / "b", tiny_lora(dropout=0.3)).fit(resume=True)
+    actual = random_state.capture()
+    assert_same_bits(actual[0], expected[0])
+    assert actual[1] == expected[1]
