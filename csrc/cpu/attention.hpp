@@ -75,8 +75,7 @@ inline void load_head(const T* src, int64_t stride, const A* cos, const A* sin, 
       rotate(x, y, cos + row * head_dim, sin + row * head_dim, head_dim, false,
              [](A value) { return store<E>(value); });
     } else {
-#pragma omp simd
-      for (int64_t i = 0; i < head_dim; ++i) y[i] = store<E>(load(x[i]));
+      convert_row(head_dim, x, y);
     }
   }
 }

@@ -54,6 +54,14 @@ struct Workspace {
   }
 };
 
+template <class T>
+inline acc_t<T> dot(const T* x, const T* y, int64_t n) {
+  acc_t<T> sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < n; ++i) sum += load(x[i]) * load(y[i]);
+  return sum;
+}
+
 // Loads a block of queries and of output gradients in each arrangement the products need.
 template <class T>
 void load_block(const AttentionBwdArgs& b, int64_t head, int64_t token, int64_t count,
@@ -74,13 +82,7 @@ void load_block(const AttentionBwdArgs& b, int64_t head, int64_t token, int64_t 
   std::memset(w.d_out + count * D, 0, sizeof(E) * (kQueries - count) * D);
   for (int64_t i = 0; i < kQueries; ++i) {
     w.lse[i] = i < count ? lse[i] : A(INFINITY);
-    A delta = 0;
-    if (i < count) {
-#pragma omp simd reduction(+ : delta)
-      for (int64_t d = 0; d < D; ++d)
-        delta += load(o[i * a.o_stride + d]) * load(d_o[i * b.do_stride + d]);
-    }
-    w.delta[i] = delta;
+    w.delta[i] = i < count ? dot(o + i * a.o_stride, d_o + i * b.do_stride, D) : A(0);
   }
   pack_transposed(D, kQueries, w.query, D, w.query_t, kQueries);
   pack_transposed(D, kQueries, w.d_out, D, w.d_out_t, kQueries);
@@ -94,20 +96,18 @@ void load_block(const AttentionBwdArgs& b, int64_t head, int64_t token, int64_t 
 template <class T>
 void softmax_backward(int64_t keys, acc_t<T> scale, Workspace<T>& w) {
   using A = acc_t<T>;
-  using E = typename Element<T>::type;
   for (int64_t j = 0; j < keys; ++j) {
-    const A* score = w.probs + j * kQueries;
+    A* prob = w.probs + j * kQueries;
     A* d_score = w.d_scores + j * kQueries;
-    E* prob_row = w.prob_rows + j * kQueries;
-    E* d_score_row = w.d_score_rows + j * kQueries;
 #pragma omp simd
     for (int64_t i = 0; i < kQueries; ++i) {
-      const A p = exp_acc(score[i] * scale - w.lse[i]);
-      const A ds = scale * p * (d_score[i] - w.delta[i]);
-      prob_row[i] = store<E>(p);
-      d_score_row[i] = store<E>(ds);
+      prob[i] = exp_acc(prob[i] * scale - w.lse[i]);
+      d_score[i] = scale * prob[i] * (d_score[i] - w.delta[i]);
     }
+    convert_row(kQueries, prob, w.prob_rows + j * kQueries);
+    convert_row(kQueries, d_score, w.d_score_rows + j * kQueries);
   }
+  pack_rows(keys, kQueries, w.d_scores, kQueries, w.d_score_pack, kQueries);
 }
 
 // Writes rows of a gradient, rotated back where the forward pass rotated.
@@ -148,7 +148,6 @@ void query_block(const AttentionBwdArgs& b, const HeadTask& task, int64_t head, 
     tile_gemm<E>(keys, kQueries, D, w.values + key * D, D, w.d_out_t, kQueries, w.d_scores,
                  kQueries, false);
     softmax_backward(keys, A(a.softmax_scale), w);
-    pack_rows(keys, kQueries, w.d_score_rows, kQueries, w.d_score_pack, kQueries);
     tile_gemm<E>(keys, w.padded_dim, kQueries, w.prob_rows, kQueries, w.d_out_rows, w.padded_dim,
                  w.dv + key * w.padded_dim, w.padded_dim, true);
     tile_gemm<E>(keys, w.padded_dim, kQueries, w.d_score_rows, kQueries, w.query_rows,

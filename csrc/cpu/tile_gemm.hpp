@@ -136,6 +136,62 @@ void tile_gemm(int64_t m, int64_t n, int64_t k, const E* a, int64_t lda, const E
   }
 }
 
+// dst = src as elements to multiply; nothing but a copy where the types are the same.
+template <class S, class E>
+inline void convert_row(int64_t n, const S* src, E* dst) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) dst[i] = store<E>(load(src[i]));
+}
+template <class E>
+inline void convert_row(int64_t n, const E* src, E* dst) {
+  std::memcpy(dst, src, sizeof(E) * n);
+}
+
+// Two rows as one row of pairs.
+template <class S, class E>
+inline void interleave_rows(int64_t n, const S* even, const S* odd, E* dst) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    dst[2 * i] = store<E>(load(even[i]));
+    dst[2 * i + 1] = store<E>(load(odd[i]));
+  }
+}
+template <class E>
+inline void interleave_rows(int64_t n, const E* even, const E* odd, E* dst) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    dst[2 * i] = even[i];
+    dst[2 * i + 1] = odd[i];
+  }
+}
+
+#ifdef __AVX512BF16__
+inline void convert_row(int64_t n, const float* src, bf16* dst) {
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) {
+    const __m256bh half = _mm512_cvtneps_pbh(_mm512_loadu_ps(src + i));
+    std::memcpy(dst + i, &half, sizeof half);
+  }
+  for (; i < n; ++i) dst[i] = to_bf16(src[i]);
+}
+inline void interleave_rows(int64_t n, const float* even, const float* odd, bf16* dst) {
+  alignas(64) static constexpr uint16_t kOrder[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
+                                                      21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
+                                                      11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  const __m512i order = _mm512_load_si512(kOrder);
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) {
+    const __m512bh both =
+        _mm512_cvtne2ps_pbh(_mm512_loadu_ps(odd + i), _mm512_loadu_ps(even + i));
+    _mm512_storeu_si512(dst + 2 * i, _mm512_permutexvar_epi16(order, (__m512i)both));
+  }
+  for (; i < n; ++i) {
+    dst[2 * i] = to_bf16(even[i]);
+    dst[2 * i + 1] = to_bf16(odd[i]);
+  }
+}
+#endif
+
 // Packs row-major src [k, n] (rows ld apart) as B; rows from k to the next whole group become 0.
 template <class E, class S>
 inline void pack_rows(int64_t k, int64_t n, const S* src, int64_t ld, E* packed, int64_t ldb) {
@@ -143,15 +199,13 @@ inline void pack_rows(int64_t k, int64_t n, const S* src, int64_t ld, E* packed,
   for (int64_t p = 0; p < k; p += kGroup) {
     E* out = packed + p * ldb;
     if (kGroup == 1) {
-      for (int64_t j = 0; j < n; ++j) out[j] = store<E>(load(src[p * ld + j]));
+      convert_row(n, src + p * ld, out);
+    } else if (p + 1 < k) {
+      interleave_rows(n, src + p * ld, src + (p + 1) * ld, out);
     } else {
-      const bool paired = p + 1 < k;
-      const S* even = src + p * ld;
-      const S* odd = paired ? even + ld : even;
-#pragma omp simd
       for (int64_t j = 0; j < n; ++j) {
-        out[2 * j] = store<E>(load(even[j]));
-        out[2 * j + 1] = paired ? store<E>(load(odd[j])) : E{};
+        out[2 * j] = store<E>(load(src[p * ld + j]));
+        out[2 * j + 1] = E{};
       }
     }
   }

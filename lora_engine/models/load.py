@@ -212,7 +212,18 @@ def _model(source: str, resolved: str, dtype: torch.dtype) -> Any:
             f"{source}: its weights lack {len(missing)} of the model's tensors, such as "
             f"{missing[0]}; get the complete model"
         )
+    _leave_the_file(model)
     return model
+
+
+def _leave_the_file(model: Any) -> None:
+    """Moves weights out of the mapped safetensors file into memory of their own.
+
+    `accelerate` copies most of them once more into shared buffers; what it frees then really goes,
+    where pages of a mapping would stay resident as long as one tensor is left in it.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()
 
 
 def _tokenizer(source: str, resolved: str) -> Any:
