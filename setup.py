@@ -28,7 +28,7 @@ ISA_FLAGS = (
 )
 COMMON_FLAGS = ["-std=c++17", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra"]
 # No errno and no traps from arithmetic: what loops need to vectorise. NaN and inf stay exact.
-KERNEL_FLAGS = ["-g1", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
+KERNEL_FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
 
 SHARED_SOURCES = ["csrc/bindings.cpp", "csrc/cpu/dispatch.cpp", "csrc/cpu/memory.cpp"]
 KERNEL_SOURCES = sorted(
@@ -68,7 +68,7 @@ class BuildKernels(build_ext):
         self.compiler.link_shared_object(
             objects,
             self.get_ext_fullpath(ext.name),
-            extra_postargs=["-fopenmp"],
+            extra_postargs=["-fopenmp", "-s"],
             target_lang="c++",
         )
 
