@@ -27,15 +27,15 @@ const Kernels& table() {
 
 AttentionArgs attention_args(Address q, Address k, Address v, Address cos, Address sin,
                              Address cu_seqlens, Address o, Address lse, int64_t tokens,
-                             int64_t sequences, int64_t q_heads, int64_t kv_heads,
-                             int64_t head_dim, int64_t q_stride, int64_t k_stride,
-                             int64_t v_stride, int64_t o_stride, int64_t window,
-                             double softmax_scale, bool causal) {
-  return {in(q),    in(k),     in(v),    in(cos),
-          in(sin),  static_cast<const int32_t*>(in(cu_seqlens)),
-          out(o),   out(lse),  tokens,   sequences,
-          q_heads,  kv_heads,  head_dim, q_stride,
-          k_stride, v_stride,  o_stride, window,
+                             int64_t sequences, int64_t q_heads, int64_t kv_heads, int64_t head_dim,
+                             int64_t q_stride, int64_t k_stride, int64_t v_stride, int64_t o_stride,
+                             int64_t window, double softmax_scale, bool causal) {
+  return {in(q),         in(k),    in(v),
+          in(cos),       in(sin),  static_cast<const int32_t*>(in(cu_seqlens)),
+          out(o),        out(lse), tokens,
+          sequences,     q_heads,  kv_heads,
+          head_dim,      q_stride, k_stride,
+          v_stride,      o_stride, window,
           softmax_scale, causal};
 }
 
@@ -52,95 +52,117 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa", [] { return std::string(table().isa); }, "The instruction set in use.");
   m.def("select_isa", &select_isa, py::arg("isa"),
         "Use another of the instruction sets built; False where it cannot run here.");
-  m.def("built_isas", [] {
-    const BuiltIsa* list;
-    const int count = built_isas(&list);
-    std::vector<std::pair<std::string, bool>> result;
-    for (int i = 0; i < count; ++i) result.emplace_back(list[i].table->isa, list[i].runs);
-    return result;
-  }, "Pairs (instruction set, whether this processor runs it), best first.");
+  m.def(
+      "built_isas",
+      [] {
+        const BuiltIsa* list;
+        const int count = built_isas(&list);
+        std::vector<std::pair<std::string, bool>> result;
+        for (int i = 0; i < count; ++i) result.emplace_back(list[i].table->isa, list[i].runs);
+        return result;
+      },
+      "Pairs (instruction set, whether this processor runs it), best first.");
 
-  m.def("keep_freed_memory", &keep_freed_memory,
-        "Let the allocator keep freed blocks for reuse; False where the C library has no such knob.");
+  m.def(
+      "keep_freed_memory", &keep_freed_memory,
+      "Let the allocator keep freed blocks for reuse; False where the C library has no such knob.");
 
   const auto release = py::call_guard<py::gil_scoped_release>();
 
-  m.def("rms_norm_fwd", [](DType dtype, Address x, Address weight, Address y, Address rstd,
-                           int64_t rows, int64_t cols, int64_t x_stride, int64_t y_stride,
-                           double eps) {
-    table().rms_norm_fwd(dtype, {in(x), in(weight), out(y), out(rstd), rows, cols, x_stride,
-                                 y_stride, eps});
-  }, release);
+  m.def(
+      "rms_norm_fwd",
+      [](DType dtype, Address x, Address weight, Address y, Address rstd, int64_t rows,
+         int64_t cols, int64_t x_stride, int64_t y_stride, double eps) {
+        table().rms_norm_fwd(
+            dtype, {in(x), in(weight), out(y), out(rstd), rows, cols, x_stride, y_stride, eps});
+      },
+      release);
 
-  m.def("rms_norm_bwd", [](DType dtype, Address dy, Address x, Address weight, Address rstd,
-                           Address dx, Address dweight, int64_t rows, int64_t cols,
-                           int64_t dy_stride, int64_t x_stride) {
-    table().rms_norm_bwd(dtype, {in(dy), in(x), in(weight), in(rstd), out(dx), out(dweight), rows,
-                                 cols, dy_stride, x_stride});
-  }, release);
+  m.def(
+      "rms_norm_bwd",
+      [](DType dtype, Address dy, Address x, Address weight, Address rstd, Address dx,
+         Address dweight, int64_t rows, int64_t cols, int64_t dy_stride, int64_t x_stride) {
+        table().rms_norm_bwd(dtype, {in(dy), in(x), in(weight), in(rstd), out(dx), out(dweight),
+                                     rows, cols, dy_stride, x_stride});
+      },
+      release);
 
-  m.def("rope", [](DType dtype, Address x, Address y, Address cos, Address sin, int64_t tokens,
-                   int64_t heads, int64_t head_dim, int64_t x_stride, int64_t y_stride,
-                   bool inverse) {
-    table().rope(dtype, {in(x), out(y), in(cos), in(sin), tokens, heads, head_dim, x_stride,
-                         y_stride, inverse});
-  }, release);
+  m.def(
+      "rope",
+      [](DType dtype, Address x, Address y, Address cos, Address sin, int64_t tokens, int64_t heads,
+         int64_t head_dim, int64_t x_stride, int64_t y_stride, bool inverse) {
+        table().rope(dtype, {in(x), out(y), in(cos), in(sin), tokens, heads, head_dim, x_stride,
+                             y_stride, inverse});
+      },
+      release);
 
-  m.def("swiglu_fwd", [](DType dtype, Address gate, Address up, Address y, int64_t rows,
-                         int64_t cols, int64_t gate_stride, int64_t up_stride, int64_t y_stride) {
-    table().swiglu_fwd(dtype, {in(gate), in(up), out(y), rows, cols, gate_stride, up_stride,
-                               y_stride});
-  }, release);
+  m.def(
+      "swiglu_fwd",
+      [](DType dtype, Address gate, Address up, Address y, int64_t rows, int64_t cols,
+         int64_t gate_stride, int64_t up_stride, int64_t y_stride) {
+        table().swiglu_fwd(
+            dtype, {in(gate), in(up), out(y), rows, cols, gate_stride, up_stride, y_stride});
+      },
+      release);
 
-  m.def("swiglu_bwd", [](DType dtype, Address dy, Address gate, Address up, Address dgate,
-                         Address dup, int64_t rows, int64_t cols, int64_t dy_stride,
-                         int64_t gate_stride, int64_t up_stride, int64_t dgate_stride,
-                         int64_t dup_stride) {
-    table().swiglu_bwd(dtype, {in(dy), in(gate), in(up), out(dgate), out(dup), rows, cols,
-                               dy_stride, gate_stride, up_stride, dgate_stride, dup_stride});
-  }, release);
+  m.def(
+      "swiglu_bwd",
+      [](DType dtype, Address dy, Address gate, Address up, Address dgate, Address dup,
+         int64_t rows, int64_t cols, int64_t dy_stride, int64_t gate_stride, int64_t up_stride,
+         int64_t dgate_stride, int64_t dup_stride) {
+        table().swiglu_bwd(dtype, {in(dy), in(gate), in(up), out(dgate), out(dup), rows, cols,
+                                   dy_stride, gate_stride, up_stride, dgate_stride, dup_stride});
+      },
+      release);
 
-  m.def("cross_entropy", [](DType dtype, Address logits, Address target, Address loss,
-                            Address correct, int64_t rows, int64_t cols, int64_t stride,
-                            int64_t ignore_index, bool gradient) {
-    table().cross_entropy(dtype, {out(logits), static_cast<const int64_t*>(in(target)), out(loss),
-                                  static_cast<uint8_t*>(out(correct)), rows, cols, stride,
-                                  ignore_index, gradient});
-  }, release);
+  m.def(
+      "cross_entropy",
+      [](DType dtype, Address logits, Address target, Address loss, Address correct, int64_t rows,
+         int64_t cols, int64_t stride, int64_t ignore_index, bool gradient) {
+        table().cross_entropy(dtype, {out(logits), static_cast<const int64_t*>(in(target)),
+                                      out(loss), static_cast<uint8_t*>(out(correct)), rows, cols,
+                                      stride, ignore_index, gradient});
+      },
+      release);
 
-  m.def("attention_fwd", [](DType dtype, Address q, Address k, Address v, Address cos, Address sin,
-                            Address cu_seqlens, Address o, Address lse, int64_t tokens,
-                            int64_t sequences, int64_t q_heads, int64_t kv_heads,
-                            int64_t head_dim, int64_t q_stride, int64_t k_stride,
-                            int64_t v_stride, int64_t o_stride, int64_t window,
-                            double softmax_scale, bool causal) {
-    table().attention_fwd(
-        dtype, attention_args(q, k, v, cos, sin, cu_seqlens, o, lse, tokens, sequences, q_heads,
-                              kv_heads, head_dim, q_stride, k_stride, v_stride, o_stride, window,
-                              softmax_scale, causal));
-  }, release);
+  m.def(
+      "attention_fwd",
+      [](DType dtype, Address q, Address k, Address v, Address cos, Address sin, Address cu_seqlens,
+         Address o, Address lse, int64_t tokens, int64_t sequences, int64_t q_heads,
+         int64_t kv_heads, int64_t head_dim, int64_t q_stride, int64_t k_stride, int64_t v_stride,
+         int64_t o_stride, int64_t window, double softmax_scale, bool causal) {
+        table().attention_fwd(
+            dtype, attention_args(q, k, v, cos, sin, cu_seqlens, o, lse, tokens, sequences, q_heads,
+                                  kv_heads, head_dim, q_stride, k_stride, v_stride, o_stride,
+                                  window, softmax_scale, causal));
+      },
+      release);
 
-  m.def("attention_bwd", [](DType dtype, Address q, Address k, Address v, Address cos, Address sin,
-                            Address cu_seqlens, Address o, Address lse, int64_t tokens,
-                            int64_t sequences, int64_t q_heads, int64_t kv_heads,
-                            int64_t head_dim, int64_t q_stride, int64_t k_stride,
-                            int64_t v_stride, int64_t o_stride, int64_t window,
-                            double softmax_scale, bool causal, Address d_o, Address dq, Address dk,
-                            Address dv, int64_t do_stride, int64_t dq_stride, int64_t dk_stride,
-                            int64_t dv_stride) {
-    table().attention_bwd(
-        dtype, {attention_args(q, k, v, cos, sin, cu_seqlens, o, lse, tokens, sequences, q_heads,
-                               kv_heads, head_dim, q_stride, k_stride, v_stride, o_stride, window,
-                               softmax_scale, causal),
-                in(d_o), out(dq), out(dk), out(dv), do_stride, dq_stride, dk_stride, dv_stride});
-  }, release);
+  m.def(
+      "attention_bwd",
+      [](DType dtype, Address q, Address k, Address v, Address cos, Address sin, Address cu_seqlens,
+         Address o, Address lse, int64_t tokens, int64_t sequences, int64_t q_heads,
+         int64_t kv_heads, int64_t head_dim, int64_t q_stride, int64_t k_stride, int64_t v_stride,
+         int64_t o_stride, int64_t window, double softmax_scale, bool causal, Address d_o,
+         Address dq, Address dk, Address dv, int64_t do_stride, int64_t dq_stride,
+         int64_t dk_stride, int64_t dv_stride) {
+        table().attention_bwd(
+            dtype,
+            {attention_args(q, k, v, cos, sin, cu_seqlens, o, lse, tokens, sequences, q_heads,
+                            kv_heads, head_dim, q_stride, k_stride, v_stride, o_stride, window,
+                            softmax_scale, causal),
+             in(d_o), out(dq), out(dk), out(dv), do_stride, dq_stride, dk_stride, dv_stride});
+      },
+      release);
 
-  m.def("adamw", [](DType dtype, Address params, Address grads, Address exp_avg,
-                    Address exp_avg_sq, int64_t count, double lr, double beta1, double beta2,
-                    double eps, double weight_decay, double bias_correction1,
-                    double bias_correction2, double grad_scale) {
-    table().adamw(dtype, {out(params), in(grads), out(exp_avg), out(exp_avg_sq), count, lr, beta1,
-                          beta2, eps, weight_decay, bias_correction1, bias_correction2,
-                          grad_scale});
-  }, release);
+  m.def(
+      "adamw",
+      [](DType dtype, Address params, Address grads, Address exp_avg, Address exp_avg_sq,
+         int64_t count, double lr, double beta1, double beta2, double eps, double weight_decay,
+         double bias_correction1, double bias_correction2, double grad_scale) {
+        table().adamw(
+            dtype, {out(params), in(grads), out(exp_avg), out(exp_avg_sq), count, lr, beta1, beta2,
+                    eps, weight_decay, bias_correction1, bias_correction2, grad_scale});
+      },
+      release);
 }

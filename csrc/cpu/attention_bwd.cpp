@@ -121,7 +121,8 @@ void store_gradient(const AttentionArgs& a, int64_t token, int64_t rows, const a
     T* row = out + i * stride;
     if (rotated) {
       rotate(grad + i * ld, row, static_cast<const A*>(a.cos) + offset,
-             static_cast<const A*>(a.sin) + offset, D, true, [](A value) { return store<T>(value); });
+             static_cast<const A*>(a.sin) + offset, D, true,
+             [](A value) { return store<T>(value); });
     } else {
 #pragma omp simd
       for (int64_t d = 0; d < D; ++d) row[d] = store<T>(grad[i * ld + d]);
@@ -150,10 +151,10 @@ void query_block(const AttentionBwdArgs& b, const HeadTask& task, int64_t head, 
     softmax_backward(keys, A(a.softmax_scale), w);
     tile_gemm<E>(keys, w.padded_dim, kQueries, w.prob_rows, kQueries, w.d_out_rows, w.padded_dim,
                  w.dv + key * w.padded_dim, w.padded_dim, true);
-    tile_gemm<E>(keys, w.padded_dim, kQueries, w.d_score_rows, kQueries, w.query_rows,
-                 w.padded_dim, w.dk + key * w.padded_dim, w.padded_dim, true);
-    tile_gemm<E>(D, kQueries, round_up(keys, Dot<E>::kGroup), w.keys_t + key,
-                 w.padded_length, w.d_score_pack, kQueries, w.dq_t, kQueries, true);
+    tile_gemm<E>(keys, w.padded_dim, kQueries, w.d_score_rows, kQueries, w.query_rows, w.padded_dim,
+                 w.dk + key * w.padded_dim, w.padded_dim, true);
+    tile_gemm<E>(D, kQueries, round_up(keys, Dot<E>::kGroup), w.keys_t + key, w.padded_length,
+                 w.d_score_pack, kQueries, w.dq_t, kQueries, true);
   }
   transpose(D, kQueries, w.dq_t, kQueries, w.dq, D);
   store_gradient(a, token, count, w.dq, D, static_cast<T*>(b.dq) + token * b.dq_stride + head * D,

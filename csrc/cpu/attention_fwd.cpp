@@ -10,12 +10,12 @@ template <class T>
 struct Workspace {
   using A = acc_t<T>;
   using E = typename Element<T>::type;
-  int64_t padded_length;                // a whole number of groups
-  E *keys, *values, *values_t;          // [length, D], [length, D], [D, padded_length]
-  E *query, *query_packed;              // [kQueries, D], packed [D, kQueries]
-  A* scores;                            // [kKeys, kQueries]
-  E* probs;                             // packed [kKeys, kQueries]
-  A *out_t, *out;                       // [D, kQueries], [kQueries, D]
+  int64_t padded_length;        // a whole number of groups
+  E *keys, *values, *values_t;  // [length, D], [length, D], [D, padded_length]
+  E *query, *query_packed;      // [kQueries, D], packed [D, kQueries]
+  A* scores;                    // [kKeys, kQueries]
+  E* probs;                     // packed [kKeys, kQueries]
+  A *out_t, *out;               // [D, kQueries], [kQueries, D]
   A largest[kQueries], sum[kQueries];
 
   Workspace(Scratch& scratch, int64_t length, int64_t head_dim) {
@@ -93,8 +93,8 @@ void query_block(const AttentionArgs& a, const HeadTask& task, int64_t head, int
     mask_scores(a, first, key, keys, w.scores, -A(INFINITY));
     online_softmax(w.scores, keys, A(a.softmax_scale), w.largest, w.sum, w.out_t, D);
     pack_rows(keys, kQueries, w.scores, kQueries, w.probs, kQueries);
-    tile_gemm<E>(D, kQueries, round_up(keys, Dot<E>::kGroup), w.values_t + key,
-                 w.padded_length, w.probs, kQueries, w.out_t, kQueries, true);
+    tile_gemm<E>(D, kQueries, round_up(keys, Dot<E>::kGroup), w.values_t + key, w.padded_length,
+                 w.probs, kQueries, w.out_t, kQueries, true);
   }
   transpose(D, kQueries, w.out_t, kQueries, w.out, D);
   A* lse = static_cast<A*>(a.lse) + head * a.tokens + token;

@@ -181,8 +181,7 @@ inline void interleave_rows(int64_t n, const float* even, const float* odd, bf16
   const __m512i order = _mm512_load_si512(kOrder);
   int64_t i = 0;
   for (; i + 16 <= n; i += 16) {
-    const __m512bh both =
-        _mm512_cvtne2ps_pbh(_mm512_loadu_ps(odd + i), _mm512_loadu_ps(even + i));
+    const __m512bh both = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(odd + i), _mm512_loadu_ps(even + i));
     _mm512_storeu_si512(dst + 2 * i, _mm512_permutexvar_epi16(order, (__m512i)both));
   }
   for (; i < n; ++i) {

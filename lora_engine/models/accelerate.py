@@ -191,9 +191,7 @@ def _agrees(module: nn.Module, forward: Any, features: int) -> bool:
     return bool((actual - expected).abs().max() <= 5e-2 * scale)
 
 
-def _loss_and_gradients(
-    model: Any, batch: dict[str, Tensor]
-) -> tuple[float, dict[str, Tensor]]:
+def _loss_and_gradients(model: Any, batch: dict[str, Tensor]) -> tuple[float, dict[str, Tensor]]:
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     was_training = model.training
     model.train()

@@ -42,9 +42,7 @@ def padding_mask(
     from transformers.masking_utils import sdpa_mask
 
     if q_length != kv_length:
-        return sdpa_mask(
-            batch_size, q_length, kv_length, attention_mask=attention_mask, **kwargs
-        )
+        return sdpa_mask(batch_size, q_length, kv_length, attention_mask=attention_mask, **kwargs)
     if attention_mask is None or bool(attention_mask.all()):
         return None
     return attention_mask
@@ -89,17 +87,19 @@ def attend(
         kwargs.get("cu_seq_lens_q"),
         kwargs.get("position_ids"),
     )
-    flat = [x.transpose(1, 2).reshape(batch * length, -1) for x in (query, key, value)]
-    if found.index is not None:
-        flat = [x[found.index] for x in flat]
+    q, k, v = (x.transpose(1, 2).reshape(batch * length, -1) for x in (query, key, value))
+    if found.token_index is not None:
+        q, k, v = (x[found.token_index] for x in (q, k, v))
     out = ops.attention(
-        *flat,
+        q,
+        k,
+        v,
         found.cu_seqlens,
         head_dim=head_dim,
         softmax_scale=scaling,
         window=kwargs.get("sliding_window") or 0,
     )
-    return _unpad(out, found.index, batch * length).view(batch, length, heads, head_dim), None
+    return _unpad(out, found.token_index, batch * length).view(batch, length, heads, head_dim), None
 
 
 def _unpad(out: Tensor, index: Tensor | None, rows: int) -> Tensor:
@@ -152,8 +152,8 @@ class AttentionForward:
             kwargs.get("position_ids"),
         )
         q, k, v = self._project(hidden_states)
-        if found.index is not None:
-            q, k, v = (x.reshape(batch * length, -1)[found.index] for x in (q, k, v))
+        if found.token_index is not None:
+            q, k, v = (x.reshape(batch * length, -1)[found.token_index] for x in (q, k, v))
         out = ops.attention(
             q,
             k,
@@ -167,8 +167,8 @@ class AttentionForward:
             tail=self.output.tail,
             grad_tail=self.qkv.tail,
         )
-        if found.index is not None:
-            out = _unpad(out, found.index, batch * length).view(batch, length, -1)
+        if found.token_index is not None:
+            out = _unpad(out, found.token_index, batch * length).view(batch, length, -1)
         (y,) = self.output(out)
         return y, None
 
@@ -181,4 +181,3 @@ class AttentionForward:
                 for norm, x in ((module.q_norm, q), (module.k_norm, k))
             )
         return q, k, v
-

@@ -84,7 +84,7 @@ def is_linear(module: Any) -> bool:
     return type(module) is nn.Linear or (isinstance(module, nn.Module) and is_lora(module))
 
 
-def _base(module: Any) -> nn.Linear:
+def _base(module: Any) -> Any:
     base: nn.Linear = module.get_base_layer() if is_lora(module) else module
     return base
 

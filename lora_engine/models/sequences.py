@@ -12,7 +12,7 @@ class Sequences(NamedTuple):
     """A batch's tokens as packed sequences."""
 
     cu_seqlens: Tensor  # [S + 1] int32
-    index: Tensor | None  # [T] places of the tokens in the batch's rows; None: all, in order
+    token_index: Tensor | None  # [T] places of the tokens in the batch's rows; None: all, in order
     cos: Tensor  # [T, D] in the type arithmetic is done in
     sin: Tensor  # [T, D]
 

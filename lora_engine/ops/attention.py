@@ -1,5 +1,6 @@
 """Attention within each of several packed sequences, with its gradient."""
 
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -48,9 +49,10 @@ def attention(
     if head_dim is None:
         check(q.dim() == 3, f"attention: q {shape_of(q)} is not [T, Hq, D]; or give head_dim")
         dim = q.shape[-1]
-        flat = (x.flatten(1) for x in (q, k, v))
         out = attention(
-            *flat,
+            q.flatten(1),
+            k.flatten(1),
+            v.flatten(1),
             cu_seqlens,
             head_dim=dim,
             cos=cos,
@@ -64,9 +66,17 @@ def attention(
     _check(q, k, v, cu_seqlens, head_dim, cos, sin, causal, window)
     scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
     if backends.select("attention", q.device, q.dtype, impl) == "reference":
-        heads = (x.unflatten(-1, (-1, head_dim)).flatten(0, -3) for x in (q, k, v))
+        qs, ks, vs = (x.unflatten(-1, (-1, head_dim)).flatten(0, -3) for x in (q, k, v))
         return reference.attention(
-            *heads, cu_seqlens, cos=cos, sin=sin, softmax_scale=scale, causal=causal, window=window
+            qs,
+            ks,
+            vs,
+            cu_seqlens,
+            cos=cos,
+            sin=sin,
+            softmax_scale=scale,
+            causal=causal,
+            window=window,
         ).view(q.shape)
     accumulate = accumulate_dtype(q.dtype)
     result: Tensor = _Attention.apply(
@@ -98,7 +108,9 @@ def _check(
         f"attention: tokens differ, or k and v: {shapes}",
     )
     check(
-        head_dim > 0 and head_dim % 2 == 0 and q.shape[-1] % head_dim == k.shape[-1] % head_dim == 0,
+        head_dim > 0
+        and head_dim % 2 == 0
+        and q.shape[-1] % head_dim == k.shape[-1] % head_dim == 0,
         f"attention: head size {head_dim} is odd or does not divide: {shapes}",
     )
     heads, kv_heads = q.shape[-1] // head_dim, k.shape[-1] // head_dim
@@ -122,7 +134,7 @@ def _check(
     )
     if cu_seqlens.device.type == "cpu":
         bounds = cu_seqlens.tolist()
-        rising = all(a <= b for a, b in zip(bounds, bounds[1:], strict=False))
+        rising = all(a <= b for a, b in pairwise(bounds))
         check(
             bounds[0] == 0 and bounds[-1] == tokens and rising,
             f"attention: cu_seqlens must rise from 0 to {tokens}, got {bounds[:8]}…",
@@ -163,7 +175,7 @@ class _Attention(torch.autograd.Function):
         return augmented.keep_room(o, o.view(shape))
 
     @staticmethod
-    def backward(ctx: Any, d_o: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, d_o: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, cu_seqlens, cos, sin, o, lse = ctx.saved_tensors
         d_o = as_rows(d_o)
         widths = [q.shape[1], k.shape[1], v.shape[1]]

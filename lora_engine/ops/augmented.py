@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lora_engine.ops.native import empty_rows
+
 _ATTRIBUTE = "_lora_engine_room"
 
 
@@ -28,8 +30,8 @@ def empty(
     rows: int, widths: Sequence[int], tail: int, *, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, ...]:
     """One tensor [rows, width] for each width, side by side in one buffer with `tail` to spare."""
-    buffer = torch.empty(rows, sum(widths) + tail, dtype=dtype, device=device)
-    # The room's own version counter: writing it changes none of the columns autograd may have saved.
+    buffer = empty_rows(rows, sum(widths) + tail, dtype=dtype, device=device)
+    # The room's own version counter: writing it changes no column that autograd may have saved.
     room = _Room(buffer.data, tuple(widths))
     parts = buffer[:, : sum(widths)].split(list(widths), dim=1)
     for part in parts:
@@ -59,9 +61,7 @@ def claim(parts: Sequence[Tensor], tail: int) -> Tensor:
         return flat[0]
     widths = [part.shape[-1] for part in flat]
     first = flat[0]
-    buffer = torch.empty(
-        first.shape[0], sum(widths) + tail, dtype=first.dtype, device=first.device
-    )
+    buffer = empty_rows(first.shape[0], sum(widths) + tail, dtype=first.dtype, device=first.device)
     torch.cat(flat, dim=1, out=buffer[:, : sum(widths)])
     return buffer
 

@@ -43,7 +43,7 @@ class _CrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
         (d_logits,) = ctx.saved_tensors
         return d_logits * d_loss[:, None].to(d_logits.dtype), None, None, None
 

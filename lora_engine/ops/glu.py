@@ -57,7 +57,7 @@ class _SwiGlu(torch.autograd.Function):
         return augmented.keep_room(y, y.view(gate.shape))
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         gate, up = ctx.saved_tensors
         dy = as_rows(dy)
         count, cols = gate.shape

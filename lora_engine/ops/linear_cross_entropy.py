@@ -57,9 +57,7 @@ def linear_cross_entropy(
         reduction in ("mean", "sum", "none"),
         f"linear_cross_entropy: reduction={reduction!r}: expected mean, sum or none",
     )
-    check_targets(
-        hidden.shape[0], weight.shape[0], target, ignore_index, "linear_cross_entropy"
-    )
+    check_targets(hidden.shape[0], weight.shape[0], target, ignore_index, "linear_cross_entropy")
     if backends.select("linear_cross_entropy", hidden.device, hidden.dtype, impl) == "reference":
         losses, correct = reference.linear_cross_entropy(hidden, weight, target, ignore_index)
     else:
@@ -119,7 +117,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return losses, correct
 
     @staticmethod
-    def backward(ctx: Any, d_losses: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, d_losses: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         unscaled, hidden, weight, target = ctx.saved_tensors
         d_hidden = None
         if ctx.needs_input_grad[0]:

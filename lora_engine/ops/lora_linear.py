@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lora_engine import backends, reference
 from lora_engine.ops import augmented
-from lora_engine.ops.native import check, shape_of
+from lora_engine.ops.native import check, matmul, shape_of
 
 ROW_ALIGNMENT_BYTES = 16
 
@@ -58,7 +58,7 @@ class AugmentedWeight:
                 weight.dim() == 2
                 and weight.shape[1] == self.in_features
                 and weight.dtype == weights[0].dtype,
-                f"AugmentedWeight: {shape_of(weight)} does not share {shape_of(weights[0])}'s input",
+                f"AugmentedWeight: {shape_of(weight)} does not share {shape_of(weights[0])}'s K",
             )
         ranks = [0 if adapter is None else adapter.lora_a.shape[0] for adapter in adapters]
         self.tail = self._padded(sum(ranks), weights[0].dtype)
@@ -118,7 +118,9 @@ class AugmentedWeight:
         self._seen = seen
 
 
-def lora_linear(x: Tensor, weight: AugmentedWeight, *, impl: str | None = None) -> tuple[Tensor, ...]:
+def lora_linear(
+    x: Tensor, weight: AugmentedWeight, *, impl: str | None = None
+) -> tuple[Tensor, ...]:
     """The outputs [..., N_i] of every linear of the group for `x` [..., K], in x's dtype.
 
     LoRA as in arXiv:2106.09685 without dropout. Gradients: x, every lora_a and lora_b (in their
@@ -141,8 +143,7 @@ def lora_linear(x: Tensor, weight: AugmentedWeight, *, impl: str | None = None) 
         factors += (adapter.lora_a, adapter.lora_b) if adapter is not None else (None, None)
     outputs: tuple[Tensor, ...] = _LoraLinear.apply(x, weight, weight.buffer, *factors)
     return tuple(
-        y if bias is None else y + bias
-        for y, bias in zip(outputs, weight.biases, strict=True)
+        y if bias is None else y + bias for y, bias in zip(outputs, weight.biases, strict=True)
     )
 
 
@@ -169,14 +170,14 @@ class _LoraLinear(torch.autograd.Function):
         xs = augmented.claim([x], weight.tail)
         if weight.tail:
             torch.mm(xs[:, :k], buffer[n:, :k].t(), out=xs[:, k:])
-        y = torch.mm(xs, buffer[:n].t())
+        y = matmul(xs, buffer[:n].t())
         ctx.weight, ctx.shape = weight, x.shape
         ctx.save_for_backward(xs, buffer, *factors)
         outputs = y.split(list(weight.out_features), dim=1)
         return tuple(part.view(*x.shape[:-1], part.shape[1]) for part in outputs)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         weight: AugmentedWeight = ctx.weight
         xs, buffer, *factors = ctx.saved_tensors
         n, k = sum(weight.out_features), weight.in_features
@@ -186,7 +187,7 @@ class _LoraLinear(torch.autograd.Function):
             _project_back(weight, buffer, dys, d_s)
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = torch.mm(dys, buffer[:, :k]).view(ctx.shape)
+            dx = matmul(dys, buffer[:, :k]).view(ctx.shape)
         d_factors: list[Tensor | None] = [None] * len(factors)
         # dA of the whole group in one product: its rows are the ranks of every adapter.
         d_a = torch.mm(d_s.t(), xs[:, :k]) if any(ctx.needs_input_grad[3::2]) else None
@@ -208,9 +209,7 @@ def _project_back(weight: AugmentedWeight, buffer: Tensor, dys: Tensor, d_s: Ten
     """dS = dY (sB), each linear's block of B alone; the padding between and behind is zero."""
     k = weight.in_features
     used = 0
-    for adapter, rows, columns in zip(
-        weight.adapters, weight.rows, weight.columns, strict=True
-    ):
+    for adapter, rows, columns in zip(weight.adapters, weight.rows, weight.columns, strict=True):
         if adapter is not None:
             block = buffer[rows, k + columns.start : k + columns.stop]
             torch.mm(dys[:, rows], block, out=d_s[:, columns])

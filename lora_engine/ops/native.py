@@ -20,6 +20,23 @@ def as_rows(x: Tensor) -> Tensor:
     return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
+ROW_STEP = 64
+
+
+def empty_rows(rows: int, cols: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An uninitialised [rows, cols] whose memory is a multiple of ROW_STEP rows.
+
+    Packed batches differ by a few tokens; with memory in steps they reuse each other's blocks.
+    """
+    return torch.empty(-(-rows // ROW_STEP) * ROW_STEP, cols, dtype=dtype, device=device)[:rows]
+
+
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    """`a @ b` [M, N] into `empty_rows`."""
+    out = empty_rows(a.shape[0], b.shape[1], dtype=a.dtype, device=a.device)
+    return torch.mm(a, b, out=out)
+
+
 def pointer(x: Tensor | None) -> int:
     """The address of `x`; 0 for None."""
     return 0 if x is None else x.data_ptr()

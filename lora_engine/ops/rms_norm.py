@@ -12,6 +12,7 @@ from lora_engine.ops.native import (
     as_rows,
     check,
     dtype_code,
+    empty_rows,
     pointer,
     shape_of,
 )
@@ -71,11 +72,11 @@ class _RmsNorm(torch.autograd.Function):
         return augmented.keep_room(y, y.view(x.shape))
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, rstd = ctx.saved_tensors
         dy = as_rows(dy)
         count, cols = x.shape
-        dx = torch.empty(count, cols, dtype=x.dtype)
+        dx = empty_rows(count, cols, dtype=x.dtype, device=x.device)
         dweight = torch.empty(cols, dtype=rstd.dtype) if ctx.needs_input_grad[1] else None
         backends.native().rms_norm_bwd(
             dtype_code(x.dtype),

@@ -31,9 +31,7 @@ def rope(
     if backends.select("rope", x.device, x.dtype, impl) == "reference":
         return reference.rope(x, cos, sin)
     accumulate = accumulate_dtype(x.dtype)
-    out: Tensor = _Rope.apply(
-        x, cos.to(accumulate).contiguous(), sin.to(accumulate).contiguous()
-    )
+    out: Tensor = _Rope.apply(x, cos.to(accumulate).contiguous(), sin.to(accumulate).contiguous())
     return out
 
 
@@ -44,7 +42,7 @@ class _Rope(torch.autograd.Function):
         return _rotate(x, cos, sin, inverse=False)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
         return _rotate(dy, cos, sin, inverse=True), None, None
 

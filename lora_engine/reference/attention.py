@@ -1,5 +1,7 @@
 """Softmax attention within each of several packed sequences."""
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -30,7 +32,7 @@ def attention(
     heads_per_kv = q.shape[1] // k.shape[1]
     bounds = cu_seqlens.tolist()
     pieces = []
-    for begin, end in zip(bounds, bounds[1:], strict=False):
+    for begin, end in pairwise(bounds):
         qs = upcast(q[begin:end]).transpose(0, 1)
         ks = upcast(k[begin:end]).transpose(0, 1).repeat_interleave(heads_per_kv, dim=0)
         vs = upcast(v[begin:end]).transpose(0, 1).repeat_interleave(heads_per_kv, dim=0)

@@ -32,10 +32,21 @@ class StepMetrics:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """On a GPU, torch's peak allocation since fit began; else the process's peak resident size."""
+    """Since `reset_peak_memory`: on a GPU torch's peak allocation, else the peak resident size."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return _peak_resident_bytes()
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Starts the peak anew, so that loading and converting a model do not count as training.
+
+    On a CPU this needs Linux (see proc_pid_clear_refs(5)); elsewhere the peak is the process's.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif os.access("/proc/self/clear_refs", os.W_OK):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def _peak_resident_bytes() -> int:

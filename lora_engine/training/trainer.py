@@ -11,7 +11,7 @@ from lora_engine.training.config import TrainConfig
 from lora_engine.training.export import export_model
 from lora_engine.training.flat import FlatParameters
 from lora_engine.training.loop import TrainingLoop
-from lora_engine.training.metrics import peak_memory_bytes
+from lora_engine.training.metrics import peak_memory_bytes, reset_peak_memory
 from lora_engine.training.run_folder import RunFolder
 from lora_engine.training.schedule import Schedule
 from lora_engine.training.signals import InterruptGuard
@@ -89,8 +89,7 @@ class Trainer:
         return result
 
     def _train(self, flat: FlatParameters, guard: InterruptGuard, resume: bool) -> Stopped:
-        if flat.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(flat.device)
+        reset_peak_memory(flat.device)
         loop = TrainingLoop(
             self.model,
             flat,

@@ -67,7 +67,9 @@ def test_matches_pytorch(
     ids=str,
 )
 @pytest.mark.parametrize("rotated", [False, True], ids=["plain", "rotated"])
-def test_options(isa: str, poisoned: None, dtype: torch.dtype, options: dict, rotated: bool) -> None:
+def test_options(
+    isa: str, poisoned: None, dtype: torch.dtype, options: dict, rotated: bool
+) -> None:
     lengths = [1, 40, 0, 201]
     bounds = cu_seqlens(lengths)
     options = options | (tables(sum(lengths), 16) if rotated else {})
@@ -150,7 +152,7 @@ def test_errors_name_what_does_not_fit() -> None:
         ops.attention(q, k, v, cu_seqlens([4]))
     with pytest.raises(ValueError, match="4 query heads are no multiple of 3 key heads"):
         ops.attention(q, torch.randn(5, 3, 16), torch.randn(5, 3, 16), cu_seqlens([5]))
-    with pytest.raises(ValueError, match="not .S . 1. int32"):
+    with pytest.raises(ValueError, match=r"is not \[S \+ 1\] int32"):
         ops.attention(q, k, v, cu_seqlens([5]).long())
     with pytest.raises(ValueError, match="window needs causal"):
         ops.attention(q, k, v, cu_seqlens([5]), causal=False, window=2)

@@ -18,9 +18,9 @@ def peer(target: Tensor, reduction: str):
 
 
 def ours(target: Tensor, reduction: str, chunk_rows: int | None = None):
-    return lambda h, w: ops.linear_cross_entropy(
-        h, w, target, reduction=reduction, chunk_rows=chunk_rows
-    ).loss
+    return lambda h, w: (
+        ops.linear_cross_entropy(h, w, target, reduction=reduction, chunk_rows=chunk_rows).loss
+    )
 
 
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])

@@ -178,6 +178,7 @@ class TestRoom:
 
     def test_is_not_used_where_the_width_differs(self) -> None:
         (x,) = augmented.empty(3, [4], 2, dtype=torch.float32, device=torch.device("cpu"))
+        x.fill_(1.0)
         other = augmented.claim([x], 3)
         assert other.shape == (3, 7) and torch.equal(other[:, :4], x)
 

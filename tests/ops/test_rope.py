@@ -17,16 +17,22 @@ def test_matches_oracle(isa: str, poisoned: None, dtype: torch.dtype, shape: tup
     cos, sin = tables(shape[0], shape[2])
     check(
         lambda x: ops.rope(x, cos, sin),
-        lambda x: reference.rope(x, cos.to(x.dtype).double(), sin.to(x.dtype).double())
-        if x.dtype == torch.float64
-        else reference.rope(x, cos, sin),
+        lambda x: (
+            reference.rope(x, cos.to(x.dtype).double(), sin.to(x.dtype).double())
+            if x.dtype == torch.float64
+            else reference.rope(x, cos, sin)
+        ),
         [torch.randn(shape).to(dtype)],
     )
 
 
 def test_halves_may_have_different_angles(isa: str) -> None:
     cos, sin = torch.rand(4, 8), torch.rand(4, 8)
-    check(lambda x: ops.rope(x, cos, sin), lambda x: reference.rope(x, cos, sin), [torch.rand(4, 2, 8)])
+    check(
+        lambda x: ops.rope(x, cos, sin),
+        lambda x: reference.rope(x, cos, sin),
+        [torch.rand(4, 2, 8)],
+    )
 
 
 def test_reads_a_slice_of_packed_heads(isa: str) -> None:
@@ -41,7 +47,9 @@ def test_agrees_with_transformers() -> None:
 
     cos, sin = tables(7, 16)
     q = torch.randn(7, 4, 16)
-    expected, _ = apply_rotary_pos_emb(q.transpose(0, 1)[None], q.transpose(0, 1)[None], cos[None], sin[None])
+    expected, _ = apply_rotary_pos_emb(
+        q.transpose(0, 1)[None], q.transpose(0, 1)[None], cos[None], sin[None]
+    )
     assert torch.allclose(ops.rope(q, cos, sin), expected[0].transpose(0, 1), atol=1e-6)
 
 
