@@ -1,5 +1,6 @@
 import json
 import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,7 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from lora_engine.training.metrics import MetricsLog, StepMetrics, peak_memory_bytes
+from lora_engine.training.metrics import (
+    MetricsLog,
+    StepMetrics,
+    peak_memory_bytes,
+    reset_peak_memory,
+)
 
 STEP = StepMetrics(1, 2.5, 1e-3, 0.7, 100, 40, 321.5, 1 << 30)
 
@@ -79,3 +85,13 @@ def test_peak_memory_is_at_least_what_was_resident():
     counters_may_lag = 1 << 20
     assert peak_memory_bytes(torch.device("cpu")) >= resident - counters_may_lag
     assert resident > 64 << 20
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc/self/clear_refs")
+def test_memory_freed_before_the_reset_does_not_count() -> None:
+    cpu = torch.device("cpu")
+    block = torch.ones(64 * 2**20)
+    with_block = peak_memory_bytes(cpu)
+    del block
+    reset_peak_memory(cpu)
+    assert peak_memory_bytes(cpu) < with_block - 100 * 2**20
