@@ -1,4 +1,5 @@
 import json
+import mmap
 import os
 import sys
 from dataclasses import replace
@@ -89,9 +90,12 @@ def test_peak_memory_is_at_least_what_was_resident():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc/self/clear_refs")
 def test_memory_freed_before_the_reset_does_not_count() -> None:
-    cpu = torch.device("cpu")
-    block = torch.ones(64 * 2**20)
-    with_block = peak_memory_bytes(cpu)
-    del block
+    cpu, size = torch.device("cpu"), 256 * 2**20
     reset_peak_memory(cpu)
-    assert peak_memory_bytes(cpu) < with_block - 100 * 2**20
+    before = peak_memory_bytes(cpu)
+    with mmap.mmap(-1, size) as block:  # not from the heap, which may keep what is freed
+        block[::4096] = b"x" * (size // 4096)
+        assert peak_memory_bytes(cpu) > before + size // 2
+    assert peak_memory_bytes(cpu) > before + size // 2
+    reset_peak_memory(cpu)
+    assert peak_memory_bytes(cpu) < before + size // 2
