@@ -36,8 +36,8 @@ def accelerate(
     move into one buffer, which their parameters then view. In training, calling the model with
     `labels` computes the loss without logits (`logits` is None in the result).
 
-    On a CPU the process's allocator is told to keep freed memory for reuse (glibc; about 5 % of a
-    step), which `restore` does not take back.
+    On a CPU the process's allocator is told to keep freed memory for reuse (glibc; about 4 % of a
+    step where batches are of equal size), which `restore` does not take back.
 
     `verify`, a batch as the model takes it with labels, runs loss and gradients both ways and
     raises ValueError outside VERIFY_TOLERANCE. `strict` raises UserError where anything was left.
