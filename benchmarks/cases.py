@@ -66,7 +66,7 @@ def rope(size: Size, dtype: torch.dtype, device: torch.device) -> Problem:
 
 
 @case
-def swiglu(size: Size, dtype: torch.dtype, device: torch.device) -> Problem:
+def glu(size: Size, dtype: torch.dtype, device: torch.device) -> Problem:
     """Forward reads gate, up, writes h; backward reads dh, gate, up and writes dgate, dup."""
     shape = (size.tokens, size.model.intermediate)
     gate, up = (_normal(*shape, dtype=dtype, device=device) for _ in range(2))

@@ -5,6 +5,7 @@ and what the machine has; `explain` says in words what it would answer, and why.
 """
 
 import importlib
+import importlib.util
 import os
 import platform
 import warnings
@@ -24,18 +25,26 @@ ONEDNN_CACHE_LIMITS = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 for _name in ONEDNN_CACHE_LIMITS:
     os.environ.setdefault(_name, "64")
 
-IMPLEMENTATIONS = ("reference", "cpu")
-CPU_OPERATIONS = (
-    "rms_norm",
-    "rope",
-    "swiglu",
-    "linear_cross_entropy",
-    "cross_entropy",
-    "lora_linear",
-    "attention",
-    "adamw",
-)
-CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+IMPLEMENTATIONS = ("reference", "cpu", "triton", "cuda")
+
+# Which kernels each operation has. On a GPU the first that can run is taken.
+OPERATIONS: dict[str, tuple[str, ...]] = {
+    "rms_norm": ("cpu",),
+    "rope": ("cpu",),
+    "glu": ("cpu", "triton"),
+    "linear_cross_entropy": ("cpu",),
+    "cross_entropy": ("cpu",),
+    "lora_linear": ("cpu",),
+    "attention": ("cpu",),
+    "adamw": ("cpu",),
+}
+PACKAGES = {"cpu": "lora_engine.cpu", "triton": "lora_engine.kernels", "cuda": "lora_engine.cuda"}
+DTYPES = {
+    "cpu": (torch.float32, torch.bfloat16, torch.float64),
+    "triton": (torch.float32, torch.bfloat16, torch.float16),
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
+}
+OLDEST_CAPABILITY = (8, 0)
 
 
 @dataclass(frozen=True)
@@ -105,33 +114,82 @@ def cpu_features() -> frozenset[str]:
     return frozenset()
 
 
+def triton_interpreted() -> bool:
+    """Whether Triton kernels are interpreted in this process, on CPU tensors."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    return bool(importlib.import_module("triton").knobs.runtime.interpret)
+
+
+@cache
+def capability(device: torch.device) -> tuple[int, int]:
+    """A CUDA device's compute capability."""
+    return torch.cuda.get_device_capability(device)
+
+
+def kernels(module: str, impl: str) -> ModuleType:
+    """The module that holds an operation's kernels: `lora_engine.cpu.rms_norm`, say."""
+    return importlib.import_module(f"{PACKAGES[impl]}.{module}")
+
+
 def choose(
     operation: str, device: torch.device, dtype: torch.dtype, impl: str | None = None
 ) -> Choice:
     """The implementation of `operation` for tensors of `dtype` on `device`.
 
-    `impl` forces one of IMPLEMENTATIONS; UnavailableError where it cannot run.
+    `impl` forces one of IMPLEMENTATIONS; UnavailableError where it cannot run. Nothing but force
+    chooses Triton's interpreter.
     """
-    if impl is not None and impl not in IMPLEMENTATIONS:
-        raise ValueError(f"impl={impl!r}: expected one of {', '.join(IMPLEMENTATIONS)}")
+    if operation not in OPERATIONS:
+        raise ValueError(f"operation {operation!r}: expected one of {', '.join(OPERATIONS)}")
     if impl == "reference":
         return Choice(operation, "reference", "asked for")
-    problem = _why_not_cpu(operation, device, dtype)
-    if impl == "cpu" and problem is not None:
-        raise UnavailableError(f"{operation}: impl='cpu' is not available: {problem}")
-    if problem is None:
-        return Choice(operation, "cpu", f"C++ kernel, {native().isa()}")
-    return Choice(operation, "reference", problem)
+    if impl is not None:
+        if impl not in IMPLEMENTATIONS:
+            raise ValueError(f"impl={impl!r}: expected one of {', '.join(IMPLEMENTATIONS)}")
+        problem = _why_not(operation, impl, device, dtype)
+        if problem is not None:
+            raise UnavailableError(f"{operation}: impl={impl!r} is not available: {problem}")
+        return Choice(operation, impl, _how(impl, device))
+    problems = []
+    for candidate in ("cpu",) if device.type == "cpu" else ("cuda", "triton"):
+        problem = _why_not(operation, candidate, device, dtype)
+        if problem is None:
+            return Choice(operation, candidate, _how(candidate, device))
+        problems.append(problem)
+    return Choice(operation, "reference", problems[-1])
 
 
-def _why_not_cpu(operation: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    if device.type != "cpu":
+def _how(impl: str, device: torch.device) -> str:
+    if impl == "cpu":
+        return f"C++ kernel, {native().isa()}"
+    if device.type == "cpu":
+        return "Triton kernel, interpreted"
+    name = "CUDA C++" if impl == "cuda" else "Triton"
+    return f"{name} kernel, capability {'.'.join(map(str, capability(device)))}"
+
+
+def _why_not(operation: str, impl: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why `impl` cannot run `operation`; None if it can."""
+    if impl not in OPERATIONS[operation]:
+        return f"there is no {impl} kernel for it"
+    if dtype not in DTYPES[impl]:
+        names = ", ".join(str(d).removeprefix("torch.") for d in DTYPES[impl])
+        return f"the {impl} kernels take {names}, not {dtype}"
+    if impl == "cpu":
+        return extension().problem if device.type == "cpu" else f"the tensors are on {device.type}"
+    if impl == "triton" and importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if impl == "triton" and device.type == "cpu" and triton_interpreted():
+        return None
+    if device.type != "cuda":
         return f"the tensors are on {device.type}"
-    if operation not in CPU_OPERATIONS:
-        return "there is no C++ kernel for it"
-    if dtype not in CPU_DTYPES:
-        return f"the C++ kernels take float32, bfloat16 and float64, not {dtype}"
-    return extension().problem
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device"
+    if capability(device) < OLDEST_CAPABILITY:
+        found, least = (".".join(map(str, c)) for c in (capability(device), OLDEST_CAPABILITY))
+        return f"the GPU has capability {found}, the kernels need {least}"
+    return None
 
 
 @cache

@@ -189,7 +189,7 @@ def _extension_facts() -> list[Fact]:
 def _kernel_facts() -> list[Fact]:
     devices = ["cpu", "cuda"] if machine.gpus() else ["cpu"]
     facts = []
-    for operation in backends.CPU_OPERATIONS:
+    for operation in backends.OPERATIONS:
         for device in devices:
             choice = backends.explain(operation, device, torch.bfloat16)
             name = operation if len(devices) == 1 else f"{operation} ({device})"

@@ -1,11 +1,15 @@
 """Fixtures for all tests."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 
-from lora_engine import backends
+# Without a GPU the Triton kernels run in Triton's interpreter, which is settled when triton is
+# imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(autouse=True)
@@ -28,20 +32,3 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "empty", lambda *a, **k: poison(empty(*a, **k)))
     monkeypatch.setattr(torch, "empty_like", lambda *a, **k: poison(empty_like(*a, **k)))
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda x, *a, **k: poison(new_empty(x, *a, **k)))
-
-
-def runnable_isas() -> list[str]:
-    """The instruction sets that were built and run here."""
-    if not backends.extension_available():
-        return []
-    return [isa for isa, runs in backends.native().built_isas() if runs]
-
-
-@pytest.fixture(params=runnable_isas() or [pytest.param("", marks=pytest.mark.skip("no _C"))])
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs the test once on each instruction set that this processor has."""
-    native = backends.native()
-    best = native.isa()
-    assert native.select_isa(request.param)
-    yield request.param
-    assert native.select_isa(best)

@@ -12,7 +12,6 @@ def test_the_choice_and_its_reason() -> None:
     assert choice.impl == "cpu" and backends.native().isa() in choice.reason
     assert backends.explain("rms_norm", "cpu", torch.float16).impl == "reference"
     assert "float16" in backends.explain("rms_norm", "cpu", torch.float16).reason
-    assert "on cuda" in backends.explain("rms_norm", "cuda").reason
 
 
 def test_a_forced_choice_is_made_or_refused() -> None:
@@ -30,7 +29,7 @@ def test_the_reference_is_never_silent() -> None:
 def test_without_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
     missing = backends.Extension(None, "No module named 'lora_engine._C'")
     monkeypatch.setattr(backends, "extension", lambda: missing)
-    choice = backends.explain("swiglu")
+    choice = backends.explain("glu")
     assert choice.impl == "reference" and "_C" in choice.reason
     with pytest.raises(UnavailableError, match="doctor"):
         backends.native()

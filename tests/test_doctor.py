@@ -50,7 +50,7 @@ def test_torch_and_processor(sections):
 
 def test_kernels_say_what_explain_says(sections):
     kernels = facts(sections, "Kernels on this machine")
-    for operation in backends.CPU_OPERATIONS:
+    for operation in backends.OPERATIONS:
         choice = backends.explain(operation, "cpu", torch.bfloat16)
         fact = kernels.get(operation) or kernels[f"{operation} (cpu)"]
         assert (fact.status == "ok") == (choice.impl != "reference")

@@ -16,6 +16,7 @@ LAYERS: list[set[str]] = [
     {"errors"},
     {"files", "config_schema"},
     {"reference", "backends"},
+    {"cpu", "kernels"},
     {"ops"},
     {"models", "testing"},
     {"data"},

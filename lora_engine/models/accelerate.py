@@ -139,7 +139,7 @@ class _Accelerator:
             self.report.add(name, "swiglu", False, "its forward is not down(silu(gate) * up)")
             return
         self.patches.set_attribute(module, "forward", forward)
-        self.report.add(name, "swiglu", True, self._how("swiglu"))
+        self.report.add(name, "swiglu", True, self._how("glu"))
         self._note_tail(name, "post_attention_layernorm", gate_up, tails)
 
     def _note_tail(

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from lora_engine import backends, reference
-from lora_engine.ops.native import check, dtype_code, shape_of
+from lora_engine.ops.tensors import check, shape_of
 
 
 def adamw_(
@@ -39,20 +39,19 @@ def adamw_(
     check(not params.dtype.itemsize < 4, f"adamw_: params are {params.dtype}, expected float32")
     check(step >= 1, f"adamw_: step {step} must count from 1")
     hyper = {"lr": lr, "beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": weight_decay}
-    if backends.select("adamw", params.device, params.dtype, impl) == "reference":
+    impl = backends.select("adamw", params.device, params.dtype, impl)
+    if impl == "reference":
         reference.adamw_(
             params, grads, exp_avg, exp_avg_sq, step=step, grad_scale=grad_scale, **hyper
         )
         return
-    backends.native().adamw(
-        dtype_code(params.dtype),
-        params.data_ptr(),
-        grads.data_ptr(),
-        exp_avg.data_ptr(),
-        exp_avg_sq.data_ptr(),
-        params.numel(),
-        *hyper.values(),
-        1 - beta1**step,
-        1 - beta2**step,
-        grad_scale,
+    backends.kernels("adamw", impl).adamw(
+        params,
+        grads,
+        exp_avg,
+        exp_avg_sq,
+        **hyper,
+        bias_correction1=1 - beta1**step,
+        bias_correction2=1 - beta2**step,
+        grad_scale=grad_scale,
     )

@@ -1,21 +1,14 @@
 """Attention within each of several packed sequences, with its gradient."""
 
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lora_engine import backends, reference
 from lora_engine.ops import augmented
-from lora_engine.ops.native import (
-    accumulate_dtype,
-    as_rows,
-    check,
-    dtype_code,
-    pointer,
-    shape_of,
-)
+from lora_engine.ops.tensors import accumulate_dtype, as_rows, check, shape_of
 
 
 def attention(
@@ -65,7 +58,8 @@ def attention(
         return out.view(q.shape)
     _check(q, k, v, cu_seqlens, head_dim, cos, sin, causal, window)
     scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
-    if backends.select("attention", q.device, q.dtype, impl) == "reference":
+    impl = backends.select("attention", q.device, q.dtype, impl)
+    if impl == "reference":
         qs, ks, vs = (x.unflatten(-1, (-1, head_dim)).flatten(0, -3) for x in (q, k, v))
         return reference.attention(
             qs,
@@ -86,7 +80,9 @@ def attention(
         cu_seqlens.contiguous(),
         None if cos is None else cos.to(accumulate).contiguous(),
         None if sin is None else sin.to(accumulate).contiguous(),
-        _Options(head_dim, scale, causal, window, tail, grad_tail),
+        {"head_dim": head_dim, "scale": scale, "causal": causal, "window": window},
+        (tail, grad_tail),
+        backends.kernels("attention", impl),
     )
     return result
 
@@ -141,15 +137,6 @@ def _check(
         )
 
 
-class _Options(NamedTuple):
-    head_dim: int
-    scale: float
-    causal: bool
-    window: int
-    tail: int
-    grad_tail: int
-
-
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -160,78 +147,34 @@ class _Attention(torch.autograd.Function):
         cu_seqlens: Tensor,
         cos: Tensor | None,
         sin: Tensor | None,
-        options: _Options,
+        options: dict[str, Any],
+        tails: tuple[int, int],
+        kernels: Any,
     ) -> Tensor:
         shape = q.shape
         q, k, v = as_rows(q), as_rows(k), as_rows(v)
         tokens, width = q.shape
-        (o,) = augmented.empty(tokens, [width], options.tail, dtype=q.dtype, device=q.device)
-        lse = torch.empty(width // options.head_dim, tokens, dtype=accumulate_dtype(q.dtype))
-        backends.native().attention_fwd(
-            dtype_code(q.dtype), *_arguments(q, k, v, cu_seqlens, cos, sin, o, lse, options)
+        tail, grad_tail = tails
+        (o,) = augmented.empty(tokens, [width], tail, dtype=q.dtype, device=q.device)
+        lse = torch.empty(
+            width // options["head_dim"],
+            tokens,
+            dtype=accumulate_dtype(q.dtype),
+            device=q.device,
         )
+        kernels.attention_fwd(q, k, v, cu_seqlens, cos, sin, o, lse, **options)
         ctx.save_for_backward(q, k, v, cu_seqlens, cos, sin, o, lse)
-        ctx.options, ctx.leading = options, shape[:-1]
+        ctx.options, ctx.grad_tail, ctx.kernels = options, grad_tail, kernels
+        ctx.leading = shape[:-1]
         return augmented.keep_room(o, o.view(shape))
 
     @staticmethod
     def backward(ctx: Any, d_o: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, cu_seqlens, cos, sin, o, lse = ctx.saved_tensors
-        d_o = as_rows(d_o)
+        q, k, v, *rest = ctx.saved_tensors
         widths = [q.shape[1], k.shape[1], v.shape[1]]
-        dq, dk, dv = augmented.empty(
-            q.shape[0], widths, ctx.options.grad_tail, dtype=q.dtype, device=q.device
+        grads = augmented.empty(q.shape[0], widths, ctx.grad_tail, dtype=q.dtype, device=q.device)
+        ctx.kernels.attention_bwd(as_rows(d_o), q, k, v, *rest, *grads, **ctx.options)
+        shaped = (
+            augmented.keep_room(grad, grad.view(*ctx.leading, grad.shape[1])) for grad in grads
         )
-        backends.native().attention_bwd(
-            dtype_code(q.dtype),
-            *_arguments(q, k, v, cu_seqlens, cos, sin, o, lse, ctx.options),
-            d_o.data_ptr(),
-            dq.data_ptr(),
-            dk.data_ptr(),
-            dv.data_ptr(),
-            d_o.stride(0),
-            dq.stride(0),
-            dk.stride(0),
-            dv.stride(0),
-        )
-        grads = (
-            augmented.keep_room(grad, grad.view(*ctx.leading, grad.shape[1]))
-            for grad in (dq, dk, dv)
-        )
-        return (*grads, None, None, None, None)
-
-
-def _arguments(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    o: Tensor,
-    lse: Tensor,
-    options: _Options,
-) -> tuple[int | float | bool, ...]:
-    head_dim = options.head_dim
-    return (
-        q.data_ptr(),
-        k.data_ptr(),
-        v.data_ptr(),
-        pointer(cos),
-        pointer(sin),
-        cu_seqlens.data_ptr(),
-        o.data_ptr(),
-        lse.data_ptr(),
-        q.shape[0],
-        cu_seqlens.numel() - 1,
-        q.shape[1] // head_dim,
-        k.shape[1] // head_dim,
-        head_dim,
-        q.stride(0),
-        k.stride(0),
-        v.stride(0),
-        o.stride(0),
-        options.window,
-        options.scale,
-        options.causal,
-    )
+        return (*shaped, None, None, None, None, None, None)

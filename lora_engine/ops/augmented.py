@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lora_engine.ops.native import empty_rows
+from lora_engine.ops.tensors import empty_rows
 
 _ATTRIBUTE = "_lora_engine_room"
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lora_engine import backends, reference
-from lora_engine.ops.native import accumulate_dtype, as_rows, check, dtype_code, shape_of
+from lora_engine.ops.tensors import accumulate_dtype, as_rows, check, shape_of
 
 
 def cross_entropy(
@@ -23,21 +23,29 @@ def cross_entropy(
     Raises ValueError where shapes do not fit or a target is not a column.
     """
     check_targets(logits.shape[0], logits.shape[1], target, ignore_index, "cross_entropy")
-    if backends.select("cross_entropy", logits.device, logits.dtype, impl) == "reference":
+    impl = backends.select("cross_entropy", logits.device, logits.dtype, impl)
+    if impl == "reference":
         return reference.cross_entropy(logits, target, ignore_index)
     gradient = torch.is_grad_enabled() and logits.requires_grad
-    out: Tensor = _CrossEntropy.apply(logits, target, ignore_index, gradient)
+    out: Tensor = _CrossEntropy.apply(
+        logits, target, ignore_index, gradient, backends.kernels("cross_entropy", impl)
+    )
     return out
 
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, target: Tensor, ignore_index: int, gradient: bool
+        ctx: Any,
+        logits: Tensor,
+        target: Tensor,
+        ignore_index: int,
+        gradient: bool,
+        kernels: Any,
     ) -> Tensor:
         work = logits.clone(memory_format=torch.contiguous_format) if gradient else logits
         loss, _ = cross_entropy_rows_(
-            as_rows(work), target.contiguous(), ignore_index, gradient=gradient
+            kernels, as_rows(work), target.contiguous(), ignore_index, gradient=gradient
         )
         ctx.save_for_backward(work)
         return loss
@@ -45,31 +53,20 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
         (d_logits,) = ctx.saved_tensors
-        return d_logits * d_loss[:, None].to(d_logits.dtype), None, None, None
+        return d_logits * d_loss[:, None].to(d_logits.dtype), None, None, None, None
 
 
 def cross_entropy_rows_(
-    logits: Tensor, target: Tensor, ignore_index: int, *, gradient: bool
+    kernels: Any, logits: Tensor, target: Tensor, ignore_index: int, *, gradient: bool
 ) -> tuple[Tensor, Tensor]:
     """Loss [U] and correctness [U] bool of rows of logits [U, V] with unit column stride.
 
     With `gradient` the logits become `softmax - onehot`.
     """
-    rows, cols = logits.shape
-    loss = torch.empty(rows, dtype=accumulate_dtype(logits.dtype))
-    correct = torch.empty(rows, dtype=torch.bool)
-    backends.native().cross_entropy(
-        dtype_code(logits.dtype),
-        logits.data_ptr(),
-        target.data_ptr(),
-        loss.data_ptr(),
-        correct.data_ptr(),
-        rows,
-        cols,
-        logits.stride(0),
-        ignore_index,
-        gradient,
-    )
+    rows = logits.shape[0]
+    loss = torch.empty(rows, dtype=accumulate_dtype(logits.dtype), device=logits.device)
+    correct = torch.empty(rows, dtype=torch.bool, device=logits.device)
+    kernels.cross_entropy(logits, target, loss, correct, ignore_index, gradient=gradient)
     return loss, correct
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lora_engine import backends, reference
 from lora_engine.ops import augmented
-from lora_engine.ops.native import as_rows, check, dtype_code, shape_of
+from lora_engine.ops.tensors import as_rows, check, shape_of
 
 
 def swiglu(
@@ -29,31 +29,24 @@ def swiglu(
         gate.shape == up.shape and gate.dtype == up.dtype,
         f"swiglu: gate {shape_of(gate)} and up {shape_of(up)} differ",
     )
-    if backends.select("swiglu", gate.device, gate.dtype, impl) == "reference":
+    impl = backends.select("glu", gate.device, gate.dtype, impl)
+    if impl == "reference":
         return reference.swiglu(gate, up)
-    out: Tensor = _SwiGlu.apply(gate, up, tail, grad_tail)
+    out: Tensor = _Glu.apply(gate, up, tail, grad_tail, backends.kernels("glu", impl))
     return out
 
 
-class _SwiGlu(torch.autograd.Function):
+class _Glu(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, tail: int, grad_tail: int) -> Tensor:
+    def forward(
+        ctx: Any, gate: Tensor, up: Tensor, tail: int, grad_tail: int, kernels: Any
+    ) -> Tensor:
         gate_rows, up_rows = as_rows(gate), as_rows(up)
         count, cols = gate_rows.shape
         (y,) = augmented.empty(count, [cols], tail, dtype=gate.dtype, device=gate.device)
-        backends.native().swiglu_fwd(
-            dtype_code(gate.dtype),
-            gate_rows.data_ptr(),
-            up_rows.data_ptr(),
-            y.data_ptr(),
-            count,
-            cols,
-            gate_rows.stride(0),
-            up_rows.stride(0),
-            y.stride(0),
-        )
+        kernels.glu_fwd(gate_rows, up_rows, y)
         ctx.save_for_backward(gate_rows, up_rows)
-        ctx.shape, ctx.grad_tail = gate.shape, grad_tail
+        ctx.shape, ctx.grad_tail, ctx.kernels = gate.shape, grad_tail, kernels
         return augmented.keep_room(y, y.view(gate.shape))
 
     @staticmethod
@@ -64,24 +57,11 @@ class _SwiGlu(torch.autograd.Function):
         dgate, dup = augmented.empty(
             count, [cols, cols], ctx.grad_tail, dtype=gate.dtype, device=gate.device
         )
-        backends.native().swiglu_bwd(
-            dtype_code(gate.dtype),
-            dy.data_ptr(),
-            gate.data_ptr(),
-            up.data_ptr(),
-            dgate.data_ptr(),
-            dup.data_ptr(),
-            count,
-            cols,
-            dy.stride(0),
-            gate.stride(0),
-            up.stride(0),
-            dgate.stride(0),
-            dup.stride(0),
-        )
+        ctx.kernels.glu_bwd(dy, gate, up, dgate, dup)
         return (
             augmented.keep_room(dgate, dgate.view(ctx.shape)),
             augmented.keep_room(dup, dup.view(ctx.shape)),
+            None,
             None,
             None,
         )

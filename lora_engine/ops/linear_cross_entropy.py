@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lora_engine import backends, reference
 from lora_engine.ops.cross_entropy import check_targets, cross_entropy_rows_
-from lora_engine.ops.native import accumulate_dtype, check, shape_of
+from lora_engine.ops.tensors import accumulate_dtype, check, shape_of
 
 CHUNK_BYTES = 64 * 2**20
 
@@ -58,7 +58,8 @@ def linear_cross_entropy(
         f"linear_cross_entropy: reduction={reduction!r}: expected mean, sum or none",
     )
     check_targets(hidden.shape[0], weight.shape[0], target, ignore_index, "linear_cross_entropy")
-    if backends.select("linear_cross_entropy", hidden.device, hidden.dtype, impl) == "reference":
+    impl = backends.select("linear_cross_entropy", hidden.device, hidden.dtype, impl)
+    if impl == "reference":
         losses, correct = reference.linear_cross_entropy(hidden, weight, target, ignore_index)
     else:
         rows = chunk_rows or max(1, CHUNK_BYTES // (weight.shape[0] * hidden.element_size()))
@@ -70,6 +71,7 @@ def linear_cross_entropy(
             ignore_index,
             rows,
             needs_grad and hidden.requires_grad,
+            backends.kernels("cross_entropy", impl),
         )
     return LinearCrossEntropy(
         _reduce(losses, target, reduction, ignore_index), -losses.detach(), correct
@@ -95,10 +97,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ignore_index: int,
         chunk_rows: int,
         needs_d_hidden: bool,
+        kernels: Any,
     ) -> tuple[Tensor, Tensor]:
         rows = hidden.shape[0]
-        losses = torch.empty(rows, dtype=accumulate_dtype(hidden.dtype))
-        correct = torch.empty(rows, dtype=torch.bool)
+        losses = torch.empty(rows, dtype=accumulate_dtype(hidden.dtype), device=hidden.device)
+        correct = torch.empty(rows, dtype=torch.bool, device=hidden.device)
         d_hidden = torch.empty_like(hidden) if needs_d_hidden else None
         logits = hidden.new_empty(min(rows, chunk_rows), weight.shape[0])
         for begin in range(0, rows, chunk_rows):
@@ -106,13 +109,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
             z = logits[: hidden[chunk].shape[0]]
             torch.mm(hidden[chunk], weight.t(), out=z)
             losses[chunk], correct[chunk] = cross_entropy_rows_(
-                z, target[chunk], ignore_index, gradient=needs_d_hidden
+                kernels, z, target[chunk], ignore_index, gradient=needs_d_hidden
             )
             if d_hidden is not None:
                 torch.mm(z, weight, out=d_hidden[chunk])
         keep_for_head = (hidden, weight, target) if ctx.needs_input_grad[1] else (None, None, None)
         ctx.save_for_backward(d_hidden, *keep_for_head)
-        ctx.ignore_index, ctx.chunk_rows = ignore_index, chunk_rows
+        ctx.ignore_index, ctx.chunk_rows, ctx.kernels = ignore_index, chunk_rows, kernels
         ctx.mark_non_differentiable(correct)
         return losses, correct
 
@@ -125,7 +128,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         d_weight = None
         if ctx.needs_input_grad[1]:
             d_weight = _head_gradient(ctx, hidden, weight, target, d_losses)
-        return d_hidden, d_weight, None, None, None, None
+        return d_hidden, d_weight, None, None, None, None, None
 
 
 def _head_gradient(
@@ -135,7 +138,7 @@ def _head_gradient(
     for begin in range(0, hidden.shape[0], ctx.chunk_rows):
         chunk = slice(begin, begin + ctx.chunk_rows)
         z = hidden[chunk] @ weight.t()
-        cross_entropy_rows_(z, target[chunk], ctx.ignore_index, gradient=True)
+        cross_entropy_rows_(ctx.kernels, z, target[chunk], ctx.ignore_index, gradient=True)
         z *= d_losses[chunk, None].to(z.dtype)
         d_weight += z.t() @ hidden[chunk]
     return d_weight.to(weight.dtype)

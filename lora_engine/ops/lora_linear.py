@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lora_engine import backends, reference
 from lora_engine.ops import augmented
-from lora_engine.ops.native import check, matmul, shape_of
+from lora_engine.ops.tensors import check, matmul, shape_of
 
 ROW_ALIGNMENT_BYTES = 16
 

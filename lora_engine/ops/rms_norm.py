@@ -7,15 +7,7 @@ from torch import Tensor
 
 from lora_engine import backends, reference
 from lora_engine.ops import augmented
-from lora_engine.ops.native import (
-    accumulate_dtype,
-    as_rows,
-    check,
-    dtype_code,
-    empty_rows,
-    pointer,
-    shape_of,
-)
+from lora_engine.ops.tensors import accumulate_dtype, as_rows, check, empty_rows, shape_of
 
 
 def rms_norm(
@@ -41,34 +33,24 @@ def rms_norm(
         weight.dtype == x.dtype,
         f"rms_norm: weight {shape_of(weight)} and x {shape_of(x)} differ in dtype",
     )
-    if backends.select("rms_norm", x.device, x.dtype, impl) == "reference":
+    impl = backends.select("rms_norm", x.device, x.dtype, impl)
+    if impl == "reference":
         return reference.rms_norm(x, weight, eps)
-    out: Tensor = _RmsNorm.apply(x, weight, eps, tail)
+    out: Tensor = _RmsNorm.apply(x, weight, eps, tail, backends.kernels("rms_norm", impl))
     return out
 
 
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, tail: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, tail: int, kernels: Any) -> Tensor:
         rows = as_rows(x)
         weight = weight.contiguous()
         count, cols = rows.shape
         (y,) = augmented.empty(count, [cols], tail, dtype=x.dtype, device=x.device)
-        rstd = torch.empty(count, dtype=accumulate_dtype(x.dtype))
-        backends.native().rms_norm_fwd(
-            dtype_code(x.dtype),
-            rows.data_ptr(),
-            weight.data_ptr(),
-            y.data_ptr(),
-            rstd.data_ptr(),
-            count,
-            cols,
-            rows.stride(0),
-            y.stride(0),
-            eps,
-        )
+        rstd = torch.empty(count, dtype=accumulate_dtype(x.dtype), device=x.device)
+        kernels.rms_norm_fwd(rows, weight, y, rstd, eps)
         ctx.save_for_backward(rows, weight, rstd)
-        ctx.shape = x.shape
+        ctx.shape, ctx.kernels = x.shape, kernels
         return augmented.keep_room(y, y.view(x.shape))
 
     @staticmethod
@@ -77,23 +59,12 @@ class _RmsNorm(torch.autograd.Function):
         dy = as_rows(dy)
         count, cols = x.shape
         dx = empty_rows(count, cols, dtype=x.dtype, device=x.device)
-        dweight = torch.empty(cols, dtype=rstd.dtype) if ctx.needs_input_grad[1] else None
-        backends.native().rms_norm_bwd(
-            dtype_code(x.dtype),
-            dy.data_ptr(),
-            x.data_ptr(),
-            weight.data_ptr(),
-            rstd.data_ptr(),
-            dx.data_ptr(),
-            pointer(dweight),
-            count,
-            cols,
-            dy.stride(0),
-            x.stride(0),
-        )
+        dweight = rstd.new_empty(cols) if ctx.needs_input_grad[1] else None
+        ctx.kernels.rms_norm_bwd(dy, x, weight, rstd, dx, dweight)
         return (
             dx.view(ctx.shape),
             None if dweight is None else dweight.to(weight.dtype),
+            None,
             None,
             None,
         )

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lora_engine import backends, reference
-from lora_engine.ops.native import accumulate_dtype, check, dtype_code, shape_of
+from lora_engine.ops.tensors import accumulate_dtype, check, shape_of
 
 
 def rope(
@@ -28,42 +28,36 @@ def rope(
             table.shape == (x.shape[0], x.shape[2]),
             f"rope: {name} {shape_of(table)} does not fit x {shape_of(x)}: expected [T, D]",
         )
-    if backends.select("rope", x.device, x.dtype, impl) == "reference":
+    impl = backends.select("rope", x.device, x.dtype, impl)
+    if impl == "reference":
         return reference.rope(x, cos, sin)
     accumulate = accumulate_dtype(x.dtype)
-    out: Tensor = _Rope.apply(x, cos.to(accumulate).contiguous(), sin.to(accumulate).contiguous())
+    out: Tensor = _Rope.apply(
+        x,
+        cos.to(accumulate).contiguous(),
+        sin.to(accumulate).contiguous(),
+        backends.kernels("rope", impl),
+    )
     return out
 
 
 class _Rope(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, kernels: Any) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _rotate(x, cos, sin, inverse=False)
+        ctx.kernels = kernels
+        return _rotate(kernels, x, cos, sin, inverse=False)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
-        return _rotate(dy, cos, sin, inverse=True), None, None
+        return _rotate(ctx.kernels, dy, cos, sin, inverse=True), None, None, None
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool) -> Tensor:
+def _rotate(kernels: Any, x: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool) -> Tensor:
     x = token_rows(x)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    tokens, heads, head_dim = x.shape
-    backends.native().rope(
-        dtype_code(x.dtype),
-        x.data_ptr(),
-        y.data_ptr(),
-        cos.data_ptr(),
-        sin.data_ptr(),
-        tokens,
-        heads,
-        head_dim,
-        x.stride(0),
-        y.stride(0),
-        inverse,
-    )
+    kernels.rope(x, y, cos, sin, inverse=inverse)
     return y
 
 

@@ -1,17 +1,9 @@
-"""Calling lora_engine._C: dtypes as its codes, tensors as rows an address and a stride apart."""
-
-from typing import Any
+"""Small things every operation needs: rows, buffers whose memory is reused, messages."""
 
 import torch
 from torch import Tensor
 
-from lora_engine import backends
 from lora_engine.reference.numeric import accumulate_dtype as accumulate_dtype
-
-
-def dtype_code(dtype: torch.dtype) -> Any:
-    """The extension's name for `dtype`."""
-    return getattr(backends.native().DType, str(dtype).removeprefix("torch."))
 
 
 def as_rows(x: Tensor) -> Tensor:
@@ -35,11 +27,6 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
     """`a @ b` [M, N] into `empty_rows`."""
     out = empty_rows(a.shape[0], b.shape[1], dtype=a.dtype, device=a.device)
     return torch.mm(a, b, out=out)
-
-
-def pointer(x: Tensor | None) -> int:
-    """The address of `x`; 0 for None."""
-    return 0 if x is None else x.data_ptr()
 
 
 def check(condition: bool, message: str) -> None:

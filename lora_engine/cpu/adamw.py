@@ -1,0 +1,40 @@
+"""One AdamW step over flat buffers."""
+
+from torch import Tensor
+
+from lora_engine import backends
+from lora_engine.cpu.address import dtype_code
+
+
+def adamw(
+    params: Tensor,  # [P] float32, as the others
+    grads: Tensor,  # [P]
+    exp_avg: Tensor,  # [P]
+    exp_avg_sq: Tensor,  # [P]
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    bias_correction1: float,
+    bias_correction2: float,
+    grad_scale: float,
+) -> None:
+    """Updates params, exp_avg and exp_avg_sq."""
+    backends.native().adamw(
+        dtype_code(params.dtype),
+        params.data_ptr(),
+        grads.data_ptr(),
+        exp_avg.data_ptr(),
+        exp_avg_sq.data_ptr(),
+        params.numel(),
+        lr,
+        beta1,
+        beta2,
+        eps,
+        weight_decay,
+        bias_correction1,
+        bias_correction2,
+        grad_scale,
+    )

@@ -1,0 +1,65 @@
+"""Tests of an operation take `backend` and `dtype`, and run on every implementation it has.
+
+A test module names its operation: OPERATION = "rms_norm".
+"""
+
+import importlib.util
+from collections.abc import Iterator
+
+import pytest
+import torch
+from implementations import BACKENDS, Backend, runnable_isas
+
+from lora_engine import backends
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """`backend` becomes each implementation of the module's OPERATION, `dtype` what it takes."""
+    if "backend" not in metafunc.fixturenames:
+        return
+    impls = backends.OPERATIONS[metafunc.module.OPERATION]
+    with_dtype = "dtype" in metafunc.fixturenames
+    params = []
+    for name, found in BACKENDS.items():
+        marks = [pytest.mark.gpu] if found.device.type == "cuda" else []
+        if found.impl not in impls:
+            continue
+        for dtype in backends.DTYPES[found.impl] if with_dtype else [None]:
+            values = (found, dtype) if with_dtype else (found,)
+            label = f"{name}-{str(dtype).removeprefix('torch.')}" if with_dtype else name
+            params.append(pytest.param(*values, id=label, marks=marks))
+    names = ("backend", "dtype") if with_dtype else ("backend",)
+    metafunc.parametrize(names, params, indirect=["backend"])
+
+
+@pytest.fixture
+def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    """Makes the implementation ready: the instruction set chosen, or skipped with a reason.
+
+    Triton runs in its interpreter where there is no GPU and compiled where there is one.
+    """
+    chosen: Backend = request.param
+    if chosen.device.type == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    if chosen.impl == "triton" and importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+    if chosen.impl == "triton" and chosen.device.type == "cpu" and torch.cuda.is_available():
+        pytest.skip("the Triton kernels are compiled for the GPU in this process")
+    if chosen.isa is None:
+        yield chosen
+        return
+    native = backends.native()
+    best = native.isa()
+    assert native.select_isa(chosen.isa)
+    yield chosen
+    assert native.select_isa(best)
+
+
+@pytest.fixture(params=runnable_isas() or [pytest.param("", marks=pytest.mark.skip("no _C"))])
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test once on each instruction set that this processor has."""
+    native = backends.native()
+    best = native.isa()
+    assert native.select_isa(request.param)
+    yield request.param
+    assert native.select_isa(best)
