@@ -12,10 +12,13 @@ from lora_engine.models import attention
 from lora_engine.models.attention import ATTENTION_CLASSES, AttentionForward
 from lora_engine.models.causal_lm import CausalLmForward, transformers_model, why_no_plain_head
 from lora_engine.models.coverage import CoverageReport
-from lora_engine.models.linear_group import LinearGroup, is_linear, is_lora
+from lora_engine.models.decoder_layer import DECODER_CLASSES, DecoderLayerForward
+from lora_engine.models.linear_group import LinearGroup
+from lora_engine.models.lora_state import is_linear, is_lora
 from lora_engine.models.mlp import MlpForward, is_gated_mlp, is_silu
 from lora_engine.models.norm import RmsNormForward, rms_norm_eps
 from lora_engine.models.patches import Patches
+from lora_engine.models.routing import AdapterRouter, forget_router, new_router
 from lora_engine.models.sequences import SequenceFinder
 
 _PATCHES: WeakKeyDictionary[nn.Module, Patches] = WeakKeyDictionary()
@@ -51,7 +54,7 @@ def accelerate(
     if next(inner.parameters()).device.type == "cpu":
         backends.keep_freed_memory()
     try:
-        report = _Accelerator(inner, patches).run()
+        report = _Accelerator(inner, patches, new_router(model)).run()
         if strict and report.left:
             raise UserError(f"accelerate(strict=True) left parts of the model:\n{report}")
         if verify is not None and expected is not None:
@@ -64,6 +67,7 @@ def accelerate(
 
 def restore(model: nn.Module) -> None:
     """Takes back what `accelerate` did: forwards, attention, and weights in their own storage."""
+    forget_router(model)
     patches = _PATCHES.pop(model, None)
     if patches is not None:
         patches.undo()
@@ -72,8 +76,8 @@ def restore(model: nn.Module) -> None:
 class _Accelerator:
     """One walk over a model, replacing what is recognised."""
 
-    def __init__(self, model: Any, patches: Patches) -> None:
-        self.model, self.patches = model, patches
+    def __init__(self, model: Any, patches: Patches, router: AdapterRouter) -> None:
+        self.model, self.patches, self.router = model, patches, router
         self.report = CoverageReport()
         self.finder = SequenceFinder()
         self.covered: set[nn.Module] = set()  # linears inside a replaced layer
@@ -88,6 +92,8 @@ class _Accelerator:
                 self._attention(name, module, tails)
             elif is_gated_mlp(module):
                 self._mlp(name, module, tails)
+            elif type(module).__name__ in DECODER_CLASSES:
+                self.patches.set_attribute(module, "forward", DecoderLayerForward(module))
         for name, module in self.model.named_modules():
             eps = rms_norm_eps(module)
             if eps is not None:
@@ -112,7 +118,7 @@ class _Accelerator:
         self.patches.on_undo(lambda: self.model.set_attn_implementation(before))
 
     def _group(self, name: str, modules: list[nn.Module]) -> LinearGroup:
-        group = LinearGroup(modules, self.patches)
+        group = LinearGroup(modules, self.patches, self.router)
         self.covered.update(modules)
         what = "lora_linear" if group.has_lora else "linear"
         self.report.add(name, what, group.reason is None, group.reason or self._how("lora_linear"))

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from lora_engine import ops
 from lora_engine.errors import UserError
-from lora_engine.models.linear_group import is_lora
+from lora_engine.models.lora_state import is_lora
 
 # What some models do to their logits; the loss does not do it, so these models are refused.
 _LOGIT_CHANGES = ("final_logit_softcapping", "logits_scaling", "logit_scale")

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_engine import ops, reference
+from lora_engine.ops.blocks import PreNorm
 
 
 class RmsNormForward:
@@ -16,6 +17,10 @@ class RmsNormForward:
 
     def __call__(self, hidden_states: Tensor) -> Tensor:
         return ops.rms_norm(hidden_states, self.module.weight, self.eps, tail=self.tail)
+
+    def prenorm(self) -> PreNorm:
+        """This norm as a part of a block."""
+        return PreNorm(self.module.weight, self.eps)
 
 
 def rms_norm_eps(module: nn.Module) -> float | None:

@@ -7,9 +7,15 @@ Every function is differentiable by autograd.
 from lora_engine.reference.adamw import adamw_
 from lora_engine.reference.attention import attention
 from lora_engine.reference.cross_entropy import cross_entropy
+from lora_engine.reference.dropout import Dropout, dropout
 from lora_engine.reference.glu import swiglu
 from lora_engine.reference.linear_cross_entropy import linear_cross_entropy
-from lora_engine.reference.lora_linear import lora_linear
+from lora_engine.reference.lora_linear import (
+    dora_scale,
+    lora_delta,
+    lora_linear,
+    merged_weight,
+)
 from lora_engine.reference.rms_norm import rms_norm
 from lora_engine.reference.rope import rope
 
@@ -17,8 +23,11 @@ __all__ = [
     "adamw_",
     "attention",
     "cross_entropy",
+    "dora_scale",
     "linear_cross_entropy",
+    "lora_delta",
     "lora_linear",
+    "merged_weight",
     "rms_norm",
     "rope",
     "swiglu",
