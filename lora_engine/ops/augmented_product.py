@@ -45,14 +45,13 @@ class AugmentedProduct:
         X stands in the front columns of `xs`; S is written behind it.
         """
         weight = self.weight
-        n, k = sum(weight.out_features), weight.in_features
+        n, k = weight.base.shape
         if weight.tail:
             s = xs[:, k:]
             self.kernels.lora_a_fwd(xs[:, :k], weight.lora_a, s, weight.spans, self.dropout)
             if self.columns is not None:
                 s.mul_(self.columns)
-        inner = xs[:, : k + weight.tail]
-        transposed = weight.buffer[:n].t()
+        inner, transposed = xs[:, : k + weight.tail], weight.forward_operand
         bias = self._bias()
         if weight.scale is not None:
             unscaled = matmul(inner, transposed)
@@ -78,7 +77,7 @@ class AugmentedProduct:
         weight = self.weight
         if weight.scale is None:
             return augmented.claim(grads, weight.tail)
-        n = sum(weight.out_features)
+        n = weight.base.shape[0]
         flat = torch.cat([grad.reshape(-1, grad.shape[-1]) for grad in grads], dim=1)
         buffer = empty_rows(flat.shape[0], n + weight.tail, dtype=flat.dtype, device=flat.device)
         torch.mul(flat, weight.scale, out=buffer[:, :n])
@@ -87,7 +86,7 @@ class AugmentedProduct:
     def fill_ds(self, dys: Tensor, s: Tensor, *, wanted: bool) -> Tensor | None:
         """Writes dS behind dY in `dys` [M, N + R]; returns dYᵀ S [N, R], if wanted."""
         weight = self.weight
-        n = sum(weight.out_features)
+        n = weight.base.shape[0]
         if not weight.tail:
             return None
         ds = dys[:, n:]
@@ -104,13 +103,13 @@ class AugmentedProduct:
     def input_gradient(self, dys: Tensor) -> Tensor:
         """dX [M, K] from `dys` with dS filled in."""
         weight = self.weight
-        n, k = sum(weight.out_features), weight.in_features
+        n, k = weight.base.shape
         if self.dropout is None:
-            return matmul(dys[:, : n + weight.tail], weight.buffer[:, :k])
+            return matmul(dys[:, : n + weight.tail], weight.backward_operand)
         dx = empty_rows(dys.shape[0], k, dtype=dys.dtype, device=dys.device)
         self.kernels.lora_linear_dx(
             dys[:, :n],
-            weight.buffer[:n, :k],
+            weight.base,
             dys[:, n:],
             weight.lora_a,
             dx,
@@ -126,7 +125,7 @@ class AugmentedProduct:
             return None
         shape = (weight.tail, weight.in_features)
         d_lora_a = torch.empty(shape, dtype=accumulate_dtype(dys.dtype), device=dys.device)
-        ds = dys[:, sum(weight.out_features) :]
+        ds = dys[:, weight.base.shape[0] :]
         self.kernels.lora_a_bwd(ds, x, d_lora_a, weight.spans, self.dropout)
         return d_lora_a
 

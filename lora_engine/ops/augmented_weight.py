@@ -85,6 +85,11 @@ class AugmentedWeight:
         )
         for weight, span in zip(weights, self.rows, strict=True):
             self.buffer[span, :k].copy_(weight.detach())
+        # Views of the buffer: all A [R, K], where rows of padding are zero; all scaled B [N, R],
+        # block-diagonal; W [N, K]; the forward product's [W sB]ᵀ and the backward's [W; A].
+        self.lora_a, self.lora_b = self.buffer[n:, :k], self.buffer[:n, k:]
+        self.base = self.buffer[:n, :k]
+        self.forward_operand, self.backward_operand = self.buffer[:n].t(), self.buffer[:, :k]
         self.set_adapters(adapters)
 
     def set_adapters(self, adapters: Sequence[Adapters]) -> None:
@@ -107,6 +112,8 @@ class AugmentedWeight:
                 column += rank
             self.columns.append(slice(start, column))
         self.blocks = tuple(blocks)
+        # For each linear: its rows of W, and its columns of B.
+        self.spans = list(zip(self.rows, self.columns, strict=True))
         self._check_magnitudes()
         n, k = sum(self.out_features), self.in_features
         self.buffer[n:].zero_()
@@ -115,21 +122,6 @@ class AugmentedWeight:
         self.norm: Tensor | None = None  # [N]
         self._column_adapter: Tensor | None = None
         self._seen: tuple[Any, ...] = ()
-
-    @property
-    def spans(self) -> list[tuple[slice, slice]]:
-        """For each linear: its rows of W, and its columns of B."""
-        return list(zip(self.rows, self.columns, strict=True))
-
-    @property
-    def lora_a(self) -> Tensor:
-        """All A, [R, K]; rows of padding are zero."""
-        return self.buffer[sum(self.out_features) :, : self.in_features]
-
-    @property
-    def lora_b(self) -> Tensor:
-        """All scaled B, [N, R], block-diagonal."""
-        return self.buffer[: sum(self.out_features), self.in_features :]
 
     def weight(self, i: int) -> Tensor:
         """Linear i's weight [N_i, K], a view of the buffer."""

@@ -9,7 +9,7 @@ from lora_engine import backends, reference
 from lora_engine.ops import augmented
 from lora_engine.ops.augmented_product import AugmentedProduct
 from lora_engine.ops.augmented_weight import AugmentedWeight
-from lora_engine.ops.tensors import check, shape_of
+from lora_engine.ops.tensors import shape_of
 
 
 def lora_linear(
@@ -48,16 +48,12 @@ def make_product(
     impl: str | None = None,
 ) -> AugmentedProduct | None:
     """The checked and refreshed product for rows `x` [..., K]; None: the reference is to run."""
-    check(
-        x.shape[-1] == weight.in_features and x.dtype == weight.buffer.dtype,
-        f"lora_linear: x {shape_of(x)} does not fit weight "
-        f"[{sum(weight.out_features)}, {weight.in_features}] {weight.buffer.dtype}",
-    )
-    check(
-        routes is None or routes.shape == x.shape[:-1],
-        f"lora_linear: routes {list(routes.shape) if routes is not None else ''} do not fit "
-        f"x {shape_of(x)}",
-    )
+    if x.shape[-1] != weight.in_features or x.dtype != weight.buffer.dtype:
+        raise ValueError(
+            f"lora_linear: x {shape_of(x)} does not fit weight {shape_of(weight.base)}"
+        )
+    if routes is not None and routes.shape != x.shape[:-1]:
+        raise ValueError(f"lora_linear: routes {shape_of(routes)} do not fit x {shape_of(x)}")
     impl = backends.select("lora_linear", x.device, x.dtype, impl)
     if impl == "reference":
         return None
@@ -100,7 +96,9 @@ class _LoraLinear(torch.autograd.Function):
         y, unscaled = product.forward(xs)
         ctx.product, ctx.shape = product, x.shape
         ctx.save_for_backward(xs, unscaled, buffer, *factors)
-        outputs = y.split(list(weight.out_features), dim=1)
+        if len(weight.out_features) == 1:
+            return (y.view(*x.shape[:-1], y.shape[1]),)
+        outputs = y.split(weight.out_features, dim=1)
         return tuple(part.view(*x.shape[:-1], part.shape[1]) for part in outputs)
 
     @staticmethod
