@@ -29,7 +29,12 @@ from lora_engine.testing import assert_as_good_as
 # Each projection's (outputs, inputs).
 MODELS = {
     "smollm2-135m": {"q": (576, 576), "gate": (1536, 576), "down": (576, 1536)},
-    "qwen3-0.6b": {"q": (2048, 1024), "k": (1024, 1024), "gate": (3072, 1024), "down": (1024, 3072)},
+    "qwen3-0.6b": {
+        "q": (2048, 1024),
+        "k": (1024, 1024),
+        "gate": (3072, 1024),
+        "down": (1024, 3072),
+    },
     "llama-3.1-8b": {
         "q": (4096, 4096),
         "k": (1024, 4096),

@@ -13,6 +13,8 @@ from lora_engine.models.attention import ATTENTION_CLASSES, AttentionForward
 from lora_engine.models.causal_lm import CausalLmForward, transformers_model, why_no_plain_head
 from lora_engine.models.coverage import CoverageReport
 from lora_engine.models.decoder_layer import DECODER_CLASSES, DecoderLayerForward
+from lora_engine.models.embedding import EmbeddingForward, is_lora_embedding
+from lora_engine.models.embedding import why_not as why_no_embedding
 from lora_engine.models.linear_group import LinearGroup
 from lora_engine.models.lora_state import is_linear, is_lora
 from lora_engine.models.mlp import MlpForward, is_gated_mlp, is_silu
@@ -100,6 +102,8 @@ class _Accelerator:
                 self._norm(name, module, eps, tails.get(module, 0))
             elif is_lora(module) and module not in self.covered:
                 self._single_linear(name, module)
+            elif is_lora_embedding(module):
+                self._embedding(name, module)
         self._loss()
         return self.report
 
@@ -164,6 +168,13 @@ class _Accelerator:
         group = self._group(name, [module])
         if group.weight is not None:
             self.patches.set_attribute(module, "forward", _SingleLinear(group))
+
+    def _embedding(self, name: str, module: Any) -> None:
+        problem = why_no_embedding(module)
+        if problem is None:
+            self.patches.set_attribute(module, "forward", EmbeddingForward(module, self.router))
+        how = problem or "gathered rows, one product onto them"
+        self.report.add(name, "lora_embedding", problem is None, how)
 
     def _loss(self) -> None:
         name = type(self.model).__name__

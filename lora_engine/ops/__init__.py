@@ -10,6 +10,7 @@ from lora_engine.ops.augmented_weight import AugmentedWeight, LoraFactors
 from lora_engine.ops.cross_entropy import cross_entropy
 from lora_engine.ops.glu import swiglu
 from lora_engine.ops.linear_cross_entropy import LinearCrossEntropy, linear_cross_entropy
+from lora_engine.ops.lora_embedding import lora_embedding
 from lora_engine.ops.lora_linear import lora_linear
 from lora_engine.ops.rms_norm import rms_norm
 from lora_engine.ops.rope import rope
@@ -22,6 +23,7 @@ __all__ = [
     "attention",
     "cross_entropy",
     "linear_cross_entropy",
+    "lora_embedding",
     "lora_linear",
     "rms_norm",
     "rope",

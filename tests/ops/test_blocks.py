@@ -141,7 +141,7 @@ def test_errors_name_what_does_not_fit() -> None:
     block = Mlp(torch.float32, "lora")
     with pytest.raises(ValueError, match="norm"):
         block.fused(torch.randn(TOKENS, HIDDEN), torch.randn(HIDDEN + 1))
-    with pytest.raises(ValueError, match="output .32,. does not fit x"):
+    with pytest.raises(ValueError, match=r"output \(32,\) does not fit x"):
         block.fused(torch.randn(TOKENS, 16), torch.randn(16))
     attention = Attention(torch.float32, "lora")
     with pytest.raises(ValueError, match="heads of 7"):
