@@ -278,6 +278,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def render(result: dict[str, Any]) -> str:
+    dispatch = result["dispatch_seconds"]
     columns = ("linear", "M", "r", "pass", "strategy", "µs", "TFLOP/s", "of base", "extra MiB")
     lines = [
         [
@@ -297,7 +298,7 @@ def render(result: dict[str, Any]) -> str:
         [
             f"# LoRA linear, {result['dtype']}",
             output.header(result),
-            f"One call of `ops.lora_linear` on a tiny input: {result['dispatch_seconds'] * 1e6:.0f} µs",
+            f"One call of `ops.lora_linear` on a tiny input: {dispatch * 1e6:.0f} µs",
             output.table(columns, lines, left=5),
         ]
     )
