@@ -8,6 +8,7 @@ from lora_engine.ops.adamw import adamw_
 from lora_engine.ops.attention import attention
 from lora_engine.ops.cross_entropy import cross_entropy
 from lora_engine.ops.glu import swiglu
+from lora_engine.ops.layer_norm import layer_norm
 from lora_engine.ops.linear_cross_entropy import LinearCrossEntropy, linear_cross_entropy
 from lora_engine.ops.lora_linear import AugmentedWeight, LoraFactors, lora_linear
 from lora_engine.ops.rms_norm import rms_norm
@@ -20,6 +21,7 @@ __all__ = [
     "adamw_",
     "attention",
     "cross_entropy",
+    "layer_norm",
     "linear_cross_entropy",
     "lora_linear",
     "rms_norm",

@@ -8,6 +8,7 @@ from lora_engine.reference.adamw import adamw_
 from lora_engine.reference.attention import attention
 from lora_engine.reference.cross_entropy import cross_entropy
 from lora_engine.reference.glu import swiglu
+from lora_engine.reference.layer_norm import layer_norm
 from lora_engine.reference.linear_cross_entropy import linear_cross_entropy
 from lora_engine.reference.lora_linear import lora_linear
 from lora_engine.reference.rms_norm import rms_norm
@@ -17,6 +18,7 @@ __all__ = [
     "adamw_",
     "attention",
     "cross_entropy",
+    "layer_norm",
     "linear_cross_entropy",
     "lora_linear",
     "rms_norm",
