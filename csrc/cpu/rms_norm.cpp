@@ -9,8 +9,8 @@ namespace {
 template <class T>
 void forward(const RmsNormArgs& a) {
   using A = acc_t<T>;
-  const T* weight = static_cast<const T*>(a.weight);
-  const A offset = A(a.offset);
+  Scratch scratch;
+  const A* weight = parameter_row<T>(scratch, a.weight, A(a.offset), a.cols);
   A* rstd = static_cast<A*>(a.rstd);
 #pragma omp parallel for schedule(static)
   for (int64_t row = 0; row < a.rows; ++row) {
@@ -20,54 +20,50 @@ void forward(const RmsNormArgs& a) {
       const T* x = h;
       const T* residual = static_cast<const T*>(a.residual) + row * a.residual_stride;
       T* sum = static_cast<T*>(a.h) + row * a.cols;
-#pragma omp simd
-      for (int64_t i = 0; i < a.cols; ++i) sum[i] = store<T>(load(x[i]) + load(residual[i]));
+      store_row(a.cols, sum, [=](int64_t i) { return load(x[i]) + load(residual[i]); });
       h = sum;
     }
     const A squares = row_sum<A>(a.cols, [=](int64_t i) { return load(h[i]) * load(h[i]); });
     const A scale = A(1) / std::sqrt(squares / A(a.cols) + A(a.eps));
     rstd[row] = scale;
-#pragma omp simd
-    for (int64_t i = 0; i < a.cols; ++i)
-      y[i] = store<T>(load(h[i]) * scale * (load(weight[i]) + offset));
+    store_row(a.cols, y, [=](int64_t i) { return load(h[i]) * scale * weight[i]; });
   }
 }
 
 // With n = h * rstd and g = dy * (weight + offset):
 //   dx = rstd * (g - n * mean(g * n)) + dh,  dweight = sum of dy * n over the rows.
-template <class T>
+template <class T, bool kDh, bool kDweight>
 void backward(const RmsNormBwdArgs& a) {
   using A = acc_t<T>;
-  const T* weight = static_cast<const T*>(a.weight);
-  const A offset = A(a.offset);
+  Scratch scratch;
+  const A* weight = parameter_row<T>(scratch, a.weight, A(a.offset), a.cols);
   const auto rows = [&](int64_t begin, int64_t end, A* dweight) {
     for (int64_t row = begin; row < end; ++row) {
       const T* dy = static_cast<const T*>(a.dy) + row * a.dy_stride;
+      const T* dh = kDh ? static_cast<const T*>(a.dh) + row * a.dh_stride : nullptr;
       const T* h = static_cast<const T*>(a.h) + row * a.h_stride;
       T* dx = static_cast<T*>(a.dx) + row * a.dx_stride;
       const A rstd = static_cast<const A*>(a.rstd)[row];
-      const A dot = row_sum<A>(a.cols, [=](int64_t i) {
-        return load(dy[i]) * (load(weight[i]) + offset) * (load(h[i]) * rstd);
-      });
+      const A dot = row_sum<A>(
+          a.cols, [=](int64_t i) { return load(dy[i]) * weight[i] * (load(h[i]) * rstd); });
       const A pull = dot / A(a.cols);
-      const auto gradient = [=](int64_t i) {
-        return rstd * (load(dy[i]) * (load(weight[i]) + offset) - load(h[i]) * rstd * pull);
-      };
-      if (a.dh) {
-        const T* dh = static_cast<const T*>(a.dh) + row * a.dh_stride;
-#pragma omp simd
-        for (int64_t i = 0; i < a.cols; ++i) dx[i] = store<T>(gradient(i) + load(dh[i]));
-      } else {
-#pragma omp simd
-        for (int64_t i = 0; i < a.cols; ++i) dx[i] = store<T>(gradient(i));
-      }
-      if (dweight) {
-#pragma omp simd
-        for (int64_t i = 0; i < a.cols; ++i) dweight[i] += load(dy[i]) * (load(h[i]) * rstd);
-      }
+      store_row(a.cols, dx, [=](int64_t i) {
+        const A d = load(dy[i]), n = load(h[i]) * rstd;
+        if (kDweight) dweight[i] += d * n;
+        const A gradient = rstd * (d * weight[i] - n * pull);
+        return kDh ? gradient + load(dh[i]) : gradient;
+      });
     }
   };
-  for_row_blocks(a.rows, a.dweight ? a.cols : 0, static_cast<A*>(a.dweight), rows);
+  for_row_blocks(a.rows, kDweight ? a.cols : 0, static_cast<A*>(a.dweight), rows);
+}
+
+template <class T>
+void backward(const RmsNormBwdArgs& a) {
+  if (a.dweight)
+    a.dh ? backward<T, true, true>(a) : backward<T, false, true>(a);
+  else
+    a.dh ? backward<T, true, false>(a) : backward<T, false, false>(a);
 }
 
 }  // namespace
