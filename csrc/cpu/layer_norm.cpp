@@ -51,7 +51,7 @@ void backward_rows(const LayerNormBwdArgs& a, const acc_t<T>* weight, int64_t be
         dweight[i] += d * n;
         dbias[i] += d;
       }
-      return rstd * (d * weight[i] - shift - n * pull);
+      return rstd * multiply_add(-n, pull, multiply_add(d, weight[i], -shift));
     });
   }
 }

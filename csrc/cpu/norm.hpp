@@ -10,6 +10,11 @@
 namespace lora_engine {
 namespace {
 
+// a * b + c, rounded once. Left to itself the compiler contracts d * w - n * p one way or the
+// other, and a gradient's bits would depend on which others are asked for beside it.
+inline float multiply_add(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+inline double multiply_add(double a, double b, double c) { return __builtin_fma(a, b, c); }
+
 // The sum of term(i) for i in [0, count). Four running vectors, one for every quarter of the row:
 // with one, each addition would wait for the one before.
 template <class A, class Term>

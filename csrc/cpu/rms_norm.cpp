@@ -50,8 +50,8 @@ void backward(const RmsNormBwdArgs& a) {
       store_row(a.cols, dx, [=](int64_t i) {
         const A d = load(dy[i]), n = load(h[i]) * rstd;
         if (kDweight) dweight[i] += d * n;
-        const A gradient = rstd * (d * weight[i] - n * pull);
-        return kDh ? gradient + load(dh[i]) : gradient;
+        const A across = multiply_add(-n, pull, d * weight[i]);
+        return kDh ? multiply_add(rstd, across, load(dh[i])) : rstd * across;
       });
     }
   };
