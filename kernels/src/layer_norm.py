@@ -167,7 +167,7 @@ def layer_norm_fwd(
     rstd: Tensor,  # [rows] float32
     eps: float,
 ) -> None:
-    """Writes y, mean and rstd. Launch size: cols."""
+    """Writes y, mean and rstd. Launch size: bytes of a row."""
     if not x.numel():
         return
     config, _ = blocks("layer_norm_fwd", x, y)
@@ -198,7 +198,7 @@ def layer_norm_bwd(
     dweight: Tensor | None,  # [cols] float32
     dbias: Tensor | None,  # [cols] float32
 ) -> None:
-    """Writes dx, and dweight and dbias if given. Launch size: cols."""
+    """Writes dx, and dweight and dbias if given. Launch size: bytes of a row."""
     rows, cols = x.shape
     sums = [total for total in (dweight, dbias) if total is not None]
     if not x.numel():
@@ -211,9 +211,7 @@ def layer_norm_bwd(
         share = rows_per_program(rows, share, programs)
     grid = triton.cdiv(rows, share)
     partial_dw, partial_db = (
-        None
-        if total is None
-        else torch.empty(grid, cols, dtype=torch.float32, device=x.device)
+        None if total is None else torch.empty(grid, cols, dtype=torch.float32, device=x.device)
         for total in (dweight, dbias)
     )
     _layer_norm_bwd_kernel[(grid,)](

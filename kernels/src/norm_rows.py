@@ -8,6 +8,7 @@ import triton
 from lora_engine.kernels import launch
 from torch import Tensor
 
+
 @cache
 def multiprocessors(device: torch.device) -> int:
     """How many the GPU has; a few where Triton is interpreted."""
@@ -19,14 +20,14 @@ def multiprocessors(device: torch.device) -> int:
 def blocks(kernel: str, x: Tensor, *others: Tensor | None) -> tuple[dict[str, Any], int]:
     """The kernel's launch parameters for rows like x's, and how many programs run at a time.
 
-    The table's BLOCK_N is the most columns that a program holds. Where a kernel sums over rows,
-    PROGRAMS is how many of its programs a multiprocessor has registers for: each takes its share
-    of the rows, all at once. ALIGN is what every row of x and `others` starts at a multiple of, in
-    elements: a stride that Triton does not find divisible by 16 (rows with room behind them, say)
-    may still allow 16-byte accesses.
+    Launch size: the bytes of a row. The table's BLOCK_N is the most columns that a program holds.
+    Where a kernel sums over rows, PROGRAMS is how many of its programs a multiprocessor has
+    registers for: each takes its share of the rows, all at once. ALIGN is what every row of x and
+    `others` starts at a multiple of, in elements: a stride that Triton does not find divisible by
+    16 (rows with room behind them, say) may still allow 16-byte accesses.
     """
     cols = x.shape[1]
-    config = dict(launch.config(kernel, x.device, x.dtype, cols))
+    config = dict(launch.config(kernel, x.device, x.dtype, cols * x.element_size()))
     programs = config.pop("PROGRAMS", 1) * multiprocessors(x.device)
     align = 16
     for rows in (x, *others):

@@ -162,7 +162,7 @@ def rms_norm_fwd(
     eps: float,
     offset: float,
 ) -> None:
-    """Writes y and rstd, and h = x + residual if there is a residual. Launch size: cols."""
+    """Writes y and rstd, and h = x + residual where there is one. Launch size: bytes of a row."""
     rows = x.shape[0]
     if not x.numel():
         return
@@ -195,7 +195,7 @@ def rms_norm_bwd(
     dweight: Tensor | None,  # [cols] float32
     offset: float,
 ) -> None:
-    """Writes dx, and dweight if given. Launch size: cols."""
+    """Writes dx, and dweight if given. Launch size: bytes of a row."""
     rows, cols = h.shape
     if not h.numel():
         if dweight is not None:

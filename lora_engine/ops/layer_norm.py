@@ -78,9 +78,7 @@ class _LayerNorm(torch.autograd.Function):
         x, weight, mean, rstd = ctx.saved_tensors
         count, cols = x.shape
         (dx,) = augmented.empty(count, [cols], ctx.grad_tail, dtype=x.dtype, device=x.device)
-        dweight, dbias = (
-            rstd.new_empty(cols) if ctx.needs_input_grad[i] else None for i in (1, 2)
-        )
+        dweight, dbias = (rstd.new_empty(cols) if ctx.needs_input_grad[i] else None for i in (1, 2))
         ctx.kernels.layer_norm_bwd(as_rows(dy), x, weight, mean, rstd, dx, dweight, dbias)
         return (
             augmented.keep_room(dx, dx.view(ctx.shape)),

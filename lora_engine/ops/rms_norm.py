@@ -107,7 +107,9 @@ class _RmsNorm(torch.autograd.Function):
             h = empty_rows(count, cols, dtype=x.dtype, device=x.device)
         (y,) = augmented.empty(count, [cols], tail, dtype=x.dtype, device=x.device)
         rstd = torch.empty(count, dtype=accumulate_dtype(x.dtype), device=x.device)
-        kernels.rms_norm_fwd(rows, added, weight, y, None if added is None else h, rstd, eps, offset)
+        kernels.rms_norm_fwd(
+            rows, added, weight, y, None if added is None else h, rstd, eps, offset
+        )
         ctx.save_for_backward(h, weight, rstd)
         ctx.shape, ctx.offset, ctx.grad_tail, ctx.kernels = x.shape, offset, grad_tail, kernels
         normed = augmented.keep_room(y, y.view(x.shape))
