@@ -26,18 +26,42 @@ def _normal(
 
 @case
 def rms_norm(size: Size, dtype: torch.dtype, device: torch.device) -> Problem:
-    """Forward reads x and writes y; backward reads dy and x and writes dx (weight frozen)."""
+    """With the residual addition; the weight is frozen.
+
+    Forward reads x and the residual and writes h and y; backward reads both gradients and h and
+    writes one gradient.
+    """
+    hidden = size.model.hidden
+    x, residual = (_normal(size.tokens, hidden, dtype=dtype, device=device) for _ in range(2))
+    weight = _normal(hidden, dtype=dtype, device=device, grad=False)
+
+    def eager(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        h = x + residual
+        return F.rms_norm(h, (hidden,), weight, EPS), h
+
+    return Problem(
+        (x, residual, weight),
+        ours=lambda x, r, w: ops.rms_norm(x, w, EPS, residual=r),
+        eager=eager,
+        oracle=lambda x, r, w: reference.rms_norm(x, w, EPS, residual=r),
+        forward=Work(4 * x.nbytes),
+        both=Work(8 * x.nbytes),
+    )
+
+
+@case
+def layer_norm(size: Size, dtype: torch.dtype, device: torch.device) -> Problem:
+    """Forward reads x and writes y; backward reads dy and x and writes dx (parameters frozen)."""
     hidden = size.model.hidden
     x = _normal(size.tokens, hidden, dtype=dtype, device=device)
-    weight = _normal(hidden, dtype=dtype, device=device, grad=False)
-    row = x.nbytes
+    weight, bias = (_normal(hidden, dtype=dtype, device=device, grad=False) for _ in range(2))
     return Problem(
-        (x, weight),
-        ours=lambda x, w: ops.rms_norm(x, w, EPS),
-        eager=lambda x, w: F.rms_norm(x, (hidden,), w, EPS),
-        oracle=lambda x, w: reference.rms_norm(x, w, EPS),
-        forward=Work(2 * row),
-        both=Work(5 * row),
+        (x, weight, bias),
+        ours=lambda x, w, b: ops.layer_norm(x, w, b, EPS),
+        eager=lambda x, w, b: F.layer_norm(x, (hidden,), w, b, EPS),
+        oracle=lambda x, w, b: reference.layer_norm(x, w, b, EPS),
+        forward=Work(2 * x.nbytes),
+        both=Work(5 * x.nbytes),
     )
 
 

@@ -29,7 +29,8 @@ IMPLEMENTATIONS = ("reference", "cpu", "triton", "cuda")
 
 # Which kernels each operation has. On a GPU the first that can run is taken.
 OPERATIONS: dict[str, tuple[str, ...]] = {
-    "rms_norm": ("cpu",),
+    "rms_norm": ("cpu", "triton"),
+    "layer_norm": ("cpu", "triton"),
     "rope": ("cpu",),
     "glu": ("cpu", "triton"),
     "linear_cross_entropy": ("cpu",),

@@ -12,6 +12,8 @@ const Kernels table = {
     LORA_ENGINE_STRING(LORA_ENGINE_ISA),
     rms_norm_fwd,
     rms_norm_bwd,
+    layer_norm_fwd,
+    layer_norm_bwd,
     rope,
     swiglu_fwd,
     swiglu_bwd,

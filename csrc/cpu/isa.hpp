@@ -8,6 +8,8 @@ namespace LORA_ENGINE_ISA {
 
 void rms_norm_fwd(DType, const RmsNormArgs&);
 void rms_norm_bwd(DType, const RmsNormBwdArgs&);
+void layer_norm_fwd(DType, const LayerNormArgs&);
+void layer_norm_bwd(DType, const LayerNormBwdArgs&);
 void rope(DType, const RopeArgs&);
 void swiglu_fwd(DType, const GluArgs&);
 void swiglu_bwd(DType, const GluBwdArgs&);

@@ -11,22 +11,48 @@ namespace lora_engine {
 enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat64 = 2 };
 
 struct RmsNormArgs {
-  const void* x;       // [rows, cols]
-  const void* weight;  // [cols]
-  void* y;             // [rows, cols], rows y_stride apart
-  void* rstd;          // [rows], float32 (float64 for float64 data): 1 / rms
-  int64_t rows, cols, x_stride, y_stride;
-  double eps;
+  const void* x;         // [rows, cols]
+  const void* residual;  // [rows, cols] or null
+  const void* weight;    // [cols]; offset is added to it
+  void* y;               // [rows, cols]
+  void* h;               // [rows, cols], contiguous: x + residual, what is normed; null without
+  void* rstd;            // [rows], float32 (float64 for float64 data): 1 / rms
+  int64_t rows, cols, x_stride, residual_stride, y_stride;
+  double eps, offset;
 };
 
 struct RmsNormBwdArgs {
   const void* dy;      // [rows, cols]
-  const void* x;       // [rows, cols]
+  const void* dh;      // [rows, cols], added to dx, or null
+  const void* h;       // [rows, cols], what was normed
   const void* weight;  // [cols]
   const void* rstd;    // [rows]
-  void* dx;            // [rows, cols], contiguous
+  void* dx;            // [rows, cols]
   void* dweight;       // [cols] in the arithmetic type, or null for a frozen weight
-  int64_t rows, cols, dy_stride, x_stride;
+  int64_t rows, cols, dy_stride, dh_stride, h_stride, dx_stride;
+  double offset;
+};
+
+struct LayerNormArgs {
+  const void* x;       // [rows, cols]
+  const void* weight;  // [cols], or null: ones
+  const void* bias;    // [cols], or null: zeros
+  void* y;             // [rows, cols]
+  void* mean;          // [rows] in the arithmetic type
+  void* rstd;          // [rows]: 1 / standard deviation
+  int64_t rows, cols, x_stride, y_stride;
+  double eps;
+};
+
+struct LayerNormBwdArgs {
+  const void* dy;         // [rows, cols]
+  const void* x;          // [rows, cols]
+  const void* weight;     // [cols] or null
+  const void* mean;       // [rows]
+  const void* rstd;       // [rows]
+  void* dx;               // [rows, cols]
+  void *dweight, *dbias;  // [cols] in the arithmetic type, or null where frozen
+  int64_t rows, cols, dy_stride, x_stride, dx_stride;
 };
 
 struct RopeArgs {
@@ -96,6 +122,8 @@ struct Kernels {
   const char* isa;
   void (*rms_norm_fwd)(DType, const RmsNormArgs&);
   void (*rms_norm_bwd)(DType, const RmsNormBwdArgs&);
+  void (*layer_norm_fwd)(DType, const LayerNormArgs&);
+  void (*layer_norm_bwd)(DType, const LayerNormBwdArgs&);
   void (*rope)(DType, const RopeArgs&);
   void (*swiglu_fwd)(DType, const GluArgs&);
   void (*swiglu_bwd)(DType, const GluBwdArgs&);

@@ -18,7 +18,7 @@ from lora_engine.models.embedding import why_not as why_no_embedding
 from lora_engine.models.linear_group import LinearGroup
 from lora_engine.models.lora_state import is_linear, is_lora
 from lora_engine.models.mlp import MlpForward, is_gated_mlp, is_silu
-from lora_engine.models.norm import RmsNormForward, rms_norm_eps
+from lora_engine.models.norm import LayerNormForward, RmsNormForward, norm_forward
 from lora_engine.models.patches import Patches
 from lora_engine.models.routing import AdapterRouter, forget_router, new_router
 from lora_engine.models.sequences import SequenceFinder
@@ -97,9 +97,9 @@ class _Accelerator:
             elif type(module).__name__ in DECODER_CLASSES:
                 self.patches.set_attribute(module, "forward", DecoderLayerForward(module))
         for name, module in self.model.named_modules():
-            eps = rms_norm_eps(module)
-            if eps is not None:
-                self._norm(name, module, eps, tails.get(module, 0))
+            norm = norm_forward(module, tails.get(module, 0))
+            if norm is not None:
+                self._norm(name, module, norm)
             elif is_lora(module) and module not in self.covered:
                 self._single_linear(name, module)
             elif is_lora_embedding(module):
@@ -160,9 +160,9 @@ class _Accelerator:
         if hasattr(parent, norm):
             tails[getattr(parent, norm)] = group.tail
 
-    def _norm(self, name: str, module: nn.Module, eps: float, tail: int) -> None:
-        self.patches.set_attribute(module, "forward", RmsNormForward(module, eps, tail))
-        self.report.add(name, "rms_norm", True, self._how("rms_norm"))
+    def _norm(self, name: str, module: nn.Module, norm: RmsNormForward | LayerNormForward) -> None:
+        self.patches.set_attribute(module, "forward", norm)
+        self.report.add(name, norm.operation, True, self._how(norm.operation))
 
     def _single_linear(self, name: str, module: nn.Module) -> None:
         group = self._group(name, [module])

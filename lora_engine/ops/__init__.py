@@ -9,6 +9,7 @@ from lora_engine.ops.attention import attention
 from lora_engine.ops.augmented_weight import AugmentedWeight, LoraFactors
 from lora_engine.ops.cross_entropy import cross_entropy
 from lora_engine.ops.glu import swiglu
+from lora_engine.ops.layer_norm import layer_norm
 from lora_engine.ops.linear_cross_entropy import LinearCrossEntropy, linear_cross_entropy
 from lora_engine.ops.lora_embedding import lora_embedding
 from lora_engine.ops.lora_linear import lora_linear
@@ -22,6 +23,7 @@ __all__ = [
     "adamw_",
     "attention",
     "cross_entropy",
+    "layer_norm",
     "linear_cross_entropy",
     "lora_embedding",
     "lora_linear",

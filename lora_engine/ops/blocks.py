@@ -178,9 +178,14 @@ class _Call:
         width = cols + self.inner.weight.tail
         buffer = empty_rows(rows, width, dtype=x.dtype, device=x.device)
         rstd = torch.empty(rows, dtype=accumulate_dtype(x.dtype), device=x.device)
-        kernels = self.kernels("rms_norm", x)
-        kernels.rms_norm_fwd(x, self.norm.weight, buffer[:, :cols], rstd, self.norm.eps)
+        self._norm_into(buffer[:, :cols], x, rstd)
         return buffer, rstd
+
+    def _norm_into(self, y: Tensor, x: Tensor, rstd: Tensor) -> None:
+        norm = self.norm
+        self.kernels("rms_norm", x).rms_norm_fwd(
+            x, None, norm.weight, y, None, rstd, norm.eps, norm.offset
+        )
 
     def inner_gradients(
         self,
@@ -193,20 +198,19 @@ class _Call:
         wants_a: bool,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Gradients of x, of the norm's weight, and of the inner A."""
-        kernels = self.kernels("rms_norm", x)
         rows, cols = x.shape
         if not (needs_x or needs_weight):
             normed = torch.empty_like(x)
-            kernels.rms_norm_fwd(x, self.norm.weight, normed, torch.empty_like(rstd), self.norm.eps)
+            self._norm_into(normed, x, rstd)
             return None, None, self.inner.lora_a_gradient(dys, normed, wanted=wants_a)
         d_normed = self.inner.input_gradient(dys)
         (dx,) = augmented.empty(rows, [cols], self.grad_tail, dtype=x.dtype, device=x.device)
         dweight = rstd.new_empty(cols) if needs_weight else None
-        tmp = torch.empty_like(x)
-        kernels.rms_norm_bwd(d_normed, x, self.norm.weight, rstd, tmp, dweight)
-        torch.add(tmp, dy, out=dx)
+        self.kernels("rms_norm", x).rms_norm_bwd(
+            d_normed, dy, x, self.norm.weight, rstd, dx, dweight, self.norm.offset
+        )
         normed = d_normed
-        kernels.rms_norm_fwd(x, self.norm.weight, normed, torch.empty_like(rstd), self.norm.eps)
+        self._norm_into(normed, x, rstd)
         d_lora_a = self.inner.lora_a_gradient(dys, normed, wanted=wants_a)
         return dx, None if dweight is None else dweight.to(x.dtype), d_lora_a
 

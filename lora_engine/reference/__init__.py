@@ -9,6 +9,7 @@ from lora_engine.reference.attention import attention
 from lora_engine.reference.cross_entropy import cross_entropy
 from lora_engine.reference.dropout import Dropout, dropout
 from lora_engine.reference.glu import swiglu
+from lora_engine.reference.layer_norm import layer_norm
 from lora_engine.reference.linear_cross_entropy import linear_cross_entropy
 from lora_engine.reference.lora_linear import (
     dora_scale,
@@ -24,6 +25,7 @@ __all__ = [
     "attention",
     "cross_entropy",
     "dora_scale",
+    "layer_norm",
     "linear_cross_entropy",
     "lora_delta",
     "lora_linear",
