@@ -27,7 +27,7 @@ PRECISION = "ieee"
 
 
 @triton.jit
-def _choose(TABLE: tl.constexpr, index, FIELD: tl.constexpr):
+def choose(TABLE: tl.constexpr, index, FIELD: tl.constexpr):
     """TABLE[index][FIELD] for an index known at run time."""
     value = 0
     for i in tl.static_range(len(TABLE)):
@@ -59,10 +59,10 @@ def _lora_a_fwd_kernel(
     # The tiles of the same rows are neighbours: all but the first find X in the cache.
     tile = tl.program_id(0) % len(TILES)
     offs_m = (tl.program_id(0) // len(TILES)) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_r = _choose(TILES, tile, 0) + tl.arange(0, BLOCK_R)
+    offs_r = choose(TILES, tile, 0) + tl.arange(0, BLOCK_R)
     offs_k = tl.arange(0, BLOCK_K)
     mask_m = offs_m < M
-    mask_r = (offs_r >= _choose(TILES, tile, 1)) & (offs_r < _choose(TILES, tile, 2))
+    mask_r = (offs_r >= choose(TILES, tile, 1)) & (offs_r < choose(TILES, tile, 2))
     x_ptrs = x_ptr + offs_m.to(tl.int64)[:, None] * stride_xm + offs_k[None, :]
     a_ptrs = a_ptr + offs_r.to(tl.int64)[:, None] * stride_ar + offs_k[None, :]
     acc = tl.zeros([BLOCK_M, BLOCK_R], dtype=tl.float32)
@@ -71,7 +71,7 @@ def _lora_a_fwd_kernel(
         x = tl.load(x_ptrs + k, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
         a = tl.load(a_ptrs + k, mask=mask_r[:, None] & mask_k[None, :], other=0.0)
         if DROPOUT:
-            stream = _choose(TILES, tile, 4)
+            stream = choose(TILES, tile, 4)
             keep = keep_mask(seed_low, seed_high, threshold, stream, offs_m, k, BLOCK_K)
             x = tl.where(keep, x, tl.zeros_like(x))
         acc = tl.dot(x, tl.trans(a), acc, input_precision=PRECISION)
@@ -80,7 +80,7 @@ def _lora_a_fwd_kernel(
     tl.store(
         s_ptr + offs_m.to(tl.int64)[:, None] * stride_sm + offs_r[None, :],
         acc.to(s_ptr.dtype.element_ty),
-        mask=mask_m[:, None] & (offs_r < _choose(TILES, tile, 3))[None, :],
+        mask=mask_m[:, None] & (offs_r < choose(TILES, tile, 3))[None, :],
     )
 
 
@@ -109,12 +109,12 @@ def _lora_b_bwd_kernel(
     span = 0
     for i in tl.static_range(1, len(SPANS)):
         span = tl.where(block >= SPANS[i][0], i, span)
-    first_row = _choose(SPANS, span, 1) + (block - _choose(SPANS, span, 0)) * BLOCK_N
+    first_row = choose(SPANS, span, 1) + (block - choose(SPANS, span, 0)) * BLOCK_N
     offs_n = first_row + tl.arange(0, BLOCK_N)
     offs_p = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    offs_r = _choose(SPANS, span, 3) + offs_p
-    mask_n = offs_n < _choose(SPANS, span, 2)
-    mask_r = offs_r < _choose(SPANS, span, 4)
+    offs_r = choose(SPANS, span, 3) + offs_p
+    mask_n = offs_n < choose(SPANS, span, 2)
+    mask_r = offs_r < choose(SPANS, span, 4)
     start = tl.program_id(2) * chunk
     offs_i = tl.arange(0, BLOCK_M)
     b = tl.load(
@@ -162,22 +162,22 @@ def _sum_blocks_kernel(
 ):
     tile = tl.program_id(0)
     offs_m = (tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
-    offs_r = _choose(TILES, tile, 0) + tl.arange(0, BLOCK_R)
-    offs_p = offs_r - _choose(TILES, tile, 1)
+    offs_r = choose(TILES, tile, 0) + tl.arange(0, BLOCK_R)
+    offs_p = offs_r - choose(TILES, tile, 1)
     mask_m = offs_m < M
-    mask = mask_m[:, None] & ((offs_p >= 0) & (offs_r < _choose(TILES, tile, 2)))[None, :]
+    mask = mask_m[:, None] & ((offs_p >= 0) & (offs_r < choose(TILES, tile, 2)))[None, :]
     acc = tl.zeros([BLOCK_M, BLOCK_R], dtype=tl.float32)
-    for block in range(_choose(TILES, tile, 5), _choose(TILES, tile, 6)):
-        rows = block.to(tl.int64) * M + offs_m
+    for block in range(choose(TILES, tile, 5), choose(TILES, tile, 6)):
+        rows = M.to(tl.int64) * block + offs_m
         acc += tl.load(part_ptr + rows[:, None] * P + offs_p[None, :], mask=mask, other=0.0)
     tl.store(
         ds_ptr + offs_m[:, None] * stride_dsm + offs_r[None, :],
         acc.to(ds_ptr.dtype.element_ty),
-        mask=mask_m[:, None] & (offs_r < _choose(TILES, tile, 3))[None, :],
+        mask=mask_m[:, None] & (offs_r < choose(TILES, tile, 3))[None, :],
     )
 
 
-@triton.jit(do_not_specialize=["chunks"])
+@triton.jit(do_not_specialize=["chunks", "rows"])
 def _sum_chunks_kernel(
     part_ptr,  # [chunks, rows, P], float32
     out_ptr,  # [rows, ...], float32
@@ -200,7 +200,7 @@ def _sum_chunks_kernel(
     mask = offs_p[None, :] < width[:, None]
     acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     for chunk in range(chunks):
-        row = chunk.to(tl.int64) * rows + offs_m
+        row = rows.to(tl.int64) * chunk + offs_m
         acc += tl.load(part_ptr + row[:, None] * P + offs_p[None, :], mask=mask, other=0.0)
     columns = first[:, None] + offs_p[None, :]
     tl.store(out_ptr + offs_m[:, None] * stride_out + columns, acc, mask=mask)
@@ -231,10 +231,10 @@ def _lora_a_bwd_kernel(
     tile = tl.program_id(0)
     first_k = tl.program_id(1) * BLOCK_K
     offs_k = first_k + tl.arange(0, BLOCK_K)
-    offs_r = _choose(TILES, tile, 0) + tl.arange(0, BLOCK_R)
+    offs_r = choose(TILES, tile, 0) + tl.arange(0, BLOCK_R)
     offs_i = tl.arange(0, BLOCK_M)
     mask_k = offs_k < K
-    mask_r = (offs_r >= _choose(TILES, tile, 1)) & (offs_r < _choose(TILES, tile, 2))
+    mask_r = (offs_r >= choose(TILES, tile, 1)) & (offs_r < choose(TILES, tile, 2))
     start = tl.program_id(2) * chunk
     # Held transposed: the tensor cores want at least 64 rows, and ranks are often fewer.
     acc = tl.zeros([BLOCK_K, BLOCK_R], dtype=tl.float32)
@@ -252,7 +252,7 @@ def _lora_a_bwd_kernel(
             other=0.0,
         )
         if DROPOUT:
-            stream = _choose(TILES, tile, 4)
+            stream = choose(TILES, tile, 4)
             keep = keep_mask(seed_low, seed_high, threshold, stream, offs_m, first_k, BLOCK_K)
             x = tl.where(keep, x, tl.zeros_like(x))
         acc = tl.dot(tl.trans(x), ds, acc, input_precision=PRECISION)
@@ -262,7 +262,7 @@ def _lora_a_bwd_kernel(
     tl.store(
         da_ptr + rows[None, :] * K + offs_k[:, None],
         acc,
-        mask=mask_k[:, None] & (offs_r < _choose(TILES, tile, 3))[None, :],
+        mask=mask_k[:, None] & (offs_r < choose(TILES, tile, 3))[None, :],
     )
 
 

@@ -12,16 +12,14 @@ from typing import Any
 import triton
 import triton.language as tl
 from lora_engine.kernels import launch
-from lora_engine.kernels.lora_factors import PRECISION, lora_a_bwd, lora_a_fwd, lora_b_bwd
-from lora_engine.kernels.lora_tiles import Span, aligned, padded
+from lora_engine.kernels.lora_factors import PRECISION, choose, lora_a_bwd, lora_a_fwd, lora_b_bwd
+from lora_engine.kernels.lora_tiles import Span, aligned, padded, rank_runs
 from lora_engine.kernels.philox import keep_mask, signed_words
 from lora_engine.reference.dropout import Dropout
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 __all__ = ["lora_a_bwd", "lora_a_fwd", "lora_b_bwd", "lora_linear_dx", "lora_linear_fwd"]
-
-FIRST_TMA_CAPABILITY = 90
 
 
 @triton.jit
@@ -49,7 +47,6 @@ def _two_segment_kernel(
     M,
     N,
     K,
-    R,
     stride_xm,
     stride_w,
     stride_ym,
@@ -59,7 +56,7 @@ def _two_segment_kernel(
     seed_low,
     seed_high,
     threshold,
-    SPANS: tl.constexpr,  # where DROPOUT: (first column, end column) of R, in order of streams
+    SPANS: tl.constexpr,  # (first column, end column, stream) of R
     ROWS_ARE_OUT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     DROPOUT: tl.constexpr,
@@ -101,27 +98,23 @@ def _two_segment_kernel(
             b = _load_columns(weight, stride_w, offs_n, offs_k, N, K, ROWS_ARE_OUT)
             acc = tl.dot(a, b, acc, input_precision=PRECISION)
 
-    if DROPOUT:
-        for i in tl.static_range(len(SPANS)):
-            if SPANS[i][1] > SPANS[i][0]:
-                part = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-                for r in tl.range(SPANS[i][0], SPANS[i][1], BLOCK_R, num_stages=1):
-                    offs_r = r + tl.arange(0, BLOCK_R)
-                    mask = mask_m[:, None] & (offs_r < SPANS[i][1])[None, :]
-                    a = tl.load(s_ptr + rows * stride_sm + offs_r[None, :], mask=mask, other=0.0)
-                    b = _load_columns(
-                        low_ptr, stride_low, offs_n, offs_r, N, SPANS[i][1], ROWS_ARE_OUT
-                    )
-                    part = tl.dot(a, b, part, input_precision=PRECISION)
-                keep = keep_mask(seed_low, seed_high, threshold, i, offs_m, first_n, BLOCK_N)
-                acc += tl.where(keep, part * scale, 0.0)
-    else:
-        for r in range(0, R, BLOCK_R):
+    # A mask falls on one linear's whole share, which therefore is summed apart. The loop is not
+    # unrolled: with the masks of several linears in flight, registers run out.
+    for i in tl.range(len(SPANS), num_stages=1):
+        end = choose(SPANS, i, 1)
+        share = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32) if DROPOUT else acc
+        for r in tl.range(choose(SPANS, i, 0), end, BLOCK_R, num_stages=1):
             offs_r = r + tl.arange(0, BLOCK_R)
-            mask = mask_m[:, None] & (offs_r < R)[None, :]
+            mask = mask_m[:, None] & (offs_r < end)[None, :]
             a = tl.load(s_ptr + rows * stride_sm + offs_r[None, :], mask=mask, other=0.0)
-            b = _load_columns(low_ptr, stride_low, offs_n, offs_r, N, R, ROWS_ARE_OUT)
-            acc = tl.dot(a, b, acc, input_precision=PRECISION)
+            b = _load_columns(low_ptr, stride_low, offs_n, offs_r, N, end, ROWS_ARE_OUT)
+            share = tl.dot(a, b, share, input_precision=PRECISION)
+        if DROPOUT:
+            stream = choose(SPANS, i, 2)
+            keep = keep_mask(seed_low, seed_high, threshold, stream, offs_m, first_n, BLOCK_N)
+            acc += tl.where(keep, share * scale, 0.0)
+        else:
+            acc = share
 
     if HAS_BIAS:
         bias = tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)
@@ -142,7 +135,8 @@ def lora_linear_fwd(
     bias: Tensor | None = None,  # [N]
 ) -> None:
     """Writes y = x weightᵀ + s lora_bᵀ + bias. Launch size: M."""
-    _launch("lora_linear_fwd", x, weight, s, lora_b, y, bias, rows_are_out=True)
+    runs = [(0, s.shape[1], 0)] if s.shape[1] else []
+    _launch("lora_linear_fwd", x, weight, s, lora_b, y, runs, bias=bias, rows_are_out=True)
 
 
 def lora_linear_dx(
@@ -158,21 +152,9 @@ def lora_linear_dx(
 
     Columns of ds in no span are not read. Launch size: M.
     """
-    if dropout is None:
-        _launch("lora_linear_dx", dy, weight, ds, lora_a, dx, None, rows_are_out=False)
-        return
-    _launch(
-        "lora_linear_dx_dropout",
-        dy,
-        weight,
-        ds,
-        lora_a,
-        dx,
-        None,
-        rows_are_out=False,
-        spans=spans,
-        dropout=dropout,
-    )
+    name = "lora_linear_dx" if dropout is None else "lora_linear_dx_dropout"
+    runs = rank_runs(spans, merge=dropout is None)
+    _launch(name, dy, weight, ds, lora_a, dx, runs, dropout=dropout, rows_are_out=False)
 
 
 def _launch(
@@ -182,17 +164,16 @@ def _launch(
     s: Tensor,  # [M, R]
     low: Tensor,
     y: Tensor,  # [M, outer]
-    bias: Tensor | None,
+    runs: Sequence[tuple[int, int, int]],
     *,
     rows_are_out: bool,
-    spans: Sequence[Span] = (),
+    bias: Tensor | None = None,
     dropout: Dropout | None = None,
 ) -> None:
-    (rows, inner), outer, rank = x.shape, y.shape[1], s.shape[1]
+    (rows, inner), outer = x.shape, y.shape[1]
     if rows == 0 or outer == 0:
         return
-    columns = tuple((c.start, c.stop) for _, c in spans)
-    widest = max((stop - start for start, stop in columns), default=rank)
+    widest = max((end - start for start, end, _ in runs), default=1)
     config: dict[str, Any] = launch.config(name, x.device, x.dtype, rows)
     block_m, block_n, block_k = (config[f"BLOCK_{axis}"] for axis in "MNK")
     config["TMA"] = bool(config["TMA"]) and aligned(x, weight, y)
@@ -214,7 +195,6 @@ def _launch(
         rows,
         outer,
         inner,
-        rank,
         x.stride(0),
         weight.stride(0),
         y.stride(0),
@@ -222,7 +202,7 @@ def _launch(
         low.stride(0),
         1.0 if dropout is None else dropout.scale,
         *signed_words(dropout),
-        SPANS=columns,
+        SPANS=tuple(runs),
         ROWS_ARE_OUT=rows_are_out,
         HAS_BIAS=bias is not None,
         DROPOUT=dropout is not None,

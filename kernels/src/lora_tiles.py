@@ -31,14 +31,10 @@ def has_ranks(spans: Sequence[Span]) -> bool:
     return any(columns.stop > columns.start for _, columns in spans)
 
 
-def rank_tiles(
-    spans: Sequence[Span], total: int, widest: int, *, merge: bool
-) -> tuple[int, tuple[tuple[int, ...], ...]]:
-    """A block size and the tiles (first, start, end, stop, stream) that cover columns [0, total).
+def rank_runs(spans: Sequence[Span], *, merge: bool) -> list[tuple[int, int, int]]:
+    """(start, end, stream) of the adapters' columns in their order; a stream is a linear's index.
 
-    A tile works the columns from `first` that lie in [start, end), and writes zeros to its others
-    before `stop`: each span owns the padding up to the next. `stream` is the linear's index;
-    `merge` joins adjacent spans, for when it does not matter.
+    `merge` joins adjacent ones, for when it does not matter whose they are.
     """
     runs: list[tuple[int, int, int]] = []
     columns = [(c.start, c.stop, i) for i, (_, c) in enumerate(spans) if c.stop > c.start]
@@ -47,6 +43,18 @@ def rank_tiles(
             runs[-1] = (runs[-1][0], end, runs[-1][2])
         else:
             runs.append((start, end, stream))
+    return runs
+
+
+def rank_tiles(
+    spans: Sequence[Span], total: int, widest: int, *, merge: bool
+) -> tuple[int, tuple[tuple[int, ...], ...]]:
+    """A block size and the tiles (first, start, end, stop, stream) that cover columns [0, total).
+
+    A tile works the columns from `first` that lie in [start, end), and writes zeros to its others
+    before `stop`: each of `rank_runs` owns the padding up to the next.
+    """
+    runs = rank_runs(spans, merge=merge)
     firsts = [0, *(start for start, _, _ in runs[1:])]
     stops = [*firsts[1:], total]
     block = min(widest, padded(max(b - a for a, b in zip(firsts, stops, strict=True))))
