@@ -12,12 +12,13 @@ from typing import Any
 import triton
 import triton.language as tl
 from lora_engine.kernels import launch
-from lora_engine.kernels.lora_factors import PRECISION, choose, lora_a_bwd, lora_a_fwd, lora_b_bwd
-from lora_engine.kernels.lora_tiles import Span, aligned, padded, rank_runs
+from lora_engine.kernels.lora_factors import PRECISION, lora_a_bwd, lora_a_fwd, lora_b_bwd
+from lora_engine.kernels.lora_tiles import Span, aligned, choose, padded, rank_runs
 from lora_engine.kernels.philox import keep_mask, signed_words
-from lora_engine.reference.dropout import Dropout
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+from lora_engine.reference.dropout import Dropout
 
 __all__ = ["lora_a_bwd", "lora_a_fwd", "lora_b_bwd", "lora_linear_dx", "lora_linear_fwd"]
 
@@ -85,10 +86,7 @@ def _two_segment_kernel(
     if TMA:
         for k in range(0, K, BLOCK_K):
             a = x.load([first_m, k])
-            if ROWS_ARE_OUT:
-                b = tl.trans(weight.load([first_n, k]))
-            else:
-                b = weight.load([k, first_n])
+            b = tl.trans(weight.load([first_n, k])) if ROWS_ARE_OUT else weight.load([k, first_n])
             acc = tl.dot(a, b, acc, input_precision=PRECISION)
     else:
         for k in range(0, K, BLOCK_K):

@@ -5,6 +5,7 @@ from functools import cache
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 Span = tuple[slice, slice]  # a linear's rows of [N, ...] and its columns of [..., R]
@@ -14,6 +15,15 @@ NARROW = 32
 MOST_CHUNKS = 32
 # Waves of programs from which on an unfinished last one costs little.
 ENOUGH_WAVES = 3
+
+
+@triton.jit
+def choose(TABLE: tl.constexpr, index, FIELD: tl.constexpr):
+    """TABLE[index][FIELD], for an index known at run time."""
+    value = 0
+    for i in tl.static_range(len(TABLE)):
+        value = tl.where(index == i, TABLE[i][FIELD], value)
+    return value
 
 
 def padded(width: int) -> int:

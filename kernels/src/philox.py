@@ -2,6 +2,7 @@
 
 import triton
 import triton.language as tl
+
 from lora_engine.reference.dropout import WORD, Dropout
 
 

@@ -1,115 +1,20 @@
 """The products of a LoRA group against float64, each implementation by its own functions."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from implementations import Backend
-from oracle import TOLERANCE
+from lora_groups import DROPOUTS, GROUPS, Group, agree, make, masked, untouched, view, wide_nan
 from torch import Tensor
 
 from lora_engine import backends
 from lora_engine.reference.dropout import Dropout, drop, dropout_mask
-from lora_engine.testing import assert_as_good_as
 
 OPERATION = "lora_linear"
 SMALL_TILES = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "BLOCK_R": 16, "GROUP_M": 2}
-
-
-@dataclass(frozen=True)
-class Group:
-    """Linears of `outs` rows and `ranks` over an input of `cols`; `gap` columns after each rank."""
-
-    rows: int
-    cols: int
-    outs: tuple[int, ...]
-    ranks: tuple[int, ...]
-    gap: int = 0
-
-    def __str__(self) -> str:
-        ranks = "+".join(map(str, self.ranks))
-        return f"{self.rows}x{self.cols}-r{ranks}" + (f"-gap{self.gap}" if self.gap else "")
-
-    @property
-    def spans(self) -> list[tuple[slice, slice]]:
-        found, row, column = [], 0, 0
-        for out, rank in zip(self.outs, self.ranks, strict=True):
-            found.append((slice(row, row + out), slice(column, column + rank)))
-            row, column = row + out, column + rank + self.gap
-        return found
-
-    @property
-    def total(self) -> int:
-        return sum(self.ranks) + self.gap * len(self.ranks)
-
-
-GROUPS = [
-    Group(63, 96, (130,), (8,)),
-    Group(200, 130, (96, 33, 65), (16, 1, 3), gap=2),
-    Group(1, 257, (257,), (1,)),
-    Group(65, 64, (64, 64), (64, 0)),
-    Group(40, 48, (40, 16), (3, 100), gap=1),
-    Group(0, 32, (48,), (4,), gap=4),
-]
-DROPOUTS = [None, Dropout(0.1, 77), Dropout(0.5, 2**63 + 5)]
-
-
-@dataclass
-class Inputs:
-    x: Tensor
-    weight: Tensor
-    lora_a: Tensor
-    lora_b: Tensor
-    bias: Tensor
-    s: Tensor
-    dy: Tensor
-    ds: Tensor
-
-
-def view(x: Tensor, spare: int) -> Tensor:
-    """`x` as the front columns of a wider buffer of NaN."""
-    buffer = torch.full((x.shape[0], x.shape[1] + spare), float("nan")).to(x)
-    buffer[:, : x.shape[1]] = x
-    return buffer[:, : x.shape[1]]
-
-
-def make(group: Group, backend: Backend, dtype: torch.dtype, spare: int = 5) -> Inputs:
-    """Random operands, views of wider buffers; lora_b and s, ds are zero outside the spans."""
-    generator = torch.Generator().manual_seed(0)
-    n, k, r = sum(group.outs), group.cols, group.total
-
-    def normal(rows: int, cols: int) -> Tensor:
-        values = torch.randn(rows, cols, generator=generator, dtype=torch.float64)
-        return view((values * cols**-0.5).to(dtype), spare)
-
-    inputs = Inputs(
-        x=normal(group.rows, k),
-        weight=normal(n, k),
-        lora_a=normal(r, k),
-        lora_b=normal(n, r) if r else torch.zeros(n, r, dtype=dtype),
-        bias=torch.randn(n, generator=generator, dtype=torch.float64).to(dtype),
-        s=normal(group.rows, r) if r else torch.zeros(group.rows, r, dtype=dtype),
-        dy=normal(group.rows, n),
-        ds=normal(group.rows, r) if r else torch.zeros(group.rows, r, dtype=dtype),
-    )
-    blocks = torch.zeros(n, r, dtype=torch.bool)
-    used = torch.zeros(r, dtype=torch.bool)
-    for rows, columns in group.spans:
-        blocks[rows, columns] = True
-        used[columns] = True
-    inputs.lora_b.masked_fill_(~blocks, 0)
-    inputs.s.masked_fill_(~used, 0)
-    # What is not to be read is NaN.
-    inputs.ds.masked_fill_(~used, float("nan"))
-    inputs.lora_a.masked_fill_(~used[:, None], float("nan"))
-    for name, tensor in vars(inputs).items():
-        wide = tensor if tensor.dim() == 1 or tensor._base is None else tensor._base
-        (moved,) = backend.put(wide)
-        setattr(inputs, name, moved if wide is tensor else moved[:, : tensor.shape[1]])
-    return inputs
 
 
 def kernels_of(backend: Backend) -> ModuleType:
@@ -143,26 +48,6 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "config", config)
 
 
-def agree(
-    actual: Tensor, formula: Callable[..., Tensor], operands: Sequence[Tensor], what: str = "result"
-) -> None:
-    """As near to the formula in float64 as the formula in the operands' dtype."""
-    dtype = operands[0].dtype
-    exact = formula(*[x.double().cpu() for x in operands])
-    same = formula(*[x.cpu() for x in operands])
-    assert_as_good_as(
-        actual.cpu().to(same.dtype) if actual.dtype == dtype else actual.cpu(),
-        same,
-        exact,
-        tolerance=TOLERANCE[dtype],
-        what=what,
-    )
-
-
-def masked(x: Tensor, dropout: Dropout | None, stream: int) -> Tensor:
-    return x if dropout is None else drop(x, dropout, stream)
-
-
 def by_group(test: Callable[..., None]) -> Callable[..., None]:
     return pytest.mark.parametrize("group", GROUPS, ids=str)(test)
 
@@ -170,16 +55,6 @@ def by_group(test: Callable[..., None]) -> Callable[..., None]:
 def by_dropout(test: Callable[..., None]) -> Callable[..., None]:
     ids = [f"p{dropout.p if dropout else 0}" for dropout in DROPOUTS]
     return pytest.mark.parametrize("dropout", DROPOUTS, ids=ids)(test)
-
-
-def wide_nan(rows: int, cols: int, dtype: torch.dtype, backend: Backend) -> Tensor:
-    return torch.full((rows, cols + 3), float("nan"), dtype=dtype, device=backend.device)[:, :cols]
-
-
-def untouched(out: Tensor) -> bool:
-    """Whether the columns behind `wide_nan`'s are as they were."""
-    assert out._base is not None
-    return bool(out._base[:, out.shape[1] :].isnan().all())
 
 
 def factor_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -225,9 +100,7 @@ def test_lora_b_bwd(
     ds = wide_nan(group.rows, group.total, dtype, backend)
     n = sum(group.outs)
     d_lora_b = wide_nan(n, group.total, factor_dtype(dtype), backend) if with_db else None
-    kernels_of(backend).lora_b_bwd(
-        inputs.dy, inputs.lora_b, inputs.s, ds, d_lora_b, group.spans
-    )
+    kernels_of(backend).lora_b_bwd(inputs.dy, inputs.lora_b, inputs.s, ds, d_lora_b, group.spans)
     assert untouched(ds)
     outside = torch.ones(group.total, dtype=torch.bool)
     for rows, columns in group.spans:
@@ -274,7 +147,6 @@ def force_tma(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("with_bias", [True, False], ids=["bias", ""])
-@pytest.mark.parametrize("spare", [5, 16])
 @by_group
 def test_lora_linear_fwd(
     backend: Backend,
@@ -283,14 +155,11 @@ def test_lora_linear_fwd(
     small_tiles: None,
     group: Group,
     with_bias: bool,
-    spare: int,
 ) -> None:
-    inputs = make(group, backend, dtype, spare)
+    inputs = make(group, backend, dtype)
     y = wide_nan(group.rows, sum(group.outs), dtype, backend)
     bias = inputs.bias if with_bias else None
-    kernels_of(backend).lora_linear_fwd(
-        inputs.x, inputs.weight, inputs.s, inputs.lora_b, y, bias
-    )
+    kernels_of(backend).lora_linear_fwd(inputs.x, inputs.weight, inputs.s, inputs.lora_b, y, bias)
     assert untouched(y)
 
     def formula(x: Tensor, w: Tensor, s: Tensor, b: Tensor, bias: Tensor) -> Tensor:
