@@ -132,7 +132,10 @@ def lora_linear_fwd(
     y: Tensor,  # [M, N]
     bias: Tensor | None = None,  # [N]
 ) -> None:
-    """Writes y = x weightᵀ + s lora_bᵀ + bias. Launch size: M."""
+    """Writes y = x weightᵀ + s lora_bᵀ + bias, rounded once. Launch size: M.
+
+    Every column of s and lora_b is read: those in no span must be zero in one, finite in the other.
+    """
     runs = [(0, s.shape[1], 0)] if s.shape[1] else []
     _launch("lora_linear_fwd", x, weight, s, lora_b, y, runs, bias=bias, rows_are_out=True)
 
@@ -148,7 +151,7 @@ def lora_linear_dx(
 ) -> None:
     """Writes dx = dy weight + ds lora_a, each linear's share of the second under its mask.
 
-    Columns of ds in no span are not read. Launch size: M.
+    Rounded once. Columns of ds and rows of lora_a in no span are not read. Launch size: M.
     """
     name = "lora_linear_dx" if dropout is None else "lora_linear_dx_dropout"
     runs = rank_runs(spans, merge=dropout is None)
@@ -172,7 +175,7 @@ def _launch(
     if rows == 0 or outer == 0:
         return
     widest = max((end - start for start, end, _ in runs), default=1)
-    config: dict[str, Any] = launch.config(name, x.device, x.dtype, rows)
+    config: dict[str, Any] = {**launch.config(name, x.device, x.dtype, rows)}
     block_m, block_n, block_k = (config[f"BLOCK_{axis}"] for axis in "MNK")
     config["TMA"] = bool(config["TMA"]) and aligned(x, weight, y)
     config["BLOCK_R"] = min(config["BLOCK_R"], padded(widest))

@@ -67,7 +67,10 @@ def lora_linear_fwd(
     y: Tensor,  # [M, N]
     bias: Tensor | None = None,  # [N]
 ) -> None:
-    """Writes y = x weightᵀ + s lora_bᵀ + bias, rounded after each product."""
+    """Writes y = x weightᵀ + s lora_bᵀ + bias, rounded after each product.
+
+    Every column of s and lora_b is read: those in no span must be zero in one, finite in the other.
+    """
     if bias is None:
         torch.mm(x, weight.t(), out=y)
     else:
@@ -87,7 +90,7 @@ def lora_linear_dx(
 ) -> None:
     """Writes dx = dy weight + ds lora_a, each linear's share of the second under its mask.
 
-    Columns of ds in no span are not read. Rounded after each product.
+    Rounded after each product. Columns of ds and rows of lora_a in no span are not read.
     """
     torch.mm(dy, weight, out=dx)
     for stream, columns in _products(spans, merge=dropout is None):

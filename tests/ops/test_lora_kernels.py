@@ -312,3 +312,19 @@ def test_the_mask_reaches_every_product(backend: Backend, small_tiles: None) -> 
     kernels_of(backend).lora_a_fwd(inputs.x, inputs.lora_a, s, group.spans, dropout)
     agree(s, lambda x, a: drop(x, dropout) @ a.T, [inputs.x, inputs.lora_a])
     assert s.abs().max() < 1e3
+
+
+def test_a_launch_leaves_the_table_as_it_was(backend: Backend) -> None:
+    """One launch narrows its own blocks and does without descriptors, not those of the next."""
+    from lora_engine.kernels import launch
+
+    names = ("lora_linear_fwd", "lora_linear_dx", "lora_a_fwd", "lora_b_bwd", "lora_a_bwd")
+    asked = [(name, backend.device, torch.float32, 20) for name in names]
+    before = [dict(launch.config(*each)) for each in asked]
+    group = Group(20, 33, (17,), (2,))
+    inputs = make(group, backend, torch.float32)
+    y, dx = (wide_nan(20, width, torch.float32, backend) for width in (17, 33))
+    kernels = kernels_of(backend)
+    kernels.lora_linear_fwd(inputs.x, inputs.weight, inputs.s, inputs.lora_b, y)
+    kernels.lora_linear_dx(inputs.dy, inputs.weight, inputs.ds, inputs.lora_a, dx, group.spans)
+    assert [launch.config(*each) for each in asked] == before
