@@ -188,4 +188,12 @@ PYBIND11_MODULE(_C, m) {
                     eps, weight_decay, bias_correction1, bias_correction2, grad_scale});
       },
       release);
+
+  m.def(
+      "dropout",
+      [](DType dtype, Address x, Address y, int64_t rows, int64_t cols, int64_t x_stride,
+         int64_t y_stride, double p, uint64_t seed, uint32_t stream) {
+        table().dropout(dtype, {in(x), out(y), rows, cols, x_stride, y_stride, p, seed, stream});
+      },
+      release);
 }

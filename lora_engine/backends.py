@@ -35,7 +35,7 @@ OPERATIONS: dict[str, tuple[str, ...]] = {
     "glu": ("cpu", "triton"),
     "linear_cross_entropy": ("cpu",),
     "cross_entropy": ("cpu",),
-    "lora_linear": ("cpu",),
+    "lora_linear": ("cpu", "triton"),
     "attention": ("cpu",),
     "adamw": ("cpu",),
 }

@@ -21,6 +21,7 @@ const Kernels table = {
     attention_fwd,
     attention_bwd,
     adamw,
+    dropout,
 };
 
 }  // namespace LORA_ENGINE_ISA

@@ -17,6 +17,7 @@ void cross_entropy(DType, const CrossEntropyArgs&);
 void attention_fwd(DType, const AttentionArgs&);
 void attention_bwd(DType, const AttentionBwdArgs&);
 void adamw(DType, const AdamWArgs&);
+void dropout(DType, const DropoutArgs&);
 
 }  // namespace LORA_ENGINE_ISA
 }  // namespace lora_engine

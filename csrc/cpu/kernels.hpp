@@ -118,6 +118,15 @@ struct AdamWArgs {
   double lr, beta1, beta2, eps, weight_decay, bias_correction1, bias_correction2, grad_scale;
 };
 
+struct DropoutArgs {
+  const void* x;  // [rows, cols]
+  void* y;        // [rows, cols]; may be x
+  int64_t rows, cols, x_stride, y_stride;
+  double p;
+  uint64_t seed;
+  uint32_t stream;
+};
+
 struct Kernels {
   const char* isa;
   void (*rms_norm_fwd)(DType, const RmsNormArgs&);
@@ -131,6 +140,7 @@ struct Kernels {
   void (*attention_fwd)(DType, const AttentionArgs&);
   void (*attention_bwd)(DType, const AttentionBwdArgs&);
   void (*adamw)(DType, const AdamWArgs&);
+  void (*dropout)(DType, const DropoutArgs&);
 };
 
 // The best table that was built and that this processor can run; null where it can run none.

@@ -20,6 +20,7 @@ from torch import Tensor
 from lora_engine.ops import augmented
 from lora_engine.ops.augmented_weight import AugmentedWeight
 from lora_engine.ops.tensors import accumulate_dtype, empty_rows, matmul
+from lora_engine.reference import Dropout
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class AugmentedProduct:
 
     weight: AugmentedWeight
     kernels: Any
-    dropout: Any = None
+    dropout: Dropout | None = None
     columns: Tensor | None = None
 
     def forward(

@@ -23,6 +23,7 @@ from lora_engine.ops.augmented_product import AugmentedProduct
 from lora_engine.ops.augmented_weight import AugmentedWeight
 from lora_engine.ops.lora_linear import make_product
 from lora_engine.ops.tensors import accumulate_dtype, as_rows, check, empty_rows, shape_of
+from lora_engine.reference import Dropout
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Branch:
 
     inner: AugmentedWeight
     outer: AugmentedWeight
-    dropouts: tuple[Any, Any] = (None, None)
+    dropouts: tuple[Dropout | None, Dropout | None] = (None, None)
     routes: Tensor | None = None
     grad_tail: int = 0
 

@@ -16,7 +16,7 @@ def lora_linear(
     x: Tensor,
     weight: AugmentedWeight,
     *,
-    dropout: Any = None,
+    dropout: reference.Dropout | None = None,
     routes: Tensor | None = None,
     impl: str | None = None,
 ) -> tuple[Tensor, ...]:
@@ -43,7 +43,7 @@ def lora_linear(
 def make_product(
     x: Tensor,
     weight: AugmentedWeight,
-    dropout: Any = None,
+    dropout: reference.Dropout | None = None,
     routes: Tensor | None = None,
     impl: str | None = None,
 ) -> AugmentedProduct | None:
@@ -64,7 +64,7 @@ def make_product(
 
 
 def _reference(
-    x: Tensor, weight: AugmentedWeight, dropout: Any, routes: Tensor | None
+    x: Tensor, weight: AugmentedWeight, dropout: reference.Dropout | None, routes: Tensor | None
 ) -> tuple[Tensor, ...]:
     outputs = []
     for i, bias in enumerate(weight.biases):
@@ -73,7 +73,7 @@ def _reference(
         for factors in (block.factors for block in weight.blocks if block.linear == i):
             given = x
             if dropout is not None:
-                given = reference.dropout(x, dropout, stream=i)
+                given = reference.drop(x, dropout, stream=i)
             if routes is not None:
                 given = given * (routes == factors.adapter)[..., None]
             y = y + reference.lora_delta(given, factors.lora_a, factors.lora_b, factors.scaling)

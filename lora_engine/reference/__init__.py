@@ -7,7 +7,7 @@ Every function is differentiable by autograd.
 from lora_engine.reference.adamw import adamw_
 from lora_engine.reference.attention import attention
 from lora_engine.reference.cross_entropy import cross_entropy
-from lora_engine.reference.dropout import Dropout, dropout
+from lora_engine.reference.dropout import Dropout, drop, dropout_mask
 from lora_engine.reference.glu import swiglu
 from lora_engine.reference.layer_norm import layer_norm
 from lora_engine.reference.linear_cross_entropy import linear_cross_entropy
@@ -21,10 +21,13 @@ from lora_engine.reference.rms_norm import rms_norm
 from lora_engine.reference.rope import rope
 
 __all__ = [
+    "Dropout",
     "adamw_",
     "attention",
     "cross_entropy",
     "dora_scale",
+    "drop",
+    "dropout_mask",
     "layer_norm",
     "linear_cross_entropy",
     "lora_delta",
