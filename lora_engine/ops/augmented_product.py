@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lora_engine.ops import augmented
 from lora_engine.ops.augmented_weight import AugmentedWeight
+from lora_engine.ops.lora_strategy import strategy_of
 from lora_engine.ops.tensors import accumulate_dtype, empty_rows, matmul
 from lora_engine.reference import Dropout
 
@@ -45,33 +46,59 @@ class AugmentedProduct:
 
         X stands in the front columns of `xs`; S is written behind it.
         """
+        k = self.weight.in_features
+        return self.forward_apart(xs[:, :k], xs[:, k:], residual, xs)
+
+    def forward_apart(
+        self,
+        x: Tensor,  # [M, K]
+        s: Tensor,  # [M, R]
+        residual: Tensor | None = None,  # [M, N]
+        joined: Tensor | None = None,  # [M, K + R]
+    ) -> tuple[Tensor, Tensor | None]:
+        """`forward` for an X that stands anywhere; `joined` is x and s as one, if they are."""
         weight = self.weight
-        n, k = weight.base.shape
         if weight.tail:
-            s = xs[:, k:]
-            self.kernels.lora_a_fwd(xs[:, :k], weight.lora_a, s, weight.spans, self.dropout)
+            self.kernels.lora_a_fwd(x, weight.lora_a, s, weight.spans, self.dropout)
             if self.columns is not None:
                 s.mul_(self.columns)
-        inner, transposed = xs[:, : k + weight.tail], weight.forward_operand
         bias = self._bias()
-        if weight.scale is not None:
-            unscaled = matmul(inner, transposed)
-            y = torch.mul(unscaled, weight.scale).to(unscaled.dtype)
-            if bias is not None:
-                y += bias
-            return (y if residual is None else y.add_(residual)), unscaled
-        addend = residual if bias is None else bias
-        if addend is None:
-            return matmul(inner, transposed), None
-        y = torch.addmm(
-            addend,
-            inner,
-            transposed,
-            out=empty_rows(xs.shape[0], n, dtype=xs.dtype, device=xs.device),
+        if weight.scale is None:
+            first, second = (residual, None) if bias is None else (bias, residual)
+            y = self._products(x, s, joined, first)
+            return (y if second is None else y.add_(second)), None
+        unscaled = self._products(x, s, joined, None)
+        y = torch.mul(unscaled, weight.scale).to(unscaled.dtype)
+        for addend in (bias, residual):
+            if addend is not None:
+                y += addend
+        return y, unscaled
+
+    def strategy(self, rows: int, outer: int, inner: int, *, masked: bool) -> str:
+        """How a product [rows, outer] over `inner` and the ranks is taken: see lora_strategy."""
+        buffer = self.weight.buffer
+        return strategy_of(
+            buffer.device, buffer.dtype, rows, outer, inner, self.weight.tail, masked
         )
-        if bias is not None and residual is not None:
-            y += residual
-        return y, None
+
+    def _products(
+        self, x: Tensor, s: Tensor, joined: Tensor | None, addend: Tensor | None
+    ) -> Tensor:
+        """X Wᵀ + S (sB)ᵀ + addend, for S that is made."""
+        weight = self.weight
+        n, k = weight.base.shape
+        strategy = self.strategy(x.shape[0], n, k, masked=False)
+        if strategy == "two_segment":
+            y = empty_rows(x.shape[0], n, dtype=x.dtype, device=x.device)
+            vector = addend if addend is not None and addend.dim() == 1 else None
+            self.kernels.lora_linear_fwd(x, weight.base, s, weight.lora_b, y, vector)
+            return y if addend is None or vector is not None else y.add_(addend)
+        if strategy == "base_add":
+            y = _matmul(x, weight.base.t(), addend)
+            return y.addmm_(s, weight.lora_b.t()) if weight.tail else y
+        if joined is None:
+            joined = torch.cat((x, s), dim=1)
+        return _matmul(joined[:, : k + weight.tail], weight.forward_operand, addend)
 
     def claim_gradient(self, grads: Sequence[Tensor]) -> Tensor:
         """The gradients of Y side by side with room for dS behind, [M, N + R], DoRA's scale in."""
@@ -105,7 +132,8 @@ class AugmentedProduct:
         """dX [M, K] from `dys` with dS filled in."""
         weight = self.weight
         n, k = weight.base.shape
-        if self.dropout is None:
+        masked = self.dropout is not None and weight.tail > 0
+        if self.strategy(dys.shape[0], k, n, masked=masked) == "augmented":
             return matmul(dys[:, : n + weight.tail], weight.backward_operand)
         dx = empty_rows(dys.shape[0], k, dtype=dys.dtype, device=dys.device)
         self.kernels.lora_linear_dx(
@@ -179,3 +207,11 @@ class AugmentedProduct:
             for n, bias in zip(weight.out_features, weight.biases, strict=True)
         ]
         return torch.cat(parts)
+
+
+def _matmul(a: Tensor, b: Tensor, addend: Tensor | None) -> Tensor:
+    """`a @ b + addend`, rounded once."""
+    if addend is None:
+        return matmul(a, b)
+    out = empty_rows(a.shape[0], b.shape[1], dtype=a.dtype, device=a.device)
+    return torch.addmm(addend, a, b, out=out)

@@ -189,11 +189,11 @@ class AugmentedWeight:
         )
 
     def _check_magnitudes(self) -> None:
-        for i, columns in enumerate(self.columns):
+        for i in range(len(self.columns)):
             found = [b.factors for b in self.blocks if b.linear == i]
             check(
                 len(found) <= 1 or all(f.magnitude is None for f in found),
-                f"AugmentedWeight: linear {i} has several adapters, one of them DoRA ({columns})",
+                f"AugmentedWeight: linear {i} has several adapters, one of them DoRA",
             )
 
 

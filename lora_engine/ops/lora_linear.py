@@ -9,7 +9,7 @@ from lora_engine import backends, reference
 from lora_engine.ops import augmented
 from lora_engine.ops.augmented_product import AugmentedProduct
 from lora_engine.ops.augmented_weight import AugmentedWeight
-from lora_engine.ops.tensors import shape_of
+from lora_engine.ops.tensors import as_rows, shape_of
 
 
 def lora_linear(
@@ -92,10 +92,17 @@ class _LoraLinear(torch.autograd.Function):
         ctx: Any, x: Tensor, product: AugmentedProduct, buffer: Tensor, *factors: Tensor | None
     ) -> tuple[Tensor, ...]:
         weight = product.weight
-        xs = augmented.claim([x], weight.tail)
-        y, unscaled = product.forward(xs)
+        n, k = weight.base.shape
+        if product.strategy(x[..., 0].numel(), n, k, masked=False) == "augmented":
+            xs = augmented.claim([x], weight.tail)
+            rows, low_rank = xs[:, :k], xs[:, k:]
+            y, unscaled = product.forward(xs)
+        else:
+            rows = as_rows(x)
+            low_rank = rows.new_empty(rows.shape[0], weight.tail)
+            y, unscaled = product.forward_apart(rows, low_rank)
         ctx.product, ctx.shape = product, x.shape
-        ctx.save_for_backward(xs, unscaled, buffer, *factors)
+        ctx.save_for_backward(rows, low_rank, unscaled, buffer, *factors)
         if len(weight.out_features) == 1:
             return (y.view(*x.shape[:-1], y.shape[1]),)
         outputs = y.split(weight.out_features, dim=1)
@@ -104,14 +111,13 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         product: AugmentedProduct = ctx.product
-        xs, unscaled, *_ = ctx.saved_tensors
-        k = product.weight.in_features
+        x, s, unscaled, *_ = ctx.saved_tensors
         needs = ctx.needs_input_grad[3:]
         wants_a, wants_b = product.wants(needs)
         dys = product.claim_gradient(grads)
-        d_lora_b = product.fill_ds(dys, xs[:, k:], wanted=wants_b)
+        d_lora_b = product.fill_ds(dys, s, wanted=wants_b)
         dx = product.input_gradient(dys).view(ctx.shape) if ctx.needs_input_grad[0] else None
-        d_lora_a = product.lora_a_gradient(dys, xs[:, :k], wanted=wants_a)
+        d_lora_a = product.lora_a_gradient(dys, x, wanted=wants_a)
         return (
             dx,
             None,

@@ -9,11 +9,13 @@ base_add     the base product, then each linear's share masked and added
 
 import json
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from lora_engine import backends
 
 TABLE = Path(__file__).with_name("lora_strategy.json")
 STRATEGIES = ("augmented", "two_segment", "base_add")
@@ -65,6 +67,28 @@ def choose_strategy(
         if _fits(rule["when"], flags, values, str(dtype).removeprefix("torch.")):
             return Strategy(rule["strategy"], rule["reason"])
     raise ValueError(f"lora_strategy: no rule fits a {device_type} device")
+
+
+@lru_cache(4096)
+def strategy_of(
+    device: torch.device, dtype: torch.dtype, m: int, n: int, k: int, r: int, masked: bool
+) -> str:
+    """`choose_strategy` by name for W̃, whose rows are aligned, and operands made to go with it."""
+    capability = None
+    if device.type == "cuda":
+        major, minor = backends.capability(device)
+        capability = 10 * major + minor
+    return choose_strategy(
+        device_type=device.type,
+        capability=capability,
+        dtype=dtype,
+        m=m,
+        n=n,
+        k=k,
+        r=r,
+        dropout=masked,
+        aligned=True,
+    ).name
 
 
 def _fits(
