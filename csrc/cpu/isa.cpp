@@ -19,6 +19,8 @@ const Kernels table = {
     attention_fwd,
     attention_bwd,
     adamw,
+    adamw_8bit,
+    grad_norm,
 };
 
 }  // namespace LORA_ENGINE_ISA

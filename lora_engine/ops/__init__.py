@@ -4,7 +4,8 @@ Each takes `impl` ("reference" or "cpu") to force one implementation; None lets
 `lora_engine.backends` choose.
 """
 
-from lora_engine.ops.adamw import adamw_
+from lora_engine.ops.adamw import adamw_, grad_norm
+from lora_engine.ops.adamw_8bit import adamw_8bit_
 from lora_engine.ops.attention import attention
 from lora_engine.ops.cross_entropy import cross_entropy
 from lora_engine.ops.glu import swiglu
@@ -18,8 +19,10 @@ __all__ = [
     "LinearCrossEntropy",
     "LoraFactors",
     "adamw_",
+    "adamw_8bit_",
     "attention",
     "cross_entropy",
+    "grad_norm",
     "linear_cross_entropy",
     "lora_linear",
     "rms_norm",
