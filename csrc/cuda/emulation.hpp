@@ -81,7 +81,6 @@ struct Block {
   std::vector<char> dynamic_shared;
   ucontext_t scheduler;
   unsigned current = 0;
-  bool synchronised = false;  // whether a barrier was passed since it was last asked
 };
 
 inline Block* block = nullptr;
@@ -195,7 +194,8 @@ inline bool resolve() {
   const Thread& leader = block->threads[0];
   for (unsigned i = 1; i < count; ++i) {
     const Thread& other = block->threads[i];
-    const bool alike = other.state == leader.state && other.line == leader.line;
+    const bool same_line = other.line == leader.line || other.state == State::kExited;
+    const bool alike = other.state == leader.state && same_line;
     if (!alike || leader.state == State::kWarp) fail("threads wait in vain", 0, i);
   }
   if (leader.state == State::kExited) return false;

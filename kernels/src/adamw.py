@@ -21,10 +21,10 @@ def clipped_scale(grad_scale, grad_norm_ptr, max_grad_norm, CLIP: tl.constexpr):
 
 
 @triton.jit
-def adamw_step(g, p, m, v, beta1, beta2, eps, decay, step_size, root_correction):
-    """One element's step; m and v are the moments before it."""
-    m = m + (1.0 - beta1) * (g - m)
-    v = beta2 * v + (1.0 - beta2) * g * g
+def adamw_step(g, p, m, v, from_grad1, beta2, from_grad2, eps, decay, step_size, root_correction):
+    """One element's step; m and v are the moments before it, from_grad is 1 - beta in float64."""
+    m = m + from_grad1 * (g - m)
+    v = beta2 * v + from_grad2 * g * g
     p = p * decay - step_size * m / (tl.sqrt(v) * root_correction + eps)
     return p, m, v
 
@@ -37,8 +37,9 @@ def _adamw_kernel(
     exp_avg_sq_ptr,  # [count]
     grad_norm_ptr,  # []
     count,
-    beta1,
+    from_grad1,
     beta2,
+    from_grad2,
     eps,
     decay,
     step_size,
@@ -55,7 +56,9 @@ def _adamw_kernel(
     p = tl.load(params_ptr + offs, mask=mask, other=0.0)
     m = tl.load(exp_avg_ptr + offs, mask=mask, other=0.0)
     v = tl.load(exp_avg_sq_ptr + offs, mask=mask, other=0.0)
-    p, m, v = adamw_step(g, p, m, v, beta1, beta2, eps, decay, step_size, root_correction)
+    p, m, v = adamw_step(
+        g, p, m, v, from_grad1, beta2, from_grad2, eps, decay, step_size, root_correction
+    )
     tl.store(params_ptr + offs, p, mask=mask)
     tl.store(exp_avg_ptr + offs, m, mask=mask)
     tl.store(exp_avg_sq_ptr + offs, v, mask=mask)
@@ -119,8 +122,9 @@ def adamw(
         exp_avg_sq,
         grad_norm,
         count,
-        beta1,
+        1 - beta1,
         beta2,
+        1 - beta2,
         eps,
         1 - lr * weight_decay,
         lr / bias_correction1,

@@ -62,8 +62,9 @@ def _adamw_8bit_kernel(
     grad_norm_ptr,  # []
     count,
     blocks,
-    beta1,
+    from_grad1,
     beta2,
+    from_grad2,
     eps,
     decay,
     step_size,
@@ -87,7 +88,9 @@ def _adamw_8bit_kernel(
     v_scale = tl.load(exp_avg_sq_absmax_ptr + block, mask=block_mask, other=0.0)
     m = tl.load(codes_ptr + m_code) * m_scale[:, None]
     v = tl.load(codes_ptr + QUANT_BLOCK + v_code) * v_scale[:, None]
-    p, m, v = adamw_step(g, p, m, v, beta1, beta2, eps, decay, step_size, root_correction)
+    p, m, v = adamw_step(
+        g, p, m, v, from_grad1, beta2, from_grad2, eps, decay, step_size, root_correction
+    )
     m_max = tl.max(tl.where(mask, tl.abs(m), 0.0), axis=1)
     v_max = tl.max(tl.where(mask, v, 0.0), axis=1)
     tl.store(params_ptr + offs, p, mask=mask)
@@ -136,8 +139,9 @@ def adamw_8bit(
         grad_norm,
         count,
         blocks,
-        beta1,
+        1 - beta1,
         beta2,
+        1 - beta2,
         eps,
         1 - lr * weight_decay,
         lr / bias_correction1,

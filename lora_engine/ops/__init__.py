@@ -5,7 +5,7 @@ Each takes `impl` ("reference" or "cpu") to force one implementation; None lets
 """
 
 from lora_engine.ops.adamw import adamw_, grad_norm
-from lora_engine.ops.adamw_8bit import adamw_8bit_
+from lora_engine.ops.adamw_8bit import ADAMW_8BIT_BLOCK, adamw_8bit_
 from lora_engine.ops.attention import attention
 from lora_engine.ops.cross_entropy import cross_entropy
 from lora_engine.ops.glu import swiglu
@@ -15,6 +15,7 @@ from lora_engine.ops.rms_norm import rms_norm
 from lora_engine.ops.rope import rope
 
 __all__ = [
+    "ADAMW_8BIT_BLOCK",
     "AugmentedWeight",
     "LinearCrossEntropy",
     "LoraFactors",

@@ -8,8 +8,9 @@ from torch import Tensor
 from lora_engine import backends, reference
 from lora_engine.ops.adamw import check_step
 from lora_engine.ops.tensors import check, shape_of
+from lora_engine.reference import dynamic_code
 
-BLOCK = reference.dynamic_code.BLOCK
+ADAMW_8BIT_BLOCK = dynamic_code.BLOCK  # values that share an absmax
 
 
 def adamw_8bit_(
@@ -42,7 +43,7 @@ def adamw_8bit_(
 
     Raises ValueError where the buffers do not fit or step < 1.
     """
-    blocks = -(-params.numel() // BLOCK)
+    blocks = -(-params.numel() // ADAMW_8BIT_BLOCK)
     for name, buffer, shape, dtype in (
         ("params", params, params.shape, torch.float32),
         ("grads", grads, params.shape, torch.float32),
@@ -80,5 +81,5 @@ def adamw_8bit_(
 @cache
 def _codes(device: torch.device) -> Tensor:
     """Values of the signed and of the unsigned code, [2, 256] float32."""
-    codes = [reference.dynamic_code.dynamic_code(signed, device) for signed in (True, False)]
+    codes = [dynamic_code.dynamic_code(signed, device) for signed in (True, False)]
     return torch.stack(codes)

@@ -6,6 +6,8 @@ decade's values are the centres of equal parts of it. With 0 and 1 that makes 25
 of both signs with half of them in each decade.
 """
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,7 @@ DECADES = 7
 TINY = 1e-37
 
 
+@cache
 def dynamic_code(signed: bool, device: torch.device | None = None) -> Tensor:
     """The values of the 256 codes, [256] float32, ascending."""
     magnitudes = []
