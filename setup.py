@@ -41,6 +41,7 @@ KERNEL_FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=f
 
 CUDA_ARCHITECTURES = ("80", "86", "89", "90a", "100", "120")
 NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-Xptxas", "-v"]
+NVCC_FLAGS += ["--threads", "0"]  # the architectures in parallel
 
 SHARED_SOURCES = ["csrc/bindings.cpp", "csrc/cpu/dispatch.cpp", "csrc/cpu/memory.cpp"]
 KERNEL_SOURCES = sorted(
@@ -53,6 +54,12 @@ HEADERS = sorted(
     for path in (ROOT / "csrc").rglob("*")
     if path.suffix in (".hpp", ".cuh")
 )
+
+
+def headers_of(source: str) -> list[str]:
+    """Headers that `source` may include: the kernels of one kind use none of the other's."""
+    others = {"csrc/cpu": "csrc/cuda/", "csrc/cuda": "csrc/cpu/"}.get(os.path.dirname(source))
+    return [header for header in HEADERS if others is None or not header.startswith(others)]
 
 
 def find_nvcc() -> str | None:
@@ -98,7 +105,8 @@ class BuildKernels(build_ext):
                 jobs.append((source, isa, [*COMMON_FLAGS, *KERNEL_FLAGS, *flags], isa_macro))
 
         def is_new(built: Path, source: str) -> bool:
-            newest = max(os.path.getmtime(ROOT / name) for name in [source, *HEADERS, "setup.py"])
+            used = [source, "setup.py", *headers_of(source)]
+            newest = max(os.path.getmtime(ROOT / name) for name in used)
             return built.exists() and built.stat().st_mtime > newest
 
         def compile_cuda(source: str) -> list[str]:
@@ -107,7 +115,7 @@ class BuildKernels(build_ext):
                 return [str(built)]
             built.parent.mkdir(parents=True, exist_ok=True)
             targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
-            command = [nvcc, *NVCC_FLAGS, "--threads", "0", *targets, "-c", source, "-o", str(built)]
+            command = [nvcc, *NVCC_FLAGS, *targets, "-c", source, "-o", str(built)]
             done = subprocess.run(command, capture_output=True, text=True)
             built.with_suffix(".ptxas.txt").write_text(done.stderr)
             if done.returncode:

@@ -243,7 +243,9 @@ def adamw_8bit(size: Size, dtype: torch.dtype, device: torch.device) -> Problem:
         ours=ours,
         eager=plain,
         oracle=plain,
-        forward=Work(3 * params.nbytes + 2 * (m.nbytes + v.nbytes + m_absmax.nbytes + v_absmax.nbytes)),
+        forward=Work(
+            3 * params.nbytes + 2 * (m.nbytes + v.nbytes + m_absmax.nbytes + v_absmax.nbytes)
+        ),
         both=None,
         in_place=True,
     )

@@ -1,4 +1,4 @@
-"""csrc/cuda as a module that runs on the CPU: compiled for the host with csrc/cuda/emulation.hpp."""
+"""csrc/cuda as a module that runs on the CPU, compiled with csrc/cuda/emulation.hpp."""
 
 import hashlib
 import importlib.util

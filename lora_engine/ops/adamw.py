@@ -1,5 +1,7 @@
 """One AdamW step over flat buffers, and the norm it clips by."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -43,8 +45,18 @@ def adamw_(
         check(buffer.is_contiguous(), f"adamw_: {name} is not contiguous")
     check(not params.dtype.itemsize < 4, f"adamw_: params are {params.dtype}, expected float32")
     check_step("adamw_", params, step, grad_norm, max_grad_norm)
-    hyper = {"lr": lr, "beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": weight_decay}
-    clip = {"grad_scale": grad_scale, "grad_norm": grad_norm, "max_grad_norm": max_grad_norm}
+    hyper: dict[str, Any] = {
+        "lr": lr,
+        "beta1": beta1,
+        "beta2": beta2,
+        "eps": eps,
+        "weight_decay": weight_decay,
+    }
+    clip: dict[str, Any] = {
+        "grad_scale": grad_scale,
+        "grad_norm": grad_norm,
+        "max_grad_norm": max_grad_norm,
+    }
     impl = backends.select("adamw", params.device, params.dtype, impl)
     if impl == "reference":
         reference.adamw_(params, grads, exp_avg, exp_avg_sq, step=step, **hyper, **clip)

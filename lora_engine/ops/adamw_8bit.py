@@ -1,6 +1,7 @@
 """One AdamW step with moments of eight bits."""
 
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,17 +60,39 @@ def adamw_8bit_(
         )
         check(buffer.is_contiguous(), f"adamw_8bit_: {name} is not contiguous")
     check_step("adamw_8bit_", params, step, grad_norm, max_grad_norm)
-    hyper = {"lr": lr, "beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": weight_decay}
-    clip = {"grad_scale": grad_scale, "grad_norm": grad_norm, "max_grad_norm": max_grad_norm}
-    state = (exp_avg, exp_avg_sq, exp_avg_absmax, exp_avg_sq_absmax)
+    hyper: dict[str, Any] = {
+        "lr": lr,
+        "beta1": beta1,
+        "beta2": beta2,
+        "eps": eps,
+        "weight_decay": weight_decay,
+    }
+    clip: dict[str, Any] = {
+        "grad_scale": grad_scale,
+        "grad_norm": grad_norm,
+        "max_grad_norm": max_grad_norm,
+    }
     impl = backends.select("adamw_8bit", params.device, params.dtype, impl)
     if impl == "reference":
-        reference.adamw_8bit_(params, grads, *state, step=step, **hyper, **clip)
+        reference.adamw_8bit_(
+            params,
+            grads,
+            exp_avg,
+            exp_avg_sq,
+            exp_avg_absmax,
+            exp_avg_sq_absmax,
+            step=step,
+            **hyper,
+            **clip,
+        )
         return
     backends.kernels("adamw_8bit", impl).adamw_8bit(
         params,
         grads,
-        *state,
+        exp_avg,
+        exp_avg_sq,
+        exp_avg_absmax,
+        exp_avg_sq_absmax,
         _codes(params.device),
         **hyper,
         **clip,

@@ -22,7 +22,7 @@ def adamw_(
 ) -> None:
     """One step in place, decoupled weight decay, `step` counted from 1."""
     g = grads * grad_scale
-    if grad_norm is not None:
+    if grad_norm is not None and max_grad_norm is not None:
         g = g * (max_grad_norm / (grad_norm * grad_scale)).clamp(max=1)
     exp_avg.lerp_(g, 1 - beta1)
     exp_avg_sq.mul_(beta2).addcmul_(g, g, value=1 - beta2)

@@ -41,7 +41,7 @@ def test_a_kernel_that_spills_is_found(monkeypatch, capsys):
     real = check_cuda.rows
     spilled = real(["90a"], [SPILLING], ["-maxrregcount=16"])
     [row] = [row for row in spilled if row.kernel == "spilling_kernel"]
-    assert row.spilled > 0 and row.registers == 16
+    assert row.spilled > 0
     assert row.problem == f"spills {row.spilled} bytes"
     monkeypatch.setattr(check_cuda, "rows", lambda: spilled)
     assert check_cuda.main() == 1

@@ -87,7 +87,9 @@ def test_every_code_is_kept(backend: Backend) -> None:
     """Without a gradient and without decay a step gives back the codes it read, all 256."""
     codes = torch.arange(256, dtype=torch.uint8)
     for scale in (1.0, 3e-30, 7e30):
-        state = State(torch.zeros(512), codes.repeat(2), codes.repeat(2), *torch.full((2, 2), scale))
+        state = State(
+            torch.zeros(512), codes.repeat(2), codes.repeat(2), *torch.full((2, 2), scale)
+        )
         state = state.on(backend)
         hyper = {**HYPER, "beta1": 1.0, "beta2": 1.0}
         params, *moments = vars(state).values()
@@ -95,12 +97,16 @@ def test_every_code_is_kept(backend: Backend) -> None:
         # The code has 1 but no -1: the largest negative value alone is that block's absmax.
         assert state.exp_avg.cpu().tolist() == codes.repeat(2).tolist()
         assert state.exp_avg_sq.cpu().tolist() == codes.repeat(2).tolist()
-        assert state.exp_avg_absmax.tolist() == state.exp_avg_sq_absmax.tolist() == [
-            pytest.approx(scale)
-        ] * 2
+        assert (
+            state.exp_avg_absmax.tolist()
+            == state.exp_avg_sq_absmax.tolist()
+            == [pytest.approx(scale)] * 2
+        )
 
 
-def backend_module_step(params: Tensor, moments: list[Tensor], hyper: dict, backend: Backend) -> None:
+def backend_module_step(
+    params: Tensor, moments: list[Tensor], hyper: dict, backend: Backend
+) -> None:
     """The kernel itself, with betas of 1 that `ops` cannot correct the bias of."""
     from lora_engine import backends
     from lora_engine.ops.adamw_8bit import _codes
@@ -256,7 +262,10 @@ def test_code_is_the_papers() -> None:
         code = dynamic_code(signed)
         assert len(code.unique()) == 256 and (code.diff() > 0).all() and code[-1] == 1
         positive = code[code > 0][:-1]
-        counts = [int(((positive > 10.0**-k) & (positive < 10.0 ** (1 - k))).sum()) for k in range(7, 0, -1)]
+        counts = [
+            int(((positive > 10.0**-k) & (positive < 10.0 ** (1 - k))).sum())
+            for k in range(7, 0, -1)
+        ]
         assert counts == [first * 2**i for i in range(7)]
         if signed:
             assert torch.equal(code[:127], -code[128:255].flip(0)) and code[127] == 0
