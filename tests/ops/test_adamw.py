@@ -119,9 +119,10 @@ def test_grad_scale_scales_the_gradient(isa: str) -> None:
     assert torch.equal(*results)
 
 
-def test_unaligned_buffers_and_their_neighbours(backend: Backend) -> None:
-    """Views that start anywhere; what lies around them stays."""
-    count, start = 1030, 3
+@pytest.mark.parametrize("start", [3, 4], ids=["unaligned", "aligned"])
+def test_views_and_their_neighbours(backend: Backend, start: int) -> None:
+    """Buffers that start anywhere; what lies around them stays."""
+    count = 1030
     params, grads = make(count)
     expected = steps_of_torch(params, grads[:1])
     around = [torch.full((count + 9,), 7.0) for _ in range(4)]
