@@ -25,7 +25,8 @@ PINS := -c constraints.txt
 endif
 
 PIP := $(PY) -m pip --disable-pip-version-check --quiet install
-BUILD_INPUTS := pyproject.toml setup.py constraints.txt $(shell find csrc -name '*.?pp')
+CSRC := $(shell find csrc -name '*.?pp' -o -name '*.cu*')
+BUILD_INPUTS := pyproject.toml setup.py constraints.txt $(CSRC)
 
 .PHONY: demo test lint format bench clean
 
@@ -39,12 +40,12 @@ lint: $(STAMPS)/lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	find csrc -name '*.?pp' | xargs $(BIN)/clang-format --dry-run -Werror
+	$(BIN)/clang-format --dry-run -Werror $(CSRC)
 
 format: $(STAMPS)/lint
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
-	find csrc -name '*.?pp' | xargs $(BIN)/clang-format -i
+	$(BIN)/clang-format -i $(CSRC)
 
 bench: $(STAMPS)/bench $(STAMPS)/model
 	$(PY) benchmarks/train_step.py $(ARGS)

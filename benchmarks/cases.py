@@ -242,6 +242,39 @@ def adamw(size: Size, dtype: torch.dtype, device: torch.device) -> Problem:
     )
 
 
+@case
+def adamw_8bit(size: Size, dtype: torch.dtype, device: torch.device) -> Problem:
+    """`adamw` with moments in 8 bits; PyTorch's is the reference, which makes them float32."""
+    model = size.model
+    count = model.layers * sum(size.rank * (n + k) for n, k in model.linears)
+    params, grads, exp_avg = (
+        _normal(count, dtype=torch.float32, device=device, grad=False) for _ in range(3)
+    )
+    quantize = reference.dynamic_code.quantize_blockwise
+    m, m_absmax = quantize(exp_avg, signed=True)
+    v, v_absmax = quantize(exp_avg.square(), signed=False)
+
+    def ours(*buffers: Tensor) -> Tensor:
+        ops.adamw_8bit_(*buffers, step=10, beta1=BETAS[0], beta2=BETAS[1], **ADAMW)
+        return buffers[0]
+
+    def plain(*buffers: Tensor) -> Tensor:
+        reference.adamw_8bit_(*buffers, step=10, beta1=BETAS[0], beta2=BETAS[1], **ADAMW)
+        return buffers[0]
+
+    return Problem(
+        (params, grads, m, v, m_absmax, v_absmax),
+        ours=ours,
+        eager=plain,
+        oracle=plain,
+        forward=Work(
+            3 * params.nbytes + 2 * (m.nbytes + v.nbytes + m_absmax.nbytes + v_absmax.nbytes)
+        ),
+        both=None,
+        in_place=True,
+    )
+
+
 def _matmul_work(
     matmuls: Sequence[Matmul], *, extra_forward: int = 0, extra_both: int = 0
 ) -> tuple[Work, Work]:

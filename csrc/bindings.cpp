@@ -3,11 +3,13 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <sstream>
 #include <string>
 #include <vector>
 
 #include "cpu/kernels.hpp"
 #include "cpu/memory.hpp"
+#include "cuda/bindings.hpp"
 
 namespace py = pybind11;
 using namespace lora_engine;
@@ -182,10 +184,11 @@ PYBIND11_MODULE(_C, m) {
       "adamw",
       [](DType dtype, Address params, Address grads, Address exp_avg, Address exp_avg_sq,
          int64_t count, double lr, double beta1, double beta2, double eps, double weight_decay,
-         double bias_correction1, double bias_correction2, double grad_scale) {
-        table().adamw(
-            dtype, {out(params), in(grads), out(exp_avg), out(exp_avg_sq), count, lr, beta1, beta2,
-                    eps, weight_decay, bias_correction1, bias_correction2, grad_scale});
+         double bias_correction1, double bias_correction2, double grad_scale, Address grad_norm,
+         double max_grad_norm) {
+        table().adamw(dtype, {out(params), in(grads), out(exp_avg), out(exp_avg_sq), count, lr,
+                              beta1, beta2, eps, weight_decay, bias_correction1, bias_correction2,
+                              grad_scale, in(grad_norm), max_grad_norm});
       },
       release);
 
@@ -196,4 +199,41 @@ PYBIND11_MODULE(_C, m) {
         table().dropout(dtype, {in(x), out(y), rows, cols, x_stride, y_stride, p, seed, stream});
       },
       release);
+
+  m.def(
+      "adamw_8bit",
+      [](Address params, Address grads, Address exp_avg, Address exp_avg_sq, Address exp_avg_absmax,
+         Address exp_avg_sq_absmax, Address codes, int64_t count, double lr, double beta1,
+         double beta2, double eps, double weight_decay, double bias_correction1,
+         double bias_correction2, double grad_scale, Address grad_norm, double max_grad_norm) {
+        table().adamw_8bit({{out(params), in(grads), out(exp_avg), out(exp_avg_sq), count, lr,
+                             beta1, beta2, eps, weight_decay, bias_correction1, bias_correction2,
+                             grad_scale, in(grad_norm), max_grad_norm},
+                            static_cast<float*>(out(exp_avg_absmax)),
+                            static_cast<float*>(out(exp_avg_sq_absmax)),
+                            static_cast<const float*>(in(codes))});
+      },
+      release);
+
+  m.def(
+      "grad_norm",
+      [](DType dtype, Address grads, Address norm, int64_t count) {
+        table().grad_norm(dtype, {in(grads), out(norm), count});
+      },
+      release);
+
+#ifdef LORA_ENGINE_CUDA_ARCHITECTURES
+  cuda::bind(m.def_submodule("cuda", "CUDA kernels, called through lora_engine.cuda"));
+#endif
+  m.def(
+      "cuda_architectures",
+      [] {
+        std::vector<std::string> list;
+#ifdef LORA_ENGINE_CUDA_ARCHITECTURES
+        std::istringstream names(LORA_ENGINE_CUDA_ARCHITECTURES);
+        for (std::string name; names >> name;) list.push_back(name);
+#endif
+        return list;
+      },
+      "What the CUDA kernels were compiled for, as \"90a\"; empty where they were left out.");
 }

@@ -37,7 +37,8 @@ OPERATIONS: dict[str, tuple[str, ...]] = {
     "cross_entropy": ("cpu",),
     "lora_linear": ("cpu", "triton"),
     "attention": ("cpu",),
-    "adamw": ("cpu",),
+    "adamw": ("cpu", "triton", "cuda"),
+    "adamw_8bit": ("cpu", "triton", "cuda"),
 }
 PACKAGES = {"cpu": "lora_engine.cpu", "triton": "lora_engine.kernels", "cuda": "lora_engine.cuda"}
 DTYPES = {
@@ -46,6 +47,9 @@ DTYPES = {
     "cuda": (torch.float32, torch.bfloat16, torch.float16),
 }
 OLDEST_CAPABILITY = (8, 0)
+
+# csrc/cuda compiled for the host, by tests: the CUDA launchers then take CPU tensors.
+cuda_emulation: ModuleType | None = None
 
 
 @dataclass(frozen=True)
@@ -122,6 +126,23 @@ def triton_interpreted() -> bool:
     return bool(importlib.import_module("triton").knobs.runtime.interpret)
 
 
+def cuda_architectures() -> tuple[str, ...]:
+    """What the extension's CUDA kernels were compiled for, as "90a"; () without any."""
+    module = extension().module
+    return () if module is None else tuple(module.cuda_architectures())
+
+
+def runs_on(architecture: str, capability: tuple[int, int]) -> bool:
+    """Whether machine code for `architecture` runs on a GPU of `capability`.
+
+    It does on later minor versions too, but for code that uses what one alone has ("90a").
+    """
+    major, minor = divmod(int(architecture.rstrip("a")), 10)
+    if architecture.endswith("a"):
+        return capability == (major, minor)
+    return capability[0] == major and capability[1] >= minor
+
+
 @cache
 def capability(device: torch.device) -> tuple[int, int]:
     """A CUDA device's compute capability."""
@@ -166,7 +187,7 @@ def _how(impl: str, device: torch.device) -> str:
     if impl == "cpu":
         return f"C++ kernel, {native().isa()}"
     if device.type == "cpu":
-        return "Triton kernel, interpreted"
+        return "Triton kernel, interpreted" if impl == "triton" else "CUDA C++ kernel, emulated"
     name = "CUDA C++" if impl == "cuda" else "Triton"
     return f"{name} kernel, capability {'.'.join(map(str, capability(device)))}"
 
@@ -184,6 +205,10 @@ def _why_not(operation: str, impl: str, device: torch.device, dtype: torch.dtype
         return "triton is not installed"
     if impl == "triton" and device.type == "cpu" and triton_interpreted():
         return None
+    if impl == "cuda" and device.type == "cpu" and cuda_emulation is not None:
+        return None
+    if impl == "cuda" and not cuda_architectures():
+        return extension().problem or "the extension was built without nvcc"
     if device.type != "cuda":
         return f"the tensors are on {device.type}"
     if not torch.cuda.is_available():
@@ -191,6 +216,9 @@ def _why_not(operation: str, impl: str, device: torch.device, dtype: torch.dtype
     if capability(device) < OLDEST_CAPABILITY:
         found, least = (".".join(map(str, c)) for c in (capability(device), OLDEST_CAPABILITY))
         return f"the GPU has capability {found}, the kernels need {least}"
+    if impl == "cuda" and not any(runs_on(a, capability(device)) for a in cuda_architectures()):
+        found = ".".join(map(str, capability(device)))
+        return f"built for {', '.join(cuda_architectures())}, the GPU has capability {found}"
     return None
 
 

@@ -183,7 +183,23 @@ def _extension_facts() -> list[Fact]:
         Fact("lora_engine._C", str(module.__file__), "ok"),
         Fact("built for", variants),
         Fact("in use", module.isa()),
+        _cuda_kernels_fact(),
     ]
+
+
+def _cuda_kernels_fact() -> Fact:
+    """What the extension's CUDA kernels are built for, and whether a GPU here is among it."""
+    built = backends.cuda_architectures()
+    if not built:
+        hint = "no nvcc when it was built; Triton's kernels serve a GPU without them"
+        return Fact("CUDA kernels", "not built", "absent", hint)
+    value = f"built for sm_{', sm_'.join(built)}"
+    for gpu in machine.gpus():
+        major, minor = map(int, gpu.capability.split("."))
+        if not any(backends.runs_on(name, (major, minor)) for name in built):
+            hint = "build again with a newer CUDA toolkit; until then Triton's kernels serve it"
+            return Fact("CUDA kernels", f"{value}, not {gpu.capability}", "absent", hint)
+    return Fact("CUDA kernels", value, "ok")
 
 
 def _kernel_facts() -> list[Fact]:

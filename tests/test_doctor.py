@@ -74,11 +74,30 @@ def test_extension_names_what_is_built_and_used(monkeypatch):
         __file__="/x/_C.so",
         isa=lambda: "avx2",
         built_isas=lambda: [("avx512", False), ("avx2", True)],
+        cuda_architectures=list,
     )
     monkeypatch.setattr(backends, "extension", lambda: backends.Extension(module, None))
     found = {fact.name: fact.value for fact in doctor._extension_facts()}
     assert found["built for"] == "avx512 (not on this processor), avx2"
     assert found["in use"] == "avx2"
+    assert found["CUDA kernels"] == "not built"
+
+
+@pytest.mark.parametrize(
+    ("capability", "status", "value"),
+    [
+        (None, "ok", "built for sm_80, sm_90a"),
+        ("8.9", "ok", "built for sm_80, sm_90a"),
+        ("9.0", "ok", "built for sm_80, sm_90a"),
+        ("12.0", "absent", "built for sm_80, sm_90a, not 12.0"),
+    ],
+)
+def test_cuda_kernels_and_the_gpu_they_meet(monkeypatch, capability, status, value):
+    gpus = [machine.Gpu("GPU", 1, capability)] if capability else []
+    monkeypatch.setattr(machine, "gpus", lambda: gpus)
+    monkeypatch.setattr(backends, "cuda_architectures", lambda: ("80", "90a"))
+    fact = doctor._cuda_kernels_fact()
+    assert (fact.status, fact.value) == (status, value)
 
 
 @pytest.mark.parametrize(

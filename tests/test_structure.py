@@ -16,7 +16,7 @@ LAYERS: list[set[str]] = [
     {"errors"},
     {"files", "config_schema"},
     {"reference", "backends"},
-    {"cpu", "kernels"},
+    {"cpu", "cuda", "kernels"},
     {"ops"},
     {"models", "testing"},
     {"data"},

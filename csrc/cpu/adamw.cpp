@@ -1,6 +1,8 @@
-// AdamW (Loshchilov and Hutter, 2019) over one flat buffer, as torch.optim.AdamW computes it.
+// AdamW over one flat buffer, and the norm of the gradients.
+#include "adamw_step.hpp"
 #include "isa.hpp"
 #include "numeric.hpp"
+#include "scratch.hpp"
 
 namespace lora_engine {
 namespace {
@@ -11,19 +13,31 @@ void step(const AdamWArgs& a) {
   const A* grads = static_cast<const A*>(a.grads);
   A* exp_avg = static_cast<A*>(a.exp_avg);
   A* exp_avg_sq = static_cast<A*>(a.exp_avg_sq);
-  const A beta1 = A(a.beta1), beta2 = A(a.beta2), eps = A(a.eps), grad_scale = A(a.grad_scale);
-  const A decay = A(1 - a.lr * a.weight_decay);
-  const A step_size = A(a.lr / a.bias_correction1);
-  const A root_correction = A(1 / std::sqrt(a.bias_correction2));
+  const AdamWStep<A> one(a);
 #pragma omp parallel for simd schedule(static)
-  for (int64_t i = 0; i < a.count; ++i) {
-    const A g = grads[i] * grad_scale;
-    const A m = exp_avg[i] + (A(1) - beta1) * (g - exp_avg[i]);
-    const A v = beta2 * exp_avg_sq[i] + (A(1) - beta2) * g * g;
-    exp_avg[i] = m;
-    exp_avg_sq[i] = v;
-    params[i] = params[i] * decay - step_size * m / (std::sqrt(v) * root_correction + eps);
+  for (int64_t i = 0; i < a.count; ++i) one(grads[i], params[i], exp_avg[i], exp_avg_sq[i]);
+}
+
+// Chunks of a fixed size, their sums added in order: the same bits for any number of threads.
+template <class A>
+void norm(const GradNormArgs& a) {
+  constexpr int64_t kChunk = 16384;
+  const A* grads = static_cast<const A*>(a.grads);
+  const int64_t chunks = (a.count + kChunk - 1) / kChunk;
+  Scratch scratch;
+  A* sums = scratch.allocate<A>(chunks);
+#pragma omp parallel for schedule(static)
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    const int64_t begin = chunk * kChunk;
+    const int64_t end = begin + kChunk < a.count ? begin + kChunk : a.count;
+    A sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = begin; i < end; ++i) sum += grads[i] * grads[i];
+    sums[chunk] = sum;
   }
+  double total = 0;
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) total += sums[chunk];
+  *static_cast<A*>(a.norm) = static_cast<A>(std::sqrt(total));
 }
 
 }  // namespace
@@ -35,6 +49,13 @@ void adamw(DType dtype, const AdamWArgs& args) {
     step<double>(args);
   else
     step<float>(args);
+}
+
+void grad_norm(DType dtype, const GradNormArgs& args) {
+  if (dtype == DType::kFloat64)
+    norm<double>(args);
+  else
+    norm<float>(args);
 }
 
 }  // namespace LORA_ENGINE_ISA

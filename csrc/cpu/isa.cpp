@@ -22,6 +22,8 @@ const Kernels table = {
     attention_bwd,
     adamw,
     dropout,
+    adamw_8bit,
+    grad_norm,
 };
 
 }  // namespace LORA_ENGINE_ISA

@@ -18,6 +18,8 @@ void attention_fwd(DType, const AttentionArgs&);
 void attention_bwd(DType, const AttentionBwdArgs&);
 void adamw(DType, const AdamWArgs&);
 void dropout(DType, const DropoutArgs&);
+void adamw_8bit(const AdamW8bitArgs&);
+void grad_norm(DType, const GradNormArgs&);
 
 }  // namespace LORA_ENGINE_ISA
 }  // namespace lora_engine

@@ -116,6 +116,21 @@ struct AdamWArgs {
   void* exp_avg_sq;   // [count]
   int64_t count;
   double lr, beta1, beta2, eps, weight_decay, bias_correction1, bias_correction2, grad_scale;
+  const void* grad_norm;  // [] of grads, which are clipped to max_grad_norm; null: no clipping
+  double max_grad_norm;
+};
+
+struct AdamW8bitArgs {
+  AdamWArgs adamw;           // with exp_avg and exp_avg_sq [count] uint8
+  float* exp_avg_absmax;     // [ceil(count / 256)]
+  float* exp_avg_sq_absmax;  // [ceil(count / 256)]
+  const float* codes;        // [2, 256]: values of the signed and of the unsigned code
+};
+
+struct GradNormArgs {
+  const void* grads;  // [count] float32 (or float64)
+  void* norm;         // [], as grads
+  int64_t count;
 };
 
 struct DropoutArgs {
@@ -141,6 +156,8 @@ struct Kernels {
   void (*attention_bwd)(DType, const AttentionBwdArgs&);
   void (*adamw)(DType, const AdamWArgs&);
   void (*dropout)(DType, const DropoutArgs&);
+  void (*adamw_8bit)(const AdamW8bitArgs&);
+  void (*grad_norm)(DType, const GradNormArgs&);
 };
 
 // The best table that was built and that this processor can run; null where it can run none.

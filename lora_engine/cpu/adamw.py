@@ -1,13 +1,13 @@
-"""One AdamW step over flat buffers."""
+"""One AdamW step over flat buffers, and the norm of one."""
 
 from torch import Tensor
 
 from lora_engine import backends
-from lora_engine.cpu.address import dtype_code
+from lora_engine.cpu.address import dtype_code, pointer
 
 
 def adamw(
-    params: Tensor,  # [P] float32, as the others
+    params: Tensor,  # [P] float32 or float64, as the others
     grads: Tensor,  # [P]
     exp_avg: Tensor,  # [P]
     exp_avg_sq: Tensor,  # [P]
@@ -20,6 +20,8 @@ def adamw(
     bias_correction1: float,
     bias_correction2: float,
     grad_scale: float,
+    grad_norm: Tensor | None,  # []
+    max_grad_norm: float | None,
 ) -> None:
     """Updates params, exp_avg and exp_avg_sq."""
     backends.native().adamw(
@@ -37,4 +39,16 @@ def adamw(
         bias_correction1,
         bias_correction2,
         grad_scale,
+        pointer(grad_norm),
+        max_grad_norm or 0.0,
+    )
+
+
+def grad_norm(
+    grads: Tensor,  # [P] float32 or float64
+    norm: Tensor,  # [], as grads
+) -> None:
+    """Writes norm."""
+    backends.native().grad_norm(
+        dtype_code(grads.dtype), grads.data_ptr(), norm.data_ptr(), grads.numel()
     )

@@ -4,7 +4,8 @@ Each takes `impl` ("reference" or "cpu") to force one implementation; None lets
 `lora_engine.backends` choose.
 """
 
-from lora_engine.ops.adamw import adamw_
+from lora_engine.ops.adamw import adamw_, grad_norm
+from lora_engine.ops.adamw_8bit import ADAMW_8BIT_BLOCK, adamw_8bit_
 from lora_engine.ops.attention import attention
 from lora_engine.ops.augmented_weight import AugmentedWeight, LoraFactors
 from lora_engine.ops.cross_entropy import cross_entropy
@@ -17,13 +18,16 @@ from lora_engine.ops.rms_norm import rms_norm
 from lora_engine.ops.rope import rope
 
 __all__ = [
+    "ADAMW_8BIT_BLOCK",
     "AugmentedWeight",
     "LinearCrossEntropy",
     "LoraFactors",
     "adamw_",
+    "adamw_8bit_",
     "attention",
     "cross_entropy",
     "layer_norm",
+    "grad_norm",
     "linear_cross_entropy",
     "lora_embedding",
     "lora_linear",

@@ -1,5 +1,8 @@
-"""One AdamW step over flat buffers."""
+"""One AdamW step over flat buffers, and the norm it clips by."""
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from lora_engine import backends, reference
@@ -19,13 +22,18 @@ def adamw_(
     eps: float,
     weight_decay: float,
     grad_scale: float = 1.0,
+    grad_norm: Tensor | None = None,  # []
+    max_grad_norm: float | None = None,
     impl: str | None = None,
 ) -> None:
     """AdamW with decoupled weight decay (arXiv:1711.05101), in place, as torch.optim.AdamW.
 
     All four buffers are contiguous, of one length, and all float32 (or all float64). `step` counts
-    from 1. `grad_scale` multiplies the gradients first (clipping, averaging). The caller bumps the
-    version counters of parameters that are views of `params`.
+    from 1. `grad_scale` multiplies the gradients first (averaging, clipping by a number). With
+    `grad_norm`, the norm of `grads` as they are, and `max_grad_norm`, the scaled gradients are also
+    multiplied by min(1, max_grad_norm / their norm); the kernel reads the norm where it lies, so
+    that a GPU need not wait for the host. The caller bumps the version counters of parameters that
+    are views of `params`.
 
     Raises ValueError where the buffers do not fit or step < 1.
     """
@@ -35,15 +43,23 @@ def adamw_(
             f"adamw_: {name} {shape_of(buffer)} does not fit params {shape_of(params)}",
         )
         check(buffer.is_contiguous(), f"adamw_: {name} is not contiguous")
-    check(params.dim() == 1 and params.is_contiguous(), "adamw_: params is not a flat buffer")
     check(not params.dtype.itemsize < 4, f"adamw_: params are {params.dtype}, expected float32")
-    check(step >= 1, f"adamw_: step {step} must count from 1")
-    hyper = {"lr": lr, "beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": weight_decay}
+    check_step("adamw_", params, step, grad_norm, max_grad_norm)
+    hyper: dict[str, Any] = {
+        "lr": lr,
+        "beta1": beta1,
+        "beta2": beta2,
+        "eps": eps,
+        "weight_decay": weight_decay,
+    }
+    clip: dict[str, Any] = {
+        "grad_scale": grad_scale,
+        "grad_norm": grad_norm,
+        "max_grad_norm": max_grad_norm,
+    }
     impl = backends.select("adamw", params.device, params.dtype, impl)
     if impl == "reference":
-        reference.adamw_(
-            params, grads, exp_avg, exp_avg_sq, step=step, grad_scale=grad_scale, **hyper
-        )
+        reference.adamw_(params, grads, exp_avg, exp_avg_sq, step=step, **hyper, **clip)
         return
     backends.kernels("adamw", impl).adamw(
         params,
@@ -51,7 +67,48 @@ def adamw_(
         exp_avg,
         exp_avg_sq,
         **hyper,
+        **clip,
         bias_correction1=1 - beta1**step,
         bias_correction2=1 - beta2**step,
-        grad_scale=grad_scale,
     )
+
+
+def grad_norm(
+    grads: Tensor,  # [P]
+    *,
+    impl: str | None = None,
+) -> Tensor:
+    """Euclidean norm of a flat buffer, [] in its dtype, float32 or float64, on its device.
+
+    Summed in two stages of fixed order: the same bits every time, for any number of threads.
+
+    Raises ValueError for another dtype or a buffer that is not flat.
+    """
+    check(grads.dim() == 1 and grads.is_contiguous(), "grad_norm: grads is not a flat buffer")
+    check(not grads.dtype.itemsize < 4, f"grad_norm: grads are {grads.dtype}, expected float32")
+    impl = backends.select("adamw", grads.device, grads.dtype, impl)
+    if impl == "reference":
+        return reference.grad_norm(grads)
+    norm = torch.empty((), dtype=grads.dtype, device=grads.device)
+    backends.kernels("adamw", impl).grad_norm(grads, norm)
+    return norm
+
+
+def check_step(
+    what: str, params: Tensor, step: int, grad_norm: Tensor | None, max_grad_norm: float | None
+) -> None:
+    """What every AdamW asks of its arguments."""
+    check(params.dim() == 1 and params.is_contiguous(), f"{what}: params is not a flat buffer")
+    check(step >= 1, f"{what}: step {step} must count from 1")
+    check(
+        (grad_norm is None) == (max_grad_norm is None),
+        f"{what}: grad_norm and max_grad_norm need each other",
+    )
+    if grad_norm is not None:
+        check(
+            grad_norm.numel() == 1
+            and grad_norm.dtype == params.dtype
+            and grad_norm.device == params.device,
+            f"{what}: grad_norm {shape_of(grad_norm)} on {grad_norm.device}, expected one "
+            f"{str(params.dtype).removeprefix('torch.')} on {params.device}",
+        )

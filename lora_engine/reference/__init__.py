@@ -4,7 +4,8 @@ Arithmetic is float32 (float64 for float64 inputs), rounded once to the input's 
 Every function is differentiable by autograd.
 """
 
-from lora_engine.reference.adamw import adamw_
+from lora_engine.reference.adamw import adamw_, grad_norm
+from lora_engine.reference.adamw_8bit import adamw_8bit_
 from lora_engine.reference.attention import attention
 from lora_engine.reference.cross_entropy import cross_entropy
 from lora_engine.reference.dropout import Dropout, drop, dropout_mask
@@ -23,12 +24,14 @@ from lora_engine.reference.rope import rope
 __all__ = [
     "Dropout",
     "adamw_",
+    "adamw_8bit_",
     "attention",
     "cross_entropy",
     "dora_scale",
     "drop",
     "dropout_mask",
     "layer_norm",
+    "grad_norm",
     "linear_cross_entropy",
     "lora_delta",
     "lora_linear",

@@ -74,6 +74,10 @@ class TrainConfig(BaseModel):
         description="Share of the peak learning rate that cosine and linear end at.",
     )
 
+    optimizer: Literal["adamw", "adamw_8bit"] = Field(
+        "adamw",
+        description="AdamW with moments in float32, or in 8 bits: 2 bytes a trained value, not 8.",
+    )
     weight_decay: float = Field(
         0.0, ge=0, lt=float("inf"), description="Decoupled weight decay, on all trained weights."
     )

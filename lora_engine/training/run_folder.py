@@ -58,8 +58,7 @@ class RunFolder:
         random_tensors, random_rest = random_state.capture()
         tensors = {
             "weights": flat.named_copies(flat.data),
-            "exp_avg": flat.named_copies(optimizer.exp_avg),
-            "exp_avg_sq": flat.named_copies(optimizer.exp_avg_sq),
+            **optimizer.tensors(),
             "random": random_tensors,
         }
         content = {
@@ -81,8 +80,7 @@ class RunFolder:
         self._check_identity(folder, content["identity"])
         try:
             flat.load_named(flat.data, self.checkpoints.tensors(step, "weights"))
-            flat.load_named(optimizer.exp_avg, self.checkpoints.tensors(step, "exp_avg"))
-            flat.load_named(optimizer.exp_avg_sq, self.checkpoints.tensors(step, "exp_avg_sq"))
+            optimizer.load(lambda stem: self.checkpoints.tensors(step, stem))
         except UserError as error:
             raise UserError(f"{folder}: {error}") from error
         flat.publish()

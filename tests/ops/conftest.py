@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from emulated_cuda import emulated_kernels
 from implementations import BACKENDS, Backend, runnable_isas
 
 from lora_engine import backends
@@ -33,10 +34,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture
-def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Backend]:
     """Makes the implementation ready: the instruction set chosen, or skipped with a reason.
 
-    Triton runs in its interpreter where there is no GPU and compiled where there is one.
+    Triton runs in its interpreter where there is no GPU and compiled where there is one. CUDA runs
+    on a GPU, and emulated on the CPU.
     """
     chosen: Backend = request.param
     if chosen.device.type == "cuda" and not torch.cuda.is_available():
@@ -45,6 +47,8 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
         pytest.skip("triton is not installed")
     if chosen.impl == "triton" and chosen.device.type == "cpu" and torch.cuda.is_available():
         pytest.skip("the Triton kernels are compiled for the GPU in this process")
+    if chosen.impl == "cuda" and chosen.device.type == "cpu":
+        monkeypatch.setattr(backends, "cuda_emulation", emulated_kernels())
     if chosen.isa is None:
         yield chosen
         return

@@ -33,5 +33,6 @@ BACKENDS = {
     **{f"cpu-{isa}": Backend("cpu", CPU, isa) for isa in runnable_isas()},
     "triton-interpreter": Backend("triton", CPU),
     "triton": Backend("triton", GPU),
+    "cuda-emulated": Backend("cuda", CPU),
     "cuda": Backend("cuda", GPU),
 }

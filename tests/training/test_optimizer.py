@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from lora_engine.errors import UserError
 from lora_engine.training.config import TrainConfig
 from lora_engine.training.flat import FlatParameters
 from lora_engine.training.optimizer import FlatAdamW, clip_factor
@@ -59,3 +60,37 @@ def test_step_bumps_versions():
     FlatAdamW(flat, TrainConfig()).step(0.1, 1.0)
     assert parameter._version > version
     assert parameter[0].item() == pytest.approx(0.9, abs=1e-6)
+
+
+def test_8bit_moments_take_a_quarter_and_move_the_same_way():
+    torch.manual_seed(0)
+    parameters = [nn.Parameter(torch.randn(s)) for s in [(40, 30), (7,)]]
+    moved, sizes = {}, {}
+    for name in ("adamw", "adamw_8bit"):
+        ours = [nn.Parameter(p.detach().clone()) for p in parameters]
+        flat = FlatParameters([(f"p{i}", p) for i, p in enumerate(ours)])
+        before = flat.data.clone()
+        optimizer = FlatAdamW(flat, TrainConfig(optimizer=name))
+        for _ in range(10):
+            flat.zero_grad()
+            sum((p.sin() * p).sum() for p in ours).backward()
+            optimizer.step(1e-2, optimizer.grad_norm().item())
+        moved[name] = flat.data - before
+        buffers = [x for x in vars(optimizer).values() if isinstance(x, torch.Tensor)]
+        sizes[name] = sum(x.nbytes for x in buffers)
+        padding = torch.ones_like(flat.data, dtype=torch.bool)
+        for entry in flat.entries:
+            entry.view(padding)[...] = False
+        assert padding.any() and not flat.data[padding].any()
+    assert sizes["adamw_8bit"] < 0.26 * sizes["adamw"] + 8
+    assert not torch.equal(*moved.values())
+    torch.testing.assert_close(moved["adamw_8bit"], moved["adamw"], rtol=0.1, atol=2e-3)
+
+
+def test_moments_of_other_parameters_are_refused():
+    config = TrainConfig(optimizer="adamw_8bit")
+    small, large = (
+        FlatAdamW(FlatParameters([("p", nn.Parameter(torch.ones(n)))]), config) for n in (300, 700)
+    )
+    with pytest.raises(UserError, match="exp_avg: not the 8-bit moments of this model"):
+        large.load(small.tensors().__getitem__)

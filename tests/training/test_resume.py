@@ -25,22 +25,24 @@ from lora_engine.training.nonfinite import NonFiniteError
 
 
 @pytest.mark.parametrize(
-    ("make_model", "stop_at"),
+    ("make_model", "stop_at", "settings"),
     [
-        pytest.param(lambda: tiny_lora(), 1, id="float32"),
-        pytest.param(lambda: tiny_lora(0.3), 4, id="dropout"),
+        pytest.param(lambda: tiny_lora(), 1, {}, id="float32"),
+        pytest.param(lambda: tiny_lora(), 3, {"optimizer": "adamw_8bit"}, id="8-bit moments"),
+        pytest.param(lambda: tiny_lora(0.3), 4, {}, id="dropout"),
         pytest.param(
             lambda: tiny_lora(0.3, torch.bfloat16, autocast_adapter_dtype=False),
             3,
+            {},
             id="bfloat16 with dropout",
         ),
-        pytest.param(lambda: accelerated(tiny_lora()), 4, id="accelerated"),
+        pytest.param(lambda: accelerated(tiny_lora()), 4, {}, id="accelerated"),
         pytest.param(
-            lambda: accelerated(tiny_lora(0.0, torch.bfloat16)), 3, id="accelerated bfloat16"
+            lambda: accelerated(tiny_lora(0.0, torch.bfloat16)), 3, {}, id="accelerated bfloat16"
         ),
     ],
 )
-def test_interrupted_and_resumed_is_bitwise_the_same(tmp_path, make_model, stop_at):
+def test_interrupted_and_resumed_is_bitwise_the_same(tmp_path, make_model, stop_at, settings):
     def fit(name, callbacks=(), resume=False):
         model = make_model()
         trainer = make_trainer(
@@ -50,6 +52,7 @@ def test_interrupted_and_resumed_is_bitwise_the_same(tmp_path, make_model, stop_
             gradient_accumulation_steps=2,
             eval_every=2,
             final_weights="last",
+            **settings,
         )
         return trainer.fit(resume=resume), model
 
@@ -98,12 +101,13 @@ def test_half_written_checkpoint_is_ignored(tmp_path):
     ("change", "message"),
     [
         ({"learning_rate": 0.1}, "made with learning_rate=0.005, now learning_rate=0.1"),
+        ({"optimizer": "adamw_8bit"}, "made with optimizer=adamw, now optimizer=adamw_8bit"),
         ({"max_steps": 9}, "made with max_steps=6, now max_steps=9"),
         ({"train": make_dataset(31)}, "made with other training data"),
         ({"model": tiny_lora(rank=3)}, r"lora_A.default.weight has shape \[4, 32\], not \[3, 32\]"),
         ({"model": tiny_llama()}, "not the tensors of this model's trainable parameters"),
     ],
-    ids=["learning rate", "steps", "data", "rank", "full model"],
+    ids=["learning rate", "optimizer", "steps", "data", "rank", "full model"],
 )
 def test_checkpoint_of_another_run_is_refused(tmp_path, change, message):
     make_trainer(tmp_path).fit()

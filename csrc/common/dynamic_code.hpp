@@ -1,0 +1,60 @@
+// The 8-bit dynamic codes of block-wise quantisation (arXiv:2110.02861), by arithmetic: seven
+// decades, each cut into twice as many equal parts as the one below. Their values are a table that
+// the caller brings (lora_engine/reference/dynamic_code.py); what is here finds the nearest code.
+#pragma once
+
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define LORA_ENGINE_HOST_DEVICE __host__ __device__
+#else
+#define LORA_ENGINE_HOST_DEVICE
+#endif
+
+namespace lora_engine {
+
+constexpr int kQuantBlock = 256;  // values that share an absmax
+
+// What a block's values are multiplied by. The inverse of a denormal maximum would be infinite: a
+// block of nothing larger than 1e-37 is one of zeros.
+static inline LORA_ENGINE_HOST_DEVICE float block_inverse(float absmax) {
+  return absmax > 1e-37f ? 1.0f / absmax : 0.0f;
+}
+
+// Codes below the magnitude `x` in [0, 1]'s own, where the top decade, [0.1, 1], has kParts of
+// them. The decade's parts are counted from its lower end 0.1 as n to 2 n, n being their number, so
+// that counts run on from one decade to the next.
+template <int kParts>
+static inline LORA_ENGINE_HOST_DEVICE int32_t dynamic_count(float x) {
+  float y = x, n = kParts;
+  const bool four = y < 1e-4f;
+  y = four ? y * 1e4f : y;
+  n = four ? n * 0.0625f : n;
+  const bool two = y < 1e-2f;
+  y = two ? y * 1e2f : y;
+  n = two ? n * 0.25f : n;
+  const bool one = y < 1e-1f;
+  y = one ? y * 10.0f : y;
+  n = one ? n * 0.5f : n;
+  const float w = (y * (1.0f / 0.9f) + 0.8f / 0.9f) * n;
+  // Between the last centre of the decade below and this one's first, and between 0 and the very
+  // first, halfway is not where a part begins. Nor is it before 1.
+  const float lower = n + (n == 1.0f ? 7.0f / 36 : 0.2f);
+  const float count = w < lower ? n - 1.0f : w;
+  return w >= 2 * kParts - 0.25f ? 2 * kParts : static_cast<int32_t>(count);
+}
+
+// The code nearest to x in [-1, 1].
+static inline LORA_ENGINE_HOST_DEVICE uint8_t signed_code(float x) {
+  const int32_t count = dynamic_count<64>(x < 0 ? -x : x);
+  const int32_t least = count < 127 ? count : 127;  // there is a 1 but no -1
+  return static_cast<uint8_t>(127 + (x < 0 ? -least : count));
+}
+
+// The code nearest to x in [0, 1], but not 0 for a positive x.
+static inline LORA_ENGINE_HOST_DEVICE uint8_t unsigned_code(float x) {
+  const int32_t code = dynamic_count<128>(x) - 1;
+  return static_cast<uint8_t>(code > 0 ? code : (x > 0 ? 1 : 0));
+}
+
+}  // namespace lora_engine

@@ -1,0 +1,49 @@
+// What csrc/cuda offers: functions that start kernels on a stream and return at once. Pointers are
+// device addresses; a launch that fails is a std::runtime_error with CUDA's message.
+#pragma once
+
+#include <cstdint>
+
+namespace lora_engine {
+namespace cuda {
+
+struct AdamWHyper {
+  double lr, beta1, beta2, eps, weight_decay, bias_correction1, bias_correction2, grad_scale;
+  const float* grad_norm;  // [] of grads, which are clipped to max_grad_norm; null: no clipping
+  double max_grad_norm;
+};
+
+struct AdamWArgs {
+  float* params;       // [count]
+  const float* grads;  // [count]
+  float* exp_avg;      // [count]
+  float* exp_avg_sq;   // [count]
+  int64_t count;
+  AdamWHyper hyper;
+};
+
+struct AdamW8bitArgs {
+  float* params;             // [count]
+  const float* grads;        // [count]
+  uint8_t* exp_avg;          // [count]
+  uint8_t* exp_avg_sq;       // [count]
+  float* exp_avg_absmax;     // [ceil(count / 256)]
+  float* exp_avg_sq_absmax;  // [ceil(count / 256)]
+  const float* codes;        // [2, 256]: values of the signed and of the unsigned code
+  int64_t count;
+  AdamWHyper hyper;
+};
+
+struct GradNormArgs {
+  const float* grads;  // [count]
+  float* partials;     // [1024], work space
+  float* norm;         // []
+  int64_t count;
+};
+
+void adamw(const AdamWArgs&, void* stream);
+void adamw_8bit(const AdamW8bitArgs&, void* stream);
+void grad_norm(const GradNormArgs&, void* stream);
+
+}  // namespace cuda
+}  // namespace lora_engine

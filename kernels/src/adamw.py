@@ -1,0 +1,152 @@
+"""One AdamW step over flat buffers, and the norm of one."""
+
+import torch
+import triton
+import triton.language as tl
+from lora_engine.kernels import launch
+from torch import Tensor
+
+# As many on every GPU, so that the order of the sum is the same on every one.
+NORM_PARTIALS = 1024
+
+
+@triton.jit
+def clipped_scale(grad_scale, grad_norm_ptr, max_grad_norm, CLIP: tl.constexpr):
+    """What gradients are multiplied by: less than grad_scale where their norm is too large."""
+    scale = grad_scale
+    if CLIP:
+        factor = max_grad_norm / (tl.load(grad_norm_ptr) * grad_scale)
+        scale = grad_scale * tl.where(factor >= 1.0, 1.0, factor)  # a NaN stays
+    return scale
+
+
+@triton.jit
+def adamw_step(g, p, m, v, from_grad1, beta2, from_grad2, eps, decay, step_size, root_correction):
+    """One element's step; m and v are the moments before it, from_grad is 1 - beta in float64."""
+    m = m + from_grad1 * (g - m)
+    v = beta2 * v + from_grad2 * g * g
+    p = p * decay - step_size * m / (tl.sqrt(v) * root_correction + eps)
+    return p, m, v
+
+
+@triton.jit
+def _adamw_kernel(
+    params_ptr,  # [count]
+    grads_ptr,  # [count]
+    exp_avg_ptr,  # [count]
+    exp_avg_sq_ptr,  # [count]
+    grad_norm_ptr,  # []
+    count,
+    from_grad1,
+    beta2,
+    from_grad2,
+    eps,
+    decay,
+    step_size,
+    root_correction,
+    grad_scale,
+    max_grad_norm,
+    CLIP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < count
+    scale = clipped_scale(grad_scale, grad_norm_ptr, max_grad_norm, CLIP)
+    g = tl.load(grads_ptr + offs, mask=mask, other=0.0) * scale
+    p = tl.load(params_ptr + offs, mask=mask, other=0.0)
+    m = tl.load(exp_avg_ptr + offs, mask=mask, other=0.0)
+    v = tl.load(exp_avg_sq_ptr + offs, mask=mask, other=0.0)
+    p, m, v = adamw_step(
+        g, p, m, v, from_grad1, beta2, from_grad2, eps, decay, step_size, root_correction
+    )
+    tl.store(params_ptr + offs, p, mask=mask)
+    tl.store(exp_avg_ptr + offs, m, mask=mask)
+    tl.store(exp_avg_sq_ptr + offs, v, mask=mask)
+
+
+@triton.jit
+def _square_sum_kernel(
+    grads_ptr,  # [count]
+    partials_ptr,  # [programs]
+    count,
+    BLOCK: tl.constexpr,
+):
+    pid = tl.program_id(0).to(tl.int64)
+    stride = tl.num_programs(0).to(tl.int64) * BLOCK
+    offs = pid * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, count, stride):
+        g = tl.load(grads_ptr + start + offs, mask=start + offs < count, other=0.0)
+        total += g * g
+    tl.store(partials_ptr + pid, tl.sum(total, axis=0))
+
+
+@triton.jit
+def _norm_kernel(
+    partials_ptr,  # [count]
+    norm_ptr,  # []
+    count,
+    BLOCK: tl.constexpr,
+):
+    offs = tl.arange(0, BLOCK)
+    partials = tl.load(partials_ptr + offs, mask=offs < count, other=0.0)
+    tl.store(norm_ptr, tl.sqrt(tl.sum(partials, axis=0)))
+
+
+def adamw(
+    params: Tensor,  # [P] float32, as the others
+    grads: Tensor,  # [P]
+    exp_avg: Tensor,  # [P]
+    exp_avg_sq: Tensor,  # [P]
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    bias_correction1: float,
+    bias_correction2: float,
+    grad_scale: float,
+    grad_norm: Tensor | None,  # []
+    max_grad_norm: float | None,
+) -> None:
+    """Updates params, exp_avg and exp_avg_sq. Launch size: P."""
+    count = params.numel()
+    if not count:
+        return
+    config = launch.config("adamw", params.device, params.dtype, count)
+    _adamw_kernel[(triton.cdiv(count, config["BLOCK"]),)](
+        params,
+        grads,
+        exp_avg,
+        exp_avg_sq,
+        grad_norm,
+        count,
+        1 - beta1,
+        beta2,
+        1 - beta2,
+        eps,
+        1 - lr * weight_decay,
+        lr / bias_correction1,
+        bias_correction2**-0.5,
+        grad_scale,
+        max_grad_norm or 0.0,
+        CLIP=grad_norm is not None,
+        **config,
+    )
+
+
+def grad_norm(
+    grads: Tensor,  # [P] float32
+    norm: Tensor,  # [] float32
+) -> None:
+    """Writes norm. Launch size: P."""
+    count = grads.numel()
+    config = launch.config("grad_norm", grads.device, grads.dtype, count)
+    partials = torch.empty(NORM_PARTIALS, dtype=torch.float32, device=grads.device)
+    programs = min(triton.cdiv(count, config["BLOCK"]), NORM_PARTIALS)
+    if programs:
+        _square_sum_kernel[(programs,)](grads, partials, count, **config)
+    _norm_kernel[(1,)](
+        partials, norm, programs, BLOCK=NORM_PARTIALS, num_warps=4, enable_fp_fusion=True
+    )
