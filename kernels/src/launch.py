@@ -9,7 +9,7 @@ Triton's own num_warps and num_stages.
 import json
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -38,12 +38,30 @@ def config(kernel: str, device: torch.device, dtype: torch.dtype, size: int) -> 
     return parameters(kernel, capability(device), str(dtype).removeprefix("torch."), size)
 
 
+class Entry(NamedTuple):
+    """A line of the table, by the names it stands under."""
+
+    kernel: str
+    capability: str
+    dtype: str
+    limit: int | None
+
+
+@cache
+def entry(kernel: str, capability: str, dtype: str, size: int) -> Entry:
+    """The line that `parameters` takes: for this capability and dtype before those for any."""
+    entries = table()[kernel]
+    capability = capability if capability in entries else "*"
+    dtype = dtype if dtype in entries[capability] else "*"
+    for limit, _ in entries[capability][dtype]:
+        if limit is None or size <= limit:
+            return Entry(kernel, capability, dtype, limit)
+    raise ValueError(f"{kernel}: no launch parameters for size {size}")
+
+
 @cache
 def parameters(kernel: str, capability: str, dtype: str, size: int) -> dict[str, Any]:
-    """`config` by names: the entry for this capability and dtype before those for any."""
-    entries = table()[kernel]
-    by_dtype = entries.get(capability) or entries["*"]
-    for limit, found in by_dtype.get(dtype) or by_dtype["*"]:
-        if limit is None or size <= limit:
-            return {"enable_fp_fusion": True, **found}
-    raise ValueError(f"{kernel}: no launch parameters for size {size}")
+    """`config` by names."""
+    line = entry(kernel, capability, dtype, size)
+    lines = dict(table()[kernel][line.capability][line.dtype])
+    return {"enable_fp_fusion": True, **lines[line.limit]}
