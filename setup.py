@@ -7,6 +7,7 @@ No torch header is used, so the build needs pybind11 and a C++17 compiler only.
 
 import os
 import platform
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -34,6 +35,8 @@ SHARED_SOURCES = ["csrc/bindings.cpp", "csrc/cpu/dispatch.cpp", "csrc/cpu/memory
 KERNEL_SOURCES = sorted(
     {str(path.relative_to(ROOT)) for path in (ROOT / "csrc/cpu").glob("*.cpp")} - {*SHARED_SOURCES}
 )
+# Kept between builds, also those that pip makes in a folder that it throws away.
+OBJECTS = ROOT / "build" / f"objects-{sysconfig.get_config_var('SOABI')}"
 HEADERS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.hpp"))
 
 
@@ -50,7 +53,7 @@ class BuildKernels(build_ext):
 
         def compile_one(job: tuple) -> list[str]:
             source, folder, flags, defines = job
-            output = Path(self.build_temp) / folder
+            output = OBJECTS / folder
             newest = max(os.path.getmtime(ROOT / name) for name in [source, *HEADERS, "setup.py"])
             built = output / Path(source).with_suffix(".o")
             if built.exists() and built.stat().st_mtime > newest:
