@@ -7,15 +7,17 @@ No torch header is used, so the build needs pybind11 and a C++17 compiler only.
 
 import os
 import platform
-import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from sysconfig import get_config_var
 
 from pybind11.setup_helpers import Pybind11Extension
 from setuptools import setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
+# Kept between builds, also those that pip makes in a folder that it throws away.
+OBJECTS = ROOT / "build" / f"objects-{get_config_var('SOABI')}"
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 ISA_FLAGS = (
@@ -35,8 +37,6 @@ SHARED_SOURCES = ["csrc/bindings.cpp", "csrc/cpu/dispatch.cpp", "csrc/cpu/memory
 KERNEL_SOURCES = sorted(
     {str(path.relative_to(ROOT)) for path in (ROOT / "csrc/cpu").glob("*.cpp")} - {*SHARED_SOURCES}
 )
-# Kept between builds, also those that pip makes in a folder that it throws away.
-OBJECTS = ROOT / "build" / f"objects-{sysconfig.get_config_var('SOABI')}"
 HEADERS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.hpp"))
 
 

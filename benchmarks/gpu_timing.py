@@ -100,6 +100,9 @@ def _repeats(run: Callable[[], object], gpu: Gpu, host: float) -> int:
 
 
 def _time_once(run: Callable[[], object], gpu: Gpu, host: float) -> float:
+    restore = getattr(run, "restore", None)
+    if restore is not None:
+        restore()
     gpu.flush()
     gpu.wait(max(LEAST_WAIT, WAIT_MARGIN * host))
     begin = gpu.event()

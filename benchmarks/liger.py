@@ -1,8 +1,9 @@
 """Liger-Kernel as a contender: its functions on the inputs of our cases.
 
-Called as its modules for transformers call them. Where they change their inputs (rope and
-cross_entropy do, cross_entropy's gradient takes the place of the logits), the contender is timed on
-inputs of its own. rms_norm is told not to write its gradient over dy, which the next call needs.
+Called as its modules for transformers call them. Some write over what they are given: rope over q
+and k and their gradients, glu's backward pass over gate and up, cross_entropy over the logits. Such
+a contender is timed on inputs of its own, which are made anew before every call. rms_norm is told
+not to write its gradient over dy; it moves as many bytes either way.
 """
 
 from collections.abc import Callable
@@ -48,13 +49,13 @@ def _rope(problem: Problem) -> Contender | None:
 def _glu(problem: Problem) -> Contender:
     from liger_kernel.ops.swiglu import LigerSiLUMulFunction as SwiGLU
 
-    return Contender(lambda gate, up: SwiGLU.apply(gate, up))
+    return Contender(lambda gate, up: SwiGLU.apply(gate, up), in_place=True)
 
 
 def _geglu(problem: Problem) -> Contender:
     from liger_kernel.ops.geglu import LigerGELUMulFunction as GeGLU
 
-    return Contender(lambda gate, up: GeGLU.apply(gate, up))
+    return Contender(lambda gate, up: GeGLU.apply(gate, up), in_place=True)
 
 
 def _cross_entropy(problem: Problem) -> Contender:

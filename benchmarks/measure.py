@@ -65,6 +65,22 @@ def extra_memory(run: Thunk, device: torch.device) -> int:
     return max(0, peak_resident_bytes() - held)
 
 
+class Restored:
+    """A run whose tensors are what they were once `restore` is called, outside the time."""
+
+    def __init__(self, run: Thunk, tensors: Sequence[torch.Tensor]) -> None:
+        self.run, self.tensors = run, tensors
+        self.originals = [x.detach().clone() for x in tensors]
+
+    def __call__(self) -> object:
+        return self.run()
+
+    def restore(self) -> None:
+        with torch.no_grad():
+            for x, original in zip(self.tensors, self.originals, strict=True):
+                x.copy_(original)
+
+
 @dataclass(frozen=True)
 class Timing:
     """Time of one call, in seconds, over `samples` samples.

@@ -24,6 +24,7 @@ import torch
 from journal import Journal, started
 from plans import Item, plan_for
 from registry import CASES, SIZES, Contender, Problem, Work, as_tuple
+from torch import Tensor
 from verify import copies, references, upstream, verify
 
 from lora_engine import backends
@@ -91,18 +92,23 @@ def measure_case(
 def _run(problem: Problem, contender: Contender, *, backward: bool) -> measure.Thunk:
     function = contender.function
     inputs = copies(problem.inputs) if contender.in_place else problem.inputs
+    gradients: list[Tensor] = []
     if not backward:
         # Without the flag that a gradient is wanted, which some read although none is recorded.
         inputs = tuple(x.detach() for x in inputs)
 
-        def forward() -> object:
+        def run() -> object:
             with torch.no_grad():
                 return function(*inputs)
 
-        return forward
-    wanted = [x for x in inputs if x.requires_grad]
-    gradients = [upstream(output) for output in as_tuple(function(*inputs))]
-    return lambda: torch.autograd.grad(as_tuple(function(*inputs)), wanted, gradients)
+    else:
+        wanted = [x for x in inputs if x.requires_grad]
+        gradients = [upstream(output) for output in as_tuple(function(*inputs))]
+
+        def run() -> object:
+            return torch.autograd.grad(as_tuple(function(*inputs)), wanted, gradients)
+
+    return measure.Restored(run, [*inputs, *gradients]) if contender.in_place else run
 
 
 def _ceiling(work: Work, dtype: torch.dtype, device: torch.device) -> measure.Thunk:

@@ -10,10 +10,8 @@ on lines of launch_table.json that no case reaches and on kernels that no case c
 
 import argparse
 import ast
-import importlib.util
 import multiprocessing
 import os
-import shutil
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -187,25 +185,27 @@ def identity(row: Row) -> object:
 
 def cuda_rows(capabilities: Sequence[int]) -> tuple[list[Row], list[str], str]:
     """The CUDA C++ kernels' rows, a line about each fault, and what was done in words."""
-    if not CUDA_SOURCES.is_dir() or importlib.util.find_spec("check_cuda") is None:
+    if not CUDA_SOURCES.is_dir():
         return [], [], "CUDA C++: there are no kernels in csrc/cuda"
-    if shutil.which("nvcc") is None:
-        return [], [], "CUDA C++: not checked, there is no nvcc on the PATH"
     import check_cuda
 
-    rows, problems = [], []
-    for row in check_cuda.rows(list(capabilities)):
-        faults = (row.problem,) if row.problem else ()
-        stack = row.stack + row.spilled
-        if stack and not faults:
-            faults = (f"{row.stack} bytes of stack, {row.spilled} spilled",)
-        capability = int("".join(x for x in str(row.architecture) if x.isdigit()))
-        rows.append(
-            Row("csrc/cuda", row.kernel, capability, "CUDA C++", f"{row.kernel} {capability}",
-                row.registers, stack, row.shared, False, 0, faults)
-        )  # fmt: skip
-    if not rows:
-        problems.append("csrc/cuda: check_cuda.py found no kernel")
+    if check_cuda.find_nvcc() is None:
+        return [], [], "CUDA C++: NOT checked, there is no nvcc here"
+    architectures = {a: int(a.rstrip("a")) for a in check_cuda.SHARED_LIMIT}
+    wanted = [a for a, capability in architectures.items() if capability in capabilities]
+    rows = []
+    try:
+        for row in check_cuda.rows(wanted):
+            capability = architectures[row.architecture]
+            key, stack = f"{row.kernel} {row.architecture}", row.stack + row.spilled
+            problems = (row.problem,) if row.problem else ()
+            rows.append(
+                Row("csrc/cuda", row.kernel, capability, "CUDA C++", key, row.registers, stack,
+                    row.shared, False, 0, problems)
+            )  # fmt: skip
+    except check_cuda.CompileError as error:
+        return rows, [f"csrc/cuda: {error}"], "CUDA C++: nvcc failed"
+    problems = [] if rows else ["csrc/cuda: no kernel was found"]
     return rows, problems, f"CUDA C++: {len(rows)} kernels compiled by nvcc"
 
 

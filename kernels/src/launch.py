@@ -38,6 +38,14 @@ def config(kernel: str, device: torch.device, dtype: torch.dtype, size: int) -> 
     return parameters(kernel, capability(device), str(dtype).removeprefix("torch."), size)
 
 
+@cache
+def parameters(kernel: str, capability: str, dtype: str, size: int) -> dict[str, Any]:
+    """`config` by names."""
+    line = entry(kernel, capability, dtype, size)
+    lines = dict(table()[kernel][line.capability][line.dtype])
+    return {"enable_fp_fusion": True, **lines[line.limit]}
+
+
 class Entry(NamedTuple):
     """A line of the table, by the names it stands under."""
 
@@ -57,11 +65,3 @@ def entry(kernel: str, capability: str, dtype: str, size: int) -> Entry:
         if limit is None or size <= limit:
             return Entry(kernel, capability, dtype, limit)
     raise ValueError(f"{kernel}: no launch parameters for size {size}")
-
-
-@cache
-def parameters(kernel: str, capability: str, dtype: str, size: int) -> dict[str, Any]:
-    """`config` by names."""
-    line = entry(kernel, capability, dtype, size)
-    lines = dict(table()[kernel][line.capability][line.dtype])
-    return {"enable_fp_fusion": True, **lines[line.limit]}

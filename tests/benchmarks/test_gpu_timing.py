@@ -66,6 +66,15 @@ def test_the_gpu_waits_until_a_call_is_queued() -> None:
     assert min(waits) >= 0.003
 
 
+def test_inputs_are_restored_before_the_flush() -> None:
+    gpu = FakeGpu()
+    run = measure.Restored(gpu.kernel("x", 0.1), [])
+    run.restore = lambda: gpu.done.append("restore")
+    gpu_timing.time_alternating({"x": run}, gpu, samples=1)
+    order = [x[0] if isinstance(x, tuple) else x for x in gpu.done][-7:]
+    assert order == ["restore", "flush", "wait", "event", "x", "event", "synchronize"]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_copy_is_timed_as_memory_allows() -> None:

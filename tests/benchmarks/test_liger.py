@@ -1,5 +1,6 @@
 """Liger-Kernel's functions compute what our cases ask; here in Triton's interpreter."""
 
+import cases  # noqa: F401  (registers the cases)
 import liger
 import pytest
 import torch
@@ -12,7 +13,25 @@ pytest.importorskip("liger_kernel")
 if not backends.triton_interpreted():
     pytest.skip("Triton's interpreter is not in use", allow_module_level=True)
 
+import numpy as np
+import triton.language as tl
+from triton.runtime import interpreter
+
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def scalars_as_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Liger-Kernel casts scalar arguments, which the interpreter leaves plain numbers."""
+    convert = interpreter._implicit_cvt
+
+    def converted(x):
+        if type(x) is not float:
+            return convert(x)
+        handle = interpreter.TensorHandle(np.array([x], dtype=np.float32), tl.float32)
+        return tl.tensor(handle, tl.float32)
+
+    monkeypatch.setattr(interpreter, "_implicit_cvt", converted)
 
 
 @pytest.mark.parametrize("name", sorted(set(liger.CONTENDERS) & set(CASES)))
@@ -21,6 +40,8 @@ def test_agrees_with_the_reference(name: str) -> None:
     contender = liger.contender(name, problem)
     if contender is None:
         pytest.skip("Liger-Kernel has nothing for these inputs")
+    if name == "rms_norm":
+        pytest.skip("the interpreter does not take its casts to no dtype")
     before = [x.clone() for x in problem.inputs]
     verify(problem, contender.function, in_place=contender.in_place)
     assert all(torch.equal(x, y) for x, y in zip(problem.inputs, before, strict=True))

@@ -1,3 +1,4 @@
+import cases  # noqa: F401  (registers the cases)
 import plans
 import torch
 from registry import CASES, SIZES

@@ -162,18 +162,30 @@ def test_a_wrong_contender_is_left_out_and_ours_is_timed(monkeypatch, capsys):
     assert "| same " in printed and "| ours " in printed and "| double " not in printed
 
 
-def test_an_in_place_contender_has_inputs_of_its_own(monkeypatch, capsys):
-    def in_place(gate, up):
-        result = gate.detach().sigmoid_() * up
-        return result if gate.grad_fn is None else None
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def test_an_in_place_contender_has_inputs_of_its_own(backward):
+    class Doubled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, gate, up):
+            gate.data.mul_(2)
+            return gate + up
+
+        @staticmethod
+        def backward(ctx, dy):
+            dy.data.mul_(2)
+            return dy.clone(), dy.clone()
 
     problem = CASES["glu"](TINY, torch.float32, CPU)
-    before = [x.clone() for x in problem.inputs]
-    thunk = run._run(problem, Contender(in_place, in_place=True), backward=False)
-    thunk()
+    before = [x.detach().clone() for x in problem.inputs]
+    thunk = run._run(problem, Contender(Doubled.apply, in_place=True), backward=backward)
+    results = []
+    for _ in range(2):
+        thunk.restore()
+        results.append([x.clone() for x in run.as_tuple(thunk())])
+    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
     assert all(torch.equal(x, y) for x, y in zip(problem.inputs, before, strict=True))
-    run._run(problem, Contender(in_place), backward=False)()
-    assert not torch.equal(problem.inputs[0], before[0])
+    again = run.as_tuple(thunk())
+    assert not torch.equal(again[0], results[0][0]), "it does change what it is given"
 
 
 def test_torch_compile_takes_part(monkeypatch, capsys):
