@@ -16,8 +16,6 @@ from setuptools import setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
-# Kept between builds, also those that pip makes in a folder that it throws away.
-OBJECTS = ROOT / "build" / f"objects-{get_config_var('SOABI')}"
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 ISA_FLAGS = (
@@ -43,6 +41,11 @@ HEADERS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("
 class BuildKernels(build_ext):
     """Compiles every kernel file once for each instruction set, files in parallel."""
 
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        # Kept between builds, also those that pip makes in a folder that it throws away.
+        self.build_temp = str(ROOT / "build" / f"objects-{get_config_var('SOABI')}")
+
     def build_extension(self, ext: Pybind11Extension) -> None:
         macros = [("LORA_ENGINE_X86", "1")] if X86 else []
         jobs = [(source, "shared", [*COMMON_FLAGS, "-O2"], macros) for source in SHARED_SOURCES]
@@ -53,7 +56,7 @@ class BuildKernels(build_ext):
 
         def compile_one(job: tuple) -> list[str]:
             source, folder, flags, defines = job
-            output = OBJECTS / folder
+            output = Path(self.build_temp) / folder
             newest = max(os.path.getmtime(ROOT / name) for name in [source, *HEADERS, "setup.py"])
             built = output / Path(source).with_suffix(".o")
             if built.exists() and built.stat().st_mtime > newest:
