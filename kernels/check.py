@@ -58,10 +58,10 @@ class Job:
 
 @dataclass(frozen=True)
 class Planned:
-    """A job and what it would compile: (module, kernel, configuration), and lines of the table."""
+    """A job and what it would compile: kernels with their flags, and lines of the launch table."""
 
     job: Job
-    kernels: frozenset[tuple[str, str, str]]
+    kernels: frozenset[tuple[str, frozenset[tuple[str, object]]]]
     entries: frozenset[Any]
 
 
@@ -79,7 +79,7 @@ def plan(capabilities: Sequence[int]) -> tuple[list[Planned], list[str]]:
                     except Exception as error:
                         problems.append(f"{job}: {type(error).__name__}: {error}")
                         continue
-                    kernels = {(x.module, x.kernel, x.configuration) for x in found.launches}
+                    kernels = {(x.kernel, x.flags) for x in found.launches}
                     planned.append(Planned(job, frozenset(kernels), frozenset(found.entries)))
     return planned, problems
 
@@ -123,7 +123,7 @@ def uncompiled_kernels(rows: Iterable[Row]) -> list[str]:
 
 
 def quick(planned: Iterable[Planned]) -> list[Planned]:
-    """One dtype where it is enough: the first jobs that bring a configuration or a table line."""
+    """One dtype where it is enough: the first jobs that bring flags or a line of the table."""
     chosen: list[Planned] = []
     seen: set[object] = set()
     for one in planned:
@@ -136,7 +136,7 @@ def quick(planned: Iterable[Planned]) -> list[Planned]:
 
 def concerns(planned: Planned, name: str) -> bool:
     """Whether a job is of the operation or compiles the kernel `name`."""
-    return name == planned.job.operation or name in {kernel for _, kernel, _ in planned.kernels}
+    return name == planned.job.operation or name in {kernel for kernel, _ in planned.kernels}
 
 
 def compile_jobs(jobs: Sequence[Job]) -> tuple[list[Row], list[str]]:
@@ -212,7 +212,7 @@ def cuda_rows(capabilities: Sequence[int]) -> tuple[list[Row], list[str], str]:
 def faults(rows: Iterable[Row]) -> list[str]:
     """A line for each problem of a row."""
     return [
-        f"{row.kernel}, {row.configuration}, capability {row.capability}: {problem}"
+        f"{row.kernel}, {row.configuration or 'no table'}, capability {row.capability}: {problem}"
         for row in rows
         for problem in row.problems
     ]
@@ -260,7 +260,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--quick",
         action="store_true",
-        help=f"capabilities {QUICK_CAPABILITIES}, every configuration and line of the table once",
+        help=f"capabilities {QUICK_CAPABILITIES}, every flag and line of the table once",
     )
     parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
     return parser.parse_args(argv)

@@ -7,6 +7,7 @@ kernels that must use the best matrix instructions of the capability (wgmma, tcg
 those whose tiles are too small for them.
 """
 
+import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -61,6 +62,15 @@ def call(
     return Call(launcher, args, kwargs, matrix, any_matrix)
 
 
+def sizes(*kernels: str) -> list[int]:
+    """Launch sizes that reach every line of the kernels' tables, besides COLS."""
+    launch = importlib.import_module("lora_engine.kernels.launch")
+    table = launch.table()
+    lists = [x for k in kernels for by_dtype in table[k].values() for x in by_dtype.values()]
+    limits = [limit for lines in lists for limit, _ in lines if limit is not None]
+    return sorted({*COLS, *limits, 2 * max([*limits, *COLS])})
+
+
 def _text(value: Any) -> str:
     if not isinstance(value, Tensor):
         return str(value)
@@ -71,7 +81,7 @@ def _text(value: Any) -> str:
 def glu(dtype: torch.dtype) -> Iterator[Call]:
     from lora_engine.kernels import glu
 
-    for cols in COLS:
+    for cols in sizes("glu_fwd", "glu_bwd"):
         x = empty(ROWS, cols, dtype=dtype)
         yield call(glu.glu_fwd, x, x, x)
         yield call(glu.glu_bwd, x, x, x, x, x)

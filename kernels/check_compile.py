@@ -67,11 +67,16 @@ def load_kernels() -> Any:
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel as it was launched."""
+    """A kernel as it was launched.
+
+    configuration: what the launch table says of it. flags: its arguments that are not numbers or
+    tensors, which make another kernel.
+    """
 
     module: str
     kernel: str
     configuration: str
+    flags: frozenset[tuple[str, object]]
     grid: tuple[int, ...]
     compiled: Any
 
@@ -82,6 +87,7 @@ class Recording:
 
     entries: list[Any]
     launches: list[Launch]
+    parameters: dict[str, Any]
 
 
 class FakeDriver:
@@ -104,13 +110,13 @@ class FakeDriver:
 def recorded(capability: int, *, compile: bool) -> Iterator[Recording]:
     """Launches within only compile for `capability` (or not even that) and are recorded."""
     launch = load_kernels()
-    recording = Recording([], [])
+    recording = Recording([], [], {})
     parameters, run = launch.parameters, JITFunction.run
 
     def record_entry(*names: Any) -> dict[str, Any]:
         recording.entries.append(launch.entry(*names))
-        found: dict[str, Any] = parameters(*names)
-        return found
+        recording.parameters = parameters(*names)
+        return recording.parameters
 
     def record_launch(
         function: JITFunction, *args: Any, grid: Any, warmup: bool = False, **options: Any
@@ -118,7 +124,8 @@ def recorded(capability: int, *, compile: bool) -> Iterator[Recording]:
         compiled = None
         if compile:
             compiled = run(function, *args, grid=grid, warmup=True, **options)
-        recording.launches.append(_launch(function, args, grid, options, compiled))
+        found = recording.parameters
+        recording.launches.append(_launch(function, args, grid, options, found, compiled))
         return compiled
 
     triton.runtime.driver.set_active(FakeDriver(capability))
@@ -131,14 +138,21 @@ def recorded(capability: int, *, compile: bool) -> Iterator[Recording]:
 
 
 def _launch(
-    function: JITFunction, args: tuple[Any, ...], grid: Any, options: dict[str, Any], compiled: Any
+    function: JITFunction,
+    args: tuple[Any, ...],
+    grid: Any,
+    options: dict[str, Any],
+    parameters: dict[str, Any],
+    compiled: Any,
 ) -> Launch:
     names = [parameter.name for parameter in function.params]
     bound = {**dict(zip(names, args, strict=False)), **options}
     sizes = tuple(grid(bound)) if callable(grid) else tuple(grid)
-    shown = {k: v for k, v in options.items() if k not in UNPRINTED and isinstance(v, int | str)}
+    shown = {k: options[k] for k in parameters if k in options and k not in UNPRINTED}
     configuration = " ".join(f"{name}={value}" for name, value in shown.items())
-    return Launch(function.fn.__module__, function.fn.__name__, configuration, sizes, compiled)
+    flags = frozenset((k, v) for k, v in bound.items() if isinstance(v, bool | str | None))
+    module, name = function.fn.__module__, function.fn.__name__
+    return Launch(module, name, configuration, flags, sizes, compiled)
 
 
 @dataclass(frozen=True)
