@@ -22,7 +22,7 @@ import check_cases
 import check_compile
 import torch
 from check_cases import Call
-from check_compile import ROOT, SHARED_LIMITS, SOURCES, Row, recorded
+from check_compile import ROOT, SHARED_LIMITS, SOURCES, Launch, Row, recorded
 
 COLUMNS = (
     "kernel",
@@ -58,10 +58,10 @@ class Job:
 
 @dataclass(frozen=True)
 class Planned:
-    """A job and what it would compile: kernels with their flags, and lines of the launch table."""
+    """A job, what it would compile (nothing is compiled yet), and the lines of the launch table."""
 
     job: Job
-    kernels: frozenset[tuple[str, frozenset[tuple[str, object]]]]
+    launches: tuple[Launch, ...]
     entries: frozenset[Any]
 
 
@@ -79,8 +79,8 @@ def plan(capabilities: Sequence[int]) -> tuple[list[Planned], list[str]]:
                     except Exception as error:
                         problems.append(f"{job}: {type(error).__name__}: {error}")
                         continue
-                    kernels = {(x.kernel, x.flags) for x in found.launches}
-                    planned.append(Planned(job, frozenset(kernels), frozenset(found.entries)))
+                    launches, entries = tuple(found.launches), frozenset(found.entries)
+                    planned.append(Planned(job, launches, entries))
     return planned, problems
 
 
@@ -122,13 +122,22 @@ def uncompiled_kernels(rows: Iterable[Row]) -> list[str]:
     return [f"{module}.{name}: no case compiled it" for module, name in sorted(missing)]
 
 
-def quick(planned: Iterable[Planned]) -> list[Planned]:
-    """One dtype where it is enough: the first jobs that bring flags or a line of the table."""
+def needed(planned: Sequence[Planned], *, quick: bool) -> list[Planned]:
+    """The jobs that bring something new, the largest sizes first: they need most registers.
+
+    New is a kernel with other flags, parameters or alignment for a capability and dtype; if
+    `quick`, only flags and lines of the table for a capability, in whatever dtype comes last.
+    """
     chosen: list[Planned] = []
     seen: set[object] = set()
-    for one in planned:
-        new = {(one.job.capability, x) for x in one.kernels | one.entries} - seen
-        if new:
+    for one in reversed(planned):
+        new: set[object] = set()
+        for x in one.launches:
+            full = (x.kernel, x.flags, x.unaligned, x.configuration, one.job.dtype)
+            new.add((one.job.capability, full[:2] if quick else full))
+        if quick:
+            new |= {(one.job.capability, entry) for entry in one.entries}
+        if new - seen:
             chosen.append(one)
             seen |= new
     return chosen
@@ -136,7 +145,7 @@ def quick(planned: Iterable[Planned]) -> list[Planned]:
 
 def concerns(planned: Planned, name: str) -> bool:
     """Whether a job is of the operation or compiles the kernel `name`."""
-    return name == planned.job.operation or name in {kernel for kernel, _ in planned.kernels}
+    return name == planned.job.operation or name in {launch.kernel for launch in planned.launches}
 
 
 def compile_jobs(jobs: Sequence[Job]) -> tuple[list[Row], list[str]]:
@@ -277,7 +286,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         planned = [one for one in planned if concerns(one, args.kernel)]
         problems += [] if planned else [f"--kernel {args.kernel}: no case launches it"]
-    chosen = quick(planned) if args.quick else planned
+    chosen = needed(planned, quick=args.quick)
     rows, failed = compile_all([one.job for one in chosen], args.processes)
     problems += failed
     note = "CUDA C++: left out by --kernel"

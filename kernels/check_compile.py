@@ -70,13 +70,15 @@ class Launch:
     """A kernel as it was launched.
 
     configuration: what the launch table says of it. flags: its arguments that are not numbers or
-    tensors, which make another kernel.
+    tensors, which make another kernel. unaligned: those that are not multiples of 16, which make
+    another kernel too.
     """
 
     module: str
     kernel: str
     configuration: str
     flags: frozenset[tuple[str, object]]
+    unaligned: frozenset[str]
     grid: tuple[int, ...]
     compiled: Any
 
@@ -151,8 +153,10 @@ def _launch(
     shown = {k: options[k] for k in parameters if k in options and k not in UNPRINTED}
     configuration = " ".join(f"{name}={value}" for name, value in shown.items())
     flags = frozenset((k, v) for k, v in bound.items() if isinstance(v, bool | str | None))
+    numbers = {k: v for k, v in bound.items() if type(v) is int and k not in parameters}
+    unaligned = frozenset(k for k, v in numbers.items() if v % 16)
     module, name = function.fn.__module__, function.fn.__name__
-    return Launch(module, name, configuration, flags, sizes, compiled)
+    return Launch(module, name, configuration, flags, unaligned, sizes, compiled)
 
 
 @dataclass(frozen=True)
