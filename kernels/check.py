@@ -125,18 +125,17 @@ def uncompiled_kernels(rows: Iterable[Row]) -> list[str]:
 def needed(planned: Sequence[Planned], *, quick: bool) -> list[Planned]:
     """The jobs that bring something new, the largest sizes first: they need most registers.
 
-    New is a kernel with other flags, parameters or alignment for a capability and dtype; if
-    `quick`, only flags and lines of the table for a capability, in whatever dtype comes last.
+    New is a kernel with other flags, parameters or alignment for a capability and dtype. If
+    `quick`, only flags for any capability, and lines of the table for each, in whatever dtype.
     """
     chosen: list[Planned] = []
     seen: set[object] = set()
     for one in reversed(planned):
         new: set[object] = set()
         for x in one.launches:
-            full = (x.kernel, x.flags, x.unaligned, x.configuration, one.job.dtype)
-            new.add((one.job.capability, full[:2] if quick else full))
-        if quick:
-            new |= {(one.job.capability, entry) for entry in one.entries}
+            alike = (x.unaligned, x.configuration, one.job.dtype, one.job.capability)
+            new.add((x.kernel, x.flags, *(() if quick else alike)))
+        new |= {(one.job.capability, entry) for entry in one.entries}
         if new - seen:
             chosen.append(one)
             seen |= new
@@ -269,7 +268,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--quick",
         action="store_true",
-        help=f"capabilities {QUICK_CAPABILITIES}, every flag and line of the table once",
+        help=f"capabilities {QUICK_CAPABILITIES}; every flag, and every line of the table, once",
     )
     parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
     return parser.parse_args(argv)

@@ -18,6 +18,7 @@ from torch import Tensor
 ROWS = 8192
 # Widths of models from 135M to 405B parameters, hidden and intermediate, and an unaligned one.
 COLS = (64, 576, 1001, 1536, 4096, 8192, 14336, 28672)
+VOCABS = (1001, 32000, 49152, 50257, 128256, 151936, 262144)
 # The last is what --quick takes where the dtype makes no other line of the table.
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -63,13 +64,13 @@ def call(
     return Call(launcher, args, kwargs, matrix, any_matrix)
 
 
-def sizes(*kernels: str) -> list[int]:
-    """Launch sizes that reach every line of the kernels' tables, besides COLS."""
-    launch = importlib.import_module("lora_engine.kernels.launch")
-    table = launch.table()
-    lists = [x for k in kernels for by_dtype in table[k].values() for x in by_dtype.values()]
-    limits = [limit for lines in lists for limit, _ in lines if limit is not None]
-    return sorted({*COLS, *limits, 2 * max([*limits, *COLS])})
+def sizes(*kernels: str, among: tuple[int, ...] = COLS) -> list[int]:
+    """`among`, and launch sizes that reach every other line of the kernels' tables."""
+    table = importlib.import_module("lora_engine.kernels.launch").table()
+    lines = [line for k in kernels for by in table[k].values() for x in by.values() for line in x]
+    limits = {limit for limit, _ in lines if limit is not None}
+    beyond = {2 * max(limits)} if limits and max(limits) >= max(among) else set()
+    return sorted({*among, *limits, *beyond})
 
 
 def _text(value: Any) -> str:

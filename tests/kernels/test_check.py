@@ -22,6 +22,8 @@ def run(*command: object) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_kernels_of_the_tree_pass() -> None:
     done = run(ROOT / "kernels/check.py", "--quick")
     assert done.returncode == 0, done.stdout + done.stderr
