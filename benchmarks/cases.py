@@ -6,13 +6,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from measure import Matmul, linear_matmuls
-from registry import Problem, Size, Work, case
+from registry import EPS, Problem, Size, Work, case
 from torch import Tensor
 
 from lora_engine import ops, reference
 from lora_engine.testing import cu_seqlens
 
-EPS = 1e-5
 SCALING = 2.0
 BETAS = (0.9, 0.999)
 ADAMW: dict[str, Any] = {"lr": 1e-4, "eps": 1e-8, "weight_decay": 0.01}
@@ -106,14 +105,14 @@ def glu(size: Size, dtype: torch.dtype, device: torch.device) -> Problem:
 
 @case
 def cross_entropy(size: Size, dtype: torch.dtype, device: torch.device) -> Problem:
-    """Forward reads the logits; with the backward pass their gradient is written as well."""
+    """The mean. Forward reads the logits; the backward pass also writes their gradient."""
     logits = _normal(size.targets, size.model.vocab, dtype=dtype, device=device)
     target = torch.randint(size.model.vocab, (size.targets,), device=device)
     return Problem(
         (logits, target),
-        ours=ops.cross_entropy,
-        eager=lambda logits, t: F.cross_entropy(logits.float(), t, reduction="none"),
-        oracle=reference.cross_entropy,
+        ours=lambda logits, t: ops.cross_entropy(logits, t).mean(),
+        eager=lambda logits, t: F.cross_entropy(logits.float(), t),
+        oracle=lambda logits, t: reference.cross_entropy(logits, t).mean(),
         forward=Work(logits.nbytes),
         both=Work(2 * logits.nbytes),
     )
@@ -121,7 +120,7 @@ def cross_entropy(size: Size, dtype: torch.dtype, device: torch.device) -> Probl
 
 @case
 def linear_cross_entropy(size: Size, dtype: torch.dtype, device: torch.device) -> Problem:
-    """A frozen head: the logits' product, and dx's with the backward pass."""
+    """The mean, a frozen head: the logits' product, and dx's with the backward pass."""
     rows, hidden_size, vocab = size.targets, size.model.hidden, size.model.vocab
     hidden = _normal(rows, hidden_size, dtype=dtype, device=device)
     weight = _normal(
@@ -131,9 +130,9 @@ def linear_cross_entropy(size: Size, dtype: torch.dtype, device: torch.device) -
     forward, both = _matmul_work(linear_matmuls(rows, vocab, hidden_size))
     return Problem(
         (hidden, weight, target),
-        ours=lambda h, w, t: ops.linear_cross_entropy(h, w, t, reduction="none").loss,
-        eager=lambda h, w, t: F.cross_entropy(F.linear(h, w).float(), t, reduction="none"),
-        oracle=lambda h, w, t: reference.linear_cross_entropy(h, w, t)[0],
+        ours=lambda h, w, t: ops.linear_cross_entropy(h, w, t).loss,
+        eager=lambda h, w, t: F.cross_entropy(F.linear(h, w).float(), t),
+        oracle=lambda h, w, t: reference.linear_cross_entropy(h, w, t)[0].mean(),
         forward=forward,
         both=both,
     )
