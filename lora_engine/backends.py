@@ -30,7 +30,7 @@ IMPLEMENTATIONS = ("reference", "cpu", "triton", "cuda")
 # Which kernels each operation has. On a GPU the first that can run is taken.
 OPERATIONS: dict[str, tuple[str, ...]] = {
     "rms_norm": ("cpu",),
-    "rope": ("cpu",),
+    "rope": ("cpu", "triton"),
     "glu": ("cpu", "triton"),
     "linear_cross_entropy": ("cpu",),
     "cross_entropy": ("cpu",),

@@ -9,8 +9,8 @@ namespace LORA_ENGINE_ISA {
 void rms_norm_fwd(DType, const RmsNormArgs&);
 void rms_norm_bwd(DType, const RmsNormBwdArgs&);
 void rope(DType, const RopeArgs&);
-void swiglu_fwd(DType, const GluArgs&);
-void swiglu_bwd(DType, const GluBwdArgs&);
+void glu_fwd(DType, const GluArgs&);
+void glu_bwd(DType, const GluBwdArgs&);
 void cross_entropy(DType, const CrossEntropyArgs&);
 void attention_fwd(DType, const AttentionArgs&);
 void attention_bwd(DType, const AttentionBwdArgs&);

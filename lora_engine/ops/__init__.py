@@ -7,11 +7,11 @@ Each takes `impl` ("reference" or "cpu") to force one implementation; None lets
 from lora_engine.ops.adamw import adamw_
 from lora_engine.ops.attention import attention
 from lora_engine.ops.cross_entropy import cross_entropy
-from lora_engine.ops.glu import swiglu
+from lora_engine.ops.glu import glu, swiglu
 from lora_engine.ops.linear_cross_entropy import LinearCrossEntropy, linear_cross_entropy
 from lora_engine.ops.lora_linear import AugmentedWeight, LoraFactors, lora_linear
 from lora_engine.ops.rms_norm import rms_norm
-from lora_engine.ops.rope import rope
+from lora_engine.ops.rope import rope, rope_
 
 __all__ = [
     "AugmentedWeight",
@@ -20,9 +20,11 @@ __all__ = [
     "adamw_",
     "attention",
     "cross_entropy",
+    "glu",
     "linear_cross_entropy",
     "lora_linear",
     "rms_norm",
     "rope",
+    "rope_",
     "swiglu",
 ]
