@@ -41,8 +41,9 @@ def _halves(
 
 @triton.jit
 def _rotate_heads(
-    x_ptr,  # [tokens, HEADS, D]
+    x_ptr,  # [tokens, heads, D]
     y_ptr,  # the same shape; may be x_ptr
+    heads,
     offs_t,
     mask_t,
     stride_xt,
@@ -53,7 +54,6 @@ def _rotate_heads(
     cos2,
     sin1,
     sin2,
-    HEADS: tl.constexpr,
     D: tl.constexpr,
     R: tl.constexpr,
     INTERLEAVED: tl.constexpr,
@@ -64,9 +64,9 @@ def _rotate_heads(
     BLOCK_H: tl.constexpr,
 ):
     element = y_ptr.dtype.element_ty
-    for first in range(0, HEADS, BLOCK_H):
+    for first in range(0, heads, BLOCK_H):
         offs_h = (first + tl.arange(0, BLOCK_H)).to(tl.int64)[None, :, None]
-        mask = mask_t & (offs_h < HEADS)
+        mask = mask_t & (offs_h < heads)
         x_rows = x_ptr + offs_t * stride_xt + offs_h * stride_xh
         y_rows = y_ptr + offs_t * stride_yt + offs_h * stride_yh
         x1, x2 = _halves(x_rows, mask, 0.0, R, INTERLEAVED, BLOCK_HALF)
@@ -89,8 +89,8 @@ def _rotate_heads(
 
 @triton.jit
 def _rope_kernel(
-    q_ptr,  # [tokens, HEADS_Q, D]
-    k_ptr,  # [tokens, HEADS_K, D]
+    q_ptr,  # [tokens, heads_q, D]
+    k_ptr,  # [tokens, heads_k, D]
     q_out_ptr,  # may be q_ptr
     k_out_ptr,  # may be k_ptr
     cos_ptr,  # [positions, R]
@@ -98,6 +98,8 @@ def _rope_kernel(
     position_ptr,  # [tokens] or None
     tokens,
     positions,
+    heads_q,  # not constants: unrolled, the loop over heads spills
+    heads_k,
     stride_qt,  # strides in vectors of VEC elements
     stride_qh,
     stride_kt,
@@ -108,8 +110,8 @@ def _rope_kernel(
     stride_koh,
     stride_cos,
     stride_sin,
-    HEADS_Q: tl.constexpr,
-    HEADS_K: tl.constexpr,
+    HAS_Q: tl.constexpr,
+    HAS_K: tl.constexpr,
     D: tl.constexpr,
     R: tl.constexpr,
     INTERLEAVED: tl.constexpr,
@@ -137,10 +139,11 @@ def _rope_kernel(
     nan = float("nan")
     cos1, cos2 = _halves(cos_rows, mask_row, nan, R, INTERLEAVED, BLOCK_HALF)
     sin1, sin2 = _halves(sin_rows, mask_row, nan, R, INTERLEAVED, BLOCK_HALF)
-    if HEADS_Q > 0:
+    if HAS_Q:
         _rotate_heads(
             q_ptr,
             q_out_ptr,
+            heads_q,
             offs_t,
             mask_t,
             stride_qt * VEC,
@@ -151,7 +154,6 @@ def _rope_kernel(
             cos2,
             sin1,
             sin2,
-            HEADS_Q,
             D,
             R,
             INTERLEAVED,
@@ -161,10 +163,11 @@ def _rope_kernel(
             BLOCK_REST,
             BLOCK_H,
         )
-    if HEADS_K > 0:
+    if HAS_K:
         _rotate_heads(
             k_ptr,
             k_out_ptr,
+            heads_k,
             offs_t,
             mask_t,
             stride_kt * VEC,
@@ -175,7 +178,6 @@ def _rope_kernel(
             cos2,
             sin1,
             sin2,
-            HEADS_K,
             D,
             R,
             INTERLEAVED,
@@ -225,9 +227,11 @@ def rope(
         None if position_ids is None else position_ids.contiguous(),
         tokens,
         positions,
+        heads_q,
+        heads_k,
         *(stride // vec for stride in strides),
-        HEADS_Q=heads_q,
-        HEADS_K=heads_k,
+        HAS_Q=heads_q > 0,
+        HAS_K=heads_k > 0,
         D=head_dim,
         R=rotary,
         INTERLEAVED=interleaved,
