@@ -1,7 +1,7 @@
 // The activations of gated linear units, with their slopes, written so that loops vectorise.
 //
 // Each has value(g), and value_and_slope(g, value, slope). Finite gates of any size give finite
-// results; an infinite gate gives NaN where PyTorch does (0 * inf), and NaN stays NaN.
+// results; -inf gives NaN (0 * inf), both infinities have NaN slopes, and NaN stays NaN.
 #pragma once
 
 #include "numeric.hpp"

@@ -69,9 +69,7 @@ def _glu_fwd_kernel(
     up = tl.load(up_ptr + offs_m * (stride_up * VEC) + offs_n, mask=mask, other=0.0)
     value, _ = _activation(gate.to(tl.float32), ACTIVATION)
     y = value * up.to(tl.float32)
-    tl.store(
-        y_ptr + offs_m * (stride_y * VEC) + offs_n, y.to(y_ptr.dtype.element_ty), mask=mask
-    )
+    tl.store(y_ptr + offs_m * (stride_y * VEC) + offs_n, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit

@@ -26,8 +26,8 @@ def glu(
 
     `activation` is "silu" (SwiGLU), "gelu" (g times the normal distribution's Phi(g), with erf;
     arXiv:1606.08415) or "gelu_tanh" (its approximation by tanh, transformers'
-    "gelu_pytorch_tanh"; GeGLU as in Gemma). Finite gates of any size give finite results; infinite
-    ones give NaN where PyTorch does.
+    "gelu_pytorch_tanh"; GeGLU as in Gemma). Finite gates of any size give finite results; of
+    the infinite ones -inf gives NaN (0 * inf), as in PyTorch, and both have NaN gradients.
 
     `tail` leaves that many spare columns behind each row of the result for `ops.lora_linear`, and
     `grad_tail` as many behind the two gradients, which lie side by side in one buffer.
@@ -39,7 +39,7 @@ def glu(
     Raises ValueError where the shapes, dtypes or options do not fit.
     """
     check(
-        gate.shape == up.shape and gate.dtype == up.dtype and gate.dim() > 0,
+        gate.shape == up.shape and gate.dtype == up.dtype and gate.dim() > 0 and gate.shape[-1] > 0,
         f"glu: gate {shape_of(gate)} and up {shape_of(up)} differ, or have no columns",
     )
     check(
@@ -86,20 +86,21 @@ class _Glu(torch.autograd.Function):
         count, cols = gate_rows.shape
         (y,) = augmented.empty(count, [cols], tails[0], dtype=gate.dtype, device=gate.device)
         kernels.glu_fwd(gate_rows, up_rows, y, activation=activation)
-        ctx.save_for_backward(gate_rows, up_rows)
-        ctx.shape, ctx.grad_tail, ctx.kernels = gate.shape, tails[1], kernels
+        ctx.save_for_backward(gate, up)
         ctx.activation, ctx.overwrite = activation, overwrite
+        ctx.grad_tail, ctx.kernels = tails[1], kernels
         return augmented.keep_room(y, y.view(gate.shape))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        gate, up = ctx.saved_tensors
-        dy = as_rows(dy)
+        shape = dy.shape
+        inputs = ctx.saved_tensors
+        dy, gate, up = as_rows(dy), *map(as_rows, inputs)
         count, cols = gate.shape
         if ctx.overwrite:
             # Whoever saved them as well, or comes a second time, is told so by autograd.
-            torch.autograd.graph.increment_version((gate, up))
+            torch.autograd.graph.increment_version(inputs)
             dgate, dup = gate.detach(), up.detach()
         else:
             dgate, dup = augmented.empty(
@@ -107,8 +108,8 @@ class _Glu(torch.autograd.Function):
             )
         ctx.kernels.glu_bwd(dy, gate, up, dgate, dup, activation=ctx.activation)
         return (
-            augmented.keep_room(dgate, dgate.view(ctx.shape)),
-            augmented.keep_room(dup, dup.view(ctx.shape)),
+            augmented.keep_room(dgate, dgate.view(shape)),
+            augmented.keep_room(dup, dup.view(shape)),
             None,
             None,
             None,
@@ -126,7 +127,7 @@ def _may_be_overwritten(gate: Tensor, up: Tensor) -> bool:
         return True
     # Columns of one buffer: apart if they leave each other's columns alone.
     cols, step = gate.shape[-1], _row_stride(gate)
-    distance = abs(gate.storage_offset() - up.storage_offset()) % max(step, 1)
+    distance = abs(int(gate.storage_offset()) - int(up.storage_offset())) % step
     return step == _row_stride(up) and cols <= distance <= step - cols
 
 

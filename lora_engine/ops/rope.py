@@ -1,6 +1,7 @@
 """Rotary position embedding of queries and keys, with its gradient."""
 
-from typing import Any, overload
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias, overload
 
 import torch
 from torch import Tensor
@@ -9,6 +10,7 @@ from lora_engine import backends, reference
 from lora_engine.ops.tensors import check, shape_of
 
 POSITION_DTYPES = (torch.int64, torch.int32)
+_Pair: TypeAlias = tuple[Any, Any]  # a tensor or None for q and for k
 
 
 @overload
@@ -61,7 +63,8 @@ def rope(
       and i + R / 2 hold the same angle, as in `cat((freqs, freqs))`.
     - interleaved (GPT-J, Cohere): 2i and 2i + 1; `turned` is (-x[1], x[0], -x[3], x[2], ...).
       Columns 2i and 2i + 1 hold the same angle, as in `repeat_interleave(freqs, 2)`. Where a model
-      keeps such heads with tables in halves (GLM), give `cos[:, : R // 2].repeat_interleave(2, -1)`.
+      keeps such heads with tables in halves (GLM), give
+      `cos[:, : R // 2].repeat_interleave(2, -1)`.
 
     Raises ValueError where shapes or dtypes do not fit, and on the CPU for a position outside the
     tables; a GPU is not made to wait for that, there the token's rotated elements become NaN.
@@ -70,11 +73,9 @@ def rope(
     impl = backends.select("rope", q.device, q.dtype, impl)
     if impl == "reference":
         return reference.rope(q, k, cos, sin, position_ids=position_ids, interleaved=interleaved)
-    rotation = _Rotation(tables, position_ids, interleaved, backends.kernels("rope", impl))
-    if k is None:
-        return rotation.apply(q)[0]
-    q_out, k_out = rotation.apply(q, k)
-    return q_out, k_out
+    rotation = _Rotation(interleaved, backends.kernels("rope", impl))
+    outputs = rotation(q, k, *tables, position_ids)
+    return outputs[0] if k is None else outputs
 
 
 def rope_(
@@ -103,99 +104,81 @@ def rope_(
     tables = _check(q, k, cos, sin, position_ids)
     impl = backends.select("rope", q.device, q.dtype, impl)
     given = (q,) if k is None else (q, k)
+    options: dict[str, Any] = {"position_ids": position_ids, "interleaved": interleaved}
     if impl == "reference":
         for x in given:
-            x.copy_(
-                reference.rope(
-                    x, None, cos, sin, position_ids=position_ids, interleaved=interleaved
-                )
-            )
+            x.copy_(rope(x, None, *tables, **options, impl=impl))
         return q if k is None else (q, k)
-    kernels = backends.kernels("rope", impl)
-    rotation = _Rotation(tables, position_ids, interleaved, kernels, in_place=True)
+    rotation = _Rotation(interleaved, backends.kernels("rope", impl), in_place=True)
     tracked = torch.is_grad_enabled() and any(x.requires_grad for x in given)
     if tracked and any(x._is_view() for x in given):
-        outputs = tuple(rotation.apply(x)[0] for x in given)
+        outputs = tuple(rotation(x, None, *tables, position_ids)[0] for x in given)
     else:
-        outputs = rotation.apply(*given)
-    return outputs[0] if k is None else (outputs[0], outputs[1])
+        outputs = rotation(q, k, *tables, position_ids)
+    return outputs[0] if k is None else outputs
 
 
+@dataclass(frozen=True)
 class _Rotation:
-    """What is done to each of q and k, forward or back."""
+    """What is done to q and k besides their tables."""
 
-    def __init__(
-        self,
-        tables: tuple[Tensor, Tensor],
-        position_ids: Tensor | None,
-        interleaved: bool,
-        kernels: Any,
-        *,
-        inverse: bool = False,
-        in_place: bool = False,
-    ) -> None:
-        self.tables, self.position_ids, self.kernels = tables, position_ids, kernels
-        self.interleaved, self.inverse, self.in_place = interleaved, inverse, in_place
+    interleaved: bool
+    kernels: Any
+    in_place: bool = False
+    inverse: bool = False
 
-    def apply(self, *given: Tensor | None) -> tuple[Tensor, ...]:
-        """The given tensors rotated, differentiably; None for None."""
-        outputs: tuple[Tensor, ...] = _Rope.apply(self, *self.tables, self.position_ids, *given)
-        return outputs
+    def __call__(self, q: Tensor | None, k: Tensor | None, *tables: Tensor | None) -> _Pair:
+        """q and k rotated in one launch; None for None."""
+        outputs = _Rope.apply(q, k, *tables, self)
+        return (outputs, None) if k is None else outputs
 
-    def run(self, given: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-        """The given one or two tensors rotated, in one launch."""
+    def run(self, q: Tensor | None, k: Tensor | None, *tables: Tensor | None) -> _Pair:
+        """The same without autograd."""
         if self.in_place:
-            outputs = given
+            q_out, k_out = q, k
         else:
-            given = tuple(x if x is None or _is_heads(x) else x.contiguous() for x in given)
-            outputs = tuple(
-                None if x is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
-                for x in given
-            )
-        pad = (None,) * (2 - len(given))
-        self.kernels.rope(
-            *given,
-            *pad,
-            *outputs,
-            *pad,
-            *self.tables,
-            self.position_ids,
-            interleaved=self.interleaved,
-            inverse=self.inverse,
-        )
-        return outputs
-
-    def transposed(self, tables: tuple[Tensor, Tensor], position_ids: Tensor | None) -> "_Rotation":
-        return _Rotation(
-            tables, position_ids, self.interleaved, self.kernels, inverse=not self.inverse
-        )
+            q, k = _heads(q), _heads(k)
+            q_out, k_out = _empty(q), _empty(k)
+        flags = {"interleaved": self.interleaved, "inverse": self.inverse}
+        self.kernels.rope(q, k, q_out, k_out, *tables, **flags)
+        return q_out, k_out
 
 
 class _Rope(torch.autograd.Function):
+    # A view that is changed in place has to be the first tensor, and its function's one output.
     @staticmethod
     def forward(
         ctx: Any,
-        rotation: _Rotation,
+        q: Tensor | None,
+        k: Tensor | None,
         cos: Tensor,
         sin: Tensor,
         position_ids: Tensor | None,
-        *given: Tensor | None,
-    ) -> tuple[Tensor | None, ...]:
+        rotation: _Rotation,
+    ) -> Tensor | _Pair:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(cos, sin, position_ids)
         ctx.rotation = rotation
         if rotation.in_place:
-            ctx.mark_dirty(*given)
-        return rotation.run(given)
+            ctx.mark_dirty(*(x for x in (q, k) if x is not None))
+        outputs = rotation.run(q, k, cos, sin, position_ids)
+        return outputs[0] if k is None else outputs
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        cos, sin, position_ids = ctx.saved_tensors
-        needed = tuple(g if ctx.needs_input_grad[4 + i] else None for i, g in enumerate(grads))
-        nothing = (None, None, None, None)
-        if all(grad is None for grad in needed):
-            return (*nothing, *needed)
-        return (*nothing, *ctx.rotation.transposed((cos, sin), position_ids).apply(*needed))
+    def backward(ctx: Any, dq: Tensor | None, dk: Tensor | None = None) -> tuple[Any, ...]:
+        dq, dk = (g if n else None for g, n in zip((dq, dk), ctx.needs_input_grad, strict=False))
+        if dq is not None or dk is not None:
+            back = replace(ctx.rotation, in_place=False, inverse=not ctx.rotation.inverse)
+            dq, dk = back(dq, dk, *ctx.saved_tensors)
+        return dq, dk, None, None, None, None
+
+
+def _heads(x: Tensor | None) -> Tensor | None:
+    return x if x is None or _is_heads(x) else x.contiguous()
+
+
+def _empty(x: Tensor | None) -> Tensor | None:
+    return None if x is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
 def _check(
