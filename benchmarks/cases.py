@@ -66,25 +66,30 @@ def layer_norm(size: Size, dtype: torch.dtype, device: torch.device) -> Problem:
 
 @case
 def rope(size: Size, dtype: torch.dtype, device: torch.device) -> Problem:
-    """The rotation of the queries; forward and backward read and write them once each."""
-    heads, dim = size.model.heads, size.model.head_dim
-    x = _normal(size.tokens, heads, dim, dtype=dtype, device=device)
+    """Queries and keys in one call; forward and backward read and write them once each."""
+    heads, kv_heads, dim = size.model.heads, size.model.kv_heads, size.model.head_dim
+    q = _normal(size.tokens, heads, dim, dtype=dtype, device=device)
+    k = _normal(size.tokens, kv_heads, dim, dtype=dtype, device=device)
     half = _normal(size.tokens, dim // 2, dtype=torch.float32, device=device, grad=False)
     angles = torch.cat((half, half), dim=-1)
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
 
-    def eager(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def turned(x: Tensor) -> Tensor:
         first, second = x.chunk(2, dim=-1)
-        return x * cos[:, None] + torch.cat((-second, first), dim=-1) * sin[:, None]
+        return torch.cat((-second, first), dim=-1)
 
-    tables = cos.nbytes + sin.nbytes
+    def eager(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        cos, sin = cos[:, None], sin[:, None]
+        return q * cos + turned(q) * sin, k * cos + turned(k) * sin
+
+    heads_bytes, tables = q.nbytes + k.nbytes, cos.nbytes + sin.nbytes
     return Problem(
-        (x, cos, sin),
+        (q, k, cos, sin),
         ours=ops.rope,
         eager=eager,
         oracle=reference.rope,
-        forward=Work(2 * x.nbytes + tables),
-        both=Work(4 * x.nbytes + 2 * tables),
+        forward=Work(2 * heads_bytes + tables),
+        both=Work(4 * heads_bytes + 2 * tables),
     )
 
 
@@ -95,9 +100,9 @@ def glu(size: Size, dtype: torch.dtype, device: torch.device) -> Problem:
     gate, up = (_normal(*shape, dtype=dtype, device=device) for _ in range(2))
     return Problem(
         (gate, up),
-        ours=ops.swiglu,
+        ours=ops.glu,
         eager=lambda gate, up: F.silu(gate) * up,
-        oracle=reference.swiglu,
+        oracle=reference.glu,
         forward=Work(3 * gate.nbytes),
         both=Work(8 * gate.nbytes),
     )

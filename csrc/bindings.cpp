@@ -50,6 +50,15 @@ PYBIND11_MODULE(_C, m) {
       .value("float32", DType::kFloat32)
       .value("bfloat16", DType::kBFloat16)
       .value("float64", DType::kFloat64);
+  py::enum_<Activation>(m, "Activation")
+      .value("silu", Activation::kSilu)
+      .value("gelu", Activation::kGelu)
+      .value("gelu_tanh", Activation::kGeluTanh);
+  py::class_<RopeHeads>(m, "RopeHeads")
+      .def(py::init([](Address x, Address y, int64_t heads, int64_t x_stride, int64_t x_head_stride,
+                       int64_t y_stride, int64_t y_head_stride) {
+        return RopeHeads{in(x), out(y), heads, x_stride, x_head_stride, y_stride, y_head_stride};
+      }));
 
   m.def("isa", [] { return std::string(table().isa); }, "The instruction set in use.");
   m.def("select_isa", &select_isa, py::arg("isa"),
@@ -114,29 +123,32 @@ PYBIND11_MODULE(_C, m) {
 
   m.def(
       "rope",
-      [](DType dtype, Address x, Address y, Address cos, Address sin, int64_t tokens, int64_t heads,
-         int64_t head_dim, int64_t x_stride, int64_t y_stride, bool inverse) {
-        table().rope(dtype, {in(x), out(y), in(cos), in(sin), tokens, heads, head_dim, x_stride,
-                             y_stride, inverse});
+      [](DType dtype, const RopeHeads& q, const RopeHeads& k, DType table_dtype, Address cos,
+         Address sin, Address position_ids, int64_t tokens, int64_t head_dim, int64_t rotary_dim,
+         int64_t cos_stride, int64_t sin_stride, bool interleaved, bool inverse) {
+        table().rope(dtype, {q, k, in(cos), in(sin), static_cast<const int64_t*>(in(position_ids)),
+                             table_dtype, tokens, head_dim, rotary_dim, cos_stride, sin_stride,
+                             interleaved, inverse});
       },
       release);
 
   m.def(
-      "swiglu_fwd",
-      [](DType dtype, Address gate, Address up, Address y, int64_t rows, int64_t cols,
-         int64_t gate_stride, int64_t up_stride, int64_t y_stride) {
-        table().swiglu_fwd(
-            dtype, {in(gate), in(up), out(y), rows, cols, gate_stride, up_stride, y_stride});
+      "glu_fwd",
+      [](DType dtype, Activation activation, Address gate, Address up, Address y, int64_t rows,
+         int64_t cols, int64_t gate_stride, int64_t up_stride, int64_t y_stride) {
+        table().glu_fwd(dtype, {in(gate), in(up), out(y), rows, cols, gate_stride, up_stride,
+                                y_stride, activation});
       },
       release);
 
   m.def(
-      "swiglu_bwd",
-      [](DType dtype, Address dy, Address gate, Address up, Address dgate, Address dup,
-         int64_t rows, int64_t cols, int64_t dy_stride, int64_t gate_stride, int64_t up_stride,
-         int64_t dgate_stride, int64_t dup_stride) {
-        table().swiglu_bwd(dtype, {in(dy), in(gate), in(up), out(dgate), out(dup), rows, cols,
-                                   dy_stride, gate_stride, up_stride, dgate_stride, dup_stride});
+      "glu_bwd",
+      [](DType dtype, Activation activation, Address dy, Address gate, Address up, Address dgate,
+         Address dup, Address h, int64_t rows, int64_t cols, int64_t dy_stride, int64_t gate_stride,
+         int64_t up_stride, int64_t dgate_stride, int64_t dup_stride, int64_t h_stride) {
+        table().glu_bwd(
+            dtype, {in(dy), in(gate), in(up), out(dgate), out(dup), out(h), rows, cols, dy_stride,
+                    gate_stride, up_stride, dgate_stride, dup_stride, h_stride, activation});
       },
       release);
 

@@ -31,7 +31,7 @@ IMPLEMENTATIONS = ("reference", "cpu", "triton", "cuda")
 OPERATIONS: dict[str, tuple[str, ...]] = {
     "rms_norm": ("cpu", "triton"),
     "layer_norm": ("cpu", "triton"),
-    "rope": ("cpu",),
+    "rope": ("cpu", "triton"),
     "glu": ("cpu", "triton"),
     "linear_cross_entropy": ("cpu",),
     "cross_entropy": ("cpu",),

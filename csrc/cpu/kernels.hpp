@@ -55,20 +55,31 @@ struct LayerNormBwdArgs {
   int64_t rows, cols, dy_stride, x_stride, dx_stride;
 };
 
-struct RopeArgs {
-  const void* x;    // [tokens, heads, head_dim]
-  void* y;          // the same shape; may be x
-  const void* cos;  // [tokens, head_dim] in the arithmetic type
-  const void* sin;  // [tokens, head_dim]
-  int64_t tokens, heads, head_dim, x_stride, y_stride;
-  bool inverse;  // the transposed rotation: the backward pass
+// The heads of the queries or of the keys.
+struct RopeHeads {
+  const void* x;  // [tokens, heads, head_dim]
+  void* y;        // the same shape; may be x
+  int64_t heads, x_stride, x_head_stride, y_stride, y_head_stride;
 };
+
+struct RopeArgs {
+  RopeHeads q, k;               // either may have no heads
+  const void *cos, *sin;        // [positions, rotary_dim] of `table_dtype`
+  const int64_t* position_ids;  // [tokens], or null: token t reads row t
+  DType table_dtype;
+  int64_t tokens, head_dim, rotary_dim, cos_stride, sin_stride;
+  bool interleaved;  // pairs are neighbours, not halves
+  bool inverse;      // the transposed rotation: the backward pass
+};
+
+enum class Activation : int { kSilu = 0, kGelu = 1, kGeluTanh = 2 };
 
 struct GluArgs {
   const void* gate;  // [rows, cols]
   const void* up;    // [rows, cols]
   void* y;           // [rows, cols]
   int64_t rows, cols, gate_stride, up_stride, y_stride;
+  Activation activation;
 };
 
 struct GluBwdArgs {
@@ -77,7 +88,9 @@ struct GluBwdArgs {
   const void* up;    // [rows, cols]
   void* dgate;       // [rows, cols]; may be gate
   void* dup;         // [rows, cols]; may be up
-  int64_t rows, cols, dy_stride, gate_stride, up_stride, dgate_stride, dup_stride;
+  void* h;           // [rows, cols], the forward result again, or null
+  int64_t rows, cols, dy_stride, gate_stride, up_stride, dgate_stride, dup_stride, h_stride;
+  Activation activation;
 };
 
 struct CrossEntropyArgs {
@@ -149,8 +162,8 @@ struct Kernels {
   void (*layer_norm_fwd)(DType, const LayerNormArgs&);
   void (*layer_norm_bwd)(DType, const LayerNormBwdArgs&);
   void (*rope)(DType, const RopeArgs&);
-  void (*swiglu_fwd)(DType, const GluArgs&);
-  void (*swiglu_bwd)(DType, const GluBwdArgs&);
+  void (*glu_fwd)(DType, const GluArgs&);
+  void (*glu_bwd)(DType, const GluBwdArgs&);
   void (*cross_entropy)(DType, const CrossEntropyArgs&);
   void (*attention_fwd)(DType, const AttentionArgs&);
   void (*attention_bwd)(DType, const AttentionBwdArgs&);

@@ -17,7 +17,7 @@ from lora_engine.models.embedding import EmbeddingForward, is_lora_embedding
 from lora_engine.models.embedding import why_not as why_no_embedding
 from lora_engine.models.linear_group import LinearGroup
 from lora_engine.models.lora_state import is_linear, is_lora
-from lora_engine.models.mlp import MlpForward, is_gated_mlp, is_silu
+from lora_engine.models.mlp import MlpForward, activation_name, is_gated_mlp
 from lora_engine.models.norm import LayerNormForward, RmsNormForward, norm_forward
 from lora_engine.models.patches import Patches
 from lora_engine.models.routing import AdapterRouter, forget_router, new_router
@@ -138,18 +138,19 @@ class _Accelerator:
 
     def _mlp(self, name: str, module: Any, tails: dict[nn.Module, int]) -> None:
         linears = [module.gate_proj, module.up_proj, module.down_proj]
-        if not is_silu(module.act_fn) or not all(map(is_linear, linears)):
-            reason = "its activation is not SiLU, or its projections are not linear layers"
-            self.report.add(name, "swiglu", False, reason)
+        activation = activation_name(module.act_fn)
+        if activation is None or not all(map(is_linear, linears)):
+            reason = "its activation is not SiLU or GELU, or its projections are no linear layers"
+            self.report.add(name, "glu", False, reason)
             return
         gate_up = self._group(f"{name}.gate_up", linears[:2])
         down = self._group(f"{name}.down_proj", linears[2:])
-        forward = MlpForward(gate_up, down)
+        forward = MlpForward(gate_up, down, activation)
         if not _agrees(module, forward, linears[0].in_features):
-            self.report.add(name, "swiglu", False, "its forward is not down(silu(gate) * up)")
+            self.report.add(name, "glu", False, f"its forward is not down({activation}(gate) * up)")
             return
         self.patches.set_attribute(module, "forward", forward)
-        self.report.add(name, "swiglu", True, self._how("glu"))
+        self.report.add(name, f"glu ({activation})", True, self._how("glu"))
         self._note_tail(name, "post_attention_layernorm", gate_up, tails)
 
     def _note_tail(

@@ -9,7 +9,7 @@ from lora_engine.reference.adamw_8bit import adamw_8bit_
 from lora_engine.reference.attention import attention
 from lora_engine.reference.cross_entropy import cross_entropy
 from lora_engine.reference.dropout import Dropout, drop, dropout_mask
-from lora_engine.reference.glu import swiglu
+from lora_engine.reference.glu import glu
 from lora_engine.reference.layer_norm import layer_norm
 from lora_engine.reference.linear_cross_entropy import linear_cross_entropy
 from lora_engine.reference.lora_linear import (
@@ -30,13 +30,13 @@ __all__ = [
     "dora_scale",
     "drop",
     "dropout_mask",
-    "layer_norm",
+    "glu",
     "grad_norm",
+    "layer_norm",
     "linear_cross_entropy",
     "lora_delta",
     "lora_linear",
     "merged_weight",
     "rms_norm",
     "rope",
-    "swiglu",
 ]

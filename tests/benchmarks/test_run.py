@@ -75,7 +75,7 @@ def test_a_failing_case_is_reported_and_the_others_still_run(monkeypatch, capsys
 
     def broken(*args):
         problem = build(*args)
-        return replace(problem, ours=lambda *inputs: 2 * problem.eager(*inputs))
+        return replace(problem, ours=lambda *inputs: tuple(2 * y for y in problem.eager(*inputs)))
 
     monkeypatch.setitem(CASES, "rope", broken)
     command = ["run.py", "--size", "tiny", "--samples", "1", "--cases", "rope", "rms_norm"]

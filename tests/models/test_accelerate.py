@@ -30,6 +30,7 @@ MODELS: dict[str, Callable[[], Any]] = {
         **SMALL, use_sliding_window=True, sliding_window=5, max_window_layers=1
     ),
     "qwen3": lambda: transformers.Qwen3Config(**SMALL, head_dim=16),
+    "llama_gelu": lambda: transformers.LlamaConfig(**SMALL, hidden_act="gelu"),
 }
 
 
@@ -227,12 +228,21 @@ def test_what_is_not_covered_is_left_right_and_said(config: dict, reason: str) -
 
 
 def test_a_model_with_other_parts_keeps_them() -> None:
+    model = with_lora(tiny_llama(hidden_act="relu"))
+    theirs = loss_and_gradients(model, batch("right"))
+    report = lora_engine.accelerate(model)
+    assert any("not SiLU or GELU" in entry.detail for entry in report.left)
+    assert_same(loss_and_gradients(model, batch("right")), theirs, 1e-4)
+
+
+def test_gemmas_mlp_is_covered() -> None:
     torch.manual_seed(0)
     config = transformers.GemmaConfig(**SMALL, head_dim=8, tie_word_embeddings=True)
     model = with_lora(transformers.AutoModelForCausalLM.from_config(config))
     theirs = loss_and_gradients(model, batch("right"))
     report = lora_engine.accelerate(model)
-    assert any("not SiLU" in entry.detail for entry in report.left)
+    covered = {entry.module for entry in report.replaced if entry.operation == "glu (gelu_tanh)"}
+    assert len(covered) == SMALL["num_hidden_layers"]
     assert_same(loss_and_gradients(model, batch("right")), theirs, 1e-4)
 
 
