@@ -105,7 +105,7 @@ class DecoderLayerForward:
             forward.gate_up.routes(x),
             grad_tail=attention.output.tail if isinstance(attention, AttentionForward) else 0,
         )
-        return mlp_block(x, norm.prenorm(), branch)
+        return mlp_block(x, norm.prenorm(), branch, activation=forward.activation)
 
 
 def _ours(module: nn.Module) -> Any:

@@ -228,7 +228,7 @@ class _MlpBlock(torch.autograd.Function):
         gate, up = gate_up.split(list(inner.out_features), dim=1)
         width = outer.in_features
         hs = empty_rows(rows.shape[0], width + outer.tail, dtype=x.dtype, device=x.device)
-        call.kernels("glu", x).glu_fwd(gate, up, hs[:, :width])
+        call.kernels("glu", x).glu_fwd(gate, up, hs[:, :width], **call.options)
         y, outer_unscaled = call.outer.forward(hs, residual=rows)
         ctx.call, ctx.shape = call, x.shape
         ctx.save_for_backward(
@@ -264,10 +264,8 @@ class _MlpBlock(torch.autograd.Function):
             dtype=x.dtype,
             device=x.device,
         )
-        kernels = call.kernels("glu", x)
-        kernels.glu_bwd(dh, gate, up, *parts)
-        h = dh
-        kernels.glu_fwd(gate, up, h)
+        h = dh  # the activation takes the place of its gradient
+        call.kernels("glu", x).glu_bwd(dh, gate, up, *parts, h, **call.options)
         outer_d_a = outer.lora_a_gradient(d_out, h, wanted=outer_wants_a)
         del dh, h
 

@@ -55,7 +55,7 @@ class Mlp:
     def plain(self, x: Tensor, weight: Tensor) -> Tensor:
         normed = reference.rms_norm(x, weight, EPS)
         gate, up = ops.lora_linear(normed, self.inner, impl="reference")
-        hidden = reference.swiglu(gate, up)
+        hidden = reference.glu(gate, up)
         return x + ops.lora_linear(hidden, self.outer, impl="reference")[0]
 
 
