@@ -19,17 +19,24 @@ inline double multiply_add(double a, double b, double c) { return __builtin_fma(
 // with one, each addition would wait for the one before.
 template <class A, class Term>
 inline A row_sum(int64_t count, Term term) {
-  const int64_t quarter = count / 4;
-  A s0 = 0, s1 = 0, s2 = 0, s3 = 0;
-#pragma omp simd reduction(+ : s0, s1, s2, s3)
-  for (int64_t i = 0; i < quarter; ++i) {
-    s0 += term(i);
-    s1 += term(i + quarter);
-    s2 += term(i + 2 * quarter);
-    s3 += term(i + 3 * quarter);
+  constexpr int64_t kLanes = 64 / sizeof(A);
+  A s0[kLanes] = {}, s1[kLanes] = {}, s2[kLanes] = {}, s3[kLanes] = {};
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= count; i += 4 * kLanes) {
+#pragma omp simd
+    for (int64_t j = 0; j < kLanes; ++j) s0[j] += term(i + j);
+#pragma omp simd
+    for (int64_t j = 0; j < kLanes; ++j) s1[j] += term(i + kLanes + j);
+#pragma omp simd
+    for (int64_t j = 0; j < kLanes; ++j) s2[j] += term(i + 2 * kLanes + j);
+#pragma omp simd
+    for (int64_t j = 0; j < kLanes; ++j) s3[j] += term(i + 3 * kLanes + j);
   }
-  A sum = (s0 + s1) + (s2 + s3);
-  for (int64_t i = 4 * quarter; i < count; ++i) sum += term(i);
+  A sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t j = 0; j < kLanes; ++j) sum += (s0[j] + s1[j]) + (s2[j] + s3[j]);
+#pragma omp simd reduction(+ : sum)
+  for (int64_t j = i; j < count; ++j) sum += term(j);
   return sum;
 }
 

@@ -63,12 +63,9 @@ def test_wide_rows(backend: Backend, poisoned: None, cols: int) -> None:
 
 def test_the_sum_is_rounded_before_it_is_normed(backend: Backend) -> None:
     """What is normed is the h that the next layer sees, not a more exact one."""
-    x = torch.full((1, 64), 256.0, dtype=torch.bfloat16)
-    small = torch.linspace(-0.4, 0.4, 64, dtype=torch.bfloat16)[None]
-    ones = torch.ones(64, dtype=torch.bfloat16)
-    args = backend.put(x, ones, small)
-    y, h = ops.rms_norm(args[0], args[1], 0.0, residual=args[2], impl=backend.impl)
-    assert torch.equal(y, reference.rms_norm(h, args[1], 0.0))
+    x, weight, residual = inputs(backend, torch.bfloat16, (3, 64))
+    y, h = ops.rms_norm(x, weight, EPS, residual=residual, impl=backend.impl)
+    assert torch.equal(y, ops.rms_norm(h, weight, EPS, impl=backend.impl))
 
 
 @pytest.mark.parametrize("used", ["normed", "h"])
