@@ -25,7 +25,7 @@ from lora_engine.ops.tensors import check, shape_of
 # the products, with 256 rows it would take as long as they do.
 CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}
 ROW_STEP = 64
-ROW_ALIGNMENT_BYTES = 16
+ROW_ALIGNMENT = 16  # elements: what Triton wants of a stride to load 16 bytes at once
 
 
 class LinearCrossEntropy(NamedTuple):
@@ -192,8 +192,8 @@ class _Head:
     def buffer(self, rows: int) -> Tensor:
         """An uninitialised [rows, V] with aligned rows."""
         classes = self.weight.shape[0]
-        step = ROW_ALIGNMENT_BYTES // self.weight.element_size()
-        return self.weight.new_empty(rows, -(-classes // step) * step)[:, :classes]
+        padded = -(-classes // ROW_ALIGNMENT) * ROW_ALIGNMENT
+        return self.weight.new_empty(rows, padded)[:, :classes]
 
     def logits(self, hidden: Tensor, out: Tensor) -> Tensor | None:
         """Writes the logits of `hidden` [c, H] into `out` [c, V]; returns hidden lora_aᵀ [c, r]."""
