@@ -10,8 +10,9 @@ from lora_engine import backends
 from lora_engine.errors import UserError
 from lora_engine.models import attention
 from lora_engine.models.attention import ATTENTION_CLASSES, AttentionForward
-from lora_engine.models.causal_lm import CausalLmForward, transformers_model, why_no_plain_head
+from lora_engine.models.causal_lm import CausalLmForward
 from lora_engine.models.coverage import CoverageReport
+from lora_engine.models.head import transformers_model, why_no_head
 from lora_engine.models.linear_group import LinearGroup, is_linear, is_lora
 from lora_engine.models.mlp import MlpForward, is_gated_mlp, is_silu
 from lora_engine.models.norm import RmsNormForward, rms_norm_eps
@@ -161,7 +162,7 @@ class _Accelerator:
 
     def _loss(self) -> None:
         name = type(self.model).__name__
-        problem = why_no_plain_head(self.model)
+        problem = why_no_head(self.model)
         if problem is None:
             self.patches.set_attribute(self.model, "forward", CausalLmForward(self.model))
         how = problem or self._how("linear_cross_entropy")

@@ -27,11 +27,11 @@ class LinearGroup:
         if self.reason is not None:
             return
         self._adapted = [module for module in modules if is_lora(module)]
-        self._state = [_adapter_state(module) for module in self._adapted]
+        self._state = [adapter_state(module) for module in self._adapted]
         bases = [_base(module) for module in modules]
         self.weight = ops.AugmentedWeight(
             [base.weight for base in bases],
-            [_factors(module) for module in modules],
+            [lora_factors(module) for module in modules],
             [base.bias for base in bases],
         )
         self._bases = [(base.weight, self.weight.weight(i)) for i, base in enumerate(bases)]
@@ -55,7 +55,7 @@ class LinearGroup:
         if any(parameter.data_ptr() != view.data_ptr() for parameter, view in self._bases):
             _warn_moved()
             return False
-        return self._state == [_adapter_state(module) for module in self._adapted]
+        return self._state == [adapter_state(module) for module in self._adapted]
 
     def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
         if self.weight is not None and self.current():
@@ -89,16 +89,17 @@ def _base(module: Any) -> Any:
     return base
 
 
-def _adapter_state(module: Any) -> tuple[Any, ...]:
+def adapter_state(module: Any) -> tuple[Any, ...]:
     """What decides which of a PEFT layer's adapters run."""
     active = tuple(name for name in module.active_adapters if name in module.lora_A)
     return module.disable_adapters, module.merged, active, tuple(module.scaling[a] for a in active)
 
 
-def _factors(module: Any) -> ops.LoraFactors | None:
+def lora_factors(module: Any) -> ops.LoraFactors | None:
+    """The active adapter of a PEFT layer; None for another layer, or where none is active."""
     if not is_lora(module):
         return None
-    _, _, active, _ = _adapter_state(module)
+    _, _, active, _ = adapter_state(module)
     if not active:
         return None
     name = active[0]
@@ -119,14 +120,15 @@ def _why_not(modules: Sequence[nn.Module]) -> str | None:
         if base.weight.dtype not in (torch.float32, torch.bfloat16, torch.float64):
             return f"the base weight is {base.weight.dtype}"
         if is_lora(module):
-            problem = _why_not_lora(module)
+            problem = why_not_lora(module)
             if problem is not None:
                 return problem
     return None
 
 
-def _why_not_lora(module: Any) -> str | None:
-    disabled, merged, active, _ = _adapter_state(module)
+def why_not_lora(module: Any) -> str | None:
+    """Why a PEFT layer's state is not `W + scaling B A`, or None."""
+    disabled, merged, active, _ = adapter_state(module)
     if disabled or merged:
         return "the adapter is disabled or merged"
     if len(active) > 1:
