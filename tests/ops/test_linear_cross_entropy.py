@@ -291,12 +291,19 @@ class LiveBytes(TorchDispatchMode):
         self.now -= size
 
 
-@pytest.mark.parametrize("impl", ["cpu", "reference"])
-@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
-@pytest.mark.parametrize("parts", ["", "bias+lora"])
+@pytest.mark.parametrize(
+    "impl,reduction,parts",
+    [
+        ("cpu", "none", ""),
+        ("cpu", "mean", ""),
+        ("cpu", "none", "bias+lora"),
+        ("cpu", "sum", "bias+lora"),
+        ("reference", "mean", ""),  # that the limit can be exceeded
+    ],
+)
 def test_extra_memory_is_one_chunk(impl: str, reduction: str, parts: str) -> None:
-    """Logits of all rows would be 40 MB, a chunk of 64 rows is 1.3 MB; gradients come to that."""
-    rows, classes, width, chunk = 2048, 5000, 8, 64
+    """Logits of all rows would be 5 MB, a chunk of 32 rows is 0.3 MB."""
+    rows, classes, width, chunk = 512, 2500, 8, 32
     inputs = [leaf(x) for x in case(rows, classes, torch.float32, parts, width)]
     target = targets(rows, classes)
     frozen = [inputs[0], inputs[1].detach(), *inputs[2:]]
