@@ -88,7 +88,7 @@ def skip_where_products_are_not_exact(backend: Backend, dtype: torch.dtype) -> N
 
 
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
-@pytest.mark.parametrize("rows,classes", [(1, 5), (63, 1000), (130, 97)], ids=str)
+@pytest.mark.parametrize("rows,classes", [(1, 5), (14, 1000), (26, 97)], ids=str)
 def test_matches_oracle(
     backend: Backend,
     dtype: torch.dtype,
@@ -99,7 +99,7 @@ def test_matches_oracle(
 ) -> None:
     skip_where_products_are_not_exact(backend, dtype)
     target, *inputs = backend.put(targets(rows, classes), *case(rows, classes, dtype, ""))
-    check(ours(target, reduction, backend.impl, chunk_rows=50), peer(target, reduction), inputs)
+    check(ours(target, reduction, backend.impl, chunk_rows=12), peer(target, reduction), inputs)
 
 
 @pytest.mark.parametrize("chunk_rows", [9, 40], ids=["chunks", "one chunk"])
@@ -121,12 +121,10 @@ def test_heads_with_more_parts_match_oracle(
 
 @pytest.mark.parametrize("impl", ["reference", "cpu"])
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
-@pytest.mark.parametrize(
-    "extras", [{}, {"label_smoothing": 0.2}, {"softcap": 6.0}, {"z_loss": 0.01}, EXTRAS], ids=str
-)
+@pytest.mark.parametrize("extras", [{}, EXTRAS], ids=["plain", "extras"])
 def test_gradcheck(impl: str, reduction: str, extras: dict[str, Any]) -> None:
-    inputs = [x.requires_grad_() for x in case(5, 7, torch.float64, "bias+lora", width=4)]
-    target = torch.tensor([0, 6, -100, 3, 3])
+    inputs = [x.requires_grad_() for x in case(4, 5, torch.float64, "bias+lora", width=3)]
+    target = torch.tensor([0, 4, -100, 3])
     run = ours(target, reduction, impl, chunk_rows=2, **extras)
     assert torch.autograd.gradcheck(run, inputs)
 
@@ -192,7 +190,7 @@ def test_expanded_and_repeated_upstream_gradients(isa: str) -> None:
 
 def test_a_second_derivative_is_refused() -> None:
     hidden, weight = (leaf(x) for x in case(5, 7, torch.float32, ""))
-    loss = function(hidden, weight, torch.arange(5)).loss
+    loss = function(hidden, weight, torch.arange(5)).loss.square()
     (grad,) = torch.autograd.grad(loss, hidden, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
@@ -314,7 +312,7 @@ def test_extra_memory_is_one_chunk(impl: str, reduction: str, parts: str) -> Non
     assert (live.peak <= limit) == (impl == "cpu"), (live.peak, limit)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     rows=st.integers(0, 40),
     classes=st.integers(1, 60),
