@@ -154,11 +154,15 @@ PYBIND11_MODULE(_C, m) {
 
   m.def(
       "cross_entropy",
-      [](DType dtype, Address logits, Address target, Address loss, Address correct, int64_t rows,
-         int64_t cols, int64_t stride, int64_t ignore_index, bool gradient) {
-        table().cross_entropy(dtype, {out(logits), static_cast<const int64_t*>(in(target)),
-                                      out(loss), static_cast<uint8_t*>(out(correct)), rows, cols,
-                                      stride, ignore_index, gradient});
+      [](DType dtype, Address logits, Address target, Address loss, Address logprob,
+         Address entropy, Address lse, Address correct, Address grad, Address grad_scale,
+         int64_t rows, int64_t cols, int64_t stride, int64_t grad_stride, int64_t ignore_index,
+         double label_smoothing, double softcap, double z_loss, bool lse_given) {
+        table().cross_entropy(
+            dtype, {in(logits), static_cast<const int64_t*>(in(target)), out(loss), out(logprob),
+                    out(entropy), out(lse), static_cast<uint8_t*>(out(correct)), out(grad),
+                    in(grad_scale), rows, cols, stride, grad_stride, ignore_index, label_smoothing,
+                    softcap, z_loss, lse_given});
       },
       release);
 

@@ -94,12 +94,18 @@ struct GluBwdArgs {
 };
 
 struct CrossEntropyArgs {
-  void* logits;           // [rows, cols]; becomes d loss / d logits where `gradient`
-  const int64_t* target;  // [rows]; a row of `ignore_index` has loss 0 and gradient 0
-  void* loss;             // [rows] in the arithmetic type
-  uint8_t* correct;       // [rows]: whether the target has the largest logit
-  int64_t rows, cols, stride, ignore_index;
-  bool gradient;
+  const void* logits;      // [rows, cols]
+  const int64_t* target;   // [rows]; a row of `ignore_index` has results 0 and gradient 0
+  void* loss;              // [rows] in the arithmetic type, as are the next three
+  void* logprob;           // [rows]
+  void* entropy;           // [rows], or null
+  void* lse;               // [rows], or null; an input with `lse_given`
+  uint8_t* correct;        // [rows]: whether the target has the largest logit
+  void* grad;              // [rows, cols]: d loss / d logits; may be `logits`; or null
+  const void* grad_scale;  // [rows] in the arithmetic type: a factor of the gradient; or null
+  int64_t rows, cols, stride, grad_stride, ignore_index;
+  double label_smoothing, softcap, z_loss;  // softcap 0: none
+  bool lse_given;                           // only `grad` is written
 };
 
 struct AttentionArgs {

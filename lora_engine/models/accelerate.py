@@ -10,11 +10,12 @@ from lora_engine import backends
 from lora_engine.errors import UserError
 from lora_engine.models import attention
 from lora_engine.models.attention import ATTENTION_CLASSES, AttentionForward
-from lora_engine.models.causal_lm import CausalLmForward, transformers_model, why_no_plain_head
+from lora_engine.models.causal_lm import CausalLmForward
 from lora_engine.models.coverage import CoverageReport
 from lora_engine.models.decoder_layer import DECODER_CLASSES, DecoderLayerForward
 from lora_engine.models.embedding import EmbeddingForward, is_lora_embedding
 from lora_engine.models.embedding import why_not as why_no_embedding
+from lora_engine.models.head import transformers_model, why_no_head
 from lora_engine.models.linear_group import LinearGroup
 from lora_engine.models.lora_state import is_linear, is_lora
 from lora_engine.models.mlp import MlpForward, activation_name, is_gated_mlp
@@ -179,7 +180,7 @@ class _Accelerator:
 
     def _loss(self) -> None:
         name = type(self.model).__name__
-        problem = why_no_plain_head(self.model)
+        problem = why_no_head(self.model)
         if problem is None:
             self.patches.set_attribute(self.model, "forward", CausalLmForward(self.model))
         how = problem or self._how("linear_cross_entropy")

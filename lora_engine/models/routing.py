@@ -8,6 +8,7 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 
 from lora_engine.errors import UserError
+from lora_engine.models.lora_state import is_lora
 
 
 class AdapterRouter:
@@ -35,6 +36,10 @@ def forget_router(model: nn.Module) -> None:
     _ROUTERS.pop(model, None)
 
 
+def _has_lora_head(model: Any) -> bool:
+    return is_lora(model.get_base_model().get_output_embeddings())
+
+
 @contextmanager
 def route_adapters(model: Any, names: Sequence[str], rows: Tensor) -> Iterator[None]:
     """Within this context row i of a batch uses the adapter `names[rows[i]]` of PEFT, and no other.
@@ -59,6 +64,8 @@ def route_adapters(model: Any, names: Sequence[str], rows: Tensor) -> Iterator[N
                 f"route_adapters: adapter {name!r} is not active; "
                 f"model.base_model.set_adapter({list(names)!r}) activates several"
             )
+    if _has_lora_head(model):
+        raise UserError("route_adapters: LoRA on the output head cannot be routed by row")
     before = router.names, router.rows
     router.names, router.rows = tuple(names), rows
     try:

@@ -51,7 +51,7 @@ class Branch:
     grad_tail: int = 0
 
 
-def blocks_available(device: torch.device, dtype: torch.dtype, activation: str = "silu") -> bool:
+def blocks_available(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether both blocks have kernels for `device` and `dtype`."""
     operations = ("rms_norm", "glu", "attention", "lora_linear")
     return all(backends.choose(name, device, dtype).impl != "reference" for name in operations)
