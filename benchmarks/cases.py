@@ -225,7 +225,8 @@ def adamw(size: Size, dtype: torch.dtype, device: torch.device) -> Problem:
         params: Tensor, grads: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor
     ) -> tuple[Tensor, ...]:
         optimizer = torch.optim.AdamW([params], betas=BETAS, fused=True, **ADAMW)
-        state = {"step": torch.tensor(9.0), "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+        step = torch.tensor(9.0, device=params.device)
+        state = {"step": step, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
         optimizer.state[params] = state
         params.grad = grads
         optimizer.step()
