@@ -85,5 +85,103 @@ def glu(dtype: torch.dtype) -> Iterator[Call]:
 
     for cols in sizes("glu_fwd", "glu_bwd"):
         x = empty(ROWS, cols, dtype=dtype)
-        yield call(glu.glu_fwd, x, x, x)
-        yield call(glu.glu_bwd, x, x, x, x, x)
+        for activation in ("silu", "gelu", "gelu_tanh"):
+            yield call(glu.glu_fwd, x, x, x, activation=activation)
+            yield call(glu.glu_bwd, x, x, x, x, x, activation=activation)
+            yield call(glu.glu_bwd, x, x, x, x, x, x, activation=activation)
+
+
+@operation
+def rope(dtype: torch.dtype) -> Iterator[Call]:
+    from lora_engine.kernels import rope
+
+    positions = empty(ROWS, dtype=torch.int64)
+    for heads, kv_heads, dim, rotary in ((9, 3, 64, 64), (32, 8, 128, 128), (16, 16, 80, 32)):
+        q, k = (empty(ROWS, n, dim, dtype=dtype) for n in (heads, kv_heads))
+        cos = empty(ROWS, rotary, dtype=torch.float32)
+        for inverse in (False, True):
+            for interleaved in (False, True):
+                flags = {"interleaved": interleaved, "inverse": inverse}
+                out = empty(ROWS, heads, dim, dtype=dtype)
+                yield call(rope.rope, q, k, q, k, cos, cos, None, **flags)
+                yield call(rope.rope, q, None, out, None, cos, cos, positions, **flags)
+
+
+@operation
+def rms_norm(dtype: torch.dtype) -> Iterator[Call]:
+    from lora_engine.kernels import rms_norm
+
+    for cols in sizes("rms_norm_fwd", "rms_norm_bwd", "rms_norm_bwd_dw"):
+        x = empty(ROWS, cols, dtype=dtype)
+        weight, rstd = empty(cols, dtype=dtype), empty(ROWS, dtype=torch.float32)
+        dweight = empty(cols, dtype=torch.float32)
+        for other in (None, x):
+            yield call(rms_norm.rms_norm_fwd, x, other, weight, x, other, rstd, 1e-5, 0.0)
+            for dw in (None, dweight):
+                yield call(rms_norm.rms_norm_bwd, x, other, x, weight, rstd, x, dw, 0.0)
+
+
+@operation
+def layer_norm(dtype: torch.dtype) -> Iterator[Call]:
+    from lora_engine.kernels import layer_norm
+
+    for cols in sizes("layer_norm_fwd", "layer_norm_bwd", "layer_norm_bwd_dw"):
+        x = empty(ROWS, cols, dtype=dtype)
+        weight, mean = empty(cols, dtype=dtype), empty(ROWS, dtype=torch.float32)
+        total = empty(cols, dtype=torch.float32)
+        for w, b in ((weight, weight), (weight, None), (None, None)):
+            yield call(layer_norm.layer_norm_fwd, x, w, b, x, mean, mean, 1e-5)
+        for w, dw, db in ((weight, None, None), (weight, total, total), (None, None, None)):
+            yield call(layer_norm.layer_norm_bwd, x, x, w, mean, mean, x, dw, db)
+
+
+@operation
+def cross_entropy(dtype: torch.dtype) -> Iterator[Call]:
+    from lora_engine.kernels import cross_entropy
+
+    rows = 2048
+    row, target = empty(rows, dtype=torch.float32), empty(rows, dtype=torch.int64)
+    correct = empty(rows, dtype=torch.bool)
+    plain: dict[str, Any] = {"ignore_index": -100}
+    options = {**plain, "label_smoothing": 0.1, "softcap": 30.0, "z_loss": 1e-4}
+    for cols in sizes("cross_entropy", "cross_entropy_unaligned", among=VOCABS):
+        z = empty(rows, cols, dtype=dtype)
+        forward = (cross_entropy.cross_entropy, z, target, row, row, correct)
+        for given in (plain, options):
+            yield call(*forward, **given)
+            yield call(*forward, lse=row, entropy=row, **given)
+            yield call(*forward, grad=z, grad_scale=row, **given)
+            yield call(*forward, grad=z, **given)
+            yield call(cross_entropy.cross_entropy_bwd, z, target, row, row, z, **given)
+
+
+ADAMW = {
+    "lr": 1e-4,
+    "beta1": 0.9,
+    "beta2": 0.999,
+    "eps": 1e-8,
+    "weight_decay": 0.01,
+    "bias_correction1": 0.1,
+    "bias_correction2": 0.001,
+    "grad_scale": 1.0,
+}
+
+
+@operation
+def adamw(dtype: torch.dtype) -> Iterator[Call]:
+    """float32 whatever the dtype, so once is enough."""
+    from lora_engine.kernels import adamw, adamw_8bit
+
+    if dtype != torch.float32:
+        return
+    norm = empty(dtype=dtype)
+    for count in (1000, 2**20, 2**31 + 256):
+        flat, codes = empty(count, dtype=dtype), empty(count, dtype=torch.uint8)
+        scales, table = empty(-(-count // 256), dtype=dtype), empty(2, 256, dtype=dtype)
+        yield call(adamw.grad_norm, flat, norm)
+        for clip in (None, norm):
+            limit = None if clip is None else 1.0
+            options = {**ADAMW, "grad_norm": clip, "max_grad_norm": limit}
+            yield call(adamw.adamw, flat, flat, flat, flat, **options)
+            moments = (codes, codes, scales, scales, table)
+            yield call(adamw_8bit.adamw_8bit, flat, flat, *moments, **options)
