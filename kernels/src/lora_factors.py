@@ -13,6 +13,7 @@ from lora_engine.kernels import launch
 from lora_engine.kernels.lora_sums import sum_blocks, sum_chunks
 from lora_engine.kernels.lora_tiles import (
     Span,
+    aligned,
     by_rank,
     choose,
     has_ranks,
@@ -36,13 +37,13 @@ def _lora_a_fwd_kernel(
     s_ptr,  # [M, R]
     M,
     K,
-    stride_xm,
-    stride_ar,
-    stride_sm,
     scale,
     seed_low,
     seed_high,
     threshold,
+    stride_xm: tl.constexpr,
+    stride_ar: tl.constexpr,
+    stride_sm: tl.constexpr,
     TILES: tl.constexpr,  # see rank_tiles
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -88,9 +89,9 @@ def _lora_b_bwd_kernel(
     M,
     N,
     chunk,
-    stride_dym,
-    stride_bn,
-    stride_sm,
+    stride_dym: tl.constexpr,
+    stride_bn: tl.constexpr,
+    stride_sm: tl.constexpr,
     SPANS: tl.constexpr,  # (first block, first row, end row, first column, end column)
     P: tl.constexpr,
     HAS_DB: tl.constexpr,
@@ -152,12 +153,12 @@ def _lora_a_bwd_kernel(
     K,
     R,
     chunk,
-    stride_dsm,
-    stride_xm,
     scale,
     seed_low,
     seed_high,
     threshold,
+    stride_dsm: tl.constexpr,
+    stride_xm: tl.constexpr,
     TILES: tl.constexpr,  # see rank_tiles
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -216,7 +217,8 @@ def lora_a_fwd(
         s.zero_()
         return
     block_r, tiles = rank_tiles(spans, s.shape[1], 128, merge=dropout is None)
-    config = launch.config(by_rank("lora_a_fwd", block_r), x.device, x.dtype, rows)
+    name = by_rank("lora_a_fwd", block_r) if aligned(x, lora_a) else "lora_a_fwd_unaligned"
+    config = launch.config(name, x.device, x.dtype, rows)
     grid = (triton.cdiv(rows, config["BLOCK_M"]) * len(tiles),)
     _lora_a_fwd_kernel[grid](
         x,
@@ -224,11 +226,11 @@ def lora_a_fwd(
         s,
         rows,
         cols,
-        x.stride(0),
-        lora_a.stride(0),
-        s.stride(0),
         1.0 if dropout is None else dropout.scale,
         *signed_words(dropout),
+        stride_xm=x.stride(0),
+        stride_ar=lora_a.stride(0),
+        stride_sm=s.stride(0),
         TILES=tiles,
         DROPOUT=dropout is not None,
         PRECISION=PRECISION,
@@ -281,9 +283,9 @@ def lora_b_bwd(
         rows,
         cols,
         chunk,
-        dy.stride(0),
-        lora_b.stride(0),
-        s.stride(0),
+        stride_dym=dy.stride(0),
+        stride_bn=lora_b.stride(0),
+        stride_sm=s.stride(0),
         SPANS=tuple(table),
         P=pitch,
         HAS_DB=d_lora_b is not None,
@@ -323,10 +325,10 @@ def lora_a_bwd(
         cols,
         rank,
         chunk,
-        ds.stride(0),
-        x.stride(0),
         1.0 if dropout is None else dropout.scale,
         *signed_words(dropout),
+        stride_dsm=ds.stride(0),
+        stride_xm=x.stride(0),
         TILES=tiles,
         DROPOUT=dropout is not None,
         PRECISION=PRECISION,

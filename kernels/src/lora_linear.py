@@ -48,15 +48,15 @@ def _two_segment_kernel(
     M,
     N,
     K,
-    stride_xm,
-    stride_w,
-    stride_ym,
-    stride_sm,
-    stride_low,
     scale,
     seed_low,
     seed_high,
     threshold,
+    stride_xm: tl.constexpr,
+    stride_w: tl.constexpr,
+    stride_ym: tl.constexpr,
+    stride_sm: tl.constexpr,
+    stride_low: tl.constexpr,
     SPANS: tl.constexpr,  # (first column, end column, stream) of R
     ROWS_ARE_OUT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -175,9 +175,10 @@ def _launch(
     if rows == 0 or outer == 0:
         return
     widest = max((end - start for start, end, _ in runs), default=1)
+    rows_aligned = aligned(x, weight, y)
+    name = name if rows_aligned else "lora_linear_unaligned"
     config: dict[str, Any] = {**launch.config(name, x.device, x.dtype, rows)}
     block_m, block_n, block_k = (config[f"BLOCK_{axis}"] for axis in "MNK")
-    config["TMA"] = bool(config["TMA"]) and aligned(x, weight, y)
     config["BLOCK_R"] = min(config["BLOCK_R"], padded(widest))
     operands: tuple[Any, ...] = (x, weight, y)
     if config["TMA"]:
@@ -196,13 +197,13 @@ def _launch(
         rows,
         outer,
         inner,
-        x.stride(0),
-        weight.stride(0),
-        y.stride(0),
-        s.stride(0),
-        low.stride(0),
         1.0 if dropout is None else dropout.scale,
         *signed_words(dropout),
+        stride_xm=x.stride(0),
+        stride_w=weight.stride(0),
+        stride_ym=y.stride(0),
+        stride_sm=s.stride(0),
+        stride_low=low.stride(0),
         SPANS=tuple(runs),
         ROWS_ARE_OUT=rows_are_out,
         HAS_BIAS=bias is not None,

@@ -15,7 +15,7 @@ def _sum_blocks_kernel(
     part_ptr,  # [blocks of N, M, P], float32
     ds_ptr,  # [M, R]
     M,
-    stride_dsm,
+    stride_dsm: tl.constexpr,
     TILES: tl.constexpr,  # rank_tiles with (first block, end block) of the tile's linear
     P: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -44,7 +44,7 @@ def _sum_chunks_kernel(
     out_ptr,  # [rows, ...], float32
     chunks,
     rows,
-    stride_out,
+    stride_out: tl.constexpr,
     BLOCKS: tl.constexpr,  # (first row, end row, first column, end column)
     P: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -82,7 +82,7 @@ def sum_blocks(
         part,
         ds,
         rows,
-        ds.stride(0),
+        stride_dsm=ds.stride(0),
         TILES=with_blocks,
         P=part.shape[2],
         BLOCK_R=block_r,
@@ -98,5 +98,5 @@ def sum_chunks(
     config = launch.config("lora_sum_chunks", out.device, torch.float32, width)
     grid = (triton.cdiv(rows, config["BLOCK_M"]), triton.cdiv(width, config["BLOCK_N"]))
     _sum_chunks_kernel[grid](
-        part, out, chunks, rows, out.stride(0), BLOCKS=blocks, P=pitch, **config
+        part, out, chunks, rows, stride_out=out.stride(0), BLOCKS=blocks, P=pitch, **config
     )
