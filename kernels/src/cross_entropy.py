@@ -66,7 +66,7 @@ def _add_block(
     MASKED: tl.constexpr,
 ):
     """The lanes' maxima and sums with one block more."""
-    offs, x, z = _block(row_ptr, start, lanes, columns, cols, cap, HAS_CAP, MASKED)
+    _, x, z = _block(row_ptr, start, lanes, columns, cols, cap, HAS_CAP, MASKED)
     if HAS_CAP:
         top = tl.maximum(top, tl.max(x, axis=1))
     higher = tl.maximum(shift, tl.max(z, axis=1))
@@ -257,7 +257,7 @@ def cross_entropy(
     grad: Tensor | None = None,  # [rows, cols] in logits' dtype; may be logits
     grad_scale: Tensor | None = None,  # [rows] float32: a factor of each row's gradient
 ) -> None:
-    """Writes loss, logprob, correct and what is given of entropy, lse and grad. Launch size: cols."""
+    """Writes loss, logprob, correct and what is given of the rest. Launch size: cols."""
     outputs = (loss, logprob, correct, entropy, lse, grad, grad_scale)
     _launch(logits, target, outputs, ignore_index, label_smoothing, softcap, z_loss, False)
 

@@ -99,7 +99,7 @@ def why_not(modules: Sequence[nn.Module]) -> str | None:
             if problem is not None:
                 return problem
     probabilities = {
-        getattr(module.lora_dropout[name], "p", 0.0)  # type: ignore[index, union-attr]
+        getattr(module.lora_dropout[name], "p", 0.0)  # type: ignore[index]
         for module in modules
         if is_lora(module)
         for name in _active(module)

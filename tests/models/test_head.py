@@ -172,7 +172,7 @@ def test_heads_whose_loss_would_differ_are_refused() -> None:
         with pytest.raises(UserError, match=rf"changes its logits \(config.{name}\)"):
             output_head(scaled)
     dora = lora_on_head(tiny_llama(), use_dora=True)
-    with pytest.raises(UserError, match="LoRA on the output head: the variant"):
+    with pytest.raises(UserError, match="LoRA on the output head: DoRA"):
         output_head(dora)
     other = tiny_llama()
     other.lm_head = torch.nn.Sequential(torch.nn.Linear(32, 97))
