@@ -66,7 +66,7 @@ def _add_block(
     MASKED: tl.constexpr,
 ):
     """The lanes' maxima and sums with one block more."""
-    offs, x, z = _block(row_ptr, start, lanes, columns, cols, cap, HAS_CAP, MASKED)
+    _, x, z = _block(row_ptr, start, lanes, columns, cols, cap, HAS_CAP, MASKED)
     if HAS_CAP:
         top = tl.maximum(top, tl.max(x, axis=1))
     higher = tl.maximum(shift, tl.max(z, axis=1))
@@ -166,7 +166,7 @@ def _cross_entropy_kernel(
             zeros = tl.zeros((BLOCK_N // VECTOR, VECTOR), grad_ptr.dtype.element_ty)
             out_ptr = grad_ptr + row * stride_grad
             offs = lanes[:, None] * VECTOR + columns[None, :]
-            for block in range(0, whole):
+            for block in range(whole):
                 tl.store(out_ptr + block * BLOCK_N + offs, zeros)
             if ragged:
                 offs += whole * BLOCK_N
@@ -182,7 +182,7 @@ def _cross_entropy_kernel(
             spread = total
             level = total
             count = tl.zeros((BLOCK_N // VECTOR,), tl.int32)
-            for block in range(0, whole):
+            for block in range(whole):
                 top, shift, total, spread, level, count = _add_block(
                     row_ptr, block * BLOCK_N, lanes, columns, cols, cap,
                     top, shift, total, spread, level, count,
@@ -209,10 +209,7 @@ def _cross_entropy_kernel(
                 mean = tl.sum(level, axis=0) / classes - lse
                 loss = (1 - label_smoothing) * loss - label_smoothing * mean
             loss += z_loss * lse * lse
-            if HAS_CAP:
-                largest = tl.max(top, axis=0)
-            else:
-                largest = highest
+            largest = tl.max(top, axis=0) if HAS_CAP else highest
             tl.store(loss_ptr + row, loss)
             tl.store(logprob_ptr + row, logprob)
             tl.store(correct_ptr + row, (chosen == largest).to(tl.int8))
@@ -234,7 +231,7 @@ def _cross_entropy_kernel(
                     row_ptr, out_ptr, whole * BLOCK_N, lanes, columns, cols, target, cap,
                     lse, of_p, of_target, everywhere, HAS_CAP, SMOOTH, True,
                 )  # fmt: skip
-            for block in range(0, whole):
+            for block in range(whole):
                 _gradient_block(
                     row_ptr, out_ptr, (whole - 1 - block) * BLOCK_N, lanes, columns, cols, target,
                     cap, lse, of_p, of_target, everywhere, HAS_CAP, SMOOTH, False,
@@ -257,7 +254,7 @@ def cross_entropy(
     grad: Tensor | None = None,  # [rows, cols] in logits' dtype; may be logits
     grad_scale: Tensor | None = None,  # [rows] float32: a factor of each row's gradient
 ) -> None:
-    """Writes loss, logprob, correct and what is given of entropy, lse and grad. Launch size: cols."""
+    """Writes loss, logprob, correct and what is given of entropy, lse, grad. Launch size: cols."""
     outputs = (loss, logprob, correct, entropy, lse, grad, grad_scale)
     _launch(logits, target, outputs, ignore_index, label_smoothing, softcap, z_loss, False)
 
