@@ -209,10 +209,7 @@ def _cross_entropy_kernel(
                 mean = tl.sum(level, axis=0) / classes - lse
                 loss = (1 - label_smoothing) * loss - label_smoothing * mean
             loss += z_loss * lse * lse
-            if HAS_CAP:
-                largest = tl.max(top, axis=0)
-            else:
-                largest = highest
+            largest = tl.max(top, axis=0) if HAS_CAP else highest
             tl.store(loss_ptr + row, loss)
             tl.store(logprob_ptr + row, logprob)
             tl.store(correct_ptr + row, (chosen == largest).to(tl.int8))
@@ -258,6 +255,7 @@ def cross_entropy(
     grad_scale: Tensor | None = None,  # [rows] float32: a factor of each row's gradient
 ) -> None:
     """Writes loss, logprob, correct and what is given of the rest. Launch size: cols."""
+    """Writes loss, logprob, correct and what is given of entropy, lse, grad. Launch size: cols."""
     outputs = (loss, logprob, correct, entropy, lse, grad, grad_scale)
     _launch(logits, target, outputs, ignore_index, label_smoothing, softcap, z_loss, False)
 

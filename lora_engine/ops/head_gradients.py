@@ -83,10 +83,10 @@ class HeadGradients:
 
 
 def scaled(x: Tensor | None, factor: Tensor) -> Tensor | None:
-    """`x * factor` in x's dtype, rounded once; factor broadcasts, and has at least x's precision.
-
-    A scalar tensor would be rounded to x's dtype first, so it is taken as a vector.
-    """
+    """`x * factor` in x's dtype, rounded once; `factor` is a float32 scalar or has x's rows."""
     if x is None:
         return None
-    return torch.mul(x, factor.reshape(-1, *(1,) * (x.dim() - 1)), out=torch.empty_like(x))
+    if factor.dim() == 0 and x.device.type == "cpu":
+        return x * factor  # a CPU keeps the scalar's precision; a GPU rounds it to x's dtype first
+    factor = factor.reshape(-1, *(1,) * (x.dim() - 1))
+    return torch.mul(x, factor, out=torch.empty_like(x))
