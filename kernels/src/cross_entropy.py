@@ -254,7 +254,6 @@ def cross_entropy(
     grad: Tensor | None = None,  # [rows, cols] in logits' dtype; may be logits
     grad_scale: Tensor | None = None,  # [rows] float32: a factor of each row's gradient
 ) -> None:
-    """Writes loss, logprob, correct and what is given of the rest. Launch size: cols."""
     """Writes loss, logprob, correct and what is given of entropy, lse, grad. Launch size: cols."""
     outputs = (loss, logprob, correct, entropy, lse, grad, grad_scale)
     _launch(logits, target, outputs, ignore_index, label_smoothing, softcap, z_loss, False)
