@@ -18,6 +18,8 @@ from torch import Tensor
 ROWS = 8192
 # Widths of models from 135M to 405B parameters, hidden and intermediate, and an unaligned one.
 COLS = (64, 576, 1001, 1536, 4096, 8192, 14336, 28672)
+# Bytes of a row that the norms' tables end with.
+WIDEST_NORM = 65536
 VOCABS = (1001, 32000, 49152, 50257, 128256, 151936, 262144)
 # The last is what --quick takes where the dtype makes no other line of the table.
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -112,6 +114,8 @@ def rms_norm(dtype: torch.dtype) -> Iterator[Call]:
     from lora_engine.kernels import rms_norm
 
     for cols in sizes("rms_norm_fwd", "rms_norm_bwd", "rms_norm_bwd_dw"):
+        if cols * dtype.itemsize > WIDEST_NORM:
+            continue
         x = empty(ROWS, cols, dtype=dtype)
         weight, rstd = empty(cols, dtype=dtype), empty(ROWS, dtype=torch.float32)
         dweight = empty(cols, dtype=torch.float32)
@@ -126,6 +130,8 @@ def layer_norm(dtype: torch.dtype) -> Iterator[Call]:
     from lora_engine.kernels import layer_norm
 
     for cols in sizes("layer_norm_fwd", "layer_norm_bwd", "layer_norm_bwd_dw"):
+        if cols * dtype.itemsize > WIDEST_NORM:
+            continue
         x = empty(ROWS, cols, dtype=dtype)
         weight, mean = empty(cols, dtype=dtype), empty(ROWS, dtype=torch.float32)
         total = empty(cols, dtype=torch.float32)
@@ -185,3 +191,38 @@ def adamw(dtype: torch.dtype) -> Iterator[Call]:
             yield call(adamw.adamw, flat, flat, flat, flat, **options)
             moments = (codes, codes, scales, scales, table)
             yield call(adamw_8bit.adamw_8bit, flat, flat, *moments, **options)
+
+
+@operation
+def lora_linear(dtype: torch.dtype) -> Iterator[Call]:
+    """A group of three linears, aligned and not, with few ranks and many, masked and not."""
+    from lora_engine.kernels import lora_linear as lora
+    from lora_engine.reference import Dropout
+
+    dropout = Dropout(0.1, 2**40 + 5)
+    for r, pad, rows in ((16, 0, ROWS), (16, 0, 512), (64, 0, 512), (3, 1, ROWS), (256, 0, ROWS)):
+        n, k, ranks = 6144, 4096, 3 * r + pad
+        outs = (slice(0, 4096), slice(4096, 5120), slice(5120, n))
+        spans = [(out, slice(i * r, (i + 1) * r)) for i, out in enumerate(outs)]
+        x = empty(rows, k + ranks, dtype=dtype)[:, :k]
+        dy = empty(rows, n + ranks, dtype=dtype)[:, :n]
+        whole = empty(n + ranks, k + ranks, dtype=dtype)
+        weight, lora_a, lora_b = whole[:n, :k], whole[n:, :k], whole[:n, k:]
+        s, dx = empty(rows, ranks, dtype=dtype), empty(rows, k, dtype=dtype)
+        d_lora_a = empty(ranks, k, dtype=torch.float32)
+        d_lora_b = empty(n, ranks, dtype=torch.float32)
+        y, bias = empty(rows, n, dtype=dtype), empty(n, dtype=dtype)
+        # float32 is multiplied exactly, without matrix instructions.
+        wide = dtype != torch.float32 and pad == 0
+        for mask in (None, dropout):
+            yield call(lora.lora_a_fwd, x, lora_a, s, spans, mask)
+            yield call(lora.lora_a_bwd, s, x, d_lora_a, spans, mask)
+            expected = ("_two_segment_kernel",) if wide else ()
+            yield call(
+                lora.lora_linear_dx, dy, weight, s, lora_a, dx, spans, mask, matrix=expected
+            )
+        for grad in (None, d_lora_b):
+            yield call(lora.lora_b_bwd, dy, lora_b, s, s, grad, spans)
+        for addend in (None, bias):
+            expected = ("_two_segment_kernel",) if wide else ()
+            yield call(lora.lora_linear_fwd, x, weight, s, lora_b, y, addend, matrix=expected)
