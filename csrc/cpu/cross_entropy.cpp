@@ -49,27 +49,36 @@ acc_t<T> largest_of(const T* x, int64_t cols) {
   return largest;
 }
 
+// The sum of term(x[i]), by blocks: one running sum over a quarter million columns would lose the
+// last two digits of what is added to it.
+template <int64_t kBlock, class T, class Term>
+acc_t<T> sum_of(const T* x, int64_t cols, Term term) {
+  using A = acc_t<T>;
+  A total = 0;
+  for (int64_t begin = 0; begin < cols; begin += kBlock) {
+    const int64_t end = begin + kBlock < cols ? begin + kBlock : cols;
+    A sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = begin; i < end; ++i) sum += term(load(x[i]));
+    total += sum;
+  }
+  return total;
+}
+
 // sum exp(z - shift)
 template <class T, bool kCap>
 acc_t<T> sum_exp(const T* x, int64_t cols, Logit<acc_t<T>, kCap> z, acc_t<T> shift) {
-  acc_t<T> sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < cols; ++i) sum += exp_acc(z(load(x[i])) - shift);
-  return sum;
+  return sum_of<8192>(x, cols, [=](acc_t<T> value) { return exp_acc(z(value) - shift); });
 }
 
 // sum exp(d) d with d = z - lse: minus the entropy. A class of probability 0 adds 0.
 template <class T, bool kCap>
 acc_t<T> sum_p_log_p(const T* x, int64_t cols, Logit<acc_t<T>, kCap> z, acc_t<T> lse) {
   using A = acc_t<T>;
-  A sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < cols; ++i) {
-    const A d = z(load(x[i])) - lse;
-    const A p = exp_acc(d);
-    sum += p == A(0) ? A(0) : p * d;
-  }
-  return sum;
+  return sum_of<512>(x, cols, [=](A value) {
+    const A d = z(value) - lse, p = exp_acc(d);
+    return p == A(0) ? A(0) : p * d;
+  });
 }
 
 // The number of classes and sum(z - shift) over them.
