@@ -1,6 +1,5 @@
 """One AdamW step with moments of eight bits."""
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -93,16 +92,8 @@ def adamw_8bit_(
         exp_avg_sq,
         exp_avg_absmax,
         exp_avg_sq_absmax,
-        _codes(params.device),
         **hyper,
         **clip,
         bias_correction1=1 - beta1**step,
         bias_correction2=1 - beta2**step,
     )
-
-
-@cache
-def _codes(device: torch.device) -> Tensor:
-    """Values of the signed and of the unsigned code, [2, 256] float32."""
-    codes = [dynamic_code.dynamic_code(signed, device) for signed in (True, False)]
-    return torch.stack(codes)
