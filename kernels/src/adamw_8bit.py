@@ -11,8 +11,9 @@ import triton
 import triton.language as tl
 from lora_engine.kernels import launch
 from lora_engine.kernels.adamw import adamw_step, clipped_scale
-from lora_engine.reference import dynamic_code
 from torch import Tensor
+
+from lora_engine.reference import dynamic_code
 
 QUANT_BLOCK = dynamic_code.BLOCK
 
