@@ -38,8 +38,8 @@ def adamw_8bit_(
     unsigned one. All four at 0 are moments of 0. The step itself is float32; then each moment takes
     the nearest code, but a positive exp_avg_sq never the code of 0, by whose root an update would
     be divided. That root is thus at least 0.06 % of its block's largest, and elements whose
-    gradients are smaller than that take smaller steps than AdamW's. params, grads and both absmax are
-    float32, all buffers contiguous. The other arguments are those of `adamw_`.
+    gradients are smaller than that take smaller steps than AdamW's. params, grads and both
+    absmax are float32, all buffers contiguous. The other arguments are those of `adamw_`.
 
     Raises ValueError where the buffers do not fit or step < 1.
     """
