@@ -2,15 +2,20 @@
 # make test    set up, then run the tests
 # make lint    ruff, mypy and clang-format
 # make bench   the training step beside TRL's, results under benchmarks/results
+# make kernels-check   compile every GPU kernel for every supported GPU; no GPU needed
+# make gpu-check OUT=… on a machine with a GPU: build, test and measure with PYTHON's own packages
 #
 # PYTHON=…  the interpreter that makes the environment
 # VENV=…    the environment's folder; empty (VENV=) installs into PYTHON's own environment and leaves
 #           the packages that are there, such as a CUDA build of torch, as they are
 # ARGS=…    passed on to the command
+# OUT=…     gpu-check's folder for results; MINUTES=… the time it may take
 
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+OUT ?= build/gpu-check-results
+MINUTES ?= 8
 
 ifeq ($(strip $(VENV)),)
 PY := $(PYTHON)
@@ -28,7 +33,7 @@ PIP := $(PY) -m pip --disable-pip-version-check --quiet install
 CSRC := $(shell find csrc -name '*.?pp' -o -name '*.cu*')
 BUILD_INPUTS := pyproject.toml setup.py constraints.txt $(CSRC)
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test lint format bench kernels-check gpu-check clean
 
 demo: $(STAMPS)/train $(STAMPS)/model
 	$(BIN)/lora-engine demo $(ARGS)
@@ -49,6 +54,13 @@ format: $(STAMPS)/lint
 
 bench: $(STAMPS)/bench $(STAMPS)/model
 	$(PY) benchmarks/train_step.py $(ARGS)
+
+kernels-check: $(STAMPS)/test
+	$(PY) kernels/check.py $(ARGS)
+
+# Neither VENV nor the network: the machine's own torch is what is measured.
+gpu-check:
+	$(PYTHON) benchmarks/gpu_check.py --out $(OUT) --minutes $(MINUTES) $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info lora_engine/_C*.so

@@ -17,6 +17,7 @@ import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from sysconfig import get_config_var
 
 from pybind11.setup_helpers import Pybind11Extension
 from setuptools import setup
@@ -87,6 +88,11 @@ def cuda_link_flags(nvcc: str) -> list[str]:
 
 class BuildKernels(build_ext):
     """Compiles every kernel file once for each instruction set, files in parallel."""
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        # Kept between builds, also those that pip makes in a folder that it throws away.
+        self.build_temp = str(ROOT / "build" / f"objects-{get_config_var('SOABI')}")
 
     def build_extension(self, ext: Pybind11Extension) -> None:
         nvcc = find_nvcc()

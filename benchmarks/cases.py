@@ -6,13 +6,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from measure import Matmul, linear_matmuls
-from registry import Problem, Size, Work, case
+from registry import EPS, Problem, Size, Work, case
 from torch import Tensor
 
 from lora_engine import ops, reference
 from lora_engine.testing import cu_seqlens
 
-EPS = 1e-5
 SCALING = 2.0
 BETAS = (0.9, 0.999)
 ADAMW: dict[str, Any] = {"lr": 1e-4, "eps": 1e-8, "weight_decay": 0.01}
@@ -26,42 +25,71 @@ def _normal(
 
 @case
 def rms_norm(size: Size, dtype: torch.dtype, device: torch.device) -> Problem:
-    """Forward reads x and writes y; backward reads dy and x and writes dx (weight frozen)."""
+    """With the residual addition; the weight is frozen.
+
+    Forward reads x and the residual and writes h and y; backward reads both gradients and h and
+    writes one gradient.
+    """
+    hidden = size.model.hidden
+    x, residual = (_normal(size.tokens, hidden, dtype=dtype, device=device) for _ in range(2))
+    weight = _normal(hidden, dtype=dtype, device=device, grad=False)
+
+    def eager(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        h = x + residual
+        return F.rms_norm(h, (hidden,), weight, EPS), h
+
+    return Problem(
+        (x, residual, weight),
+        ours=lambda x, r, w: ops.rms_norm(x, w, EPS, residual=r),
+        eager=eager,
+        oracle=lambda x, r, w: reference.rms_norm(x, w, EPS, residual=r),
+        forward=Work(4 * x.nbytes),
+        both=Work(8 * x.nbytes),
+    )
+
+
+@case
+def layer_norm(size: Size, dtype: torch.dtype, device: torch.device) -> Problem:
+    """Forward reads x and writes y; backward reads dy and x and writes dx (parameters frozen)."""
     hidden = size.model.hidden
     x = _normal(size.tokens, hidden, dtype=dtype, device=device)
-    weight = _normal(hidden, dtype=dtype, device=device, grad=False)
-    row = x.nbytes
+    weight, bias = (_normal(hidden, dtype=dtype, device=device, grad=False) for _ in range(2))
     return Problem(
-        (x, weight),
-        ours=lambda x, w: ops.rms_norm(x, w, EPS),
-        eager=lambda x, w: F.rms_norm(x, (hidden,), w, EPS),
-        oracle=lambda x, w: reference.rms_norm(x, w, EPS),
-        forward=Work(2 * row),
-        both=Work(5 * row),
+        (x, weight, bias),
+        ours=lambda x, w, b: ops.layer_norm(x, w, b, EPS),
+        eager=lambda x, w, b: F.layer_norm(x, (hidden,), w, b, EPS),
+        oracle=lambda x, w, b: reference.layer_norm(x, w, b, EPS),
+        forward=Work(2 * x.nbytes),
+        both=Work(5 * x.nbytes),
     )
 
 
 @case
 def rope(size: Size, dtype: torch.dtype, device: torch.device) -> Problem:
-    """The rotation of the queries; forward and backward read and write them once each."""
-    heads, dim = size.model.heads, size.model.head_dim
-    x = _normal(size.tokens, heads, dim, dtype=dtype, device=device)
+    """Queries and keys in one call; forward and backward read and write them once each."""
+    heads, kv_heads, dim = size.model.heads, size.model.kv_heads, size.model.head_dim
+    q = _normal(size.tokens, heads, dim, dtype=dtype, device=device)
+    k = _normal(size.tokens, kv_heads, dim, dtype=dtype, device=device)
     half = _normal(size.tokens, dim // 2, dtype=torch.float32, device=device, grad=False)
     angles = torch.cat((half, half), dim=-1)
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
 
-    def eager(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def turned(x: Tensor) -> Tensor:
         first, second = x.chunk(2, dim=-1)
-        return x * cos[:, None] + torch.cat((-second, first), dim=-1) * sin[:, None]
+        return torch.cat((-second, first), dim=-1)
 
-    tables = cos.nbytes + sin.nbytes
+    def eager(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        cos, sin = cos[:, None], sin[:, None]
+        return q * cos + turned(q) * sin, k * cos + turned(k) * sin
+
+    heads_bytes, tables = q.nbytes + k.nbytes, cos.nbytes + sin.nbytes
     return Problem(
-        (x, cos, sin),
+        (q, k, cos, sin),
         ours=ops.rope,
         eager=eager,
         oracle=reference.rope,
-        forward=Work(2 * x.nbytes + tables),
-        both=Work(4 * x.nbytes + 2 * tables),
+        forward=Work(2 * heads_bytes + tables),
+        both=Work(4 * heads_bytes + 2 * tables),
     )
 
 
@@ -72,9 +100,9 @@ def glu(size: Size, dtype: torch.dtype, device: torch.device) -> Problem:
     gate, up = (_normal(*shape, dtype=dtype, device=device) for _ in range(2))
     return Problem(
         (gate, up),
-        ours=ops.swiglu,
+        ours=ops.glu,
         eager=lambda gate, up: F.silu(gate) * up,
-        oracle=reference.swiglu,
+        oracle=reference.glu,
         forward=Work(3 * gate.nbytes),
         both=Work(8 * gate.nbytes),
     )
@@ -82,14 +110,14 @@ def glu(size: Size, dtype: torch.dtype, device: torch.device) -> Problem:
 
 @case
 def cross_entropy(size: Size, dtype: torch.dtype, device: torch.device) -> Problem:
-    """Forward reads the logits; with the backward pass their gradient is written as well."""
+    """The mean. Forward reads the logits; the backward pass also writes their gradient."""
     logits = _normal(size.targets, size.model.vocab, dtype=dtype, device=device)
     target = torch.randint(size.model.vocab, (size.targets,), device=device)
     return Problem(
         (logits, target),
-        ours=ops.cross_entropy,
-        eager=lambda logits, t: F.cross_entropy(logits.float(), t, reduction="none"),
-        oracle=reference.cross_entropy,
+        ours=lambda logits, t: ops.cross_entropy(logits, t).mean(),
+        eager=lambda logits, t: F.cross_entropy(logits.float(), t),
+        oracle=lambda logits, t: reference.cross_entropy(logits, t).mean(),
         forward=Work(logits.nbytes),
         both=Work(2 * logits.nbytes),
     )
@@ -97,7 +125,7 @@ def cross_entropy(size: Size, dtype: torch.dtype, device: torch.device) -> Probl
 
 @case
 def linear_cross_entropy(size: Size, dtype: torch.dtype, device: torch.device) -> Problem:
-    """A frozen head: the logits' product, and dx's with the backward pass."""
+    """The mean, a frozen head: the logits' product, and dx's with the backward pass."""
     rows, hidden_size, vocab = size.targets, size.model.hidden, size.model.vocab
     hidden = _normal(rows, hidden_size, dtype=dtype, device=device)
     weight = _normal(
@@ -107,9 +135,9 @@ def linear_cross_entropy(size: Size, dtype: torch.dtype, device: torch.device) -
     forward, both = _matmul_work(linear_matmuls(rows, vocab, hidden_size))
     return Problem(
         (hidden, weight, target),
-        ours=lambda h, w, t: ops.linear_cross_entropy(h, w, t, reduction="none").loss,
-        eager=lambda h, w, t: F.cross_entropy(F.linear(h, w).float(), t, reduction="none"),
-        oracle=lambda h, w, t: reference.linear_cross_entropy(h, w, t)[0],
+        ours=lambda h, w, t: ops.linear_cross_entropy(h, w, t).loss,
+        eager=lambda h, w, t: F.cross_entropy(F.linear(h, w).float(), t),
+        oracle=lambda h, w, t: reference.linear_cross_entropy(h, w, t)[0].mean(),
         forward=forward,
         both=both,
     )
@@ -197,7 +225,8 @@ def adamw(size: Size, dtype: torch.dtype, device: torch.device) -> Problem:
         params: Tensor, grads: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor
     ) -> tuple[Tensor, ...]:
         optimizer = torch.optim.AdamW([params], betas=BETAS, fused=True, **ADAMW)
-        state = {"step": torch.tensor(9.0), "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+        step = torch.tensor(9.0, device=params.device)
+        state = {"step": step, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
         optimizer.state[params] = state
         params.grad = grads
         optimizer.step()

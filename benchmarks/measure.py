@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import gpu_timing
 import torch
 
 Thunk = Callable[[], object]
@@ -64,14 +65,34 @@ def extra_memory(run: Thunk, device: torch.device) -> int:
     return max(0, peak_resident_bytes() - held)
 
 
+class Restored:
+    """A run whose tensors are what they were once `restore` is called, outside the time."""
+
+    def __init__(self, run: Thunk, tensors: Sequence[torch.Tensor]) -> None:
+        self.run, self.tensors = run, tensors
+        self.originals = [x.detach().clone() for x in tensors]
+
+    def __call__(self) -> object:
+        return self.run()
+
+    def restore(self) -> None:
+        with torch.no_grad():
+            for x, original in zip(self.tensors, self.originals, strict=True):
+                x.copy_(original)
+
+
 @dataclass(frozen=True)
 class Timing:
-    """Wall time of one call, in seconds, over `samples` samples."""
+    """Time of one call, in seconds, over `samples` samples.
+
+    queued: on a GPU, where the others are its own time, what the processor takes to queue a call.
+    """
 
     median: float
     fastest: float
     slowest: float
     samples: int
+    queued: float | None = None
 
 
 def time_alternating(
@@ -83,8 +104,15 @@ def time_alternating(
 ) -> dict[str, Timing]:
     """Time several functions turn by turn, so that whatever else the machine does hits them alike.
 
-    A sample is the mean of as many calls as fill `sample_seconds`, at least one.
+    On the CPU wall time: a sample is the mean of as many calls as fill `sample_seconds`, at least
+    one. On a GPU its own time, as gpu_timing.py says.
     """
+    if device.type == "cuda":
+        found = gpu_timing.time_alternating(runs, gpu_timing.CudaGpu(device), samples=samples)
+        return {
+            name: Timing(statistics.median(x), min(x), max(x), len(x), queued)
+            for name, (x, queued) in found.items()
+        }
     calls = {name: _calls_per_sample(run, device, sample_seconds) for name, run in runs.items()}
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(samples):

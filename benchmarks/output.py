@@ -4,10 +4,11 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
+
+from text_table import table as table
 
 from lora_engine.machine import installed_version, machine_facts
 
@@ -31,22 +32,6 @@ def header(run: dict[str, Any]) -> str:
         lines.append(", ".join(f"{name} {value}" for name, value in run[part].items()))
     lines.append(f"load average at the start {run['load_average']:.1f}")
     return "\n".join(f"- {line}" for line in lines)
-
-
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
-    """A Markdown table that also reads well in a terminal; the first `left` columns are text."""
-    lines = [list(columns), *map(list, rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
-
-    def format_line(cells: Sequence[str]) -> str:
-        padded = [
-            cell.ljust(width) if i < left else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
-        ]
-        return "| " + " | ".join(padded) + " |"
-
-    rule = ["-" * width if i < left else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
-    return "\n".join([format_line(columns), format_line(rule), *map(format_line, rows)])
 
 
 def write(out: Path, result: dict[str, Any], text: str) -> tuple[Path, Path]:

@@ -15,6 +15,16 @@ from train_flops import ModelShape
 
 Function: TypeAlias = Callable[..., Tensor | tuple[Tensor, ...]]
 
+EPS = 1e-5
+
+
+@dataclass(frozen=True)
+class Contender:
+    """An implementation of a case. in_place: it changes its inputs, where ours need not."""
+
+    function: Function
+    in_place: bool = False
+
 
 @dataclass(frozen=True)
 class Work:
@@ -70,12 +80,33 @@ class Size:
 
 Builder: TypeAlias = Callable[[Size, torch.dtype, torch.device], Problem]
 
+
+def pointwise(rows: int, cols: int, head_dim: int) -> Size:
+    """Rows of `cols` numbers, whatever they are: a model's width, its MLP's, its heads together."""
+    heads = cols // head_dim
+    return Size(
+        ModelShape(1, cols, cols, heads, max(1, heads // 4), head_dim, 49152),
+        (rows // 8,) * 8,
+        rows,
+    )
+
+
+LLAMA_8B = ModelShape(32, 4096, 14336, 32, 8, 128, 128256)
+POINTWISE = {
+    "8192x4096": pointwise(8192, 4096, 128),
+    "8192x576": pointwise(8192, 576, 64),
+    "4096x4096": pointwise(4096, 4096, 128),
+    "8192x1536": pointwise(8192, 1536, 64),
+    "8192x14336": pointwise(8192, 14336, 128),
+}
 SIZES = {
     "tiny": Size(ModelShape(2, 32, 48, 4, 2, 8, 97), (5, 1, 7), 4, rank=4),
     "smollm2": Size(
         ModelShape(30, 576, 1536, 9, 3, 64, 49152), (270, 87, 208, 85, 97, 90, 62, 246), 84
     ),
-    "llama-8b": Size(ModelShape(32, 4096, 14336, 32, 8, 128, 128256), (512,) * 2, 128),
+    "llama-8b": Size(LLAMA_8B, (512,) * 2, 128),
+    "hopper": Size(LLAMA_8B, (1024,) * 8, 8192),
+    **POINTWISE,
 }
 CASES: dict[str, Builder] = {}
 

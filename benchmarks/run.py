@@ -6,25 +6,31 @@ A case is timed only if its results match the reference first; the exit status i
 """
 
 import argparse
+import gc
+import importlib.util
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import cases  # noqa: F401  (registers the cases)
+import kernel_report
+import liger
 import measure
 import output
 import torch
-from registry import CASES, SIZES, Function, Problem, Work, as_tuple
+from journal import Journal, started
+from plans import Item, plan_for
+from registry import CASES, SIZES, Contender, Problem, Work, as_tuple
 from torch import Tensor
+from verify import copies, references, upstream, verify
 
 from lora_engine import backends
-from lora_engine.testing import assert_as_good_as
 
-# How much worse than PyTorch's own error in the same dtype, relative to the largest magnitude.
-TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2**-8}
-COLUMNS = ("case", "pass", "implementation", "µs", "rate", "of ceiling", "extra MiB")
+LONGEST_MESSAGE = 500
+DEVICE_LOST = 3
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -32,67 +38,29 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--cases", nargs="+", choices=sorted(CASES), default=list(CASES))
-    parser.add_argument("--size", choices=sorted(SIZES), default="smollm2")
+    parser.add_argument("--size", nargs="+", choices=sorted(SIZES), default=["smollm2"])
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--samples", type=int, default=15, help="timing samples each")
     parser.add_argument("--compile", action="store_true", help="also torch.compile of PyTorch's")
+    parser.add_argument(
+        "--plan",
+        action="store_true",
+        help="instead of --cases, --size, --dtype and --compile: everything in order of importance",
+    )
+    parser.add_argument("--minutes", type=float, help="begin nothing more after so long")
+    parser.add_argument(
+        "--append",
+        type=Path,
+        metavar="FILE",
+        help="write each result to FILE at once, a JSON object a line; what FILE has is left out",
+    )
     parser.add_argument("--out", type=Path, help="write OUT.json and OUT.md")
     return parser.parse_args(argv)
 
 
-def verify(problem: Problem, function: Function) -> None:
-    """Raise AssertionError unless results and gradients match the reference.
-
-    They may be as far from the float64 oracle as PyTorch's are in the same dtype, and TOLERANCES
-    beyond.
-    """
-    tolerance = TOLERANCES[problem.inputs[0].dtype]
-    expected = _outputs_and_gradients(problem, problem.oracle, torch.float64)
-    peer = _outputs_and_gradients(problem, problem.eager)
-    actual = _outputs_and_gradients(problem, function)
-    for (what, oracle), (_, theirs), (_, mine) in zip(expected, peer, actual, strict=True):
-        assert_as_good_as(mine, theirs, oracle, tolerance=tolerance, what=what)
-
-
-def _outputs_and_gradients(
-    problem: Problem, function: Function, dtype: torch.dtype | None = None
-) -> list[tuple[str, Tensor]]:
-    inputs = problem.inputs
-    if dtype is not None:
-        inputs = tuple(_converted(x, dtype) for x in inputs)
-    elif problem.in_place:
-        inputs = tuple(x.clone() for x in inputs)
-    outputs = as_tuple(function(*inputs))
-    named = [(f"output {i}", output.detach()) for i, output in enumerate(outputs)]
-    if problem.both is not None:
-        for i, gradient in enumerate(_gradients(inputs, outputs)):
-            named.append((f"gradient {i}", gradient))
-    return named
-
-
-def _converted(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return (
-        x.detach()
-        .to(dtype if x.is_floating_point() else x.dtype, copy=True)
-        .requires_grad_(x.requires_grad)
-    )
-
-
-def _gradients(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Gradients of a fixed weighted sum of the outputs."""
-    wanted = [x for x in inputs if x.requires_grad]
-    return torch.autograd.grad(outputs, wanted, [_upstream(output) for output in outputs])
-
-
-def _upstream(output: Tensor) -> Tensor:
-    """The same values whatever the dtype, none of them special."""
-    ramp = torch.arange(output.numel(), device=output.device, dtype=torch.float32)
-    return torch.cos(ramp).view(output.shape).to(torch.bfloat16).to(output.dtype)
-
-
 def measure_case(
-    problem: Problem, functions: dict[str, Function], device: torch.device, samples: int
+    problem: Problem, contenders: dict[str, Contender], device: torch.device, samples: int
 ) -> Iterator[dict[str, Any]]:
     """One row per pass and implementation."""
     if problem.both is None:
@@ -101,8 +69,8 @@ def measure_case(
         passes = [("forward", problem.forward), ("forward+backward", problem.both)]
     for pass_name, work in passes:
         runs = {
-            name: _run(problem, function, backward=work is problem.both)
-            for name, function in functions.items()
+            name: _run(problem, contender, backward=work is problem.both)
+            for name, contender in contenders.items()
         }
         ceiling = _ceiling(work, problem.inputs[0].dtype, device)
         timings = measure.time_alternating({**runs, "": ceiling}, device, samples=samples)
@@ -121,18 +89,26 @@ def measure_case(
             }
 
 
-def _run(problem: Problem, function: Function, *, backward: bool) -> measure.Thunk:
-    inputs = problem.inputs
+def _run(problem: Problem, contender: Contender, *, backward: bool) -> measure.Thunk:
+    function = contender.function
+    inputs = copies(problem.inputs) if contender.in_place else problem.inputs
+    gradients: list[Tensor] = []
     if not backward:
+        # Without the flag that a gradient is wanted, which some read although none is recorded.
+        inputs = tuple(x.detach() for x in inputs)
 
-        def forward() -> object:
+        def run() -> object:
             with torch.no_grad():
                 return function(*inputs)
 
-        return forward
-    wanted = [x for x in inputs if x.requires_grad]
-    upstream = [_upstream(output) for output in as_tuple(function(*inputs))]
-    return lambda: torch.autograd.grad(as_tuple(function(*inputs)), wanted, upstream)
+    else:
+        wanted = [x for x in inputs if x.requires_grad]
+        gradients = [upstream(output) for output in as_tuple(function(*inputs))]
+
+        def run() -> object:
+            return torch.autograd.grad(as_tuple(function(*inputs)), wanted, gradients)
+
+    return measure.Restored(run, [*inputs, *gradients]) if contender.in_place else run
 
 
 def _ceiling(work: Work, dtype: torch.dtype, device: torch.device) -> measure.Thunk:
@@ -145,66 +121,149 @@ def _ceiling_amount(work: Work) -> int:
     return work.amount if work.matmuls is None else sum(m.flops for m in work.matmuls)
 
 
-def run_cases(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[str]]:
-    """Rows of all cases that match the reference, and a line about each that does not."""
-    device, dtype, size = torch.device(args.device), getattr(torch, args.dtype), SIZES[args.size]
-    rows, failures = [], []
-    for name in args.cases:
-        torch.manual_seed(0)
-        problem = CASES[name](size, dtype, device)
-        functions = {"ours": problem.ours, "pytorch": problem.eager}
-        if args.compile:
-            functions["torch.compile"] = torch.compile(problem.eager, dynamic=False)
+def run_items(
+    items: Sequence[Item], args: argparse.Namespace, journal: Journal
+) -> tuple[list[dict[str, Any]], list[str], list[str]]:
+    """Rows of the items that match the reference, a line about each that does not, and notes.
+
+    Raises DeviceLostError where an error of the GPU leaves it unusable for this process.
+    """
+    device = torch.device(args.device)
+    deadline = time.monotonic() + 60 * args.minutes if args.minutes is not None else None
+    rows: list[dict[str, Any]] = []
+    failures: list[str] = []
+    notes: list[str] = []
+    for index, item in enumerate(items):
+        if deadline is not None and time.monotonic() > deadline:
+            notes.append(f"{len(items) - index} of {len(items)} left out, the time was over")
+            journal.add("note", message=notes[-1])
+            break
+        journal.add("start", item=item.fields())
         try:
-            for function in functions.values():
-                verify(problem, function)
-        except AssertionError as error:
-            failures.append(f"{name}: not timed, {error}")
-            continue
-        chosen = asdict(backends.explain(name, device, problem.inputs[0].dtype))
-        for row in measure_case(problem, functions, device, args.samples):
-            rows.append({"case": name, "choice": chosen, **row})
-    return rows, failures
+            for row in _run_item(item, device, args, journal, notes):
+                rows.append(row)
+                journal.add("row", item=item.fields(), **row)
+        except Exception as error:
+            failures.append(f"{item.case}: not timed, {_one_line(error)}")
+            journal.add("failure", item=item.fields(), message=failures[-1])
+            del error
+            if not _usable(device):
+                raise DeviceLostError(failures[-1]) from None
+        journal.add("end", item=item.fields())
+        _free(device)
+    return rows, failures, notes
+
+
+class DeviceLostError(RuntimeError):
+    """The GPU answers every further call of this process with an error."""
+
+
+def _run_item(
+    item: Item, device: torch.device, args: argparse.Namespace, journal: Journal, notes: list[str]
+) -> Iterator[dict[str, Any]]:
+    torch.manual_seed(0)
+    problem = CASES[item.case](SIZES[item.size], getattr(torch, item.dtype), device)
+    chosen = asdict(backends.explain(item.case, device, problem.inputs[0].dtype))
+    if args.plan and chosen["impl"] == "reference":
+        notes.append(f"{item.case}: left out, {chosen['reason']}")
+        journal.add("skipped", item=item.fields(), message=notes[-1])
+        return
+    expected = references(problem)
+    verify(problem, problem.ours, expected)
+    contenders = {"ours": Contender(problem.ours), "pytorch": Contender(problem.eager)}
+    for name, contender in _others(item, problem, device):
+        try:
+            verify(problem, contender.function, expected, in_place=contender.in_place)
+        except Exception as error:
+            notes.append(f"{item.case}, {item.size}: {name} not timed, {_one_line(error)}")
+            journal.add("skipped", item=item.fields(), message=notes[-1])
+            if not _usable(device):
+                raise
+        else:
+            contenders[name] = contender
+    del expected
+    _free(device)
+    for row in measure_case(problem, contenders, device, args.samples):
+        size = {"size": item.size, "dtype": item.dtype}
+        yield {"case": item.case, **size, "choice": chosen, **row}
+
+
+def _others(item: Item, problem: Problem, device: torch.device) -> Iterator[tuple[str, Contender]]:
+    """What is timed beside ours and PyTorch as it is."""
+    if item.compile:
+        # Sizes share a function's code, and after a few recompilations it would run as it is.
+        torch.compiler.reset()
+        yield "torch.compile", Contender(torch.compile(problem.eager, dynamic=False))
+    if device.type == "cuda" and importlib.util.find_spec("liger_kernel") is not None:
+        found = liger.contender(item.case, problem)
+        if found is not None:
+            yield "liger", found
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
+    return kind + (text if len(text) <= LONGEST_MESSAGE else text[:LONGEST_MESSAGE] + " ...")
+
+
+def _usable(device: torch.device) -> bool:
+    """Whether the device still works after an error: some leave the process without it."""
+    try:
+        torch.ones(1, device=device).item()
+    except RuntimeError:
+        return False
+    return True
+
+
+def _free(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def render(result: dict[str, Any]) -> str:
     """The whole result as Markdown that also reads well in a terminal."""
-    lines = [
-        [
-            row["case"],
-            row["pass"],
-            row["implementation"],
-            f"{row['seconds']['median'] * 1e6:.0f}",
-            f"{row['rate'] / 1e9:.1f} {row['unit']}",
-            f"{row['share_of_ceiling']:.0%}",
-            f"{row['extra_bytes'] / 2**20:.1f}",
-        ]
-        for row in result["rows"]
-    ]
-    choices = {row["case"]: row["choice"] for row in result["rows"]}
-    ours = [f"- {name}: {c['impl']} ({c['reason']})" for name, c in choices.items()]
     return "\n\n".join(
         [
             f"# Kernels, {result['size']}, {result['dtype']}",
             output.header(result),
-            output.table(COLUMNS, lines, left=3),
-            "What ran as ours:\n" + "\n".join(ours),
+            kernel_report.rows_table(result["rows"]),
+            kernel_report.choices(result["rows"]),
             *result["failures"],
+            *result["notes"],
         ]
     )
+
+
+def items_of(args: argparse.Namespace) -> list[Item]:
+    """What the arguments ask for, without what the journal has already."""
+    if args.plan:
+        items = plan_for(torch.device(args.device), CASES)
+    else:
+        names = [(case, size) for size in args.size for case in args.cases]
+        items = [Item(case, size, args.dtype, args.compile) for case, size in names]
+    done = started(args.append)
+    return [item for item in items if item.fields() not in done]
 
 
 def main() -> None:
     args = parse_arguments()
     context = output.context()
-    rows, failures = run_cases(args)
+    journal = Journal(args.append)
+    journal.add("context", **context)
+    try:
+        rows, failures, notes = run_items(items_of(args), args, journal)
+    except DeviceLostError as error:
+        print(error, file=sys.stderr)
+        sys.exit(DEVICE_LOST)
     result = {
         **context,
-        "size": args.size,
+        "size": "plan" if args.plan else " ".join(args.size),
         "dtype": args.dtype,
         "device": args.device,
         "rows": rows,
         "failures": failures,
+        "notes": notes,
     }
     text = render(result)
     print(text)

@@ -50,6 +50,15 @@ PYBIND11_MODULE(_C, m) {
       .value("float32", DType::kFloat32)
       .value("bfloat16", DType::kBFloat16)
       .value("float64", DType::kFloat64);
+  py::enum_<Activation>(m, "Activation")
+      .value("silu", Activation::kSilu)
+      .value("gelu", Activation::kGelu)
+      .value("gelu_tanh", Activation::kGeluTanh);
+  py::class_<RopeHeads>(m, "RopeHeads")
+      .def(py::init([](Address x, Address y, int64_t heads, int64_t x_stride, int64_t x_head_stride,
+                       int64_t y_stride, int64_t y_head_stride) {
+        return RopeHeads{in(x), out(y), heads, x_stride, x_head_stride, y_stride, y_head_stride};
+      }));
 
   m.def("isa", [] { return std::string(table().isa); }, "The instruction set in use.");
   m.def("select_isa", &select_isa, py::arg("isa"),
@@ -73,57 +82,87 @@ PYBIND11_MODULE(_C, m) {
 
   m.def(
       "rms_norm_fwd",
-      [](DType dtype, Address x, Address weight, Address y, Address rstd, int64_t rows,
-         int64_t cols, int64_t x_stride, int64_t y_stride, double eps) {
-        table().rms_norm_fwd(
-            dtype, {in(x), in(weight), out(y), out(rstd), rows, cols, x_stride, y_stride, eps});
+      [](DType dtype, Address x, Address residual, Address weight, Address y, Address h,
+         Address rstd, int64_t rows, int64_t cols, int64_t x_stride, int64_t residual_stride,
+         int64_t y_stride, double eps, double offset) {
+        table().rms_norm_fwd(dtype, {in(x), in(residual), in(weight), out(y), out(h), out(rstd),
+                                     rows, cols, x_stride, residual_stride, y_stride, eps, offset});
       },
       release);
 
   m.def(
       "rms_norm_bwd",
-      [](DType dtype, Address dy, Address x, Address weight, Address rstd, Address dx,
-         Address dweight, int64_t rows, int64_t cols, int64_t dy_stride, int64_t x_stride) {
-        table().rms_norm_bwd(dtype, {in(dy), in(x), in(weight), in(rstd), out(dx), out(dweight),
-                                     rows, cols, dy_stride, x_stride});
+      [](DType dtype, Address dy, Address dh, Address h, Address weight, Address rstd, Address dx,
+         Address dweight, int64_t rows, int64_t cols, int64_t dy_stride, int64_t dh_stride,
+         int64_t h_stride, int64_t dx_stride, double offset) {
+        table().rms_norm_bwd(
+            dtype, {in(dy), in(dh), in(h), in(weight), in(rstd), out(dx), out(dweight), rows, cols,
+                    dy_stride, dh_stride, h_stride, dx_stride, offset});
+      },
+      release);
+
+  m.def(
+      "layer_norm_fwd",
+      [](DType dtype, Address x, Address weight, Address bias, Address y, Address mean,
+         Address rstd, int64_t rows, int64_t cols, int64_t x_stride, int64_t y_stride, double eps) {
+        table().layer_norm_fwd(dtype, {in(x), in(weight), in(bias), out(y), out(mean), out(rstd),
+                                       rows, cols, x_stride, y_stride, eps});
+      },
+      release);
+
+  m.def(
+      "layer_norm_bwd",
+      [](DType dtype, Address dy, Address x, Address weight, Address mean, Address rstd, Address dx,
+         Address dweight, Address dbias, int64_t rows, int64_t cols, int64_t dy_stride,
+         int64_t x_stride, int64_t dx_stride) {
+        table().layer_norm_bwd(
+            dtype, {in(dy), in(x), in(weight), in(mean), in(rstd), out(dx), out(dweight),
+                    out(dbias), rows, cols, dy_stride, x_stride, dx_stride});
       },
       release);
 
   m.def(
       "rope",
-      [](DType dtype, Address x, Address y, Address cos, Address sin, int64_t tokens, int64_t heads,
-         int64_t head_dim, int64_t x_stride, int64_t y_stride, bool inverse) {
-        table().rope(dtype, {in(x), out(y), in(cos), in(sin), tokens, heads, head_dim, x_stride,
-                             y_stride, inverse});
+      [](DType dtype, const RopeHeads& q, const RopeHeads& k, DType table_dtype, Address cos,
+         Address sin, Address position_ids, int64_t tokens, int64_t head_dim, int64_t rotary_dim,
+         int64_t cos_stride, int64_t sin_stride, bool interleaved, bool inverse) {
+        table().rope(dtype, {q, k, in(cos), in(sin), static_cast<const int64_t*>(in(position_ids)),
+                             table_dtype, tokens, head_dim, rotary_dim, cos_stride, sin_stride,
+                             interleaved, inverse});
       },
       release);
 
   m.def(
-      "swiglu_fwd",
-      [](DType dtype, Address gate, Address up, Address y, int64_t rows, int64_t cols,
-         int64_t gate_stride, int64_t up_stride, int64_t y_stride) {
-        table().swiglu_fwd(
-            dtype, {in(gate), in(up), out(y), rows, cols, gate_stride, up_stride, y_stride});
+      "glu_fwd",
+      [](DType dtype, Activation activation, Address gate, Address up, Address y, int64_t rows,
+         int64_t cols, int64_t gate_stride, int64_t up_stride, int64_t y_stride) {
+        table().glu_fwd(dtype, {in(gate), in(up), out(y), rows, cols, gate_stride, up_stride,
+                                y_stride, activation});
       },
       release);
 
   m.def(
-      "swiglu_bwd",
-      [](DType dtype, Address dy, Address gate, Address up, Address dgate, Address dup,
-         int64_t rows, int64_t cols, int64_t dy_stride, int64_t gate_stride, int64_t up_stride,
-         int64_t dgate_stride, int64_t dup_stride) {
-        table().swiglu_bwd(dtype, {in(dy), in(gate), in(up), out(dgate), out(dup), rows, cols,
-                                   dy_stride, gate_stride, up_stride, dgate_stride, dup_stride});
+      "glu_bwd",
+      [](DType dtype, Activation activation, Address dy, Address gate, Address up, Address dgate,
+         Address dup, Address h, int64_t rows, int64_t cols, int64_t dy_stride, int64_t gate_stride,
+         int64_t up_stride, int64_t dgate_stride, int64_t dup_stride, int64_t h_stride) {
+        table().glu_bwd(
+            dtype, {in(dy), in(gate), in(up), out(dgate), out(dup), out(h), rows, cols, dy_stride,
+                    gate_stride, up_stride, dgate_stride, dup_stride, h_stride, activation});
       },
       release);
 
   m.def(
       "cross_entropy",
-      [](DType dtype, Address logits, Address target, Address loss, Address correct, int64_t rows,
-         int64_t cols, int64_t stride, int64_t ignore_index, bool gradient) {
-        table().cross_entropy(dtype, {out(logits), static_cast<const int64_t*>(in(target)),
-                                      out(loss), static_cast<uint8_t*>(out(correct)), rows, cols,
-                                      stride, ignore_index, gradient});
+      [](DType dtype, Address logits, Address target, Address loss, Address logprob,
+         Address entropy, Address lse, Address correct, Address grad, Address grad_scale,
+         int64_t rows, int64_t cols, int64_t stride, int64_t grad_stride, int64_t ignore_index,
+         double label_smoothing, double softcap, double z_loss, bool lse_given) {
+        table().cross_entropy(
+            dtype, {in(logits), static_cast<const int64_t*>(in(target)), out(loss), out(logprob),
+                    out(entropy), out(lse), static_cast<uint8_t*>(out(correct)), out(grad),
+                    in(grad_scale), rows, cols, stride, grad_stride, ignore_index, label_smoothing,
+                    softcap, z_loss, lse_given});
       },
       release);
 
@@ -166,6 +205,14 @@ PYBIND11_MODULE(_C, m) {
         table().adamw(dtype, {out(params), in(grads), out(exp_avg), out(exp_avg_sq), count, lr,
                               beta1, beta2, eps, weight_decay, bias_correction1, bias_correction2,
                               grad_scale, in(grad_norm), max_grad_norm});
+      },
+      release);
+
+  m.def(
+      "dropout",
+      [](DType dtype, Address x, Address y, int64_t rows, int64_t cols, int64_t x_stride,
+         int64_t y_stride, double p, uint64_t seed, uint32_t stream) {
+        table().dropout(dtype, {in(x), out(y), rows, cols, x_stride, y_stride, p, seed, stream});
       },
       release);
 

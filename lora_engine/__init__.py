@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "accelerate": "lora_engine.models.accelerate",
     "restore": "lora_engine.models.accelerate",
+    "route_adapters": "lora_engine.models.routing",
     "load_model": "lora_engine.models.load",
     "Trainer": "lora_engine.training.trainer",
     "TrainConfig": "lora_engine.training.config",
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from lora_engine.models.accelerate import accelerate as accelerate
     from lora_engine.models.accelerate import restore as restore
     from lora_engine.models.load import load_model as load_model
+    from lora_engine.models.routing import route_adapters as route_adapters
     from lora_engine.training.config import TrainConfig as TrainConfig
     from lora_engine.training.trainer import Trainer as Trainer
 

@@ -29,12 +29,13 @@ IMPLEMENTATIONS = ("reference", "cpu", "triton", "cuda")
 
 # Which kernels each operation has. On a GPU the first that can run is taken.
 OPERATIONS: dict[str, tuple[str, ...]] = {
-    "rms_norm": ("cpu",),
-    "rope": ("cpu",),
+    "rms_norm": ("cpu", "triton"),
+    "layer_norm": ("cpu", "triton"),
+    "rope": ("cpu", "triton"),
     "glu": ("cpu", "triton"),
-    "linear_cross_entropy": ("cpu",),
-    "cross_entropy": ("cpu",),
-    "lora_linear": ("cpu",),
+    "lora_linear": ("cpu", "triton"),
+    "linear_cross_entropy": ("cpu", "triton"),
+    "cross_entropy": ("cpu", "triton"),
     "attention": ("cpu",),
     "adamw": ("cpu", "triton", "cuda"),
     "adamw_8bit": ("cpu", "triton", "cuda"),
@@ -148,6 +149,7 @@ def capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
+@cache
 def kernels(module: str, impl: str) -> ModuleType:
     """The module that holds an operation's kernels: `lora_engine.cpu.rms_norm`, say."""
     return importlib.import_module(f"{PACKAGES[impl]}.{module}")
@@ -220,19 +222,31 @@ def _why_not(operation: str, impl: str, device: torch.device, dtype: torch.dtype
     return None
 
 
-@cache
-def _warn_once(operation: str, reason: str) -> None:
-    warnings.warn(f"lora_engine.{operation} runs as the PyTorch reference: {reason}", stacklevel=4)
-
-
 def select(
     operation: str, device: torch.device, dtype: torch.dtype, impl: str | None = None
 ) -> str:
     """What an operation calls: `choose`, with one warning where the reference is not by choice."""
-    choice = choose(operation, device, dtype, impl)
+    choice = _choose_once(operation, device, dtype, impl, extension())
     if choice.impl == "reference" and impl is None:
         _warn_once(operation, choice.reason)
     return choice.impl
+
+
+@cache
+def _choose_once(
+    operation: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    impl: str | None,
+    found: Extension,
+) -> Choice:
+    """`choose` for operations, which ask at every call: the answer depends on nothing else."""
+    return choose(operation, device, dtype, impl)
+
+
+@cache
+def _warn_once(operation: str, reason: str) -> None:
+    warnings.warn(f"lora_engine.{operation} runs as the PyTorch reference: {reason}", stacklevel=4)
 
 
 def explain(

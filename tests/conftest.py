@@ -1,5 +1,6 @@
 """Fixtures for all tests."""
 
+import importlib.util
 import os
 from collections.abc import Iterator
 
@@ -10,6 +11,10 @@ import torch
 # imported.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    if importlib.util.find_spec("triton") is not None:
+        from triton_interpreter import repair_bfloat16
+
+        repair_bfloat16()
 
 
 @pytest.fixture(autouse=True)

@@ -1,38 +1,180 @@
-// Softmax cross-entropy over rows of logits: loss = log sum exp(z) - z[target]. With `gradient`
-// the logits are overwritten by softmax(z) - onehot(target), unscaled.
+// Softmax cross-entropy over rows of logits x, with z = x or z = c tanh(x / c) for a soft-cap c:
+//
+//   loss = lse - (1 - s) z[target] - s mean(z) + w lse^2,   lse = log sum exp(z)
+//
+// for label smoothing s and z-loss w. Columns of -inf are no classes: they take no part in mean(z).
+// The gradient needs nothing of the first pass but lse (and with smoothing the number of classes).
 #include "isa.hpp"
 #include "numeric.hpp"
 
 namespace lora_engine {
 namespace {
 
-template <class T>
-void cross_entropy_row(T* z, const CrossEntropyArgs& a, int64_t row) {
-  using A = acc_t<T>;
-  const int64_t target = a.target[row];
-  if (target == a.ignore_index) {
-    static_cast<acc_t<T>*>(a.loss)[row] = 0;
-    a.correct[row] = 0;
-    if (a.gradient) std::memset(z, 0, sizeof(T) * a.cols);
-    return;
+inline double tanh_acc(double x) { return std::tanh(x); }
+// 1 - 2 / (exp(2x) + 1) cancels near 0; there the series' first terms are exact to the last bit.
+inline float tanh_acc(float x) {
+  const float square = x * x;
+  float series = -5.3968254e-2f;
+  series = series * square + 1.3333333e-1f;
+  series = series * square - 3.3333333e-1f;
+  series = x + x * square * series;
+  const float quotient = 1.0f - 2.0f / (exp_acc(2.0f * x) + 1.0f);
+  return square < 0.04f ? series : quotient;
+}
+
+// z of a logit.
+template <class A, bool kCap>
+struct Logit {
+  A cap, inverse;
+  explicit Logit(double softcap) : cap(A(softcap)), inverse(kCap ? A(1 / softcap) : A(0)) {}
+  A operator()(A x) const {
+    if constexpr (kCap) return cap * tanh_acc(x * inverse);
+    return x;
   }
+  A derivative(A z) const {
+    if constexpr (kCap) return A(1) - (z * inverse) * (z * inverse);
+    return A(1);
+  }
+};
+
+template <class T>
+acc_t<T> largest_of(const T* x, int64_t cols) {
+  using A = acc_t<T>;
   A largest = -INFINITY;
 #pragma omp simd reduction(max : largest)
-  for (int64_t i = 0; i < a.cols; ++i) {
-    const A value = load(z[i]);
+  for (int64_t i = 0; i < cols; ++i) {
+    const A value = load(x[i]);
     largest = value > largest ? value : largest;
   }
+  return largest;
+}
+
+// sum exp(z - shift)
+template <class T, bool kCap>
+acc_t<T> sum_exp(const T* x, int64_t cols, Logit<acc_t<T>, kCap> z, acc_t<T> shift) {
+  acc_t<T> sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < cols; ++i) sum += exp_acc(z(load(x[i])) - shift);
+  return sum;
+}
+
+// sum exp(d) d with d = z - lse: minus the entropy. A class of probability 0 adds 0.
+template <class T, bool kCap>
+acc_t<T> sum_p_log_p(const T* x, int64_t cols, Logit<acc_t<T>, kCap> z, acc_t<T> lse) {
+  using A = acc_t<T>;
   A sum = 0;
 #pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < a.cols; ++i) sum += exp_acc(load(z[i]) - largest);
-  const A chosen = load(z[target]);
-  const A lse = largest + std::log(sum);
-  static_cast<acc_t<T>*>(a.loss)[row] = lse - chosen;
-  a.correct[row] = chosen == largest;
-  if (!a.gradient) return;
+  for (int64_t i = 0; i < cols; ++i) {
+    const A d = z(load(x[i])) - lse;
+    const A p = exp_acc(d);
+    sum += p == A(0) ? A(0) : p * d;
+  }
+  return sum;
+}
+
+// The number of classes and sum(z - shift) over them.
+template <class A>
+struct Classes {
+  A count, sum;
+};
+template <class T, bool kCap>
+Classes<acc_t<T>> classes_of(const T* x, int64_t cols, Logit<acc_t<T>, kCap> z, acc_t<T> shift) {
+  using A = acc_t<T>;
+  int64_t count = 0;
+  A sum = 0;
+#pragma omp simd reduction(+ : sum, count)
+  for (int64_t i = 0; i < cols; ++i) {
+    const A value = z(load(x[i]));
+    const bool absent = value == A(-INFINITY);
+    count += absent ? 0 : 1;
+    sum += absent ? A(0) : value - shift;
+  }
+  return {A(count), sum};
+}
+
+template <class T, bool kCap>
+void row_gradient(const CrossEntropyArgs& a, const T* x, T* grad, int64_t target,
+                  Logit<acc_t<T>, kCap> z, acc_t<T> lse, acc_t<T> classes, acc_t<T> scale) {
+  using A = acc_t<T>;
+  const A of_p = scale * (A(1) + A(2 * a.z_loss) * lse);
+  const A of_target = scale * A(1 - a.label_smoothing);
+  const A x_target = load(x[target]);  // before grad, which may be x, is written
+  A everywhere = 0;
+  if (a.label_smoothing > 0) {
+    everywhere = scale * A(a.label_smoothing) / classes;
 #pragma omp simd
-  for (int64_t i = 0; i < a.cols; ++i) z[i] = store<T>(exp_acc(load(z[i]) - lse));
-  z[target] = store<T>(exp_acc(chosen - lse) - A(1));
+    for (int64_t i = 0; i < a.cols; ++i) {
+      const A value = z(load(x[i]));
+      const A g = value == A(-INFINITY) ? A(0) : of_p * exp_acc(value - lse) - everywhere;
+      grad[i] = store<T>(g * z.derivative(value));
+    }
+  } else {
+#pragma omp simd
+    for (int64_t i = 0; i < a.cols; ++i) {
+      const A value = z(load(x[i]));
+      grad[i] = store<T>(of_p * exp_acc(value - lse) * z.derivative(value));
+    }
+  }
+  const A value = z(x_target);
+  grad[target] =
+      store<T>((of_p * exp_acc(value - lse) - everywhere - of_target) * z.derivative(value));
+}
+
+template <class A>
+inline void put(void* output, int64_t row, A value) {
+  if (output) static_cast<A*>(output)[row] = value;
+}
+
+template <class T, bool kCap>
+void cross_entropy_row(const CrossEntropyArgs& a, int64_t row) {
+  using A = acc_t<T>;
+  const T* x = static_cast<const T*>(a.logits) + row * a.stride;
+  T* grad = a.grad ? static_cast<T*>(a.grad) + row * a.grad_stride : nullptr;
+  const int64_t target = a.target[row];
+  if (target == a.ignore_index) {
+    if (!a.lse_given) {
+      put(a.loss, row, A(0));
+      put(a.logprob, row, A(0));
+      put(a.entropy, row, A(0));
+      put(a.lse, row, A(0));
+      a.correct[row] = 0;
+    }
+    if (grad) std::memset(grad, 0, sizeof(T) * a.cols);
+    return;
+  }
+  const Logit<A, kCap> z(a.softcap);
+  const bool smooth = a.label_smoothing > 0;
+  A lse;
+  Classes<A> classes{0, 0};
+  if (a.lse_given) {
+    lse = static_cast<const A*>(a.lse)[row];
+    if (smooth && grad) classes = classes_of<T, kCap>(x, a.cols, z, lse);
+  } else {
+    const A largest = largest_of(x, a.cols), chosen = load(x[target]);
+    const A shift = z(largest);
+    lse = shift + std::log(sum_exp<T, kCap>(x, a.cols, z, shift));
+    const A logprob = z(chosen) - lse;
+    A loss = -logprob;
+    if (smooth) {
+      classes = classes_of<T, kCap>(x, a.cols, z, lse);
+      loss = A(1 - a.label_smoothing) * loss - A(a.label_smoothing) * classes.sum / classes.count;
+    }
+    if (a.z_loss != 0) loss += A(a.z_loss) * lse * lse;
+    put(a.loss, row, loss);
+    put(a.logprob, row, logprob);
+    put(a.lse, row, lse);
+    if (a.entropy) put(a.entropy, row, -sum_p_log_p<T, kCap>(x, a.cols, z, lse));
+    a.correct[row] = chosen == largest;
+  }
+  if (!grad) return;
+  const A scale = a.grad_scale ? static_cast<const A*>(a.grad_scale)[row] : A(1);
+  row_gradient<T, kCap>(a, x, grad, target, z, lse, classes.count, scale);
+}
+
+template <class T, bool kCap>
+void cross_entropy_rows(const CrossEntropyArgs& a) {
+#pragma omp parallel for schedule(static)
+  for (int64_t row = 0; row < a.rows; ++row) cross_entropy_row<T, kCap>(a, row);
 }
 
 }  // namespace
@@ -42,9 +184,10 @@ namespace LORA_ENGINE_ISA {
 void cross_entropy(DType dtype, const CrossEntropyArgs& args) {
   dispatch(dtype, [&](auto t) {
     using T = decltype(t);
-#pragma omp parallel for schedule(static)
-    for (int64_t row = 0; row < args.rows; ++row)
-      cross_entropy_row(static_cast<T*>(args.logits) + row * args.stride, args, row);
+    if (args.softcap > 0)
+      cross_entropy_rows<T, true>(args);
+    else
+      cross_entropy_rows<T, false>(args);
   });
 }
 

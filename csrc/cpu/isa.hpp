@@ -8,13 +8,16 @@ namespace LORA_ENGINE_ISA {
 
 void rms_norm_fwd(DType, const RmsNormArgs&);
 void rms_norm_bwd(DType, const RmsNormBwdArgs&);
+void layer_norm_fwd(DType, const LayerNormArgs&);
+void layer_norm_bwd(DType, const LayerNormBwdArgs&);
 void rope(DType, const RopeArgs&);
-void swiglu_fwd(DType, const GluArgs&);
-void swiglu_bwd(DType, const GluBwdArgs&);
+void glu_fwd(DType, const GluArgs&);
+void glu_bwd(DType, const GluBwdArgs&);
 void cross_entropy(DType, const CrossEntropyArgs&);
 void attention_fwd(DType, const AttentionArgs&);
 void attention_bwd(DType, const AttentionBwdArgs&);
 void adamw(DType, const AdamWArgs&);
+void dropout(DType, const DropoutArgs&);
 void adamw_8bit(const AdamW8bitArgs&);
 void grad_norm(DType, const GradNormArgs&);
 

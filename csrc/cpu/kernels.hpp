@@ -11,38 +11,75 @@ namespace lora_engine {
 enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat64 = 2 };
 
 struct RmsNormArgs {
-  const void* x;       // [rows, cols]
-  const void* weight;  // [cols]
-  void* y;             // [rows, cols], rows y_stride apart
-  void* rstd;          // [rows], float32 (float64 for float64 data): 1 / rms
-  int64_t rows, cols, x_stride, y_stride;
-  double eps;
+  const void* x;         // [rows, cols]
+  const void* residual;  // [rows, cols] or null
+  const void* weight;    // [cols]; offset is added to it
+  void* y;               // [rows, cols]
+  void* h;               // [rows, cols], contiguous: x + residual, what is normed; null without
+  void* rstd;            // [rows], float32 (float64 for float64 data): 1 / rms
+  int64_t rows, cols, x_stride, residual_stride, y_stride;
+  double eps, offset;
 };
 
 struct RmsNormBwdArgs {
   const void* dy;      // [rows, cols]
-  const void* x;       // [rows, cols]
+  const void* dh;      // [rows, cols], added to dx, or null
+  const void* h;       // [rows, cols], what was normed
   const void* weight;  // [cols]
   const void* rstd;    // [rows]
-  void* dx;            // [rows, cols], contiguous
+  void* dx;            // [rows, cols]
   void* dweight;       // [cols] in the arithmetic type, or null for a frozen weight
-  int64_t rows, cols, dy_stride, x_stride;
+  int64_t rows, cols, dy_stride, dh_stride, h_stride, dx_stride;
+  double offset;
+};
+
+struct LayerNormArgs {
+  const void* x;       // [rows, cols]
+  const void* weight;  // [cols], or null: ones
+  const void* bias;    // [cols], or null: zeros
+  void* y;             // [rows, cols]
+  void* mean;          // [rows] in the arithmetic type
+  void* rstd;          // [rows]: 1 / standard deviation
+  int64_t rows, cols, x_stride, y_stride;
+  double eps;
+};
+
+struct LayerNormBwdArgs {
+  const void* dy;         // [rows, cols]
+  const void* x;          // [rows, cols]
+  const void* weight;     // [cols] or null
+  const void* mean;       // [rows]
+  const void* rstd;       // [rows]
+  void* dx;               // [rows, cols]
+  void *dweight, *dbias;  // [cols] in the arithmetic type, or null where frozen
+  int64_t rows, cols, dy_stride, x_stride, dx_stride;
+};
+
+// The heads of the queries or of the keys.
+struct RopeHeads {
+  const void* x;  // [tokens, heads, head_dim]
+  void* y;        // the same shape; may be x
+  int64_t heads, x_stride, x_head_stride, y_stride, y_head_stride;
 };
 
 struct RopeArgs {
-  const void* x;    // [tokens, heads, head_dim]
-  void* y;          // the same shape; may be x
-  const void* cos;  // [tokens, head_dim] in the arithmetic type
-  const void* sin;  // [tokens, head_dim]
-  int64_t tokens, heads, head_dim, x_stride, y_stride;
-  bool inverse;  // the transposed rotation: the backward pass
+  RopeHeads q, k;               // either may have no heads
+  const void *cos, *sin;        // [positions, rotary_dim] of `table_dtype`
+  const int64_t* position_ids;  // [tokens], or null: token t reads row t
+  DType table_dtype;
+  int64_t tokens, head_dim, rotary_dim, cos_stride, sin_stride;
+  bool interleaved;  // pairs are neighbours, not halves
+  bool inverse;      // the transposed rotation: the backward pass
 };
+
+enum class Activation : int { kSilu = 0, kGelu = 1, kGeluTanh = 2 };
 
 struct GluArgs {
   const void* gate;  // [rows, cols]
   const void* up;    // [rows, cols]
   void* y;           // [rows, cols]
   int64_t rows, cols, gate_stride, up_stride, y_stride;
+  Activation activation;
 };
 
 struct GluBwdArgs {
@@ -51,16 +88,24 @@ struct GluBwdArgs {
   const void* up;    // [rows, cols]
   void* dgate;       // [rows, cols]; may be gate
   void* dup;         // [rows, cols]; may be up
-  int64_t rows, cols, dy_stride, gate_stride, up_stride, dgate_stride, dup_stride;
+  void* h;           // [rows, cols], the forward result again, or null
+  int64_t rows, cols, dy_stride, gate_stride, up_stride, dgate_stride, dup_stride, h_stride;
+  Activation activation;
 };
 
 struct CrossEntropyArgs {
-  void* logits;           // [rows, cols]; becomes d loss / d logits where `gradient`
-  const int64_t* target;  // [rows]; a row of `ignore_index` has loss 0 and gradient 0
-  void* loss;             // [rows] in the arithmetic type
-  uint8_t* correct;       // [rows]: whether the target has the largest logit
-  int64_t rows, cols, stride, ignore_index;
-  bool gradient;
+  const void* logits;      // [rows, cols]
+  const int64_t* target;   // [rows]; a row of `ignore_index` has results 0 and gradient 0
+  void* loss;              // [rows] in the arithmetic type, as are the next three
+  void* logprob;           // [rows]
+  void* entropy;           // [rows], or null
+  void* lse;               // [rows], or null; an input with `lse_given`
+  uint8_t* correct;        // [rows]: whether the target has the largest logit
+  void* grad;              // [rows, cols]: d loss / d logits; may be `logits`; or null
+  const void* grad_scale;  // [rows] in the arithmetic type: a factor of the gradient; or null
+  int64_t rows, cols, stride, grad_stride, ignore_index;
+  double label_smoothing, softcap, z_loss;  // softcap 0: none
+  bool lse_given;                           // only `grad` is written
 };
 
 struct AttentionArgs {
@@ -106,17 +151,29 @@ struct GradNormArgs {
   int64_t count;
 };
 
+struct DropoutArgs {
+  const void* x;  // [rows, cols]
+  void* y;        // [rows, cols]; may be x
+  int64_t rows, cols, x_stride, y_stride;
+  double p;
+  uint64_t seed;
+  uint32_t stream;
+};
+
 struct Kernels {
   const char* isa;
   void (*rms_norm_fwd)(DType, const RmsNormArgs&);
   void (*rms_norm_bwd)(DType, const RmsNormBwdArgs&);
+  void (*layer_norm_fwd)(DType, const LayerNormArgs&);
+  void (*layer_norm_bwd)(DType, const LayerNormBwdArgs&);
   void (*rope)(DType, const RopeArgs&);
-  void (*swiglu_fwd)(DType, const GluArgs&);
-  void (*swiglu_bwd)(DType, const GluBwdArgs&);
+  void (*glu_fwd)(DType, const GluArgs&);
+  void (*glu_bwd)(DType, const GluBwdArgs&);
   void (*cross_entropy)(DType, const CrossEntropyArgs&);
   void (*attention_fwd)(DType, const AttentionArgs&);
   void (*attention_bwd)(DType, const AttentionBwdArgs&);
   void (*adamw)(DType, const AdamWArgs&);
+  void (*dropout)(DType, const DropoutArgs&);
   void (*adamw_8bit)(const AdamW8bitArgs&);
   void (*grad_norm)(DType, const GradNormArgs&);
 };

@@ -1,7 +1,7 @@
-// RMSNorm (Zhang and Sennrich, 2019): y = x / rms(x) * weight, rms(x) = sqrt(mean(x^2) + eps).
+// RMSNorm (Zhang and Sennrich, 2019): y = h / rms(h) * (weight + offset),
+// rms(h) = sqrt(mean(h^2) + eps), where h is x, or x + residual rounded to x's type.
 #include "isa.hpp"
-#include "numeric.hpp"
-#include "scratch.hpp"
+#include "norm.hpp"
 
 namespace lora_engine {
 namespace {
@@ -9,74 +9,61 @@ namespace {
 template <class T>
 void forward(const RmsNormArgs& a) {
   using A = acc_t<T>;
-  const T* weight = static_cast<const T*>(a.weight);
+  Scratch scratch;
+  const A* weight = parameter_row<T>(scratch, a.weight, A(a.offset), a.cols);
   A* rstd = static_cast<A*>(a.rstd);
 #pragma omp parallel for schedule(static)
   for (int64_t row = 0; row < a.rows; ++row) {
-    const T* x = static_cast<const T*>(a.x) + row * a.x_stride;
+    const T* h = static_cast<const T*>(a.x) + row * a.x_stride;
     T* y = static_cast<T*>(a.y) + row * a.y_stride;
-    A sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < a.cols; ++i) {
-      const A value = load(x[i]);
-      sum += value * value;
+    if (a.residual) {
+      const T* x = h;
+      const T* residual = static_cast<const T*>(a.residual) + row * a.residual_stride;
+      T* sum = static_cast<T*>(a.h) + row * a.cols;
+      store_row(a.cols, sum, [=](int64_t i) { return load(x[i]) + load(residual[i]); });
+      h = sum;
     }
-    const A scale = A(1) / std::sqrt(sum / A(a.cols) + A(a.eps));
+    const A squares = row_sum<A>(a.cols, [=](int64_t i) { return load(h[i]) * load(h[i]); });
+    const A scale = A(1) / std::sqrt(squares / A(a.cols) + A(a.eps));
     rstd[row] = scale;
-#pragma omp simd
-    for (int64_t i = 0; i < a.cols; ++i) y[i] = store<T>(load(x[i]) * scale * load(weight[i]));
+    store_row(a.cols, y, [=](int64_t i) { return load(h[i]) * scale * weight[i]; });
   }
 }
 
-// With n = x * rstd and g = dy * weight:  dx = rstd * (g - n * mean(g * n)),  dweight = sum dy * n.
-template <class T>
-void backward_rows(const RmsNormBwdArgs& a, int64_t begin, int64_t end, acc_t<T>* dweight) {
-  using A = acc_t<T>;
-  const T* weight = static_cast<const T*>(a.weight);
-  for (int64_t row = begin; row < end; ++row) {
-    const T* dy = static_cast<const T*>(a.dy) + row * a.dy_stride;
-    const T* x = static_cast<const T*>(a.x) + row * a.x_stride;
-    T* dx = static_cast<T*>(a.dx) + row * a.cols;
-    const A rstd = static_cast<const A*>(a.rstd)[row];
-    A dot = 0;
-#pragma omp simd reduction(+ : dot)
-    for (int64_t i = 0; i < a.cols; ++i) dot += load(dy[i]) * load(weight[i]) * load(x[i]);
-    const A pull = dot * rstd * rstd / A(a.cols);
-#pragma omp simd
-    for (int64_t i = 0; i < a.cols; ++i)
-      dx[i] = store<T>(rstd * (load(dy[i]) * load(weight[i]) - load(x[i]) * pull));
-    if (dweight) {
-#pragma omp simd
-      for (int64_t i = 0; i < a.cols; ++i) dweight[i] += load(dy[i]) * load(x[i]) * rstd;
-    }
-  }
-}
-
-// The weight's gradient is summed in blocks of rows that do not depend on the number of threads,
-// then over the blocks in order: the same bits on every run.
-template <class T>
+// With n = h * rstd and g = dy * (weight + offset):
+//   dx = rstd * (g - n * mean(g * n)) + dh,  dweight = sum of dy * n over the rows.
+template <class T, bool kDh, bool kDweight>
 void backward(const RmsNormBwdArgs& a) {
   using A = acc_t<T>;
-  constexpr int64_t kRowsPerBlock = 64;
-  const int64_t blocks = (a.rows + kRowsPerBlock - 1) / kRowsPerBlock;
-  A* partial = nullptr;
   Scratch scratch;
-  if (a.dweight) {
-    partial = scratch.allocate<A>(blocks * a.cols);
-    std::memset(partial, 0, sizeof(A) * blocks * a.cols);
-  }
-#pragma omp parallel for schedule(static)
-  for (int64_t block = 0; block < blocks; ++block) {
-    const int64_t begin = block * kRowsPerBlock;
-    const int64_t end = begin + kRowsPerBlock < a.rows ? begin + kRowsPerBlock : a.rows;
-    backward_rows<T>(a, begin, end, partial ? partial + block * a.cols : nullptr);
-  }
-  if (a.dweight) {
-    A* dweight = static_cast<A*>(a.dweight);
-    std::memset(dweight, 0, sizeof(A) * a.cols);
-    for (int64_t block = 0; block < blocks; ++block)
-      for (int64_t i = 0; i < a.cols; ++i) dweight[i] += partial[block * a.cols + i];
-  }
+  const A* weight = parameter_row<T>(scratch, a.weight, A(a.offset), a.cols);
+  const auto rows = [&](int64_t begin, int64_t end, A* dweight) {
+    for (int64_t row = begin; row < end; ++row) {
+      const T* dy = static_cast<const T*>(a.dy) + row * a.dy_stride;
+      const T* dh = kDh ? static_cast<const T*>(a.dh) + row * a.dh_stride : nullptr;
+      const T* h = static_cast<const T*>(a.h) + row * a.h_stride;
+      T* dx = static_cast<T*>(a.dx) + row * a.dx_stride;
+      const A rstd = static_cast<const A*>(a.rstd)[row];
+      const A dot = row_sum<A>(
+          a.cols, [=](int64_t i) { return load(dy[i]) * weight[i] * (load(h[i]) * rstd); });
+      const A pull = dot / A(a.cols);
+      store_row(a.cols, dx, [=](int64_t i) {
+        const A d = load(dy[i]), n = load(h[i]) * rstd;
+        if (kDweight) dweight[i] += d * n;
+        const A across = multiply_add(-n, pull, d * weight[i]);
+        return kDh ? multiply_add(rstd, across, load(dh[i])) : rstd * across;
+      });
+    }
+  };
+  for_row_blocks(a.rows, kDweight ? a.cols : 0, static_cast<A*>(a.dweight), rows);
+}
+
+template <class T>
+void backward(const RmsNormBwdArgs& a) {
+  if (a.dweight)
+    a.dh ? backward<T, true, true>(a) : backward<T, false, true>(a);
+  else
+    a.dh ? backward<T, true, false>(a) : backward<T, false, false>(a);
 }
 
 }  // namespace

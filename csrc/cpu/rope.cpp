@@ -1,23 +1,90 @@
-// Rotary position embedding (Su et al., 2021), half-rotated layout: with x = [x1 | x2],
-// y1 = x1 cos1 - x2 sin1 and y2 = x2 cos2 + x1 sin2. The inverse is the transposed map.
+// Rotary position embedding (Su et al., 2021) of queries and keys. Of each head the first
+// rotary_dim elements turn and the rest are copied. A pair (x1, x2) is the elements (i, i + half)
+// or, interleaved, (2i, 2i + 1); y1 = x1 cos1 - x2 sin1 and y2 = x2 cos2 + x1 sin2. The inverse is
+// the transposed map.
 #include "isa.hpp"
 #include "numeric.hpp"
 #include "rotate.hpp"
+#include "scratch.hpp"
 
 namespace lora_engine {
 namespace {
 
+// One row of a table in the arithmetic type; interleaved columns become half-rotated ones.
+template <class S, class A>
+inline void copy_row(const S* src, int64_t dim, bool interleaved, A* dst) {
+  const int64_t half = dim / 2;
+  if (interleaved) {
+    for (int64_t i = 0; i < half; ++i) {
+      dst[i] = static_cast<A>(load(src[2 * i]));
+      dst[i + half] = static_cast<A>(load(src[2 * i + 1]));
+    }
+  } else {
+#pragma omp simd
+    for (int64_t i = 0; i < dim; ++i) dst[i] = static_cast<A>(load(src[i]));
+  }
+}
+
+template <class A>
+inline void table_row(const RopeArgs& a, const void* table, int64_t offset, A* dst) {
+  dispatch(a.table_dtype, [&](auto s) {
+    copy_row(static_cast<const decltype(s)*>(table) + offset, a.rotary_dim, a.interleaved, dst);
+  });
+}
+
+// Pairs side by side; the tables' halves belong to their first and second elements.
+template <class T, class A>
+inline void rotate_pairs(const T* x, T* y, const A* cos, const A* sin, int64_t dim, bool inverse) {
+  const int64_t half = dim / 2;
+  if (!inverse) {
+#pragma omp simd
+    for (int64_t i = 0; i < half; ++i) {
+      const A x1 = load(x[2 * i]), x2 = load(x[2 * i + 1]);
+      y[2 * i] = store<T>(x1 * cos[i] - x2 * sin[i]);
+      y[2 * i + 1] = store<T>(x2 * cos[i + half] + x1 * sin[i + half]);
+    }
+  } else {
+#pragma omp simd
+    for (int64_t i = 0; i < half; ++i) {
+      const A x1 = load(x[2 * i]), x2 = load(x[2 * i + 1]);
+      y[2 * i] = store<T>(x1 * cos[i] + x2 * sin[i + half]);
+      y[2 * i + 1] = store<T>(x2 * cos[i + half] - x1 * sin[i]);
+    }
+  }
+}
+
+template <class T, class A>
+inline void rotate_token(const RopeArgs& a, const RopeHeads& h, int64_t token, const A* cos,
+                         const A* sin) {
+  for (int64_t head = 0; head < h.heads; ++head) {
+    const T* x = static_cast<const T*>(h.x) + token * h.x_stride + head * h.x_head_stride;
+    T* y = static_cast<T*>(h.y) + token * h.y_stride + head * h.y_head_stride;
+    if (a.interleaved)
+      rotate_pairs(x, y, cos, sin, a.rotary_dim, a.inverse);
+    else
+      rotate(x, y, cos, sin, a.rotary_dim, a.inverse, [](A value) { return store<T>(value); });
+    if (x != y) {
+#pragma omp simd
+      for (int64_t i = a.rotary_dim; i < a.head_dim; ++i) y[i] = x[i];
+    }
+  }
+}
+
 template <class T>
 void rotate_tokens(const RopeArgs& a) {
   using A = acc_t<T>;
-#pragma omp parallel for schedule(static)
-  for (int64_t token = 0; token < a.tokens; ++token) {
-    const A* cos = static_cast<const A*>(a.cos) + token * a.head_dim;
-    const A* sin = static_cast<const A*>(a.sin) + token * a.head_dim;
-    for (int64_t head = 0; head < a.heads; ++head) {
-      const T* x = static_cast<const T*>(a.x) + token * a.x_stride + head * a.head_dim;
-      T* y = static_cast<T*>(a.y) + token * a.y_stride + head * a.head_dim;
-      rotate(x, y, cos, sin, a.head_dim, a.inverse, [](A value) { return store<T>(value); });
+#pragma omp parallel
+  {
+    Scratch scratch;
+    A* cos = scratch.allocate<A>(2 * a.rotary_dim);
+    A* sin = cos + a.rotary_dim;
+#pragma omp for schedule(static)
+    for (int64_t token = 0; token < a.tokens; ++token) {
+      const int64_t row = a.position_ids ? a.position_ids[token] : token;
+      table_row(a, a.cos, row * a.cos_stride, cos);
+      table_row(a, a.sin, row * a.sin_stride, sin);
+      rotate_token<T>(a, a.q, token, cos, sin);
+      rotate_token<T>(a, a.k, token, cos, sin);
     }
   }
 }

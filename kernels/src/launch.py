@@ -9,7 +9,7 @@ Triton's own num_warps and num_stages.
 import json
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -40,10 +40,38 @@ def config(kernel: str, device: torch.device, dtype: torch.dtype, size: int) -> 
 
 @cache
 def parameters(kernel: str, capability: str, dtype: str, size: int) -> dict[str, Any]:
-    """`config` by names: the entry for this capability and dtype before those for any."""
+    """`config` by names."""
+    line = entry(kernel, capability, dtype, size)
+    lines = dict(table()[kernel][line.capability][line.dtype])
+    return {"enable_fp_fusion": True, **lines[line.limit]}
+
+
+class Entry(NamedTuple):
+    """A line of the table, by the names it stands under."""
+
+    kernel: str
+    capability: str
+    dtype: str
+    limit: int | None
+
+
+@cache
+def entry(kernel: str, capability: str, dtype: str, size: int) -> Entry:
+    """The line that `parameters` takes: for this capability and dtype before those for any."""
     entries = table()[kernel]
-    by_dtype = entries.get(capability) or entries["*"]
-    for limit, found in by_dtype.get(dtype) or by_dtype["*"]:
+    capability = capability if capability in entries else "*"
+    dtype = dtype if dtype in entries[capability] else "*"
+    for limit, _ in entries[capability][dtype]:
         if limit is None or size <= limit:
-            return {"enable_fp_fusion": True, **found}
+            return Entry(kernel, capability, dtype, limit)
     raise ValueError(f"{kernel}: no launch parameters for size {size}")
+
+
+def vector(dtype: torch.dtype, *extents: int) -> int:
+    """How many elements 16 bytes hold, where every extent is a multiple of it; else 1.
+
+    Triton knows that an argument is a multiple of 16, not of 8: rows with eight spare columns would
+    be read element by element. Kernels take extents divided by this, and multiply by the constant.
+    """
+    elements = 16 // dtype.itemsize
+    return elements if all(extent % elements == 0 for extent in extents) else 1

@@ -3,29 +3,78 @@
 from torch import Tensor
 
 from lora_engine import backends
-from lora_engine.cpu.address import dtype_code
+from lora_engine.cpu.address import dtype_code, pointer
 
 
 def cross_entropy(
-    logits: Tensor,  # [rows, cols]; becomes `softmax - onehot` where `gradient`
+    logits: Tensor,  # [rows, cols]
     target: Tensor,  # [rows] int64
     loss: Tensor,  # [rows] float32
+    logprob: Tensor,  # [rows] float32
     correct: Tensor,  # [rows] bool
-    ignore_index: int,
     *,
-    gradient: bool,
+    ignore_index: int,
+    label_smoothing: float = 0.0,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    entropy: Tensor | None = None,  # [rows] float32
+    lse: Tensor | None = None,  # [rows] float32
+    grad: Tensor | None = None,  # [rows, cols] in logits' dtype; may be logits
+    grad_scale: Tensor | None = None,  # [rows] float32: a factor of each row's gradient
 ) -> None:
-    """Writes loss and correct, and with `gradient` the logits' gradient over them."""
-    rows, cols = logits.shape
+    """Writes loss, logprob, correct and what is given of entropy, lse and grad."""
     backends.native().cross_entropy(
         dtype_code(logits.dtype),
         logits.data_ptr(),
         target.data_ptr(),
         loss.data_ptr(),
+        logprob.data_ptr(),
+        pointer(entropy),
+        pointer(lse),
         correct.data_ptr(),
-        rows,
-        cols,
+        pointer(grad),
+        pointer(grad_scale),
+        *logits.shape,
         logits.stride(0),
+        0 if grad is None else grad.stride(0),
         ignore_index,
-        gradient,
+        label_smoothing,
+        softcap or 0.0,
+        z_loss,
+        False,
+    )
+
+
+def cross_entropy_bwd(
+    logits: Tensor,  # [rows, cols]
+    target: Tensor,  # [rows] int64
+    lse: Tensor,  # [rows] float32, as `cross_entropy` wrote it
+    grad_scale: Tensor,  # [rows] float32: a factor of each row's gradient
+    grad: Tensor,  # [rows, cols] in logits' dtype; may be logits
+    *,
+    ignore_index: int,
+    label_smoothing: float = 0.0,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+) -> None:
+    """Writes grad as `cross_entropy` would, from its lse."""
+    backends.native().cross_entropy(
+        dtype_code(logits.dtype),
+        logits.data_ptr(),
+        target.data_ptr(),
+        0,
+        0,
+        0,
+        lse.data_ptr(),
+        0,
+        grad.data_ptr(),
+        grad_scale.data_ptr(),
+        *logits.shape,
+        logits.stride(0),
+        grad.stride(0),
+        ignore_index,
+        label_smoothing,
+        softcap or 0.0,
+        z_loss,
+        True,
     )

@@ -1,20 +1,25 @@
 """Gated activations."""
 
+from typing import Any
+
 from torch import Tensor
 
 from lora_engine import backends
-from lora_engine.cpu.address import dtype_code
+from lora_engine.cpu.address import dtype_code, pointer
 
 
 def glu_fwd(
     gate: Tensor,  # [rows, cols]
     up: Tensor,  # [rows, cols]
     y: Tensor,  # [rows, cols]
+    *,
+    activation: str,
 ) -> None:
     """Writes y."""
     rows, cols = gate.shape
-    backends.native().swiglu_fwd(
+    backends.native().glu_fwd(
         dtype_code(gate.dtype),
+        _activation_code(activation),
         gate.data_ptr(),
         up.data_ptr(),
         y.data_ptr(),
@@ -32,16 +37,21 @@ def glu_bwd(
     up: Tensor,  # [rows, cols]
     dgate: Tensor,  # [rows, cols]; may be gate
     dup: Tensor,  # [rows, cols]; may be up
+    h: Tensor | None = None,  # [rows, cols]
+    *,
+    activation: str,
 ) -> None:
-    """Writes dgate and dup."""
+    """Writes dgate and dup, and the forward result into h if given."""
     rows, cols = gate.shape
-    backends.native().swiglu_bwd(
+    backends.native().glu_bwd(
         dtype_code(gate.dtype),
+        _activation_code(activation),
         dy.data_ptr(),
         gate.data_ptr(),
         up.data_ptr(),
         dgate.data_ptr(),
         dup.data_ptr(),
+        pointer(h),
         rows,
         cols,
         dy.stride(0),
@@ -49,4 +59,9 @@ def glu_bwd(
         up.stride(0),
         dgate.stride(0),
         dup.stride(0),
+        0 if h is None else h.stride(0),
     )
+
+
+def _activation_code(activation: str) -> Any:
+    return getattr(backends.native().Activation, activation)

@@ -5,6 +5,7 @@ that lines reflow and text keeps its size on any screen.
 """
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -138,8 +139,8 @@ def _thinned(points: Sequence[Point]) -> Sequence[Point]:
 
 
 def _widened(low: float, high: float) -> tuple[float, float]:
-    """A range that is not empty."""
-    if high > low:
+    """A range that is not empty, nor so narrow that its ticks would be denormal numbers."""
+    if high - low > sys.float_info.min * 1e3:
         return low, high
     margin = abs(low) * 0.1 or 1.0
     return low - margin, high + margin

@@ -10,12 +10,18 @@ from lora_engine import backends
 from lora_engine.errors import UserError
 from lora_engine.models import attention
 from lora_engine.models.attention import ATTENTION_CLASSES, AttentionForward
-from lora_engine.models.causal_lm import CausalLmForward, transformers_model, why_no_plain_head
+from lora_engine.models.causal_lm import CausalLmForward
 from lora_engine.models.coverage import CoverageReport
-from lora_engine.models.linear_group import LinearGroup, is_linear, is_lora
-from lora_engine.models.mlp import MlpForward, is_gated_mlp, is_silu
-from lora_engine.models.norm import RmsNormForward, rms_norm_eps
+from lora_engine.models.decoder_layer import DECODER_CLASSES, DecoderLayerForward
+from lora_engine.models.embedding import EmbeddingForward, is_lora_embedding
+from lora_engine.models.embedding import why_not as why_no_embedding
+from lora_engine.models.head import transformers_model, why_no_head
+from lora_engine.models.linear_group import LinearGroup
+from lora_engine.models.lora_state import is_linear, is_lora
+from lora_engine.models.mlp import MlpForward, activation_name, is_gated_mlp
+from lora_engine.models.norm import LayerNormForward, RmsNormForward, norm_forward
 from lora_engine.models.patches import Patches
+from lora_engine.models.routing import AdapterRouter, forget_router, new_router
 from lora_engine.models.sequences import SequenceFinder
 
 _PATCHES: WeakKeyDictionary[nn.Module, Patches] = WeakKeyDictionary()
@@ -51,7 +57,7 @@ def accelerate(
     if next(inner.parameters()).device.type == "cpu":
         backends.keep_freed_memory()
     try:
-        report = _Accelerator(inner, patches).run()
+        report = _Accelerator(inner, patches, new_router(model)).run()
         if strict and report.left:
             raise UserError(f"accelerate(strict=True) left parts of the model:\n{report}")
         if verify is not None and expected is not None:
@@ -64,6 +70,7 @@ def accelerate(
 
 def restore(model: nn.Module) -> None:
     """Takes back what `accelerate` did: forwards, attention, and weights in their own storage."""
+    forget_router(model)
     patches = _PATCHES.pop(model, None)
     if patches is not None:
         patches.undo()
@@ -72,8 +79,8 @@ def restore(model: nn.Module) -> None:
 class _Accelerator:
     """One walk over a model, replacing what is recognised."""
 
-    def __init__(self, model: Any, patches: Patches) -> None:
-        self.model, self.patches = model, patches
+    def __init__(self, model: Any, patches: Patches, router: AdapterRouter) -> None:
+        self.model, self.patches, self.router = model, patches, router
         self.report = CoverageReport()
         self.finder = SequenceFinder()
         self.covered: set[nn.Module] = set()  # linears inside a replaced layer
@@ -88,12 +95,16 @@ class _Accelerator:
                 self._attention(name, module, tails)
             elif is_gated_mlp(module):
                 self._mlp(name, module, tails)
+            elif type(module).__name__ in DECODER_CLASSES:
+                self.patches.set_attribute(module, "forward", DecoderLayerForward(module))
         for name, module in self.model.named_modules():
-            eps = rms_norm_eps(module)
-            if eps is not None:
-                self._norm(name, module, eps, tails.get(module, 0))
+            norm = norm_forward(module, tails.get(module, 0))
+            if norm is not None:
+                self._norm(name, module, norm)
             elif is_lora(module) and module not in self.covered:
                 self._single_linear(name, module)
+            elif is_lora_embedding(module):
+                self._embedding(name, module)
         self._loss()
         return self.report
 
@@ -112,7 +123,7 @@ class _Accelerator:
         self.patches.on_undo(lambda: self.model.set_attn_implementation(before))
 
     def _group(self, name: str, modules: list[nn.Module]) -> LinearGroup:
-        group = LinearGroup(modules, self.patches)
+        group = LinearGroup(modules, self.patches, self.router)
         self.covered.update(modules)
         what = "lora_linear" if group.has_lora else "linear"
         self.report.add(name, what, group.reason is None, group.reason or self._how("lora_linear"))
@@ -128,18 +139,19 @@ class _Accelerator:
 
     def _mlp(self, name: str, module: Any, tails: dict[nn.Module, int]) -> None:
         linears = [module.gate_proj, module.up_proj, module.down_proj]
-        if not is_silu(module.act_fn) or not all(map(is_linear, linears)):
-            reason = "its activation is not SiLU, or its projections are not linear layers"
-            self.report.add(name, "swiglu", False, reason)
+        activation = activation_name(module.act_fn)
+        if activation is None or not all(map(is_linear, linears)):
+            reason = "its activation is not SiLU or GELU, or its projections are no linear layers"
+            self.report.add(name, "glu", False, reason)
             return
         gate_up = self._group(f"{name}.gate_up", linears[:2])
         down = self._group(f"{name}.down_proj", linears[2:])
-        forward = MlpForward(gate_up, down)
+        forward = MlpForward(gate_up, down, activation)
         if not _agrees(module, forward, linears[0].in_features):
-            self.report.add(name, "swiglu", False, "its forward is not down(silu(gate) * up)")
+            self.report.add(name, "glu", False, f"its forward is not down({activation}(gate) * up)")
             return
         self.patches.set_attribute(module, "forward", forward)
-        self.report.add(name, "swiglu", True, self._how("glu"))
+        self.report.add(name, f"glu ({activation})", True, self._how("glu"))
         self._note_tail(name, "post_attention_layernorm", gate_up, tails)
 
     def _note_tail(
@@ -150,18 +162,25 @@ class _Accelerator:
         if hasattr(parent, norm):
             tails[getattr(parent, norm)] = group.tail
 
-    def _norm(self, name: str, module: nn.Module, eps: float, tail: int) -> None:
-        self.patches.set_attribute(module, "forward", RmsNormForward(module, eps, tail))
-        self.report.add(name, "rms_norm", True, self._how("rms_norm"))
+    def _norm(self, name: str, module: nn.Module, norm: RmsNormForward | LayerNormForward) -> None:
+        self.patches.set_attribute(module, "forward", norm)
+        self.report.add(name, norm.operation, True, self._how(norm.operation))
 
     def _single_linear(self, name: str, module: nn.Module) -> None:
         group = self._group(name, [module])
         if group.weight is not None:
             self.patches.set_attribute(module, "forward", _SingleLinear(group))
 
+    def _embedding(self, name: str, module: Any) -> None:
+        problem = why_no_embedding(module)
+        if problem is None:
+            self.patches.set_attribute(module, "forward", EmbeddingForward(module, self.router))
+        how = problem or "gathered rows, one product onto them"
+        self.report.add(name, "lora_embedding", problem is None, how)
+
     def _loss(self) -> None:
         name = type(self.model).__name__
-        problem = why_no_plain_head(self.model)
+        problem = why_no_head(self.model)
         if problem is None:
             self.patches.set_attribute(self.model, "forward", CausalLmForward(self.model))
         how = problem or self._how("linear_cross_entropy")

@@ -10,8 +10,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from lora_engine import ops
+from lora_engine.errors import UserError
 from lora_engine.models.linear_group import LinearGroup
-from lora_engine.models.sequences import SequenceFinder
+from lora_engine.models.sequences import SequenceFinder, Sequences
 
 IMPLEMENTATION = "lora_engine"
 
@@ -129,28 +130,19 @@ class AttentionForward:
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         module = self.module
-        if (
-            position_embeddings is None
-            or past_key_values is not None
-            or (module.training and module.attention_dropout > 0)
-            or (attention_mask is not None and attention_mask.dim() != 2)
-        ):
-            result: tuple[Tensor, None] = self.original(
-                hidden_states,
-                position_embeddings=position_embeddings,
-                attention_mask=attention_mask,
-                past_key_values=past_key_values,
-                **kwargs,
-            )
+        given = {
+            "position_embeddings": position_embeddings,
+            "attention_mask": attention_mask,
+            "past_key_values": past_key_values,
+            **kwargs,
+        }
+        if not self._whole_sequences(**given):
+            if self.qkv.router.rows is not None:
+                raise UserError("rows cannot be routed by adapter with a cache: use_cache=False")
+            result: tuple[Tensor, None] = self.original(hidden_states, **given)
             return result
         batch, length = hidden_states.shape[:2]
-        found = self.finder(
-            (batch, length),
-            position_embeddings,
-            attention_mask,
-            kwargs.get("cu_seq_lens_q"),
-            kwargs.get("position_ids"),
-        )
+        found = self.find_sequences(hidden_states, **given)
         q, k, v = self._project(hidden_states)
         if found.token_index is not None:
             q, k, v = (x.reshape(batch * length, -1)[found.token_index] for x in (q, k, v))
@@ -171,6 +163,45 @@ class AttentionForward:
             out = _unpad(out, found.token_index, batch * length).view(batch, length, -1)
         (y,) = self.output(out)
         return y, None
+
+    def fusable(self, **given: Any) -> bool:
+        """Whether a call with these arguments does nothing between its products but attend."""
+        return not hasattr(self.module, "q_norm") and self._whole_sequences(**given)
+
+    def find_sequences(
+        self,
+        hidden_states: Tensor,  # [B, L, H]
+        *,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Sequences:
+        """The packed sequences of a batch."""
+        batch, length = hidden_states.shape[:2]
+        return self.finder(
+            (batch, length),
+            position_embeddings,
+            attention_mask,
+            kwargs.get("cu_seq_lens_q"),
+            kwargs.get("position_ids"),
+        )
+
+    def _whole_sequences(
+        self,
+        *,
+        position_embeddings: Any = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> bool:
+        """Whether a call is about whole sequences: no cache, no dropout, no mask but padding's."""
+        module = self.module
+        return (
+            position_embeddings is not None
+            and past_key_values is None
+            and not (module.training and module.attention_dropout > 0)
+            and (attention_mask is None or attention_mask.dim() == 2)
+        )
 
     def _project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         module = self.module

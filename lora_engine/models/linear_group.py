@@ -8,35 +8,45 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_engine import ops
+from lora_engine import ops, reference
+from lora_engine.errors import UserError
+from lora_engine.models import lora_state
+from lora_engine.models.lora_state import base_layer, is_lora
 from lora_engine.models.patches import Patches
+from lora_engine.models.routing import AdapterRouter
 
 
 class LinearGroup:
     """Calls linears that share their input, as `ops.lora_linear` or, failing that, one by one.
 
-    `reason` says why there is no augmented weight, or is None. PEFT may change a layer after this
-    was made (disable, merge or switch its adapters): then the layers' own forwards run, which see
-    that. Weights that were given other storage (`model.to(...)`) do too, with one warning.
+    `reason` says why there is no augmented weight, or is None. PEFT's state is looked at on every
+    call: adapters may be switched, disabled or merged, and those that are active are in the
+    augmented weight. What that cannot hold runs as the layers' own forward, as do weights that were
+    given other storage (`model.to(...)`), with one warning.
     """
 
-    def __init__(self, modules: Sequence[nn.Module], patches: Patches) -> None:
+    def __init__(
+        self, modules: Sequence[nn.Module], patches: Patches, router: AdapterRouter
+    ) -> None:
+        self.modules, self.router = tuple(modules), router
         self.forwards = [module.forward for module in modules]
-        self.reason = _why_not(modules)
+        self.reason = lora_state.why_not(modules)
         self.weight: ops.AugmentedWeight | None = None
         if self.reason is not None:
             return
         self._adapted = [module for module in modules if is_lora(module)]
-        self._state = [_adapter_state(module) for module in self._adapted]
-        bases = [_base(module) for module in modules]
+        bases = [base_layer(module) for module in modules]
         self.weight = ops.AugmentedWeight(
             [base.weight for base in bases],
-            [_factors(module) for module in modules],
+            [None] * len(bases),
             [base.bias for base in bases],
+            room=lora_state.room(modules),
         )
         self._bases = [(base.weight, self.weight.weight(i)) for i, base in enumerate(bases)]
         for parameter, view in self._bases:
             patches.set_storage(parameter, view)
+        self._state: tuple[Any, ...] | None = None
+        self._problem: str | None = None
 
     @property
     def tail(self) -> int:
@@ -45,22 +55,59 @@ class LinearGroup:
 
     @property
     def has_lora(self) -> bool:
-        """Whether the augmented weight holds an adapter."""
+        """Whether the augmented weight holds adapters."""
         return self.weight is not None and bool(self._adapted)
 
-    def current(self) -> bool:
-        """Whether the augmented weight stands for what the layers would compute."""
+    def ready(self) -> bool:
+        """Whether the augmented weight stands for what the layers would compute now."""
         if self.weight is None:
             return False
         if any(parameter.data_ptr() != view.data_ptr() for parameter, view in self._bases):
             _warn_moved()
             return False
-        return self._state == [_adapter_state(module) for module in self._adapted]
+        state = (self.router.names, *map(lora_state.adapter_state, self._adapted))
+        if state != self._state:
+            self._problem = self._take_adapters(self.weight)
+            self._state = state
+        return self._problem is None and not any(map(lora_state.has_hooks, self.modules))
+
+    def dropout(self) -> reference.Dropout | None:
+        """The dropout of the next call, with a seed drawn from torch's generator; None for none."""
+        p = max((lora_state.dropout_now(module) for module in self._adapted), default=0.0)
+        if p == 0.0:
+            return None
+        return reference.Dropout(p, int(torch.randint(2**62, ()).item()))
+
+    def routes(self, x: Tensor) -> Tensor | None:
+        """The adapter of each of x's rows [...], if rows are routed."""
+        rows = self.router.rows
+        return None if rows is None else rows.to(x.device).view(x.shape[:-1])
 
     def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
-        if self.weight is not None and self.current():
-            return ops.lora_linear(x, self.weight)
-        return tuple(forward(x) for forward in self.forwards)
+        if self.weight is not None and self.ready():
+            return ops.lora_linear(x, self.weight, dropout=self.dropout(), routes=self.routes(x))
+        if self.router.rows is not None:
+            problem = self.reason or self._problem or "its weights were moved, or it has hooks"
+            raise UserError(f"rows cannot be routed by adapter through a layer on PEFT: {problem}")
+        return tuple(self._own(i, x) for i in range(len(self.modules)))
+
+    def _own(self, i: int, x: Tensor) -> Tensor:
+        module, forward = self.modules[i], self.forwards[i]
+        replaced = vars(module).get("forward") is not None
+        result: Tensor = forward(x) if replaced else module(x)  # hooks run in a module's call
+        return result
+
+    def _take_adapters(self, weight: ops.AugmentedWeight) -> str | None:
+        """Puts the active adapters into the weight; the reason if that is not possible."""
+        for module in self._adapted:
+            problem = lora_state.why_not_active(module)
+            if problem is not None:
+                return problem
+        adapters = [lora_state.active_factors(m, self.router.names) for m in self.modules]
+        if sum(f.lora_a.shape[0] for found in adapters for f in found) > weight.tail:
+            return "the active adapters have more ranks than there is room for: accelerate anew"
+        weight.set_adapters(adapters)
+        return None
 
 
 @cache
@@ -70,74 +117,3 @@ def _warn_moved() -> None:
         "PEFT's own until accelerate(model) is called again",
         stacklevel=3,
     )
-
-
-def is_lora(module: nn.Module) -> bool:
-    """Whether `module` is PEFT's LoRA layer around a plain linear."""
-    import peft
-
-    return isinstance(module, peft.tuners.lora.Linear)
-
-
-def is_linear(module: Any) -> bool:
-    """Whether `module` is a plain linear or PEFT's LoRA layer."""
-    return type(module) is nn.Linear or (isinstance(module, nn.Module) and is_lora(module))
-
-
-def _base(module: Any) -> Any:
-    base: nn.Linear = module.get_base_layer() if is_lora(module) else module
-    return base
-
-
-def _adapter_state(module: Any) -> tuple[Any, ...]:
-    """What decides which of a PEFT layer's adapters run."""
-    active = tuple(name for name in module.active_adapters if name in module.lora_A)
-    return module.disable_adapters, module.merged, active, tuple(module.scaling[a] for a in active)
-
-
-def _factors(module: Any) -> ops.LoraFactors | None:
-    if not is_lora(module):
-        return None
-    _, _, active, _ = _adapter_state(module)
-    if not active:
-        return None
-    name = active[0]
-    return ops.LoraFactors(
-        module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name]
-    )
-
-
-def _why_not(modules: Sequence[nn.Module]) -> str | None:
-    for module in modules:
-        if not is_linear(module):
-            return f"{type(module).__name__} is not a linear layer"
-        base = _base(module)
-        if type(base) is not nn.Linear:
-            return f"the base layer is {type(base).__name__}, not nn.Linear"
-        if base.weight.requires_grad:
-            return "the base weight is trained"
-        if base.weight.dtype not in (torch.float32, torch.bfloat16, torch.float64):
-            return f"the base weight is {base.weight.dtype}"
-        if is_lora(module):
-            problem = _why_not_lora(module)
-            if problem is not None:
-                return problem
-    return None
-
-
-def _why_not_lora(module: Any) -> str | None:
-    disabled, merged, active, _ = _adapter_state(module)
-    if disabled or merged:
-        return "the adapter is disabled or merged"
-    if len(active) > 1:
-        return "several adapters are active at once"
-    for name in active:
-        if name in module.lora_variant:
-            return f"the variant {type(module.lora_variant[name]).__name__} of LoRA"
-        if getattr(module.lora_dropout[name], "p", 0.0) > 0:
-            return "lora_dropout > 0"
-        if module.lora_bias[name]:
-            return "lora_bias=True"
-    if module.fan_in_fan_out:
-        return "fan_in_fan_out=True"
-    return None

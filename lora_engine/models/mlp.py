@@ -5,19 +5,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_engine import ops
+from lora_engine import ops, reference
 from lora_engine.models.linear_group import LinearGroup
+from lora_engine.reference.glu import ACTIVATIONS
 
 
 class MlpForward:
-    """The forward of a module with gate_proj, up_proj, down_proj and SiLU."""
+    """The forward of a module with gate_proj, up_proj, down_proj, by `ops.glu`."""
 
-    def __init__(self, gate_up: LinearGroup, down: LinearGroup) -> None:
-        self.gate_up, self.down = gate_up, down
+    def __init__(self, gate_up: LinearGroup, down: LinearGroup, activation: str) -> None:
+        self.gate_up, self.down, self.activation = gate_up, down, activation
 
     def __call__(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x)
-        hidden = ops.swiglu(gate, up, tail=self.down.tail, grad_tail=self.gate_up.tail)
+        hidden = ops.glu(
+            gate,
+            up,
+            activation=self.activation,
+            tail=self.down.tail,
+            grad_tail=self.gate_up.tail,
+        )
         (y,) = self.down(hidden)
         return y
 
@@ -27,11 +34,17 @@ def is_gated_mlp(module: Any) -> bool:
     return all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn"))
 
 
-def is_silu(activation: Any) -> bool:
-    """Whether `activation` computes SiLU, by trying it."""
+def activation_name(activation: Any) -> str | None:
+    """Which of `ops.glu`'s activations `activation` computes, by trying it; None if none."""
     x = torch.linspace(-6.0, 6.0, 33)
     try:
         y = activation(x)
     except (TypeError, ValueError, RuntimeError):
-        return False
-    return isinstance(y, Tensor) and torch.allclose(y, torch.nn.functional.silu(x), atol=1e-6)
+        return None
+    if not isinstance(y, Tensor) or y.shape != x.shape:
+        return None
+    one = torch.ones_like(x)
+    for name in ACTIVATIONS:
+        if torch.allclose(y, reference.glu(x, one, activation=name), atol=1e-6):
+            return name
+    return None

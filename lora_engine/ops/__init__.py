@@ -7,12 +7,15 @@ Each takes `impl` ("reference" or "cpu") to force one implementation; None lets
 from lora_engine.ops.adamw import adamw_, grad_norm
 from lora_engine.ops.adamw_8bit import ADAMW_8BIT_BLOCK, adamw_8bit_
 from lora_engine.ops.attention import attention
+from lora_engine.ops.augmented_weight import AugmentedWeight, LoraFactors
 from lora_engine.ops.cross_entropy import cross_entropy
-from lora_engine.ops.glu import swiglu
+from lora_engine.ops.glu import glu, swiglu
+from lora_engine.ops.layer_norm import layer_norm
 from lora_engine.ops.linear_cross_entropy import LinearCrossEntropy, linear_cross_entropy
-from lora_engine.ops.lora_linear import AugmentedWeight, LoraFactors, lora_linear
+from lora_engine.ops.lora_embedding import lora_embedding
+from lora_engine.ops.lora_linear import lora_linear
 from lora_engine.ops.rms_norm import rms_norm
-from lora_engine.ops.rope import rope
+from lora_engine.ops.rope import rope, rope_
 
 __all__ = [
     "ADAMW_8BIT_BLOCK",
@@ -23,10 +26,14 @@ __all__ = [
     "adamw_8bit_",
     "attention",
     "cross_entropy",
+    "glu",
     "grad_norm",
+    "layer_norm",
     "linear_cross_entropy",
+    "lora_embedding",
     "lora_linear",
     "rms_norm",
     "rope",
+    "rope_",
     "swiglu",
 ]

@@ -1,12 +1,49 @@
 """Softmax cross-entropy of rows of logits, with its gradient."""
 
+import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from lora_engine import backends, reference
 from lora_engine.ops.tensors import accumulate_dtype, as_rows, check, shape_of
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """What a row's loss is made of; the defaults are plain cross-entropy."""
+
+    ignore_index: int = -100
+    label_smoothing: float = 0.0
+    softcap: float | None = None
+    z_loss: float = 0.0
+
+    def check(self, operation: str) -> None:
+        """ValueError where a number makes no sense."""
+        check(
+            0 <= self.label_smoothing <= 1,
+            f"{operation}: label_smoothing={self.label_smoothing} is not in [0, 1]",
+        )
+        check(
+            self.softcap is None or 0 < self.softcap < math.inf,
+            f"{operation}: softcap={self.softcap} is not a positive number",
+        )
+        check(
+            0 <= self.z_loss < math.inf,
+            f"{operation}: z_loss={self.z_loss} is not a number >= 0",
+        )
+
+    def keywords(self) -> dict[str, Any]:
+        """As the kernels and the reference take them."""
+        return {
+            "ignore_index": self.ignore_index,
+            "label_smoothing": self.label_smoothing,
+            "softcap": self.softcap,
+            "z_loss": self.z_loss,
+        }
 
 
 def cross_entropy(
@@ -14,60 +51,95 @@ def cross_entropy(
     target: Tensor,  # [U] int64
     *,
     ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
     impl: str | None = None,
 ) -> Tensor:
-    """`logsumexp(logits) - logits[target]` for each row, [U] float32; 0 for ignored rows.
+    """Each row's cross-entropy, [U] float32; 0 for ignored rows.
+
+    With z = softcap * tanh(logits / softcap), or the logits themselves, and lse = logsumexp(z):
+    `lse - (1 - label_smoothing) * z[target] - label_smoothing * mean(z) + z_loss * lse**2`
+    (arXiv:1512.00567, arXiv:2408.00118, arXiv:2204.02311). A column of -inf is no class: the
+    result is that of the row without it, also with label smoothing. A soft-cap makes -softcap of
+    -inf, a class like others.
 
     For a linear head use `linear_cross_entropy`, which never holds all logits.
 
-    Raises ValueError where shapes do not fit or a target is not a column.
+    Raises ValueError where shapes do not fit, a target is not a column, or an option is no
+    sensible number.
     """
+    options = LossOptions(ignore_index, label_smoothing, softcap, z_loss)
+    options.check("cross_entropy")
+    check(logits.dim() == 2, f"cross_entropy: logits {shape_of(logits)} are not [U, V]")
     check_targets(logits.shape[0], logits.shape[1], target, ignore_index, "cross_entropy")
     impl = backends.select("cross_entropy", logits.device, logits.dtype, impl)
     if impl == "reference":
-        return reference.cross_entropy(logits, target, ignore_index)
-    gradient = torch.is_grad_enabled() and logits.requires_grad
-    out: Tensor = _CrossEntropy.apply(
-        logits, target, ignore_index, gradient, backends.kernels("cross_entropy", impl)
-    )
+        return reference.cross_entropy(logits, target, **options.keywords())
+    kernels = backends.kernels("cross_entropy", impl)
+    out: Tensor = _CrossEntropy.apply(logits, target.contiguous(), options, kernels)
     return out
 
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        logits: Tensor,
-        target: Tensor,
-        ignore_index: int,
-        gradient: bool,
-        kernels: Any,
+        ctx: Any, logits: Tensor, target: Tensor, options: LossOptions, kernels: Any
     ) -> Tensor:
-        work = logits.clone(memory_format=torch.contiguous_format) if gradient else logits
-        loss, _ = cross_entropy_rows_(
-            kernels, as_rows(work), target.contiguous(), ignore_index, gradient=gradient
-        )
-        ctx.save_for_backward(work)
-        return loss
+        logits = as_rows(logits)
+        rows = RowResults(logits.shape[0], logits, lse=True)
+        rows.compute(kernels, slice(None), logits, target, options)
+        ctx.save_for_backward(logits, target, rows.lse)
+        ctx.options, ctx.kernels = options, kernels
+        return rows.loss
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
-        (d_logits,) = ctx.saved_tensors
-        return d_logits * d_loss[:, None].to(d_logits.dtype), None, None, None, None
+        logits, target, lse = ctx.saved_tensors
+        d_logits = torch.empty_like(logits)
+        ctx.kernels.cross_entropy_bwd(
+            logits, target, lse, d_loss.contiguous(), d_logits, **ctx.options.keywords()
+        )
+        return d_logits, None, None, None
 
 
-def cross_entropy_rows_(
-    kernels: Any, logits: Tensor, target: Tensor, ignore_index: int, *, gradient: bool
-) -> tuple[Tensor, Tensor]:
-    """Loss [U] and correctness [U] bool of rows of logits [U, V] with unit column stride.
+class RowResults:
+    """The kernel's results for each of `count` rows of logits, filled a span of rows at a time."""
 
-    With `gradient` the logits become `softmax - onehot`.
-    """
-    rows = logits.shape[0]
-    loss = torch.empty(rows, dtype=accumulate_dtype(logits.dtype), device=logits.device)
-    correct = torch.empty(rows, dtype=torch.bool, device=logits.device)
-    kernels.cross_entropy(logits, target, loss, correct, ignore_index, gradient=gradient)
-    return loss, correct
+    def __init__(
+        self, count: int, like: Tensor, *, entropy: bool = False, lse: bool = False
+    ) -> None:
+        def empty(dtype: torch.dtype) -> Tensor:
+            return torch.empty(count, dtype=dtype, device=like.device)
+
+        number = accumulate_dtype(like.dtype)
+        self.loss, self.logprob = empty(number), empty(number)
+        self.correct = empty(torch.bool)
+        self.entropy = empty(number) if entropy else None
+        self.lse = empty(number) if lse else None
+
+    def compute(
+        self,
+        kernels: Any,
+        span: slice,
+        logits: Tensor,  # [rows of span, V], unit column stride
+        target: Tensor,  # [rows of span] int64
+        options: LossOptions,
+        grad: Tensor | None = None,  # as logits; may be logits
+    ) -> None:
+        """Fills the span's rows, and `grad` with d loss / d logits."""
+        kernels.cross_entropy(
+            logits,
+            target,
+            self.loss[span],
+            self.logprob[span],
+            self.correct[span],
+            entropy=None if self.entropy is None else self.entropy[span],
+            lse=None if self.lse is None else self.lse[span],
+            grad=grad,
+            **options.keywords(),
+        )
 
 
 def check_targets(

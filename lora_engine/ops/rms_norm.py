@@ -1,6 +1,6 @@
-"""RMSNorm with its gradient."""
+"""RMSNorm with its gradient, alone or with the residual addition before it."""
 
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -10,18 +10,53 @@ from lora_engine.ops import augmented
 from lora_engine.ops.tensors import accumulate_dtype, as_rows, check, empty_rows, shape_of
 
 
+@overload
+def rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    *,
+    residual: None = None,
+    offset: float = 0.0,
+    tail: int = 0,
+    grad_tail: int = 0,
+    impl: str | None = None,
+) -> Tensor: ...
+@overload
+def rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    *,
+    residual: Tensor,
+    offset: float = 0.0,
+    tail: int = 0,
+    grad_tail: int = 0,
+    impl: str | None = None,
+) -> tuple[Tensor, Tensor]: ...
 def rms_norm(
     x: Tensor,  # [..., H]
     weight: Tensor,  # [H]
     eps: float,
     *,
+    residual: Tensor | None = None,  # [..., H]
+    offset: float = 0.0,
     tail: int = 0,
+    grad_tail: int = 0,
     impl: str | None = None,
-) -> Tensor:
-    """`x / sqrt(mean(x²) + eps) * weight` over the last dimension (arXiv:1910.07467).
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`x / sqrt(mean(x²) + eps) * (weight + offset)` over the last dimension (arXiv:1910.07467).
 
-    Arithmetic in float32 with one rounding to x's dtype. A weight that does not require a gradient
-    costs none. `tail` leaves that many spare columns behind each row for `ops.lora_linear`.
+    Arithmetic in float32 with one rounding to x's dtype; `offset` is 1 for Gemma, whose weights
+    are kept as differences from one. A weight that does not require a gradient costs none.
+
+    With `residual`, the pair (normed, h): h = x + residual, rounded to x's dtype, is what is
+    normed, and the next residual. Its gradient joins the norm's in the backward pass, which writes
+    one tensor, the gradient of x and of the residual.
+
+    `tail` leaves that many spare columns behind each row of the normed result for
+    `ops.lora_linear`, and `grad_tail` as many behind the gradient of x, where x is such a linear's
+    result.
 
     Raises ValueError where the shapes or dtypes do not fit.
     """
@@ -33,37 +68,70 @@ def rms_norm(
         weight.dtype == x.dtype,
         f"rms_norm: weight {shape_of(weight)} and x {shape_of(x)} differ in dtype",
     )
+    check(
+        residual is None or (residual.shape == x.shape and residual.dtype == x.dtype),
+        f"rms_norm: residual {'' if residual is None else shape_of(residual)} "
+        f"and x {shape_of(x)} differ",
+    )
     impl = backends.select("rms_norm", x.device, x.dtype, impl)
     if impl == "reference":
-        return reference.rms_norm(x, weight, eps)
-    out: Tensor = _RmsNorm.apply(x, weight, eps, tail, backends.kernels("rms_norm", impl))
+        if residual is None:
+            return reference.rms_norm(x, weight, eps, offset=offset)
+        return reference.rms_norm(x, weight, eps, residual=residual, offset=offset)
+    kernels = backends.kernels("rms_norm", impl)
+    out: Tensor | tuple[Tensor, Tensor] = _RmsNorm.apply(
+        x, weight, residual, eps, offset, tail, grad_tail, kernels
+    )
     return out
 
 
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, tail: int, kernels: Any) -> Tensor:
-        rows = as_rows(x)
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        residual: Tensor | None,
+        eps: float,
+        offset: float,
+        tail: int,
+        grad_tail: int,
+        kernels: Any,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        h = rows = as_rows(x)
         weight = weight.contiguous()
         count, cols = rows.shape
+        added = None if residual is None else as_rows(residual)
+        if added is not None:
+            h = empty_rows(count, cols, dtype=x.dtype, device=x.device)
         (y,) = augmented.empty(count, [cols], tail, dtype=x.dtype, device=x.device)
         rstd = torch.empty(count, dtype=accumulate_dtype(x.dtype), device=x.device)
-        kernels.rms_norm_fwd(rows, weight, y, rstd, eps)
-        ctx.save_for_backward(rows, weight, rstd)
-        ctx.shape, ctx.kernels = x.shape, kernels
-        return augmented.keep_room(y, y.view(x.shape))
+        kernels.rms_norm_fwd(
+            rows, added, weight, y, None if added is None else h, rstd, eps, offset
+        )
+        ctx.save_for_backward(h, weight, rstd)
+        ctx.shape, ctx.offset, ctx.grad_tail, ctx.kernels = x.shape, offset, grad_tail, kernels
+        normed = augmented.keep_room(y, y.view(x.shape))
+        return normed if added is None else (normed, h.view(x.shape))
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, rstd = ctx.saved_tensors
-        dy = as_rows(dy)
-        count, cols = x.shape
-        dx = empty_rows(count, cols, dtype=x.dtype, device=x.device)
+    def backward(ctx: Any, dy: Tensor | None, dh: Tensor | None = None) -> tuple[Any, ...]:
+        h, weight, rstd = ctx.saved_tensors
+        if dy is None:  # the normed result was not used
+            return dh, None, dh, None, None, None, None, None
+        count, cols = h.shape
+        (dx,) = augmented.empty(count, [cols], ctx.grad_tail, dtype=h.dtype, device=h.device)
         dweight = rstd.new_empty(cols) if ctx.needs_input_grad[1] else None
-        ctx.kernels.rms_norm_bwd(dy, x, weight, rstd, dx, dweight)
+        dh_rows = None if dh is None else as_rows(dh)
+        ctx.kernels.rms_norm_bwd(as_rows(dy), dh_rows, h, weight, rstd, dx, dweight, ctx.offset)
+        shaped = augmented.keep_room(dx, dx.view(ctx.shape))
         return (
-            dx.view(ctx.shape),
+            shaped,
             None if dweight is None else dweight.to(weight.dtype),
+            shaped if ctx.needs_input_grad[2] else None,
+            None,
+            None,
             None,
             None,
             None,

@@ -1,67 +1,237 @@
-"""Rotary position embedding with its gradient."""
+"""Rotary position embedding of queries and keys, with its gradient."""
 
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias, overload
 
 import torch
 from torch import Tensor
 
 from lora_engine import backends, reference
-from lora_engine.ops.tensors import accumulate_dtype, check, shape_of
+from lora_engine.ops.tensors import check, shape_of
+
+POSITION_DTYPES = (torch.int64, torch.int32)
+_Pair: TypeAlias = tuple[Any, Any]  # a tensor or None for q and for k
+
+
+@overload
+def rope(
+    q: Tensor,
+    k: None,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    position_ids: Tensor | None = None,
+    interleaved: bool = False,
+    impl: str | None = None,
+) -> Tensor: ...
+
+
+@overload
+def rope(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    position_ids: Tensor | None = None,
+    interleaved: bool = False,
+    impl: str | None = None,
+) -> tuple[Tensor, Tensor]: ...
 
 
 def rope(
-    x: Tensor,  # [T, heads, D]
-    cos: Tensor,  # [T, D]
-    sin: Tensor,  # [T, D]
+    q: Tensor,  # [T, Hq, D]
+    k: Tensor | None,  # [T, Hkv, D]
+    cos: Tensor,  # [T, R]; with position_ids [P, R]
+    sin: Tensor,  # as cos
     *,
+    position_ids: Tensor | None = None,  # [T] int64 or int32
+    interleaved: bool = False,
     impl: str | None = None,
-) -> Tensor:
-    """`x cos + rotate_half(x) sin` for each head (arXiv:2104.09864), in x's dtype.
+) -> Tensor | tuple[Tensor, Tensor]:
+    """q and k with their heads rotated (arXiv:2104.09864), in their dtype; q alone if k is None.
 
-    cos and sin are the model's own, in any float dtype; they get no gradient.
+    cos and sin are the model's own tables, in any float dtype; they get no gradient. Token t is
+    rotated by row t, or by row `position_ids[t]` (positions of packed sequences restart). Scaled
+    variants (linear, dynamic, YaRN, Llama 3, an attention factor) are in the tables already and
+    need nothing else. R <= D, even: of each head the first R elements are rotated, `x cos +
+    turned(x) sin`, and the rest copied.
 
-    Raises ValueError where the shapes do not fit.
+    The layout says which elements pair, and it is that of the tables' columns as well:
+
+    - half-rotated (Llama, GPT-NeoX): i and i + R / 2; `turned` is (-x[R/2:], x[:R/2]). Columns i
+      and i + R / 2 hold the same angle, as in `cat((freqs, freqs))`.
+    - interleaved (GPT-J, Cohere): 2i and 2i + 1; `turned` is (-x[1], x[0], -x[3], x[2], ...).
+      Columns 2i and 2i + 1 hold the same angle, as in `repeat_interleave(freqs, 2)`. Where a model
+      keeps such heads with tables in halves (GLM), give
+      `cos[:, : R // 2].repeat_interleave(2, -1)`.
+
+    Raises ValueError where shapes or dtypes do not fit, and on the CPU for a position outside the
+    tables; a GPU is not made to wait for that, there the token's rotated elements become NaN.
     """
-    check(x.dim() == 3 and x.shape[-1] % 2 == 0, f"rope: x {shape_of(x)} is not [T, heads, even D]")
-    for name, table in (("cos", cos), ("sin", sin)):
-        check(
-            table.shape == (x.shape[0], x.shape[2]),
-            f"rope: {name} {shape_of(table)} does not fit x {shape_of(x)}: expected [T, D]",
-        )
-    impl = backends.select("rope", x.device, x.dtype, impl)
+    tables = _check(q, k, cos, sin, position_ids)
+    impl = backends.select("rope", q.device, q.dtype, impl)
     if impl == "reference":
-        return reference.rope(x, cos, sin)
-    accumulate = accumulate_dtype(x.dtype)
-    out: Tensor = _Rope.apply(
-        x,
-        cos.to(accumulate).contiguous(),
-        sin.to(accumulate).contiguous(),
-        backends.kernels("rope", impl),
-    )
-    return out
+        return reference.rope(q, k, cos, sin, position_ids=position_ids, interleaved=interleaved)
+    rotation = _Rotation(interleaved, backends.kernels("rope", impl))
+    outputs = rotation(q, k, *tables, position_ids)
+    return outputs[0] if k is None else outputs
+
+
+def rope_(
+    q: Tensor,  # [T, Hq, D]
+    k: Tensor | None,  # [T, Hkv, D]
+    cos: Tensor,  # [T, R]; with position_ids [P, R]
+    sin: Tensor,  # as cos
+    *,
+    position_ids: Tensor | None = None,  # [T] int64 or int32
+    interleaved: bool = False,
+    impl: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`rope` in place: writes over q and k, which may be columns of one buffer, and returns them.
+
+    Autograd knows of the change. The backward pass makes new gradients, because whose those are
+    that arrive cannot be known. Views that require a gradient are rotated one by one: autograd
+    takes no function that changes several.
+
+    Raises ValueError as `rope` does, and where columns are not one apart or elements overlap.
+    """
+    for name, x in (("q", q), ("k", k)):
+        check(
+            x is None or _is_heads(x),
+            f"rope_: {name}'s columns are not one apart, or its elements overlap; use rope",
+        )
+    tables = _check(q, k, cos, sin, position_ids)
+    impl = backends.select("rope", q.device, q.dtype, impl)
+    given = (q,) if k is None else (q, k)
+    options: dict[str, Any] = {"position_ids": position_ids, "interleaved": interleaved}
+    if impl == "reference":
+        for x in given:
+            x.copy_(rope(x, None, *tables, **options, impl=impl))
+        return q if k is None else (q, k)
+    rotation = _Rotation(interleaved, backends.kernels("rope", impl), in_place=True)
+    tracked = torch.is_grad_enabled() and any(x.requires_grad for x in given)
+    if tracked and any(x._is_view() for x in given):
+        outputs = tuple(rotation(x, None, *tables, position_ids)[0] for x in given)
+    else:
+        outputs = rotation(q, k, *tables, position_ids)
+    return outputs[0] if k is None else outputs
+
+
+@dataclass(frozen=True)
+class _Rotation:
+    """What is done to q and k besides their tables."""
+
+    interleaved: bool
+    kernels: Any
+    in_place: bool = False
+    inverse: bool = False
+
+    def __call__(self, q: Tensor | None, k: Tensor | None, *tables: Tensor | None) -> _Pair:
+        """q and k rotated in one launch; None for None."""
+        outputs = _Rope.apply(q, k, *tables, self)
+        return (outputs, None) if k is None else outputs
+
+    def run(self, q: Tensor | None, k: Tensor | None, *tables: Tensor | None) -> _Pair:
+        """The same without autograd."""
+        if self.in_place:
+            q_out, k_out = q, k
+        else:
+            q, k = _heads(q), _heads(k)
+            q_out, k_out = _empty(q), _empty(k)
+        flags = {"interleaved": self.interleaved, "inverse": self.inverse}
+        self.kernels.rope(q, k, q_out, k_out, *tables, **flags)
+        return q_out, k_out
 
 
 class _Rope(torch.autograd.Function):
+    # A view that is changed in place has to be the first tensor, and its function's one output.
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, kernels: Any) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        ctx.kernels = kernels
-        return _rotate(kernels, x, cos, sin, inverse=False)
+    def forward(
+        ctx: Any,
+        q: Tensor | None,
+        k: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        position_ids: Tensor | None,
+        rotation: _Rotation,
+    ) -> Tensor | _Pair:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(cos, sin, position_ids)
+        ctx.rotation = rotation
+        if rotation.in_place:
+            ctx.mark_dirty(*(x for x in (q, k) if x is not None))
+        outputs = rotation.run(q, k, cos, sin, position_ids)
+        return outputs[0] if k is None else outputs
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        cos, sin = ctx.saved_tensors
-        return _rotate(ctx.kernels, dy, cos, sin, inverse=True), None, None, None
+    def backward(ctx: Any, dq: Tensor | None, dk: Tensor | None = None) -> tuple[Any, ...]:
+        dq, dk = (g if n else None for g, n in zip((dq, dk), ctx.needs_input_grad, strict=False))
+        if dq is not None or dk is not None:
+            back = replace(ctx.rotation, in_place=False, inverse=not ctx.rotation.inverse)
+            dq, dk = back(dq, dk, *ctx.saved_tensors)
+        return dq, dk, None, None, None, None
 
 
-def _rotate(kernels: Any, x: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool) -> Tensor:
-    x = token_rows(x)
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    kernels.rope(x, y, cos, sin, inverse=inverse)
-    return y
+def _heads(x: Tensor | None) -> Tensor | None:
+    return x if x is None or _is_heads(x) else x.contiguous()
 
 
-def token_rows(x: Tensor) -> Tensor:
-    """`x` [T, heads, D] with each token's heads one behind the other, copied only if needed."""
-    dense = x.stride(2) == 1 and (x.shape[1] == 1 or x.stride(1) == x.shape[2])
-    return x if dense else x.contiguous()
+def _empty(x: Tensor | None) -> Tensor | None:
+    return None if x is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def _check(
+    q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, position_ids: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """ValueError where something does not fit; the tables with columns one apart."""
+    check(q.dim() == 3, f"rope: q {shape_of(q)} is not [T, heads, D]")
+    if k is not None:
+        check(
+            k.dim() == 3 and k.shape[0] == q.shape[0] and k.shape[2] == q.shape[2],
+            f"rope: k {shape_of(k)} does not fit q {shape_of(q)}: expected [T, heads, D]",
+        )
+        check(k.dtype == q.dtype, f"rope: q {shape_of(q)} and k {shape_of(k)} differ in dtype")
+    check(
+        cos.dim() == 2 and cos.shape == sin.shape,
+        f"rope: cos {shape_of(cos)} and sin {shape_of(sin)} are not two tables [T, R]",
+    )
+    rows, rotary = cos.shape
+    check(
+        0 < rotary <= q.shape[2] and rotary % 2 == 0,
+        f"rope: cos {shape_of(cos)} does not fit q {shape_of(q)}: expected even R of at most D",
+    )
+    if position_ids is None:
+        check(
+            rows == q.shape[0],
+            f"rope: cos {shape_of(cos)} does not fit q {shape_of(q)}: expected [T, R], "
+            "or give position_ids",
+        )
+    else:
+        check(
+            position_ids.shape == q.shape[:1] and position_ids.dtype in POSITION_DTYPES,
+            f"rope: position_ids {shape_of(position_ids)} is not [T] int64 or int32 "
+            f"for q {shape_of(q)}",
+        )
+        if position_ids.device.type == "cpu" and position_ids.numel():
+            low, high = int(position_ids.min()), int(position_ids.max())
+            check(
+                low >= 0 and high < rows,
+                f"rope: positions {low} to {high} are not all in tables of {rows} rows",
+            )
+    cos, sin = (x.detach() if x.stride(1) == 1 else x.detach().contiguous() for x in (cos, sin))
+    return cos, sin
+
+
+def _is_heads(x: Tensor) -> bool:
+    """Whether x [T, heads, D] has columns one apart, and no element in two places."""
+    tokens, heads, dim = x.shape
+    if x.stride(2) != 1 and dim > 1:
+        return False
+    extent = dim
+    for stride, size in sorted(((x.stride(0), tokens), (x.stride(1), heads))):
+        if size > 1:
+            if stride < extent:
+                return False
+            extent = stride * (size - 1) + extent
+    return True

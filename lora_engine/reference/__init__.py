@@ -8,21 +8,35 @@ from lora_engine.reference.adamw import adamw_, grad_norm
 from lora_engine.reference.adamw_8bit import adamw_8bit_
 from lora_engine.reference.attention import attention
 from lora_engine.reference.cross_entropy import cross_entropy
-from lora_engine.reference.glu import swiglu
+from lora_engine.reference.dropout import Dropout, drop, dropout_mask
+from lora_engine.reference.glu import glu
+from lora_engine.reference.layer_norm import layer_norm
 from lora_engine.reference.linear_cross_entropy import linear_cross_entropy
-from lora_engine.reference.lora_linear import lora_linear
+from lora_engine.reference.lora_linear import (
+    dora_scale,
+    lora_delta,
+    lora_linear,
+    merged_weight,
+)
 from lora_engine.reference.rms_norm import rms_norm
 from lora_engine.reference.rope import rope
 
 __all__ = [
+    "Dropout",
     "adamw_",
     "adamw_8bit_",
     "attention",
     "cross_entropy",
+    "dora_scale",
+    "drop",
+    "dropout_mask",
+    "glu",
     "grad_norm",
+    "layer_norm",
     "linear_cross_entropy",
+    "lora_delta",
     "lora_linear",
+    "merged_weight",
     "rms_norm",
     "rope",
-    "swiglu",
 ]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lora_engine.reference.numeric import upcast
-from lora_engine.reference.rope import rope
+from lora_engine.reference.rope import rotate
 
 
 def attention(
@@ -27,7 +27,7 @@ def attention(
     and rounded to their dtype. `window` > 0 lets a query see that many keys, itself included.
     """
     if cos is not None and sin is not None:
-        q, k = rope(q, cos, sin), rope(k, cos, sin)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     heads_per_kv = q.shape[1] // k.shape[1]
     bounds = cu_seqlens.tolist()

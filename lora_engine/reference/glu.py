@@ -5,10 +5,23 @@ from torch import Tensor
 
 from lora_engine.reference.numeric import upcast
 
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 
-def swiglu(
+
+def glu(
     gate: Tensor,  # [..., I]
     up: Tensor,  # [..., I]
+    *,
+    activation: str = "silu",
 ) -> Tensor:
-    """`silu(gate) * up`, in gate's dtype."""
-    return (F.silu(upcast(gate)) * upcast(up)).to(gate.dtype)
+    """`act(gate) * up`, in gate's dtype; the activation is one of ACTIVATIONS."""
+    gate32 = upcast(gate)
+    if activation == "silu":
+        act = F.silu(gate32)
+    elif activation == "gelu":
+        act = F.gelu(gate32)
+    elif activation == "gelu_tanh":
+        act = F.gelu(gate32, approximate="tanh")
+    else:
+        raise ValueError(f"activation {activation!r}: expected one of {', '.join(ACTIVATIONS)}")
+    return (act * upcast(up)).to(gate.dtype)

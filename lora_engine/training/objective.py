@@ -4,9 +4,9 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from lora_engine import ops
 from lora_engine.data.batch import PackedBatch
-from lora_engine.models.causal_lm import head_weight, packed_hidden_states
+from lora_engine.models.causal_lm import packed_hidden_states
+from lora_engine.models.head import output_head
 
 if TYPE_CHECKING:
     from lora_engine.ops.linear_cross_entropy import LinearCrossEntropy
@@ -20,6 +20,4 @@ def supervised_loss(model: nn.Module, batch: PackedBatch) -> "LinearCrossEntropy
     """
     hidden = packed_hidden_states(model, batch)
     supervised = hidden.index_select(0, batch.target_index)
-    return ops.linear_cross_entropy(
-        supervised, head_weight(model), batch.target_ids, reduction="sum"
-    )
+    return output_head(model).cross_entropy(supervised, batch.target_ids, reduction="sum")

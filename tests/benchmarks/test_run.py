@@ -2,10 +2,11 @@ import json
 import sys
 from dataclasses import replace
 
+import journal
 import pytest
 import run
 import torch
-from registry import CASES, SIZES
+from registry import CASES, SIZES, Contender
 
 from lora_engine import backends
 
@@ -74,7 +75,7 @@ def test_a_failing_case_is_reported_and_the_others_still_run(monkeypatch, capsys
 
     def broken(*args):
         problem = build(*args)
-        return replace(problem, ours=lambda *inputs: 2 * problem.eager(*inputs))
+        return replace(problem, ours=lambda *inputs: tuple(2 * y for y in problem.eager(*inputs)))
 
     monkeypatch.setitem(CASES, "rope", broken)
     command = ["run.py", "--size", "tiny", "--samples", "1", "--cases", "rope", "rms_norm"]
@@ -83,5 +84,113 @@ def test_a_failing_case_is_reported_and_the_others_still_run(monkeypatch, capsys
         run.main()
     printed = capsys.readouterr().out
     assert "rope: not timed, output 0" in printed
-    assert "| rms_norm | forward" in printed
+    assert "| rms_norm | tiny bfloat16 | forward" in printed
     assert "| rope" not in printed
+
+
+def run_with(monkeypatch, *options):
+    command = ["run.py", "--size", "tiny", "--dtype", "float32", "--samples", "1", *options]
+    monkeypatch.setattr(sys, "argv", command)
+    run.main()
+
+
+def test_results_are_appended_as_they_come_and_not_made_twice(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "results.jsonl"
+    run_with(monkeypatch, "--cases", "glu", "--append", str(path))
+    run_with(monkeypatch, "--cases", "glu", "adamw", "--append", str(path))
+    events = [(x["event"], x.get("case")) for x in journal.read(path)]
+    glu = [("row", "glu")] * 4
+    adamw = [("row", "adamw")] * 2
+    item = [("start", None), ("end", None)]
+    assert events == [
+        *[("context", None), item[0], *glu, item[1]],
+        *[("context", None), item[0], *adamw, item[1]],
+    ]
+    capsys.readouterr()
+
+
+def test_an_error_is_recorded_and_the_next_case_runs(tmp_path, monkeypatch, capsys):
+    def broken(*args):
+        raise RuntimeError("no\nmemory")
+
+    monkeypatch.setitem(CASES, "rope", broken)
+    path = tmp_path / "results.jsonl"
+    with pytest.raises(SystemExit, match="1"):
+        run_with(monkeypatch, "--cases", "rope", "glu", "--append", str(path))
+    lines = journal.read(path)
+    failures = [x["message"] for x in lines if x["event"] == "failure"]
+    assert failures == ["rope: not timed, RuntimeError: no memory"]
+    assert sum(x["event"] == "row" for x in lines) == 4
+    assert failures[0] in capsys.readouterr().out
+
+
+def test_nothing_begins_after_the_time(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "results.jsonl"
+    run_with(monkeypatch, "--cases", "glu", "rope", "--minutes", "0", "--append", str(path))
+    assert [x["event"] for x in journal.read(path)] == ["context", "note"]
+    assert "2 of 2 left out, the time was over" in capsys.readouterr().out
+
+
+def test_a_lost_device_ends_the_run(tmp_path, monkeypatch, capsys):
+    def broken(*args):
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setitem(CASES, "rope", broken)
+    monkeypatch.setattr(run, "_usable", lambda device: False)
+    path = tmp_path / "results.jsonl"
+    with pytest.raises(SystemExit, match=str(run.DEVICE_LOST)):
+        run_with(monkeypatch, "--cases", "rope", "glu", "--append", str(path))
+    assert [x["event"] for x in journal.read(path)] == ["context", "start", "failure"]
+    monkeypatch.undo()
+    run_with(monkeypatch, "--cases", "rope", "glu", "--append", str(path))
+    cases = {x["case"] for x in journal.read(path) if x["event"] == "row"}
+    assert cases == {"glu"}, "what lost the device is not begun again"
+    capsys.readouterr()
+
+
+def test_a_wrong_contender_is_left_out_and_ours_is_timed(monkeypatch, capsys):
+    def others(item, problem, device):
+        yield "double", Contender(lambda *inputs: 2 * problem.eager(*inputs))
+        yield "broken", Contender(lambda *inputs: 1 / 0)
+        yield "same", Contender(problem.eager)
+
+    monkeypatch.setattr(run, "_others", others)
+    run_with(monkeypatch, "--cases", "glu")
+    printed = capsys.readouterr().out
+    assert "glu, tiny: double not timed, output 0: error" in printed
+    assert "glu, tiny: broken not timed, ZeroDivisionError" in printed
+    assert "| same " in printed and "| ours " in printed and "| double " not in printed
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def test_an_in_place_contender_has_inputs_of_its_own(backward):
+    class Doubled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, gate, up):
+            gate.data.mul_(2)
+            return gate + up
+
+        @staticmethod
+        def backward(ctx, dy):
+            dy.data.mul_(2)
+            return dy.clone(), dy.clone()
+
+    problem = CASES["glu"](TINY, torch.float32, CPU)
+    before = [x.detach().clone() for x in problem.inputs]
+    thunk = run._run(problem, Contender(Doubled.apply, in_place=True), backward=backward)
+    results = []
+    for _ in range(2):
+        thunk.restore()
+        results.append([x.clone() for x in run.as_tuple(thunk())])
+    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
+    assert all(torch.equal(x, y) for x, y in zip(problem.inputs, before, strict=True))
+    again = run.as_tuple(thunk())
+    assert not torch.equal(again[0], results[0][0]), "it does change what it is given"
+
+
+def test_torch_compile_takes_part(monkeypatch, capsys):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda f, dynamic: compiled.append(dynamic) or f)
+    run_with(monkeypatch, "--cases", "glu", "--compile")
+    assert compiled == [False]
+    assert "| torch.compile " in capsys.readouterr().out

@@ -30,6 +30,7 @@ MODELS: dict[str, Callable[[], Any]] = {
         **SMALL, use_sliding_window=True, sliding_window=5, max_window_layers=1
     ),
     "qwen3": lambda: transformers.Qwen3Config(**SMALL, head_dim=16),
+    "llama_gelu": lambda: transformers.LlamaConfig(**SMALL, hidden_act="gelu"),
 }
 
 
@@ -207,11 +208,10 @@ def test_num_items_in_batch_divides_the_loss() -> None:
 @pytest.mark.parametrize(
     "config,reason",
     [
-        ({"lora_dropout": 0.1}, "lora_dropout > 0"),
-        ({"use_dora": True}, "DoraLinearVariant"),
+        ({"use_dora": True, "lora_dropout": 0.1}, "DoRA with lora_dropout > 0"),
         ({"lora_bias": True}, "lora_bias=True"),
     ],
-    ids=["dropout", "dora", "lora_bias"],
+    ids=["dora_dropout", "lora_bias"],
 )
 def test_what_is_not_covered_is_left_right_and_said(config: dict, reason: str) -> None:
     model = with_lora(tiny_llama(mlp_bias=True, attention_bias=True), **config)
@@ -219,32 +219,40 @@ def test_what_is_not_covered_is_left_right_and_said(config: dict, reason: str) -
     report = lora_engine.accelerate(model)
     assert any(reason in entry.detail for entry in report.left)
     assert reason in str(report)
-    torch.manual_seed(0)
-    ours = loss_and_gradients(model.eval().train(not config.get("lora_dropout")), batch())
-    theirs = loss_and_gradients(plain.eval().train(not config.get("lora_dropout")), batch())
+    train = not config.get("lora_dropout")
+    ours = loss_and_gradients(model.eval().train(train), batch())
+    theirs = loss_and_gradients(plain.eval().train(train), batch())
     assert_same(ours, theirs, 1e-4)
     with pytest.raises(UserError, match="left parts"):
         lora_engine.accelerate(model, strict=True)
 
 
 def test_a_model_with_other_parts_keeps_them() -> None:
+    model = with_lora(tiny_llama(hidden_act="relu"))
+    theirs = loss_and_gradients(model, batch("right"))
+    report = lora_engine.accelerate(model)
+    assert any("not SiLU or GELU" in entry.detail for entry in report.left)
+    assert_same(loss_and_gradients(model, batch("right")), theirs, 1e-4)
+
+
+def test_gemmas_mlp_is_covered() -> None:
     torch.manual_seed(0)
     config = transformers.GemmaConfig(**SMALL, head_dim=8, tie_word_embeddings=True)
     model = with_lora(transformers.AutoModelForCausalLM.from_config(config))
     theirs = loss_and_gradients(model, batch("right"))
     report = lora_engine.accelerate(model)
-    assert any("not SiLU" in entry.detail for entry in report.left)
+    covered = {entry.module for entry in report.replaced if entry.operation == "glu (gelu_tanh)"}
+    assert len(covered) == SMALL["num_hidden_layers"]
     assert_same(loss_and_gradients(model, batch("right")), theirs, 1e-4)
 
 
 def test_verify_passes_and_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     model = with_lora(tiny_llama())
     lora_engine.accelerate(model, verify=batch())
-    from lora_engine.models import mlp
+    from lora_engine.models import decoder_layer
 
-    call = mlp.MlpForward.__call__
-    wrong = lambda self, x: call(self, x) * (1.5 if x.shape[1] > 2 else 1.0)  # noqa: E731
-    monkeypatch.setattr(mlp.MlpForward, "__call__", wrong)
+    block = decoder_layer.mlp_block
+    monkeypatch.setattr(decoder_layer, "mlp_block", lambda *a, **k: 1.5 * block(*a, **k))
     with pytest.raises(ValueError, match="verify"):
         lora_engine.accelerate(model, verify=batch())
     assert model.config._attn_implementation != "lora_engine"

@@ -1,12 +1,10 @@
-import peft
 import pytest
 import torch
 
 import lora_engine
 from lora_engine.data.batch import PackedBatch, collate
 from lora_engine.data.render import Example
-from lora_engine.errors import UserError
-from lora_engine.models.causal_lm import head_weight, packed_hidden_states
+from lora_engine.models.causal_lm import packed_hidden_states
 from lora_engine.testing import tiny_llama, with_lora
 
 
@@ -28,22 +26,3 @@ def test_hidden_states_are_those_of_each_sequence_alone(accelerated: bool) -> No
         lora_engine.accelerate(model)
     hidden = packed_hidden_states(model, batch)
     assert torch.allclose(hidden, torch.cat(expected), atol=1e-5)
-
-
-def test_head_weight_is_the_output_embedding() -> None:
-    model = tiny_llama()
-    assert head_weight(with_lora(model)) is model.lm_head.weight
-
-
-def test_heads_whose_loss_would_differ_are_refused() -> None:
-    adapted = peft.get_peft_model(tiny_llama(), peft.LoraConfig(target_modules=["lm_head"]))
-    with pytest.raises(UserError, match="leave it out of target_modules"):
-        head_weight(adapted)
-    scaled = tiny_llama()
-    scaled.config.logits_scaling = 8.0
-    with pytest.raises(UserError, match=r"changes its logits \(config.logits_scaling\)"):
-        head_weight(scaled)
-    biased = tiny_llama()
-    biased.lm_head = torch.nn.Linear(32, 97)
-    with pytest.raises(UserError, match="has a bias"):
-        head_weight(biased)

@@ -1,57 +1,240 @@
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from implementations import Backend
-from oracle import check
+from oracle import TOLERANCE, check
 from torch import Tensor
 
-from lora_engine import ops, reference
+from lora_engine import backends, ops, reference
+from lora_engine.testing import error
 
 OPERATION = "glu"
+PEERS = {
+    "silu": lambda gate, up: F.silu(gate) * up,
+    "gelu": lambda gate, up: F.gelu(gate) * up,
+    "gelu_tanh": lambda gate, up: F.gelu(gate, approximate="tanh") * up,
+}
+activations = pytest.mark.parametrize("activation", PEERS)
 
 
-def peer(gate: Tensor, up: Tensor) -> Tensor:
-    return torch.nn.functional.silu(gate) * up
-
-
-@pytest.mark.parametrize("shape", [(1, 1), (3, 63), (2, 5, 1536), (65, 1000), (0, 8)], ids=str)
-def test_matches_oracle(
-    backend: Backend, dtype: torch.dtype, poisoned: None, shape: tuple[int, ...]
-) -> None:
+def inputs(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[Tensor]:
     torch.manual_seed(0)
-    inputs = [torch.randn(shape).to(dtype) * 3, torch.randn(shape).to(dtype)]
-    check(lambda g, u: ops.swiglu(g, u, impl=backend.impl), peer, backend.put(*inputs))
+    return [torch.randn(shape).to(dtype) * 3, torch.randn(shape).to(dtype)]
 
 
+@activations
+@pytest.mark.parametrize(
+    "shape", [(1, 1), (3, 63), (2, 3, 1025), (33, 1000), (2, 4100), (0, 8)], ids=str
+)
+def test_matches_oracle(
+    backend: Backend, dtype: torch.dtype, poisoned: None, shape: tuple[int, ...], activation: str
+) -> None:
+    check(
+        lambda g, u: ops.glu(g, u, activation=activation, impl=backend.impl),
+        PEERS[activation],
+        backend.put(*inputs(shape, dtype)),
+    )
+
+
+@activations
+def test_every_gate_is_accurate(backend: Backend, activation: str) -> None:
+    """Each element by itself: a large one beside it hides nothing."""
+    gate = torch.cat((torch.linspace(-14, 14, 4001), torch.logspace(-30, 30, 41)))
+    (gate,) = backend.put(torch.cat((gate, -gate[-41:])))
+    one = torch.ones_like(gate)
+    leaf = gate.clone().requires_grad_()
+    y = ops.glu(leaf, one, activation=activation, impl=backend.impl)
+    (slope,) = torch.autograd.grad(y.sum(), leaf)
+    exact = gate.double().requires_grad_()
+    y_exact = PEERS[activation](exact, one.double())
+    (slope_exact,) = torch.autograd.grad(y_exact.sum(), exact)
+    assert ((y - y_exact).abs() <= 4e-7 * gate.abs()).all()
+    finite = slope_exact.isfinite()  # PyTorch's own overflows beyond 1e19
+    assert ((slope - slope_exact).abs()[finite] <= 2e-6).all() and slope.isfinite().all()
+
+
+@activations
 @pytest.mark.parametrize("gate", [1e4, -1e4, 88.0, -88.0, -104.0, 1e-42, 0.0], ids=str)
-def test_extreme_gates(backend: Backend, gate: float) -> None:
-    inputs = [torch.full((2, 33), gate), torch.ones(2, 33)]
-    check(lambda g, u: ops.swiglu(g, u, impl=backend.impl), peer, backend.put(*inputs))
+def test_extreme_gates(backend: Backend, gate: float, activation: str) -> None:
+    given = backend.put(torch.full((2, 33), gate), torch.ones(2, 33))
+    call = lambda g, u: ops.glu(g, u, activation=activation, impl=backend.impl)  # noqa: E731
+    check(call, PEERS[activation], given)
 
 
-def test_nan_stays_nan(backend: Backend) -> None:
+@activations
+def test_infinite_gates(backend: Backend, activation: str) -> None:
+    """As PyTorch in float64; in float32 its own gelu(inf) is NaN."""
+    given = backend.put(torch.tensor([[torch.inf, -torch.inf, 1.0]]), torch.ones(1, 3))
+    y = ops.glu(given[0].requires_grad_(), given[1], activation=activation, impl=backend.impl)
+    exact = PEERS[activation](*(x.double() for x in given))
+    assert torch.allclose(y.double(), exact, equal_nan=True)
+    assert y[0, 0] == torch.inf and y[0, 1].isnan()
+    (slope,) = torch.autograd.grad(y.sum(), given[0])
+    assert slope.isnan().tolist() == [[True, True, False]]
+
+
+@activations
+def test_nan_stays_nan(backend: Backend, activation: str) -> None:
     gate = torch.zeros(1, 40)
     gate[0, 17] = float("nan")
-    y = ops.swiglu(*backend.put(gate, torch.ones(1, 40)), impl=backend.impl)
-    assert y.isnan().nonzero().tolist() == [[0, 17]]
+    gate, up = (x.requires_grad_() for x in backend.put(gate, torch.ones(1, 40)))
+    y = ops.glu(gate, up, activation=activation, impl=backend.impl)
+    for x in (y, *torch.autograd.grad(y.sum(), (gate, up))):
+        assert x.isnan().nonzero().tolist() == [[0, 17]]
 
 
-@settings(max_examples=25, deadline=None)
-@given(rows=st.integers(0, 70), cols=st.integers(1, 130), tail=st.integers(0, 9))
-def test_any_shape(rows: int, cols: int, tail: int) -> None:
+@pytest.mark.parametrize("tail", [0, 5, 8])
+def test_columns_of_one_buffer(backend: Backend, dtype: torch.dtype, tail: int) -> None:
+    torch.manual_seed(0)
+    (buffer,) = backend.put(torch.randn(9, 2 * 600 + tail).to(dtype))
+    options = {"tail": tail, "grad_tail": tail, "impl": backend.impl}
+
+    def split(x: Tensor) -> tuple[Tensor, Tensor]:
+        return x[:, :600], x[:, 600:1200]
+
+    check(
+        lambda x: ops.glu(*split(x), activation="gelu_tanh", **options),
+        lambda x: PEERS["gelu_tanh"](*split(x)),
+        [buffer],
+    )
+
+
+def test_transposed_inputs(backend: Backend) -> None:
+    given = [x.T for x in backend.put(*inputs((33, 20)))]
+    check(lambda g, u: ops.glu(g, u, impl=backend.impl), PEERS["silu"], given)
+
+
+@activations
+@pytest.mark.parametrize("in_place", [False, True], ids=["apart", "in_place"])
+def test_backward_kernel_writes_over_its_inputs_and_h(
+    backend: Backend, dtype: torch.dtype, activation: str, in_place: bool
+) -> None:
+    kernels = backends.kernels("glu", backend.impl)
+    gate, up, dy = backend.put(*inputs((6, 1100), dtype), torch.randn(6, 1100).to(dtype))
+    exact = [x.double().requires_grad_() for x in (gate, up)]
+    y = PEERS[activation](*exact)
+    expected = (*torch.autograd.grad(y, exact, dy.double()), y.detach())
+    nan = torch.full_like(torch.cat((gate, up, up), 1), torch.nan)
+    dgate, dup = (gate, up) if in_place else nan[:, :2200].chunk(2, 1)
+    h = nan[:, 2200:]
+    kernels.glu_bwd(dy, gate, up, dgate, dup, h, activation=activation)
+    for ours, oracle in zip((dgate, dup, h), expected, strict=True):
+        assert error(ours, oracle) <= TOLERANCE[dtype]
+
+
+class TestOverwrite:
+    """Gradients over gate and up, where autograd made them."""
+
+    @staticmethod
+    def layer(x: Tensor, impl: str, overwrite: bool) -> tuple[Tensor, Tensor, Tensor]:
+        gate, up = (x * 2.0)[:, :24], (x * 3.0)[:, 24:48]
+        return ops.glu(gate, up, overwrite=overwrite, impl=impl), gate, up
+
+    def test_gradients_are_the_same_and_lie_there(self, backend: Backend) -> None:
+        (x,) = backend.put(torch.randn(5, 50))
+        grads = []
+        for overwrite in (False, True):
+            leaf = x.clone().requires_grad_()
+            y, gate, _ = self.layer(leaf, backend.impl, overwrite)
+            before = gate.detach().clone()
+            seen: list[Tensor] = []
+            gate.register_hook(seen.append)
+            grads.append(torch.autograd.grad(y.square().sum(), leaf)[0])
+            assert (seen[0].data_ptr() == gate.data_ptr()) is overwrite
+            assert torch.equal(gate, before) is not overwrite
+        assert torch.equal(*grads)
+
+    def test_both_from_one_buffer(self, backend: Backend) -> None:
+        (x,) = backend.put(torch.randn(2, 5, 50))
+        grads = []
+        for overwrite in (False, True):
+            leaf = x.clone().requires_grad_()
+            both = leaf * 2.0
+            gate = both[..., :24]
+            y = ops.glu(gate, both[..., 24:48], overwrite=overwrite, impl=backend.impl)
+            before = gate.detach().clone()
+            grads.append(torch.autograd.grad(y.square().sum(), leaf)[0])
+            assert torch.equal(gate, before) is not overwrite
+        assert torch.equal(*grads)
+
+    def test_a_second_backward_pass_is_an_error(self, backend: Backend) -> None:
+        (x,) = backend.put(torch.randn(5, 50))
+        y, *_ = self.layer(x.requires_grad_(), backend.impl, overwrite=True)
+        y.sum().backward(retain_graph=True)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.sum().backward()
+
+    def test_whoever_saved_them_is_told(self, backend: Backend) -> None:
+        (x,) = backend.put(torch.randn(5, 24))
+        gate = x.requires_grad_().exp()  # its gradient reads its result
+        y = ops.glu(gate, x * 1.0, overwrite=True, impl=backend.impl)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.sum().backward()
+
+    @pytest.mark.parametrize("case", ["leaf", "constant", "same", "overlap", "expanded"])
+    def test_what_is_not_its_own_is_kept(self, backend: Backend, case: str) -> None:
+        (x,) = backend.put(torch.randn(6, 30))
+        leaf = x.clone().requires_grad_()
+        made = leaf * 2.0
+        gate, up = {
+            "leaf": (leaf, made),
+            "constant": (made, x),
+            "same": (made, made),
+            "overlap": (made[:, :16], made[:, 8:24]),
+            "expanded": (made[:1].expand(6, 30), leaf * 3.0),
+        }[case]
+        before = gate.detach().clone(), up.detach().clone()
+        y = ops.glu(gate, up, overwrite=True, impl=backend.impl)
+        expected = torch.autograd.grad(reference.glu(gate, up).sum(), leaf, retain_graph=True)[0]
+        assert torch.allclose(torch.autograd.grad(y.sum(), leaf)[0], expected, atol=1e-5)
+        assert torch.equal(gate, before[0]) and torch.equal(up, before[1])
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.integers(0, 70),
+    cols=st.integers(1, 300),
+    tail=st.integers(0, 9),
+    activation=st.sampled_from(sorted(PEERS)),
+)
+def test_any_shape(rows: int, cols: int, tail: int, activation: str) -> None:
     gate_up = torch.randn(rows, 2 * cols)
     gate, up = gate_up[:, :cols], gate_up[:, cols:]
-    y = ops.swiglu(gate, up, tail=tail)
-    assert torch.allclose(y, reference.swiglu(gate, up), rtol=1e-5, atol=1e-6)
+    y = ops.glu(gate, up, activation=activation, tail=tail)
+    expected = reference.glu(gate, up, activation=activation)
+    assert torch.allclose(y, expected, rtol=1e-5, atol=1e-6)
+    assert rows < 2 or y.stride(0) == cols + tail
 
 
+@activations
 @pytest.mark.parametrize("impl", ["reference", "cpu"])
-def test_gradcheck(impl: str) -> None:
-    inputs = [torch.randn(3, 5, dtype=torch.float64, requires_grad=True) for _ in range(2)]
-    assert torch.autograd.gradcheck(lambda g, u: ops.swiglu(g, u, impl=impl), inputs)
+def test_gradcheck(impl: str, activation: str) -> None:
+    given = [torch.randn(3, 5, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    call = lambda g, u: ops.glu(g, u, activation=activation, impl=impl)  # noqa: E731
+    assert torch.autograd.gradcheck(call, given)
 
 
-def test_errors_name_the_shapes() -> None:
+def test_a_second_derivative_is_refused(backend: Backend) -> None:
+    gate, up = (x.requires_grad_() for x in backend.put(*inputs((2, 3))))
+    y = ops.glu(gate, up, impl=backend.impl)
+    (grad,) = torch.autograd.grad(y.square().sum(), gate, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def test_swiglu_is_the_default(backend: Backend) -> None:
+    given = backend.put(*inputs((3, 5)))
+    assert torch.equal(ops.swiglu(*given, impl=backend.impl), ops.glu(*given, impl=backend.impl))
+
+
+def test_errors_say_what_does_not_fit() -> None:
     with pytest.raises(ValueError, match=r"gate \[2, 3\] float32 and up \[2, 4\] float32 differ"):
-        ops.swiglu(torch.randn(2, 3), torch.randn(2, 4))
+        ops.glu(torch.randn(2, 3), torch.randn(2, 4))
+    with pytest.raises(ValueError, match="activation 'relu': expected one of silu, gelu, gelu_ta"):
+        ops.glu(torch.randn(2, 3), torch.randn(2, 3), activation="relu")
+    with pytest.raises(ValueError, match="activation 'relu': expected one of"):
+        reference.glu(torch.randn(2, 3), torch.randn(2, 3), activation="relu")
+    with pytest.raises(ValueError, match="no room for a grad_tail"):
+        ops.glu(torch.randn(2, 3), torch.randn(2, 3), overwrite=True, grad_tail=8)

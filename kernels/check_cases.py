@@ -1,0 +1,187 @@
+"""The launches that check.py compiles: one function for each operation.
+
+A function gets a dtype and yields calls of its launchers, with tensors that have no memory. They
+must reach every line of launch_table.json, every flag that makes another kernel, and one shape
+whose strides are not multiples of 16, where Triton cannot assume aligned rows. `matrix` names the
+kernels that must use the best matrix instructions of the capability (wgmma, tcgen05), `any_matrix`
+those whose tiles are too small for them.
+"""
+
+import importlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ROWS = 8192
+# Widths of models from 135M to 405B parameters, hidden and intermediate, and an unaligned one.
+COLS = (64, 576, 1001, 1536, 4096, 8192, 14336, 28672)
+VOCABS = (1001, 32000, 49152, 50257, 128256, 151936, 262144)
+# The last is what --quick takes where the dtype makes no other line of the table.
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Call:
+    """A launcher, its arguments, and what its kernels must show."""
+
+    launcher: Callable[..., object]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    matrix: tuple[str, ...] = ()
+    any_matrix: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        arguments = [*self.args, *(f"{k}={_text(v)}" for k, v in self.kwargs.items())]
+        return f"{self.launcher.__name__}({', '.join(map(_text, arguments))})"
+
+
+Cases = Callable[[torch.dtype], Iterator[Call]]
+OPERATIONS: dict[str, Cases] = {}
+
+
+def operation(cases: Cases) -> Cases:
+    """Register an operation's calls under its name."""
+    OPERATIONS[cases.__name__] = cases
+    return cases
+
+
+def empty(*shape: int, dtype: torch.dtype) -> Tensor:
+    """A tensor of this shape without memory."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def call(
+    launcher: Callable[..., object],
+    *args: Any,
+    matrix: tuple[str, ...] = (),
+    any_matrix: tuple[str, ...] = (),
+    **kwargs: Any,
+) -> Call:
+    """A call with arguments written as they are in a call."""
+    return Call(launcher, args, kwargs, matrix, any_matrix)
+
+
+def sizes(*kernels: str, among: tuple[int, ...] = COLS) -> list[int]:
+    """`among`, and launch sizes that reach every other line of the kernels' tables."""
+    table = importlib.import_module("lora_engine.kernels.launch").table()
+    lines = [line for k in kernels for by in table[k].values() for x in by.values() for line in x]
+    limits = {limit for limit, _ in lines if limit is not None}
+    beyond = {2 * max(limits)} if limits and max(limits) >= max(among) else set()
+    return sorted({*among, *limits, *beyond})
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return str(value)
+    return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+
+
+@operation
+def glu(dtype: torch.dtype) -> Iterator[Call]:
+    from lora_engine.kernels import glu
+
+    for cols in sizes("glu_fwd", "glu_bwd"):
+        x = empty(ROWS, cols, dtype=dtype)
+        for activation in ("silu", "gelu", "gelu_tanh"):
+            yield call(glu.glu_fwd, x, x, x, activation=activation)
+            yield call(glu.glu_bwd, x, x, x, x, x, activation=activation)
+            yield call(glu.glu_bwd, x, x, x, x, x, x, activation=activation)
+
+
+@operation
+def rope(dtype: torch.dtype) -> Iterator[Call]:
+    from lora_engine.kernels import rope
+
+    positions = empty(ROWS, dtype=torch.int64)
+    for heads, kv_heads, dim, rotary in ((9, 3, 64, 64), (32, 8, 128, 128), (16, 16, 80, 32)):
+        q, k = (empty(ROWS, n, dim, dtype=dtype) for n in (heads, kv_heads))
+        cos = empty(ROWS, rotary, dtype=torch.float32)
+        for inverse in (False, True):
+            for interleaved in (False, True):
+                flags = {"interleaved": interleaved, "inverse": inverse}
+                out = empty(ROWS, heads, dim, dtype=dtype)
+                yield call(rope.rope, q, k, q, k, cos, cos, None, **flags)
+                yield call(rope.rope, q, None, out, None, cos, cos, positions, **flags)
+
+
+@operation
+def rms_norm(dtype: torch.dtype) -> Iterator[Call]:
+    from lora_engine.kernels import rms_norm
+
+    for cols in sizes("rms_norm_fwd", "rms_norm_bwd", "rms_norm_bwd_dw"):
+        x = empty(ROWS, cols, dtype=dtype)
+        weight, rstd = empty(cols, dtype=dtype), empty(ROWS, dtype=torch.float32)
+        dweight = empty(cols, dtype=torch.float32)
+        for other in (None, x):
+            yield call(rms_norm.rms_norm_fwd, x, other, weight, x, other, rstd, 1e-5, 0.0)
+            for dw in (None, dweight):
+                yield call(rms_norm.rms_norm_bwd, x, other, x, weight, rstd, x, dw, 0.0)
+
+
+@operation
+def layer_norm(dtype: torch.dtype) -> Iterator[Call]:
+    from lora_engine.kernels import layer_norm
+
+    for cols in sizes("layer_norm_fwd", "layer_norm_bwd", "layer_norm_bwd_dw"):
+        x = empty(ROWS, cols, dtype=dtype)
+        weight, mean = empty(cols, dtype=dtype), empty(ROWS, dtype=torch.float32)
+        total = empty(cols, dtype=torch.float32)
+        for w, b in ((weight, weight), (weight, None), (None, None)):
+            yield call(layer_norm.layer_norm_fwd, x, w, b, x, mean, mean, 1e-5)
+        for w, dw, db in ((weight, None, None), (weight, total, total), (None, None, None)):
+            yield call(layer_norm.layer_norm_bwd, x, x, w, mean, mean, x, dw, db)
+
+
+@operation
+def cross_entropy(dtype: torch.dtype) -> Iterator[Call]:
+    from lora_engine.kernels import cross_entropy
+
+    rows = 2048
+    row, target = empty(rows, dtype=torch.float32), empty(rows, dtype=torch.int64)
+    correct = empty(rows, dtype=torch.bool)
+    plain: dict[str, Any] = {"ignore_index": -100}
+    options = {**plain, "label_smoothing": 0.1, "softcap": 30.0, "z_loss": 1e-4}
+    for cols in sizes("cross_entropy", "cross_entropy_unaligned", among=VOCABS):
+        z = empty(rows, cols, dtype=dtype)
+        forward = (cross_entropy.cross_entropy, z, target, row, row, correct)
+        for given in (plain, options):
+            yield call(*forward, **given)
+            yield call(*forward, lse=row, entropy=row, **given)
+            yield call(*forward, grad=z, grad_scale=row, **given)
+            yield call(*forward, grad=z, **given)
+            yield call(cross_entropy.cross_entropy_bwd, z, target, row, row, z, **given)
+
+
+ADAMW = {
+    "lr": 1e-4,
+    "beta1": 0.9,
+    "beta2": 0.999,
+    "eps": 1e-8,
+    "weight_decay": 0.01,
+    "bias_correction1": 0.1,
+    "bias_correction2": 0.001,
+    "grad_scale": 1.0,
+}
+
+
+@operation
+def adamw(dtype: torch.dtype) -> Iterator[Call]:
+    """float32 whatever the dtype, so once is enough."""
+    from lora_engine.kernels import adamw, adamw_8bit
+
+    if dtype != torch.float32:
+        return
+    norm = empty(dtype=dtype)
+    for count in (1000, 2**20, 2**31 + 256):
+        flat, codes = empty(count, dtype=dtype), empty(count, dtype=torch.uint8)
+        scales = empty(-(-count // 256), dtype=dtype)
+        yield call(adamw.grad_norm, flat, norm)
+        for clip in (None, norm):
+            limit = None if clip is None else 1.0
+            options = {**ADAMW, "grad_norm": clip, "max_grad_norm": limit}
+            yield call(adamw.adamw, flat, flat, flat, flat, **options)
+            moments = (codes, codes, scales, scales)
+            yield call(adamw_8bit.adamw_8bit, flat, flat, *moments, **options)

@@ -1,0 +1,338 @@
+"""The thin products of a LoRA group: S = drop(X) Aᵀ, dS = dY B with dB = dYᵀ S, dA = dSᵀ drop(X).
+
+Each reads its one large operand once. Sums over rows are partial sums of fixed chunks of rows,
+added in order by a second kernel, so results do not depend on what ran first.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from lora_engine.kernels import launch
+from lora_engine.kernels.lora_sums import sum_blocks, sum_chunks
+from lora_engine.kernels.lora_tiles import (
+    Span,
+    aligned,
+    by_rank,
+    choose,
+    has_ranks,
+    padded,
+    rank_tiles,
+    split_rows,
+)
+from lora_engine.kernels.philox import keep_mask, signed_words
+from torch import Tensor
+
+from lora_engine.reference.dropout import Dropout
+
+# float32 products take no tf32 short cut. They run on the ordinary arithmetic units.
+PRECISION = "ieee"
+
+
+@triton.jit(do_not_specialize=["M", "seed_low", "seed_high", "threshold"])
+def _lora_a_fwd_kernel(
+    x_ptr,  # [M, K]
+    a_ptr,  # [R, K]
+    s_ptr,  # [M, R]
+    M,
+    K,
+    scale,
+    seed_low,
+    seed_high,
+    threshold,
+    stride_xm: tl.constexpr,
+    stride_ar: tl.constexpr,
+    stride_sm: tl.constexpr,
+    TILES: tl.constexpr,  # see rank_tiles
+    DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    # The tiles of the same rows are neighbours: all but the first find X in the cache.
+    tile = tl.program_id(0) % len(TILES)
+    offs_m = (tl.program_id(0) // len(TILES)) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_r = choose(TILES, tile, 0) + tl.arange(0, BLOCK_R)
+    offs_k = tl.arange(0, BLOCK_K)
+    mask_m = offs_m < M
+    mask_r = (offs_r >= choose(TILES, tile, 1)) & (offs_r < choose(TILES, tile, 2))
+    x_ptrs = x_ptr + offs_m.to(tl.int64)[:, None] * stride_xm + offs_k[None, :]
+    a_ptrs = a_ptr + offs_r.to(tl.int64)[:, None] * stride_ar + offs_k[None, :]
+    acc = tl.zeros([BLOCK_M, BLOCK_R], dtype=tl.float32)
+    for k in range(0, K, BLOCK_K):
+        mask_k = offs_k < K - k
+        x = tl.load(x_ptrs + k, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
+        a = tl.load(a_ptrs + k, mask=mask_r[:, None] & mask_k[None, :], other=0.0)
+        if DROPOUT:
+            stream = choose(TILES, tile, 4)
+            keep = keep_mask(seed_low, seed_high, threshold, stream, offs_m, k, BLOCK_K)
+            x = tl.where(keep, x, tl.zeros_like(x))
+        acc = tl.dot(x, tl.trans(a), acc, input_precision=PRECISION)
+    if DROPOUT:
+        acc *= scale
+    tl.store(
+        s_ptr + offs_m.to(tl.int64)[:, None] * stride_sm + offs_r[None, :],
+        acc.to(s_ptr.dtype.element_ty),
+        mask=mask_m[:, None] & (offs_r < choose(TILES, tile, 3))[None, :],
+    )
+
+
+@triton.jit(do_not_specialize=["M", "chunk"])
+def _lora_b_bwd_kernel(
+    dy_ptr,  # [M, N]
+    b_ptr,  # [N, R]
+    s_ptr,  # [M, R]
+    ds_ptr,  # [blocks of N, M, P], float32
+    db_ptr,  # [chunks of M, N, P], float32
+    M,
+    N,
+    chunk,
+    stride_dym: tl.constexpr,
+    stride_bn: tl.constexpr,
+    stride_sm: tl.constexpr,
+    SPANS: tl.constexpr,  # (first block, first row, end row, first column, end column)
+    P: tl.constexpr,
+    HAS_DB: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    block = tl.program_id(1)
+    span = 0
+    for i in tl.static_range(1, len(SPANS)):
+        span = tl.where(block >= SPANS[i][0], i, span)
+    first_row = choose(SPANS, span, 1) + (block - choose(SPANS, span, 0)) * BLOCK_N
+    offs_n = first_row + tl.arange(0, BLOCK_N)
+    offs_p = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    offs_r = choose(SPANS, span, 3) + offs_p
+    mask_n = offs_n < choose(SPANS, span, 2)
+    mask_r = offs_r < choose(SPANS, span, 4)
+    start = tl.program_id(2) * chunk
+    offs_i = tl.arange(0, BLOCK_M)
+    b = tl.load(
+        b_ptr + offs_n.to(tl.int64)[:, None] * stride_bn + offs_r[None, :],
+        mask=mask_n[:, None] & mask_r[None, :],
+        other=0.0,
+    )
+    db = tl.zeros([BLOCK_N, BLOCK_R], dtype=tl.float32)
+    for m in range(start, tl.minimum(start + chunk, M), BLOCK_M):
+        offs_m = (m + offs_i).to(tl.int64)
+        mask_m = offs_m < M
+        dy = tl.load(
+            dy_ptr + offs_m[:, None] * stride_dym + offs_n[None, :],
+            mask=mask_m[:, None] & mask_n[None, :],
+            other=0.0,
+        )
+        ds = tl.dot(dy, b, input_precision=PRECISION)
+        tl.store(
+            ds_ptr + (block.to(tl.int64) * M + offs_m)[:, None] * P + offs_p[None, :],
+            ds,
+            mask=mask_m[:, None],
+        )
+        if HAS_DB:
+            s = tl.load(
+                s_ptr + offs_m[:, None] * stride_sm + offs_r[None, :],
+                mask=mask_m[:, None] & mask_r[None, :],
+                other=0.0,
+            )
+            db = tl.dot(tl.trans(dy), s, db, input_precision=PRECISION)
+    if HAS_DB:
+        rows = tl.program_id(2).to(tl.int64) * N + offs_n
+        tl.store(db_ptr + rows[:, None] * P + offs_p[None, :], db, mask=mask_n[:, None])
+
+
+@triton.jit(do_not_specialize=["M", "chunk", "seed_low", "seed_high", "threshold"])
+def _lora_a_bwd_kernel(
+    ds_ptr,  # [M, R]
+    x_ptr,  # [M, K]
+    da_ptr,  # [chunks of M, R, K], float32
+    M,
+    K,
+    R,
+    chunk,
+    scale,
+    seed_low,
+    seed_high,
+    threshold,
+    stride_dsm: tl.constexpr,
+    stride_xm: tl.constexpr,
+    TILES: tl.constexpr,  # see rank_tiles
+    DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    tile = tl.program_id(0)
+    first_k = tl.program_id(1) * BLOCK_K
+    offs_k = first_k + tl.arange(0, BLOCK_K)
+    offs_r = choose(TILES, tile, 0) + tl.arange(0, BLOCK_R)
+    offs_i = tl.arange(0, BLOCK_M)
+    mask_k = offs_k < K
+    mask_r = (offs_r >= choose(TILES, tile, 1)) & (offs_r < choose(TILES, tile, 2))
+    start = tl.program_id(2) * chunk
+    # Held transposed: the tensor cores want at least 64 rows, and ranks are often fewer.
+    acc = tl.zeros([BLOCK_K, BLOCK_R], dtype=tl.float32)
+    for m in range(start, tl.minimum(start + chunk, M), BLOCK_M):
+        offs_m = (m + offs_i).to(tl.int64)
+        mask_m = offs_m < M
+        x = tl.load(
+            x_ptr + offs_m[:, None] * stride_xm + offs_k[None, :],
+            mask=mask_m[:, None] & mask_k[None, :],
+            other=0.0,
+        )
+        ds = tl.load(
+            ds_ptr + offs_m[:, None] * stride_dsm + offs_r[None, :],
+            mask=mask_m[:, None] & mask_r[None, :],
+            other=0.0,
+        )
+        if DROPOUT:
+            stream = choose(TILES, tile, 4)
+            keep = keep_mask(seed_low, seed_high, threshold, stream, offs_m, first_k, BLOCK_K)
+            x = tl.where(keep, x, tl.zeros_like(x))
+        acc = tl.dot(tl.trans(x), ds, acc, input_precision=PRECISION)
+    if DROPOUT:
+        acc *= scale
+    rows = tl.program_id(2).to(tl.int64) * R + offs_r
+    tl.store(
+        da_ptr + rows[None, :] * K + offs_k[:, None],
+        acc,
+        mask=mask_k[:, None] & (offs_r < choose(TILES, tile, 3))[None, :],
+    )
+
+
+def lora_a_fwd(
+    x: Tensor,  # [M, K]
+    lora_a: Tensor,  # [R, K]
+    s: Tensor,  # [M, R]
+    spans: Sequence[Span],
+    dropout: Dropout | None = None,
+) -> None:
+    """Writes s = drop_i(x) lora_aᵀ, and 0 in columns of no span. Launch size: M."""
+    rows, cols = x.shape
+    if rows == 0 or cols == 0 or not has_ranks(spans):
+        s.zero_()
+        return
+    block_r, tiles = rank_tiles(spans, s.shape[1], 128, merge=dropout is None)
+    name = by_rank("lora_a_fwd", block_r) if aligned(x, lora_a) else "lora_a_fwd_unaligned"
+    config = launch.config(name, x.device, x.dtype, rows)
+    grid = (triton.cdiv(rows, config["BLOCK_M"]) * len(tiles),)
+    _lora_a_fwd_kernel[grid](
+        x,
+        lora_a,
+        s,
+        rows,
+        cols,
+        1.0 if dropout is None else dropout.scale,
+        *signed_words(dropout),
+        stride_xm=x.stride(0),
+        stride_ar=lora_a.stride(0),
+        stride_sm=s.stride(0),
+        TILES=tiles,
+        DROPOUT=dropout is not None,
+        PRECISION=PRECISION,
+        BLOCK_R=block_r,
+        **config,
+    )
+
+
+def lora_b_bwd(
+    dy: Tensor,  # [M, N]
+    lora_b: Tensor,  # [N, R]
+    s: Tensor,  # [M, R]
+    ds: Tensor,  # [M, R]
+    d_lora_b: Tensor | None,  # [N, R], float32
+    spans: Sequence[Span],
+) -> None:
+    """Writes ds = dy lora_b and d_lora_b = dyᵀ s, each linear's block alone, in one pass over dy.
+
+    Columns of ds in no span become 0; d_lora_b outside the blocks is left as it is. Launch size: M.
+    """
+    rows, cols = dy.shape
+    linears = [(n, r) for n, r in spans if n.stop > n.start and r.stop > r.start]
+    if not linears or rows == 0:
+        ds.zero_()
+        for n, r in linears if d_lora_b is not None else ():
+            d_lora_b[n, r].zero_()
+        return
+    width = max(r.stop - r.start for _, r in linears)
+    block_r = min(64, padded(width))
+    config = launch.config(by_rank("lora_b_bwd", block_r), dy.device, dy.dtype, rows)
+    table, blocks, block_range = [], 0, {}
+    for n, r in linears:
+        table.append((blocks, n.start, n.stop, r.start, r.stop))
+        count = triton.cdiv(n.stop - n.start, config["BLOCK_N"])
+        block_range[r.start] = (blocks, blocks + count)
+        blocks += count
+    rank_blocks = triton.cdiv(width, block_r)
+    pitch = rank_blocks * block_r
+    chunks, chunk = split_rows(rows, config["BLOCK_M"], blocks * rank_blocks, dy.device)
+    ds_part = torch.empty(blocks, rows, pitch, dtype=torch.float32, device=dy.device)
+    db_part = ds_part
+    if d_lora_b is not None:
+        db_part = torch.empty(chunks, cols, pitch, dtype=torch.float32, device=dy.device)
+    _lora_b_bwd_kernel[(rank_blocks, blocks, chunks)](
+        dy,
+        lora_b,
+        s,
+        ds_part,
+        db_part,
+        rows,
+        cols,
+        chunk,
+        stride_dym=dy.stride(0),
+        stride_bn=lora_b.stride(0),
+        stride_sm=s.stride(0),
+        SPANS=tuple(table),
+        P=pitch,
+        HAS_DB=d_lora_b is not None,
+        PRECISION=PRECISION,
+        BLOCK_R=block_r,
+        **config,
+    )
+    sum_blocks(ds_part, ds, linears, block_range)
+    if d_lora_b is not None:
+        corners = tuple((n.start, n.stop, r.start, r.stop) for n, r in linears)
+        sum_chunks(db_part, d_lora_b, corners, width)
+
+
+def lora_a_bwd(
+    ds: Tensor,  # [M, R]
+    x: Tensor,  # [M, K]
+    d_lora_a: Tensor,  # [R, K], float32
+    spans: Sequence[Span],
+    dropout: Dropout | None = None,
+) -> None:
+    """Writes d_lora_a = dsᵀ drop_i(x), and 0 in rows of no span. Launch size: M."""
+    rows, cols = x.shape
+    rank = ds.shape[1]
+    if rows == 0 or cols == 0 or not has_ranks(spans):
+        d_lora_a.zero_()
+        return
+    block_r, tiles = rank_tiles(spans, rank, 128, merge=dropout is None)
+    config = launch.config(by_rank("lora_a_bwd", block_r), x.device, x.dtype, rows)
+    blocks = triton.cdiv(cols, config["BLOCK_K"])
+    chunks, chunk = split_rows(rows, config["BLOCK_M"], blocks * len(tiles), x.device)
+    part = torch.empty(chunks, rank, cols, dtype=torch.float32, device=x.device)
+    _lora_a_bwd_kernel[(len(tiles), blocks, chunks)](
+        ds,
+        x,
+        part,
+        rows,
+        cols,
+        rank,
+        chunk,
+        1.0 if dropout is None else dropout.scale,
+        *signed_words(dropout),
+        stride_dsm=ds.stride(0),
+        stride_xm=x.stride(0),
+        TILES=tiles,
+        DROPOUT=dropout is not None,
+        PRECISION=PRECISION,
+        BLOCK_R=block_r,
+        **config,
+    )
+    sum_chunks(part, d_lora_a, ((0, rank, 0, cols),), cols)

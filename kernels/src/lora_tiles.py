@@ -1,0 +1,105 @@
+"""How the ranks and the rows of a LoRA group are divided among programs."""
+
+from collections.abc import Sequence
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+Span = tuple[slice, slice]  # a linear's rows of [N, ...] and its columns of [..., R]
+
+SMALLEST_DOT = 16
+NARROW = 32
+MOST_CHUNKS = 32
+# Waves of programs from which on an unfinished last one costs little.
+ENOUGH_WAVES = 3
+
+
+@triton.jit
+def choose(TABLE: tl.constexpr, index, FIELD: tl.constexpr):
+    """TABLE[index][FIELD], for an index known at run time."""
+    value = 0
+    for i in tl.static_range(len(TABLE)):
+        value = tl.where(index == i, TABLE[i][FIELD], value)
+    return value
+
+
+def padded(width: int) -> int:
+    """The power of two, 16 or more, that holds `width` columns: what tl.dot takes."""
+    return max(SMALLEST_DOT, triton.next_power_of_2(width))
+
+
+def by_rank(kernel: str, block_r: int) -> str:
+    """The launch table's name for a kernel working `block_r` ranks at once."""
+    return kernel if block_r <= NARROW else f"{kernel}_wide"
+
+
+def has_ranks(spans: Sequence[Span]) -> bool:
+    """Whether any linear has an adapter."""
+    return any(columns.stop > columns.start for _, columns in spans)
+
+
+def rank_runs(spans: Sequence[Span], *, merge: bool) -> list[tuple[int, int, int]]:
+    """(start, end, stream) of the adapters' columns in their order; a stream is a linear's index.
+
+    `merge` joins adjacent ones, for when it does not matter whose they are.
+    """
+    runs: list[tuple[int, int, int]] = []
+    columns = [(c.start, c.stop, i) for i, (_, c) in enumerate(spans) if c.stop > c.start]
+    for start, end, stream in sorted(columns):
+        if merge and runs and runs[-1][1] == start:
+            runs[-1] = (runs[-1][0], end, runs[-1][2])
+        else:
+            runs.append((start, end, stream))
+    return runs
+
+
+def rank_tiles(
+    spans: Sequence[Span], total: int, widest: int, *, merge: bool
+) -> tuple[int, tuple[tuple[int, ...], ...]]:
+    """A block size and the tiles (first, start, end, stop, stream) that cover columns [0, total).
+
+    A tile works the columns from `first` that lie in [start, end), and writes zeros to its others
+    before `stop`: each of `rank_runs` owns the padding up to the next.
+    """
+    runs = rank_runs(spans, merge=merge)
+    firsts = [0, *(start for start, _, _ in runs[1:])]
+    stops = [*firsts[1:], total]
+    block = min(widest, padded(max(b - a for a, b in zip(firsts, stops, strict=True))))
+    tiles = [
+        (first, start, end, stop, stream)
+        for (start, end, stream), begin, stop in zip(runs, firsts, stops, strict=True)
+        for first in range(begin, stop, block)
+    ]
+    return block, tuple(tiles)
+
+
+@cache
+def resident_programs(device: torch.device) -> int:
+    """Programs that the device runs at once, two to a multiprocessor."""
+    if device.type == "cuda":
+        return 2 * torch.cuda.get_device_properties(device).multi_processor_count
+    return 8
+
+
+def split_rows(rows: int, block_m: int, tiles: int, device: torch.device) -> tuple[int, int]:
+    """How many chunks of how many rows, such that `tiles` programs for each fill the device.
+
+    One wave where it can be filled exactly enough, more where there are many tiles: partial sums
+    cost memory traffic in proportion to the chunks.
+    """
+    resident = resident_programs(device)
+    chunks = resident // tiles if 2 * tiles <= resident else -(-ENOUGH_WAVES * resident // tiles)
+    blocks = triton.cdiv(rows, block_m)
+    chunk = triton.cdiv(blocks, max(1, min(chunks, MOST_CHUNKS, blocks))) * block_m
+    return triton.cdiv(rows, chunk), chunk
+
+
+def aligned(*tensors: Tensor) -> bool:
+    """Whether every row starts at a multiple of 16 bytes, which TMA asks for."""
+    return all(
+        x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0 and x.numel() > 0
+        for x in tensors
+    )

@@ -1,0 +1,113 @@
+"""Decoder layers whose halves are single functions: norm, linears, core and residual together."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from lora_engine.models.attention import AttentionForward
+from lora_engine.models.lora_state import has_hooks
+from lora_engine.models.mlp import MlpForward
+from lora_engine.models.norm import RmsNormForward
+from lora_engine.ops.blocks import Branch, attention_block, blocks_available, mlp_block
+
+# Layers whose forward is x + self_attn(input_layernorm(x)), then the same with
+# post_attention_layernorm and mlp.
+DECODER_CLASSES = frozenset(
+    {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"}
+)
+
+
+class DecoderLayerForward:
+    """The forward of a layer of DECODER_CLASSES; a half that cannot be fused runs its modules."""
+
+    def __init__(self, module: Any) -> None:
+        self.module = module
+
+    def __call__(
+        self,
+        hidden_states: Tensor,  # [B, L, H]
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = False,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        module = self.module
+        given = {
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+            "position_embeddings": position_embeddings,
+            **kwargs,
+        }
+        x = self._attention(hidden_states, given)
+        if x is None:
+            normed = module.input_layernorm(hidden_states)
+            attended, _ = module.self_attn(hidden_states=normed, use_cache=use_cache, **given)
+            x = hidden_states + attended
+        y = self._mlp(x)
+        return x + module.mlp(module.post_attention_layernorm(x)) if y is None else y
+
+    def _attention(self, x: Tensor, given: dict[str, Any]) -> Tensor | None:
+        """The attention half as one function; None where it has to be run by its modules."""
+        module = self.module
+        forward, norm = _ours(module.self_attn), _ours(module.input_layernorm)
+        if not isinstance(forward, AttentionForward) or not isinstance(norm, RmsNormForward):
+            return None
+        if not forward.fusable(**given) or not blocks_available(x.device, x.dtype):
+            return None
+        qkv, output = forward.qkv.weight, forward.output.weight
+        if qkv is None or output is None:
+            return None
+        if not (forward.qkv.ready() and forward.output.ready()):
+            return None
+        found = forward.find_sequences(x, **given)
+        if found.token_index is not None:
+            return None
+        mlp = _ours(module.mlp)
+        branch = Branch(
+            qkv,
+            output,
+            (forward.qkv.dropout(), forward.output.dropout()),
+            forward.qkv.routes(x),
+            # The gradient of x is that of the MLP of the layer before, a layer like this one.
+            grad_tail=mlp.down.tail if isinstance(mlp, MlpForward) else 0,
+        )
+        return attention_block(
+            x,
+            norm.prenorm(),
+            branch,
+            found.cu_seqlens,
+            found.cos,
+            found.sin,
+            head_dim=module.self_attn.head_dim,
+            softmax_scale=module.self_attn.scaling,
+            window=forward.window,
+        )
+
+    def _mlp(self, x: Tensor) -> Tensor | None:
+        """The MLP half as one function; None where it has to be run by its modules."""
+        module = self.module
+        forward, norm = _ours(module.mlp), _ours(module.post_attention_layernorm)
+        if not isinstance(forward, MlpForward) or not isinstance(norm, RmsNormForward):
+            return None
+        gate_up, down = forward.gate_up.weight, forward.down.weight
+        if gate_up is None or down is None or not blocks_available(x.device, x.dtype):
+            return None
+        if not (forward.gate_up.ready() and forward.down.ready()):
+            return None
+        attention = _ours(module.self_attn)
+        branch = Branch(
+            gate_up,
+            down,
+            (forward.gate_up.dropout(), forward.down.dropout()),
+            forward.gate_up.routes(x),
+            grad_tail=attention.output.tail if isinstance(attention, AttentionForward) else 0,
+        )
+        return mlp_block(x, norm.prenorm(), branch, activation=forward.activation)
+
+
+def _ours(module: nn.Module) -> Any:
+    """The forward we gave `module`; None if it has its own, or if someone watches its calls."""
+    return None if has_hooks(module) else vars(module).get("forward")

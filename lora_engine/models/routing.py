@@ -1,0 +1,74 @@
+"""Several adapters over one base in one batch: which rows use which."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import Tensor, nn
+
+from lora_engine.errors import UserError
+from lora_engine.models.lora_state import is_lora
+
+
+class AdapterRouter:
+    """Which adapter each row of the batch uses, for all linears of a model.
+
+    names: the adapters, in the order of their numbers. rows: [tokens of the batch] int64 numbers,
+    -1 for none; None: every row uses every active adapter.
+    """
+
+    def __init__(self) -> None:
+        self.names: tuple[str, ...] = ()
+        self.rows: Tensor | None = None
+
+
+_ROUTERS: WeakKeyDictionary[nn.Module, AdapterRouter] = WeakKeyDictionary()
+
+
+def new_router(model: nn.Module) -> AdapterRouter:
+    """The router of a model that is being accelerated."""
+    return _ROUTERS.setdefault(model, AdapterRouter())
+
+
+def forget_router(model: nn.Module) -> None:
+    """For a model that is no longer accelerated."""
+    _ROUTERS.pop(model, None)
+
+
+def _has_lora_head(model: Any) -> bool:
+    return is_lora(model.get_base_model().get_output_embeddings())
+
+
+@contextmanager
+def route_adapters(model: Any, names: Sequence[str], rows: Tensor) -> Iterator[None]:
+    """Within this context row i of a batch uses the adapter `names[rows[i]]` of PEFT, and no other.
+
+    `rows` [tokens of the batch, B * L] int64; -1 for the base model alone. The adapters may have
+    any ranks and scalings; each gets the gradients it would get if its rows were trained alone, so
+    long as no sequence mixes adapters. All of them have to be active
+    (`model.base_model.set_adapter([...])`). The backward pass may run outside the context.
+
+    Raises UserError for models that are not accelerated, for adapters that are unknown or not
+    active and, when the model is called, for layers that the augmented weight does not cover.
+    """
+    router = _ROUTERS.get(model)
+    if router is None:
+        raise UserError("route_adapters: call lora_engine.accelerate(model) first")
+    known, active = list(getattr(model, "peft_config", {})), list(model.active_adapters)
+    for name in names:
+        if name not in known:
+            raise UserError(f"route_adapters: no adapter {name!r}; there are {', '.join(known)}")
+        if name not in active:
+            raise UserError(
+                f"route_adapters: adapter {name!r} is not active; "
+                f"model.base_model.set_adapter({list(names)!r}) activates several"
+            )
+    if _has_lora_head(model):
+        raise UserError("route_adapters: LoRA on the output head cannot be routed by row")
+    before = router.names, router.rows
+    router.names, router.rows = tuple(names), rows
+    try:
+        yield
+    finally:
+        router.names, router.rows = before

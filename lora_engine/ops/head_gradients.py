@@ -1,0 +1,92 @@
+"""Gradients of a linear head's parameters, summed over chunks of rows."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lora_engine.ops.tensors import accumulate_dtype
+
+# A half-precision product is added to its float32 sum in pieces of at most so many bytes, so that
+# the product of a whole head is never held beside the sum.
+PIECE_BYTES = 64 * 2**20
+
+
+class HeadGradients:
+    """Sums the gradients of weight [V, H], bias [V], lora_a [r, H], lora_b [V, r] that are wanted.
+
+    Sums of several half-precision chunks are float32: each chunk's product rounds once, and the
+    result once. One chunk's product is the result.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[Tensor | None],
+        wanted: Sequence[bool],
+        dtype: torch.dtype,
+        chunks: int,
+    ) -> None:
+        self.dtype = dtype if chunks == 1 else accumulate_dtype(dtype)
+        self.exact = self.dtype == accumulate_dtype(dtype)
+        self.parameters = parameters
+        make = torch.empty_like if chunks else torch.zeros_like
+        self.begun = False
+        self.sums: list[Tensor | None] = [
+            make(x, dtype=self.dtype) if want and x is not None else None
+            for x, want in zip(parameters, wanted, strict=True)
+        ]
+
+    def add(
+        self,
+        dz: Tensor,  # [c, V]
+        hidden: Tensor,  # [c, H]
+        s: Tensor | None,  # [c, r]: hidden lora_aᵀ
+        ds: Tensor | None,  # [c, r]: its gradient
+        scaling: float,
+    ) -> None:
+        """Adds a chunk's part."""
+        weight, bias, lora_a, lora_b = self.sums
+        if weight is not None:
+            self._add_product(weight, dz, hidden)
+        if bias is not None:
+            self._add(bias, dz.sum(0, dtype=bias.dtype))
+        if lora_a is not None and ds is not None:
+            self._add_product(lora_a, ds, hidden)
+        if lora_b is not None and s is not None:
+            self._add_product(lora_b, dz, s * scaling)
+        self.begun = True
+
+    def _add(self, total: Tensor, part: Tensor) -> None:
+        total.add_(part) if self.begun else total.copy_(part)
+
+    def _add_product(self, total: Tensor, left: Tensor, right: Tensor) -> None:
+        """`total` [N, K] += left [c, N]ᵀ · right [c, K]; the first chunk's is the total."""
+        if total.dtype == left.dtype:
+            total.addmm_(left.t(), right, beta=1 if self.begun else 0)
+            return
+        step = max(1, PIECE_BYTES // max(1, right.shape[1] * left.element_size()))
+        for begin in range(0, total.shape[0], step):
+            piece = slice(begin, begin + step)
+            self._add(total[piece], torch.mm(left[:, piece].t(), right))
+
+    def finish(self, factor: Tensor | None = None) -> tuple[Tensor | None, ...]:
+        """The sums, times `factor` (a scalar) where given, in their parameters' dtypes."""
+        results: list[Tensor | None] = []
+        for parameter, total in zip(self.parameters, self.sums, strict=True):
+            if total is not None and factor is not None:
+                total.mul_(factor)
+            results.append(
+                total.to(parameter.dtype) if total is not None and parameter is not None else None
+            )
+        self.sums = [None] * len(self.sums)
+        return tuple(results)
+
+
+def scaled(x: Tensor | None, factor: Tensor) -> Tensor | None:
+    """`x * factor` in x's dtype, rounded once; `factor` is a float32 scalar or has x's rows."""
+    if x is None:
+        return None
+    if factor.dim() == 0 and x.device.type == "cpu":
+        return x * factor  # a CPU keeps the scalar's precision; a GPU rounds it to x's dtype first
+    factor = factor.reshape(-1, *(1,) * (x.dim() - 1))
+    return torch.mul(x, factor, out=torch.empty_like(x))

@@ -1,0 +1,91 @@
+"""LayerNorm with its gradient."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_engine import backends, reference
+from lora_engine.ops import augmented
+from lora_engine.ops.tensors import accumulate_dtype, as_rows, check, shape_of
+
+
+def layer_norm(
+    x: Tensor,  # [..., H]
+    weight: Tensor | None,  # [H]
+    bias: Tensor | None,  # [H]
+    eps: float,
+    *,
+    tail: int = 0,
+    grad_tail: int = 0,
+    impl: str | None = None,
+) -> Tensor:
+    """`(x - mean(x)) / sqrt(var(x) + eps) * weight + bias` over the last dimension.
+
+    arXiv:1607.06450; the variance divides by H, no weight is a weight of ones, no bias one of
+    zeros. Arithmetic in float32 with one rounding to x's dtype. A weight or bias that does not
+    require a gradient costs none. `tail` leaves that many spare columns behind each row of the
+    result for `ops.lora_linear`, and `grad_tail` as many behind the gradient of x.
+
+    Raises ValueError where the shapes or dtypes do not fit.
+    """
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        if parameter is None:
+            continue
+        check(
+            parameter.shape == x.shape[-1:],
+            f"layer_norm: {name} {shape_of(parameter)} does not fit x {shape_of(x)}",
+        )
+        check(
+            parameter.dtype == x.dtype,
+            f"layer_norm: {name} {shape_of(parameter)} and x {shape_of(x)} differ in dtype",
+        )
+    impl = backends.select("layer_norm", x.device, x.dtype, impl)
+    if impl == "reference":
+        return reference.layer_norm(x, weight, bias, eps)
+    kernels = backends.kernels("layer_norm", impl)
+    out: Tensor = _LayerNorm.apply(x, weight, bias, eps, tail, grad_tail, kernels)
+    return out
+
+
+class _LayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        tail: int,
+        grad_tail: int,
+        kernels: Any,
+    ) -> Tensor:
+        rows = as_rows(x)
+        weight = None if weight is None else weight.contiguous()
+        bias = None if bias is None else bias.contiguous()
+        count, cols = rows.shape
+        (y,) = augmented.empty(count, [cols], tail, dtype=x.dtype, device=x.device)
+        mean, rstd = (
+            torch.empty(count, dtype=accumulate_dtype(x.dtype), device=x.device) for _ in range(2)
+        )
+        kernels.layer_norm_fwd(rows, weight, bias, y, mean, rstd, eps)
+        ctx.save_for_backward(rows, weight, mean, rstd)
+        ctx.shape, ctx.grad_tail, ctx.kernels = x.shape, grad_tail, kernels
+        return augmented.keep_room(y, y.view(x.shape))
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        x, weight, mean, rstd = ctx.saved_tensors
+        count, cols = x.shape
+        (dx,) = augmented.empty(count, [cols], ctx.grad_tail, dtype=x.dtype, device=x.device)
+        dweight, dbias = (rstd.new_empty(cols) if ctx.needs_input_grad[i] else None for i in (1, 2))
+        ctx.kernels.layer_norm_bwd(as_rows(dy), x, weight, mean, rstd, dx, dweight, dbias)
+        return (
+            augmented.keep_room(dx, dx.view(ctx.shape)),
+            None if dweight is None else dweight.to(x.dtype),
+            None if dbias is None else dbias.to(x.dtype),
+            None,
+            None,
+            None,
+            None,
+        )

@@ -1,0 +1,69 @@
+"""The check of compiled kernels passes on what is in the tree, and finds planted faults."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="triton is not installed"
+)
+
+
+def run(*command: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *map(str, command)], capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_kernels_of_the_tree_pass() -> None:
+    done = run(ROOT / "kernels/check.py", "--quick")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "FAILED" not in done.stdout
+    row = next(x for x in done.stdout.splitlines() if x.startswith("_glu_fwd_kernel"))
+    assert row.split()[-1] == "16", "rows of 16 aligned bytes are loaded 16 bytes at a time"
+
+
+@pytest.fixture(scope="module")
+def outcomes() -> dict[str, Any]:
+    done = run(ROOT / "tests/kernels/faulty_kernels.py")
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def test_a_kernel_that_fits_passes(outcomes: dict[str, Any]) -> None:
+    assert outcomes["fits"]["status"] == 0, outcomes["fits"]["output"]
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("spill", "_scaled_kernel, no table, capability 90: "),
+        ("spill", "bytes of stack: registers are spilled"),
+        ("shared", "131072 bytes of shared memory, the limit is 101376"),
+        ("no matrix", "no matrix instructions (wgmma.mma_async or mma.sync) [glu_fwd("),
+        ("no wgmma", "no matrix instructions (wgmma.mma_async) [product(bfloat16[16, 4096])]"),
+        ("dead line", "glu_fwd, capability *, dtype *, size <= 96: no case in check_cases.py"),
+        ("uncompiled", "lora_engine.kernels.glu._glu_bwd_kernel: no case compiled it"),
+        ("grid", "grid dimension 1 is 65536, the limit is 65535"),
+        ("raises", "product(bfloat16[300, 4096]), capability 90: ValueError: product: no launch"),
+    ],
+)
+def test_a_fault_is_found(outcomes: dict[str, Any], fault: str, message: str) -> None:
+    assert outcomes[fault]["status"] == 1
+    failures = [x for x in outcomes[fault]["output"].splitlines() if x.startswith("FAILED: ")]
+    assert any(message in line for line in failures), failures
+
+
+def test_only_the_faulty_line_is_reported(outcomes: dict[str, Any]) -> None:
+    for fault in ("spill", "shared", "no matrix", "no wgmma", "dead line", "grid"):
+        assert outcomes[fault]["output"].count("FAILED") == 1, outcomes[fault]["output"]
