@@ -219,15 +219,14 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "adamw_8bit",
       [](Address params, Address grads, Address exp_avg, Address exp_avg_sq, Address exp_avg_absmax,
-         Address exp_avg_sq_absmax, Address codes, int64_t count, double lr, double beta1,
-         double beta2, double eps, double weight_decay, double bias_correction1,
-         double bias_correction2, double grad_scale, Address grad_norm, double max_grad_norm) {
+         Address exp_avg_sq_absmax, int64_t count, double lr, double beta1, double beta2,
+         double eps, double weight_decay, double bias_correction1, double bias_correction2,
+         double grad_scale, Address grad_norm, double max_grad_norm) {
         table().adamw_8bit({{out(params), in(grads), out(exp_avg), out(exp_avg_sq), count, lr,
                              beta1, beta2, eps, weight_decay, bias_correction1, bias_correction2,
                              grad_scale, in(grad_norm), max_grad_norm},
                             static_cast<float*>(out(exp_avg_absmax)),
-                            static_cast<float*>(out(exp_avg_sq_absmax)),
-                            static_cast<const float*>(in(codes))});
+                            static_cast<float*>(out(exp_avg_sq_absmax))});
       },
       release);
 

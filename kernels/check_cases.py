@@ -183,13 +183,13 @@ def adamw(dtype: torch.dtype) -> Iterator[Call]:
     norm = empty(dtype=dtype)
     for count in (1000, 2**20, 2**31 + 256):
         flat, codes = empty(count, dtype=dtype), empty(count, dtype=torch.uint8)
-        scales, table = empty(-(-count // 256), dtype=dtype), empty(2, 256, dtype=dtype)
+        scales = empty(-(-count // 256), dtype=dtype)
         yield call(adamw.grad_norm, flat, norm)
         for clip in (None, norm):
             limit = None if clip is None else 1.0
             options = {**ADAMW, "grad_norm": clip, "max_grad_norm": limit}
             yield call(adamw.adamw, flat, flat, flat, flat, **options)
-            moments = (codes, codes, scales, scales, table)
+            moments = (codes, codes, scales, scales)
             yield call(adamw_8bit.adamw_8bit, flat, flat, *moments, **options)
 
 

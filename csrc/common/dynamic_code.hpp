@@ -1,9 +1,11 @@
 // The 8-bit dynamic codes of block-wise quantisation (arXiv:2110.02861), by arithmetic: seven
-// decades, each cut into twice as many equal parts as the one below. Their values are a table that
-// the caller brings (lora_engine/reference/dynamic_code.py); what is here finds the nearest code.
+// decades, each cut into twice as many equal parts as the one below. All by arithmetic, which
+// vectorises; a GPU fills tables with what the codes mean. The same by a table, as the reference:
+// lora_engine/reference/dynamic_code.py.
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 #ifdef __CUDACC__
 #define LORA_ENGINE_HOST_DEVICE __host__ __device__
@@ -21,9 +23,9 @@ static inline LORA_ENGINE_HOST_DEVICE float block_inverse(float absmax) {
   return absmax > 1e-37f ? 1.0f / absmax : 0.0f;
 }
 
-// Codes below the magnitude `x` in [0, 1]'s own, where the top decade, [0.1, 1], has kParts of
-// them. The decade's parts are counted from its lower end 0.1 as n to 2 n, n being their number, so
-// that counts run on from one decade to the next.
+// A magnitude in [0, 1] as a count, where the top decade, [0.1, 1], has kParts parts: those of a
+// decade of n parts are counted n to 2 n - 1, so that counts run on from one decade to the next,
+// and 2 kParts is the magnitude 1. This finds the count nearest to x.
 template <int kParts>
 static inline LORA_ENGINE_HOST_DEVICE int32_t dynamic_count(float x) {
   float y = x, n = kParts;
@@ -42,6 +44,35 @@ static inline LORA_ENGINE_HOST_DEVICE int32_t dynamic_count(float x) {
   const float lower = n + (n == 1.0f ? 7.0f / 36 : 0.2f);
   const float count = w < lower ? n - 1.0f : w;
   return w >= 2 * kParts - 0.25f ? 2 * kParts : static_cast<int32_t>(count);
+}
+
+// The magnitude in the middle of the part that `count` > 0 names.
+template <int kParts>
+static inline LORA_ENGINE_HOST_DEVICE float dynamic_magnitude(int32_t count) {
+  const float c = static_cast<float>(count);
+  uint32_t bits;
+  std::memcpy(&bits, &c, sizeof bits);
+  const uint32_t n_bits = bits & 0x7f800000u, inverse_bits = 0x7f000000u - n_bits;
+  float n, inverse;  // the power of two at or below count, and 1 over it
+  std::memcpy(&n, &n_bits, sizeof n);
+  std::memcpy(&inverse, &inverse_bits, sizeof inverse);
+  const uint32_t decade = (n_bits >> 23) - 127;  // its parts are 2 to that
+  const float lowest = kParts == 64 ? 1e-6f : 1e-7f;
+  const float scale = ((decade & 1 ? 10.0f : 1.0f) * (decade & 2 ? 100.0f : 1.0f)) *
+                      ((decade & 4 ? 10000.0f : 1.0f) * lowest);
+  const float y = 0.1f + 0.9f * ((c + 0.5f - n) * inverse);
+  return count == 2 * kParts ? 1.0f : y * scale;
+}
+
+// What the signed and the unsigned code mean.
+static inline LORA_ENGINE_HOST_DEVICE float signed_value(uint8_t code) {
+  const int32_t from_zero = static_cast<int32_t>(code) - 127;
+  const float magnitude = dynamic_magnitude<64>(from_zero < 0 ? -from_zero : from_zero);
+  return from_zero == 0 ? 0.0f : (from_zero < 0 ? -magnitude : magnitude);
+}
+
+static inline LORA_ENGINE_HOST_DEVICE float unsigned_value(uint8_t code) {
+  return code == 0 ? 0.0f : dynamic_magnitude<128>(static_cast<int32_t>(code) + 1);
 }
 
 // The code nearest to x in [-1, 1].

@@ -8,16 +8,15 @@ namespace lora_engine {
 namespace {
 
 // One block of `count` values, at most kQuantBlock.
-void step(const AdamWStep<float>& one, const float* codes, int64_t count, const float* grads,
-          float* params, uint8_t* exp_avg, uint8_t* exp_avg_sq, float& exp_avg_absmax,
-          float& exp_avg_sq_absmax) {
+void step(const AdamWStep<float>& one, int64_t count, const float* grads, float* params,
+          uint8_t* exp_avg, uint8_t* exp_avg_sq, float& exp_avg_absmax, float& exp_avg_sq_absmax) {
   float m[kQuantBlock], v[kQuantBlock];
   const float m_scale = exp_avg_absmax, v_scale = exp_avg_sq_absmax;
   float m_max = 0, v_max = 0;
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) {
-    m[i] = codes[exp_avg[i]] * m_scale;
-    v[i] = codes[kQuantBlock + exp_avg_sq[i]] * v_scale;
+    m[i] = signed_value(exp_avg[i]) * m_scale;
+    v[i] = unsigned_value(exp_avg_sq[i]) * v_scale;
   }
 #pragma omp simd reduction(max : m_max, v_max)
   for (int64_t i = 0; i < count; ++i) {
@@ -47,10 +46,10 @@ void adamw_8bit(const AdamW8bitArgs& args) {
 #pragma omp parallel for schedule(static)
   for (int64_t block = 0; block < blocks; ++block) {
     const int64_t begin = block * kQuantBlock, rest = a.count - begin;
-    step(one, args.codes, rest < kQuantBlock ? rest : kQuantBlock,
-         static_cast<const float*>(a.grads) + begin, static_cast<float*>(a.params) + begin,
-         static_cast<uint8_t*>(a.exp_avg) + begin, static_cast<uint8_t*>(a.exp_avg_sq) + begin,
-         args.exp_avg_absmax[block], args.exp_avg_sq_absmax[block]);
+    step(one, rest < kQuantBlock ? rest : kQuantBlock, static_cast<const float*>(a.grads) + begin,
+         static_cast<float*>(a.params) + begin, static_cast<uint8_t*>(a.exp_avg) + begin,
+         static_cast<uint8_t*>(a.exp_avg_sq) + begin, args.exp_avg_absmax[block],
+         args.exp_avg_sq_absmax[block]);
   }
 }
 

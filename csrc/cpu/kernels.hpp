@@ -143,7 +143,6 @@ struct AdamW8bitArgs {
   AdamWArgs adamw;           // with exp_avg and exp_avg_sq [count] uint8
   float* exp_avg_absmax;     // [ceil(count / 256)]
   float* exp_avg_sq_absmax;  // [ceil(count / 256)]
-  const float* codes;        // [2, 256]: values of the signed and of the unsigned code
 };
 
 struct GradNormArgs {

@@ -7,7 +7,7 @@ namespace lora_engine {
 namespace cuda {
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = kQuantBlock;
 constexpr int kWarps = kThreads / 32;
 constexpr int kPerLane = kQuantBlock / 32;
 
@@ -95,16 +95,16 @@ __device__ void step_block(float* __restrict__ params, const float* __restrict__
 }
 
 __global__ void __launch_bounds__(kThreads)
-    adamw_8bit_kernel(float* __restrict__ params,              // [count]
-                      const float* __restrict__ grads,         // [count]
-                      uint8_t* __restrict__ exp_avg,           // [count]
-                      uint8_t* __restrict__ exp_avg_sq,        // [count]
-                      float* __restrict__ exp_avg_absmax,      // [blocks]
-                      float* __restrict__ exp_avg_sq_absmax,   // [blocks]
-                      const float* __restrict__ global_codes,  // [2, 256]
+    adamw_8bit_kernel(float* __restrict__ params,             // [count]
+                      const float* __restrict__ grads,        // [count]
+                      uint8_t* __restrict__ exp_avg,          // [count]
+                      uint8_t* __restrict__ exp_avg_sq,       // [count]
+                      float* __restrict__ exp_avg_absmax,     // [blocks]
+                      float* __restrict__ exp_avg_sq_absmax,  // [blocks]
                       int64_t count, int64_t blocks, bool is_aligned, AdamWStep step) {
   __shared__ float codes[2 * kQuantBlock];
-  for (int i = threadIdx.x; i < 2 * kQuantBlock; i += kThreads) codes[i] = global_codes[i];
+  codes[threadIdx.x] = signed_value(static_cast<uint8_t>(threadIdx.x));
+  codes[kQuantBlock + threadIdx.x] = unsigned_value(static_cast<uint8_t>(threadIdx.x));
   __syncthreads();
   const float scale = step.scale();
   for (int64_t block = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32; block < blocks;
@@ -132,7 +132,7 @@ void adamw_8bit(const AdamW8bitArgs& a, void* stream) {
   const int64_t most = static_cast<int64_t>(multiprocessors("adamw_8bit")) * 16;
   launch("adamw_8bit", adamw_8bit_kernel, static_cast<unsigned>(wanted < most ? wanted : most),
          kThreads, 0, stream, a.params, a.grads, a.exp_avg, a.exp_avg_sq, a.exp_avg_absmax,
-         a.exp_avg_sq_absmax, a.codes, a.count, blocks, is_aligned, AdamWStep(a.hyper));
+         a.exp_avg_sq_absmax, a.count, blocks, is_aligned, AdamWStep(a.hyper));
 }
 
 }  // namespace cuda

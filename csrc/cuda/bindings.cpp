@@ -41,17 +41,15 @@ void bind(py::module_ m) {
   m.def(
       "adamw_8bit",
       [](Address params, Address grads, Address exp_avg, Address exp_avg_sq, Address exp_avg_absmax,
-         Address exp_avg_sq_absmax, Address codes, int64_t count, double lr, double beta1,
-         double beta2, double eps, double weight_decay, double bias_correction1,
-         double bias_correction2, double grad_scale, Address grad_norm, double max_grad_norm,
-         Address stream) {
+         Address exp_avg_sq_absmax, int64_t count, double lr, double beta1, double beta2,
+         double eps, double weight_decay, double bias_correction1, double bias_correction2,
+         double grad_scale, Address grad_norm, double max_grad_norm, Address stream) {
         adamw_8bit({at<float>(params),
                     at<const float>(grads),
                     at<uint8_t>(exp_avg),
                     at<uint8_t>(exp_avg_sq),
                     at<float>(exp_avg_absmax),
                     at<float>(exp_avg_sq_absmax),
-                    at<const float>(codes),
                     count,
                     {lr, beta1, beta2, eps, weight_decay, bias_correction1, bias_correction2,
                      grad_scale, at<const float>(grad_norm), max_grad_norm}},

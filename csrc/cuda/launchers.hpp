@@ -29,7 +29,6 @@ struct AdamW8bitArgs {
   uint8_t* exp_avg_sq;       // [count]
   float* exp_avg_absmax;     // [ceil(count / 256)]
   float* exp_avg_sq_absmax;  // [ceil(count / 256)]
-  const float* codes;        // [2, 256]: values of the signed and of the unsigned code
   int64_t count;
   AdamWHyper hyper;
 };

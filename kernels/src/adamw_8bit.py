@@ -1,16 +1,21 @@
 """One AdamW step with moments of eight bits, in blocks of 256 values that share an absmax.
 
 The code of a value is found by arithmetic, as csrc/common/dynamic_code.hpp does it and explains it;
-the value of a code is looked up.
+the value of a code is looked up in a table that stays in the cache.
 """
 
+from functools import cache
+
+import torch
 import triton
 import triton.language as tl
 from lora_engine.kernels import launch
 from lora_engine.kernels.adamw import adamw_step, clipped_scale
 from torch import Tensor
 
-QUANT_BLOCK = 256
+from lora_engine.reference import dynamic_code
+
+QUANT_BLOCK = dynamic_code.BLOCK
 
 
 @triton.jit
@@ -109,7 +114,6 @@ def adamw_8bit(
     exp_avg_sq: Tensor,  # [P] uint8
     exp_avg_absmax: Tensor,  # [ceil(P / 256)] float32
     exp_avg_sq_absmax: Tensor,  # [ceil(P / 256)] float32
-    codes: Tensor,  # [2, 256] float32: values of the signed and of the unsigned code
     *,
     lr: float,
     beta1: float,
@@ -135,7 +139,7 @@ def adamw_8bit(
         exp_avg_sq,
         exp_avg_absmax,
         exp_avg_sq_absmax,
-        codes,
+        _codes(params.device),
         grad_norm,
         count,
         blocks,
@@ -152,3 +156,9 @@ def adamw_8bit(
         QUANT_BLOCK=QUANT_BLOCK,
         **config,
     )
+
+
+@cache
+def _codes(device: torch.device) -> Tensor:
+    """Values of the signed and of the unsigned code, [2, 256] float32."""
+    return torch.stack([dynamic_code.dynamic_code(signed, device) for signed in (True, False)])

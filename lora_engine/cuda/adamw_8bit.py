@@ -12,7 +12,6 @@ def adamw_8bit(
     exp_avg_sq: Tensor,  # [P] uint8
     exp_avg_absmax: Tensor,  # [ceil(P / 256)] float32
     exp_avg_sq_absmax: Tensor,  # [ceil(P / 256)] float32
-    codes: Tensor,  # [2, 256] float32: values of the signed and of the unsigned code
     *,
     lr: float,
     beta1: float,
@@ -34,7 +33,6 @@ def adamw_8bit(
             exp_avg_sq.data_ptr(),
             exp_avg_absmax.data_ptr(),
             exp_avg_sq_absmax.data_ptr(),
-            codes.data_ptr(),
             params.numel(),
             lr,
             beta1,

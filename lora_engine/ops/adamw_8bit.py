@@ -1,6 +1,5 @@
 """One AdamW step with moments of eight bits."""
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -38,9 +37,9 @@ def adamw_8bit_(
     Each 256 consecutive values share an absmax; exp_avg is in the signed code, exp_avg_sq in the
     unsigned one. All four at 0 are moments of 0. The step itself is float32; then each moment takes
     the nearest code, but a positive exp_avg_sq never the code of 0, by whose root an update would
-    be divided. That root is thus at least 0.06 % of its block's largest: where gradients are
-    smaller, steps are smaller than AdamW's, never larger. params, grads and both absmax are
-    float32, all buffers contiguous. The other arguments are those of `adamw_`.
+    be divided. That root is thus at least 0.06 % of its block's largest, and elements whose
+    gradients are smaller than that take smaller steps than AdamW's. params, grads and both
+    absmax are float32, all buffers contiguous. The other arguments are those of `adamw_`.
 
     Raises ValueError where the buffers do not fit or step < 1.
     """
@@ -93,16 +92,8 @@ def adamw_8bit_(
         exp_avg_sq,
         exp_avg_absmax,
         exp_avg_sq_absmax,
-        _codes(params.device),
         **hyper,
         **clip,
         bias_correction1=1 - beta1**step,
         bias_correction2=1 - beta2**step,
     )
-
-
-@cache
-def _codes(device: torch.device) -> Tensor:
-    """Values of the signed and of the unsigned code, [2, 256] float32."""
-    codes = [dynamic_code.dynamic_code(signed, device) for signed in (True, False)]
-    return torch.stack(codes)

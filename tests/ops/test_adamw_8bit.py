@@ -83,30 +83,37 @@ def test_matches_reference(backend: Backend, count: int) -> None:
 
 
 @pytest.mark.parametrize("scale", [1.0, 3e-30, 7e30])
-def test_every_code_is_kept(backend: Backend, scale: float) -> None:
-    """A step that changes no moment gives back the codes it read, all 256 of them.
+def test_every_code_is_read_and_kept(backend: Backend, scale: float) -> None:
+    """A step that changes no moment shows what all 256 codes mean, and gives them back.
 
     Called below `ops`, which cannot correct the bias of betas that are 1.
     """
-    codes = torch.arange(256, dtype=torch.uint8).repeat(2)
-    state = State(torch.zeros(512), codes, codes.clone(), *torch.full((2, 2), scale)).on(backend)
+    codes = torch.arange(256, dtype=torch.uint8)
+    m, v = torch.cat((codes, torch.full_like(codes, 255))), codes.repeat(2)
+    absmax = torch.tensor([[scale, 1.0], [0.0, scale]])
+    state = State(torch.zeros(512), m, v, *absmax).on(backend)
     params, *moments = vars(state).values()
     backends.kernels("adamw_8bit", backend.impl).adamw_8bit(
         params,
         torch.zeros_like(params),
         *moments,
-        torch.stack([dynamic_code(signed) for signed in (True, False)]).to(params.device),
-        **{**HYPER, "beta1": 1.0, "beta2": 1.0},
+        lr=1.0,
+        beta1=1.0,
+        beta2=1.0,
+        eps=1.0,
+        weight_decay=0.0,
         bias_correction1=1.0,
         bias_correction2=1.0,
         grad_scale=1.0,
         grad_norm=None,
         max_grad_norm=None,
     )
-    assert torch.equal(state.exp_avg.cpu(), codes)
-    assert torch.equal(state.exp_avg_sq.cpu(), codes)
-    for absmax in (state.exp_avg_absmax, state.exp_avg_sq_absmax):
-        torch.testing.assert_close(absmax.cpu(), torch.full((2,), scale))
+    read = (-scale * dynamic_code(True), -1 / ((scale * dynamic_code(False)).sqrt() + 1))
+    torch.testing.assert_close(params.cpu(), torch.cat(read), rtol=1e-6, atol=0)
+    assert torch.equal(state.exp_avg.cpu(), m)
+    assert state.exp_avg_sq.cpu().tolist() == [*[0] * 256, *range(256)]
+    torch.testing.assert_close(state.exp_avg_absmax.cpu(), absmax[0])
+    torch.testing.assert_close(state.exp_avg_sq_absmax.cpu(), absmax[1])
 
 
 def test_takes_the_nearest_code(backend: Backend) -> None:
