@@ -183,6 +183,8 @@ def examine(launch: Launch, capability: int, *, matrix: str | None) -> Row:
     used = resource_usage(compiled.asm["cubin"])
     shared = compiled.metadata.shared + used["SHARED"]
     stack = used["STACK"] + used["LOCAL"]
+    if stack and not touches_local_memory(compiled.asm["cubin"]):
+        stack = 0  # ptxas reserves a frame now and then that no instruction uses
     native = NATIVE_MATRIX.get(capability, SYNC_MATRIX)
     has_native, has_any = native in ptx, native in ptx or SYNC_MATRIX in ptx
     problems = []
@@ -217,16 +219,25 @@ def examine(launch: Launch, capability: int, *, matrix: str | None) -> Row:
 @cache
 def resource_usage(cubin: bytes) -> dict[str, int]:
     """REG, STACK, SHARED and LOCAL of the machine code, as ptxas settled them."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
-        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    output = _cuobjdump(cubin, "--dump-resource-usage")
     found = {name: int(value) for name, value in re.findall(r"\b([A-Z]+):(\d+)", output)}
     missing = {"REG", "STACK", "SHARED", "LOCAL"} - set(found)
     if missing:
         raise RuntimeError(f"cuobjdump does not say {', '.join(sorted(missing))}: {output!r}")
     return found
+
+
+def touches_local_memory(cubin: bytes) -> bool:
+    """Whether the machine code loads or stores local memory, or calls what may."""
+    return re.search(r"\b(LDL|STL|CALL)\b", _cuobjdump(cubin, "-sass")) is not None
+
+
+def _cuobjdump(cubin: bytes, option: str) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, option, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def widest_load(ptx: str) -> int:

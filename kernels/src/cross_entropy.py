@@ -109,7 +109,7 @@ def _gradient_block(
         grad = tl.where(z > float("-inf"), grad - everywhere, 0.0)
     grad = tl.where(offs == target, grad - of_target, grad)
     if HAS_CAP:
-        ratio = z * (1.0 / cap)
+        ratio = z / cap
         grad = grad * (1 - ratio * ratio)
     if MASKED:
         tl.store(grad_ptr + offs, grad.to(grad_ptr.dtype.element_ty), mask=offs < cols)
