@@ -70,7 +70,7 @@ def glu_with_matrix(dtype: torch.dtype) -> Iterator[Call]:
     from lora_engine.kernels import glu
 
     x = empty(64, 576, dtype=dtype)
-    yield call(glu.glu_fwd, x, x, x, any_matrix=("_glu_fwd_kernel",))
+    yield call(glu.glu_fwd, x, x, x, activation="silu", any_matrix=("_glu_fwd_kernel",))
 
 
 def wide_grid(dtype: torch.dtype) -> Iterator[Call]:
