@@ -197,6 +197,7 @@ def adamw(dtype: torch.dtype) -> Iterator[Call]:
 def lora_linear(dtype: torch.dtype) -> Iterator[Call]:
     """A group of three linears, aligned and not, with few ranks and many, masked and not."""
     from lora_engine.kernels import lora_linear as lora
+
     from lora_engine.reference import Dropout
 
     dropout = Dropout(0.1, 2**40 + 5)
@@ -218,9 +219,7 @@ def lora_linear(dtype: torch.dtype) -> Iterator[Call]:
             yield call(lora.lora_a_fwd, x, lora_a, s, spans, mask)
             yield call(lora.lora_a_bwd, s, x, d_lora_a, spans, mask)
             expected = ("_two_segment_kernel",) if wide else ()
-            yield call(
-                lora.lora_linear_dx, dy, weight, s, lora_a, dx, spans, mask, matrix=expected
-            )
+            yield call(lora.lora_linear_dx, dy, weight, s, lora_a, dx, spans, mask, matrix=expected)
         for grad in (None, d_lora_b):
             yield call(lora.lora_b_bwd, dy, lora_b, s, s, grad, spans)
         for addend in (None, bias):

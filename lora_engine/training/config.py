@@ -58,6 +58,16 @@ class TrainConfig(BaseModel):
     )
 
     learning_rate: float = Field(2e-4, gt=0, lt=float("inf"), description="Peak learning rate.")
+    loraplus_lr_ratio: float = Field(
+        1.0,
+        gt=0,
+        lt=float("inf"),
+        description="Learning rate of LoRA's B over that of A (LoRA+, arXiv:2402.12354: 16, say).",
+    )
+    adapter_learning_rates: dict[str, float] = Field(
+        default_factory=dict,
+        description="What multiplies the learning rate of an adapter, by its name.",
+    )
     schedule: Literal["cosine", "linear", "constant"] = Field(
         "cosine", description="Shape of the learning rate after the warm-up."
     )

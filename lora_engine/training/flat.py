@@ -5,7 +5,7 @@ One optimiser launch and one reduction for the norm then serve any number of par
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import nn
 from lora_engine.errors import UserError
 
 ALIGNMENT = 64  # bytes; every parameter starts on a cache line, as a tensor of its own would
+RATE_ALIGNMENT = 1024  # bytes; a block of 256 moments in 8 bits belongs to one learning rate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,13 +50,22 @@ class FlatParameters:
         pass, so that accumulation over micro-batches does not round to 16 bits.
     P counts a few unused elements, always 0, that align every parameter to 64 bytes.
 
+    rates: the parts of the buffers in order, as slices, and what multiplies the learning rate.
+
     Parameters that share storage (tied weights) are held once, under the first one's name.
     `release` gives the parameters storage of their own again.
     """
 
-    def __init__(self, named_parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
-        """Takes those that require gradients. Raises UserError if there are none, if they are on
-        several devices, or if two of them overlap in part."""
+    def __init__(
+        self,
+        named_parameters: Iterable[tuple[str, nn.Parameter]],
+        rate_of: Callable[[str], float] = lambda name: 1.0,
+    ) -> None:
+        """Takes those that require gradients. `rate_of` a name multiplies its learning rate.
+
+        Raises UserError if there are none, if they are on several devices, or if two of them
+        overlap in part.
+        """
         trainable = [(name, p) for name, p in named_parameters if p.requires_grad]
         if not trainable:
             raise UserError(
@@ -69,7 +79,7 @@ class FlatParameters:
                 f"({', '.join(sorted(map(str, devices)))}): move the model to one"
             )
         self.device = devices.pop()
-        self.entries, size = _layout(trainable)
+        self.entries, self.rates, size = _layout(trainable, rate_of)
         self.data = torch.zeros(size, dtype=torch.float32, device=self.device)
         self.grad = torch.zeros_like(self.data)
         self._hooks: list[Any] = []
@@ -164,22 +174,32 @@ class FlatParameters:
         raise UserError(f"not the tensors of this model's trainable parameters: {shown}{more}")
 
 
-def _layout(trainable: list[tuple[str, nn.Parameter]]) -> tuple[tuple[FlatEntry, ...], int]:
-    """Aligned offsets for distinct storages, and the buffers' size."""
+def _layout(
+    trainable: list[tuple[str, nn.Parameter]], rate_of: Callable[[str], float]
+) -> tuple[tuple[FlatEntry, ...], tuple[tuple[slice, float], ...], int]:
+    """Aligned offsets for distinct storages, one stretch for each rate, and the buffers' size."""
     groups: dict[object, list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in trainable:
         if not parameter.dtype.is_floating_point:
             raise UserError(f"{name}: cannot train parameters of type {parameter.dtype}")
         groups.setdefault(_storage_key(parameter), []).append((name, parameter))
     _refuse_partial_overlap([group[0] for group in groups.values()])
-    entries, offset = [], 0
-    step = ALIGNMENT // torch.float32.itemsize
+    by_rate: dict[float, list[list[tuple[str, nn.Parameter]]]] = {}
     for group in groups.values():
-        name, first = group[0]
-        parameters = tuple(parameter for _, parameter in group)
-        entries.append(FlatEntry(name, parameters, first.shape, first.dtype, offset))
-        offset += -(-first.numel() // step) * step
-    return tuple(entries), offset
+        by_rate.setdefault(rate_of(group[0][0]), []).append(group)
+    entries, rates, offset = [], [], 0
+    step, rate_step = (a // torch.float32.itemsize for a in (ALIGNMENT, RATE_ALIGNMENT))
+    for rate, members in by_rate.items():
+        start = offset
+        for group in members:
+            name, first = group[0]
+            parameters = tuple(parameter for _, parameter in group)
+            entries.append(FlatEntry(name, parameters, first.shape, first.dtype, offset))
+            offset += -(-first.numel() // step) * step
+        if len(by_rate) > 1:
+            offset = -(-offset // rate_step) * rate_step
+        rates.append((slice(start, offset), rate))
+    return tuple(entries), tuple(rates), offset
 
 
 def _storage_key(p: nn.Parameter) -> object:

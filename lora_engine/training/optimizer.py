@@ -10,9 +10,11 @@ from lora_engine.errors import UserError
 from lora_engine.training.config import TrainConfig
 from lora_engine.training.flat import FlatParameters
 
+BLOCK = ops.ADAMW_8BIT_BLOCK
+
 
 class FlatAdamW:
-    """AdamW (Loshchilov & Hutter 2019) with clipping by global norm, one launch per step.
+    """AdamW (Loshchilov & Hutter 2019), clipping by global norm, one launch for each rate.
 
     exp_avg, exp_avg_sq [P] float32: the moments, laid out as `flat.data`. With the optimizer
         "adamw_8bit", uint8 codes, of which 256 in a row share a float32 in exp_avg_absmax and
@@ -28,7 +30,7 @@ class FlatAdamW:
         self.exp_avg = torch.zeros_like(flat.data, dtype=dtype)
         self.exp_avg_sq = torch.zeros_like(flat.data, dtype=dtype)
         if self.quantized:
-            blocks = -(-flat.data.numel() // ops.ADAMW_8BIT_BLOCK)
+            blocks = -(-flat.data.numel() // BLOCK)
             self.exp_avg_absmax = flat.data.new_zeros(blocks)
             self.exp_avg_sq_absmax = flat.data.new_zeros(blocks)
         self.updates = 0
@@ -44,19 +46,22 @@ class FlatAdamW:
         self.updates += 1
         step: dict[str, Any] = {
             "step": self.updates,
-            "lr": learning_rate,
             "beta1": config.beta1,
             "beta2": config.beta2,
             "eps": config.eps,
             "weight_decay": config.weight_decay,
             "grad_scale": clip_factor(grad_norm, config.max_grad_norm),
         }
-        moments = (self.exp_avg, self.exp_avg_sq)
-        if self.quantized:
-            absmax = (self.exp_avg_absmax, self.exp_avg_sq_absmax)
-            ops.adamw_8bit_(flat.data, flat.grad, *moments, *absmax, **step)
-        else:
-            ops.adamw_(flat.data, flat.grad, *moments, **step)
+        for part, rate in flat.rates:
+            step["lr"] = learning_rate * rate
+            params, grads = flat.data[part], flat.grad[part]
+            moments = self.exp_avg[part], self.exp_avg_sq[part]
+            if self.quantized:
+                blocks = slice(part.start // BLOCK, -(-part.stop // BLOCK))
+                absmax = self.exp_avg_absmax[blocks], self.exp_avg_sq_absmax[blocks]
+                ops.adamw_8bit_(params, grads, *moments, *absmax, **step)
+            else:
+                ops.adamw_(params, grads, *moments, **step)
         flat.publish()
 
     def tensors(self) -> dict[str, dict[str, torch.Tensor]]:
@@ -94,6 +99,19 @@ class FlatAdamW:
 
     def _moments(self) -> tuple[tuple[str, torch.Tensor], ...]:
         return ("exp_avg", self.exp_avg), ("exp_avg_sq", self.exp_avg_sq)
+
+
+def rate_of(config: TrainConfig) -> Callable[[str], float]:
+    """What multiplies the learning rate of a parameter, by its name in a PEFT model."""
+
+    def rate(name: str) -> float:
+        parts = name.split(".")
+        is_b = any(part in ("lora_B", "lora_embedding_B") for part in parts)
+        own = config.adapter_learning_rates
+        adapter = next((own[part] for part in parts if part in own), 1.0)
+        return (config.loraplus_lr_ratio if is_b else 1.0) * adapter
+
+    return rate
 
 
 def clip_factor(grad_norm: float, max_grad_norm: float | None) -> float:

@@ -12,6 +12,7 @@ from lora_engine.training.export import export_model
 from lora_engine.training.flat import FlatParameters
 from lora_engine.training.loop import TrainingLoop
 from lora_engine.training.metrics import peak_memory_bytes, reset_peak_memory
+from lora_engine.training.optimizer import rate_of
 from lora_engine.training.run_folder import RunFolder
 from lora_engine.training.schedule import Schedule
 from lora_engine.training.signals import InterruptGuard
@@ -74,7 +75,7 @@ class Trainer:
         checkpoint of another run (when resuming).
         """
         training_modules = [module for module in self.model.modules() if module.training]
-        flat = FlatParameters(self.model.named_parameters())
+        flat = FlatParameters(self.model.named_parameters(), rate_of(self.config))
         try:
             with InterruptGuard() as guard:
                 stopped = self._train(flat, guard, resume)

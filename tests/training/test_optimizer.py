@@ -9,7 +9,7 @@ from torch import nn
 from lora_engine.errors import UserError
 from lora_engine.training.config import TrainConfig
 from lora_engine.training.flat import FlatParameters
-from lora_engine.training.optimizer import FlatAdamW, clip_factor
+from lora_engine.training.optimizer import FlatAdamW, clip_factor, rate_of
 
 
 def test_is_torchs_adamw_with_clipping():
@@ -94,3 +94,27 @@ def test_moments_of_other_parameters_are_refused():
     )
     with pytest.raises(UserError, match="exp_avg: not the 8-bit moments of this model"):
         large.load(small.tensors().__getitem__)
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw_8bit"])
+def test_learning_rates_by_factor_and_adapter(name):
+    torch.manual_seed(0)
+    config = TrainConfig(
+        optimizer=name, loraplus_lr_ratio=16.0, adapter_learning_rates={"other": 0.5}
+    )
+    rates = {"q.lora_A.default.weight": 1.0, "q.lora_B.default.weight": 16.0}
+    rates |= {"q.lora_A.other.weight": 0.5, "q.lora_B.other.weight": 8.0}
+    together = [(key, nn.Parameter(torch.randn(300))) for key in rates]
+    alone = [(key, nn.Parameter(p.detach().clone())) for key, p in together]
+    flat = FlatParameters(together, rate_of(config))
+    assert [rate for _, rate in flat.rates] == [1.0, 16.0, 0.5, 8.0]
+    optimizers = [(FlatAdamW(flat, config), 1.0)]
+    optimizers += [(FlatAdamW(FlatParameters([pair]), config), rates[pair[0]]) for pair in alone]
+    for step in range(3):
+        for optimizer, rate in optimizers:
+            for entry in optimizer.flat.entries:
+                generator = torch.Generator().manual_seed(step)
+                entry.view(optimizer.flat.grad).copy_(torch.randn(300, generator=generator))
+            optimizer.step(0.01 * rate, 1.0)
+    for (key, ours), (_, theirs) in zip(together, alone, strict=True):
+        assert torch.equal(ours, theirs), key
