@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_engine import ops
+from lora_engine.ops import LoraFactors
 from lora_engine.ops import linear_cross_entropy as function
-from lora_engine.ops.lora_linear import LoraFactors
 
 OPERATION = "linear_cross_entropy"
 SCALING = 1.5
