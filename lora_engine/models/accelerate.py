@@ -204,8 +204,14 @@ def _agrees(module: nn.Module, forward: Any, features: int) -> bool:
     """Whether `forward` computes what the module's own forward does, on two tokens."""
     weight = next(module.parameters())
     probe = torch.linspace(-1.0, 1.0, 2 * features).view(1, 2, features).to(weight)
-    with torch.no_grad():
-        expected, actual = module(probe).float(), forward(probe).float()
+    training = {part: part.training for part in module.modules()}
+    module.eval()  # dropout would make them differ
+    try:
+        with torch.no_grad():
+            expected, actual = module(probe).float(), forward(probe).float()
+    finally:
+        for part, before in training.items():
+            part.training = before
     scale = expected.abs().max().clamp(min=1e-6)
     return bool((actual - expected).abs().max() <= 5e-2 * scale)
 
