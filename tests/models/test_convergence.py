@@ -20,8 +20,8 @@ def losses(seed: int, *, dropout: float, accelerated: bool) -> list[float]:
         lora_engine.accelerate(model, strict=True)
     model.train()
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=5e-2)
-    ids = torch.randint(0, 97, (STEPS // 5, 4, 12), generator=torch.Generator().manual_seed(1))
+    optimizer = torch.optim.AdamW(parameters, lr=2e-2)
+    ids = torch.randint(0, 97, (1, 4, 12), generator=torch.Generator().manual_seed(1))
     torch.manual_seed(seed)
     found = []
     for step in range(STEPS):
@@ -36,7 +36,7 @@ def losses(seed: int, *, dropout: float, accelerated: bool) -> list[float]:
 
 def test_without_dropout_every_step_is_peft_s() -> None:
     ours, theirs = (losses(0, dropout=0.0, accelerated=x) for x in (True, False))
-    assert theirs[-1] < 0.97 * theirs[0]
+    assert theirs[-1] < 0.95 * theirs[0]
     assert ours == pytest.approx(theirs, rel=1e-4)
 
 
