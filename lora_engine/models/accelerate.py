@@ -23,9 +23,11 @@ from lora_engine.models.norm import LayerNormForward, RmsNormForward, norm_forwa
 from lora_engine.models.patches import Patches
 from lora_engine.models.routing import AdapterRouter, forget_router, new_router
 from lora_engine.models.sequences import SequenceFinder
+from lora_engine.ops.lora_strategy import strategy_of
 
 _PATCHES: WeakKeyDictionary[nn.Module, Patches] = WeakKeyDictionary()
 
+TYPICAL_ROWS = 4096
 VERIFY_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
 
@@ -88,15 +90,16 @@ class _Accelerator:
         self.device, self.dtype = weight.device, weight.dtype
 
     def run(self) -> CoverageReport:
-        self._attention_interface()
+        has_attention = self._attention_interface()
         tails: dict[nn.Module, int] = {}  # norm -> room for the linears that read it
         for name, module in self.model.named_modules():
-            if type(module).__name__ in ATTENTION_CLASSES:
+            if type(module).__name__ in ATTENTION_CLASSES and has_attention:
                 self._attention(name, module, tails)
             elif is_gated_mlp(module):
                 self._mlp(name, module, tails)
             elif type(module).__name__ in DECODER_CLASSES:
                 self.patches.set_attribute(module, "forward", DecoderLayerForward(module))
+                self.report.add(name, "blocks", True, "attention and MLP, each one function")
         for name, module in self.model.named_modules():
             norm = norm_forward(module, tails.get(module, 0))
             if norm is not None:
@@ -111,7 +114,12 @@ class _Accelerator:
     def _how(self, operation: str) -> str:
         return backends.choose(operation, self.device, self.dtype).reason
 
-    def _attention_interface(self) -> None:
+    def _attention_interface(self) -> bool:
+        """Whether attention is ours from now on; without a kernel it stays transformers'."""
+        choice = backends.choose("attention", self.device, self.dtype)
+        if choice.impl == "reference":
+            self.report.add(type(self.model).__name__, "attention", False, choice.reason)
+            return False
         before = self.model.config._attn_implementation
         attention.register()
         self.model.set_attn_implementation(attention.IMPLEMENTATION)
@@ -119,15 +127,24 @@ class _Accelerator:
             self.report.add(
                 type(self.model).__name__, "attention", False, "the class takes no interface"
             )
-            return
+            return False
         self.patches.on_undo(lambda: self.model.set_attn_implementation(before))
+        return True
 
     def _group(self, name: str, modules: list[nn.Module]) -> LinearGroup:
         group = LinearGroup(modules, self.patches, self.router)
         self.covered.update(modules)
         what = "lora_linear" if group.has_lora else "linear"
-        self.report.add(name, what, group.reason is None, group.reason or self._how("lora_linear"))
+        how = f"{self._strategy(group)} product, {self._how('lora_linear')}"
+        self.report.add(name, what, group.reason is None, group.reason or how)
         return group
+
+    def _strategy(self, group: LinearGroup) -> str:
+        """How the group's products are taken for a batch of TYPICAL_ROWS."""
+        if group.weight is None:
+            return ""
+        (n, k), rank = group.weight.base.shape, group.tail
+        return strategy_of(self.device, self.dtype, TYPICAL_ROWS, n, k, rank, False)
 
     def _attention(self, name: str, module: Any, tails: dict[nn.Module, int]) -> None:
         qkv = self._group(f"{name}.qkv", [module.q_proj, module.k_proj, module.v_proj])

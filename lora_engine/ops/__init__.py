@@ -1,6 +1,6 @@
 """The operations: shape checks, gradients, and the choice of what runs.
 
-Each takes `impl` ("reference" or "cpu") to force one implementation; None lets
+Each takes `impl` ("reference", "cpu", "triton" or "cuda") to force one implementation; None lets
 `lora_engine.backends` choose.
 """
 
