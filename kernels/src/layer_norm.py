@@ -140,7 +140,8 @@ def _layer_norm_bwd_kernel(
                 g = dy
                 if HAS_WEIGHT:
                     g *= tl.load(weight_ptr + offs, mask=offs < N, other=0.0).to(tl.float32)
-            dx = rstd * (g - shift - n * pull)
+            # Fused by hand, so that no gradient's bits depend on the other flags.
+            dx = rstd * tl.fma(-n, pull, g - shift)
             tl.store(dx_row + offs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
             if HAS_DW and BLOCK_N < N:
                 so_far = tl.load(dweight_ptr + offs, mask=offs < N, other=0.0)

@@ -139,9 +139,9 @@ def _rms_norm_bwd_kernel(
                     dh = tl.load(dh_row + offs, mask=mask, other=0.0)
                 weight = tl.load(weight_ptr + offs, mask=offs < N, other=0.0).to(tl.float32)
                 weight += offset
-            dx = rstd * (dy * weight - n * pull)
-            if HAS_DH:
-                dx += dh.to(tl.float32)
+            # Fused where it says so and nowhere else: no gradient's bits depend on the other flags.
+            dx = tl.fma(-n, pull, dy * weight)
+            dx = tl.fma(rstd, dx, dh.to(tl.float32)) if HAS_DH else rstd * dx
             tl.store(dx_row + offs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
             if HAS_DW and BLOCK_N < N:
                 so_far = tl.load(partial_ptr + offs, mask=offs < N, other=0.0)

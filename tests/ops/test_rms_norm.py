@@ -229,6 +229,20 @@ def test_triton_shares_rows_without_leaving_one() -> None:
             assert programs <= 8 and share % block_m == 0 and (programs - 1) * share < rows
 
 
+@pytest.mark.parametrize("norm", ["rms_norm", "layer_norm"])
+def test_a_row_is_summed_alike_with_and_without_a_trained_weight(norm: str) -> None:
+    """Else x's gradient would have other bits when it is asked for alone on a GPU."""
+    launch = backends.kernels("launch", "triton")
+    for capability in ("80", "90"):
+        for size in (64, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 40000):
+            frozen, trained = (
+                launch.parameters(norm + kernel, capability, "bfloat16", size)
+                for kernel in ("_bwd", "_bwd_dw")
+            )
+            for name in ("BLOCK_N", "num_warps"):
+                assert frozen[name] == trained[name], (capability, size)
+
+
 def test_errors_name_the_shapes() -> None:
     x = torch.randn(2, 3)
     with pytest.raises(ValueError, match=r"weight \[4\] float32 does not fit x \[2, 3\] float32"):
