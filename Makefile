@@ -14,6 +14,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+JOBS ?= 2
 OUT ?= build/gpu-check-results
 MINUTES ?= 8
 
@@ -39,7 +40,7 @@ demo: $(STAMPS)/train $(STAMPS)/model
 	$(BIN)/lora-engine demo $(ARGS)
 
 test: $(STAMPS)/test
-	$(BIN)/pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 lint: $(STAMPS)/lint
 	$(BIN)/ruff check .

@@ -18,7 +18,7 @@ from torch import Tensor
 ROWS = 8192
 # Widths of models from 135M to 405B parameters, hidden and intermediate, and an unaligned one.
 COLS = (64, 576, 1001, 1536, 4096, 8192, 14336, 28672)
-# Bytes of a row that the norms' tables end with.
+# Bytes of the widest rows that the norms' kernels hold without spills, 16384 in float32.
 WIDEST_NORM = 65536
 VOCABS = (1001, 32000, 49152, 50257, 128256, 151936, 262144)
 # The last is what --quick takes where the dtype makes no other line of the table.
