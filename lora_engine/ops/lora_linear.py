@@ -36,6 +36,8 @@ def lora_linear(
     product = make_product(x, weight, dropout, routes, impl)
     if product is None:
         return _reference(x, weight, dropout, routes)
+    if not torch.is_grad_enabled():
+        return _forward(x, product)[0]
     outputs: tuple[Tensor, ...] = _LoraLinear.apply(x, product, weight.buffer, *weight.factors())
     return outputs
 
@@ -86,27 +88,34 @@ def _reference(
     return tuple(outputs)
 
 
+def _forward(
+    x: Tensor, product: AugmentedProduct
+) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:
+    """The outputs; and x's rows, S and with DoRA Y before its scale, for the backward pass."""
+    weight = product.weight
+    n, k = weight.base.shape
+    if product.strategy(x.numel() // k, n, k, masked=False) == "augmented":
+        xs = augmented.claim([x], weight.tail)
+        rows, low_rank = xs[:, :k], xs[:, k:]
+        y, unscaled = product.forward(xs)
+    else:
+        rows = as_rows(x)
+        low_rank = rows.new_empty(rows.shape[0], weight.tail)
+        y, unscaled = product.forward_apart(rows, low_rank)
+    parts = (y,) if len(weight.out_features) == 1 else y.split(weight.out_features, dim=1)
+    outputs = tuple(part.view(*x.shape[:-1], part.shape[1]) for part in parts)
+    return outputs, (rows, low_rank, unscaled)
+
+
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, product: AugmentedProduct, buffer: Tensor, *factors: Tensor | None
     ) -> tuple[Tensor, ...]:
-        weight = product.weight
-        n, k = weight.base.shape
-        if product.strategy(x[..., 0].numel(), n, k, masked=False) == "augmented":
-            xs = augmented.claim([x], weight.tail)
-            rows, low_rank = xs[:, :k], xs[:, k:]
-            y, unscaled = product.forward(xs)
-        else:
-            rows = as_rows(x)
-            low_rank = rows.new_empty(rows.shape[0], weight.tail)
-            y, unscaled = product.forward_apart(rows, low_rank)
+        outputs, saved = _forward(x, product)
         ctx.product, ctx.shape = product, x.shape
-        ctx.save_for_backward(rows, low_rank, unscaled, buffer, *factors)
-        if len(weight.out_features) == 1:
-            return (y.view(*x.shape[:-1], y.shape[1]),)
-        outputs = y.split(weight.out_features, dim=1)
-        return tuple(part.view(*x.shape[:-1], part.shape[1]) for part in outputs)
+        ctx.save_for_backward(*saved, buffer, *factors)
+        return outputs
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
