@@ -210,7 +210,7 @@ class _Call:
         self.kernels("rms_norm", x).rms_norm_bwd(
             d_normed, dy, x, self.norm.weight, rstd, dx, dweight, self.norm.offset
         )
-        normed = d_normed
+        normed = d_normed  # its gradient is used up; 1 / rms is written again as it was
         self._norm_into(normed, x, rstd)
         d_lora_a = self.inner.lora_a_gradient(dys, normed, wanted=wants_a)
         return dx, None if dweight is None else dweight.to(x.dtype), d_lora_a
