@@ -21,19 +21,6 @@ def kernels_of(backend: Backend) -> ModuleType:
     return backends.kernels("lora_linear", backend.impl)
 
 
-@pytest.fixture(autouse=True)
-def skip_bfloat16_of_the_interpreter(request: pytest.FixtureRequest) -> None:
-    """As Triton brings it, the interpreter multiplies the bits of bfloat16 operands."""
-    call = request.node.callspec.params if hasattr(request.node, "callspec") else {}
-    backend, dtype = call.get("backend"), call.get("dtype")
-    if backend is None or backend.impl != "triton" or backend.device.type != "cpu":
-        return
-    from triton.runtime.interpreter import InterpreterBuilder
-
-    if dtype == torch.bfloat16 and InterpreterBuilder.create_dot.__module__.startswith("triton."):
-        pytest.skip("tl.dot of bfloat16 is wrong in Triton's interpreter")
-
-
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles that small inputs fill several of."""
