@@ -112,6 +112,7 @@ struct AttentionArgs {
   const void *q, *k, *v;      // [tokens, heads, head_dim], heads contiguous
   const void *cos, *sin;      // [tokens, head_dim] in the arithmetic type, or null: no rotation
   const int32_t* cu_seqlens;  // [sequences + 1]
+  const int32_t* parents;     // [sequences]: the earlier sequence each continues, or -1; or null
   void* o;                    // [tokens, q_heads, head_dim]
   void* lse;                  // [q_heads, tokens] in the arithmetic type
   int64_t tokens, sequences, q_heads, kv_heads, head_dim;

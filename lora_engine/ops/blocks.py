@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lora_engine import backends
 from lora_engine.ops import augmented
+from lora_engine.ops.attention import check_parents
 from lora_engine.ops.augmented_product import AugmentedProduct
 from lora_engine.ops.augmented_weight import AugmentedWeight
 from lora_engine.ops.lora_linear import make_product
@@ -95,6 +96,7 @@ def attention_block(
     head_dim: int,
     softmax_scale: float | None = None,
     window: int = 0,
+    parents: Tensor | None = None,  # [S] int32
     impl: str | None = None,
 ) -> Tensor:
     """`x + out(attention(q, k, v))` for `q, k, v = qkv(norm(x))`, in x's dtype.
@@ -115,7 +117,15 @@ def attention_block(
     )
     scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
     accumulate = accumulate_dtype(x.dtype)
-    options = {"head_dim": head_dim, "scale": scale, "causal": True, "window": window}
+    if parents is not None:
+        check_parents(parents, cu_seqlens.numel() - 1, causal=True)
+    options = {
+        "head_dim": head_dim,
+        "scale": scale,
+        "causal": True,
+        "window": window,
+        "parents": parents,
+    }
     call = _Call(norm, inner, outer, branch.grad_tail, options, impl)
     out: Tensor = _AttentionBlock.apply(
         x,
