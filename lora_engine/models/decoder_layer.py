@@ -8,6 +8,7 @@ from lora_engine.models.attention import AttentionForward
 from lora_engine.models.lora_state import has_hooks
 from lora_engine.models.mlp import MlpForward
 from lora_engine.models.norm import RmsNormForward
+from lora_engine.models.routing import AdapterRouter
 from lora_engine.ops.blocks import Branch, attention_block, blocks_available, mlp_block
 
 # Layers whose forward is x + self_attn(input_layernorm(x)), then the same with
@@ -18,10 +19,14 @@ DECODER_CLASSES = frozenset(
 
 
 class DecoderLayerForward:
-    """The forward of a layer of DECODER_CLASSES; a half that cannot be fused runs its modules."""
+    """The forward of a layer of DECODER_CLASSES; a half that cannot be fused runs its modules.
 
-    def __init__(self, module: Any) -> None:
-        self.module = module
+    The last layer takes `output_rows` [U], places in its rows: its MLP runs on these alone, and
+    its result is [1, U, H].
+    """
+
+    def __init__(self, module: Any, router: AdapterRouter, *, last: bool) -> None:
+        self.module, self.router, self.last = module, router, last
 
     def __call__(
         self,
@@ -46,8 +51,13 @@ class DecoderLayerForward:
             normed = module.input_layernorm(hidden_states)
             attended, _ = module.self_attn(hidden_states=normed, use_cache=use_cache, **given)
             x = hidden_states + attended
+        rows = kwargs.get("output_rows") if self.last else None
+        if rows is not None and self.router.rows is None:  # routes number the batch's rows
+            x, rows = _select(x, rows), None
         y = self._mlp(x)
-        return x + module.mlp(module.post_attention_layernorm(x)) if y is None else y
+        if y is None:
+            y = x + module.mlp(module.post_attention_layernorm(x))
+        return y if rows is None else _select(y, rows)
 
     def _attention(self, x: Tensor, given: dict[str, Any]) -> Tensor | None:
         """The attention half as one function; None where it has to be run by its modules."""
@@ -84,6 +94,7 @@ class DecoderLayerForward:
             head_dim=module.self_attn.head_dim,
             softmax_scale=module.self_attn.scaling,
             window=forward.window,
+            parents=found.parents,
         )
 
     def _mlp(self, x: Tensor) -> Tensor | None:
@@ -106,6 +117,11 @@ class DecoderLayerForward:
             grad_tail=attention.output.tail if isinstance(attention, AttentionForward) else 0,
         )
         return mlp_block(x, norm.prenorm(), branch, activation=forward.activation)
+
+
+def _select(x: Tensor, rows: Tensor) -> Tensor:
+    """Rows of x [B, L, H], as [1, U, H]."""
+    return x.flatten(0, 1).index_select(0, rows)[None]
 
 
 def _ours(module: nn.Module) -> Any:

@@ -32,7 +32,9 @@ def attention(
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     heads_per_kv = q.shape[1] // k.shape[1]
-    own = [torch.arange(begin, end, device=q.device) for begin, end in pairwise(cu_seqlens.tolist())]
+    own = [
+        torch.arange(begin, end, device=q.device) for begin, end in pairwise(cu_seqlens.tolist())
+    ]
     seen: list[Tensor] = []
     for s, tokens in enumerate(own):
         parent = -1 if parents is None else int(parents[s])

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from lora_engine.data.batch import PackedBatch
-from lora_engine.models.causal_lm import packed_hidden_states
 from lora_engine.models.head import output_head
+from lora_engine.models.packed import packed_hidden_states
 
 if TYPE_CHECKING:
     from lora_engine.ops.linear_cross_entropy import LinearCrossEntropy
@@ -18,6 +18,5 @@ def supervised_loss(model: nn.Module, batch: PackedBatch) -> "LinearCrossEntropy
     batch must have targets (U > 0) and be on the model's device. The head sees only the U rows
     that have a target.
     """
-    hidden = packed_hidden_states(model, batch)
-    supervised = hidden.index_select(0, batch.target_index)
+    supervised = packed_hidden_states(model, batch, batch.target_index)
     return output_head(model).cross_entropy(supervised, batch.target_ids, reduction="sum")

@@ -14,7 +14,11 @@ class BatchStream:
     """Micro-batches of packed examples, epoch after epoch, each epoch in its own order.
 
     Holds no position: `take` is a function of where it is asked to start.
+
+    share_prefixes: as for `collate`.
     """
+
+    share_prefixes = False
 
     def __init__(
         self,
@@ -60,7 +64,8 @@ class BatchStream:
         return sum(self._sampler.num_batches(epoch) for epoch in range(epochs))
 
     def _collate(self, indices: Sequence[int]) -> PackedBatch:
-        return collate([self._examples[index] for index in indices])
+        examples = [self._examples[index] for index in indices]
+        return collate(examples, share_prefixes=self.share_prefixes)
 
 
 def fingerprint(examples: Sequence[Example]) -> str:

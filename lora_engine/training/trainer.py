@@ -7,6 +7,7 @@ import torch
 
 from lora_engine.data.dataset import TokenizedDataset, prepare
 from lora_engine.errors import UserError
+from lora_engine.models.packed import can_share_prefixes
 from lora_engine.training.config import TrainConfig
 from lora_engine.training.export import export_model
 from lora_engine.training.flat import FlatParameters
@@ -91,11 +92,15 @@ class Trainer:
 
     def _train(self, flat: FlatParameters, guard: InterruptGuard, resume: bool) -> Stopped:
         reset_peak_memory(flat.device)
+        train_stream, eval_stream = self._train_stream, self._eval_stream()
+        train_stream.share_prefixes = self._shares_prefixes(training=True)
+        if eval_stream is not None:
+            eval_stream.share_prefixes = self._shares_prefixes(training=False)
         loop = TrainingLoop(
             self.model,
             flat,
-            self._train_stream,
-            self._eval_stream(),
+            train_stream,
+            eval_stream,
             self.config,
             self.schedule,
             self.folder,
@@ -129,6 +134,9 @@ class Trainer:
         if self.eval_dataset is None:
             return None
         return BatchStream(self.eval_dataset, self.config.tokens_per_batch, shuffle=False)
+
+    def _shares_prefixes(self, *, training: bool) -> bool:
+        return self.config.share_prefixes and can_share_prefixes(self.model, training=training)
 
     def _result(self, stopped: Stopped, device: torch.device) -> TrainResult:
         state = self.state

@@ -96,7 +96,9 @@ def unshared(lengths: list[int], parents: list[int], **options):
         whole.append(tokens if parent < 0 else torch.cat((whole[parent], tokens)))
     index = torch.cat(whole)
     bounds = cu_seqlens([len(tokens) for tokens in whole])
-    kept = torch.cat([end - n + torch.arange(n) for end, n in zip(bounds[1:], lengths)])
+    kept = torch.cat(
+        [end - n + torch.arange(n) for end, n in zip(bounds[1:], lengths, strict=True)]
+    )
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         tables = {name: options[name][index] for name in ("cos", "sin") if name in options}
