@@ -33,10 +33,11 @@ struct Workspace {
 };
 
 // Folds one block of scores into the running softmax: probs, largest, sum, and out rescaled.
+// Called, not inlined: its callers keep so many pointers alive that the loops spill.
 template <class A>
-inline void online_softmax(A* scores, int64_t keys, A scale, A* largest, A* sum, A* out,
-                           int64_t head_dim) {
-  A block_largest[kQueries], correction[kQueries];
+__attribute__((noinline)) void online_softmax(A* scores, int64_t keys, A scale, A* largest, A* sum,
+                                              A* out, int64_t head_dim) {
+  A block_largest[kQueries], correction[kQueries], block_sum[kQueries];
   std::memcpy(block_largest, largest, sizeof block_largest);
   for (int64_t j = 0; j < keys; ++j) {
     A* row = scores + j * kQueries;
@@ -50,7 +51,7 @@ inline void online_softmax(A* scores, int64_t keys, A scale, A* largest, A* sum,
   for (int64_t i = 0; i < kQueries; ++i) {
     correction[i] = exp_acc(largest[i] - block_largest[i]);
     largest[i] = block_largest[i];
-    sum[i] *= correction[i];
+    block_sum[i] = sum[i] * correction[i];
   }
   for (int64_t d = 0; d < head_dim; ++d) {
 #pragma omp simd
@@ -60,10 +61,11 @@ inline void online_softmax(A* scores, int64_t keys, A scale, A* largest, A* sum,
     A* row = scores + j * kQueries;
 #pragma omp simd
     for (int64_t i = 0; i < kQueries; ++i) {
-      row[i] = exp_acc(row[i] - largest[i]);
-      sum[i] += row[i];
+      row[i] = exp_acc(row[i] - block_largest[i]);
+      block_sum[i] += row[i];
     }
   }
+  std::memcpy(sum, block_sum, sizeof block_sum);
 }
 
 template <class T>
