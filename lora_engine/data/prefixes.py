@@ -40,7 +40,7 @@ def shared_segments(
     groups = [(tuple(range(len(tokens))), 0, 0, -1)]
     while groups:
         members, start, seen, parent = groups.pop()
-        end = _common(tokens, members, seen)
+        end = common_length(tokens, members, seen)
         alone = len(members) == 1
         if end > start and (alone or end - start >= min_shared):
             segments.append(Segment(members, start, end, parent))
@@ -51,7 +51,7 @@ def shared_segments(
     return segments
 
 
-def _common(tokens: Sequence[np.ndarray], members: Sequence[int], seen: int) -> int:
+def common_length(tokens: Sequence[np.ndarray], members: Sequence[int], seen: int = 0) -> int:
     """How many tokens all members begin with in common, of which `seen` are known."""
     first = tokens[members[0]]
     end = len(first)
