@@ -97,21 +97,22 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "rms_norm_fwd",
       [](DType dtype, Address x, Address residual, Address weight, Address y, Address h,
-         Address rstd, int64_t rows, int64_t cols, int64_t x_stride, int64_t residual_stride,
-         int64_t y_stride, double eps, double offset) {
-        table().rms_norm_fwd(dtype, {in(x), in(residual), in(weight), out(y), out(h), out(rstd),
-                                     rows, cols, x_stride, residual_stride, y_stride, eps, offset});
+         Address rstd, int64_t rows, int64_t heads, int64_t cols, int64_t x_stride,
+         int64_t residual_stride, int64_t y_stride, double eps, double offset) {
+        table().rms_norm_fwd(
+            dtype, {in(x), in(residual), in(weight), out(y), out(h), out(rstd), rows, heads, cols,
+                    x_stride, residual_stride, y_stride, eps, offset});
       },
       release);
 
   m.def(
       "rms_norm_bwd",
       [](DType dtype, Address dy, Address dh, Address h, Address weight, Address rstd, Address dx,
-         Address dweight, int64_t rows, int64_t cols, int64_t dy_stride, int64_t dh_stride,
-         int64_t h_stride, int64_t dx_stride, double offset) {
+         Address dweight, int64_t rows, int64_t heads, int64_t cols, int64_t dy_stride,
+         int64_t dh_stride, int64_t h_stride, int64_t dx_stride, double offset) {
         table().rms_norm_bwd(
-            dtype, {in(dy), in(dh), in(h), in(weight), in(rstd), out(dx), out(dweight), rows, cols,
-                    dy_stride, dh_stride, h_stride, dx_stride, offset});
+            dtype, {in(dy), in(dh), in(h), in(weight), in(rstd), out(dx), out(dweight), rows, heads,
+                    cols, dy_stride, dh_stride, h_stride, dx_stride, offset});
       },
       release);
 

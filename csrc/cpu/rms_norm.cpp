@@ -6,6 +6,10 @@
 namespace lora_engine {
 namespace {
 
+inline int64_t row_start(int64_t row, int64_t heads, int64_t cols, int64_t stride) {
+  return heads == 1 ? row * stride : row / heads * stride + row % heads * cols;
+}
+
 template <class T>
 void forward(const RmsNormArgs& a) {
   using A = acc_t<T>;
@@ -14,8 +18,8 @@ void forward(const RmsNormArgs& a) {
   A* rstd = static_cast<A*>(a.rstd);
 #pragma omp parallel for schedule(static)
   for (int64_t row = 0; row < a.rows; ++row) {
-    const T* h = static_cast<const T*>(a.x) + row * a.x_stride;
-    T* y = static_cast<T*>(a.y) + row * a.y_stride;
+    const T* h = static_cast<const T*>(a.x) + row_start(row, a.heads, a.cols, a.x_stride);
+    T* y = static_cast<T*>(a.y) + row_start(row, a.heads, a.cols, a.y_stride);
     if (a.residual) {
       const T* x = h;
       const T* residual = static_cast<const T*>(a.residual) + row * a.residual_stride;
@@ -39,10 +43,10 @@ void backward(const RmsNormBwdArgs& a) {
   const A* weight = parameter_row<T>(scratch, a.weight, A(a.offset), a.cols);
   const auto rows = [&](int64_t begin, int64_t end, A* dweight) {
     for (int64_t row = begin; row < end; ++row) {
-      const T* dy = static_cast<const T*>(a.dy) + row * a.dy_stride;
+      const T* dy = static_cast<const T*>(a.dy) + row_start(row, a.heads, a.cols, a.dy_stride);
       const T* dh = kDh ? static_cast<const T*>(a.dh) + row * a.dh_stride : nullptr;
-      const T* h = static_cast<const T*>(a.h) + row * a.h_stride;
-      T* dx = static_cast<T*>(a.dx) + row * a.dx_stride;
+      const T* h = static_cast<const T*>(a.h) + row_start(row, a.heads, a.cols, a.h_stride);
+      T* dx = static_cast<T*>(a.dx) + row_start(row, a.heads, a.cols, a.dx_stride);
       const A rstd = static_cast<const A*>(a.rstd)[row];
       const A dot = row_sum<A>(
           a.cols, [=](int64_t i) { return load(dy[i]) * weight[i] * (load(h[i]) * rstd); });

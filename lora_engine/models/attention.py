@@ -138,7 +138,7 @@ class AttentionForward:
             "past_key_values": past_key_values,
             **kwargs,
         }
-        if not self._whole_sequences(**given):
+        if not self.whole_sequences(**given):
             if self.qkv.router.rows is not None:
                 raise UserError("rows cannot be routed by adapter with a cache: use_cache=False")
             if kwargs.get("sequence_parents") is not None:
@@ -169,10 +169,6 @@ class AttentionForward:
         (y,) = self.output(out)
         return y, None
 
-    def fusable(self, **given: Any) -> bool:
-        """Whether a call with these arguments does nothing between its products but attend."""
-        return not hasattr(self.module, "q_norm") and self._whole_sequences(**given)
-
     def find_sequences(
         self,
         hidden_states: Tensor,  # [B, L, H]
@@ -192,7 +188,7 @@ class AttentionForward:
             kwargs.get("sequence_parents"),
         )
 
-    def _whole_sequences(
+    def whole_sequences(
         self,
         *,
         position_embeddings: Any = None,

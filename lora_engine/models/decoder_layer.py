@@ -9,7 +9,9 @@ from lora_engine.models.lora_state import has_hooks
 from lora_engine.models.mlp import MlpForward
 from lora_engine.models.norm import RmsNormForward
 from lora_engine.models.routing import AdapterRouter
-from lora_engine.ops.blocks import Branch, attention_block, blocks_available, mlp_block
+from lora_engine.ops.attention_block import attention_block
+from lora_engine.ops.blocks import Branch, blocks_available
+from lora_engine.ops.mlp_block import mlp_block
 
 # Layers whose forward is x + self_attn(input_layernorm(x)), then the same with
 # post_attention_layernorm and mlp.
@@ -65,11 +67,17 @@ class DecoderLayerForward:
         forward, norm = _ours(module.self_attn), _ours(module.input_layernorm)
         if not isinstance(forward, AttentionForward) or not isinstance(norm, RmsNormForward):
             return None
-        if not forward.fusable(**given) or not blocks_available(x.device, x.dtype):
+        if not forward.whole_sequences(**given) or not blocks_available(x.device, x.dtype):
             return None
         qkv, output = forward.qkv.weight, forward.output.weight
         if qkv is None or output is None:
             return None
+        head_norms = None
+        if hasattr(module.self_attn, "q_norm"):
+            q_norm, k_norm = _ours(module.self_attn.q_norm), _ours(module.self_attn.k_norm)
+            if not (isinstance(q_norm, RmsNormForward) and isinstance(k_norm, RmsNormForward)):
+                return None
+            head_norms = q_norm.prenorm(), k_norm.prenorm()
         if not (forward.qkv.ready() and forward.output.ready()):
             return None
         found = forward.find_sequences(x, **given)
@@ -95,6 +103,7 @@ class DecoderLayerForward:
             softmax_scale=module.self_attn.scaling,
             window=forward.window,
             parents=found.parents,
+            head_norms=head_norms,
         )
 
     def _mlp(self, x: Tensor) -> Tensor | None:

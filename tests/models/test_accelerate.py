@@ -91,6 +91,24 @@ def test_full_training_without_peft(name: str) -> None:
     assert_same(loss_and_gradients(model, batch("right")), theirs, 1e-4)
 
 
+def test_norms_of_heads_can_be_trained() -> None:
+    model = with_lora(make("qwen3"))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad or "_norm.weight" in name)
+    theirs = loss_and_gradients(model, batch())
+    assert sum("q_norm" in name or "k_norm" in name for name in theirs[1]) == 4
+    lora_engine.accelerate(model, strict=True)
+    assert_same(loss_and_gradients(model, batch()), theirs, 1e-4)
+
+
+def test_norms_of_heads_that_are_not_ours_run_as_modules() -> None:
+    """PEFT's wrapper around a norm trained in full is no norm that we know."""
+    model = with_lora(make("qwen3"), modules_to_save=["q_norm", "k_norm"])
+    theirs = loss_and_gradients(model, batch())
+    lora_engine.accelerate(model)
+    assert_same(loss_and_gradients(model, batch()), theirs, 1e-4)
+
+
 def test_bfloat16_is_close() -> None:
     model = with_lora(tiny_llama(dtype=torch.bfloat16))
     exact = with_lora(tiny_llama(dtype=torch.float32))
