@@ -10,7 +10,7 @@ from lora_engine.models.mlp import MlpForward
 from lora_engine.models.norm import RmsNormForward
 from lora_engine.models.routing import AdapterRouter
 from lora_engine.ops.attention_block import attention_block
-from lora_engine.ops.blocks import Branch, blocks_available
+from lora_engine.ops.blocks import Branch, block_available
 from lora_engine.ops.mlp_block import mlp_block
 
 # Layers whose forward is x + self_attn(input_layernorm(x)), then the same with
@@ -67,7 +67,9 @@ class DecoderLayerForward:
         forward, norm = _ours(module.self_attn), _ours(module.input_layernorm)
         if not isinstance(forward, AttentionForward) or not isinstance(norm, RmsNormForward):
             return None
-        if not forward.whole_sequences(**given) or not blocks_available(x.device, x.dtype):
+        if not forward.whole_sequences(**given):
+            return None
+        if not block_available("attention", x.device, x.dtype):
             return None
         qkv, output = forward.qkv.weight, forward.output.weight
         if qkv is None or output is None:
@@ -113,7 +115,7 @@ class DecoderLayerForward:
         if not isinstance(forward, MlpForward) or not isinstance(norm, RmsNormForward):
             return None
         gate_up, down = forward.gate_up.weight, forward.down.weight
-        if gate_up is None or down is None or not blocks_available(x.device, x.dtype):
+        if gate_up is None or down is None or not block_available("glu", x.device, x.dtype):
             return None
         if not (forward.gate_up.ready() and forward.down.ready()):
             return None

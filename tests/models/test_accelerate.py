@@ -8,7 +8,9 @@ import torch
 import transformers
 
 import lora_engine
+from lora_engine import backends
 from lora_engine.errors import UserError
+from lora_engine.models import decoder_layer
 from lora_engine.testing import error, tiny_llama, with_lora
 
 SMALL = {
@@ -107,6 +109,28 @@ def test_norms_of_heads_that_are_not_ours_run_as_modules() -> None:
     theirs = loss_and_gradients(model, batch())
     lora_engine.accelerate(model)
     assert_same(loss_and_gradients(model, batch()), theirs, 1e-4)
+
+
+def test_the_mlp_half_is_one_function_where_attention_has_no_kernel(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    theirs = loss_and_gradients(with_lora(make("llama")), batch())
+    choose = backends.choose
+
+    def without_attention(operation: str, *args: Any) -> Any:
+        return choose(operation, *args, *(["reference"] if operation == "attention" else []))
+
+    monkeypatch.setattr(backends, "choose", without_attention)
+    calls = []
+    block = decoder_layer.mlp_block
+    monkeypatch.setattr(
+        decoder_layer, "mlp_block", lambda *args, **kw: calls.append(1) or block(*args, **kw)
+    )
+    model = with_lora(make("llama"))
+    report = lora_engine.accelerate(model)
+    assert [entry.operation for entry in report.left] == ["attention"]
+    assert_same(loss_and_gradients(model, batch()), theirs, 1e-4)
+    assert len(calls) == 2
 
 
 def test_bfloat16_is_close() -> None:
