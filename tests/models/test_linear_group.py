@@ -21,6 +21,8 @@ DROPOUT = 0.3
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "bias": {"bias": "lora_only"},
+    "lora_bias": {"lora_bias": True},
+    "both_bias": {"lora_bias": True, "bias": "all"},
     "rslora": {"use_rslora": True},
     "dropout": {"lora_dropout": DROPOUT},
     "dora": {"use_dora": True},
@@ -57,6 +59,8 @@ def adapted(outs: dict[str, int], variant: str, rank: int) -> list[Any]:
                 parameter.mul_(1 + 0.3 * torch.randn_like(parameter))
             elif parameter.requires_grad:
                 parameter.normal_(std=0.2)
+            elif name.endswith("bias"):
+                parameter.normal_()
     return list(model.children())
 
 

@@ -19,6 +19,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "rslora": {"use_rslora": True},
     "dora": {"use_dora": True},
     "bias": {"bias": "lora_only"},
+    "lora_bias": {"lora_bias": True},
+    "lora_bias_on_head": {"lora_bias": True, "target_modules": ["q_proj", "lm_head"]},
     "q_and_v": {"target_modules": ["q_proj", "v_proj"]},
     "mlp": {"target_modules": ["gate_proj", "up_proj", "down_proj"]},
     "ranks": {"rank_pattern": {"q_proj": 7, "up_proj": 2}, "alpha_pattern": {"v_proj": 3}},
@@ -30,7 +32,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def build(name: str) -> Any:
-    bias = name in ("bias", "dora")
+    bias = name in ("bias", "dora", "lora_bias")
     model = with_lora(tiny_llama(attention_bias=bias, mlp_bias=bias), **CONFIGS[name])
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
