@@ -1,5 +1,6 @@
 """Decoder layers whose halves are single functions: norm, linears, core and residual together."""
 
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -24,13 +25,31 @@ class DecoderLayerForward:
     """The forward of a layer of DECODER_CLASSES; a half that cannot be fused runs its modules.
 
     The last layer takes `output_rows` [U], places in its rows: its MLP runs on these alone, and
-    its result is [1, U, H].
+    its result is [1, U, H]. Under gradient checkpointing a layer keeps its input alone and runs
+    again in the backward pass.
     """
 
     def __init__(self, module: Any, router: AdapterRouter, *, last: bool) -> None:
         self.module, self.router, self.last = module, router, last
 
-    def __call__(
+    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """As the layer's own forward."""
+        module = self.module
+        # transformers 5 checkpoints in the class's forward, which an instance's own replaces; its
+        # first releases in __call__.
+        if (
+            module.gradient_checkpointing
+            and module.training
+            and type(module).__call__ is nn.Module.__call__
+        ):
+            kwargs |= {"past_key_values": None, "use_cache": False}  # a cache would be filled twice
+            result: Tensor = module._gradient_checkpointing_func(
+                partial(self._run, **kwargs), hidden_states, *args
+            )
+            return result
+        return self._run(hidden_states, *args, **kwargs)
+
+    def _run(
         self,
         hidden_states: Tensor,  # [B, L, H]
         attention_mask: Tensor | None = None,

@@ -301,10 +301,23 @@ def test_adapter_saved_by_peft_loads_into_a_plain_model(tmp_path: Any) -> None:
     assert torch.allclose(loaded(ids).logits, model.eval()(ids).logits, atol=1e-5)
 
 
-def test_gradient_checkpointing_gives_the_same() -> None:
-    model = with_lora(tiny_llama())
+def test_gradient_checkpointing_runs_layers_again_for_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from lora_engine.models import decoder_layer
+
+    model = with_lora(tiny_llama(), lora_dropout=0.3)
     lora_engine.accelerate(model)
-    expected = loss_and_gradients(model, batch("right"))
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    model.enable_input_require_grads()
-    assert_same(loss_and_gradients(model, batch("right")), expected, 1e-5)
+    runs, block = [], decoder_layer.mlp_block
+    monkeypatch.setattr(
+        decoder_layer, "mlp_block", lambda *a, **k: (runs.append(1), block(*a, **k))[1]
+    )
+    results = []
+    for layers in (2, 4):
+        runs.clear()
+        torch.manual_seed(0)
+        results.append(loss_and_gradients(model, batch()))
+        assert len(runs) == layers
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    assert_same(results[1], results[0], 1e-5)
