@@ -27,6 +27,7 @@ class PackedBatch:
     target_ids: int64 [U], those next tokens.
     origins: where each example comes from.
     num_tokens: tokens of the examples, shared ones counted for each.
+    adapters: name of the adapter of each sequence, S of them; none if no example names one.
     """
 
     input_ids: Tensor
@@ -38,6 +39,7 @@ class PackedBatch:
     target_ids: Tensor
     origins: tuple[str, ...]
     num_tokens: int
+    adapters: tuple[str, ...] = ()
 
     @property
     def num_rows(self) -> int:
@@ -68,7 +70,8 @@ def collate(examples: Sequence[Example], *, share_prefixes: bool = False) -> Pac
     """Pack `examples` into one batch on the CPU.
 
     In their order; with `share_prefixes` tokens that examples begin with in common are one
-    sequence, which the rest of each continues. The loss and its gradients are the same.
+    sequence, which the rest of each continues, if the same adapter learns from them. The loss and
+    its gradients are the same.
 
     Raises ValueError for no examples, or an empty one.
     """
@@ -76,7 +79,8 @@ def collate(examples: Sequence[Example], *, share_prefixes: bool = False) -> Pac
     if not lengths or min(lengths) == 0:
         raise ValueError(f"cannot pack {len(lengths)} examples of lengths {lengths}")
     tokens = [np.asarray(example.input_ids, dtype=np.int64) for example in examples]
-    segments = shared_segments(tokens) if share_prefixes else whole_segments(tokens)
+    adapters = [example.adapter for example in examples]
+    segments = shared_segments(tokens, kinds=adapters) if share_prefixes else whole_segments(tokens)
     sizes = np.array([segment.end - segment.start for segment in segments], dtype=np.int64)
     bounds = np.concatenate([[0], np.cumsum(sizes)])
     rows = _rows(segments, bounds, lengths)
@@ -101,6 +105,7 @@ def collate(examples: Sequence[Example], *, share_prefixes: bool = False) -> Pac
         target_ids=torch.from_numpy(np.concatenate(target_ids)),
         origins=tuple(example.origin for example in examples),
         num_tokens=sum(lengths),
+        adapters=tuple(adapters[s.members[0]] for s in segments) if any(adapters) else (),
     )
 
 

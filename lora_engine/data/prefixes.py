@@ -29,15 +29,20 @@ def whole_segments(tokens: Sequence[np.ndarray]) -> list[Segment]:
 def shared_segments(
     tokens: Sequence[np.ndarray],  # each [length] int64
     min_shared: int = MIN_SHARED,
+    kinds: Sequence[str] | None = None,
 ) -> list[Segment]:
     """The segments of examples, those of a common beginning shared; parents before children.
 
-    A segment of several members has at least `min_shared` tokens.
+    A segment of several members has at least `min_shared` tokens. Only examples of one kind share,
+    where `kinds` gives each its own.
     """
     segments: list[Segment] = []
     # Of the members of a group all tokens before `seen` are the same, and those before `start`
     # stand in `parent` and its parents.
-    groups = [(tuple(range(len(tokens))), 0, 0, -1)]
+    alike: dict[str, list[int]] = {}
+    for member in range(len(tokens)):
+        alike.setdefault("" if kinds is None else kinds[member], []).append(member)
+    groups = [(tuple(members), 0, 0, -1) for members in reversed(alike.values())]
     while groups:
         members, start, seen, parent = groups.pop()
         end = common_length(tokens, members, seen)

@@ -69,10 +69,11 @@ class BatchStream:
 
 
 def fingerprint(examples: Sequence[Example]) -> str:
-    """SHA-256 of all token ids and of which are supervised."""
+    """SHA-256 of all token ids, of which are supervised, and of the adapters named."""
     digest = hashlib.sha256()
     for example in examples:
         digest.update(len(example).to_bytes(8, "little"))
         digest.update(array("q", example.input_ids).tobytes())
         digest.update(bytes(example.supervised))
+        digest.update(example.adapter.encode())
     return digest.hexdigest()

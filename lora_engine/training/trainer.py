@@ -5,9 +5,11 @@ from typing import Any
 
 import torch
 
+from lora_engine.data.adapters import check_adapters
 from lora_engine.data.dataset import TokenizedDataset, prepare
 from lora_engine.errors import UserError
 from lora_engine.models.packed import can_share_prefixes
+from lora_engine.models.routing import active_adapters
 from lora_engine.training.config import TrainConfig
 from lora_engine.training.export import export_model
 from lora_engine.training.flat import FlatParameters
@@ -24,7 +26,9 @@ from lora_engine.training.stream import BatchStream, fingerprint
 class Trainer:
     """Fine-tunes the trainable parameters of a causal language model.
 
-    model: a transformers model or a PeftModel around one, accelerated or not.
+    model: a transformers model or a PeftModel around one, accelerated or not. With several active
+        adapters (`model.base_model.set_adapter([...])`) every record names the one that learns
+        from it in its field `adapter`; the model has to be accelerated then.
     tokenizer: renders and tokenises data that are not tokenised yet; saved with a full model.
     train_data, eval_data: whatever `data.prepare` takes, or a TokenizedDataset. With eval_data
         None nothing is measured, and the last weights are the final ones.
@@ -53,6 +57,9 @@ class Trainer:
         self.eval_dataset = (
             None if eval_data is None else _tokenized(eval_data, tokenizer, config, "eval_data")
         )
+        for dataset in (self.train_dataset, self.eval_dataset):
+            if dataset is not None:
+                check_adapters(dataset, active_adapters(model))
         self._train_stream, self.total_steps = self._plan_steps()
         self.schedule = Schedule.from_config(config, self.total_steps)
         identity = {

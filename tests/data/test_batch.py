@@ -58,6 +58,19 @@ def test_shared_prefixes_lead_to_the_same_targets(given_examples):
     assert plain.parents is None
 
 
+def test_prefixes_are_shared_within_an_adapter_only():
+    ids = list(range(20))
+    rows = [("a", 30), ("b", 31), ("a", 32), ("b", 33)]
+    batch = collate(
+        [Example([*ids, last], [True] * 21, adapter=name) for name, last in rows],
+        share_prefixes=True,
+    )
+    assert batch.adapters == ("a", "a", "a", "b", "b", "b")
+    assert batch.parents.tolist() == [-1, 0, 0, -1, 3, 3]
+    assert batch.num_rows == 2 * 22
+    assert collate([Example(ids, [True] * 20)]).adapters == ()
+
+
 def histories(batch):
     """The tokens that each target's prediction sees."""
     parents = [-1] * batch.num_sequences if batch.parents is None else batch.parents.tolist()
