@@ -73,12 +73,11 @@ class DecoderLayerForward:
             attended, _ = module.self_attn(hidden_states=normed, use_cache=use_cache, **given)
             x = hidden_states + attended
         rows = kwargs.get("output_rows") if self.last else None
-        if rows is not None and self.router.rows is None:  # routes number the batch's rows
-            x, rows = _select(x, rows), None
-        y = self._mlp(x)
-        if y is None:
-            y = x + module.mlp(module.post_attention_layernorm(x))
-        return y if rows is None else _select(y, rows)
+        if rows is not None:
+            x = x.flatten(0, 1).index_select(0, rows)[None]
+        with self.router.selecting(rows):
+            y = self._mlp(x)
+            return x + module.mlp(module.post_attention_layernorm(x)) if y is None else y
 
     def _attention(self, x: Tensor, given: dict[str, Any]) -> Tensor | None:
         """The attention half as one function; None where it has to be run by its modules."""
@@ -147,11 +146,6 @@ class DecoderLayerForward:
             grad_tail=attention.output.tail if isinstance(attention, AttentionForward) else 0,
         )
         return mlp_block(x, norm.prenorm(), branch, activation=forward.activation)
-
-
-def _select(x: Tensor, rows: Tensor) -> Tensor:
-    """Rows of x [B, L, H], as [1, U, H]."""
-    return x.flatten(0, 1).index_select(0, rows)[None]
 
 
 def _ours(module: nn.Module) -> Any:

@@ -22,6 +22,17 @@ class AdapterRouter:
         self.names: tuple[str, ...] = ()
         self.rows: Tensor | None = None
 
+    @contextmanager
+    def selecting(self, index: Tensor | None) -> Iterator[None]:
+        """Within this context the batch is those of its rows alone, [U] int64; None: all of it."""
+        before = self.rows
+        if before is not None and index is not None:
+            self.rows = before.index_select(0, index.to(before.device))
+        try:
+            yield
+        finally:
+            self.rows = before
+
 
 _ROUTERS: WeakKeyDictionary[nn.Module, AdapterRouter] = WeakKeyDictionary()
 
