@@ -9,17 +9,6 @@
 namespace lora_engine {
 namespace {
 
-inline uint32_t bits_of(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  return bits;
-}
-inline float float_of(uint32_t bits) {
-  float x;
-  std::memcpy(&x, &bits, sizeof x);
-  return x;
-}
-
 // Bounds by integer comparison of the bits: one instruction each. From a comparison of floats,
 // which must mind NaN, compilers make branches and then every branch's division. NaN becomes the
 // bound; in the activations it survives in the factor g.

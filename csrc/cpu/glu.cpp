@@ -1,14 +1,10 @@
 // Gated linear units (Shazeer, 2020): y = act(gate) * up.
 #include "activation.hpp"
+#include "chunk.hpp"
 #include "isa.hpp"
-#include "tile_gemm.hpp"
 
 namespace lora_engine {
 namespace {
-
-// Results are made in the arithmetic type, this many at a time, and converted together: some
-// instruction sets have an instruction for that which compilers do not find.
-constexpr int64_t kChunk = 256;
 
 template <class T, class Act>
 void forward(const GluArgs& a) {
@@ -18,15 +14,18 @@ void forward(const GluArgs& a) {
     const T* gate = static_cast<const T*>(a.gate) + row * a.gate_stride;
     const T* up = static_cast<const T*>(a.up) + row * a.up_stride;
     T* y = static_cast<T*>(a.y) + row * a.y_stride;
-    A result[kChunk];
-    for (int64_t begin = 0; begin < a.cols; begin += kChunk) {
-      const int64_t count = a.cols - begin < kChunk ? a.cols - begin : kChunk;
-#pragma omp simd
-      for (int64_t i = 0; i < count; ++i)
-        result[i] = Act::value(load(gate[begin + i])) * load(up[begin + i]);
-      convert_row(count, result, y + begin);
-    }
+    store_row(a.cols, y, [](A g, A u) { return Act::value(g) * u; }, gate, up);
   }
+}
+
+// The gradients of one element, and the forward result.
+template <class Act, class A>
+inline void gradients(A d, A g, A u, A& for_gate, A& for_up, A& result) {
+  A value, slope;
+  Act::value_and_slope(g, value, slope);
+  for_gate = d * u * slope;
+  for_up = d * value;
+  result = value * u;
 }
 
 // The gradients of one row; with h, the forward result as well. A chunk is read before any of it
@@ -35,21 +34,23 @@ template <class T, class Act, bool kWithH>
 inline void backward_row(const T* dy, const T* gate, const T* up, T* dgate, T* dup, T* h,
                          int64_t cols) {
   using A = acc_t<T>;
-  A for_gate[kChunk], for_up[kChunk], result[kWithH ? kChunk : 1];
-  for (int64_t begin = 0; begin < cols; begin += kChunk) {
-    const int64_t count = cols - begin < kChunk ? cols - begin : kChunk;
+  int64_t i = 0;
+  for (; i + kChunk<A> <= cols; i += kChunk<A>) {
+    Values<A> d = chunk_at(dy, i), g = chunk_at(gate, i), u = chunk_at(up, i);
+    Values<A> for_gate, for_up, result;
 #pragma omp simd
-    for (int64_t i = 0; i < count; ++i) {
-      const A d = load(dy[begin + i]), g = load(gate[begin + i]), u = load(up[begin + i]);
-      A value, slope;
-      Act::value_and_slope(g, value, slope);
-      for_gate[i] = d * u * slope;
-      for_up[i] = d * value;
-      if (kWithH) result[i] = value * u;
-    }
-    convert_row(count, for_gate, dgate + begin);
-    convert_row(count, for_up, dup + begin);
-    if (kWithH) convert_row(count, result, h + begin);
+    for (int64_t j = 0; j < kChunk<A>; ++j)
+      gradients<Act>(d[j], g[j], u[j], for_gate[j], for_up[j], result[j]);
+    put_chunk(for_gate, dgate + i);
+    put_chunk(for_up, dup + i);
+    if (kWithH) put_chunk(result, h + i);
+  }
+  for (; i < cols; ++i) {
+    A for_gate, for_up, result;
+    gradients<Act>(load(dy[i]), load(gate[i]), load(up[i]), for_gate, for_up, result);
+    dgate[i] = store<T>(for_gate);
+    dup[i] = store<T>(for_up);
+    if (kWithH) h[i] = store<T>(result);
   }
 }
 
