@@ -9,6 +9,7 @@
 
 #include "numeric.hpp"
 #include "scratch.hpp"
+#include "stream.hpp"
 #if defined(__AVX512BF16__)
 #include <immintrin.h>
 #endif
@@ -80,7 +81,8 @@ inline A& element_at(LaneRow<T, A> row, int64_t i) {
   return row.data[lane_of<T>(i)];
 }
 
-inline void put_chunk(Values<float>& values, bf16* row) {
+// Stores a chunk at `row`; `stream` is as in stream.hpp.
+inline void put_chunk(Values<float>& values, bf16* row, bool stream) {
   constexpr int64_t kHalf = kChunk<float> / 2;
   alignas(64) uint32_t words[kHalf];
 #ifdef __AVX512BF16__
@@ -94,13 +96,21 @@ inline void put_chunk(Values<float>& values, bf16* row) {
 #else
 #pragma omp simd
   for (int64_t j = 0; j < kHalf; ++j)
-    words[j] = rounded_bits(values.at[j]) >> 16 | (rounded_bits(values.at[kHalf + j]) & 0xffff0000u);
+    words[j] =
+        rounded_bits(values.at[j]) >> 16 | (rounded_bits(values.at[kHalf + j]) & 0xffff0000u);
 #endif
-  std::memcpy(row, words, sizeof words);
+  copy_lines<sizeof words>(row, words, stream);
 }
 template <class A>
-inline void put_chunk(Values<A>& values, A* row) {
-  std::memcpy(row, values.at, sizeof values.at);
+inline void put_chunk(Values<A>& values, A* row, bool stream) {
+  copy_lines<sizeof values.at>(row, values.at, stream);
+}
+
+// Whether rows of T at y are to be stored past the caches.
+template <class T>
+inline bool worth_streaming(const void* y, int64_t rows, int64_t cols, int64_t stride) {
+  constexpr int64_t kSize = sizeof(T);
+  return worth_streaming(y, rows, cols * kSize, stride * kSize);
 }
 
 // The sum of a register's worth of values, by halves: added one after the other they would take
@@ -192,9 +202,10 @@ inline Pair<A> row_sums(int64_t count, Term term, Rows... rows) {
 }
 
 // y[i] = value(elements of the rows at i) for i in [0, count). `value` is called once for every i
-// and may write to the elements of a LaneRow. y may be one of the rows.
+// and may write to the elements of a LaneRow. y may be one of the rows; `stream` is as in
+// stream.hpp.
 template <class T, class Value, class... Rows>
-inline void store_row(int64_t count, T* y, Value value, Rows... rows) {
+inline void store_row(int64_t count, T* y, bool stream, Value value, Rows... rows) {
   using A = acc_t<T>;
   int64_t i = 0;
   for (; i + kChunk<A> <= count; i += kChunk<A>) {
@@ -203,8 +214,9 @@ inline void store_row(int64_t count, T* y, Value value, Rows... rows) {
 #pragma omp simd
       for (int64_t j = 0; j < kChunk<A>; ++j) values.at[j] = value(of[j]...);
     }(chunk_at(rows, i)...);
-    put_chunk(values, y + i);
+    put_chunk(values, y + i, stream);
   }
+  finish_streaming(stream);
   for (; i < count; ++i) y[i] = store<T>(value(element_at(rows, i)...));
 }
 

@@ -12,6 +12,7 @@ void forward(const RmsNormArgs& a) {
   Scratch scratch;
   const auto weight = parameter_row<T>(scratch, a.weight, A(a.offset), a.cols);
   A* rstd = static_cast<A*>(a.rstd);
+  const bool stream = worth_streaming<T>(a.y, a.rows, a.cols, a.y_stride);
 #pragma omp parallel for schedule(static)
   for (int64_t row = 0; row < a.rows; ++row) {
     const T* h = static_cast<const T*>(a.x) + row * a.x_stride;
@@ -20,13 +21,13 @@ void forward(const RmsNormArgs& a) {
       const T* x = h;
       const T* residual = static_cast<const T*>(a.residual) + row * a.residual_stride;
       T* sum = static_cast<T*>(a.h) + row * a.cols;
-      store_row(a.cols, sum, [](A one, A other) { return one + other; }, x, residual);
+      store_row(a.cols, sum, false, [](A one, A other) { return one + other; }, x, residual);
       h = sum;
     }
     const A squares = row_sum<A>(a.cols, [](A value) { return value * value; }, h);
     const A scale = A(1) / std::sqrt(squares / A(a.cols) + A(a.eps));
     rstd[row] = scale;
-    store_row(a.cols, y, [=](A value, A w) { return value * scale * w; }, h, weight);
+    store_row(a.cols, y, stream, [=](A value, A w) { return value * scale * w; }, h, weight);
   }
 }
 
@@ -37,6 +38,7 @@ void backward(const RmsNormBwdArgs& a) {
   using A = acc_t<T>;
   Scratch scratch;
   const auto weight = parameter_row<T>(scratch, a.weight, A(a.offset), a.cols);
+  const bool stream = worth_streaming<T>(a.dx, a.rows, a.cols, a.dx_stride);
   const int64_t width = kDweight ? whole_chunks<A>(a.cols) : 0;
   const LaneRow<T, A> total{scratch.allocate<A>(width)};
   for_row_blocks(a.rows, width, total.data, [&](int64_t begin, int64_t end, A* partial) {
@@ -52,7 +54,7 @@ void backward(const RmsNormBwdArgs& a) {
       const auto gradient = [=](A d, A w, A n) { return multiply_add(-n, pull, d * w); };
       if constexpr (kDweight && kDh)
         store_row(
-            a.cols, dx,
+            a.cols, dx, stream,
             [=](A d, A w, A value, A more, A& sum) {
               const A n = value * rstd;
               sum += d * n;
@@ -61,7 +63,7 @@ void backward(const RmsNormBwdArgs& a) {
             dy, weight, h, dh, dweight);
       else if constexpr (kDweight)
         store_row(
-            a.cols, dx,
+            a.cols, dx, stream,
             [=](A d, A w, A value, A& sum) {
               const A n = value * rstd;
               sum += d * n;
@@ -70,14 +72,14 @@ void backward(const RmsNormBwdArgs& a) {
             dy, weight, h, dweight);
       else if constexpr (kDh)
         store_row(
-            a.cols, dx,
+            a.cols, dx, stream,
             [=](A d, A w, A value, A more) {
               return multiply_add(rstd, gradient(d, w, value * rstd), more);
             },
             dy, weight, h, dh);
       else
         store_row(
-            a.cols, dx,
+            a.cols, dx, stream,
             [=](A d, A w, A value) { return rstd * gradient(d, w, value * rstd); }, dy, weight, h);
     }
   });

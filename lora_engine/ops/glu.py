@@ -40,11 +40,11 @@ def glu(
     """
     check(
         gate.shape == up.shape and gate.dtype == up.dtype and gate.dim() > 0 and gate.shape[-1] > 0,
-        f"glu: gate {shape_of(gate)} and up {shape_of(up)} differ, or have no columns",
+        lambda: f"glu: gate {shape_of(gate)} and up {shape_of(up)} differ, or have no columns",
     )
     check(
         activation in ACTIVATIONS,
-        f"glu: activation {activation!r}: expected one of {', '.join(ACTIVATIONS)}",
+        lambda: f"glu: activation {activation!r}: expected one of {', '.join(ACTIVATIONS)}",
     )
     check(
         not (overwrite and grad_tail),

@@ -29,23 +29,27 @@ def layer_norm(
 
     Raises ValueError where the shapes or dtypes do not fit.
     """
-    for name, parameter in (("weight", weight), ("bias", bias)):
-        if parameter is None:
-            continue
-        check(
-            parameter.shape == x.shape[-1:],
-            f"layer_norm: {name} {shape_of(parameter)} does not fit x {shape_of(x)}",
-        )
-        check(
-            parameter.dtype == x.dtype,
-            f"layer_norm: {name} {shape_of(parameter)} and x {shape_of(x)} differ in dtype",
-        )
+    _check_parameter("weight", weight, x)
+    _check_parameter("bias", bias, x)
     impl = backends.select("layer_norm", x.device, x.dtype, impl)
     if impl == "reference":
         return reference.layer_norm(x, weight, bias, eps)
     kernels = backends.kernels("layer_norm", impl)
     out: Tensor = _LayerNorm.apply(x, weight, bias, eps, tail, grad_tail, kernels)
     return out
+
+
+def _check_parameter(name: str, parameter: Tensor | None, x: Tensor) -> None:
+    if parameter is None:
+        return
+    check(
+        parameter.shape == x.shape[-1:],
+        lambda: f"layer_norm: {name} {shape_of(parameter)} does not fit x {shape_of(x)}",
+    )
+    check(
+        parameter.dtype == x.dtype,
+        lambda: f"layer_norm: {name} {shape_of(parameter)} and x {shape_of(x)} differ in dtype",
+    )
 
 
 class _LayerNorm(torch.autograd.Function):

@@ -62,16 +62,18 @@ def rms_norm(
     """
     check(
         weight.shape == x.shape[-1:],
-        f"rms_norm: weight {shape_of(weight)} does not fit x {shape_of(x)}",
+        lambda: f"rms_norm: weight {shape_of(weight)} does not fit x {shape_of(x)}",
     )
     check(
         weight.dtype == x.dtype,
-        f"rms_norm: weight {shape_of(weight)} and x {shape_of(x)} differ in dtype",
+        lambda: f"rms_norm: weight {shape_of(weight)} and x {shape_of(x)} differ in dtype",
     )
     check(
         residual is None or (residual.shape == x.shape and residual.dtype == x.dtype),
-        f"rms_norm: residual {'' if residual is None else shape_of(residual)} "
-        f"and x {shape_of(x)} differ",
+        lambda: (
+            f"rms_norm: residual {'' if residual is None else shape_of(residual)} "
+            f"and x {shape_of(x)} differ"
+        ),
     )
     impl = backends.select("rms_norm", x.device, x.dtype, impl)
     if impl == "reference":

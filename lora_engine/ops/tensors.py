@@ -1,5 +1,7 @@
 """Small things every operation needs: rows, buffers whose memory is reused, messages."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -29,10 +31,14 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
     return torch.mm(a, b, out=out)
 
 
-def check(condition: bool, message: str) -> None:
-    """ValueError with `message` unless `condition`."""
+def check(condition: bool, message: str | Callable[[], str]) -> None:
+    """ValueError with `message` unless `condition`.
+
+    A message that says what the tensors are takes microseconds to make: pass a function where the
+    check stands before every call of a kernel.
+    """
     if not condition:
-        raise ValueError(message)
+        raise ValueError(message if isinstance(message, str) else message())
 
 
 def shape_of(x: Tensor) -> str:
