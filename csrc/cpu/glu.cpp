@@ -83,14 +83,16 @@ void backward(const GluBwdArgs& a) {
 namespace LORA_ENGINE_ISA {
 
 void glu_fwd(DType dtype, const GluArgs& args) {
-  dispatch_activation(args.activation, [&](auto act) {
-    dispatch(dtype, [&](auto t) { forward<decltype(t), decltype(act)>(args); });
+  dispatch(dtype, [&](auto t) {
+    using T = decltype(t);
+    dispatch_activation<T>(args.activation, [&](auto act) { forward<T, decltype(act)>(args); });
   });
 }
 
 void glu_bwd(DType dtype, const GluBwdArgs& args) {
-  dispatch_activation(args.activation, [&](auto act) {
-    dispatch(dtype, [&](auto t) { backward<decltype(t), decltype(act)>(args); });
+  dispatch(dtype, [&](auto t) {
+    using T = decltype(t);
+    dispatch_activation<T>(args.activation, [&](auto act) { backward<T, decltype(act)>(args); });
   });
 }
 

@@ -49,6 +49,11 @@ def keep_room(source: Tensor, view: Tensor) -> Tensor:
     return view
 
 
+def shaped(rows: Tensor, shape: torch.Size) -> Tensor:
+    """`rows` [rows, cols] as `shape` [..., cols], having its room."""
+    return rows if rows.shape == shape else keep_room(rows, rows.view(shape))
+
+
 def claim(parts: Sequence[Tensor], tail: int) -> Tensor:
     """The buffer [rows, sum(widths) + tail] whose front columns are `parts` [..., width] each.
 

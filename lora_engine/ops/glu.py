@@ -89,7 +89,7 @@ class _Glu(torch.autograd.Function):
         ctx.save_for_backward(gate, up)
         ctx.activation, ctx.overwrite = activation, overwrite
         ctx.grad_tail, ctx.kernels = tails[1], kernels
-        return augmented.keep_room(y, y.view(gate.shape))
+        return augmented.shaped(y, gate.shape)
 
     @staticmethod
     @once_differentiable
@@ -108,8 +108,8 @@ class _Glu(torch.autograd.Function):
             )
         ctx.kernels.glu_bwd(dy, gate, up, dgate, dup, activation=ctx.activation)
         return (
-            augmented.keep_room(dgate, dgate.view(shape)),
-            augmented.keep_room(dup, dup.view(shape)),
+            augmented.shaped(dgate, shape),
+            augmented.shaped(dup, shape),
             None,
             None,
             None,

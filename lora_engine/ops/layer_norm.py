@@ -75,7 +75,7 @@ class _LayerNorm(torch.autograd.Function):
         kernels.layer_norm_fwd(rows, weight, bias, y, mean, rstd, eps)
         ctx.save_for_backward(rows, weight, mean, rstd)
         ctx.shape, ctx.grad_tail, ctx.kernels = x.shape, grad_tail, kernels
-        return augmented.keep_room(y, y.view(x.shape))
+        return augmented.shaped(y, x.shape)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
@@ -85,7 +85,7 @@ class _LayerNorm(torch.autograd.Function):
         dweight, dbias = (rstd.new_empty(cols) if ctx.needs_input_grad[i] else None for i in (1, 2))
         ctx.kernels.layer_norm_bwd(as_rows(dy), x, weight, mean, rstd, dx, dweight, dbias)
         return (
-            augmented.keep_room(dx, dx.view(ctx.shape)),
+            augmented.shaped(dx, ctx.shape),
             None if dweight is None else dweight.to(x.dtype),
             None if dbias is None else dbias.to(x.dtype),
             None,

@@ -10,7 +10,7 @@ from lora_engine.reference.numeric import accumulate_dtype as accumulate_dtype
 
 def as_rows(x: Tensor) -> Tensor:
     """`x` [..., cols] as [rows, cols] with unit column stride, copied only if it has to be."""
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
