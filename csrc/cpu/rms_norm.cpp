@@ -6,6 +6,8 @@
 namespace lora_engine {
 namespace {
 
+// Where a row begins. Rows that stand side by side are not stored past the caches: they may begin
+// anywhere in a line.
 inline int64_t row_start(int64_t row, int64_t heads, int64_t cols, int64_t stride) {
   return heads == 1 ? row * stride : row / heads * stride + row % heads * cols;
 }
@@ -16,7 +18,7 @@ void forward(const RmsNormArgs& a) {
   Scratch scratch;
   const auto weight = parameter_row<T>(scratch, a.weight, A(a.offset), a.cols);
   A* rstd = static_cast<A*>(a.rstd);
-  const bool stream = worth_streaming<T>(a.y, a.rows, a.cols, a.y_stride);
+  const bool stream = a.heads == 1 && worth_streaming<T>(a.y, a.rows, a.cols, a.y_stride);
 #pragma omp parallel for schedule(static)
   for (int64_t row = 0; row < a.rows; ++row) {
     const T* h = static_cast<const T*>(a.x) + row_start(row, a.heads, a.cols, a.x_stride);
@@ -42,7 +44,7 @@ void backward(const RmsNormBwdArgs& a) {
   using A = acc_t<T>;
   Scratch scratch;
   const auto weight = parameter_row<T>(scratch, a.weight, A(a.offset), a.cols);
-  const bool stream = worth_streaming<T>(a.dx, a.rows, a.cols, a.dx_stride);
+  const bool stream = a.heads == 1 && worth_streaming<T>(a.dx, a.rows, a.cols, a.dx_stride);
   const int64_t width = kDweight ? whole_chunks<A>(a.cols) : 0;
   const LaneRow<T, A> total{scratch.allocate<A>(width)};
   for_row_blocks(a.rows, width, total.data, [&](int64_t begin, int64_t end, A* partial) {

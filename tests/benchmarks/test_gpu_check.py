@@ -32,7 +32,7 @@ def test_everything_runs_here(tmp_path: Path) -> None:
     assert status == 0
     assert {path.name for path in tmp_path.iterdir()} == FILES
     rows = [line for line in journal.read(tmp_path / "results.jsonl") if line["event"] == "row"]
-    assert {row["implementation"] for row in rows} == {"ours", "pytorch"}
+    assert {row["implementation"] for row in rows} >= {"ours", "pytorch"}
     assert "| glu " in report and " failed" in report
     assert json.loads((tmp_path / "environment.json").read_text())["versions"]["torch"]
 
