@@ -163,7 +163,8 @@ def add_adapters(model: Any, lora: LoraConfig) -> Any:
         except ValueError as error:  # names that match no module
             where = "lora" if lora.adapters is None else f"lora.adapters.{name}"
             raise UserError(f"{where}.target_modules: {' '.join(str(error).split())}") from error
-    wrapped.base_model.set_adapter(list(lora.of_adapters()))
+    if len(lora.of_adapters()) > 1:
+        wrapped.base_model.set_adapter(list(lora.of_adapters()))
     return wrapped
 
 

@@ -3,6 +3,7 @@
 `report` gathers plain numbers and texts; `render` turns them into rich renderables.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -52,6 +53,7 @@ class DataReport:
 
     length_common: tokens that all examples begin with in common.
     leakage: what of this data is also in the training data; None for the training data itself.
+    adapters: examples that name each adapter.
     """
 
     name: str
@@ -70,6 +72,7 @@ class DataReport:
     duplicates: tuple[Duplicate, ...]
     samples: tuple[Sample, ...]
     leakage: Leakage | None = None
+    adapters: tuple[tuple[str, int], ...] = ()
 
 
 def report(
@@ -100,6 +103,7 @@ def report(
         duplicates=dataset.duplicates,
         samples=tuple(sample(example, tokenizer) for example in _spread(dataset, num_samples)),
         leakage=find_leakage(train, dataset) if train is not None else None,
+        adapters=tuple(Counter(e.adapter for e in dataset if e.adapter).items()),
     )
 
 
@@ -161,7 +165,8 @@ def _counts(data: DataReport) -> "Table":
     kinds = ", ".join(f"{count:,} {kind}" for kind, count in data.kinds)
     share = data.num_targets / data.num_tokens
     table.add_row("records", f"{data.num_records:,}" + (f" ({kinds})" if kinds else ""))
-    table.add_row("examples", f"{data.num_examples:,}")
+    adapters = ", ".join(f"{count:,} for {name}" for name, count in data.adapters)
+    table.add_row("examples", f"{data.num_examples:,}" + (f" ({adapters})" if adapters else ""))
     table.add_row("tokens", f"{data.num_tokens:,}")
     table.add_row("learned from", f"{data.num_targets:,} tokens ({share:.1%})")
     table.add_row(

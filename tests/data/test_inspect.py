@@ -52,6 +52,13 @@ def test_report_counts_what_all_examples_begin_with(tokenizer):
     assert "all begin with      the same 2 tokens" in printed([common])
 
 
+def test_report_counts_examples_by_adapter(tokenizer):
+    rows = [{**pair(f"a{i}", "b"), "adapter": "one" if i < 3 else "two"} for i in range(5)]
+    assert "examples            5 (3 for one, 2 for two)" in printed(
+        [report(prepare(rows, tokenizer), tokenizer)]
+    )
+
+
 def test_samples_show_whole_characters_and_special_tokens(tokenizer):
     dataset = prepare([pair("é", "漢")], tokenizer)
     assert sample(dataset[0], tokenizer).runs == (("é", False), ("漢<|im_end|>", True))
