@@ -237,6 +237,34 @@ PYBIND11_MODULE(_C, m) {
       },
       release);
 
+  m.def(
+      "lora_a_fwd",
+      [](DType dtype, Address x, Address lora_a, Address s, int64_t rows, int64_t cols,
+         int64_t ranks, int64_t x_stride, int64_t a_stride, int64_t s_stride) {
+        table().lora_a_fwd(
+            dtype, {in(x), in(lora_a), out(s), rows, cols, ranks, x_stride, a_stride, s_stride});
+      },
+      release);
+
+  m.def(
+      "lora_b_bwd",
+      [](DType dtype, Address dy, Address lora_b, Address s, Address ds, Address d_lora_b,
+         int64_t rows, int64_t cols, int64_t ranks, int64_t dy_stride, int64_t b_stride,
+         int64_t s_stride, int64_t ds_stride, int64_t d_stride) {
+        table().lora_b_bwd(dtype, {in(dy), in(lora_b), in(s), out(ds), out(d_lora_b), rows, cols,
+                                   ranks, dy_stride, b_stride, s_stride, ds_stride, d_stride});
+      },
+      release);
+
+  m.def(
+      "lora_a_bwd",
+      [](DType dtype, Address ds, Address x, Address d_lora_a, int64_t rows, int64_t cols,
+         int64_t ranks, int64_t ds_stride, int64_t x_stride, int64_t d_stride) {
+        table().lora_a_bwd(dtype, {in(ds), in(x), out(d_lora_a), rows, cols, ranks, ds_stride,
+                                   x_stride, d_stride});
+      },
+      release);
+
 #ifdef LORA_ENGINE_CUDA_ARCHITECTURES
   cuda::bind(m.def_submodule("cuda", "CUDA kernels, called through lora_engine.cuda"));
 #endif

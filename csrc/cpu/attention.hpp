@@ -17,16 +17,6 @@ namespace {
 constexpr int64_t kQueries = 32;  // a multiple of every kTileN
 constexpr int64_t kKeys = 128;    // keys scored at a time
 
-// The type elements of T are multiplied as.
-template <class T>
-struct Element {
-  using type = T;
-};
-template <>
-struct Element<bf16> {
-  using type = Bf16Element;
-};
-
 // One sequence's key/value head, and the query heads that read it.
 struct HeadTask {
   int64_t begin, length;  // its tokens

@@ -1,10 +1,12 @@
-"""The products of a LoRA group. The vendor library multiplies; our kernel makes the masks."""
+"""The products of a LoRA group: those with few ranks are ours, the wide ones the vendor's."""
 
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from lora_engine import backends
+from lora_engine.cpu.address import dtype_code
 from lora_engine.cpu.dropout import dropout_fwd
 from lora_engine.reference.dropout import Dropout
 
@@ -19,10 +21,21 @@ def lora_a_fwd(
     dropout: Dropout | None = None,
 ) -> None:
     """Writes s = drop_i(x) lora_aᵀ, and 0 in columns of no span."""
-    _zero_gaps(s, spans)
+    for gap in _gaps(spans, s.shape[1]):
+        s[:, gap] = 0
     for stream, columns in _products(spans, merge=dropout is None):
         kept = x if dropout is None else _dropped(x, dropout, stream)
-        torch.mm(kept, lora_a[columns].t(), out=s[:, columns])
+        backends.native().lora_a_fwd(
+            dtype_code(x.dtype),
+            kept.data_ptr(),
+            _address(lora_a, columns.start, 0),
+            _address(s, 0, columns.start),
+            *x.shape,
+            columns.stop - columns.start,
+            kept.stride(0),
+            lora_a.stride(0),
+            s.stride(0),
+        )
 
 
 def lora_b_bwd(
@@ -37,12 +50,26 @@ def lora_b_bwd(
 
     Columns of ds in no span become 0; d_lora_b outside the blocks is left as it is.
     """
-    _zero_gaps(ds, spans)
+    for gap in _gaps(spans, ds.shape[1]):
+        ds[:, gap] = 0
     for rows, columns in spans:
         if columns.stop > columns.start:
-            torch.mm(dy[:, rows], lora_b[rows, columns], out=ds[:, columns])
-            if d_lora_b is not None:
-                d_lora_b[rows, columns] = torch.mm(dy[:, rows].t(), s[:, columns])
+            backends.native().lora_b_bwd(
+                dtype_code(dy.dtype),
+                _address(dy, 0, rows.start),
+                _address(lora_b, rows.start, columns.start),
+                _address(s, 0, columns.start),
+                _address(ds, 0, columns.start),
+                0 if d_lora_b is None else _address(d_lora_b, rows.start, columns.start),
+                dy.shape[0],
+                rows.stop - rows.start,
+                columns.stop - columns.start,
+                dy.stride(0),
+                lora_b.stride(0),
+                s.stride(0),
+                ds.stride(0),
+                0 if d_lora_b is None else d_lora_b.stride(0),
+            )
 
 
 def lora_a_bwd(
@@ -53,10 +80,21 @@ def lora_a_bwd(
     dropout: Dropout | None = None,
 ) -> None:
     """Writes d_lora_a = dsᵀ drop_i(x), and 0 in rows of no span."""
-    _zero_gaps(d_lora_a.t(), spans)
+    for gap in _gaps(spans, d_lora_a.shape[0]):
+        d_lora_a[gap] = 0
     for stream, columns in _products(spans, merge=dropout is None):
         kept = x if dropout is None else _dropped(x, dropout, stream)
-        d_lora_a[columns] = torch.mm(ds[:, columns].t(), kept)
+        backends.native().lora_a_bwd(
+            dtype_code(x.dtype),
+            _address(ds, 0, columns.start),
+            kept.data_ptr(),
+            _address(d_lora_a, columns.start, 0),
+            *x.shape,
+            columns.stop - columns.start,
+            ds.stride(0),
+            kept.stride(0),
+            d_lora_a.stride(0),
+        )
 
 
 def lora_linear_fwd(
@@ -102,6 +140,12 @@ def lora_linear_dx(
             dx += share
 
 
+def _address(x: Tensor, row: int, column: int) -> int:
+    """Of an element. A view costs a trip through the dispatcher, which is time beside a product."""
+    address: int = x.data_ptr() + (row * x.stride(0) + column) * x.element_size()
+    return address
+
+
 def _dropped(x: Tensor, dropout: Dropout, stream: int) -> Tensor:
     kept = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     dropout_fwd(x, kept, dropout, stream)
@@ -115,7 +159,7 @@ def _ranks(spans: Sequence[Span]) -> list[tuple[int, int, int]]:
 
 
 def _products(spans: Sequence[Span], *, merge: bool) -> Iterator[tuple[int, slice]]:
-    """(stream, columns) of each product; `merge` joins adjacent columns: few rows are slow."""
+    """(stream, columns) of each product; `merge` joins adjacent columns: X is read once."""
     runs: list[tuple[int, int, int]] = []
     for start, stop, stream in _ranks(spans):
         if merge and runs and runs[-1][1] == start:
@@ -125,12 +169,10 @@ def _products(spans: Sequence[Span], *, merge: bool) -> Iterator[tuple[int, slic
     yield from ((stream, slice(start, stop)) for start, stop, stream in runs)
 
 
-def _zero_gaps(x: Tensor, spans: Sequence[Span]) -> None:
-    """Zeros the columns of `x` in no span."""
+def _gaps(spans: Sequence[Span], ranks: int) -> Iterator[slice]:
+    """The columns of [.., ranks] in no span."""
     done = 0
-    for start, stop, _ in _ranks(spans):
+    for start, stop, _ in [*_ranks(spans), (ranks, ranks, 0)]:
         if start > done:
-            x[:, done:start].zero_()
+            yield slice(done, start)
         done = stop
-    if done < x.shape[1]:
-        x[:, done:].zero_()
