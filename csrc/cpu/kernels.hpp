@@ -160,12 +160,20 @@ struct DropoutArgs {
   uint32_t stream;
 };
 
-// One adapter of one linear. Gradients of factors are in the arithmetic type.
+// One linear of a group: its rows of [cols, ..] and its columns of [.., ranks].
+struct LoraSpan {
+  int64_t row, rows, column, columns;
+};
+
+// Columns of the spans ascend; what lies in no span is neither read nor written. Gradients of
+// factors are in the arithmetic type.
 struct LoraAFwdArgs {
   const void* x;       // [rows, cols]
   const void* lora_a;  // [ranks, cols]
   void* s;             // [rows, ranks]: x lora_a'
-  int64_t rows, cols, ranks, x_stride, a_stride, s_stride;
+  int64_t rows, cols, x_stride, a_stride, s_stride;
+  const LoraSpan* spans;
+  int64_t span_count;
 };
 
 struct LoraBBwdArgs {
@@ -174,14 +182,18 @@ struct LoraBBwdArgs {
   const void* s;       // [rows, ranks]; not read without d_lora_b
   void* ds;            // [rows, ranks]: dy lora_b
   void* d_lora_b;      // [cols, ranks]: dy' s; or null
-  int64_t rows, cols, ranks, dy_stride, b_stride, s_stride, ds_stride, d_stride;
+  int64_t rows, dy_stride, b_stride, s_stride, ds_stride, d_stride;
+  const LoraSpan* spans;
+  int64_t span_count;
 };
 
 struct LoraABwdArgs {
   const void* ds;  // [rows, ranks]
   const void* x;   // [rows, cols]
   void* d_lora_a;  // [ranks, cols]: ds' x
-  int64_t rows, cols, ranks, ds_stride, x_stride, d_stride;
+  int64_t rows, cols, ds_stride, x_stride, d_stride;
+  const LoraSpan* spans;
+  int64_t span_count;
 };
 
 struct Kernels {

@@ -122,12 +122,30 @@ inline int64_t block_rows(int64_t cols) {
   return (tiles < 2 ? 2 : smaller(tiles, 8)) * kProjectRows;
 }
 
+// Calls body(first, count) for every run of columns that spans cover without a gap: X is read once
+// for all of them.
+template <class Body>
+inline void for_runs(const LoraSpan* spans, int64_t count, Body body) {
+  int64_t begin = 0, end = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    if (spans[i].columns == 0) continue;
+    if (spans[i].column != end) {
+      if (end > begin) body(begin, end - begin);
+      begin = spans[i].column;
+    }
+    end = spans[i].column + spans[i].columns;
+  }
+  if (end > begin) body(begin, end - begin);
+}
+
 template <class T>
-void a_fwd(const LoraAFwdArgs& a) {
+void a_fwd(const LoraAFwdArgs& a, int64_t first, int64_t ranks) {
   using E = typename Packed<T>::E;
-  const T *x = static_cast<const T*>(a.x), *lora_a = static_cast<const T*>(a.lora_a);
+  const T *x = static_cast<const T*>(a.x),
+          *lora_a = static_cast<const T*>(a.lora_a) + first * a.a_stride;
+  T* s = static_cast<T*>(a.s) + first;
   Scratch scratch;
-  Packed<T> p(scratch, a.cols, a.ranks);
+  Packed<T> p(scratch, a.cols, ranks);
 #pragma omp parallel
   {
     Scratch own;
@@ -137,7 +155,7 @@ void a_fwd(const LoraAFwdArgs& a) {
     for (int64_t i = 0; i < p.pieces; ++i) p.pack_transpose(i, lora_a, a.a_stride, work);
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < a.rows; row += kProjectRows)
-      project_from(row, a.rows, x, a.x_stride, p, static_cast<T*>(a.s), a.s_stride, copy);
+      project_from(row, a.rows, x, a.x_stride, p, s, a.s_stride, copy);
   }
 }
 
@@ -145,49 +163,56 @@ void a_fwd(const LoraAFwdArgs& a) {
 // static loops of equal length are shared out alike.
 
 template <class T>
-void b_bwd(const LoraBBwdArgs& a) {
+void b_bwd(const LoraBBwdArgs& a, const LoraSpan& span) {
+  using A = acc_t<T>;
   using E = typename Packed<T>::E;
-  const T *dy = static_cast<const T*>(a.dy), *lora_b = static_cast<const T*>(a.lora_b);
+  const int64_t cols = span.rows, ranks = span.columns;
+  const T* dy = static_cast<const T*>(a.dy) + span.row;
+  const T* lora_b = static_cast<const T*>(a.lora_b) + span.row * a.b_stride + span.column;
+  const T* given = static_cast<const T*>(a.s) + span.column;
+  T* ds = static_cast<T*>(a.ds) + span.column;
   const bool with_gradient = a.d_lora_b != nullptr;
-  const int64_t step = block_rows<E>(a.cols) * omp_get_max_threads();
+  const int64_t step = block_rows<E>(cols) * omp_get_max_threads();
   Scratch scratch;
-  Packed<T> p(scratch, a.cols, a.ranks), s(scratch, with_gradient ? a.rows : 0, a.ranks);
-  Sums<T> sums(scratch, a.ranks, with_gradient ? a.cols : 0);
+  Packed<T> p(scratch, cols, ranks), s(scratch, with_gradient ? a.rows : 0, ranks);
+  Sums<T> sums(scratch, ranks, with_gradient ? cols : 0);
 #pragma omp parallel
   {
     Scratch own;
-    const int64_t tile = kProjectRows * round_up(a.cols, Dot<E>::kGroup), strip = step * kTileN<E>;
+    const int64_t tile = kProjectRows * round_up(cols, Dot<E>::kGroup), strip = step * kTileN<E>;
     E* copy = own.allocate<E>(tile > strip ? tile : strip);
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < p.pieces; ++i) p.pack(i, lora_b, a.b_stride);
 #pragma omp for schedule(static)
-    for (int64_t i = 0; i < s.pieces; ++i) s.pack(i, static_cast<const T*>(a.s), a.s_stride);
+    for (int64_t i = 0; i < s.pieces; ++i) s.pack(i, given, a.s_stride);
 #pragma omp for schedule(static) nowait
     for (int64_t i = 0; i < sums.strips; ++i) sums.clear(i);
     for (int64_t begin = 0; begin < a.rows; begin += step) {
       const int64_t end = smaller(begin + step, a.rows);
 #pragma omp for schedule(static) nowait
       for (int64_t row = begin; row < end; row += kProjectRows)
-        project_from(row, end, dy, a.dy_stride, p, static_cast<T*>(a.ds), a.ds_stride, copy);
+        project_from(row, end, dy, a.dy_stride, p, ds, a.ds_stride, copy);
 #pragma omp for schedule(static) nowait
       for (int64_t i = 0; i < sums.strips; ++i) sums.add(i, begin, end, dy, a.dy_stride, s, copy);
     }
 #pragma omp for schedule(static)
-    for (int64_t i = 0; i < sums.strips; ++i)
-      transpose(a.ranks, sums.width(i), sums.strip(i), kTileN<E>,
-                static_cast<acc_t<T>*>(a.d_lora_b) + i * kTileN<E> * a.d_stride, a.d_stride);
+    for (int64_t i = 0; i < sums.strips; ++i) {
+      A* out = static_cast<A*>(a.d_lora_b) + (span.row + i * kTileN<E>)*a.d_stride + span.column;
+      transpose(ranks, sums.width(i), sums.strip(i), kTileN<E>, out, a.d_stride);
+    }
   }
 }
 
 template <class T>
-void a_bwd(const LoraABwdArgs& a) {
+void a_bwd(const LoraABwdArgs& a, int64_t first, int64_t ranks) {
   using A = acc_t<T>;
   using E = typename Packed<T>::E;
-  const T *x = static_cast<const T*>(a.x), *ds = static_cast<const T*>(a.ds);
+  const T *x = static_cast<const T*>(a.x), *ds = static_cast<const T*>(a.ds) + first;
+  A* d_lora_a = static_cast<A*>(a.d_lora_a) + first * a.d_stride;
   const int64_t step = block_rows<E>(a.cols);
   Scratch scratch;
-  Packed<T> s(scratch, a.rows, a.ranks);
-  Sums<T> sums(scratch, a.ranks, a.cols);
+  Packed<T> s(scratch, a.rows, ranks);
+  Sums<T> sums(scratch, ranks, a.cols);
 #pragma omp parallel
   {
     Scratch own;
@@ -203,9 +228,9 @@ void a_bwd(const LoraABwdArgs& a) {
     }
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < sums.strips; ++i)
-      for (int64_t r = 0; r < a.ranks; ++r)
-        std::memcpy(static_cast<A*>(a.d_lora_a) + r * a.d_stride + i * kTileN<E>,
-                    sums.strip(i) + r * kTileN<E>, sizeof(A) * sums.width(i));
+      for (int64_t r = 0; r < ranks; ++r)
+        std::memcpy(d_lora_a + r * a.d_stride + i * kTileN<E>, sums.strip(i) + r * kTileN<E>,
+                    sizeof(A) * sums.width(i));
   }
 }
 
@@ -214,15 +239,24 @@ void a_bwd(const LoraABwdArgs& a) {
 namespace LORA_ENGINE_ISA {
 
 void lora_a_fwd(DType dtype, const LoraAFwdArgs& args) {
-  dispatch(dtype, [&](auto t) { a_fwd<decltype(t)>(args); });
+  dispatch(dtype, [&](auto t) {
+    for_runs(args.spans, args.span_count,
+             [&](int64_t first, int64_t ranks) { a_fwd<decltype(t)>(args, first, ranks); });
+  });
 }
 
 void lora_b_bwd(DType dtype, const LoraBBwdArgs& args) {
-  dispatch(dtype, [&](auto t) { b_bwd<decltype(t)>(args); });
+  dispatch(dtype, [&](auto t) {
+    for (int64_t i = 0; i < args.span_count; ++i)
+      if (args.spans[i].columns > 0) b_bwd<decltype(t)>(args, args.spans[i]);
+  });
 }
 
 void lora_a_bwd(DType dtype, const LoraABwdArgs& args) {
-  dispatch(dtype, [&](auto t) { a_bwd<decltype(t)>(args); });
+  dispatch(dtype, [&](auto t) {
+    for_runs(args.spans, args.span_count,
+             [&](int64_t first, int64_t ranks) { a_bwd<decltype(t)>(args, first, ranks); });
+  });
 }
 
 }  // namespace LORA_ENGINE_ISA

@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from lora_engine import backends
-from lora_engine.cpu.address import dtype_code
+from lora_engine.cpu.address import dtype_code, pointer
 from lora_engine.cpu.dropout import dropout_fwd
 from lora_engine.reference.dropout import Dropout
 
-Span = tuple[slice, slice]  # a linear's rows of [N, ...] and its columns of [..., R]
+# A linear's rows of [N, ...] and its columns of [..., R]. A group's columns ascend.
+Span = tuple[slice, slice]
 
 
 def lora_a_fwd(
@@ -23,18 +24,17 @@ def lora_a_fwd(
     """Writes s = drop_i(x) lora_aᵀ, and 0 in columns of no span."""
     for gap in _gaps(spans, s.shape[1]):
         s[:, gap] = 0
-    for stream, columns in _products(spans, merge=dropout is None):
-        kept = x if dropout is None else _dropped(x, dropout, stream)
+    for kept, part in _kept(x, spans, dropout):
         backends.native().lora_a_fwd(
             dtype_code(x.dtype),
             kept.data_ptr(),
-            _address(lora_a, columns.start, 0),
-            _address(s, 0, columns.start),
+            lora_a.data_ptr(),
+            s.data_ptr(),
             *x.shape,
-            columns.stop - columns.start,
             kept.stride(0),
             lora_a.stride(0),
             s.stride(0),
+            part,
         )
 
 
@@ -52,24 +52,21 @@ def lora_b_bwd(
     """
     for gap in _gaps(spans, ds.shape[1]):
         ds[:, gap] = 0
-    for rows, columns in spans:
-        if columns.stop > columns.start:
-            backends.native().lora_b_bwd(
-                dtype_code(dy.dtype),
-                _address(dy, 0, rows.start),
-                _address(lora_b, rows.start, columns.start),
-                _address(s, 0, columns.start),
-                _address(ds, 0, columns.start),
-                0 if d_lora_b is None else _address(d_lora_b, rows.start, columns.start),
-                dy.shape[0],
-                rows.stop - rows.start,
-                columns.stop - columns.start,
-                dy.stride(0),
-                lora_b.stride(0),
-                s.stride(0),
-                ds.stride(0),
-                0 if d_lora_b is None else d_lora_b.stride(0),
-            )
+    backends.native().lora_b_bwd(
+        dtype_code(dy.dtype),
+        dy.data_ptr(),
+        lora_b.data_ptr(),
+        s.data_ptr(),
+        ds.data_ptr(),
+        pointer(d_lora_b),
+        dy.shape[0],
+        dy.stride(0),
+        lora_b.stride(0),
+        s.stride(0),
+        ds.stride(0),
+        0 if d_lora_b is None else d_lora_b.stride(0),
+        spans,
+    )
 
 
 def lora_a_bwd(
@@ -82,18 +79,17 @@ def lora_a_bwd(
     """Writes d_lora_a = dsᵀ drop_i(x), and 0 in rows of no span."""
     for gap in _gaps(spans, d_lora_a.shape[0]):
         d_lora_a[gap] = 0
-    for stream, columns in _products(spans, merge=dropout is None):
-        kept = x if dropout is None else _dropped(x, dropout, stream)
+    for kept, part in _kept(x, spans, dropout):
         backends.native().lora_a_bwd(
             dtype_code(x.dtype),
-            _address(ds, 0, columns.start),
+            ds.data_ptr(),
             kept.data_ptr(),
-            _address(d_lora_a, columns.start, 0),
+            d_lora_a.data_ptr(),
             *x.shape,
-            columns.stop - columns.start,
             ds.stride(0),
             kept.stride(0),
             d_lora_a.stride(0),
+            part,
         )
 
 
@@ -140,10 +136,16 @@ def lora_linear_dx(
             dx += share
 
 
-def _address(x: Tensor, row: int, column: int) -> int:
-    """Of an element. A view costs a trip through the dispatcher, which is time beside a product."""
-    address: int = x.data_ptr() + (row * x.stride(0) + column) * x.element_size()
-    return address
+def _kept(
+    x: Tensor, spans: Sequence[Span], dropout: Dropout | None
+) -> Iterator[tuple[Tensor, Sequence[Span]]]:
+    """What of x goes into the adapters of which spans."""
+    if dropout is None:
+        yield x, spans
+        return
+    for stream, span in enumerate(spans):
+        if span[1].stop > span[1].start:
+            yield _dropped(x, dropout, stream), [span]
 
 
 def _dropped(x: Tensor, dropout: Dropout, stream: int) -> Tensor:
@@ -152,27 +154,26 @@ def _dropped(x: Tensor, dropout: Dropout, stream: int) -> Tensor:
     return kept
 
 
-def _ranks(spans: Sequence[Span]) -> list[tuple[int, int, int]]:
-    """(start, stop, stream) of every adapter, in order of columns."""
-    found = [(columns.start, columns.stop, i) for i, (_, columns) in enumerate(spans)]
-    return sorted(part for part in found if part[1] > part[0])
-
-
-def _products(spans: Sequence[Span], *, merge: bool) -> Iterator[tuple[int, slice]]:
-    """(stream, columns) of each product; `merge` joins adjacent columns: X is read once."""
-    runs: list[tuple[int, int, int]] = []
-    for start, stop, stream in _ranks(spans):
-        if merge and runs and runs[-1][1] == start:
-            runs[-1] = (runs[-1][0], stop, runs[-1][2])
+def _products(spans: Sequence[Span], *, merge: bool) -> list[tuple[int, slice]]:
+    """(stream, columns) of each product; `merge` joins adjacent columns: dx is read once."""
+    runs: list[tuple[int, slice]] = []
+    for stream, (_, columns) in enumerate(spans):
+        if columns.stop == columns.start:
+            continue
+        if merge and runs and runs[-1][1].stop == columns.start:
+            runs[-1] = (runs[-1][0], slice(runs[-1][1].start, columns.stop))
         else:
-            runs.append((start, stop, stream))
-    yield from ((stream, slice(start, stop)) for start, stop, stream in runs)
+            runs.append((stream, columns))
+    return runs
 
 
-def _gaps(spans: Sequence[Span], ranks: int) -> Iterator[slice]:
+def _gaps(spans: Sequence[Span], ranks: int) -> list[slice]:
     """The columns of [.., ranks] in no span."""
-    done = 0
-    for start, stop, _ in [*_ranks(spans), (ranks, ranks, 0)]:
-        if start > done:
-            yield slice(done, start)
-        done = stop
+    done, found = 0, []
+    for _, columns in spans:
+        if columns.start > done:
+            found.append(slice(done, columns.start))
+        done = columns.stop
+    if done < ranks:
+        found.append(slice(done, ranks))
+    return found
