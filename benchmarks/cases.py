@@ -1,12 +1,12 @@
 """The benchmark's cases, one per operation."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from measure import Matmul, linear_matmuls
-from registry import EPS, Problem, Size, Work, case
+from registry import EPS, Function, Problem, Size, Work, case
 from torch import Tensor
 
 from lora_engine import ops, reference
@@ -14,6 +14,7 @@ from lora_engine.testing import cu_seqlens
 
 SCALING = 2.0
 BETAS = (0.9, 0.999)
+MAX_GRAD_NORM = 1.0
 ADAMW: dict[str, Any] = {"lr": 1e-4, "eps": 1e-8, "weight_decay": 0.01}
 
 
@@ -93,19 +94,43 @@ def rope(size: Size, dtype: torch.dtype, device: torch.device) -> Problem:
     )
 
 
-@case
-def glu(size: Size, dtype: torch.dtype, device: torch.device) -> Problem:
+def _glu(
+    activation: str,
+    act: Callable[[Tensor], Tensor],
+    size: Size,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Problem:
     """Forward reads gate, up, writes h; backward reads dh, gate, up and writes dgate, dup."""
     shape = (size.tokens, size.model.intermediate)
     gate, up = (_normal(*shape, dtype=dtype, device=device) for _ in range(2))
     return Problem(
         (gate, up),
-        ours=ops.glu,
-        eager=lambda gate, up: F.silu(gate) * up,
-        oracle=reference.glu,
+        ours=lambda gate, up: ops.glu(gate, up, activation=activation),
+        eager=lambda gate, up: act(gate) * up,
+        oracle=lambda gate, up: reference.glu(gate, up, activation=activation),
         forward=Work(3 * gate.nbytes),
         both=Work(8 * gate.nbytes),
+        operation="glu",
     )
+
+
+@case
+def glu(size: Size, dtype: torch.dtype, device: torch.device) -> Problem:
+    """SwiGLU."""
+    return _glu("silu", F.silu, size, dtype, device)
+
+
+@case
+def geglu(size: Size, dtype: torch.dtype, device: torch.device) -> Problem:
+    """GeGLU as in Gemma: the GELU by tanh."""
+    return _glu("gelu_tanh", lambda x: F.gelu(x, approximate="tanh"), size, dtype, device)
+
+
+@case
+def geglu_erf(size: Size, dtype: torch.dtype, device: torch.device) -> Problem:
+    """GeGLU with the exact GELU."""
+    return _glu("gelu", F.gelu, size, dtype, device)
 
 
 @case
@@ -209,42 +234,71 @@ def attention(size: Size, dtype: torch.dtype, device: torch.device) -> Problem:
 
 @case
 def adamw(size: Size, dtype: torch.dtype, device: torch.device) -> Problem:
-    """One step over all adapters of a layer times the layers; float32 whatever the dtype."""
+    """Gradient norm, clipping and one step over all adapters; float32 whatever the dtype.
+
+    Ours has all of them in one buffer, as the engine does; PyTorch has a tensor for each, as PEFT
+    does. Reads the gradients twice, the rest once, and writes parameters and moments.
+    """
     model = size.model
-    count = model.layers * sum(size.rank * (n + k) for n, k in model.linears)
+    one_layer = [size.rank * width for shape in model.linears for width in shape]
+    sizes = one_layer * model.layers
     params, grads, exp_avg = (
-        _normal(count, dtype=torch.float32, device=device, grad=False) for _ in range(3)
+        _normal(sum(sizes), dtype=torch.float32, device=device, grad=False) for _ in range(3)
     )
     exp_avg_sq = exp_avg.square()
 
-    def ours(*buffers: Tensor) -> tuple[Tensor, ...]:
-        ops.adamw_(*buffers, step=10, beta1=BETAS[0], beta2=BETAS[1], **ADAMW)
-        return buffers[0], buffers[2], buffers[3]
+    def flat(functions: Any) -> Function:
+        def step(*buffers: Tensor) -> tuple[Tensor, ...]:
+            clip = {"grad_norm": functions.grad_norm(buffers[1]), "max_grad_norm": MAX_GRAD_NORM}
+            functions.adamw_(*buffers, step=10, beta1=BETAS[0], beta2=BETAS[1], **clip, **ADAMW)
+            return buffers[0], buffers[2], buffers[3]
 
-    def eager(
-        params: Tensor, grads: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor
-    ) -> tuple[Tensor, ...]:
-        optimizer = torch.optim.AdamW([params], betas=BETAS, fused=True, **ADAMW)
-        step = torch.tensor(9.0, device=params.device)
-        state = {"step": step, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
-        optimizer.state[params] = state
-        params.grad = grads
-        optimizer.step()
-        return params, exp_avg, exp_avg_sq
-
-    def oracle(*buffers: Tensor) -> tuple[Tensor, ...]:
-        reference.adamw_(*buffers, step=10, beta1=BETAS[0], beta2=BETAS[1], **ADAMW)
-        return buffers[0], buffers[2], buffers[3]
+        return step
 
     return Problem(
         (params, grads, exp_avg, exp_avg_sq),
-        ours=ours,
-        eager=eager,
-        oracle=oracle,
-        forward=Work(7 * params.nbytes),
+        ours=flat(ops),
+        eager=TorchAdamW(sizes),
+        oracle=flat(reference),
+        forward=Work(8 * params.nbytes),
         both=None,
         in_place=True,
+        more={
+            "pytorch foreach": TorchAdamW(sizes, foreach=True),
+            "pytorch fused": TorchAdamW(sizes, fused=True),
+        },
     )
+
+
+class TorchAdamW:
+    """clip_grad_norm_ and torch.optim.AdamW over the parts of flat buffers, `sizes` long.
+
+    The optimizer stays, as in training, for as long as it is called with the same buffers. The
+    gradients are clipped in place: from the second call on they are as long as they may be.
+    """
+
+    def __init__(self, sizes: Sequence[int], **options: bool) -> None:
+        self.sizes, self.options = list(sizes), options
+        self.buffers: tuple[Tensor, ...] = ()
+
+    def __call__(self, *buffers: Tensor) -> tuple[Tensor, ...]:
+        if len(self.buffers) != len(buffers) or any(
+            a is not b for a, b in zip(self.buffers, buffers, strict=True)
+        ):
+            self._take(buffers)
+        torch.nn.utils.clip_grad_norm_(self.params, MAX_GRAD_NORM)
+        self.optimizer.step()
+        return buffers[0], buffers[2], buffers[3]
+
+    def _take(self, buffers: tuple[Tensor, ...]) -> None:
+        self.buffers = buffers
+        self.params, grads, exp_avg, exp_avg_sq = (x.split(self.sizes) for x in buffers)
+        self.optimizer = torch.optim.AdamW(self.params, betas=BETAS, **self.options, **ADAMW)
+        fused = bool(self.options.get("fused"))
+        for param, grad, m, v in zip(self.params, grads, exp_avg, exp_avg_sq, strict=True):
+            param.grad = grad
+            step = torch.tensor(9.0, device=param.device if fused else "cpu")
+            self.optimizer.state[param] = {"step": step, "exp_avg": m, "exp_avg_sq": v}
 
 
 @case

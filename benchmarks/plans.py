@@ -13,6 +13,7 @@ CASE_SIZES = {
     "layer_norm": tuple(POINTWISE),
     "glu": tuple(POINTWISE),
     "geglu": tuple(POINTWISE),
+    "geglu_erf": tuple(POINTWISE),
     "rope": tuple(POINTWISE),
     "linear_cross_entropy": ("hopper", "smollm2"),
     "cross_entropy": ("hopper", "llama-8b"),

@@ -4,8 +4,8 @@ A case is named by its operation's stem and builds a `Problem` for a size and dt
 function, the same in PyTorch as people write it, the oracle, and how much work there is to do.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 import torch
@@ -53,6 +53,8 @@ class Problem:
     forward, both: work of a forward pass without gradients, and with the backward pass; `both` is
         None for an operation without a gradient.
     in_place: the functions change their inputs.
+    more: further ways to do it in PyTorch, by what they are called in the results.
+    operation: what it measures of lora_engine.ops, where the case has another name.
     """
 
     inputs: tuple[Tensor, ...]
@@ -62,6 +64,8 @@ class Problem:
     forward: Work
     both: Work | None
     in_place: bool = False
+    more: Mapping[str, Function] = field(default_factory=dict)
+    operation: str | None = None
 
 
 @dataclass(frozen=True)
@@ -77,17 +81,28 @@ class Size:
     def tokens(self) -> int:
         return sum(self.lengths)
 
+    def at_most(self, tokens: int, targets: int) -> "Size":
+        """The same model with the first of these tokens and targets."""
+        lengths: list[int] = []
+        for length in self.lengths:
+            lengths.append(min(length, tokens - sum(lengths)))
+        kept = tuple(length for length in lengths if length)
+        return replace(self, lengths=kept, targets=min(targets, self.targets))
+
 
 Builder: TypeAlias = Callable[[Size, torch.dtype, torch.device], Problem]
 
 
 def pointwise(rows: int, cols: int, head_dim: int) -> Size:
-    """Rows of `cols` numbers, whatever they are: a model's width, its MLP's, its heads together."""
+    """Rows of `cols` numbers, whatever they are: a model's width, its MLP's, its heads together.
+
+    An eighth of them are targets.
+    """
     heads = cols // head_dim
     return Size(
         ModelShape(1, cols, cols, heads, max(1, heads // 4), head_dim, 49152),
         (rows // 8,) * 8,
-        rows,
+        rows // 8,
     )
 
 

@@ -122,6 +122,7 @@ def train_ours(
     """
     import lora_engine
     from lora_engine.data.batch import collate
+    from lora_engine.models.packed import can_share_prefixes
     from lora_engine.training.flat import FlatParameters
     from lora_engine.training.optimizer import FlatAdamW
     from lora_engine.training.step import TrainStep
@@ -130,8 +131,10 @@ def train_ours(
     model.train()
     config = lora_engine.TrainConfig(**{"learning_rate": train_workload.LEARNING_RATE, **settings})
     step = TrainStep(model, FlatAdamW(FlatParameters(model.named_parameters()), config))
+    share = config.share_prefixes and can_share_prefixes(model)
     for number, examples in enumerate(batches, start=1):
-        result = step(number, [collate(examples)], config.learning_rate, check=lambda: None)
+        batch = collate(examples, share_prefixes=share)
+        result = step(number, [batch], config.learning_rate, check=lambda: None)
         yield result.loss
 
 

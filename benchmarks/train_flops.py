@@ -1,12 +1,13 @@
 """The useful arithmetic of one LoRA training step, and the products that bound its speed.
 
-Useful is what every method has to compute: padding, recomputation (activation checkpointing,
-attention's backward) and the head on positions without a target are not counted, whoever does
-them. With T tokens in sequences of l tokens, U targets, rank r, a multiply-add as two:
+Useful is what a method cannot do without: padding, tokens that sequences begin with in common
+more than once, recomputation (activation checkpointing, attention's backward), and the head and the
+last layer's MLP on positions without a target are not counted, whoever does them. With T tokens in
+pieces of l tokens after a shared prefix of p, U targets, rank r, a multiply-add as two:
 
     frozen linear [N, K]     forward 2·T·N·K      dx 2·T·N·K
     LoRA on it               forward 2·T·r·(N+K)  backward 4·T·r·(N+K): ds, dB, dx, dA
-    attention, D = heads·d   forward 4·D·l(l+1)/2 backward twice that: dv, dp, dq, dk
+    attention, D = heads·d   forward 4·D·l(p + (l+1)/2), backward twice that: dv, dp, dq, dk
     head [V, H]              forward 2·U·V·H      dx 2·U·V·H
 
 The first layer's q, k and v need no dx (2·T·N·K and LoRA's 2·T·r·K): nothing below is trained.
@@ -19,6 +20,7 @@ from typing import Any
 from measure import Matmul, linear_matmuls
 
 LinearShape = tuple[int, int]  # N, K
+Piece = tuple[int, int]  # tokens before, tokens
 
 
 @dataclass(frozen=True)
@@ -55,24 +57,34 @@ class ModelShape:
     @property
     def linears(self) -> tuple[LinearShape, ...]:
         """All linears of one layer."""
-        wide = (self.intermediate, self.hidden)
         output = (self.hidden, self.heads * self.head_dim)
-        return *self.qkv, output, wide, wide, (self.hidden, self.intermediate)
+        return *self.qkv, output, *self.mlp
+
+    @property
+    def mlp(self) -> tuple[LinearShape, ...]:
+        """One layer's linears of which the last layer's are needed for targets alone."""
+        wide = (self.intermediate, self.hidden)
+        return wide, wide, (self.hidden, self.intermediate)
 
 
-def step_flops(shape: ModelShape, rank: int, lengths: Sequence[int], targets: int) -> int:
+def step_flops(shape: ModelShape, rank: int, pieces: Sequence[Piece], targets: int) -> int:
     """Useful floating-point operations of one step, LoRA of rank `rank` on every linear.
 
-    lengths: tokens of each sequence. targets: supervised tokens in all of them.
+    pieces: (tokens before, tokens) of each sequence without what an earlier one has in common with
+    it, which are the tokens before. targets: supervised tokens in all of them.
     """
-    tokens = sum(lengths)
-    frozen = sum(4 * tokens * n * k for n, k in shape.linears)
-    lora = sum(6 * tokens * rank * (n + k) for n, k in shape.linears)
+    tokens = sum(own for _, own in pieces)
+    linears = sum(_linear_flops(tokens, rank, *linear) for linear in shape.linears)
     width = shape.heads * shape.head_dim
-    attention = sum(3 * 4 * width * length * (length + 1) // 2 for length in lengths)
+    pairs = sum(own * before + own * (own + 1) // 2 for before, own in pieces)
     unneeded = sum(2 * tokens * k * (n + rank) for n, k in shape.qkv)
+    unneeded += sum(_linear_flops(tokens - targets, rank, *linear) for linear in shape.mlp)
     head = 4 * targets * shape.vocab * shape.hidden
-    return shape.layers * (frozen + lora + attention) - unneeded + head
+    return shape.layers * (linears + 3 * 4 * width * pairs) - unneeded + head
+
+
+def _linear_flops(rows: int, rank: int, n: int, k: int) -> int:
+    return 4 * rows * n * k + 6 * rows * rank * (n + k)
 
 
 def layer_matmuls(shape: ModelShape, tokens: int) -> list[Matmul]:

@@ -34,9 +34,9 @@ def _summarise_contender(
     shape = train_flops.ModelShape(**workload["shape"])
     tokens = [sum(lengths) for lengths in workload["lengths"][warmup:]]
     flops = [
-        train_flops.step_flops(shape, workload["rank"], lengths, targets)
-        for lengths, targets in zip(
-            workload["lengths"][warmup:], workload["targets"][warmup:], strict=True
+        train_flops.step_flops(shape, workload["rank"], pieces, targets)
+        for pieces, targets in zip(
+            workload["pieces"][warmup:], workload["targets"][warmup:], strict=True
         )
     ]
     seconds = [_step_seconds(result, warmup) for result in rounds]
@@ -83,11 +83,14 @@ def render(measured: dict[str, Any]) -> str:
     workload, parts = measured["workload"], ["# Training step", output.header(measured)]
     timed = workload["lengths"][workload["warmup"] :]
     tokens = sum(map(sum, timed)) / len(timed)
+    pieces = workload["pieces"][workload["warmup"] :]
+    shared = sum(own for step in pieces for _, own in step) / len(pieces)
     padded = sum(len(lengths) * max(lengths) for lengths in timed) / len(timed)
     parts.append(
         f"{workload['model']}, LoRA rank {workload['rank']} on all linears, "
         f"{len(timed[0])} examples a step: {tokens:.0f} tokens a step on average, "
-        f"{padded:.0f} if padded to the longest."
+        f"{padded:.0f} if padded to the longest, {shared:.0f} without what examples of a step "
+        "begin with in common more than once."
     )
     parts.append("\n".join(f"- {name}: {text}" for name, text in measured["contenders"].items()))
     for dtype, runs in measured["dtypes"].items():

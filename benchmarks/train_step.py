@@ -86,6 +86,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
             "shape": asdict(workload.shape),
             "rank": train_workload.RANK,
             "lengths": workload.lengths(),
+            "pieces": workload.pieces(),
             "targets": workload.targets(),
             "warmup": args.warmup,
         },

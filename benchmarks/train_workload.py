@@ -9,10 +9,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from train_flops import ModelShape
+from train_flops import ModelShape, Piece
 
 from lora_engine.data.docstrings import docstring_records
+from lora_engine.data.prefixes import shared_segments
 from lora_engine.data.render import Example, tokenize
 
 MODEL = "smollm2"
@@ -35,6 +37,14 @@ class Workload:
     def lengths(self) -> list[list[int]]:
         """Tokens of every example, per batch."""
         return [[len(example) for example in batch] for batch in self.batches]
+
+    def pieces(self) -> list[list[Piece]]:
+        """Per batch the sequences that remain where common beginnings are shared."""
+        found = []
+        for batch in self.batches:
+            tokens = [np.asarray(example.input_ids) for example in batch]
+            found.append([(s.start, s.end - s.start) for s in shared_segments(tokens)])
+        return found
 
     def targets(self) -> list[int]:
         """Supervised tokens per batch."""

@@ -49,17 +49,31 @@ std::vector<LoraSpan> lora_spans(const Slices& slices) {
 }
 
 AttentionArgs attention_args(Address q, Address k, Address v, Address cos, Address sin,
-                             Address cu_seqlens, Address o, Address lse, int64_t tokens,
-                             int64_t sequences, int64_t q_heads, int64_t kv_heads, int64_t head_dim,
-                             int64_t q_stride, int64_t k_stride, int64_t v_stride, int64_t o_stride,
-                             int64_t window, double softmax_scale, bool causal) {
-  return {in(q),         in(k),    in(v),
-          in(cos),       in(sin),  static_cast<const int32_t*>(in(cu_seqlens)),
-          out(o),        out(lse), tokens,
-          sequences,     q_heads,  kv_heads,
-          head_dim,      q_stride, k_stride,
-          v_stride,      o_stride, window,
-          softmax_scale, causal};
+                             Address cu_seqlens, Address parents, Address o, Address lse,
+                             int64_t tokens, int64_t sequences, int64_t q_heads, int64_t kv_heads,
+                             int64_t head_dim, int64_t q_stride, int64_t k_stride, int64_t v_stride,
+                             int64_t o_stride, int64_t window, double softmax_scale, bool causal) {
+  return {in(q),
+          in(k),
+          in(v),
+          in(cos),
+          in(sin),
+          static_cast<const int32_t*>(in(cu_seqlens)),
+          static_cast<const int32_t*>(in(parents)),
+          out(o),
+          out(lse),
+          tokens,
+          sequences,
+          q_heads,
+          kv_heads,
+          head_dim,
+          q_stride,
+          k_stride,
+          v_stride,
+          o_stride,
+          window,
+          softmax_scale,
+          causal};
 }
 
 }  // namespace
@@ -104,21 +118,22 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "rms_norm_fwd",
       [](DType dtype, Address x, Address residual, Address weight, Address y, Address h,
-         Address rstd, int64_t rows, int64_t cols, int64_t x_stride, int64_t residual_stride,
-         int64_t y_stride, double eps, double offset) {
-        table().rms_norm_fwd(dtype, {in(x), in(residual), in(weight), out(y), out(h), out(rstd),
-                                     rows, cols, x_stride, residual_stride, y_stride, eps, offset});
+         Address rstd, int64_t rows, int64_t heads, int64_t cols, int64_t x_stride,
+         int64_t residual_stride, int64_t y_stride, double eps, double offset) {
+        table().rms_norm_fwd(
+            dtype, {in(x), in(residual), in(weight), out(y), out(h), out(rstd), rows, heads, cols,
+                    x_stride, residual_stride, y_stride, eps, offset});
       },
       release);
 
   m.def(
       "rms_norm_bwd",
       [](DType dtype, Address dy, Address dh, Address h, Address weight, Address rstd, Address dx,
-         Address dweight, int64_t rows, int64_t cols, int64_t dy_stride, int64_t dh_stride,
-         int64_t h_stride, int64_t dx_stride, double offset) {
+         Address dweight, int64_t rows, int64_t heads, int64_t cols, int64_t dy_stride,
+         int64_t dh_stride, int64_t h_stride, int64_t dx_stride, double offset) {
         table().rms_norm_bwd(
-            dtype, {in(dy), in(dh), in(h), in(weight), in(rstd), out(dx), out(dweight), rows, cols,
-                    dy_stride, dh_stride, h_stride, dx_stride, offset});
+            dtype, {in(dy), in(dh), in(h), in(weight), in(rstd), out(dx), out(dweight), rows, heads,
+                    cols, dy_stride, dh_stride, h_stride, dx_stride, offset});
       },
       release);
 
@@ -190,29 +205,29 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "attention_fwd",
       [](DType dtype, Address q, Address k, Address v, Address cos, Address sin, Address cu_seqlens,
-         Address o, Address lse, int64_t tokens, int64_t sequences, int64_t q_heads,
-         int64_t kv_heads, int64_t head_dim, int64_t q_stride, int64_t k_stride, int64_t v_stride,
-         int64_t o_stride, int64_t window, double softmax_scale, bool causal) {
+         Address parents, Address o, Address lse, int64_t tokens, int64_t sequences,
+         int64_t q_heads, int64_t kv_heads, int64_t head_dim, int64_t q_stride, int64_t k_stride,
+         int64_t v_stride, int64_t o_stride, int64_t window, double softmax_scale, bool causal) {
         table().attention_fwd(
-            dtype, attention_args(q, k, v, cos, sin, cu_seqlens, o, lse, tokens, sequences, q_heads,
-                                  kv_heads, head_dim, q_stride, k_stride, v_stride, o_stride,
-                                  window, softmax_scale, causal));
+            dtype, attention_args(q, k, v, cos, sin, cu_seqlens, parents, o, lse, tokens, sequences,
+                                  q_heads, kv_heads, head_dim, q_stride, k_stride, v_stride,
+                                  o_stride, window, softmax_scale, causal));
       },
       release);
 
   m.def(
       "attention_bwd",
       [](DType dtype, Address q, Address k, Address v, Address cos, Address sin, Address cu_seqlens,
-         Address o, Address lse, int64_t tokens, int64_t sequences, int64_t q_heads,
-         int64_t kv_heads, int64_t head_dim, int64_t q_stride, int64_t k_stride, int64_t v_stride,
-         int64_t o_stride, int64_t window, double softmax_scale, bool causal, Address d_o,
-         Address dq, Address dk, Address dv, int64_t do_stride, int64_t dq_stride,
+         Address parents, Address o, Address lse, int64_t tokens, int64_t sequences,
+         int64_t q_heads, int64_t kv_heads, int64_t head_dim, int64_t q_stride, int64_t k_stride,
+         int64_t v_stride, int64_t o_stride, int64_t window, double softmax_scale, bool causal,
+         Address d_o, Address dq, Address dk, Address dv, int64_t do_stride, int64_t dq_stride,
          int64_t dk_stride, int64_t dv_stride) {
         table().attention_bwd(
             dtype,
-            {attention_args(q, k, v, cos, sin, cu_seqlens, o, lse, tokens, sequences, q_heads,
-                            kv_heads, head_dim, q_stride, k_stride, v_stride, o_stride, window,
-                            softmax_scale, causal),
+            {attention_args(q, k, v, cos, sin, cu_seqlens, parents, o, lse, tokens, sequences,
+                            q_heads, kv_heads, head_dim, q_stride, k_stride, v_stride, o_stride,
+                            window, softmax_scale, causal),
              in(d_o), out(dq), out(dk), out(dv), do_stride, dq_stride, dk_stride, dv_stride});
       },
       release);

@@ -123,6 +123,12 @@ def rms_norm(dtype: torch.dtype) -> Iterator[Call]:
             yield call(rms_norm.rms_norm_fwd, x, other, weight, x, other, rstd, 1e-5, 0.0)
             for dw in (None, dweight):
                 yield call(rms_norm.rms_norm_bwd, x, other, x, weight, rstd, x, dw, 0.0)
+    for cols, heads in ((64, 14), (128, 32)):
+        x = empty(ROWS, heads + 4, cols, dtype=dtype)[:, :heads]
+        weight, rstd = empty(cols, dtype=dtype), empty(ROWS * heads, dtype=torch.float32)
+        yield call(rms_norm.rms_norm_fwd, x, None, weight, x, None, rstd, 1e-5, 0.0)
+        for dw in (None, empty(cols, dtype=torch.float32)):
+            yield call(rms_norm.rms_norm_bwd, x, None, x, weight, rstd, x, dw, 0.0)
 
 
 @operation

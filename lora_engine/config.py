@@ -5,6 +5,7 @@
 the nearest valid name. `docs/configuration.md` is generated from these models.
 """
 
+import re
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -42,6 +43,24 @@ class ModelConfig(_Section):
     )
 
 
+class AdapterConfig(_Section):
+    """One of several adapters; what it leaves out is as `lora` has it."""
+
+    r: int | None = Field(default=None, ge=1, description="Rank of the adapter.")
+    alpha: float | None = Field(
+        default=None, gt=0, description="Scale: its output is multiplied by alpha / r."
+    )
+    target_modules: str | list[str] | None = Field(
+        default=None, description="Which linear layers get it."
+    )
+    learning_rate: float | None = Field(
+        default=None,
+        gt=0,
+        lt=float("inf"),
+        description="Its peak learning rate, instead of `train.learning_rate`.",
+    )
+
+
 class LoraConfig(_Section):
     """The LoRA adapter, handed on to `peft.LoraConfig`."""
 
@@ -67,6 +86,38 @@ class LoraConfig(_Section):
         description="Modules trained in full and saved with the adapter, e.g. `[lm_head]`.",
     )
     seed: int = Field(default=0, ge=0, description="Seed of the adapter's random initial values.")
+    adapters: dict[str, AdapterConfig] | None = Field(
+        default=None,
+        description="Several adapters over one base, by name: each learns from the records whose "
+        "field `adapter` names it, and is saved in a folder of that name.",
+    )
+
+    @model_validator(mode="after")
+    def _adapters_can_be_routed(self) -> "LoraConfig":
+        if self.adapters is None:
+            return self
+        if not self.adapters:
+            raise ValueError("adapters names none; leave it out for one adapter")
+        for name in self.adapters:
+            if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+                raise ValueError(f"adapters: {name!r} is no name of letters, digits, _ and -")
+        if len(self.adapters) > 1 and (self.bias != "none" or self.modules_to_save):
+            raise ValueError("bias and modules_to_save are for one adapter, not several")
+        return self
+
+    def of_adapters(self) -> dict[str, "LoraConfig"]:
+        """Each adapter's own settings, by its name; `default` is PEFT's name for the only one."""
+        if self.adapters is None:
+            return {"default": self}
+        return {
+            name: self.model_copy(
+                update={
+                    "adapters": None,
+                    **adapter.model_dump(exclude_none=True, exclude={"learning_rate"}),
+                }
+            )
+            for name, adapter in self.adapters.items()
+        }
 
 
 class DataConfig(_Section):
@@ -142,6 +193,36 @@ class RunConfig(_Section):
         if self.train.max_length is not None:
             raise ValueError("train.max_length: give data.max_length instead")
         return self
+
+    @model_validator(mode="after")
+    def _adapters_fit_the_rest(self) -> "RunConfig":
+        adapters = (self.lora.adapters if self.lora else None) or {}
+        if len(adapters) > 1 and not self.accelerate:
+            raise ValueError("lora.adapters: several need the engine's kernels: accelerate: true")
+        for name in self.train.adapter_learning_rates if adapters else ():
+            if name not in adapters:
+                close = nearest(name, adapters)
+                raise ValueError(
+                    f"train.adapter_learning_rates: no adapter {name!r}"
+                    + (f"; did you mean {close}?" if close else "")
+                )
+            if adapters[name].learning_rate is not None:
+                raise ValueError(
+                    f"lora.adapters.{name}: give either learning_rate or "
+                    f"train.adapter_learning_rates.{name}, not both"
+                )
+        return self
+
+    def train_with_rates(self) -> TrainConfig:
+        """`train`, with the adapters' own learning rates as multiples of its own."""
+        adapters = (self.lora.adapters if self.lora else None) or {}
+        rates = {
+            name: adapter.learning_rate / self.train.learning_rate
+            for name, adapter in adapters.items()
+            if adapter.learning_rate is not None
+        }
+        both = {**self.train.adapter_learning_rates, **rates}
+        return self.train.model_copy(update={"adapter_learning_rates": both})
 
 
 def load_config(source: str | Path, overrides: Sequence[str] = ()) -> RunConfig:

@@ -14,6 +14,8 @@ from lora_engine.errors import nearest
 
 FieldPath = tuple[str | int, ...]
 
+NAME = "NAME"
+
 _NAMES = {int: "a whole number", float: "a number", bool: "true or false", Path: "a path"}
 
 
@@ -30,12 +32,23 @@ def section_of(annotation: Any) -> type[BaseModel] | None:
     return None
 
 
+def named_sections_of(annotation: Any) -> type[BaseModel] | None:
+    """The model in an annotation such as `dict[str, AdapterConfig] | None`."""
+    for member in _members(annotation):
+        if get_origin(member) is dict and (section := section_of(get_args(member)[1])):
+            return section
+    return None
+
+
 def fields(model: type[BaseModel], prefix: FieldPath = ()) -> Iterator[tuple[FieldPath, FieldInfo]]:
-    """Every key of `model`, sections before their own keys."""
+    """Every key of `model`, sections before their own keys; NAME stands for a name to be given."""
     for name, info in model.model_fields.items():
         yield (*prefix, name), info
         if section := section_of(info.annotation):
             yield from fields(section, (*prefix, name))
+        elif section := named_sections_of(info.annotation):
+            yield (*prefix, name, NAME), FieldInfo.from_annotation(section)
+            yield from fields(section, (*prefix, name, NAME))
 
 
 def field_at(
@@ -49,10 +62,15 @@ def field_at(
     info: FieldInfo | None = None
     section: type[BaseModel] | None = model
     for part in loc:
-        if section is None:
+        named = named_sections_of(info.annotation) if info else None
+        if section is None and named is None:
             break
         path = (*path, part)
-        info = section.model_fields.get(str(part))
+        if named is not None:
+            info = FieldInfo.from_annotation(named)
+        else:
+            assert section is not None
+            info = section.model_fields.get(str(part))
         if info is None:
             break
         section = section_of(info.annotation)
@@ -84,15 +102,23 @@ def find_switch_for_number(
 
     Returns its key path and a line about it.
     """
-    for path, info in fields(model):
-        value: Any = values
-        for part in path:
-            value = value.get(part) if isinstance(value, dict) else None
-        if isinstance(value, bool) and not {bool, str} & set(_members(info.annotation)):
-            if section_of(info.annotation) or _choices(info.annotation):
-                continue  # pydantic refuses these by itself
-            return path, _mismatch(path, info, value)
+    for key, info in fields(model):
+        for path, value in _given(values, key):
+            if isinstance(value, bool) and not {bool, str} & set(_members(info.annotation)):
+                if section_of(info.annotation) or _choices(info.annotation):
+                    continue  # pydantic refuses these by itself
+                return path, _mismatch(path, info, value)
     return None
+
+
+def _given(values: Any, path: FieldPath) -> Iterator[tuple[FieldPath, Any]]:
+    """The values at `path`, NAME standing for any name, each with its own path."""
+    if not path:
+        yield (), values
+    elif isinstance(values, dict):
+        for key in values if path[0] == NAME else (path[0],):
+            for rest, value in _given(values.get(key), path[1:]):
+                yield (key, *rest), value
 
 
 def _describe(model: type[BaseModel], problem: ErrorDetails) -> tuple[FieldPath, str]:
@@ -166,7 +192,7 @@ def _unknown_key(model: type[BaseModel], path: FieldPath) -> str:
         parent = section
     if close := nearest(name, parent.model_fields):
         return f"{key}: unknown key; did you mean {dotted((*path[:-1], close))}?"
-    elsewhere = {str(p[-1]): p for p, _ in reversed(list(fields(model)))}
+    elsewhere = {str(p[-1]): p for p, _ in reversed(list(fields(model))) if NAME not in p}
     if close := nearest(name, elsewhere):
         return f"{key}: unknown key; did you mean {dotted(elsewhere[close])}?"
     where = dotted(path[:-1]) or "the top level"
@@ -188,6 +214,8 @@ def _member_name(member: Any) -> str:
         return "null"
     if section_of(member):
         return "a section of keys"
+    if named_sections_of(member):
+        return "sections by name"
     return _NAMES.get(member, "text")
 
 

@@ -22,6 +22,7 @@ import torch
 
 from lora_engine.config import DataConfig, LoraConfig, RunConfig, dump_config
 from lora_engine.data import TokenizedDataset, prepare, read_records, split_heldout
+from lora_engine.data.adapters import check_adapters
 from lora_engine.data.inspect import DataReport, report
 from lora_engine.errors import UserError
 from lora_engine.evaluation.report import write_report
@@ -68,16 +69,17 @@ def finetune(
         config.model.path, dtype=config.model.dtype, device=config.model.device
     )
     tell(f"reading {config.data.train}")
-    train_data, eval_data = prepare_data(config.data, tokenizer)
+    train_data, eval_data = _examples(config, tokenizer)
     if config.lora is not None:
-        model = add_adapter(model, config.lora)
+        model = add_adapters(model, config.lora)
     prompts = choose_prompts(eval_data, tokenizer, config.samples.count)
     before = _samples_before(config, model, tokenizer, prompts, folder, tell)
     coverage = None
     if config.accelerate:
         coverage = accelerate(model, strict=config.accelerate == "strict")
     callbacks = () if observer is None else (observer,)
-    trainer = Trainer(model, tokenizer, train_data, eval_data, config.train, callbacks=callbacks)
+    train = config.train_with_rates()
+    trainer = Trainer(model, tokenizer, train_data, eval_data, train, callbacks=callbacks)
     write_text(folder / "config.yaml", dump_config(config))
     tell(f"measuring {len(eval_data):,} held-out examples, then training")
     result = trainer.fit(resume=resume)
@@ -139,15 +141,36 @@ def prepare_data(data: DataConfig, tokenizer: Any) -> tuple[TokenizedDataset, To
 def examine_data(config: RunConfig) -> list[DataReport]:
     """What is in the training and in the held-out data; reads the tokenizer, not the model."""
     tokenizer = load_tokenizer(config.model.path)
-    train_data, eval_data = prepare_data(config.data, tokenizer)
+    train_data, eval_data = _examples(config, tokenizer)
     return [report(train_data, tokenizer), report(eval_data, tokenizer, train=train_data)]
 
 
-def add_adapter(model: Any, lora: LoraConfig) -> Any:
-    """`model` in a PeftModel with a LoRA adapter as `lora` says, initialised from its seed."""
+def add_adapters(model: Any, lora: LoraConfig) -> Any:
+    """`model` in a PeftModel with the LoRA adapters that `lora` describes, all of them active.
+
+    Each is initialised from lora.seed.
+    """
     import peft
 
-    config = peft.LoraConfig(
+    wrapped: Any = None
+    for name, settings in lora.of_adapters().items():
+        torch.manual_seed(lora.seed)
+        try:
+            if wrapped is None:
+                wrapped = peft.get_peft_model(model, _peft_config(settings), adapter_name=name)
+            else:
+                wrapped.add_adapter(name, _peft_config(settings))
+        except ValueError as error:  # names that match no module
+            where = "lora" if lora.adapters is None else f"lora.adapters.{name}"
+            raise UserError(f"{where}.target_modules: {' '.join(str(error).split())}") from error
+    wrapped.base_model.set_adapter(list(lora.of_adapters()))
+    return wrapped
+
+
+def _peft_config(lora: LoraConfig) -> Any:
+    import peft
+
+    return peft.LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.r,
         lora_alpha=lora.alpha,
@@ -158,11 +181,14 @@ def add_adapter(model: Any, lora: LoraConfig) -> Any:
         bias=lora.bias,
         modules_to_save=lora.modules_to_save,
     )
-    torch.manual_seed(lora.seed)
-    try:
-        return peft.get_peft_model(model, config)
-    except ValueError as error:  # names that match no module
-        raise UserError(f"lora.target_modules: {' '.join(str(error).split())}") from error
+
+
+def _examples(config: RunConfig, tokenizer: Any) -> tuple[TokenizedDataset, TokenizedDataset]:
+    """`prepare_data`, with the adapters that the records name checked."""
+    found = prepare_data(config.data, tokenizer)
+    for dataset in found:
+        check_adapters(dataset, list(config.lora.of_adapters()) if config.lora else [])
+    return found
 
 
 def model_name(config: RunConfig) -> str:
@@ -235,7 +261,7 @@ def _description(
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     return {
         "model": model_name(config),
-        "method": f"LoRA of rank {config.lora.r}" if config.lora else "Full fine-tuning",
+        "method": _method(config.lora),
         "device": next(model.parameters()).device.type,
         "data": config.data.train,
         "train_examples": len(train_data),
@@ -244,6 +270,15 @@ def _description(
         "trainable_parameters": sum(size for size, trained in sizes if trained),
         "finished": datetime.now().strftime("%Y-%m-%d %H:%M"),
     }
+
+
+def _method(lora: LoraConfig | None) -> str:
+    if lora is None:
+        return "Full fine-tuning"
+    if lora.adapters is None:
+        return f"LoRA of rank {lora.r}"
+    ranks = ", ".join(f"{name} (rank {own.r})" for name, own in lora.of_adapters().items())
+    return f"LoRA: {ranks}"
 
 
 def _earlier_peak(folder: Path) -> int:

@@ -130,6 +130,34 @@ def test_adapter_gives_peft_the_same_answers(settings, tiny_model):
     assert texts == [sample["before"] for sample in summary["samples"]]
 
 
+def test_several_adapters_learn_at_once(settings, tiny_model):
+    rows = [
+        {"prompt": f"{i}:", "completion": f"{i}" * times, "adapter": name}
+        for i in range(30)
+        for name, times in (("twice", 2), ("thrice", 3))
+    ]
+    (settings / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    adapters = "lora.adapters={twice: {}, thrice: {r: 2, learning_rate: 0.005}}"
+    outcome = run(adapters, "train.max_steps=8")
+    assert outcome.summary["heldout_loss_after"] < outcome.summary["heldout_loss_before"]
+    assert outcome.summary["method"] == "LoRA: twice (rank 4), thrice (rank 2)"
+    folder = settings / "out/adapter"
+    assert sorted(path.name for path in folder.iterdir() if path.is_dir()) == ["thrice", "twice"]
+    logits = {}
+    for name, rank in (("twice", 4), ("thrice", 2)):
+        base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+        model = peft.PeftModel.from_pretrained(base, folder / name)
+        assert model.peft_config["default"].r == rank
+        logits[name] = model(torch.arange(8)[None]).logits
+        with model.disable_adapter():
+            assert not torch.allclose(model(torch.arange(8)[None]).logits, logits[name])
+    assert not torch.allclose(logits["twice"], logits["thrice"])
+    rows[5]["adapter"] = "twce"
+    (settings / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError, match=r"rows.jsonl:6: no adapter 'twce'.* did you mean twice"):
+        run(adapters, "train.overwrite=true")
+
+
 def test_interrupted_and_resumed_is_the_same_run(settings):
     whole = run("train.output_dir=whole")
     stopped = run(observer=Recorder(at_step=2, action=interrupt))

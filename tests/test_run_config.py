@@ -147,6 +147,46 @@ def test_null_lora_is_full_fine_tuning_and_can_be_given_back():
             ["data.train.split=x"],
             "command line: data.train.split: data.train is a value, it has no keys",
         ),
+        (
+            BASE + "lora:\n  adapters:\n    one: {rr: 3}\n",
+            [],
+            "run.yaml:5: lora.adapters.one.rr: unknown key; did you mean lora.adapters.one.r?",
+        ),
+        (
+            BASE + "lora:\n  adapters:\n    one: {r: true}\n",
+            [],
+            "run.yaml:5: lora.adapters.one.r: expected a whole number ≥ 1 or null, got True",
+        ),
+        (
+            BASE + "lora:\n  adapters:\n    one:\n",
+            [],
+            "run.yaml:5: lora.adapters.one: expected a section of keys, got None",
+        ),
+        (
+            BASE,
+            ["lora.adapters=3"],
+            "command line: lora.adapters: expected sections by name or null, got 3",
+        ),
+        (
+            BASE + "lora: {bias: all, adapters: {one: {}, two: {}}}\n",
+            [],
+            "run.yaml:3: lora: bias and modules_to_save are for one adapter, not several",
+        ),
+        (
+            BASE,
+            ["lora.adapters={a.b: {}}"],
+            "run.yaml: lora: adapters: 'a.b' is no name of letters, digits, _ and -",
+        ),
+        (
+            BASE,
+            ["lora.adapters={one: {}, two: {}}", "accelerate=false"],
+            "run.yaml: lora.adapters: several need the engine's kernels: accelerate: true",
+        ),
+        (
+            BASE,
+            ["lora.adapters={one: {}}", "train.adapter_learning_rates={oen: 2}"],
+            "run.yaml: train.adapter_learning_rates: no adapter 'oen'; did you mean one?",
+        ),
         (BASE, ["train=5"], "command line: train: expected a section of keys, got 5"),
         (BASE, ["lora.r=[1"], "command line: lora.r: '[1' is not a valid YAML value"),
     ],
@@ -213,3 +253,16 @@ def test_reference_describes_every_key():
         for key in values if isinstance(values, dict) else ():
             row = next(line for line in page.splitlines() if f"`{section}.{key}`" in line)
             assert not row.endswith("|  |"), f"{section}.{key} has no description"
+
+
+def test_adapters_take_what_they_leave_out_from_lora():
+    adapters = "{one: {}, two: {r: 2, learning_rate: 1e-4}}"
+    settings = ["lora.r=8", f"lora.adapters={adapters}", "train.learning_rate=0.001"]
+    config = load(BASE, *settings)
+    one, two = config.lora.of_adapters().values()
+    assert (one.r, two.r, one.alpha, two.alpha) == (8, 2, 32, 32)
+    assert config.train_with_rates().adapter_learning_rates == {"two": pytest.approx(0.1)}
+    assert list(load(BASE).lora.of_adapters()) == ["default"]
+    both = [*settings, "train.adapter_learning_rates={two: 3}"]
+    with pytest.raises(UserError, match=r"lora.adapters.two: give either learning_rate or"):
+        load(BASE, *both)

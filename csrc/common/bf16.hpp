@@ -18,13 +18,15 @@ static inline float to_float(bf16 x) {
   return value;
 }
 
-// Round to nearest even; a NaN stays a NaN whatever its payload.
-static inline bf16 to_bf16(float x) {
+// The bits of x rounded to bfloat16, in the upper half: to nearest even; a NaN stays a NaN whatever
+// its payload. The lower half is what is left over.
+static inline uint32_t rounded_bits(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, sizeof bits);
-  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const uint32_t quiet_nan = (bits >> 16) | 0x40u;
-  return bf16{static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? quiet_nan : rounded)};
+  const uint32_t rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+  return (bits & 0x7fffffffu) > 0x7f800000u ? bits | 0x400000u : rounded;
 }
+
+static inline bf16 to_bf16(float x) { return bf16{static_cast<uint16_t>(rounded_bits(x) >> 16)}; }
 
 }  // namespace lora_engine

@@ -9,17 +9,6 @@
 namespace lora_engine {
 namespace {
 
-inline uint32_t bits_of(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  return bits;
-}
-inline float float_of(uint32_t bits) {
-  float x;
-  std::memcpy(&x, &bits, sizeof x);
-  return x;
-}
-
 // Bounds by integer comparison of the bits: one instruction each. From a comparison of floats,
 // which must mind NaN, compilers make branches and then every branch's division. NaN becomes the
 // bound; in the activations it survives in the factor g.
@@ -33,22 +22,30 @@ inline float at_least(float x, float bound) {  // bound < 0
 }
 inline double at_most(double x, double bound) { return x < bound ? x : bound; }
 
+// c = n + r with an integer n and r in [-0.5, 0.5]; -127 <= c <= 128.
+struct SplitExponent {
+  float power, r;  // 2^n, and r
+  explicit SplitExponent(float c) {
+    // Adding kRound rounds to an integer and leaves its biased exponent in the lowest bits.
+    constexpr float kRound = 12582912.0f + 127.0f;  // 1.5 * 2^23 + the bias
+    const float shifted = c + kRound;
+    r = c - (shifted - kRound);
+    power = float_of(bits_of(shifted) << 23);
+  }
+};
+
 // 2^z within 2 ulp, in fewer instructions than exp_acc: 0 under 2^-127 and infinite from 2^127.5.
-// Adding kRound rounds z to an integer and leaves that integer's biased exponent in the lowest
-// bits; the polynomial (degree 5, by Remez exchange, relative error 7.5e-8) is for the rest in
-// [-0.5, 0.5].
+// Polynomial of degree 5 by Remez exchange, relative error 7.5e-8.
 inline float exp2_clamped(float z) {
-  constexpr float kRound = 12582912.0f + 127.0f;  // 1.5 * 2^23 + the bias
-  const float c = at_least(at_most(z, 128.0f), -127.0f);
-  const float shifted = c + kRound;
-  const float r = c - (shifted - kRound);
+  const SplitExponent z_is(at_least(at_most(z, 128.0f), -127.0f));
+  const float r = z_is.r;
   float p = 0.0013276471f;
   p = p * r + 0.009675541f;
   p = p * r + 0.05550713f;
   p = p * r + 0.2402212f;
   p = p * r + 0.69314694f;
   p = p * r + 1.0000001f;
-  return p * float_of(bits_of(shifted) << 23);
+  return p * z_is.power;
 }
 
 // exp(-x), infinite where that leaves float32.
@@ -112,33 +109,65 @@ inline void normal_tail(double g, double& tail, double& density) {
   density = 0.39894228040143268 * std::exp(-0.5 * g * g);
 }
 
-// g * Phi(g), the exact GELU.
+// The same for results that are rounded to bfloat16, without a division: relative error 2e-4, a
+// tenth of the rounding's, up to |g| = 5. Beyond, the tail is less than 3e-7 and at most 2.7 times
+// too large. Polynomials of degree 3 for 2^r and 8 for the smooth function, relative minimax.
+inline void coarse_normal_tail(float g, float& tail, float& density) {
+  const SplitExponent z_is(at_least(-0.72134752f * g * g, -127.0f));
+  const float r = z_is.r, x = at_most(std::fabs(g), 5.0f);
+  float q = 0.055171658f;
+  q = q * r + 0.24261112f;
+  q = q * r + 0.69326099f;
+  q = q * r + 0.99992807f;
+  const float bell = q * z_is.power;
+  float p = 5.7904302e-6f;
+  p = p * x - 1.4531538e-4f;
+  p = p * x + 1.5831057e-3f;
+  p = p * x - 9.9215629e-3f;
+  p = p * x + 4.0258871e-2f;
+  p = p * x - 1.1416839e-1f;
+  p = p * x + 2.4129194e-1f;
+  p = p * x - 3.9726451e-1f;
+  p = p * x + 4.9994163e-1f;
+  tail = bell * p;
+  density = 0.3989422804f * bell;
+}
+
+// g * Phi(g), the exact GELU; kCoarse for results that are rounded to bfloat16.
+template <bool kCoarse>
 struct Gelu {
+  template <class A>
+  static inline void tail_and_density(A g, A& tail, A& density) {
+    if constexpr (kCoarse)
+      coarse_normal_tail(g, tail, density);
+    else
+      normal_tail(g, tail, density);
+  }
   template <class A>
   static inline A value(A g) {
     A tail, density;
-    normal_tail(g, tail, density);
+    tail_and_density(g, tail, density);
     return g * (g < A(0) ? tail : A(1) - tail);
   }
   template <class A>
   static inline void value_and_slope(A g, A& value, A& slope) {
     A tail, density;
-    normal_tail(g, tail, density);
+    tail_and_density(g, tail, density);
     const A phi = g < A(0) ? tail : A(1) - tail;
     value = g * phi;
     slope = phi + g * density;
   }
 };
 
-// Calls body(Silu{}) or another, as `activation` says.
-template <class Body>
+// Calls body(Silu{}) or another, as `activation` says, for elements of T.
+template <class T, class Body>
 inline void dispatch_activation(Activation activation, Body&& body) {
   switch (activation) {
     case Activation::kSilu:
       body(Silu{});
       break;
     case Activation::kGelu:
-      body(Gelu{});
+      body(Gelu<sizeof(T) == sizeof(bf16)>{});
       break;
     case Activation::kGeluTanh:
       body(GeluTanh{});

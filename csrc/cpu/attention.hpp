@@ -17,16 +17,40 @@ namespace {
 constexpr int64_t kQueries = 32;  // a multiple of every kTileN
 constexpr int64_t kKeys = 128;    // keys scored at a time
 
-// One sequence's key/value head, and the query heads that read it.
+// A sequence's queries see the tokens of the sequences it continues (its prefix), then its own.
+inline int64_t prefix_length(const AttentionArgs& a, int64_t sequence) {
+  int64_t length = 0;
+  if (a.parents)
+    for (int64_t i = a.parents[sequence]; i >= 0; i = a.parents[i])
+      length += a.cu_seqlens[i + 1] - a.cu_seqlens[i];
+  return length;
+}
+
+// One sequence's key/value head, and the query heads that read it. Keys are counted from the
+// prefix's first, and so are queries: the sequence's own are those from `prefix` to `length`.
 struct HeadTask {
-  int64_t begin, length;  // its tokens
-  int64_t kv_head;
+  int64_t sequence, kv_head;
+  int64_t begin;  // its own first token
+  int64_t prefix, length;
+
+  int64_t token(int64_t query) const { return begin + query - prefix; }
 };
 
 inline HeadTask head_task(const AttentionArgs& a, int64_t index) {
   const int64_t sequence = index / a.kv_heads;
-  const int64_t begin = a.cu_seqlens[sequence];
-  return {begin, a.cu_seqlens[sequence + 1] - begin, index % a.kv_heads};
+  const int64_t begin = a.cu_seqlens[sequence], prefix = prefix_length(a, sequence);
+  return {sequence, index % a.kv_heads, begin, prefix, prefix + a.cu_seqlens[sequence + 1] - begin};
+}
+
+// Calls visit(token, rows, key) for each run of the tokens a task's queries see, last run first:
+// `rows` tokens from `token` on are its keys from `key` on.
+template <class Visit>
+inline void for_each_run(const AttentionArgs& a, const HeadTask& task, Visit&& visit) {
+  int64_t end = task.length;
+  for (int64_t i = task.sequence; i >= 0; i = a.parents ? a.parents[i] : -1) {
+    const int64_t rows = a.cu_seqlens[i + 1] - a.cu_seqlens[i];
+    visit(int64_t{a.cu_seqlens[i]}, rows, end -= rows);
+  }
 }
 
 // The keys that queries [first, last) may see, from an even one on: keys are multiplied in pairs.
@@ -70,6 +94,25 @@ inline void load_head(const T* src, int64_t stride, const A* cos, const A* sin, 
   }
 }
 
+template <class A>
+inline const A* offset_or_null(const void* base, int64_t offset) {
+  return base ? static_cast<const A*>(base) + offset : nullptr;
+}
+
+// Loads the keys or values [task.length, head_dim] that a task's queries see.
+template <class T, class E>
+inline void load_seen(const AttentionArgs& a, const HeadTask& task, const void* src, int64_t stride,
+                      bool rotated, E* out) {
+  using A = acc_t<T>;
+  const int64_t D = a.head_dim;
+  const T* head = static_cast<const T*>(src) + task.kv_head * D;
+  for_each_run(a, task, [&](int64_t token, int64_t rows, int64_t key) {
+    load_head(head + token * stride, stride,
+              rotated ? offset_or_null<A>(a.cos, token * D) : nullptr,
+              rotated ? offset_or_null<A>(a.sin, token * D) : nullptr, rows, D, out + key * D);
+  });
+}
+
 // out [head_dim, ld] = transpose of src [rows, head_dim], ld being rows rounded up to a whole
 // group, and what is beyond rows zero. `work` has room for ld * head_dim elements.
 template <class E>
@@ -80,11 +123,6 @@ inline void transpose_head(const E* src, int64_t rows, int64_t head_dim, E* out,
   pack_rows(rows, head_dim, src, head_dim, work, head_dim);
   transpose(ld / kGroup, head_dim, reinterpret_cast<const Word*>(work), head_dim,
             reinterpret_cast<Word*>(out), ld / kGroup);
-}
-
-template <class A>
-inline const A* offset_or_null(const void* base, int64_t offset) {
-  return base ? static_cast<const A*>(base) + offset : nullptr;
 }
 
 }  // namespace

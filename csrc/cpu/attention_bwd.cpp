@@ -1,8 +1,10 @@
 // Attention within each packed sequence, backward: the probabilities are recomputed from the saved
 // log-sum-exp (Dao, 2023). One task owns a key/value head of one sequence with all its query
-// heads, so dk and dv are summed in a fixed order without atomics.
+// heads, so dk and dv are summed in a fixed order without atomics; those of tokens that several
+// sequences share are summed afterwards.
 #include "attention.hpp"
 #include "isa.hpp"
+#include "shared_gradients.hpp"
 
 namespace lora_engine {
 namespace {
@@ -138,7 +140,7 @@ void query_block(const AttentionBwdArgs& b, const HeadTask& task, int64_t head, 
   const AttentionArgs& a = b.fwd;
   const int64_t D = a.head_dim;
   const int64_t count = task.length - first < kQueries ? task.length - first : kQueries;
-  const int64_t token = task.begin + first;
+  const int64_t token = task.token(first);
   load_block(b, head, token, count, w);
   const KeyRange range = visible_keys(a, task.length, first, first + count);
   for (int64_t key = range.begin; key < range.end; key += kKeys) {
@@ -161,33 +163,51 @@ void query_block(const AttentionBwdArgs& b, const HeadTask& task, int64_t head, 
                  b.dq_stride, a.cos != nullptr);
 }
 
+// Writes dk and dv of a task's own tokens.
+template <class T>
+void store_own(const AttentionBwdArgs& b, const HeadTask& task, const acc_t<T>* dk,
+               const acc_t<T>* dv, int64_t ld) {
+  const AttentionArgs& a = b.fwd;
+  const int64_t column = task.kv_head * a.head_dim, rows = task.length - task.prefix;
+  store_gradient(a, task.begin, rows, dk, ld,
+                 static_cast<T*>(b.dk) + task.begin * b.dk_stride + column, b.dk_stride,
+                 a.cos != nullptr);
+  store_gradient(a, task.begin, rows, dv, ld,
+                 static_cast<T*>(b.dv) + task.begin * b.dv_stride + column, b.dv_stride, false);
+}
+
 template <class T>
 void backward(const AttentionBwdArgs& b) {
   using A = acc_t<T>;
-  using E = typename Element<T>::type;
   const AttentionArgs& a = b.fwd;
   const int64_t D = a.head_dim, heads_per_kv = a.q_heads / a.kv_heads;
   const int64_t tasks = a.sequences * a.kv_heads;
+  SharedGradients<T> shared(a);
 #pragma omp parallel for schedule(dynamic)
   for (int64_t index = 0; index < tasks; ++index) {
     const HeadTask task = head_task(a, index);
     Scratch scratch;
     Workspace<T> w(scratch, task.length, D);
-    const int64_t column = task.kv_head * D;
-    load_head(static_cast<const T*>(a.k) + task.begin * a.k_stride + column, a.k_stride,
-              offset_or_null<A>(a.cos, task.begin * D), offset_or_null<A>(a.sin, task.begin * D),
-              task.length, D, w.keys);
+    load_seen<T>(a, task, a.k, a.k_stride, true, w.keys);
     transpose_head(w.keys, task.length, D, w.keys_t, w.padded_length, w.values);
-    load_head<T, E, A>(static_cast<const T*>(a.v) + task.begin * a.v_stride + column, a.v_stride,
-                       nullptr, nullptr, task.length, D, w.values);
+    load_seen<T>(a, task, a.v, a.v_stride, false, w.values);
     for (int64_t h = 0; h < heads_per_kv; ++h)
-      for (int64_t first = 0; first < task.length; first += kQueries)
+      for (int64_t first = task.prefix; first < task.length; first += kQueries)
         query_block(b, task, task.kv_head * heads_per_kv + h, first, w);
-    store_gradient(a, task.begin, task.length, w.dk, w.padded_dim,
-                   static_cast<T*>(b.dk) + task.begin * b.dk_stride + column, b.dk_stride,
-                   a.cos != nullptr);
-    store_gradient(a, task.begin, task.length, w.dv, w.padded_dim,
-                   static_cast<T*>(b.dv) + task.begin * b.dv_stride + column, b.dv_stride, false);
+    shared.keep(task, w.dk, w.dv, w.padded_dim);
+    if (!shared.continued(task)) {
+      const int64_t own = task.prefix * w.padded_dim;
+      store_own<T>(b, task, w.dk + own, w.dv + own, w.padded_dim);
+    }
+  }
+  if (!a.parents) return;
+#pragma omp parallel for schedule(dynamic)
+  for (int64_t index = 0; index < tasks; ++index) {
+    const HeadTask task = head_task(a, index);
+    if (!shared.continued(task)) continue;
+    A *dk, *dv;
+    shared.sum(task, &dk, &dv);
+    store_own<T>(b, task, dk, dv, D);
   }
 }
 

@@ -33,10 +33,11 @@ struct Workspace {
 };
 
 // Folds one block of scores into the running softmax: probs, largest, sum, and out rescaled.
+// Called, not inlined: its callers keep so many pointers alive that the loops spill.
 template <class A>
-inline void online_softmax(A* scores, int64_t keys, A scale, A* largest, A* sum, A* out,
-                           int64_t head_dim) {
-  A block_largest[kQueries], correction[kQueries];
+__attribute__((noinline)) void online_softmax(A* scores, int64_t keys, A scale, A* largest, A* sum,
+                                              A* out, int64_t head_dim) {
+  A block_largest[kQueries], correction[kQueries], block_sum[kQueries];
   std::memcpy(block_largest, largest, sizeof block_largest);
   for (int64_t j = 0; j < keys; ++j) {
     A* row = scores + j * kQueries;
@@ -50,7 +51,7 @@ inline void online_softmax(A* scores, int64_t keys, A scale, A* largest, A* sum,
   for (int64_t i = 0; i < kQueries; ++i) {
     correction[i] = exp_acc(largest[i] - block_largest[i]);
     largest[i] = block_largest[i];
-    sum[i] *= correction[i];
+    block_sum[i] = sum[i] * correction[i];
   }
   for (int64_t d = 0; d < head_dim; ++d) {
 #pragma omp simd
@@ -60,10 +61,11 @@ inline void online_softmax(A* scores, int64_t keys, A scale, A* largest, A* sum,
     A* row = scores + j * kQueries;
 #pragma omp simd
     for (int64_t i = 0; i < kQueries; ++i) {
-      row[i] = exp_acc(row[i] - largest[i]);
-      sum[i] += row[i];
+      row[i] = exp_acc(row[i] - block_largest[i]);
+      block_sum[i] += row[i];
     }
   }
+  std::memcpy(sum, block_sum, sizeof block_sum);
 }
 
 template <class T>
@@ -73,7 +75,7 @@ void query_block(const AttentionArgs& a, const HeadTask& task, int64_t head, int
   using E = typename Element<T>::type;
   const int64_t D = a.head_dim;
   const int64_t count = task.length - first < kQueries ? task.length - first : kQueries;
-  const int64_t token = task.begin + first;
+  const int64_t token = task.token(first);
   load_head(static_cast<const T*>(a.q) + token * a.q_stride + head * D, a.q_stride,
             offset_or_null<A>(a.cos, token * D), offset_or_null<A>(a.sin, token * D), count, D,
             w.query);
@@ -110,7 +112,6 @@ void query_block(const AttentionArgs& a, const HeadTask& task, int64_t head, int
 
 template <class T>
 void forward(const AttentionArgs& a) {
-  using A = acc_t<T>;
   const int64_t D = a.head_dim, heads_per_kv = a.q_heads / a.kv_heads;
   const int64_t tasks = a.sequences * a.kv_heads;
 #pragma omp parallel for schedule(dynamic)
@@ -118,16 +119,11 @@ void forward(const AttentionArgs& a) {
     const HeadTask task = head_task(a, index);
     Scratch scratch;
     Workspace<T> w(scratch, task.length, D);
-    const int64_t offset = task.begin * D;
-    load_head<T, typename Element<T>::type, A>(
-        static_cast<const T*>(a.v) + task.begin * a.v_stride + task.kv_head * D, a.v_stride,
-        nullptr, nullptr, task.length, D, w.values);
+    load_seen<T>(a, task, a.v, a.v_stride, false, w.values);
     transpose_head(w.values, task.length, D, w.values_t, w.padded_length, w.keys);
-    load_head(static_cast<const T*>(a.k) + task.begin * a.k_stride + task.kv_head * D, a.k_stride,
-              offset_or_null<A>(a.cos, offset), offset_or_null<A>(a.sin, offset), task.length, D,
-              w.keys);
+    load_seen<T>(a, task, a.k, a.k_stride, true, w.keys);
     for (int64_t h = 0; h < heads_per_kv; ++h)
-      for (int64_t first = 0; first < task.length; first += kQueries)
+      for (int64_t first = task.prefix; first < task.length; first += kQueries)
         query_block(a, task, task.kv_head * heads_per_kv + h, first, w);
   }
 }

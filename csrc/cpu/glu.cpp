@@ -1,60 +1,67 @@
 // Gated linear units (Shazeer, 2020): y = act(gate) * up.
 #include "activation.hpp"
+#include "chunk.hpp"
 #include "isa.hpp"
-#include "tile_gemm.hpp"
 
 namespace lora_engine {
 namespace {
 
-// Results are made in the arithmetic type, this many at a time, and converted together: some
-// instruction sets have an instruction for that which compilers do not find.
-constexpr int64_t kChunk = 256;
-
 template <class T, class Act>
 void forward(const GluArgs& a) {
   using A = acc_t<T>;
+  const bool stream = worth_streaming<T>(a.y, a.rows, a.cols, a.y_stride);
 #pragma omp parallel for schedule(static)
   for (int64_t row = 0; row < a.rows; ++row) {
     const T* gate = static_cast<const T*>(a.gate) + row * a.gate_stride;
     const T* up = static_cast<const T*>(a.up) + row * a.up_stride;
     T* y = static_cast<T*>(a.y) + row * a.y_stride;
-    A result[kChunk];
-    for (int64_t begin = 0; begin < a.cols; begin += kChunk) {
-      const int64_t count = a.cols - begin < kChunk ? a.cols - begin : kChunk;
-#pragma omp simd
-      for (int64_t i = 0; i < count; ++i)
-        result[i] = Act::value(load(gate[begin + i])) * load(up[begin + i]);
-      convert_row(count, result, y + begin);
-    }
+    store_row(a.cols, y, stream, [](A g, A u) { return Act::value(g) * u; }, gate, up);
   }
+}
+
+// The gradients of one element, and the forward result.
+template <class Act, class A>
+inline void gradients(A d, A g, A u, A& for_gate, A& for_up, A& result) {
+  A value, slope;
+  Act::value_and_slope(g, value, slope);
+  for_gate = d * u * slope;
+  for_up = d * value;
+  result = value * u;
 }
 
 // The gradients of one row; with h, the forward result as well. A chunk is read before any of it
 // is written, so dgate may be gate and dup may be up.
 template <class T, class Act, bool kWithH>
 inline void backward_row(const T* dy, const T* gate, const T* up, T* dgate, T* dup, T* h,
-                         int64_t cols) {
+                         int64_t cols, bool stream_gate, bool stream_up) {
   using A = acc_t<T>;
-  A for_gate[kChunk], for_up[kChunk], result[kWithH ? kChunk : 1];
-  for (int64_t begin = 0; begin < cols; begin += kChunk) {
-    const int64_t count = cols - begin < kChunk ? cols - begin : kChunk;
+  int64_t i = 0;
+  for (; i + kChunk<A> <= cols; i += kChunk<A>) {
+    Values<A> d = chunk_at(dy, i), g = chunk_at(gate, i), u = chunk_at(up, i);
+    Values<A> for_gate, for_up, result;
 #pragma omp simd
-    for (int64_t i = 0; i < count; ++i) {
-      const A d = load(dy[begin + i]), g = load(gate[begin + i]), u = load(up[begin + i]);
-      A value, slope;
-      Act::value_and_slope(g, value, slope);
-      for_gate[i] = d * u * slope;
-      for_up[i] = d * value;
-      if (kWithH) result[i] = value * u;
-    }
-    convert_row(count, for_gate, dgate + begin);
-    convert_row(count, for_up, dup + begin);
-    if (kWithH) convert_row(count, result, h + begin);
+    for (int64_t j = 0; j < kChunk<A>; ++j)
+      gradients<Act>(d[j], g[j], u[j], for_gate[j], for_up[j], result[j]);
+    put_chunk(for_gate, dgate + i, stream_gate);
+    put_chunk(for_up, dup + i, stream_up);
+    if (kWithH) put_chunk(result, h + i, false);
+  }
+  finish_streaming(stream_gate || stream_up);
+  for (; i < cols; ++i) {
+    A for_gate, for_up, result;
+    gradients<Act>(load(dy[i]), load(gate[i]), load(up[i]), for_gate, for_up, result);
+    dgate[i] = store<T>(for_gate);
+    dup[i] = store<T>(for_up);
+    if (kWithH) h[i] = store<T>(result);
   }
 }
 
 template <class T, class Act>
 void backward(const GluBwdArgs& a) {
+  // Not over what was just read.
+  const bool stream_gate =
+      a.dgate != a.gate && worth_streaming<T>(a.dgate, a.rows, a.cols, a.dgate_stride);
+  const bool stream_up = a.dup != a.up && worth_streaming<T>(a.dup, a.rows, a.cols, a.dup_stride);
 #pragma omp parallel for schedule(static)
   for (int64_t row = 0; row < a.rows; ++row) {
     const T* dy = static_cast<const T*>(a.dy) + row * a.dy_stride;
@@ -64,9 +71,10 @@ void backward(const GluBwdArgs& a) {
     T* dup = static_cast<T*>(a.dup) + row * a.dup_stride;
     T* h = static_cast<T*>(a.h);
     if (h)
-      backward_row<T, Act, true>(dy, gate, up, dgate, dup, h + row * a.h_stride, a.cols);
+      backward_row<T, Act, true>(dy, gate, up, dgate, dup, h + row * a.h_stride, a.cols,
+                                 stream_gate, stream_up);
     else
-      backward_row<T, Act, false>(dy, gate, up, dgate, dup, h, a.cols);
+      backward_row<T, Act, false>(dy, gate, up, dgate, dup, h, a.cols, stream_gate, stream_up);
   }
 }
 
@@ -75,14 +83,16 @@ void backward(const GluBwdArgs& a) {
 namespace LORA_ENGINE_ISA {
 
 void glu_fwd(DType dtype, const GluArgs& args) {
-  dispatch_activation(args.activation, [&](auto act) {
-    dispatch(dtype, [&](auto t) { forward<decltype(t), decltype(act)>(args); });
+  dispatch(dtype, [&](auto t) {
+    using T = decltype(t);
+    dispatch_activation<T>(args.activation, [&](auto act) { forward<T, decltype(act)>(args); });
   });
 }
 
 void glu_bwd(DType dtype, const GluBwdArgs& args) {
-  dispatch_activation(args.activation, [&](auto act) {
-    dispatch(dtype, [&](auto t) { backward<decltype(t), decltype(act)>(args); });
+  dispatch(dtype, [&](auto t) {
+    using T = decltype(t);
+    dispatch_activation<T>(args.activation, [&](auto act) { backward<T, decltype(act)>(args); });
   });
 }
 

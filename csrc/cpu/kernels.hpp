@@ -10,6 +10,8 @@ namespace lora_engine {
 
 enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat64 = 2 };
 
+// Rows of x and y (dy, h, dx) stand `heads` side by side, with a stride for each `heads` of them.
+// With heads > 1 there is no residual (dh).
 struct RmsNormArgs {
   const void* x;         // [rows, cols]
   const void* residual;  // [rows, cols] or null
@@ -17,7 +19,7 @@ struct RmsNormArgs {
   void* y;               // [rows, cols]
   void* h;               // [rows, cols], contiguous: x + residual, what is normed; null without
   void* rstd;            // [rows], float32 (float64 for float64 data): 1 / rms
-  int64_t rows, cols, x_stride, residual_stride, y_stride;
+  int64_t rows, heads, cols, x_stride, residual_stride, y_stride;
   double eps, offset;
 };
 
@@ -29,7 +31,7 @@ struct RmsNormBwdArgs {
   const void* rstd;    // [rows]
   void* dx;            // [rows, cols]
   void* dweight;       // [cols] in the arithmetic type, or null for a frozen weight
-  int64_t rows, cols, dy_stride, dh_stride, h_stride, dx_stride;
+  int64_t rows, heads, cols, dy_stride, dh_stride, h_stride, dx_stride;
   double offset;
 };
 
@@ -112,6 +114,7 @@ struct AttentionArgs {
   const void *q, *k, *v;      // [tokens, heads, head_dim], heads contiguous
   const void *cos, *sin;      // [tokens, head_dim] in the arithmetic type, or null: no rotation
   const int32_t* cu_seqlens;  // [sequences + 1]
+  const int32_t* parents;     // [sequences]: the earlier sequence each continues, or -1; or null
   void* o;                    // [tokens, q_heads, head_dim]
   void* lse;                  // [q_heads, tokens] in the arithmetic type
   int64_t tokens, sequences, q_heads, kv_heads, head_dim;

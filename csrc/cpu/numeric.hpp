@@ -50,6 +50,17 @@ inline double store<double>(double x) {
   return x;
 }
 
+inline uint32_t bits_of(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+inline float float_of(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
 // exp for float32 within 2 ulp, written so that loops over it vectorise: x = n ln 2 + r with
 // |r| <= ln 2 / 2 (Cody and Waite's split of ln 2), a degree-6 polynomial for exp(r), and n put
 // into the exponent. Results under 2^-126 are 0 and those over 2^127.5 infinite: a denormal costs

@@ -6,27 +6,32 @@
 namespace lora_engine {
 namespace {
 
+inline int64_t row_start(int64_t row, int64_t heads, int64_t cols, int64_t stride) {
+  return heads == 1 ? row * stride : row / heads * stride + row % heads * cols;
+}
+
 template <class T>
 void forward(const RmsNormArgs& a) {
   using A = acc_t<T>;
   Scratch scratch;
-  const A* weight = parameter_row<T>(scratch, a.weight, A(a.offset), a.cols);
+  const auto weight = parameter_row<T>(scratch, a.weight, A(a.offset), a.cols);
   A* rstd = static_cast<A*>(a.rstd);
+  const bool stream = worth_streaming<T>(a.y, a.rows, a.cols, a.y_stride);
 #pragma omp parallel for schedule(static)
   for (int64_t row = 0; row < a.rows; ++row) {
-    const T* h = static_cast<const T*>(a.x) + row * a.x_stride;
-    T* y = static_cast<T*>(a.y) + row * a.y_stride;
+    const T* h = static_cast<const T*>(a.x) + row_start(row, a.heads, a.cols, a.x_stride);
+    T* y = static_cast<T*>(a.y) + row_start(row, a.heads, a.cols, a.y_stride);
     if (a.residual) {
       const T* x = h;
       const T* residual = static_cast<const T*>(a.residual) + row * a.residual_stride;
       T* sum = static_cast<T*>(a.h) + row * a.cols;
-      store_row(a.cols, sum, [=](int64_t i) { return load(x[i]) + load(residual[i]); });
+      store_row(a.cols, sum, false, [](A one, A other) { return one + other; }, x, residual);
       h = sum;
     }
-    const A squares = row_sum<A>(a.cols, [=](int64_t i) { return load(h[i]) * load(h[i]); });
+    const A squares = row_sum<A>(a.cols, [](A value) { return value * value; }, h);
     const A scale = A(1) / std::sqrt(squares / A(a.cols) + A(a.eps));
     rstd[row] = scale;
-    store_row(a.cols, y, [=](int64_t i) { return load(h[i]) * scale * weight[i]; });
+    store_row(a.cols, y, stream, [=](A value, A w) { return value * scale * w; }, h, weight);
   }
 }
 
@@ -36,26 +41,53 @@ template <class T, bool kDh, bool kDweight>
 void backward(const RmsNormBwdArgs& a) {
   using A = acc_t<T>;
   Scratch scratch;
-  const A* weight = parameter_row<T>(scratch, a.weight, A(a.offset), a.cols);
-  const auto rows = [&](int64_t begin, int64_t end, A* dweight) {
+  const auto weight = parameter_row<T>(scratch, a.weight, A(a.offset), a.cols);
+  const bool stream = worth_streaming<T>(a.dx, a.rows, a.cols, a.dx_stride);
+  const int64_t width = kDweight ? whole_chunks<A>(a.cols) : 0;
+  const LaneRow<T, A> total{scratch.allocate<A>(width)};
+  for_row_blocks(a.rows, width, total.data, [&](int64_t begin, int64_t end, A* partial) {
+    const LaneRow<T, A> dweight{partial};
     for (int64_t row = begin; row < end; ++row) {
-      const T* dy = static_cast<const T*>(a.dy) + row * a.dy_stride;
+      const T* dy = static_cast<const T*>(a.dy) + row_start(row, a.heads, a.cols, a.dy_stride);
       const T* dh = kDh ? static_cast<const T*>(a.dh) + row * a.dh_stride : nullptr;
-      const T* h = static_cast<const T*>(a.h) + row * a.h_stride;
-      T* dx = static_cast<T*>(a.dx) + row * a.dx_stride;
+      const T* h = static_cast<const T*>(a.h) + row_start(row, a.heads, a.cols, a.h_stride);
+      T* dx = static_cast<T*>(a.dx) + row_start(row, a.heads, a.cols, a.dx_stride);
       const A rstd = static_cast<const A*>(a.rstd)[row];
-      const A dot = row_sum<A>(
-          a.cols, [=](int64_t i) { return load(dy[i]) * weight[i] * (load(h[i]) * rstd); });
-      const A pull = dot / A(a.cols);
-      store_row(a.cols, dx, [=](int64_t i) {
-        const A d = load(dy[i]), n = load(h[i]) * rstd;
-        if (kDweight) dweight[i] += d * n;
-        const A across = multiply_add(-n, pull, d * weight[i]);
-        return kDh ? multiply_add(rstd, across, load(dh[i])) : rstd * across;
-      });
+      const auto term = [=](A d, A w, A value) { return d * w * (value * rstd); };
+      const A pull = row_sum<A>(a.cols, term, dy, weight, h) / A(a.cols);
+      const auto gradient = [=](A d, A w, A n) { return multiply_add(-n, pull, d * w); };
+      if constexpr (kDweight && kDh)
+        store_row(
+            a.cols, dx, stream,
+            [=](A d, A w, A value, A more, A& sum) {
+              const A n = value * rstd;
+              sum += d * n;
+              return multiply_add(rstd, gradient(d, w, n), more);
+            },
+            dy, weight, h, dh, dweight);
+      else if constexpr (kDweight)
+        store_row(
+            a.cols, dx, stream,
+            [=](A d, A w, A value, A& sum) {
+              const A n = value * rstd;
+              sum += d * n;
+              return rstd * gradient(d, w, n);
+            },
+            dy, weight, h, dweight);
+      else if constexpr (kDh)
+        store_row(
+            a.cols, dx, stream,
+            [=](A d, A w, A value, A more) {
+              return multiply_add(rstd, gradient(d, w, value * rstd), more);
+            },
+            dy, weight, h, dh);
+      else
+        store_row(
+            a.cols, dx, stream,
+            [=](A d, A w, A value) { return rstd * gradient(d, w, value * rstd); }, dy, weight, h);
     }
-  };
-  for_row_blocks(a.rows, kDweight ? a.cols : 0, static_cast<A*>(a.dweight), rows);
+  });
+  if (kDweight) copy_lanes(total, a.cols, static_cast<A*>(a.dweight));
 }
 
 template <class T>

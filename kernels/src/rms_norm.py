@@ -3,6 +3,8 @@
 A program holds BLOCK_M whole rows in registers, so each tensor is read and written once. Rows of
 more than BLOCK_N columns are walked twice. The weight's gradient is summed in two stages: every
 program its own contiguous block of rows, loading the next while it works, then the programs' sums.
+
+Rows may stand HEADS side by side: [tokens, heads, cols] with a stride for each token.
 """
 
 import torch
@@ -27,6 +29,7 @@ def _rms_norm_fwd_kernel(
     eps,
     offset,
     N: tl.constexpr,
+    HEADS: tl.constexpr,
     ALIGN: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -34,8 +37,13 @@ def _rms_norm_fwd_kernel(
 ):
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_m = offs_m < rows
-    x_ptr += tl.multiple_of(offs_m * stride_x, ALIGN)[:, None]
-    y_ptr += tl.multiple_of(offs_m * stride_y, ALIGN)[:, None]
+    token = offs_m // HEADS if HEADS > 1 else offs_m
+    x_ptr += tl.multiple_of(token * stride_x, ALIGN)[:, None]
+    y_ptr += tl.multiple_of(token * stride_y, ALIGN)[:, None]
+    if HEADS > 1:
+        head = tl.multiple_of(offs_m % HEADS * N, ALIGN)[:, None]
+        x_ptr += head
+        y_ptr += head
     if HAS_RESIDUAL:
         residual_ptr += tl.multiple_of(offs_m * stride_residual, ALIGN)[:, None]
         h_ptr += (offs_m * N)[:, None]
@@ -85,6 +93,7 @@ def _rms_norm_bwd_kernel(
     stride_dx,
     offset,
     N: tl.constexpr,
+    HEADS: tl.constexpr,
     ALIGN: tl.constexpr,
     HAS_DH: tl.constexpr,
     HAS_DW: tl.constexpr,
@@ -108,9 +117,15 @@ def _rms_norm_bwd_kernel(
     for begin in tl.range(first, last, BLOCK_M, num_stages=NUM_STAGES):
         offs_m = (begin + tl.arange(0, BLOCK_M)).to(tl.int64)
         mask_m = offs_m < last
-        dy_row = dy_ptr + tl.multiple_of(offs_m * stride_dy, ALIGN)[:, None]
-        h_row = h_ptr + tl.multiple_of(offs_m * stride_h, ALIGN)[:, None]
-        dx_row = dx_ptr + tl.multiple_of(offs_m * stride_dx, ALIGN)[:, None]
+        token = offs_m // HEADS if HEADS > 1 else offs_m
+        dy_row = dy_ptr + tl.multiple_of(token * stride_dy, ALIGN)[:, None]
+        h_row = h_ptr + tl.multiple_of(token * stride_h, ALIGN)[:, None]
+        dx_row = dx_ptr + tl.multiple_of(token * stride_dx, ALIGN)[:, None]
+        if HEADS > 1:
+            head = tl.multiple_of(offs_m % HEADS * N, ALIGN)[:, None]
+            dy_row += head
+            h_row += head
+            dx_row += head
         if HAS_DH:
             dh_row = dh_ptr + tl.multiple_of(offs_m * stride_dh, ALIGN)[:, None]
         rstd = tl.load(rstd_ptr + offs_m, mask=mask_m, other=0.0)[:, None]
@@ -153,17 +168,17 @@ def _rms_norm_bwd_kernel(
 
 
 def rms_norm_fwd(
-    x: Tensor,  # [rows, cols]
+    x: Tensor,  # [rows, cols] or [tokens, heads, cols]
     residual: Tensor | None,  # [rows, cols]
     weight: Tensor,  # [cols]
-    y: Tensor,  # [rows, cols]
+    y: Tensor,  # as x
     h: Tensor | None,  # [rows, cols], contiguous; given with residual
     rstd: Tensor,  # [rows] float32
     eps: float,
     offset: float,
 ) -> None:
     """Writes y and rstd, and h = x + residual where there is one. Launch size: bytes of a row."""
-    rows = x.shape[0]
+    rows = rstd.numel()
     if not x.numel():
         return
     config, _ = blocks("rms_norm_fwd", x, residual, y, h)
@@ -180,23 +195,24 @@ def rms_norm_fwd(
         y.stride(0),
         eps,
         offset,
+        HEADS=x.shape[1] if x.dim() == 3 else 1,
         HAS_RESIDUAL=residual is not None,
         **config,
     )
 
 
 def rms_norm_bwd(
-    dy: Tensor,  # [rows, cols]
+    dy: Tensor,  # as h
     dh: Tensor | None,  # [rows, cols]; added to dx
-    h: Tensor,  # [rows, cols], what was normed
+    h: Tensor,  # [rows, cols] or [tokens, heads, cols], what was normed
     weight: Tensor,  # [cols]
     rstd: Tensor,  # [rows] float32
-    dx: Tensor,  # [rows, cols]
+    dx: Tensor,  # as h; may be dy
     dweight: Tensor | None,  # [cols] float32
     offset: float,
 ) -> None:
     """Writes dx, and dweight if given. Launch size: bytes of a row."""
-    rows, cols = h.shape
+    rows, cols = rstd.numel(), h.shape[-1]
     if not h.numel():
         if dweight is not None:
             dweight.zero_()
@@ -222,6 +238,7 @@ def rms_norm_bwd(
         h.stride(0),
         dx.stride(0),
         offset,
+        HEADS=h.shape[1] if h.dim() == 3 else 1,
         HAS_DH=dh is not None,
         HAS_DW=dweight is not None,
         **config,

@@ -1,4 +1,4 @@
-"""Attention within each of several packed sequences."""
+"""Attention within each of several packed sequences, some of which continue others."""
 
 from torch import Tensor
 
@@ -20,11 +20,14 @@ def attention_fwd(
     scale: float,
     causal: bool,
     window: int,
+    parents: Tensor | None = None,  # [sequences] int32
 ) -> None:
     """Writes o and lse, the logarithm of each query's sum of exponentials."""
     backends.native().attention_fwd(
         dtype_code(q.dtype),
-        *_arguments(q, k, v, cu_seqlens, cos, sin, o, lse, head_dim, scale, causal, window),
+        *_arguments(
+            q, k, v, cu_seqlens, parents, cos, sin, o, lse, head_dim, scale, causal, window
+        ),
     )
 
 
@@ -46,11 +49,14 @@ def attention_bwd(
     scale: float,
     causal: bool,
     window: int,
+    parents: Tensor | None = None,
 ) -> None:
     """Writes dq, dk and dv; o and lse are the forward pass's."""
     backends.native().attention_bwd(
         dtype_code(q.dtype),
-        *_arguments(q, k, v, cu_seqlens, cos, sin, o, lse, head_dim, scale, causal, window),
+        *_arguments(
+            q, k, v, cu_seqlens, parents, cos, sin, o, lse, head_dim, scale, causal, window
+        ),
         d_o.data_ptr(),
         dq.data_ptr(),
         dk.data_ptr(),
@@ -67,6 +73,7 @@ def _arguments(
     k: Tensor,
     v: Tensor,
     cu_seqlens: Tensor,
+    parents: Tensor | None,
     cos: Tensor | None,
     sin: Tensor | None,
     o: Tensor,
@@ -83,6 +90,7 @@ def _arguments(
         pointer(cos),
         pointer(sin),
         cu_seqlens.data_ptr(),
+        pointer(parents),
         o.data_ptr(),
         lse.data_ptr(),
         q.shape[0],

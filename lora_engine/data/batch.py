@@ -8,34 +8,42 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lora_engine.data.prefixes import Segment, shared_segments, whole_segments
 from lora_engine.data.render import Example
 
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """S sequences of together T tokens, and the U tokens that the loss is taken over.
+    """Examples as S sequences of together T tokens, and the U tokens that the loss is taken over.
 
     input_ids: int64 [T].
-    position_ids: int64 [T], from 0 in every sequence.
+    position_ids: int64 [T]; a sequence counts on from the one it continues, else from 0.
     cu_seqlens: int32 [S+1]; sequence s is tokens cu_seqlens[s] to cu_seqlens[s+1].
-    max_seqlen: tokens of the longest sequence.
-    target_index: int64 [U], ascending; positions whose next token, in the same sequence, is
-        supervised. The hidden state there predicts it.
+    parents: int32 [S]: the earlier sequence each one continues, or -1; None: every sequence is a
+        whole example.
+    max_seqlen: tokens of the longest example.
+    target_index: int64 [U], by example; positions whose next token, in the same example, is
+        supervised. The hidden state there predicts it. A shared position stands once for each.
     target_ids: int64 [U], those next tokens.
-    origins: where each sequence comes from, length S.
+    origins: where each example comes from.
+    num_tokens: tokens of the examples, shared ones counted for each.
+    adapters: name of the adapter of each sequence, S of them; none if no example names one.
     """
 
     input_ids: Tensor
     position_ids: Tensor
     cu_seqlens: Tensor
+    parents: Tensor | None
     max_seqlen: int
     target_index: Tensor
     target_ids: Tensor
-    origins: tuple[str, ...] = ()
+    origins: tuple[str, ...]
+    num_tokens: int
+    adapters: tuple[str, ...] = ()
 
     @property
-    def num_tokens(self) -> int:
-        """T."""
+    def num_rows(self) -> int:
+        """T, at most num_tokens."""
         return self.input_ids.numel()
 
     @property
@@ -58,26 +66,55 @@ class PackedBatch:
         return replace(self, **moved)
 
 
-def collate(examples: Sequence[Example]) -> PackedBatch:
-    """Pack `examples`, in their order, into one batch on the CPU.
+def collate(examples: Sequence[Example], *, share_prefixes: bool = False) -> PackedBatch:
+    """Pack `examples` into one batch on the CPU.
+
+    In their order; with `share_prefixes` tokens that examples begin with in common are one
+    sequence, which the rest of each continues, if the same adapter learns from them. The loss and
+    its gradients are the same.
 
     Raises ValueError for no examples, or an empty one.
     """
-    lengths = np.array([len(example.input_ids) for example in examples], dtype=np.int64)
-    if lengths.size == 0 or lengths.min() == 0:
-        raise ValueError(f"cannot pack {lengths.size} examples of lengths {lengths.tolist()}")
-    ends = np.cumsum(lengths)
-    starts = ends - lengths
-    input_ids = np.concatenate([np.asarray(e.input_ids, dtype=np.int64) for e in examples])
-    supervised = np.concatenate([np.asarray(e.supervised, dtype=np.bool_) for e in examples])
-    supervised[starts] = False  # nothing of the same sequence precedes its first token
-    targets = np.flatnonzero(supervised)
+    lengths = [len(example.input_ids) for example in examples]
+    if not lengths or min(lengths) == 0:
+        raise ValueError(f"cannot pack {len(lengths)} examples of lengths {lengths}")
+    tokens = [np.asarray(example.input_ids, dtype=np.int64) for example in examples]
+    adapters = [example.adapter for example in examples]
+    segments = shared_segments(tokens, kinds=adapters) if share_prefixes else whole_segments(tokens)
+    sizes = np.array([segment.end - segment.start for segment in segments], dtype=np.int64)
+    bounds = np.concatenate([[0], np.cumsum(sizes)])
+    rows = _rows(segments, bounds, lengths)
+    target_index, target_ids = [], []
+    for example, ids, places in zip(examples, tokens, rows, strict=True):
+        # Nothing of the same example precedes its first token.
+        targets = np.flatnonzero(np.asarray(example.supervised, dtype=np.bool_)[1:]) + 1
+        target_index.append(places[targets - 1])
+        target_ids.append(ids[targets])
+    parents = np.array([segment.parent for segment in segments], dtype=np.int32)
     return PackedBatch(
-        input_ids=torch.from_numpy(input_ids),
-        position_ids=torch.from_numpy(np.arange(ends[-1]) - np.repeat(starts, lengths)),
-        cu_seqlens=torch.from_numpy(np.concatenate([[0], ends]).astype(np.int32)),
-        max_seqlen=int(lengths.max()),
-        target_index=torch.from_numpy(targets - 1),
-        target_ids=torch.from_numpy(input_ids[targets]),
+        input_ids=torch.from_numpy(
+            np.concatenate([tokens[s.members[0]][s.start : s.end] for s in segments])
+        ),
+        position_ids=torch.from_numpy(
+            np.concatenate([np.arange(s.start, s.end) for s in segments])
+        ),
+        cu_seqlens=torch.from_numpy(bounds.astype(np.int32)),
+        parents=torch.from_numpy(parents) if (parents >= 0).any() else None,
+        max_seqlen=max(lengths),
+        target_index=torch.from_numpy(np.concatenate(target_index)),
+        target_ids=torch.from_numpy(np.concatenate(target_ids)),
         origins=tuple(example.origin for example in examples),
+        num_tokens=sum(lengths),
+        adapters=tuple(adapters[s.members[0]] for s in segments) if any(adapters) else (),
     )
+
+
+def _rows(
+    segments: Sequence[Segment], bounds: np.ndarray, lengths: Sequence[int]
+) -> list[np.ndarray]:
+    """Where in the batch each token of each example stands."""
+    rows = [np.empty(length, dtype=np.int64) for length in lengths]
+    for segment, begin, end in zip(segments, bounds[:-1], bounds[1:], strict=True):
+        for member in segment.members:
+            rows[member][segment.start : segment.end] = np.arange(begin, end)
+    return rows

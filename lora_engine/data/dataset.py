@@ -27,7 +27,7 @@ class Dropped:
 
 @dataclass(frozen=True)
 class Duplicate:
-    """A record whose tokens and mask are those of an earlier one."""
+    """A record whose tokens, mask and adapter are those of an earlier one."""
 
     origin: str
     first: str
@@ -91,6 +91,8 @@ class TokenizedDataset(Sequence[Example]):
 @dataclass(frozen=True)
 class Leakage:
     """What of the evaluation data is also in the training data, as the origins (eval, train).
+
+    What trains another adapter gives nothing away.
 
     examples: the same tokens.
     prompts: the same tokens up to the answer, with another answer.
@@ -160,13 +162,14 @@ def find_leakage(train: Iterable[Example], evaluation: Iterable[Example]) -> Lea
     whole: dict[Any, str] = {}
     prompts: dict[Any, str] = {}
     for example in train:
-        whole.setdefault(tuple(example.input_ids), example.origin)
-        prompts.setdefault(_prompt(example), example.origin)
+        whole.setdefault((example.adapter, *example.input_ids), example.origin)
+        prompts.setdefault((example.adapter, *_prompt(example)), example.origin)
     same_example, same_prompt = [], []
     for example in evaluation:
-        if origin := whole.get(tuple(example.input_ids)):
+        prompt = _prompt(example)
+        if origin := whole.get((example.adapter, *example.input_ids)):
             same_example.append((example.origin, origin))
-        elif (prompt := _prompt(example)) and (origin := prompts.get(prompt)):
+        elif prompt and (origin := prompts.get((example.adapter, *prompt))):
             same_prompt.append((example.origin, origin))
     return Leakage(tuple(same_example), tuple(same_prompt))
 
@@ -189,7 +192,7 @@ def _reason_to_drop(record: Record, example: Example, max_length: int | None) ->
 def _find_duplicates(examples: Iterable[Example]) -> Iterable[Duplicate]:
     first: dict[Any, str] = {}
     for example in examples:
-        key = (tuple(example.input_ids), tuple(example.supervised))
+        key = (tuple(example.input_ids), tuple(example.supervised), example.adapter)
         if key in first:
             yield Duplicate(example.origin, first[key])
         else:

@@ -17,6 +17,7 @@ from lora_engine.data.dataset import (
     TokenizedDataset,
     find_leakage,
 )
+from lora_engine.data.prefixes import common_length
 from lora_engine.data.render import Example, Tokenizer
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ class Sample:
 class DataReport:
     """The account of one dataset. Tokens count every token, targets those the loss is taken over.
 
+    length_common: tokens that all examples begin with in common.
     leakage: what of this data is also in the training data; None for the training data itself.
     """
 
@@ -61,6 +63,7 @@ class DataReport:
     length_min: int
     length_median: int
     length_max: int
+    length_common: int
     histogram: tuple[Bin, ...]
     truncated: tuple[str, ...]
     dropped: tuple[Dropped, ...]
@@ -88,6 +91,9 @@ def report(
         length_min=int(lengths.min()),
         length_median=int(np.median(lengths)),
         length_max=int(lengths.max()),
+        length_common=common_length(
+            [np.asarray(example.input_ids) for example in dataset], range(len(dataset))
+        ),
         histogram=length_histogram(lengths),
         truncated=dataset.truncated,
         dropped=dataset.dropped,
@@ -162,6 +168,7 @@ def _counts(data: DataReport) -> "Table":
         "tokens per example",
         f"{data.length_min:,} to {data.length_max:,}, median {data.length_median:,}",
     )
+    table.add_row("all begin with", f"the same {data.length_common:,} tokens")
     return table
 
 

@@ -5,6 +5,8 @@ A record is one of three kinds, told by its fields (the first that matches count
 - `messages`: a chat, a list of {"role": ..., "content": ...}
 - `prompt` and `completion`: two strings
 - `text`: one string
+
+Any of them may name, in `adapter`, the one of several adapters that learns from it.
 """
 
 import hashlib
@@ -36,6 +38,7 @@ class Record:
     messages: the chat, for kind "messages".
     prompt, completion: for kind "completion".
     text: for kind "text".
+    adapter: name of the adapter that learns from it ("": none named).
     origin: where it stands, "file:line" where there are lines.
     group: records of one group belong on one side of a train/held-out split ("": no group).
     """
@@ -45,6 +48,7 @@ class Record:
     prompt: str = ""
     completion: str = ""
     text: str = ""
+    adapter: str = ""
     origin: str = ""
     group: str = ""
 
@@ -105,13 +109,15 @@ def parse_record(row: Any, origin: str) -> Record:
     if not isinstance(row, Mapping):
         raise UserError(f"{origin}: expected an object with fields, got {_name(row)}")
     present = {field for field in FIELDS if row.get(field) is not None}
+    adapter = "" if row.get("adapter") is None else _string(row, "adapter", origin)
+    about: dict[str, Any] = {"adapter": adapter, "origin": origin}
     if "messages" in present:
-        return Record("messages", messages=_messages(row["messages"], origin), origin=origin)
+        return Record("messages", messages=_messages(row["messages"], origin), **about)
     if {"prompt", "completion"} <= present:
         prompt, completion = (_string(row, f, origin) for f in ("prompt", "completion"))
-        return Record("completion", prompt=prompt, completion=completion, origin=origin)
+        return Record("completion", prompt=prompt, completion=completion, **about)
     if "text" in present:
-        return Record("text", text=_string(row, "text", origin), origin=origin)
+        return Record("text", text=_string(row, "text", origin), **about)
     raise UserError(
         f"{origin}: needs 'messages', 'prompt' and 'completion', or 'text'; "
         f"has {', '.join(map(repr, row)) or 'no fields'}"

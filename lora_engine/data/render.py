@@ -49,12 +49,14 @@ class Example:
         example has no predecessor, so it never counts.
     origin: where the record stands.
     truncated: whether tokens were cut off its end.
+    adapter: name of the adapter that learns from it ("": none named).
     """
 
     input_ids: list[int]
     supervised: list[bool]
     origin: str = ""
     truncated: bool = False
+    adapter: str = ""
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -83,7 +85,8 @@ def tokenize(
     else:
         ids, supervised = _encode_plain(record, tokenizer, loss_on)
     end = len(ids) if max_length is None else max_length
-    return Example(ids[:end], supervised[:end], record.origin, truncated=len(ids) > end)
+    cut = len(ids) > end
+    return Example(ids[:end], supervised[:end], record.origin, cut, record.adapter)
 
 
 def chat_segments(

@@ -27,15 +27,22 @@ class ExampleLike(Protocol):
     @property
     def truncated(self) -> bool: ...
 
+    @property
+    def adapter(self) -> str: ...
+
 
 @dataclass(frozen=True)
 class Prompt:
-    """The tokens before a held-out answer, and that answer. origin: where the record stands."""
+    """The tokens before a held-out answer, and that answer.
+
+    origin: where the record stands. adapter: the adapter that it names ("": none).
+    """
 
     input_ids: tuple[int, ...]
     origin: str
     text: str
     reference: str
+    adapter: str = ""
 
 
 def choose_prompts(examples: Sequence[ExampleLike], tokenizer: Any, count: int) -> list[Prompt]:
@@ -74,7 +81,7 @@ def split_example(example: ExampleLike, tokenizer: Any) -> Prompt | None:
     if not prompt_ids or not reference:
         return None
     text = tokenizer.decode(prompt_ids, skip_special_tokens=True).strip()
-    return Prompt(tuple(prompt_ids), example.origin, text, reference)
+    return Prompt(tuple(prompt_ids), example.origin, text, reference, example.adapter)
 
 
 def differing_parts(prompts: Sequence[str]) -> list[str]:
@@ -98,20 +105,26 @@ def generate(
     """The model's greedy continuation of every prompt, as text without special tokens.
 
     model: a transformers (or PEFT) causal language model; each module's training mode is as
-    before afterwards, and no random number is drawn.
+    before afterwards, and no random number is drawn. A prompt that names an adapter is continued
+    by that one alone.
     """
     texts: list[str] = []
     with _inference_mode(model):
         for first in range(0, len(prompts), BATCH_SIZE):
-            batch = [list(p.input_ids) for p in prompts[first : first + BATCH_SIZE]]
-            texts += _generate_batch(model, tokenizer, batch, max_new_tokens)
+            texts += _generate_batch(
+                model, tokenizer, prompts[first : first + BATCH_SIZE], max_new_tokens
+            )
     return texts
 
 
 def _generate_batch(
-    model: Any, tokenizer: Any, batch: list[list[int]], max_new_tokens: int
+    model: Any, tokenizer: Any, prompts: Sequence[Prompt], max_new_tokens: int
 ) -> list[str]:
     from transformers import GenerationConfig
+
+    batch = [list(prompt.input_ids) for prompt in prompts]
+    adapters = [prompt.adapter for prompt in prompts]
+    routed = {"adapter_names": adapters} if all(adapters) else {}
 
     stop = _stop_tokens(model, tokenizer)
     pad = tokenizer.pad_token_id
@@ -129,6 +142,7 @@ def _generate_batch(
             pad_token_id=pad,
             eos_token_id=stop or None,
         ),
+        **routed,
     )
     answers = [_until_stop(row, stop) for row in output[:, longest:].tolist()]
     return [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers]

@@ -98,7 +98,9 @@ class _Accelerator:
             elif is_gated_mlp(module):
                 self._mlp(name, module, tails)
             elif type(module).__name__ in DECODER_CLASSES:
-                self.patches.set_attribute(module, "forward", DecoderLayerForward(module))
+                last = module is self._last_layer()
+                layer = DecoderLayerForward(module, self.router, last=last)
+                self.patches.set_attribute(module, "forward", layer)
                 self.report.add(name, "blocks", True, "attention and MLP, each one function")
         for name, module in self.model.named_modules():
             norm = norm_forward(module, tails.get(module, 0))
@@ -110,6 +112,10 @@ class _Accelerator:
                 self._embedding(name, module)
         self._loss()
         return self.report
+
+    def _last_layer(self) -> Any:
+        layers = getattr(self.model.base_model, "layers", None)
+        return layers[-1] if layers else None
 
     def _how(self, operation: str) -> str:
         return backends.choose(operation, self.device, self.dtype).reason

@@ -87,6 +87,7 @@ def attend(
         attention_mask,
         kwargs.get("cu_seq_lens_q"),
         kwargs.get("position_ids"),
+        kwargs.get("sequence_parents"),
     )
     q, k, v = (x.transpose(1, 2).reshape(batch * length, -1) for x in (query, key, value))
     if found.token_index is not None:
@@ -99,6 +100,7 @@ def attend(
         head_dim=head_dim,
         softmax_scale=scaling,
         window=kwargs.get("sliding_window") or 0,
+        parents=found.parents,
     )
     return _unpad(out, found.token_index, batch * length).view(batch, length, heads, head_dim), None
 
@@ -136,9 +138,11 @@ class AttentionForward:
             "past_key_values": past_key_values,
             **kwargs,
         }
-        if not self._whole_sequences(**given):
+        if not self.whole_sequences(**given):
             if self.qkv.router.rows is not None:
                 raise UserError("rows cannot be routed by adapter with a cache: use_cache=False")
+            if kwargs.get("sequence_parents") is not None:
+                raise UserError("sequences cannot share prefixes with a cache or dropout")
             result: tuple[Tensor, None] = self.original(hidden_states, **given)
             return result
         batch, length = hidden_states.shape[:2]
@@ -156,6 +160,7 @@ class AttentionForward:
             sin=found.sin,
             softmax_scale=module.scaling,
             window=self.window,
+            parents=found.parents,
             tail=self.output.tail,
             grad_tail=self.qkv.tail,
         )
@@ -163,10 +168,6 @@ class AttentionForward:
             out = _unpad(out, found.token_index, batch * length).view(batch, length, -1)
         (y,) = self.output(out)
         return y, None
-
-    def fusable(self, **given: Any) -> bool:
-        """Whether a call with these arguments does nothing between its products but attend."""
-        return not hasattr(self.module, "q_norm") and self._whole_sequences(**given)
 
     def find_sequences(
         self,
@@ -184,9 +185,10 @@ class AttentionForward:
             attention_mask,
             kwargs.get("cu_seq_lens_q"),
             kwargs.get("position_ids"),
+            kwargs.get("sequence_parents"),
         )
 
-    def _whole_sequences(
+    def whole_sequences(
         self,
         *,
         position_embeddings: Any = None,

@@ -1,44 +1,12 @@
-"""Causal language models without their logits: hidden states of packed batches, and the loss."""
+"""The forward of a causal language model in training: a loss, and no logits."""
 
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lora_engine.models.head import Head, output_head, transformers_model, why_no_head
-
-
-class PackedTokens(Protocol):
-    """What of a batch the model sees (`lora_engine.data.batch.PackedBatch` has it)."""
-
-    @property
-    def input_ids(self) -> Tensor: ...  # [T] int64
-    @property
-    def position_ids(self) -> Tensor: ...  # [T] int64
-    @property
-    def cu_seqlens(self) -> Tensor: ...  # [S + 1] int32
-    @property
-    def max_seqlen(self) -> int: ...
-
-
-def packed_hidden_states(model: Any, batch: PackedTokens) -> Tensor:
-    """The last hidden states [T, H] of a packed batch, after the final norm; no logits.
-
-    `model` is a transformers causal language model, plain, with PEFT adapters, or accelerated.
-    Sequences do not see each other.
-    """
-    backbone = transformers_model(model).base_model
-    output = backbone(
-        input_ids=batch.input_ids[None],
-        position_ids=batch.position_ids[None],
-        use_cache=False,
-        cu_seq_lens_q=batch.cu_seqlens,
-        cu_seq_lens_k=batch.cu_seqlens,
-        max_length_q=batch.max_seqlen,
-        max_length_k=batch.max_seqlen,
-    )
-    hidden: Tensor = output.last_hidden_state[0]
-    return hidden
+from lora_engine.models.head import Head, output_head, why_no_head
+from lora_engine.models.packed import selects_rows
 
 
 class CausalLmForward:
@@ -69,10 +37,17 @@ class CausalLmForward:
 
         kwargs.pop("logits_to_keep", None)
         kwargs.setdefault("use_cache", False)
-        output = self.model.base_model(**kwargs)
-        loss = shifted_loss(
-            output.last_hidden_state, output_head(self.model), labels, num_items_in_batch
-        )
+        targets, rows = shifted_targets(labels)
+        backbone = self.model.base_model
+        wants_states = kwargs.get("output_hidden_states") or self.model.config.output_hidden_states
+        pruned = selects_rows(backbone) and not wants_states
+        if pruned:
+            kwargs["output_rows"] = rows
+        output = backbone(**kwargs)
+        hidden = output.last_hidden_state.flatten(0, 1)
+        if not pruned:
+            hidden = hidden.index_select(0, rows)
+        loss = mean_loss(hidden, output_head(self.model), targets, num_items_in_batch)
         result = CausalLMOutputWithPast(
             loss=loss,
             past_key_values=output.past_key_values,
@@ -82,20 +57,21 @@ class CausalLmForward:
         return result.to_tuple() if return_dict is False else result
 
 
-def shifted_loss(
-    hidden: Tensor,  # [B, L, H]
+def shifted_targets(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Of labels [B, L]: those that a position before them predicts [U], and these rows [U]."""
+    supervised = labels[:, 1:] != -100
+    rows = nn.functional.pad(supervised, (0, 1)).flatten().nonzero()[:, 0]
+    return labels[:, 1:][supervised], rows
+
+
+def mean_loss(
+    hidden: Tensor,  # [U, H]
     head: Head,
-    labels: Tensor,  # [B, L] int64
+    targets: Tensor,  # [U] int64
     num_items_in_batch: Tensor | int | None = None,
 ) -> Tensor:
-    """Mean cross-entropy of each position's next label, over supervised positions only.
-
-    Divided by `num_items_in_batch` where given (transformers' gradient accumulation).
-    """
-    targets = labels[:, 1:]
-    supervised = targets != -100
-    rows = hidden[:, :-1][supervised]
-    out = head.cross_entropy(rows, targets[supervised], reduction="sum")
+    """Mean cross-entropy, or the sum over `num_items_in_batch` (transformers' accumulation)."""
+    out = head.cross_entropy(hidden, targets, reduction="sum")
     if num_items_in_batch is None:
-        return out.loss / supervised.sum().clamp(min=1)
+        return out.loss / max(targets.numel(), 1)
     return out.loss / torch.as_tensor(num_items_in_batch, device=out.loss.device)

@@ -1,5 +1,6 @@
 """Decoder layers whose halves are single functions: norm, linears, core and residual together."""
 
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -8,7 +9,10 @@ from lora_engine.models.attention import AttentionForward
 from lora_engine.models.lora_state import has_hooks
 from lora_engine.models.mlp import MlpForward
 from lora_engine.models.norm import RmsNormForward
-from lora_engine.ops.blocks import Branch, attention_block, blocks_available, mlp_block
+from lora_engine.models.routing import AdapterRouter
+from lora_engine.ops.attention_block import attention_block
+from lora_engine.ops.blocks import Branch, block_available
+from lora_engine.ops.mlp_block import mlp_block
 
 # Layers whose forward is x + self_attn(input_layernorm(x)), then the same with
 # post_attention_layernorm and mlp.
@@ -18,12 +22,34 @@ DECODER_CLASSES = frozenset(
 
 
 class DecoderLayerForward:
-    """The forward of a layer of DECODER_CLASSES; a half that cannot be fused runs its modules."""
+    """The forward of a layer of DECODER_CLASSES; a half that cannot be fused runs its modules.
 
-    def __init__(self, module: Any) -> None:
-        self.module = module
+    The last layer takes `output_rows` [U], places in its rows: its MLP runs on these alone, and
+    its result is [1, U, H]. Under gradient checkpointing a layer keeps its input alone and runs
+    again in the backward pass.
+    """
 
-    def __call__(
+    def __init__(self, module: Any, router: AdapterRouter, *, last: bool) -> None:
+        self.module, self.router, self.last = module, router, last
+
+    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """As the layer's own forward."""
+        module = self.module
+        # transformers 5 checkpoints in the class's forward, which an instance's own replaces; its
+        # first releases in __call__.
+        if (
+            module.gradient_checkpointing
+            and module.training
+            and type(module).__call__ is nn.Module.__call__
+        ):
+            kwargs |= {"past_key_values": None, "use_cache": False}  # a cache would be filled twice
+            result: Tensor = module._gradient_checkpointing_func(
+                partial(self._run, **kwargs), hidden_states, *args
+            )
+            return result
+        return self._run(hidden_states, *args, **kwargs)
+
+    def _run(
         self,
         hidden_states: Tensor,  # [B, L, H]
         attention_mask: Tensor | None = None,
@@ -46,8 +72,12 @@ class DecoderLayerForward:
             normed = module.input_layernorm(hidden_states)
             attended, _ = module.self_attn(hidden_states=normed, use_cache=use_cache, **given)
             x = hidden_states + attended
-        y = self._mlp(x)
-        return x + module.mlp(module.post_attention_layernorm(x)) if y is None else y
+        rows = kwargs.get("output_rows") if self.last else None
+        if rows is not None:
+            x = x.flatten(0, 1).index_select(0, rows)[None]
+        with self.router.selecting(rows):
+            y = self._mlp(x)
+            return x + module.mlp(module.post_attention_layernorm(x)) if y is None else y
 
     def _attention(self, x: Tensor, given: dict[str, Any]) -> Tensor | None:
         """The attention half as one function; None where it has to be run by its modules."""
@@ -55,11 +85,19 @@ class DecoderLayerForward:
         forward, norm = _ours(module.self_attn), _ours(module.input_layernorm)
         if not isinstance(forward, AttentionForward) or not isinstance(norm, RmsNormForward):
             return None
-        if not forward.fusable(**given) or not blocks_available(x.device, x.dtype):
+        if not forward.whole_sequences(**given):
+            return None
+        if not block_available("attention", x.device, x.dtype):
             return None
         qkv, output = forward.qkv.weight, forward.output.weight
         if qkv is None or output is None:
             return None
+        head_norms = None
+        if hasattr(module.self_attn, "q_norm"):
+            q_norm, k_norm = _ours(module.self_attn.q_norm), _ours(module.self_attn.k_norm)
+            if not (isinstance(q_norm, RmsNormForward) and isinstance(k_norm, RmsNormForward)):
+                return None
+            head_norms = q_norm.prenorm(), k_norm.prenorm()
         if not (forward.qkv.ready() and forward.output.ready()):
             return None
         found = forward.find_sequences(x, **given)
@@ -84,6 +122,8 @@ class DecoderLayerForward:
             head_dim=module.self_attn.head_dim,
             softmax_scale=module.self_attn.scaling,
             window=forward.window,
+            parents=found.parents,
+            head_norms=head_norms,
         )
 
     def _mlp(self, x: Tensor) -> Tensor | None:
@@ -93,7 +133,7 @@ class DecoderLayerForward:
         if not isinstance(forward, MlpForward) or not isinstance(norm, RmsNormForward):
             return None
         gate_up, down = forward.gate_up.weight, forward.down.weight
-        if gate_up is None or down is None or not blocks_available(x.device, x.dtype):
+        if gate_up is None or down is None or not block_available("glu", x.device, x.dtype):
             return None
         if not (forward.gate_up.ready() and forward.down.ready()):
             return None

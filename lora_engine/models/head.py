@@ -19,7 +19,7 @@ class Head:
     """What the logits are made of: `softcap(hidden weightᵀ + bias + LoRA)`."""
 
     weight: Tensor  # [V, H], the embedding's own where they are tied
-    bias: Tensor | None = None  # [V]
+    bias: Tensor | None = None  # [V], an adapter's included
     lora: ops.LoraFactors | None = None
     softcap: float | None = None
 
@@ -62,8 +62,12 @@ def output_head(model: Any) -> Head:
     if is_lora(head):
         lora = next(iter(lora_state.active_factors(head, ())), None)
         head = head.get_base_layer()
+    bias = head.bias
+    if lora is not None and lora.bias is not None:
+        own = (lora.scaling * lora.bias).to(head.weight.dtype)
+        bias = own if bias is None else bias + own
     softcap = getattr(inner.config.get_text_config(), "final_logit_softcapping", None)
-    return Head(head.weight, head.bias, lora, softcap)
+    return Head(head.weight, bias, lora, softcap)
 
 
 def why_no_head(model: Any) -> str | None:

@@ -106,6 +106,8 @@ class LinearGroup:
         adapters = [lora_state.active_factors(m, self.router.names) for m in self.modules]
         if sum(f.lora_a.shape[0] for found in adapters for f in found) > weight.tail:
             return "the active adapters have more ranks than there is room for: accelerate anew"
+        if self.router.names and any(f.bias is not None for found in adapters for f in found):
+            return "lora_bias=True"
         weight.set_adapters(adapters)
         return None
 

@@ -39,7 +39,7 @@ def adapter_state(module: Any) -> tuple[Any, ...]:
     """What decides which of a LoRA layer's adapters run, and how."""
     active = _running(module)
     factors = tuple(
-        (name, module.scaling[name], module.lora_A[name].weight, module.lora_B[name].weight)
+        (name, module.scaling[name], module.lora_A[name].weight, *_lora_b(module, name))
         for name in active
     )
     flags = (module.disable_adapters, bool(module.merged), dropout_now(module))
@@ -64,13 +64,15 @@ def active_factors(module: Any, names: Sequence[str]) -> list[ops.LoraFactors]:
         magnitude = None
         if name in module.lora_variant:
             magnitude = module.lora_magnitude_vector[name].weight
+        lora_b, bias = _lora_b(module, name)
         found.append(
             ops.LoraFactors(
                 module.lora_A[name].weight,
-                module.lora_B[name].weight,
+                lora_b,
                 module.scaling[name],
                 magnitude,
                 names.index(name) if name in names else UNROUTED,
+                bias,
             )
         )
     return found
@@ -123,11 +125,14 @@ def why_not_active(module: Any) -> str | None:
                 return "DoRA with lora_dropout > 0"
             if len(active) > 1:
                 return "several adapters are active at once, one of them DoRA"
-        if module.lora_bias[name]:
-            return "lora_bias=True"
     if module.fan_in_fan_out:
         return "fan_in_fan_out=True"
     return None
+
+
+def _lora_b(module: Any, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """An adapter's B, and its bias where PEFT's `lora_bias` gives it one."""
+    return module.lora_B[name].weight, module.lora_B[name].bias
 
 
 def _active(module: Any) -> list[str]:

@@ -22,6 +22,17 @@ class AdapterRouter:
         self.names: tuple[str, ...] = ()
         self.rows: Tensor | None = None
 
+    @contextmanager
+    def selecting(self, index: Tensor | None) -> Iterator[None]:
+        """Within this context the batch is those of its rows alone, [U] int64; None: all of it."""
+        before = self.rows
+        if before is not None and index is not None:
+            self.rows = before.index_select(0, index.to(before.device))
+        try:
+            yield
+        finally:
+            self.rows = before
+
 
 _ROUTERS: WeakKeyDictionary[nn.Module, AdapterRouter] = WeakKeyDictionary()
 
@@ -36,8 +47,22 @@ def forget_router(model: nn.Module) -> None:
     _ROUTERS.pop(model, None)
 
 
-def _has_lora_head(model: Any) -> bool:
-    return is_lora(model.get_base_model().get_output_embeddings())
+def active_adapters(model: Any) -> tuple[str, ...]:
+    """The adapters of a PeftModel that are active; none for other models."""
+    from peft import PeftModel
+
+    return tuple(model.active_adapters) if isinstance(model, PeftModel) else ()
+
+
+def _why_not(model: Any) -> str | None:
+    """What of the model is one for all adapters, so that rows cannot choose."""
+    from peft.utils.other import ModulesToSaveWrapper
+
+    if is_lora(model.get_base_model().get_output_embeddings()):
+        return "LoRA on the output head"
+    if any(isinstance(module, ModulesToSaveWrapper) for module in model.modules()):
+        return "a module trained in full (modules_to_save)"
+    return None
 
 
 @contextmanager
@@ -50,7 +75,8 @@ def route_adapters(model: Any, names: Sequence[str], rows: Tensor) -> Iterator[N
     (`model.base_model.set_adapter([...])`). The backward pass may run outside the context.
 
     Raises UserError for models that are not accelerated, for adapters that are unknown or not
-    active and, when the model is called, for layers that the augmented weight does not cover.
+    active, for LoRA on the output head and `modules_to_save` and, when the model is called, for
+    layers that the augmented weight does not cover.
     """
     router = _ROUTERS.get(model)
     if router is None:
@@ -64,8 +90,8 @@ def route_adapters(model: Any, names: Sequence[str], rows: Tensor) -> Iterator[N
                 f"route_adapters: adapter {name!r} is not active; "
                 f"model.base_model.set_adapter({list(names)!r}) activates several"
             )
-    if _has_lora_head(model):
-        raise UserError("route_adapters: LoRA on the output head cannot be routed by row")
+    if (problem := _why_not(model)) is not None:
+        raise UserError(f"route_adapters: {problem} cannot be routed by row")
     before = router.names, router.rows
     router.names, router.rows = tuple(names), rows
     try:

@@ -15,6 +15,7 @@ class Sequences(NamedTuple):
     token_index: Tensor | None  # [T] places of the tokens in the batch's rows; None: all, in order
     cos: Tensor  # [T, D] in the type arithmetic is done in
     sin: Tensor  # [T, D]
+    parents: Tensor | None = None  # [S] int32: the earlier sequence each continues, or -1
 
 
 class SequenceFinder:
@@ -31,18 +32,18 @@ class SequenceFinder:
         attention_mask: Tensor | None,
         cu_seqlens: Tensor | None,
         position_ids: Tensor | None,
+        parents: Tensor | None = None,
     ) -> Sequences:
         """The sequences of a batch [B, L].
 
         From `cu_seqlens` over the flattened batch where given; else from the padding mask [B, L];
         else from `position_ids`, where a token that does not continue the one before it starts a
-        sequence; else every row is one.
+        sequence; else every row is one. `parents` belong to `cu_seqlens`.
         """
-        key = (shape, *position_embeddings, attention_mask, cu_seqlens, position_ids)
+        key = (shape, *position_embeddings, attention_mask, cu_seqlens, position_ids, parents)
         if self._found is None or not _same(key, self._key):
-            self._found = _find(
-                shape, position_embeddings, attention_mask, cu_seqlens, position_ids
-            )
+            found = _find(shape, position_embeddings, attention_mask, cu_seqlens, position_ids)
+            self._found = found._replace(parents=parents)
             self._key = key
         return self._found
 

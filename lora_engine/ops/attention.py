@@ -23,6 +23,7 @@ def attention(
     softmax_scale: float | None = None,
     causal: bool = True,
     window: int = 0,
+    parents: Tensor | None = None,  # [S] int32
     tail: int = 0,
     grad_tail: int = 0,
     impl: str | None = None,
@@ -32,12 +33,15 @@ def attention(
     Sequence s is tokens `cu_seqlens[s]` to `cu_seqlens[s + 1]`; together they cover all T. Query
     head h reads key/value head `h // (Hq / Hkv)`. With cos and sin, q and k are rotated on the way
     in (`ops.rope`), and their gradients back on the way out. `softmax_scale` defaults to D^-1/2.
-    `window` > 0 lets a query see that many keys, itself included (causal only). `tail` leaves
+    `window` > 0 lets a query see that many keys, itself included (causal only). With `parents`
+    (causal only) sequence s continues the earlier sequence `parents[s]`, if that is not -1: its
+    queries see that one's tokens and whatever that one continues, then their own, as though all
+    stood in one sequence, and the gradients of k and v sum over all that saw them. `tail` leaves
     spare columns behind each token of the result for `ops.lora_linear`, and `grad_tail` behind the
     gradients of q, k and v, which lie side by side in one buffer. Memory beyond the result is one
     float a token and head.
 
-    Raises ValueError where shapes, dtypes or sequence bounds do not fit.
+    Raises ValueError where shapes, dtypes, sequence bounds or parents do not fit.
     """
     if head_dim is None:
         check(q.dim() == 3, f"attention: q {shape_of(q)} is not [T, Hq, D]; or give head_dim")
@@ -53,10 +57,13 @@ def attention(
             softmax_scale=softmax_scale,
             causal=causal,
             window=window,
+            parents=parents,
             impl=impl,
         )
         return out.view(q.shape)
     _check(q, k, v, cu_seqlens, head_dim, cos, sin, causal, window)
+    if parents is not None:
+        check_parents(parents, cu_seqlens.numel() - 1, causal)
     scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
     impl = backends.select("attention", q.device, q.dtype, impl)
     if impl == "reference":
@@ -71,6 +78,7 @@ def attention(
             softmax_scale=scale,
             causal=causal,
             window=window,
+            parents=parents,
         ).view(q.shape)
     accumulate = accumulate_dtype(q.dtype)
     result: Tensor = _Attention.apply(
@@ -80,7 +88,13 @@ def attention(
         cu_seqlens.contiguous(),
         None if cos is None else cos.to(accumulate).contiguous(),
         None if sin is None else sin.to(accumulate).contiguous(),
-        {"head_dim": head_dim, "scale": scale, "causal": causal, "window": window},
+        {
+            "head_dim": head_dim,
+            "scale": scale,
+            "causal": causal,
+            "window": window,
+            "parents": parents,
+        },
         (tail, grad_tail),
         backends.kernels("attention", impl),
     )
@@ -134,6 +148,20 @@ def _check(
         check(
             bounds[0] == 0 and bounds[-1] == tokens and rising,
             f"attention: cu_seqlens must rise from 0 to {tokens}, got {bounds[:8]}…",
+        )
+
+
+def check_parents(parents: Tensor, sequences: int, causal: bool) -> None:
+    """Raises ValueError unless every sequence continues an earlier one or none (-1)."""
+    check(causal, "attention: parents needs causal=True")
+    check(
+        parents.shape == (sequences,) and parents.dtype == torch.int32 and parents.is_contiguous(),
+        f"attention: parents {shape_of(parents)} is not [{sequences}] int32",
+    )
+    if parents.device.type == "cpu":
+        check(
+            all(-1 <= parent < s for s, parent in enumerate(parents.tolist())),
+            f"attention: parents must be -1 or an earlier sequence, got {parents.tolist()[:8]}…",
         )
 
 

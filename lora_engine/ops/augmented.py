@@ -30,6 +30,8 @@ def empty(
     rows: int, widths: Sequence[int], tail: int, *, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, ...]:
     """One tensor [rows, width] for each width, side by side in one buffer with `tail` to spare."""
+    if tail == 0 and len(widths) == 1:
+        return (empty_rows(rows, widths[0], dtype=dtype, device=device),)
     buffer = empty_rows(rows, sum(widths) + tail, dtype=dtype, device=device)
     # The room's own version counter: writing it changes no column that autograd may have saved.
     room = _Room(buffer.data, tuple(widths))
@@ -45,6 +47,11 @@ def keep_room(source: Tensor, view: Tensor) -> Tensor:
     if room is not None:
         setattr(view, _ATTRIBUTE, room)
     return view
+
+
+def shaped(rows: Tensor, shape: torch.Size) -> Tensor:
+    """`rows` [rows, cols] as `shape` [..., cols], having its room."""
+    return rows if rows.shape == shape else keep_room(rows, rows.view(shape))
 
 
 def claim(parts: Sequence[Tensor], tail: int) -> Tensor:

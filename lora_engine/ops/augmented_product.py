@@ -62,7 +62,7 @@ class AugmentedProduct:
             self.kernels.lora_a_fwd(x, weight.lora_a, s, weight.spans, self.dropout)
             if self.columns is not None:
                 s.mul_(self.columns)
-        bias = self._bias()
+        bias = weight.bias
         if weight.scale is None:
             first, second = (residual, None) if bias is None else (bias, residual)
             y = self._products(x, s, joined, first)
@@ -183,30 +183,36 @@ class AugmentedProduct:
                 dy = grads[block.linear].reshape(unscaled.shape[0], -1).to(weight.norm.dtype)
                 d_scale = (dy * unscaled[:, block.rows]).sum(0) / weight.norm[block.rows]
                 found[3 * i + 2] = d_scale.to(factors.lora_a.dtype)
-        for i, (grad, bias) in enumerate(zip(grads, weight.biases, strict=True)):
-            if needs[3 * len(weight.blocks) + i] and bias is not None:
+        start = 3 * len(weight.blocks)
+        of_linears = slice(start, start + len(weight.biases))
+        found[start:] = self._bias_gradients(needs[of_linears], needs[of_linears.stop :], grads)
+        return found
+
+    def _bias_gradients(
+        self, needs_linear: Sequence[bool], needs_block: Sequence[bool], grads: Sequence[Tensor]
+    ) -> list[Tensor | None]:
+        """Gradients of every linear's bias, then of every block's."""
+        weight = self.weight
+        sums: dict[int, Tensor] = {}
+        for i, grad in enumerate(grads):
+            ours = [n for n, b in zip(needs_block, weight.blocks, strict=True) if b.linear == i]
+            if needs_linear[i] or any(ours):
                 flat = grad.reshape(-1, grad.shape[-1])
-                found[3 * len(weight.blocks) + i] = flat.sum(
-                    0, dtype=accumulate_dtype(flat.dtype)
-                ).to(bias.dtype)
+                sums[i] = flat.sum(0, dtype=accumulate_dtype(flat.dtype))
+        found: list[Tensor | None] = []
+        for i, (needed, bias) in enumerate(zip(needs_linear, weight.biases, strict=True)):
+            found.append(sums[i].to(bias.dtype) if needed and bias is not None else None)
+        for needed, block in zip(needs_block, weight.blocks, strict=True):
+            d_bias, bias = None, block.factors.bias
+            if needed and bias is not None:
+                d_bias = (sums[block.linear] * block.factors.scaling).to(bias.dtype)
+            found.append(d_bias)
         return found
 
     def wants(self, needs: Sequence[bool]) -> tuple[bool, bool]:
         """Whether any lora_a, and whether any lora_b, needs a gradient."""
         count = 3 * len(self.weight.blocks)
         return any(needs[:count:3]), any(needs[1:count:3])
-
-    def _bias(self) -> Tensor | None:
-        """All biases [N] in the weight's dtype; None if no linear has one."""
-        weight = self.weight
-        if all(bias is None for bias in weight.biases):
-            return None
-        like = weight.buffer
-        parts = [
-            like.new_zeros(n) if bias is None else bias.to(like.dtype)
-            for n, bias in zip(weight.out_features, weight.biases, strict=True)
-        ]
-        return torch.cat(parts)
 
 
 def _matmul(a: Tensor, b: Tensor, addend: Tensor | None) -> Tensor:

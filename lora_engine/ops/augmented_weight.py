@@ -21,6 +21,7 @@ class LoraFactors:
         `magnitude / norm`, norm [N] being the length of each row of W + scaling B A, through which
         no gradient goes.
     adapter: which adapter this is, for rows that are routed by adapter.
+    bias: lora_b's: `scaling * bias` is added too.
     """
 
     lora_a: Tensor  # [r, K]
@@ -28,6 +29,7 @@ class LoraFactors:
     scaling: float
     magnitude: Tensor | None = None  # [N]
     adapter: int = 0
+    bias: Tensor | None = None  # [N]
 
 
 Adapters: TypeAlias = LoraFactors | Sequence[LoraFactors] | None
@@ -120,6 +122,7 @@ class AugmentedWeight:
         self.buffer[:, k:].zero_()
         self.scale: Tensor | None = None  # [N]: DoRA's magnitude / norm, 1 elsewhere
         self.norm: Tensor | None = None  # [N]
+        self.bias: Tensor | None = None  # [N] in the weights' dtype: of the linears and adapters
         self._column_adapter: Tensor | None = None
         self._seen: tuple[Any, ...] = ()
 
@@ -128,11 +131,11 @@ class AugmentedWeight:
         return self.buffer[self.rows[i], : self.in_features]
 
     def factors(self) -> list[Tensor | None]:
-        """lora_a, lora_b and magnitude of every block, then every linear's bias."""
+        """lora_a, lora_b and magnitude of every block, every linear's bias, every block's bias."""
         found: list[Tensor | None] = []
         for block in self.blocks:
             found += (block.factors.lora_a, block.factors.lora_b, block.factors.magnitude)
-        return [*found, *self.biases]
+        return [*found, *self.biases, *(block.factors.bias for block in self.blocks)]
 
     def route(self, ids: Tensor) -> Tensor:
         """Which columns of S each row uses, [M, R] bool, for rows of adapter `ids` [M]."""
@@ -144,7 +147,10 @@ class AugmentedWeight:
         return ids[:, None] == self._column_adapter
 
     def refresh(self, *, force: bool = False) -> None:
-        """Copies A and scaling * B into the buffer and renews DoRA's scale, if any has changed."""
+        """Copies A and scaling * B into the buffer; renews the bias and DoRA's scale.
+
+        Only if a factor has changed, unless `force`.
+        """
         seen = tuple(
             (factor.data_ptr(), factor._version) for factor in self.factors() if factor is not None
         )
@@ -157,7 +163,23 @@ class AugmentedWeight:
                 self.lora_b[block.rows, block.columns].copy_(factors.lora_b * factors.scaling)
             if any(block.factors.magnitude is not None for block in self.blocks):
                 self._refresh_scale()
+            self._refresh_bias()
         self._seen = seen
+
+    def _refresh_bias(self) -> None:
+        of_blocks = [block for block in self.blocks if block.factors.bias is not None]
+        if not of_blocks and all(bias is None for bias in self.biases):
+            self.bias = None
+            return
+        like = self.buffer
+        total = like.new_zeros(sum(self.out_features), dtype=accumulate_dtype(like.dtype))
+        for rows, bias in zip(self.rows, self.biases, strict=True):
+            if bias is not None:
+                total[rows] = bias.to(total.dtype)
+        for block in of_blocks:
+            assert block.factors.bias is not None
+            total[block.rows] += block.factors.bias.to(total.dtype) * block.factors.scaling
+        self.bias = total.to(like.dtype)
 
     def _refresh_scale(self) -> None:
         accumulate = accumulate_dtype(self.buffer.dtype)
@@ -186,6 +208,11 @@ class AugmentedWeight:
         check(
             factors.magnitude is None or factors.magnitude.shape == (n,),
             f"AugmentedWeight: magnitude does not fit weight [{n}, {self.in_features}]",
+        )
+        check(
+            factors.bias is None or (factors.bias.shape == (n,) and factors.magnitude is None),
+            f"AugmentedWeight: the adapter's bias does not fit weight [{n}, {self.in_features}], "
+            "or it has a magnitude too",
         )
 
     def _check_magnitudes(self) -> None:

@@ -40,11 +40,11 @@ def glu(
     """
     check(
         gate.shape == up.shape and gate.dtype == up.dtype and gate.dim() > 0 and gate.shape[-1] > 0,
-        f"glu: gate {shape_of(gate)} and up {shape_of(up)} differ, or have no columns",
+        lambda: f"glu: gate {shape_of(gate)} and up {shape_of(up)} differ, or have no columns",
     )
     check(
         activation in ACTIVATIONS,
-        f"glu: activation {activation!r}: expected one of {', '.join(ACTIVATIONS)}",
+        lambda: f"glu: activation {activation!r}: expected one of {', '.join(ACTIVATIONS)}",
     )
     check(
         not (overwrite and grad_tail),
@@ -89,7 +89,7 @@ class _Glu(torch.autograd.Function):
         ctx.save_for_backward(gate, up)
         ctx.activation, ctx.overwrite = activation, overwrite
         ctx.grad_tail, ctx.kernels = tails[1], kernels
-        return augmented.keep_room(y, y.view(gate.shape))
+        return augmented.shaped(y, gate.shape)
 
     @staticmethod
     @once_differentiable
@@ -108,8 +108,8 @@ class _Glu(torch.autograd.Function):
             )
         ctx.kernels.glu_bwd(dy, gate, up, dgate, dup, activation=ctx.activation)
         return (
-            augmented.keep_room(dgate, dgate.view(shape)),
-            augmented.keep_room(dup, dup.view(shape)),
+            augmented.shaped(dgate, shape),
+            augmented.shaped(dup, shape),
             None,
             None,
             None,

@@ -29,23 +29,27 @@ def layer_norm(
 
     Raises ValueError where the shapes or dtypes do not fit.
     """
-    for name, parameter in (("weight", weight), ("bias", bias)):
-        if parameter is None:
-            continue
-        check(
-            parameter.shape == x.shape[-1:],
-            f"layer_norm: {name} {shape_of(parameter)} does not fit x {shape_of(x)}",
-        )
-        check(
-            parameter.dtype == x.dtype,
-            f"layer_norm: {name} {shape_of(parameter)} and x {shape_of(x)} differ in dtype",
-        )
+    _check_parameter("weight", weight, x)
+    _check_parameter("bias", bias, x)
     impl = backends.select("layer_norm", x.device, x.dtype, impl)
     if impl == "reference":
         return reference.layer_norm(x, weight, bias, eps)
     kernels = backends.kernels("layer_norm", impl)
     out: Tensor = _LayerNorm.apply(x, weight, bias, eps, tail, grad_tail, kernels)
     return out
+
+
+def _check_parameter(name: str, parameter: Tensor | None, x: Tensor) -> None:
+    if parameter is None:
+        return
+    check(
+        parameter.shape == x.shape[-1:],
+        lambda: f"layer_norm: {name} {shape_of(parameter)} does not fit x {shape_of(x)}",
+    )
+    check(
+        parameter.dtype == x.dtype,
+        lambda: f"layer_norm: {name} {shape_of(parameter)} and x {shape_of(x)} differ in dtype",
+    )
 
 
 class _LayerNorm(torch.autograd.Function):
@@ -71,7 +75,7 @@ class _LayerNorm(torch.autograd.Function):
         kernels.layer_norm_fwd(rows, weight, bias, y, mean, rstd, eps)
         ctx.save_for_backward(rows, weight, mean, rstd)
         ctx.shape, ctx.grad_tail, ctx.kernels = x.shape, grad_tail, kernels
-        return augmented.keep_room(y, y.view(x.shape))
+        return augmented.shaped(y, x.shape)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
@@ -81,7 +85,7 @@ class _LayerNorm(torch.autograd.Function):
         dweight, dbias = (rstd.new_empty(cols) if ctx.needs_input_grad[i] else None for i in (1, 2))
         ctx.kernels.layer_norm_bwd(as_rows(dy), x, weight, mean, rstd, dx, dweight, dbias)
         return (
-            augmented.keep_room(dx, dx.view(ctx.shape)),
+            augmented.shaped(dx, ctx.shape),
             None if dweight is None else dweight.to(x.dtype),
             None if dbias is None else dbias.to(x.dtype),
             None,

@@ -25,11 +25,11 @@ def lora_linear(
     LoRA as in arXiv:2106.09685; DoRA where a magnitude is given. `dropout`
     (`reference.Dropout`) drops entries of x on their way into each linear's adapter.
     `routes` [...] int64 gives each row the adapter with that number (`LoraFactors.adapter`) and no
-    other; -1 none.
+    other; -1 none. Adapters with a bias cannot be routed.
 
-    Gradients: x, every lora_a, lora_b and magnitude (in their own dtype), and biases that require
-    one; the base weight is frozen. x and the gradients are used without a copy where their maker
-    left room behind each row (`tail=` of `rms_norm`, `glu`, `attention`).
+    Gradients: x, every lora_a, lora_b, magnitude and bias (in their own dtype), and biases of the
+    linears that require one; the base weight is frozen. x and the gradients are used without a
+    copy where their maker left room behind each row (`tail=` of `rms_norm`, `glu`, `attention`).
 
     Raises ValueError where x or routes do not fit the weight.
     """
@@ -56,6 +56,8 @@ def make_product(
         )
     if routes is not None and routes.shape != x.shape[:-1]:
         raise ValueError(f"lora_linear: routes {shape_of(routes)} do not fit x {shape_of(x)}")
+    if routes is not None and any(block.factors.bias is not None for block in weight.blocks):
+        raise ValueError("lora_linear: rows cannot be routed to adapters that have a bias")
     impl = backends.select("lora_linear", x.device, x.dtype, impl)
     if impl == "reference":
         return None
@@ -79,6 +81,8 @@ def _reference(
             if routes is not None:
                 given = given * (routes == factors.adapter)[..., None]
             y = y + reference.lora_delta(given, factors.lora_a, factors.lora_b, factors.scaling)
+            if factors.bias is not None:
+                y = y + factors.scaling * factors.bias.to(y.dtype)
             if factors.magnitude is not None:
                 whole = reference.merged_weight(
                     base, factors.lora_a, factors.lora_b, factors.scaling

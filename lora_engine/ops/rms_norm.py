@@ -62,16 +62,18 @@ def rms_norm(
     """
     check(
         weight.shape == x.shape[-1:],
-        f"rms_norm: weight {shape_of(weight)} does not fit x {shape_of(x)}",
+        lambda: f"rms_norm: weight {shape_of(weight)} does not fit x {shape_of(x)}",
     )
     check(
         weight.dtype == x.dtype,
-        f"rms_norm: weight {shape_of(weight)} and x {shape_of(x)} differ in dtype",
+        lambda: f"rms_norm: weight {shape_of(weight)} and x {shape_of(x)} differ in dtype",
     )
     check(
         residual is None or (residual.shape == x.shape and residual.dtype == x.dtype),
-        f"rms_norm: residual {'' if residual is None else shape_of(residual)} "
-        f"and x {shape_of(x)} differ",
+        lambda: (
+            f"rms_norm: residual {'' if residual is None else shape_of(residual)} "
+            f"and x {shape_of(x)} differ"
+        ),
     )
     impl = backends.select("rms_norm", x.device, x.dtype, impl)
     if impl == "reference":
@@ -112,7 +114,7 @@ class _RmsNorm(torch.autograd.Function):
         )
         ctx.save_for_backward(h, weight, rstd)
         ctx.shape, ctx.offset, ctx.grad_tail, ctx.kernels = x.shape, offset, grad_tail, kernels
-        normed = augmented.keep_room(y, y.view(x.shape))
+        normed = augmented.shaped(y, x.shape)
         return normed if added is None else (normed, h.view(x.shape))
 
     @staticmethod
@@ -125,7 +127,7 @@ class _RmsNorm(torch.autograd.Function):
         dweight = rstd.new_empty(cols) if ctx.needs_input_grad[1] else None
         dh_rows = None if dh is None else as_rows(dh)
         ctx.kernels.rms_norm_bwd(as_rows(dy), dh_rows, h, weight, rstd, dx, dweight, ctx.offset)
-        shaped = augmented.keep_room(dx, dx.view(ctx.shape))
+        shaped = augmented.shaped(dx, ctx.shape)
         return (
             shaped,
             None if dweight is None else dweight.to(weight.dtype),

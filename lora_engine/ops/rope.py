@@ -185,33 +185,42 @@ def _check(
     q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, position_ids: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """ValueError where something does not fit; the tables with columns one apart."""
-    check(q.dim() == 3, f"rope: q {shape_of(q)} is not [T, heads, D]")
+    check(q.dim() == 3, lambda: f"rope: q {shape_of(q)} is not [T, heads, D]")
     if k is not None:
         check(
             k.dim() == 3 and k.shape[0] == q.shape[0] and k.shape[2] == q.shape[2],
-            f"rope: k {shape_of(k)} does not fit q {shape_of(q)}: expected [T, heads, D]",
+            lambda: f"rope: k {shape_of(k)} does not fit q {shape_of(q)}: expected [T, heads, D]",
         )
-        check(k.dtype == q.dtype, f"rope: q {shape_of(q)} and k {shape_of(k)} differ in dtype")
+        check(
+            k.dtype == q.dtype,
+            lambda: f"rope: q {shape_of(q)} and k {shape_of(k)} differ in dtype",
+        )
     check(
         cos.dim() == 2 and cos.shape == sin.shape,
-        f"rope: cos {shape_of(cos)} and sin {shape_of(sin)} are not two tables [T, R]",
+        lambda: f"rope: cos {shape_of(cos)} and sin {shape_of(sin)} are not two tables [T, R]",
     )
     rows, rotary = cos.shape
     check(
         0 < rotary <= q.shape[2] and rotary % 2 == 0,
-        f"rope: cos {shape_of(cos)} does not fit q {shape_of(q)}: expected even R of at most D",
+        lambda: (
+            f"rope: cos {shape_of(cos)} does not fit q {shape_of(q)}: expected even R of at most D"
+        ),
     )
     if position_ids is None:
         check(
             rows == q.shape[0],
-            f"rope: cos {shape_of(cos)} does not fit q {shape_of(q)}: expected [T, R], "
-            "or give position_ids",
+            lambda: (
+                f"rope: cos {shape_of(cos)} does not fit q {shape_of(q)}: expected [T, R], "
+                "or give position_ids"
+            ),
         )
     else:
         check(
             position_ids.shape == q.shape[:1] and position_ids.dtype in POSITION_DTYPES,
-            f"rope: position_ids {shape_of(position_ids)} is not [T] int64 or int32 "
-            f"for q {shape_of(q)}",
+            lambda: (
+                f"rope: position_ids {shape_of(position_ids)} is not [T] int64 or int32 "
+                f"for q {shape_of(q)}"
+            ),
         )
         if position_ids.device.type == "cpu" and position_ids.numel():
             low, high = int(position_ids.min()), int(position_ids.max())

@@ -1,5 +1,7 @@
 """Small things every operation needs: rows, buffers whose memory is reused, messages."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -8,7 +10,7 @@ from lora_engine.reference.numeric import accumulate_dtype as accumulate_dtype
 
 def as_rows(x: Tensor) -> Tensor:
     """`x` [..., cols] as [rows, cols] with unit column stride, copied only if it has to be."""
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
@@ -29,10 +31,14 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
     return torch.mm(a, b, out=out)
 
 
-def check(condition: bool, message: str) -> None:
-    """ValueError with `message` unless `condition`."""
+def check(condition: bool, message: str | Callable[[], str]) -> None:
+    """ValueError with `message` unless `condition`.
+
+    A message that says what the tensors are takes microseconds to make: pass a function where the
+    check stands before every call of a kernel.
+    """
     if not condition:
-        raise ValueError(message)
+        raise ValueError(message if isinstance(message, str) else message())
 
 
 def shape_of(x: Tensor) -> str:

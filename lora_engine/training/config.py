@@ -57,6 +57,12 @@ class TrainConfig(BaseModel):
         description="Longest example in tokens, for data that the Trainer tokenises itself.",
     )
 
+    share_prefixes: bool = Field(
+        True,
+        description="Compute what examples of a batch begin with in common once, for the same "
+        "gradients, where the model's attention is lora_engine's and nothing is dropped out.",
+    )
+
     learning_rate: float = Field(2e-4, gt=0, lt=float("inf"), description="Peak learning rate.")
     loraplus_lr_ratio: float = Field(
         1.0,

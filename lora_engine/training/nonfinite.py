@@ -9,8 +9,9 @@ from torch import nn
 
 from lora_engine.data.batch import PackedBatch
 from lora_engine.errors import UserError
+from lora_engine.models.lora_state import is_lora
 from lora_engine.training.flat import FlatParameters
-from lora_engine.training.objective import supervised_loss
+from lora_engine.training.objective import is_routed, supervised_loss
 
 _SHOWN_SAMPLES = 8
 
@@ -65,7 +66,13 @@ def first_nonfinite_layer(model: nn.Module, batch: PackedBatch) -> str | None:
 
         return look
 
-    handles = [m.register_forward_hook(hook(name)) for name, m in model.named_modules() if name]
+    # Rows are routed inside the LoRA layers, which could not run fused if they were watched.
+    unseen = is_lora if is_routed(model, batch) else lambda module: False
+    handles = [
+        module.register_forward_hook(hook(name))
+        for name, module in model.named_modules()
+        if name and not unseen(module)
+    ]
     try:
         with torch.no_grad():
             loss = supervised_loss(model, batch).loss

@@ -14,7 +14,7 @@ from lora_engine.training.nonfinite import (
     first_nonfinite_layer,
     last_nonfinite_gradient,
 )
-from lora_engine.training.objective import supervised_loss
+from lora_engine.training.objective import adapters_of, supervised_loss
 from lora_engine.training.optimizer import FlatAdamW
 
 RandomState = tuple[dict[str, torch.Tensor], dict[str, object]]
@@ -85,8 +85,9 @@ class TrainStep:
             random_before = random_state.capture()
             on_device = batch.to(flat.device)
             loss_sum = supervised_loss(self.model, on_device).loss
-            # Dividing by the step's targets, not the micro-batch's, weights every token alike.
-            (loss_sum / targets).backward()
+            with adapters_of(self.model, on_device):  # checkpointed layers run again
+                # Dividing by the step's targets, not the micro-batch's, weights every token alike.
+                (loss_sum / targets).backward()
             micro.append(_MicroResult(on_device, random_before, loss_sum.detach()))
         return micro
 

@@ -14,7 +14,11 @@ class BatchStream:
     """Micro-batches of packed examples, epoch after epoch, each epoch in its own order.
 
     Holds no position: `take` is a function of where it is asked to start.
+
+    share_prefixes: as for `collate`.
     """
+
+    share_prefixes = False
 
     def __init__(
         self,
@@ -60,14 +64,16 @@ class BatchStream:
         return sum(self._sampler.num_batches(epoch) for epoch in range(epochs))
 
     def _collate(self, indices: Sequence[int]) -> PackedBatch:
-        return collate([self._examples[index] for index in indices])
+        examples = [self._examples[index] for index in indices]
+        return collate(examples, share_prefixes=self.share_prefixes)
 
 
 def fingerprint(examples: Sequence[Example]) -> str:
-    """SHA-256 of all token ids and of which are supervised."""
+    """SHA-256 of all token ids, of which are supervised, and of the adapters named."""
     digest = hashlib.sha256()
     for example in examples:
         digest.update(len(example).to_bytes(8, "little"))
         digest.update(array("q", example.input_ids).tobytes())
         digest.update(bytes(example.supervised))
+        digest.update(example.adapter.encode())
     return digest.hexdigest()

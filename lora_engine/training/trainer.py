@@ -5,8 +5,11 @@ from typing import Any
 
 import torch
 
+from lora_engine.data.adapters import check_adapters
 from lora_engine.data.dataset import TokenizedDataset, prepare
 from lora_engine.errors import UserError
+from lora_engine.models.packed import can_share_prefixes
+from lora_engine.models.routing import active_adapters
 from lora_engine.training.config import TrainConfig
 from lora_engine.training.export import export_model
 from lora_engine.training.flat import FlatParameters
@@ -23,7 +26,9 @@ from lora_engine.training.stream import BatchStream, fingerprint
 class Trainer:
     """Fine-tunes the trainable parameters of a causal language model.
 
-    model: a transformers model or a PeftModel around one, accelerated or not.
+    model: a transformers model or a PeftModel around one, accelerated or not. With several active
+        adapters (`model.base_model.set_adapter([...])`) every record names the one that learns
+        from it in its field `adapter`; the model has to be accelerated then.
     tokenizer: renders and tokenises data that are not tokenised yet; saved with a full model.
     train_data, eval_data: whatever `data.prepare` takes, or a TokenizedDataset. With eval_data
         None nothing is measured, and the last weights are the final ones.
@@ -52,6 +57,9 @@ class Trainer:
         self.eval_dataset = (
             None if eval_data is None else _tokenized(eval_data, tokenizer, config, "eval_data")
         )
+        for dataset in (self.train_dataset, self.eval_dataset):
+            if dataset is not None:
+                check_adapters(dataset, active_adapters(model))
         self._train_stream, self.total_steps = self._plan_steps()
         self.schedule = Schedule.from_config(config, self.total_steps)
         identity = {
@@ -91,11 +99,15 @@ class Trainer:
 
     def _train(self, flat: FlatParameters, guard: InterruptGuard, resume: bool) -> Stopped:
         reset_peak_memory(flat.device)
+        train_stream, eval_stream = self._train_stream, self._eval_stream()
+        train_stream.share_prefixes = self._shares_prefixes(training=True)
+        if eval_stream is not None:
+            eval_stream.share_prefixes = self._shares_prefixes(training=False)
         loop = TrainingLoop(
             self.model,
             flat,
-            self._train_stream,
-            self._eval_stream(),
+            train_stream,
+            eval_stream,
             self.config,
             self.schedule,
             self.folder,
@@ -129,6 +141,9 @@ class Trainer:
         if self.eval_dataset is None:
             return None
         return BatchStream(self.eval_dataset, self.config.tokens_per_batch, shuffle=False)
+
+    def _shares_prefixes(self, *, training: bool) -> bool:
+        return self.config.share_prefixes and can_share_prefixes(self.model, training=training)
 
     def _result(self, stopped: Stopped, device: torch.device) -> TrainResult:
         state = self.state

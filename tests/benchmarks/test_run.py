@@ -15,7 +15,9 @@ TINY = SIZES["tiny"]
 
 
 def test_every_operation_has_a_case():
-    assert set(CASES) == set(backends.OPERATIONS)
+    problems = {name: build(TINY, torch.float32, CPU) for name, build in CASES.items()}
+    found = {problem.operation or name for name, problem in problems.items()}
+    assert found == set(backends.OPERATIONS)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -65,6 +67,8 @@ def test_results_are_printed_and_written(tmp_path, monkeypatch, capsys):
         ("rms_norm", "forward+backward", "pytorch"),
         ("adamw", "step", "ours"),
         ("adamw", "step", "pytorch"),
+        ("adamw", "step", "pytorch foreach"),
+        ("adamw", "step", "pytorch fused"),
     ]
     assert all(row["seconds"]["median"] > 0 and row["rate"] > 0 for row in result["rows"])
     assert (tmp_path / "out.md").read_text().strip() == capsys.readouterr().out.strip()
@@ -100,7 +104,7 @@ def test_results_are_appended_as_they_come_and_not_made_twice(tmp_path, monkeypa
     run_with(monkeypatch, "--cases", "glu", "adamw", "--append", str(path))
     events = [(x["event"], x.get("case")) for x in journal.read(path)]
     glu = [("row", "glu")] * 4
-    adamw = [("row", "adamw")] * 2
+    adamw = [("row", "adamw")] * 4
     item = [("start", None), ("end", None)]
     assert events == [
         *[("context", None), item[0], *glu, item[1]],
@@ -186,6 +190,29 @@ def test_an_in_place_contender_has_inputs_of_its_own(backward):
     assert all(torch.equal(x, y) for x, y in zip(problem.inputs, before, strict=True))
     again = run.as_tuple(thunk())
     assert not torch.equal(again[0], results[0][0]), "it does change what it is given"
+
+
+def test_of_a_large_size_a_part_is_verified(monkeypatch, capsys):
+    monkeypatch.setattr(run, "VERIFIED_TOKENS", 7)
+    verified = []
+    references = run.references
+    monkeypatch.setattr(run, "references", lambda p: verified.append(p) or references(p))
+    run_with(monkeypatch, "--cases", "glu", "attention", "adamw")
+    assert [len(problem.inputs[0]) for problem in verified[:2]] == [7, 7]
+    printed = capsys.readouterr().out
+    assert "glu, tiny: verified on 7 of 13 tokens, 4 of 4 targets" in printed
+    assert "attention, tiny: verified on" in printed and "adamw, tiny: verified on" not in printed
+
+    build = CASES["glu"]
+
+    def broken(*args):
+        problem = build(*args)
+        return replace(problem, ours=lambda gate, up: 2 * problem.eager(gate, up))
+
+    monkeypatch.setitem(CASES, "glu", broken)
+    with pytest.raises(SystemExit, match="1"):
+        run_with(monkeypatch, "--cases", "glu")
+    assert "glu: not timed, output 0" in capsys.readouterr().out
 
 
 def test_torch_compile_takes_part(monkeypatch, capsys):

@@ -40,15 +40,23 @@ def test_linears_lora_and_head_are_what_torch_counts():
     attention = SHAPE.layers * sum(
         6 * 2 * SHAPE.heads * SHAPE.head_dim * n * (n + 1) // 2 for n in lengths
     )
-    expected = step_flops(SHAPE, rank, lengths, targets) - attention
-    assert expected == flops_of_torch(lengths, targets, rank)
+    needless = sum(
+        (sum(lengths) - targets) * (4 * n * k + 6 * rank * (n + k)) for n, k in SHAPE.mlp
+    )
+    expected = step_flops(SHAPE, rank, [(0, n) for n in lengths], targets) - attention
+    assert expected == flops_of_torch(lengths, targets, rank) - needless
 
 
 def test_attention_counts_the_causal_half():
-    one = step_flops(SHAPE, 1, [10], 0)
-    two = step_flops(SHAPE, 1, [5, 5], 0)
+    one = step_flops(SHAPE, 1, [(0, 10)], 0)
+    two = step_flops(SHAPE, 1, [(0, 5), (0, 5)], 0)
     # 6 products of 2·D operations for each of the 55 or 2·15 pairs that attend.
     assert one - two == SHAPE.layers * 6 * 2 * 8 * (55 - 30)
+
+
+def test_a_shared_prefix_is_seen_but_not_computed_again():
+    whole = step_flops(SHAPE, 1, [(0, 10)], 0)
+    assert step_flops(SHAPE, 1, [(0, 6), (6, 4)], 0) == whole
 
 
 def test_matmuls_of_the_ceiling():

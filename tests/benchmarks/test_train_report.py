@@ -30,6 +30,7 @@ def measured():
             "shape": vars(SHAPE),
             "rank": 2,
             "lengths": [[50], [4], [6]],
+            "pieces": [[[0, 50]], [[0, 4]], [[0, 6]]],
             "targets": [40, 2, 3],
             "warmup": 1,
         },
@@ -63,7 +64,7 @@ def test_figures(measured):
 
 
 def test_share_of_the_matmul_rate(measured):
-    flops = [step_flops(SHAPE, 2, [4], 2), step_flops(SHAPE, 2, [6], 3)]
+    flops = [step_flops(SHAPE, 2, [(0, 4)], 2), step_flops(SHAPE, 2, [(0, 6)], 3)]
     rates = sorted([flops[0] / 1, flops[1] / 2, flops[0] / 2, flops[1] / 4])
     share = train_report.summarise(measured)["float32"]["ours"]["matmul_share"]
     assert share == pytest.approx((rates[1] + rates[2]) / 2 / 2000)

@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given
@@ -45,11 +47,63 @@ def test_collate_matches_a_plain_loop(given_examples):
     assert batch.num_targets == sum(example.num_targets for example in given_examples)
 
 
+@given(examples)
+def test_shared_prefixes_lead_to_the_same_targets(given_examples):
+    doubled = [*given_examples, *given_examples]
+    plain, shared = collate(doubled), collate(doubled, share_prefixes=True)
+    assert torch.equal(plain.target_ids, shared.target_ids)
+    assert (plain.num_tokens, plain.origins) == (shared.num_tokens, shared.origins)
+    assert histories(shared) == histories(plain)
+    assert shared.num_rows == shared.input_ids.numel() <= plain.num_rows == plain.num_tokens
+    assert plain.parents is None
+
+
+def test_prefixes_are_shared_within_an_adapter_only():
+    ids = list(range(20))
+    rows = [("a", 30), ("b", 31), ("a", 32), ("b", 33)]
+    batch = collate(
+        [Example([*ids, last], [True] * 21, adapter=name) for name, last in rows],
+        share_prefixes=True,
+    )
+    assert batch.adapters == ("a", "a", "a", "b", "b", "b")
+    assert batch.parents.tolist() == [-1, 0, 0, -1, 3, 3]
+    assert batch.num_rows == 2 * 22
+    assert collate([Example(ids, [True] * 20)]).adapters == ()
+
+
+def histories(batch):
+    """The tokens that each target's prediction sees."""
+    parents = [-1] * batch.num_sequences if batch.parents is None else batch.parents.tolist()
+    whole, found = [], {}
+    for s, (begin, end) in enumerate(pairwise(batch.cu_seqlens.tolist())):
+        whole.append((whole[parents[s]] if parents[s] >= 0 else []) + list(range(begin, end)))
+        for place, row in enumerate(whole[s]):
+            found[row] = batch.input_ids[whole[s][: place + 1]].tolist()
+            assert batch.position_ids[row] == place
+    return [found[row] for row in batch.target_index.tolist()]
+
+
+def test_a_shared_beginning_is_packed_once():
+    system = list(range(10, 22))
+    rows = [[*system, 1, 2], [*system, 1, 3, 4], [5, 6]]
+    batch = collate([Example(row, [True] * len(row)) for row in rows], share_prefixes=True)
+    assert batch.input_ids.tolist() == [*system, 1, 2, 3, 4, 5, 6]
+    assert batch.position_ids.tolist() == [*range(13), 13, 13, 14, 0, 1]
+    assert batch.cu_seqlens.tolist() == [0, 13, 14, 16, 18]
+    assert batch.parents.tolist() == [-1, 0, 0, -1]
+    assert batch.target_index.tolist() == [*range(13), *range(13), 14, 16]
+    assert (batch.num_rows, batch.num_tokens, batch.max_seqlen) == (18, 31, 15)
+
+
 def test_dtypes():
     batch = collate([Example([5, 6], [True, True])])
     for name in ("input_ids", "position_ids", "target_index", "target_ids"):
         assert getattr(batch, name).dtype == torch.int64, name
     assert batch.cu_seqlens.dtype == torch.int32
+    twice = collate(
+        [Example([1] * 9, [True] * 9), Example([1] * 10, [True] * 10)], share_prefixes=True
+    )
+    assert twice.parents.dtype == torch.int32
 
 
 def test_to_moves_every_tensor_and_keeps_the_rest():

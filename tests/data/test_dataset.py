@@ -81,6 +81,16 @@ def test_the_same_tokens_with_another_mask_are_no_duplicate(tokenizer):
     assert dataset.duplicates == ()
 
 
+def test_what_another_adapter_learns_from_is_no_duplicate_and_gives_nothing_away(tokenizer):
+    rows = [{**pair("a", "b"), "adapter": name} for name in ("one", "two", "one")]
+    dataset = prepare(rows, tokenizer)
+    assert [example.adapter for example in dataset] == ["one", "two", "one"]
+    assert dataset.duplicates == (Duplicate("record:2", "record:0"),)
+    leakage = find_leakage(dataset[:1], dataset[1:])
+    assert leakage.examples == (("record:2", "record:0"),)
+    assert leakage.prompts == ()
+
+
 def test_limit_takes_the_first_records(tokenizer):
     dataset = prepare([pair("a", str(i)) for i in range(9)], tokenizer, limit=4)
     assert [example.origin for example in dataset] == [f"record:{i}" for i in range(4)]

@@ -40,8 +40,16 @@ def test_report_counts(reports):
     assert evaluation.leakage.examples == (("record:0", "record:0"),)
     assert evaluation.leakage.prompts == (("record:1", "record:1"),)
     assert (train.length_min, train.length_max) == (3, 16)
+    assert train.length_common == 0
     assert sum(entry.count for entry in train.histogram) == 4
     assert (len(train.samples), len(evaluation.samples)) == (3, 3)
+
+
+def test_report_counts_what_all_examples_begin_with(tokenizer):
+    rows = [pair("ab", "c"), pair("abd", "e"), pair("abf", "e")]
+    common = report(prepare(rows, tokenizer), tokenizer)
+    assert common.length_common == 2
+    assert "all begin with      the same 2 tokens" in printed([common])
 
 
 def test_samples_show_whole_characters_and_special_tokens(tokenizer):

@@ -53,6 +53,14 @@ def test_files_hold_all_kinds_of_records(tmp_path, kind, origins):
         assert [record.origin for record in records] == [f"{path}:{line}" for line in origins]
 
 
+@pytest.mark.parametrize("row", [CHAT, PAIR, TEXT], ids=["messages", "completion", "text"])
+def test_any_record_may_name_its_adapter(row):
+    named, unnamed = read_records([{**row, "adapter": "french"}, {**row, "adapter": None}])
+    assert (named.adapter, unnamed.adapter) == ("french", "")
+    with pytest.raises(UserError, match="record:0: 'adapter' must be a string, got int 3"):
+        read_records([{**row, "adapter": 3}])
+
+
 def test_csv(tmp_path):
     path = write(
         tmp_path / "pairs.csv", "csv", [PAIR, {"prompt": "x" * 200_000, "completion": "y"}]

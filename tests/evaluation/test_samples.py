@@ -32,6 +32,7 @@ class Row:
     supervised: list[bool]
     origin: str = ""
     truncated: bool = False
+    adapter: str = ""
 
 
 def row(prompt, answer, **kwargs):

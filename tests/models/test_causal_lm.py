@@ -4,7 +4,7 @@ import torch
 import lora_engine
 from lora_engine.data.batch import PackedBatch, collate
 from lora_engine.data.render import Example
-from lora_engine.models.causal_lm import packed_hidden_states
+from lora_engine.models.packed import packed_hidden_states
 from lora_engine.testing import tiny_llama, with_lora
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora_engine
@@ -54,14 +55,31 @@ class _Counted:
         return call
 
 
-def build(layers: int, fused: bool = True) -> Any:
-    model = with_lora(
-        tiny_llama(hidden_size=HIDDEN, intermediate_size=WIDTH, layers=layers), r=RANK, alpha=8
+def tiny_qwen3(layers: int) -> Any:
+    """The sizes of `tiny_llama`, and norms of the heads."""
+    config = transformers.Qwen3Config(
+        vocab_size=97,
+        hidden_size=HIDDEN,
+        intermediate_size=WIDTH,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
     )
+    return transformers.Qwen3ForCausalLM(config)
+
+
+def build(layers: int, fused: bool = True, kind: str = "llama") -> Any:
+    plain = (
+        tiny_llama(hidden_size=HIDDEN, intermediate_size=WIDTH, layers=layers)
+        if kind == "llama"
+        else tiny_qwen3(layers)
+    )
+    model = with_lora(plain, r=RANK, alpha=8)
     lora_engine.accelerate(model)
     if not fused:
         for module in model.modules():
-            if type(module).__name__ == "LlamaDecoderLayer":
+            if type(module).__name__.endswith("DecoderLayer"):
                 del module.forward
     return model
 
@@ -71,8 +89,10 @@ def batch() -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "labels": ids}
 
 
-def launches(layers: int, monkeypatch: pytest.MonkeyPatch) -> tuple[Counter[str], Counter[str]]:
-    model = build(layers)
+def launches(
+    layers: int, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> tuple[Counter[str], Counter[str]]:
+    model = build(layers, kind=kind)
     model(**batch()).loss.backward()
     model.zero_grad(set_to_none=False)
     with Launches(monkeypatch) as counted:
@@ -83,12 +103,14 @@ def launches(layers: int, monkeypatch: pytest.MonkeyPatch) -> tuple[Counter[str]
     return forward, counted.count - forward
 
 
-def test_launches_of_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
-    one, two, three = (launches(n, monkeypatch) for n in (1, 2, 3))
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_launches_of_a_layer(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    one, two, three = (launches(n, monkeypatch, kind) for n in (1, 2, 3))
+    head_norms = 2 if kind == "qwen3" else 0
     forward, backward = (three[i] - two[i] for i in (0, 1))
     assert forward == two[0] - one[0]
     assert forward == {
-        "rms_norm_fwd": 2,
+        "rms_norm_fwd": 2 + head_norms,
         "lora_a_fwd": 4,
         "mm.out": 2,  # q, k, v; gate, up
         "addmm.out": 2,  # output and down projections, with the residual
@@ -97,8 +119,8 @@ def test_launches_of_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
         "clone.default": 3,  # S of q, k, v; of gate, up; of down
     }
     grads = 2 * 7  # of A and B of seven linears: from the group's to the parameter's
-    print(backward)
-    assert backward.total() <= 24 + 3 * grads, backward
+    # Once for the heads' outputs, which are made again, and once for their gradients.
+    assert backward.total() <= 24 + 2 * head_norms + 3 * grads, backward
 
 
 def saved_bytes(model: Any) -> int:
@@ -119,12 +141,14 @@ def saved_bytes(model: Any) -> int:
     return total
 
 
-def test_bytes_saved_by_a_layer() -> None:
-    per_layer = saved_bytes(build(3)) - saved_bytes(build(2))
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_bytes_saved_by_a_layer(kind: str) -> None:
+    """Norms of heads save nothing."""
+    per_layer = saved_bytes(build(3, kind=kind)) - saved_bytes(build(2, kind=kind))
     rows = 64  # memory for activations comes in steps of 64 rows
     heads = 4
     whole = 2 * HIDDEN + (HIDDEN + 2 * KV) + 2 * WIDTH + (HIDDEN + RANK)  # x twice, qkv, gate up, o
     exact = TOKENS * (3 * RANK + 2 * RANK + RANK + 2 + heads)  # S of two groups and down, rstd, lse
     assert per_layer <= 4 * (rows * whole + exact)
-    modules = saved_bytes(build(3, fused=False)) - saved_bytes(build(2, fused=False))
+    modules = saved_bytes(build(3, False, kind)) - saved_bytes(build(2, False, kind))
     assert per_layer < 0.75 * modules

@@ -19,16 +19,20 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "rslora": {"use_rslora": True},
     "dora": {"use_dora": True},
     "bias": {"bias": "lora_only"},
+    "lora_bias": {"lora_bias": True},
+    "lora_bias_on_head": {"lora_bias": True, "target_modules": ["q_proj", "lm_head"]},
     "q_and_v": {"target_modules": ["q_proj", "v_proj"]},
     "mlp": {"target_modules": ["gate_proj", "up_proj", "down_proj"]},
     "ranks": {"rank_pattern": {"q_proj": 7, "up_proj": 2}, "alpha_pattern": {"v_proj": 3}},
     "embedding": {"target_modules": ["embed_tokens", "q_proj"]},
+    "embedding_and_head": {"target_modules": ["embed_tokens", "lm_head", "v_proj"]},
+    "modules_to_save": {"target_modules": ["q_proj"], "modules_to_save": ["norm", "lm_head"]},
     "dora_on_some": {"use_dora": True, "target_modules": ["k_proj", "gate_proj", "down_proj"]},
 }
 
 
 def build(name: str) -> Any:
-    bias = name in ("bias", "dora")
+    bias = name in ("bias", "dora", "lora_bias")
     model = with_lora(tiny_llama(attention_bias=bias, mlp_bias=bias), **CONFIGS[name])
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
@@ -44,9 +48,16 @@ def build(name: str) -> Any:
 def test_loss_and_gradients_are_those_of_peft(name: str, padding: str) -> None:
     model = build(name)
     theirs = loss_and_gradients(model, batch(padding))
+    logits = model(**{**batch(padding), "labels": None}).logits.detach()
     report = lora_engine.accelerate(model, strict=True)
     assert any(entry.operation == "lora_linear" for entry in report.replaced)
-    assert_same(loss_and_gradients(model, batch(padding)), theirs, 1e-4)
+    ours = loss_and_gradients(model, batch(padding))
+    assert_same(ours, theirs, 1e-4)
+    again = loss_and_gradients(model, batch(padding))
+    assert all(torch.equal(again[1][key], grad) for key, grad in ours[1].items())
+    seen = batch(padding).get("attention_mask", torch.ones(3, 20)).bool()
+    mine = model(**{**batch(padding), "labels": None}).logits
+    assert torch.allclose(mine[seen], logits[seen], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -82,6 +82,75 @@ def test_options(
     )
 
 
+TREES = {  # lengths of the sequences, and which earlier one each continues
+    "one_prefix": ([37, 5, 64, 1, 33], [-1, 0, 0, 0, 0]),
+    "tree": ([20, 3, 40, 9, 0, 131, 7, 12], [-1, 0, 1, 1, 0, -1, 5, 6]),
+}
+
+
+def unshared(lengths: list[int], parents: list[int], **options):
+    """Attention over every sequence written out with all that it continues."""
+    own = torch.arange(sum(lengths)).split(lengths)
+    whole: list[Tensor] = []
+    for tokens, parent in zip(own, parents, strict=True):
+        whole.append(tokens if parent < 0 else torch.cat((whole[parent], tokens)))
+    index = torch.cat(whole)
+    bounds = cu_seqlens([len(tokens) for tokens in whole])
+    kept = torch.cat(
+        [end - n + torch.arange(n) for end, n in zip(bounds[1:], lengths, strict=True)]
+    )
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        tables = {name: options[name][index] for name in ("cos", "sin") if name in options}
+        given = (q[index], k[index], v[index], bounds)
+        return reference.attention(*given, **(options | tables))[kept]
+
+    return attend
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("tree", list(TREES))
+@pytest.mark.parametrize("window", [0, 25])
+@pytest.mark.parametrize("rotated", [False, True], ids=["plain", "rotated"])
+def test_continued_sequences_are_as_if_written_out(
+    isa: str, poisoned: None, dtype: torch.dtype, tree: str, window: int, rotated: bool
+) -> None:
+    lengths, parents = TREES[tree]
+    options = {"window": window} | (tables(sum(lengths), 16) if rotated else {})
+    bounds, continued = cu_seqlens(lengths), torch.tensor(parents, dtype=torch.int32)
+    check(
+        lambda q, k, v: ops.attention(q, k, v, bounds, parents=continued, **options),
+        unshared(lengths, parents, **options),
+        inputs(lengths, 4, 2, 16, dtype),
+        tolerance=2e-2 if dtype == torch.bfloat16 else 3e-5,
+        floor=0.3,
+    )
+
+
+def test_reference_of_continued_sequences() -> None:
+    lengths, parents = TREES["tree"]
+    q, k, v = inputs(lengths, 4, 2, 16, torch.float64)
+    continued = torch.tensor(parents, dtype=torch.int32)
+    out = reference.attention(q, k, v, cu_seqlens(lengths), parents=continued)
+    assert torch.allclose(out, unshared(lengths, parents)(q, k, v), rtol=1e-12)
+
+
+def test_shared_gradients_do_not_depend_on_the_threads(isa: str) -> None:
+    lengths, parents = TREES["tree"]
+    continued = torch.tensor(parents, dtype=torch.int32)
+    found = []
+    for threads in (1, 3):
+        leaves = [x.requires_grad_() for x in inputs(lengths, 4, 2, 16, torch.bfloat16)]
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            out = ops.attention(*leaves, cu_seqlens(lengths), parents=continued)
+            found.append(torch.autograd.grad(out.float().square().sum(), leaves))
+        finally:
+            torch.set_num_threads(before)
+    assert all(torch.equal(one, three) for one, three in zip(*found, strict=True))
+
+
 def test_sequences_do_not_see_each_other(isa: str) -> None:
     q, k, v = inputs([20, 30], 4, 2, 16, torch.float32)
     together = ops.attention(q, k, v, cu_seqlens([20, 30]))
@@ -156,5 +225,11 @@ def test_errors_name_what_does_not_fit() -> None:
         ops.attention(q, k, v, cu_seqlens([5]).long())
     with pytest.raises(ValueError, match="window needs causal"):
         ops.attention(q, k, v, cu_seqlens([5]), causal=False, window=2)
+    for parents in ([0], [-2]):
+        with pytest.raises(ValueError, match="-1 or an earlier sequence"):
+            continued = torch.tensor(parents, dtype=torch.int32)
+            ops.attention(q, k, v, cu_seqlens([5]), parents=continued)
+    with pytest.raises(ValueError, match=r"is not \[1\] int32"):
+        ops.attention(q, k, v, cu_seqlens([5]), parents=torch.tensor([-1]))
     with pytest.raises(ValueError, match="both cos and sin"):
         ops.attention(q, k, v, cu_seqlens([5]), cos=torch.ones(5, 16))

@@ -9,7 +9,9 @@ from oracle import TOLERANCE
 from torch import Tensor
 
 from lora_engine import ops, reference
-from lora_engine.ops.blocks import Branch, PreNorm, attention_block, mlp_block
+from lora_engine.ops.attention_block import attention_block
+from lora_engine.ops.blocks import Branch, PreNorm
+from lora_engine.ops.mlp_block import mlp_block
 from lora_engine.testing import cu_seqlens, error
 
 HIDDEN, WIDTH, HEAD_DIM, EPS = 32, 48, 8, 1e-5
@@ -44,6 +46,8 @@ def rotation(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 class Mlp:
     """The MLP half: fused, and in plain PyTorch on the dtype that the leaves have."""
 
+    head_norms = None
+
     def __init__(self, dtype: torch.dtype, kind: str) -> None:
         self.inner = make_group((WIDTH, WIDTH), HIDDEN, dtype, kind)
         self.outer = make_group((HIDDEN,), WIDTH, dtype, kind)
@@ -62,6 +66,8 @@ class Mlp:
 class Attention:
     """The attention half, likewise."""
 
+    head_norms: tuple[PreNorm, PreNorm] | None = None
+
     def __init__(self, dtype: torch.dtype, kind: str) -> None:
         self.inner = make_group((HIDDEN, 16, 16), HIDDEN, dtype, kind)
         self.outer = make_group((HIDDEN,), HIDDEN, dtype, kind)
@@ -70,23 +76,46 @@ class Attention:
     def fused(self, x: Tensor, weight: Tensor, grad_tail: int = 0) -> Tensor:
         branch = Branch(self.inner, self.outer, grad_tail=grad_tail)
         return attention_block(
-            x, PreNorm(weight, EPS), branch, BOUNDS, self.cos, self.sin, head_dim=HEAD_DIM
+            x,
+            PreNorm(weight, EPS),
+            branch,
+            BOUNDS,
+            self.cos,
+            self.sin,
+            head_dim=HEAD_DIM,
+            head_norms=self.head_norms,
         )
 
     def plain(self, x: Tensor, weight: Tensor) -> Tensor:
         normed = reference.rms_norm(x, weight, EPS)
         qkv = ops.lora_linear(normed, self.inner, impl="reference")
         heads = [part.reshape(TOKENS, -1, HEAD_DIM) for part in qkv]
+        for i, norm in enumerate(self.head_norms or ()):
+            heads[i] = reference.rms_norm(heads[i], norm.weight, norm.eps, offset=norm.offset)
         out = reference.attention(*heads, BOUNDS, cos=self.cos, sin=self.sin)
         return x + ops.lora_linear(out.reshape(x.shape), self.outer, impl="reference")[0]
 
 
-BLOCKS: dict[str, Callable[..., Any]] = {"mlp": Mlp, "attention": Attention}
+class NormedHeads(Attention):
+    """The attention half with a norm for q's heads and one for k's, as Qwen3 has them."""
+
+    def __init__(self, dtype: torch.dtype, kind: str) -> None:
+        super().__init__(dtype, kind)
+        weights = [torch.randn(HEAD_DIM).to(dtype).requires_grad_() for _ in range(2)]
+        self.head_norms = PreNorm(weights[0], EPS), PreNorm(weights[1], EPS, offset=1.0)
+
+
+BLOCKS: dict[str, Callable[..., Any]] = {
+    "mlp": Mlp,
+    "attention": Attention,
+    "normed_heads": NormedHeads,
+}
 
 
 def leaves_of(block: Any, x: Tensor, weight: Tensor) -> list[Tensor]:
     factors = [*block.inner.factors(), *block.outer.factors()]
-    return [x, weight, *(factor for factor in factors if factor is not None)]
+    norms = block.head_norms or ()
+    return [x, weight, *(n.weight for n in norms), *(f for f in factors if f is not None)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
@@ -154,3 +183,8 @@ def test_errors_name_what_does_not_fit() -> None:
             attention.sin,
             head_dim=7,
         )
+    normed = NormedHeads(torch.float32, "lora")
+    wide = PreNorm(torch.randn(HEAD_DIM + 1), EPS)
+    normed.head_norms = wide, wide
+    with pytest.raises(ValueError, match=r"the heads' norm \[9\] float32 does not fit heads of 8"):
+        normed.fused(torch.randn(TOKENS, HIDDEN), torch.randn(HIDDEN))

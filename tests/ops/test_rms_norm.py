@@ -257,3 +257,29 @@ def test_errors_name_the_shapes() -> None:
         ops.rms_norm(x, torch.ones(3), EPS, impl="fast")
     with pytest.raises(UnavailableError, match="float16"):
         ops.rms_norm(x.half(), torch.ones(3).half(), EPS, impl="cpu")
+
+
+@pytest.mark.parametrize("heads,cols", [(3, 8), (2, 63)])
+def test_heads_side_by_side_are_rows(
+    backend: Backend, dtype: torch.dtype, poisoned: None, heads: int, cols: int
+) -> None:
+    """Of a wider buffer, the gradient written over the one that comes in: the same bits."""
+    torch.manual_seed(0)
+    kernels = backends.kernels(OPERATION, backend.impl)
+    accumulate = torch.float64 if dtype == torch.float64 else torch.float32
+    wide = backend.put(torch.randn(2, 37, heads * cols + 5).to(dtype))[0]
+    x, dy = (part[:, : heads * cols].unflatten(1, (heads, cols)) for part in wide)
+    (weight,) = backend.put(torch.randn(cols).to(dtype))
+    rows, dy_rows = (part.reshape(-1, cols) for part in (x, dy))
+
+    def run(x: Tensor, dy: Tensor, y: Tensor, dx: Tensor) -> list[Tensor]:
+        rstd = torch.empty(37 * heads, dtype=accumulate, device=backend.device)
+        dweight = torch.empty(cols, dtype=accumulate, device=backend.device)
+        kernels.rms_norm_fwd(x, None, weight, y, None, rstd, EPS, 1.0)
+        kernels.rms_norm_bwd(dy, None, x, weight, rstd, dx, dweight, 1.0)
+        return [y, rstd, dweight, dx]
+
+    expected = run(rows, dy_rows, torch.empty_like(rows), torch.empty_like(rows))
+    actual = run(x, dy, torch.empty_like(x), dy)
+    for name, ours, theirs in zip(("y", "rstd", "dweight", "dx"), actual, expected, strict=True):
+        assert torch.equal(ours.reshape(theirs.shape), theirs), name

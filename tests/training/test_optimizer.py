@@ -1,5 +1,6 @@
 import math
 
+import peft.optimizers
 import pytest
 import torch
 from hypothesis import given
@@ -7,6 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lora_engine.errors import UserError
+from lora_engine.testing import tiny_llama, with_lora
 from lora_engine.training.config import TrainConfig
 from lora_engine.training.flat import FlatParameters
 from lora_engine.training.optimizer import FlatAdamW, clip_factor, rate_of
@@ -118,3 +120,28 @@ def test_learning_rates_by_factor_and_adapter(name):
             optimizer.step(0.01 * rate, 1.0)
     for (key, ours), (_, theirs) in zip(together, alone, strict=True):
         assert torch.equal(ours, theirs), key
+
+
+def test_lora_plus_is_pefts():
+    """Three steps on the same gradients as PEFT's own optimizer for LoRA+ takes them."""
+    models = [with_lora(tiny_llama(layers=1)) for _ in range(2)]
+    config = TrainConfig(learning_rate=0.01, loraplus_lr_ratio=16.0)
+    flat = FlatParameters(models[0].named_parameters(), rate_of(config))
+    ours = FlatAdamW(flat, config)
+    theirs = peft.optimizers.create_loraplus_optimizer(
+        models[1], torch.optim.AdamW, lr=0.01, loraplus_lr_ratio=16.0
+    )
+    trained = {n: p for n, p in models[1].named_parameters() if p.requires_grad}
+    for step in range(3):
+        grads = {}
+        for name, parameter in trained.items():
+            torch.manual_seed(step)
+            grads[name] = parameter.grad = torch.randn_like(parameter)
+        flat.load_named(flat.grad, grads)
+        ours.step(config.learning_rate, 0.0)
+        theirs.step()
+    flat.release()
+    assert len(trained) == 14
+    for name, parameter in models[0].named_parameters():
+        if name in trained:
+            torch.testing.assert_close(parameter, trained[name], rtol=1e-5, atol=1e-6)

@@ -1,0 +1,106 @@
+"""The MLP half of a decoder layer as one autograd function; see ops/blocks.py."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_engine.ops import augmented
+from lora_engine.ops.blocks import Branch, Call, PreNorm, products
+from lora_engine.ops.tensors import as_rows, check, empty_rows
+
+
+def mlp_block(
+    x: Tensor,  # [..., H]
+    norm: PreNorm,
+    branch: Branch,
+    *,
+    activation: str = "silu",
+    impl: str | None = None,
+) -> Tensor:
+    """`x + down(act(gate) * up)` for `gate, up = gate_up(norm(x))`, in x's dtype.
+
+    `branch.inner` is the group (gate, up) and `branch.outer` the down projection, as for
+    `ops.lora_linear`; gradients as there, and the norm's weight's.
+
+    Raises ValueError where shapes or dtypes do not fit.
+    """
+    inner, outer = products(x, norm, branch, impl)
+    check(
+        len(inner.weight.out_features) == 2
+        and set(inner.weight.out_features) == {outer.weight.in_features},
+        f"mlp_block: gate and up {inner.weight.out_features} do not fit down's "
+        f"{outer.weight.in_features} inputs",
+    )
+    call = Call(norm, inner, outer, branch.grad_tail, {"activation": activation}, impl)
+    out: Tensor = _MlpBlock.apply(x, norm.weight, call, *call.tensors())
+    return out
+
+
+class _MlpBlock(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, norm_weight: Tensor, call: Call, *tensors: Tensor | None
+    ) -> Tensor:
+        rows = as_rows(x)
+        inner, outer = call.inner.weight, call.outer.weight
+        xs, rstd = call.normed(rows)
+        gate_up, unscaled = call.inner.forward(xs)
+        gate, up = gate_up.split(list(inner.out_features), dim=1)
+        width = outer.in_features
+        hs = empty_rows(rows.shape[0], width + outer.tail, dtype=x.dtype, device=x.device)
+        call.kernels("glu", x).glu_fwd(gate, up, hs[:, :width], **call.options)
+        y, outer_unscaled = call.outer.forward(hs, residual=rows)
+        ctx.call, ctx.shape = call, x.shape
+        ctx.save_for_backward(
+            rows,
+            rstd,
+            xs[:, inner.in_features :].clone(),
+            gate_up,
+            hs[:, width:].clone(),
+            unscaled,
+            outer_unscaled,
+            norm_weight,
+            *tensors,
+        )
+        return y.view(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        call: Call = ctx.call
+        x, rstd, s, gate_up, outer_s, unscaled, outer_unscaled, *_ = ctx.saved_tensors
+        inner, outer = call.inner, call.outer
+        needs, outer_needs = call.split(ctx.needs_input_grad[5:])
+        wants_a, wants_b = inner.wants(needs)
+        outer_wants_a, outer_wants_b = outer.wants(outer_needs)
+
+        d_out = outer.claim_gradient([dy])
+        outer_d_b = outer.fill_ds(d_out, outer_s, wanted=outer_wants_b)
+        dh = outer.input_gradient(d_out)
+        gate, up = gate_up.split(list(inner.weight.out_features), dim=1)
+        parts = augmented.empty(
+            x.shape[0],
+            list(inner.weight.out_features),
+            inner.weight.tail,
+            dtype=x.dtype,
+            device=x.device,
+        )
+        h = dh  # the activation takes the place of its gradient
+        call.kernels("glu", x).glu_bwd(dh, gate, up, *parts, h, **call.options)
+        outer_d_a = outer.lora_a_gradient(d_out, h, wanted=outer_wants_a)
+        del dh, h
+
+        dys = inner.claim_gradient(parts)
+        d_b = inner.fill_ds(dys, s, wanted=wants_b)
+        dx, dweight, d_a = call.inner_gradients(
+            as_rows(dy), dys, x, rstd, ctx.needs_input_grad[0], ctx.needs_input_grad[1], wants_a
+        )
+        return (
+            None if dx is None else augmented.keep_room(dx, dx.view(ctx.shape)),
+            dweight,
+            None,
+            None,
+            None,
+            *inner.factor_gradients(needs, d_a, d_b, parts, unscaled),
+            *outer.factor_gradients(outer_needs, outer_d_a, outer_d_b, [dy], outer_unscaled),
+        )
