@@ -5,6 +5,7 @@
 
 #include <sstream>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cpu/kernels.hpp"
@@ -25,6 +26,26 @@ const Kernels& table() {
   const Kernels* k = kernels();
   if (!k) throw std::runtime_error("this processor runs none of the instruction sets built");
   return *k;
+}
+
+// Pairs (rows, columns) as Python has them.
+using Slices = std::vector<std::pair<py::slice, py::slice>>;
+
+std::vector<LoraSpan> lora_spans(const Slices& slices) {
+  std::vector<LoraSpan> spans;
+  const auto unpack = [](const py::slice& slice, int64_t& begin, int64_t& count) {
+    Py_ssize_t start, stop, step;
+    if (PySlice_Unpack(slice.ptr(), &start, &stop, &step) < 0) throw py::error_already_set();
+    begin = start;
+    count = stop - start;
+  };
+  for (const auto& [rows, columns] : slices) {
+    LoraSpan span;
+    unpack(rows, span.row, span.rows);
+    unpack(columns, span.column, span.columns);
+    spans.push_back(span);
+  }
+  return spans;
 }
 
 AttentionArgs attention_args(Address q, Address k, Address v, Address cos, Address sin,
@@ -251,6 +272,35 @@ PYBIND11_MODULE(_C, m) {
         table().grad_norm(dtype, {in(grads), out(norm), count});
       },
       release);
+
+  m.def("lora_a_fwd",
+        [](DType dtype, Address x, Address lora_a, Address s, int64_t rows, int64_t cols,
+           int64_t x_stride, int64_t a_stride, int64_t s_stride, const Slices& slices) {
+          const std::vector<LoraSpan> spans = lora_spans(slices);
+          py::gil_scoped_release released;
+          table().lora_a_fwd(dtype, {in(x), in(lora_a), out(s), rows, cols, x_stride, a_stride,
+                                     s_stride, spans.data(), static_cast<int64_t>(spans.size())});
+        });
+
+  m.def("lora_b_bwd",
+        [](DType dtype, Address dy, Address lora_b, Address s, Address ds, Address d_lora_b,
+           int64_t rows, int64_t dy_stride, int64_t b_stride, int64_t s_stride, int64_t ds_stride,
+           int64_t d_stride, const Slices& slices) {
+          const std::vector<LoraSpan> spans = lora_spans(slices);
+          py::gil_scoped_release released;
+          table().lora_b_bwd(dtype, {in(dy), in(lora_b), in(s), out(ds), out(d_lora_b), rows,
+                                     dy_stride, b_stride, s_stride, ds_stride, d_stride,
+                                     spans.data(), static_cast<int64_t>(spans.size())});
+        });
+
+  m.def("lora_a_bwd",
+        [](DType dtype, Address ds, Address x, Address d_lora_a, int64_t rows, int64_t cols,
+           int64_t ds_stride, int64_t x_stride, int64_t d_stride, const Slices& slices) {
+          const std::vector<LoraSpan> spans = lora_spans(slices);
+          py::gil_scoped_release released;
+          table().lora_a_bwd(dtype, {in(ds), in(x), out(d_lora_a), rows, cols, ds_stride, x_stride,
+                                     d_stride, spans.data(), static_cast<int64_t>(spans.size())});
+        });
 
 #ifdef LORA_ENGINE_CUDA_ARCHITECTURES
   cuda::bind(m.def_submodule("cuda", "CUDA kernels, called through lora_engine.cuda"));

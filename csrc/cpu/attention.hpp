@@ -17,16 +17,6 @@ namespace {
 constexpr int64_t kQueries = 32;  // a multiple of every kTileN
 constexpr int64_t kKeys = 128;    // keys scored at a time
 
-// The type elements of T are multiplied as.
-template <class T>
-struct Element {
-  using type = T;
-};
-template <>
-struct Element<bf16> {
-  using type = Bf16Element;
-};
-
 // A sequence's queries see the tokens of the sequences it continues (its prefix), then its own.
 inline int64_t prefix_length(const AttentionArgs& a, int64_t sequence) {
   int64_t length = 0;

@@ -24,6 +24,9 @@ const Kernels table = {
     dropout,
     adamw_8bit,
     grad_norm,
+    lora_a_fwd,
+    lora_b_bwd,
+    lora_a_bwd,
 };
 
 }  // namespace LORA_ENGINE_ISA

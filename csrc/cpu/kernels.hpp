@@ -163,6 +163,42 @@ struct DropoutArgs {
   uint32_t stream;
 };
 
+// One linear of a group: its rows of [cols, ..] and its columns of [.., ranks].
+struct LoraSpan {
+  int64_t row, rows, column, columns;
+};
+
+// Columns of the spans ascend; what lies in no span is neither read nor written. Gradients of
+// factors are in the arithmetic type.
+struct LoraAFwdArgs {
+  const void* x;       // [rows, cols]
+  const void* lora_a;  // [ranks, cols]
+  void* s;             // [rows, ranks]: x lora_a'
+  int64_t rows, cols, x_stride, a_stride, s_stride;
+  const LoraSpan* spans;
+  int64_t span_count;
+};
+
+struct LoraBBwdArgs {
+  const void* dy;      // [rows, cols]
+  const void* lora_b;  // [cols, ranks]
+  const void* s;       // [rows, ranks]; not read without d_lora_b
+  void* ds;            // [rows, ranks]: dy lora_b
+  void* d_lora_b;      // [cols, ranks]: dy' s; or null
+  int64_t rows, dy_stride, b_stride, s_stride, ds_stride, d_stride;
+  const LoraSpan* spans;
+  int64_t span_count;
+};
+
+struct LoraABwdArgs {
+  const void* ds;  // [rows, ranks]
+  const void* x;   // [rows, cols]
+  void* d_lora_a;  // [ranks, cols]: ds' x
+  int64_t rows, cols, ds_stride, x_stride, d_stride;
+  const LoraSpan* spans;
+  int64_t span_count;
+};
+
 struct Kernels {
   const char* isa;
   void (*rms_norm_fwd)(DType, const RmsNormArgs&);
@@ -179,6 +215,9 @@ struct Kernels {
   void (*dropout)(DType, const DropoutArgs&);
   void (*adamw_8bit)(const AdamW8bitArgs&);
   void (*grad_norm)(DType, const GradNormArgs&);
+  void (*lora_a_fwd)(DType, const LoraAFwdArgs&);
+  void (*lora_b_bwd)(DType, const LoraBBwdArgs&);
+  void (*lora_a_bwd)(DType, const LoraABwdArgs&);
 };
 
 // The best table that was built and that this processor can run; null where it can run none.

@@ -69,10 +69,18 @@ struct Dot<bf16> {
     return (Vector)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_set1_epi32(pair), (__m512bh)v);
   }
 };
-// What bfloat16 data is multiplied as.
-using Bf16Element = bf16;
-#else
-using Bf16Element = float;
+#endif
+
+// The type elements of T are multiplied as: bfloat16 as float32 where it has no dot product.
+template <class T>
+struct Element {
+  using type = T;
+};
+#ifndef __AVX512BF16__
+template <>
+struct Element<bf16> {
+  using type = float;
+};
 #endif
 
 template <class E>

@@ -1,5 +1,6 @@
 """Tensors and dtypes as lora_engine._C takes them."""
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 from lora_engine import backends
 
 
+@cache
 def dtype_code(dtype: torch.dtype) -> Any:
     """The extension's name for `dtype`."""
     return getattr(backends.native().DType, str(dtype).removeprefix("torch."))

@@ -1,14 +1,17 @@
-"""The products of a LoRA group. The vendor library multiplies; our kernel makes the masks."""
+"""The products of a LoRA group: those with few ranks are ours, the wide ones the vendor's."""
 
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from lora_engine import backends
+from lora_engine.cpu.address import dtype_code, pointer
 from lora_engine.cpu.dropout import dropout_fwd
 from lora_engine.reference.dropout import Dropout
 
-Span = tuple[slice, slice]  # a linear's rows of [N, ...] and its columns of [..., R]
+# A linear's rows of [N, ...] and its columns of [..., R]. A group's columns ascend.
+Span = tuple[slice, slice]
 
 
 def lora_a_fwd(
@@ -19,10 +22,20 @@ def lora_a_fwd(
     dropout: Dropout | None = None,
 ) -> None:
     """Writes s = drop_i(x) lora_aᵀ, and 0 in columns of no span."""
-    _zero_gaps(s, spans)
-    for stream, columns in _products(spans, merge=dropout is None):
-        kept = x if dropout is None else _dropped(x, dropout, stream)
-        torch.mm(kept, lora_a[columns].t(), out=s[:, columns])
+    for gap in _gaps(spans, s.shape[1]):
+        s[:, gap] = 0
+    for kept, part in _kept(x, spans, dropout):
+        backends.native().lora_a_fwd(
+            dtype_code(x.dtype),
+            kept.data_ptr(),
+            lora_a.data_ptr(),
+            s.data_ptr(),
+            *x.shape,
+            kept.stride(0),
+            lora_a.stride(0),
+            s.stride(0),
+            part,
+        )
 
 
 def lora_b_bwd(
@@ -37,12 +50,23 @@ def lora_b_bwd(
 
     Columns of ds in no span become 0; d_lora_b outside the blocks is left as it is.
     """
-    _zero_gaps(ds, spans)
-    for rows, columns in spans:
-        if columns.stop > columns.start:
-            torch.mm(dy[:, rows], lora_b[rows, columns], out=ds[:, columns])
-            if d_lora_b is not None:
-                d_lora_b[rows, columns] = torch.mm(dy[:, rows].t(), s[:, columns])
+    for gap in _gaps(spans, ds.shape[1]):
+        ds[:, gap] = 0
+    backends.native().lora_b_bwd(
+        dtype_code(dy.dtype),
+        dy.data_ptr(),
+        lora_b.data_ptr(),
+        s.data_ptr(),
+        ds.data_ptr(),
+        pointer(d_lora_b),
+        dy.shape[0],
+        dy.stride(0),
+        lora_b.stride(0),
+        s.stride(0),
+        ds.stride(0),
+        0 if d_lora_b is None else d_lora_b.stride(0),
+        spans,
+    )
 
 
 def lora_a_bwd(
@@ -53,10 +77,20 @@ def lora_a_bwd(
     dropout: Dropout | None = None,
 ) -> None:
     """Writes d_lora_a = dsᵀ drop_i(x), and 0 in rows of no span."""
-    _zero_gaps(d_lora_a.t(), spans)
-    for stream, columns in _products(spans, merge=dropout is None):
-        kept = x if dropout is None else _dropped(x, dropout, stream)
-        d_lora_a[columns] = torch.mm(ds[:, columns].t(), kept)
+    for gap in _gaps(spans, d_lora_a.shape[0]):
+        d_lora_a[gap] = 0
+    for kept, part in _kept(x, spans, dropout):
+        backends.native().lora_a_bwd(
+            dtype_code(x.dtype),
+            ds.data_ptr(),
+            kept.data_ptr(),
+            d_lora_a.data_ptr(),
+            *x.shape,
+            ds.stride(0),
+            kept.stride(0),
+            d_lora_a.stride(0),
+            part,
+        )
 
 
 def lora_linear_fwd(
@@ -102,35 +136,44 @@ def lora_linear_dx(
             dx += share
 
 
+def _kept(
+    x: Tensor, spans: Sequence[Span], dropout: Dropout | None
+) -> Iterator[tuple[Tensor, Sequence[Span]]]:
+    """What of x goes into the adapters of which spans."""
+    if dropout is None:
+        yield x, spans
+        return
+    for stream, span in enumerate(spans):
+        if span[1].stop > span[1].start:
+            yield _dropped(x, dropout, stream), [span]
+
+
 def _dropped(x: Tensor, dropout: Dropout, stream: int) -> Tensor:
     kept = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     dropout_fwd(x, kept, dropout, stream)
     return kept
 
 
-def _ranks(spans: Sequence[Span]) -> list[tuple[int, int, int]]:
-    """(start, stop, stream) of every adapter, in order of columns."""
-    found = [(columns.start, columns.stop, i) for i, (_, columns) in enumerate(spans)]
-    return sorted(part for part in found if part[1] > part[0])
-
-
-def _products(spans: Sequence[Span], *, merge: bool) -> Iterator[tuple[int, slice]]:
-    """(stream, columns) of each product; `merge` joins adjacent columns: few rows are slow."""
-    runs: list[tuple[int, int, int]] = []
-    for start, stop, stream in _ranks(spans):
-        if merge and runs and runs[-1][1] == start:
-            runs[-1] = (runs[-1][0], stop, runs[-1][2])
+def _products(spans: Sequence[Span], *, merge: bool) -> list[tuple[int, slice]]:
+    """(stream, columns) of each product; `merge` joins adjacent columns: dx is read once."""
+    runs: list[tuple[int, slice]] = []
+    for stream, (_, columns) in enumerate(spans):
+        if columns.stop == columns.start:
+            continue
+        if merge and runs and runs[-1][1].stop == columns.start:
+            runs[-1] = (runs[-1][0], slice(runs[-1][1].start, columns.stop))
         else:
-            runs.append((start, stop, stream))
-    yield from ((stream, slice(start, stop)) for start, stop, stream in runs)
+            runs.append((stream, columns))
+    return runs
 
 
-def _zero_gaps(x: Tensor, spans: Sequence[Span]) -> None:
-    """Zeros the columns of `x` in no span."""
-    done = 0
-    for start, stop, _ in _ranks(spans):
-        if start > done:
-            x[:, done:start].zero_()
-        done = stop
-    if done < x.shape[1]:
-        x[:, done:].zero_()
+def _gaps(spans: Sequence[Span], ranks: int) -> list[slice]:
+    """The columns of [.., ranks] in no span."""
+    done, found = 0, []
+    for _, columns in spans:
+        if columns.start > done:
+            found.append(slice(done, columns.start))
+        done = columns.stop
+    if done < ranks:
+        found.append(slice(done, ranks))
+    return found

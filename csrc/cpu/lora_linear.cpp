@@ -1,0 +1,263 @@
+// The products of a LoRA adapter that have few ranks (see thin_gemm.hpp).
+#include <omp.h>
+
+#include "isa.hpp"
+#include "scratch.hpp"
+#include "thin_gemm.hpp"
+
+namespace lora_engine {
+namespace {
+
+constexpr int64_t kBlockBytes = 768 * 1024;  // of X that a core goes over twice: its second cache
+constexpr int64_t kPackRows = 64;            // of a thin matrix, packed at a time
+
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// A part of X as elements to multiply, in whole groups.
+template <class E>
+struct Part {
+  const E* data;
+  int64_t ld;
+};
+
+// Copies x [rows, cols] to the front of [padded_rows, padded_cols]; what is beyond is zero.
+template <class T, class E>
+inline Part<E> copy_part(const T* x, int64_t ldx, int64_t rows, int64_t cols, int64_t padded_rows,
+                         int64_t padded_cols, E* copy) {
+  for (int64_t i = 0; i < padded_rows; ++i) {
+    E* row = copy + i * padded_cols;
+    const int64_t filled = i < rows ? cols : 0;
+    if (filled) convert_row(filled, x + i * ldx, row);
+    std::memset(row + filled, 0, sizeof(E) * (padded_cols - filled));
+  }
+  return {copy, padded_cols};
+}
+
+// x itself where it needs no padding and is of type E already; a copy otherwise.
+template <class T, class E>
+inline Part<E> part_of(const T* x, int64_t ldx, int64_t rows, int64_t cols, int64_t padded_rows,
+                       int64_t padded_cols, E* copy) {
+  return copy_part(x, ldx, rows, cols, padded_rows, padded_cols, copy);
+}
+template <class E>
+inline Part<E> part_of(const E* x, int64_t ldx, int64_t rows, int64_t cols, int64_t padded_rows,
+                       int64_t padded_cols, E* copy) {
+  if (rows == padded_rows && cols == padded_cols) return {x, ldx};
+  return copy_part(x, ldx, rows, cols, padded_rows, padded_cols, copy);
+}
+
+// A thin matrix [k, ranks] packed to meet X: rows in whole groups, ranks in whole vectors.
+template <class T>
+struct Packed {
+  using E = typename Element<T>::type;
+  int64_t k, ranks, pieces, ld;
+  E* data;
+
+  Packed(Scratch& scratch, int64_t rows, int64_t ranks)
+      : k(rows),
+        ranks(ranks),
+        pieces((rows + kPackRows - 1) / kPackRows),
+        ld(round_up(ranks, kLanes<E>)),
+        data(scratch.allocate<E>(pieces * kPackRows * ld)) {}
+
+  // Rows [64 i, 64 i + 64) of p [k, ranks].
+  void pack(int64_t i, const T* p, int64_t stride) {
+    const int64_t begin = i * kPackRows;
+    E* out = data + begin * ld;
+    std::memset(out, 0, sizeof(E) * kPackRows * ld);
+    pack_rows(smaller(k - begin, kPackRows), ranks, p + begin * stride, stride, out, ld);
+  }
+
+  // The same of the transpose of p [ranks, k]. `work` has room for kPackRows * ld elements.
+  void pack_transpose(int64_t i, const T* p, int64_t stride, E* work) {
+    const int64_t begin = i * kPackRows;
+    copy_part(p + begin, stride, ranks, smaller(k - begin, kPackRows), ld, kPackRows, work);
+    pack_transposed(kPackRows, ld, work, kPackRows, data + begin * ld, ld);
+  }
+};
+
+// out [.., ranks] = x p for the tile of rows from `row` on. `copy` has room for it.
+template <class T>
+inline void project_from(int64_t row, int64_t end, const T* x, int64_t ldx, const Packed<T>& p,
+                         T* out, int64_t ldo, typename Packed<T>::E* copy) {
+  using E = typename Packed<T>::E;
+  const int64_t rows = smaller(end - row, kProjectRows), k = round_up(p.k, Dot<E>::kGroup);
+  const Part<E> part = part_of(x + row * ldx, ldx, rows, p.k, rows, k, copy);
+  project(rows, k, p.ranks, part.data, part.ld, p.data, p.ld, out + row * ldo, ldo);
+}
+
+// Sums over rows for every column of X: strips of kTileN columns, each [ranks, kTileN].
+template <class T>
+struct Sums {
+  using A = acc_t<T>;
+  using E = typename Packed<T>::E;
+  int64_t ranks, cols, strips;
+  A* data;
+
+  Sums(Scratch& scratch, int64_t ranks, int64_t cols)
+      : ranks(ranks),
+        cols(cols),
+        strips((cols + kTileN<E> - 1) / kTileN<E>),
+        data(scratch.allocate<A>(strips * size())) {}
+
+  int64_t size() const { return ranks * kTileN<E>; }
+  A* strip(int64_t i) const { return data + i * size(); }
+  int64_t width(int64_t i) const { return smaller(cols - i * kTileN<E>, kTileN<E>); }
+  void clear(int64_t i) { std::memset(strip(i), 0, sizeof(A) * size()); }
+
+  // += s' x in one strip, for rows [begin, end), begin a whole group. `copy` has room for them.
+  void add(int64_t i, int64_t begin, int64_t end, const T* x, int64_t ldx, const Packed<T>& s,
+           E* copy) {
+    const int64_t rows = end - begin, padded = round_up(rows, Dot<E>::kGroup);
+    const Part<E> part =
+        part_of(x + begin * ldx + i * kTileN<E>, ldx, rows, width(i), padded, kTileN<E>, copy);
+    collect(padded, ranks, part.data, part.ld, s.data + begin * s.ld, s.ld, strip(i));
+  }
+};
+
+// Rows of X [.., cols] that are gone over at a time.
+template <class E>
+inline int64_t block_rows(int64_t cols) {
+  const int64_t tiles = kBlockBytes / static_cast<int64_t>(sizeof(E)) / (cols * kProjectRows);
+  return (tiles < 2 ? 2 : smaller(tiles, 8)) * kProjectRows;
+}
+
+// Calls body(first, count) for every run of columns that spans cover without a gap: X is read once
+// for all of them.
+template <class Body>
+inline void for_runs(const LoraSpan* spans, int64_t count, Body body) {
+  int64_t begin = 0, end = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    if (spans[i].columns == 0) continue;
+    if (spans[i].column != end) {
+      if (end > begin) body(begin, end - begin);
+      begin = spans[i].column;
+    }
+    end = spans[i].column + spans[i].columns;
+  }
+  if (end > begin) body(begin, end - begin);
+}
+
+template <class T>
+void a_fwd(const LoraAFwdArgs& a, int64_t first, int64_t ranks) {
+  using E = typename Packed<T>::E;
+  const T *x = static_cast<const T*>(a.x),
+          *lora_a = static_cast<const T*>(a.lora_a) + first * a.a_stride;
+  T* s = static_cast<T*>(a.s) + first;
+  Scratch scratch;
+  Packed<T> p(scratch, a.cols, ranks);
+#pragma omp parallel
+  {
+    Scratch own;
+    E* work = own.allocate<E>(kPackRows * p.ld);
+    E* copy = own.allocate<E>(kProjectRows * round_up(a.cols, Dot<E>::kGroup));
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < p.pieces; ++i) p.pack_transpose(i, lora_a, a.a_stride, work);
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < a.rows; row += kProjectRows)
+      project_from(row, a.rows, x, a.x_stride, p, s, a.s_stride, copy);
+  }
+}
+
+// A thread adds to the same strips in every block of rows, so sums need no barrier between blocks:
+// static loops of equal length are shared out alike.
+
+template <class T>
+void b_bwd(const LoraBBwdArgs& a, const LoraSpan& span) {
+  using A = acc_t<T>;
+  using E = typename Packed<T>::E;
+  const int64_t cols = span.rows, ranks = span.columns;
+  const T* dy = static_cast<const T*>(a.dy) + span.row;
+  const T* lora_b = static_cast<const T*>(a.lora_b) + span.row * a.b_stride + span.column;
+  const T* given = static_cast<const T*>(a.s) + span.column;
+  T* ds = static_cast<T*>(a.ds) + span.column;
+  const bool with_gradient = a.d_lora_b != nullptr;
+  const int64_t step = block_rows<E>(cols) * omp_get_max_threads();
+  Scratch scratch;
+  Packed<T> p(scratch, cols, ranks), s(scratch, with_gradient ? a.rows : 0, ranks);
+  Sums<T> sums(scratch, ranks, with_gradient ? cols : 0);
+#pragma omp parallel
+  {
+    Scratch own;
+    const int64_t tile = kProjectRows * round_up(cols, Dot<E>::kGroup), strip = step * kTileN<E>;
+    E* copy = own.allocate<E>(tile > strip ? tile : strip);
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < p.pieces; ++i) p.pack(i, lora_b, a.b_stride);
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < s.pieces; ++i) s.pack(i, given, a.s_stride);
+#pragma omp for schedule(static) nowait
+    for (int64_t i = 0; i < sums.strips; ++i) sums.clear(i);
+    for (int64_t begin = 0; begin < a.rows; begin += step) {
+      const int64_t end = smaller(begin + step, a.rows);
+#pragma omp for schedule(static) nowait
+      for (int64_t row = begin; row < end; row += kProjectRows)
+        project_from(row, end, dy, a.dy_stride, p, ds, a.ds_stride, copy);
+#pragma omp for schedule(static) nowait
+      for (int64_t i = 0; i < sums.strips; ++i) sums.add(i, begin, end, dy, a.dy_stride, s, copy);
+    }
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < sums.strips; ++i) {
+      A* out = static_cast<A*>(a.d_lora_b) + (span.row + i * kTileN<E>)*a.d_stride + span.column;
+      transpose(ranks, sums.width(i), sums.strip(i), kTileN<E>, out, a.d_stride);
+    }
+  }
+}
+
+template <class T>
+void a_bwd(const LoraABwdArgs& a, int64_t first, int64_t ranks) {
+  using A = acc_t<T>;
+  using E = typename Packed<T>::E;
+  const T *x = static_cast<const T*>(a.x), *ds = static_cast<const T*>(a.ds) + first;
+  A* d_lora_a = static_cast<A*>(a.d_lora_a) + first * a.d_stride;
+  const int64_t step = block_rows<E>(a.cols);
+  Scratch scratch;
+  Packed<T> s(scratch, a.rows, ranks);
+  Sums<T> sums(scratch, ranks, a.cols);
+#pragma omp parallel
+  {
+    Scratch own;
+    E* copy = own.allocate<E>(step * kTileN<E>);
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < s.pieces; ++i) s.pack(i, ds, a.ds_stride);
+#pragma omp for schedule(static) nowait
+    for (int64_t i = 0; i < sums.strips; ++i) sums.clear(i);
+    for (int64_t begin = 0; begin < a.rows; begin += step) {
+#pragma omp for schedule(static) nowait
+      for (int64_t i = 0; i < sums.strips; ++i)
+        sums.add(i, begin, smaller(begin + step, a.rows), x, a.x_stride, s, copy);
+    }
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < sums.strips; ++i)
+      for (int64_t r = 0; r < ranks; ++r)
+        std::memcpy(d_lora_a + r * a.d_stride + i * kTileN<E>, sums.strip(i) + r * kTileN<E>,
+                    sizeof(A) * sums.width(i));
+  }
+}
+
+}  // namespace
+
+namespace LORA_ENGINE_ISA {
+
+void lora_a_fwd(DType dtype, const LoraAFwdArgs& args) {
+  dispatch(dtype, [&](auto t) {
+    for_runs(args.spans, args.span_count,
+             [&](int64_t first, int64_t ranks) { a_fwd<decltype(t)>(args, first, ranks); });
+  });
+}
+
+void lora_b_bwd(DType dtype, const LoraBBwdArgs& args) {
+  dispatch(dtype, [&](auto t) {
+    for (int64_t i = 0; i < args.span_count; ++i)
+      if (args.spans[i].columns > 0) b_bwd<decltype(t)>(args, args.spans[i]);
+  });
+}
+
+void lora_a_bwd(DType dtype, const LoraABwdArgs& args) {
+  dispatch(dtype, [&](auto t) {
+    for_runs(args.spans, args.span_count,
+             [&](int64_t first, int64_t ranks) { a_bwd<decltype(t)>(args, first, ranks); });
+  });
+}
+
+}  // namespace LORA_ENGINE_ISA
+}  // namespace lora_engine
