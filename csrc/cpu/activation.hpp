@@ -4,49 +4,11 @@
 // results; -inf gives NaN (0 * inf), both infinities have NaN slopes, and NaN stays NaN.
 #pragma once
 
+#include "exponential.hpp"
 #include "numeric.hpp"
 
 namespace lora_engine {
 namespace {
-
-// Bounds by integer comparison of the bits: one instruction each. From a comparison of floats,
-// which must mind NaN, compilers make branches and then every branch's division. NaN becomes the
-// bound; in the activations it survives in the factor g.
-inline float at_most(float x, float bound) {  // bound > 0
-  const int32_t a = static_cast<int32_t>(bits_of(x)), b = static_cast<int32_t>(bits_of(bound));
-  return float_of(static_cast<uint32_t>(a < b ? a : b));
-}
-inline float at_least(float x, float bound) {  // bound < 0
-  const uint32_t a = bits_of(x), b = bits_of(bound);
-  return float_of(a < b ? a : b);
-}
-inline double at_most(double x, double bound) { return x < bound ? x : bound; }
-
-// c = n + r with an integer n and r in [-0.5, 0.5]; -127 <= c <= 128.
-struct SplitExponent {
-  float power, r;  // 2^n, and r
-  explicit SplitExponent(float c) {
-    // Adding kRound rounds to an integer and leaves its biased exponent in the lowest bits.
-    constexpr float kRound = 12582912.0f + 127.0f;  // 1.5 * 2^23 + the bias
-    const float shifted = c + kRound;
-    r = c - (shifted - kRound);
-    power = float_of(bits_of(shifted) << 23);
-  }
-};
-
-// 2^z within 2 ulp, in fewer instructions than exp_acc: 0 under 2^-127 and infinite from 2^127.5.
-// Polynomial of degree 5 by Remez exchange, relative error 7.5e-8.
-inline float exp2_clamped(float z) {
-  const SplitExponent z_is(at_least(at_most(z, 128.0f), -127.0f));
-  const float r = z_is.r;
-  float p = 0.0013276471f;
-  p = p * r + 0.009675541f;
-  p = p * r + 0.05550713f;
-  p = p * r + 0.2402212f;
-  p = p * r + 0.69314694f;
-  p = p * r + 1.0000001f;
-  return p * z_is.power;
-}
 
 // exp(-x), infinite where that leaves float32.
 inline float exp_minus(float x) { return exp2_clamped(-1.44269504f * x); }

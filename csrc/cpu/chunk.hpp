@@ -1,4 +1,4 @@
-// Rows of elements worked through in chunks of two registers' worth of arithmetic values.
+// Rows of elements worked through in chunks of a few vectors of arithmetic values.
 //
 // Between memory and registers bfloat16 costs most where neighbours stay neighbours: widening takes
 // shuffles, of which processors do one where they do two or four other operations. So a chunk of
@@ -17,14 +17,16 @@
 namespace lora_engine {
 namespace {
 
+constexpr int64_t kChunkBytes = 128;
 template <class A>
-constexpr int64_t kChunk = 128 / sizeof(A);
+constexpr int64_t kChunk = kChunkBytes / sizeof(A);
 
 // The values of one chunk; the compiler keeps them in registers.
 template <class A>
 struct Values {
   alignas(64) A at[kChunk<A>];
   A& operator[](int64_t j) { return at[j]; }
+  const A& operator[](int64_t j) const { return at[j]; }
 };
 
 // A row in the arithmetic type, of a whole number of chunks in T's lane order.
@@ -33,12 +35,13 @@ struct LaneRow {
   A* data;
 };
 
-// Where element i of a row stands in lane order.
+// Where element i of a row stands in lane order: pairs of bfloat16 fill a vector, whose even
+// elements come first.
 template <class T>
 inline int64_t lane_of(int64_t i) {
   if constexpr (sizeof(T) == sizeof(bf16)) {
-    constexpr int64_t kHalf = kChunk<float> / 2;
-    const int64_t inside = i % kChunk<float>;
+    constexpr int64_t kHalf = kRegisterBytes / sizeof(float);
+    const int64_t inside = i % (2 * kHalf);
     return i - inside + inside / 2 + inside % 2 * kHalf;
   }
   return i;
@@ -48,22 +51,27 @@ constexpr int64_t whole_chunks(int64_t count) {
   return (count + kChunk<A> - 1) / kChunk<A> * kChunk<A>;
 }
 
+// As many float32 or pairs of bfloat16. Loops over so few words compilers unroll before they would
+// vectorise them.
+typedef uint32_t Words __attribute__((vector_size(kRegisterBytes)));
+
 // The chunk that begins at element i.
 inline Values<float> chunk_at(const bf16* row, int64_t i) {
-  constexpr int64_t kHalf = kChunk<float> / 2;
-  alignas(64) uint32_t words[kHalf];
-  std::memcpy(words, row + i, sizeof words);
+  constexpr int64_t kHalf = kRegisterBytes / sizeof(float);
   Values<float> values;
-#pragma omp simd
-  for (int64_t j = 0; j < kHalf; ++j) values.at[j] = float_of(words[j] << 16);
-#pragma omp simd
-  for (int64_t j = 0; j < kHalf; ++j) values.at[kHalf + j] = float_of(words[j] & 0xffff0000u);
+  for (int64_t j = 0; j < kChunk<float>; j += 2 * kHalf) {
+    Words pairs;
+    std::memcpy(&pairs, row + i + j, sizeof pairs);
+    const Words even = pairs << 16, odd = pairs & 0xffff0000u;
+    std::memcpy(values.at + j, &even, sizeof even);
+    std::memcpy(values.at + j + kHalf, &odd, sizeof odd);
+  }
   return values;
 }
 template <class A>
 inline Values<A> chunk_at(const A* row, int64_t i) {
   Values<A> values;
-  std::memcpy(values.at, row + i, sizeof values.at);
+  copy_registers<kChunkBytes>(values.at, row + i, false);
   return values;
 }
 template <class T, class A>
@@ -81,29 +89,34 @@ inline A& element_at(LaneRow<T, A> row, int64_t i) {
   return row.data[lane_of<T>(i)];
 }
 
-// Stores a chunk at `row`; `stream` is as in stream.hpp.
-inline void put_chunk(Values<float>& values, bf16* row, bool stream) {
-  constexpr int64_t kHalf = kChunk<float> / 2;
-  alignas(64) uint32_t words[kHalf];
+// Two vectors of float32 rounded to bfloat16, the first one's as even elements.
+inline Words round_pairs(const float* even, const float* odd) {
 #ifdef __AVX512BF16__
   // The compiler does not know the instruction that rounds to bfloat16.
   alignas(64) static constexpr uint16_t kOrder[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
                                                       21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
                                                       11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-  const __m512bh halves =
-      _mm512_cvtne2ps_pbh(_mm512_load_ps(values.at + kHalf), _mm512_load_ps(values.at));
-  _mm512_store_si512(words, _mm512_permutexvar_epi16(_mm512_load_si512(kOrder), (__m512i)halves));
+  const __m512bh halves = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(odd), _mm512_loadu_ps(even));
+  return (Words)_mm512_permutexvar_epi16(_mm512_load_si512(kOrder), (__m512i)halves);
 #else
-#pragma omp simd
-  for (int64_t j = 0; j < kHalf; ++j)
-    words[j] =
-        rounded_bits(values.at[j]) >> 16 | (rounded_bits(values.at[kHalf + j]) & 0xffff0000u);
+  Words low, high;
+  std::memcpy(&low, even, sizeof low);
+  std::memcpy(&high, odd, sizeof high);
+  return rounded_bits(low) >> 16 | (rounded_bits(high) & 0xffff0000u);
 #endif
-  copy_lines<sizeof words>(row, words, stream);
+}
+
+// Stores a chunk at `row`; `stream` is as in stream.hpp.
+inline void put_chunk(const Values<float>& values, bf16* row, bool stream) {
+  constexpr int64_t kHalf = kRegisterBytes / sizeof(float);
+  for (int64_t j = 0; j < kChunk<float>; j += 2 * kHalf) {
+    const Words pairs = round_pairs(values.at + j, values.at + j + kHalf);
+    copy_registers<sizeof pairs>(row + j, &pairs, stream);
+  }
 }
 template <class A>
-inline void put_chunk(Values<A>& values, A* row, bool stream) {
-  copy_lines<sizeof values.at>(row, values.at, stream);
+inline void put_chunk(const Values<A>& values, A* row, bool stream) {
+  copy_registers<sizeof values.at>(row, values.at, stream);
 }
 
 // Whether rows of T at y are to be stored past the caches.
@@ -135,23 +148,26 @@ inline A sum_of_lanes(const A* values) {
 template <class A>
 class LaneSums {
  public:
-  void add(const A* values) {
-    Lanes a, b;
-    std::memcpy(&a, values, sizeof a);
-    std::memcpy(&b, values + kLanes, sizeof b);
-    first_ += a, second_ += b;
+  void add(const Values<A>& values) {
+    for (int64_t i = 0; i < kVectors; ++i) {
+      Lanes terms;
+      std::memcpy(&terms, values.at + i * kLanes, sizeof terms);
+      sums_[i] += terms;
+    }
   }
   A total() const {
-    const Lanes both = first_ + second_;
-    A sums[kLanes];
-    std::memcpy(sums, &both, sizeof sums);
-    return sum_of_lanes<A, kLanes>(sums);
+    Lanes all = sums_[0];
+    for (int64_t i = 1; i < kVectors; ++i) all += sums_[i];
+    A lanes[kLanes];
+    std::memcpy(lanes, &all, sizeof all);
+    return sum_of_lanes<A, kLanes>(lanes);
   }
 
  private:
-  static constexpr int64_t kLanes = kChunk<A> / 2;
-  typedef A Lanes __attribute__((vector_size(64)));
-  Lanes first_ = {}, second_ = {};
+  static constexpr int64_t kLanes = kRegisterBytes / sizeof(A),
+                           kVectors = kChunkBytes / kRegisterBytes;
+  typedef A Lanes __attribute__((vector_size(kRegisterBytes)));
+  Lanes sums_[kVectors] = {};
 };
 
 // The sum of term(elements of the rows at i) for i in [0, count).
@@ -165,7 +181,7 @@ inline A row_sum(int64_t count, Term term, Rows... rows) {
 #pragma omp simd
       for (int64_t j = 0; j < kChunk<A>; ++j) terms.at[j] = term(of[j]...);
     }(chunk_at(rows, i)...);
-    sums.add(terms.at);
+    sums.add(terms);
   }
   A sum = sums.total();
   for (; i < count; ++i) sum += term(element_at(rows, i)...);
@@ -191,7 +207,7 @@ inline Pair<A> row_sums(int64_t count, Term term, Rows... rows) {
         a.at[j] = both.first, b.at[j] = both.second;
       }
     }(chunk_at(rows, i)...);
-    firsts.add(a.at), seconds.add(b.at);
+    firsts.add(a), seconds.add(b);
   }
   Pair<A> sums = {firsts.total(), seconds.total()};
   for (; i < count; ++i) {

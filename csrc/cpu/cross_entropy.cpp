@@ -4,8 +4,9 @@
 //
 // for label smoothing s and z-loss w. Columns of -inf are no classes: they take no part in mean(z).
 // The gradient needs nothing of the first pass but lse (and with smoothing the number of classes).
+#include "chunk.hpp"
+#include "exponential.hpp"
 #include "isa.hpp"
-#include "numeric.hpp"
 
 namespace lora_engine {
 namespace {
@@ -57,10 +58,7 @@ acc_t<T> sum_of(const T* x, int64_t cols, Term term) {
   A total = 0;
   for (int64_t begin = 0; begin < cols; begin += kBlock) {
     const int64_t end = begin + kBlock < cols ? begin + kBlock : cols;
-    A sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t i = begin; i < end; ++i) sum += term(load(x[i]));
-    total += sum;
+    total += row_sum<A>(end - begin, term, x + begin);
   }
   return total;
 }
@@ -68,7 +66,7 @@ acc_t<T> sum_of(const T* x, int64_t cols, Term term) {
 // sum exp(z - shift)
 template <class T, bool kCap>
 acc_t<T> sum_exp(const T* x, int64_t cols, Logit<acc_t<T>, kCap> z, acc_t<T> shift) {
-  return sum_of<8192>(x, cols, [=](acc_t<T> value) { return exp_acc(z(value) - shift); });
+  return sum_of<8192>(x, cols, [=](acc_t<T> value) { return exp_of_difference(z(value) - shift); });
 }
 
 // sum exp(d) d with d = z - lse: minus the entropy. A class of probability 0 adds 0.
@@ -76,7 +74,7 @@ template <class T, bool kCap>
 acc_t<T> sum_p_log_p(const T* x, int64_t cols, Logit<acc_t<T>, kCap> z, acc_t<T> lse) {
   using A = acc_t<T>;
   return sum_of<512>(x, cols, [=](A value) {
-    const A d = z(value) - lse, p = exp_acc(d);
+    const A d = z(value) - lse, p = exp_of_difference(d);
     return p == A(0) ? A(0) : p * d;
   });
 }
@@ -108,25 +106,27 @@ void row_gradient(const CrossEntropyArgs& a, const T* x, T* grad, int64_t target
   const A of_p = scale * (A(1) + A(2 * a.z_loss) * lse);
   const A of_target = scale * A(1 - a.label_smoothing);
   const A x_target = load(x[target]);  // before grad, which may be x, is written
+  const bool stream =
+      a.grad != a.logits && worth_streaming<T>(a.grad, a.rows, a.cols, a.grad_stride);
   A everywhere = 0;
   if (a.label_smoothing > 0) {
     everywhere = scale * A(a.label_smoothing) / classes;
-#pragma omp simd
-    for (int64_t i = 0; i < a.cols; ++i) {
-      const A value = z(load(x[i]));
-      const A g = value == A(-INFINITY) ? A(0) : of_p * exp_acc(value - lse) - everywhere;
-      grad[i] = store<T>(g * z.derivative(value));
-    }
+    const auto smooth = [=](A logit) {
+      const A value = z(logit);
+      const A p = of_p * exp_of_difference(value - lse);
+      return (value == A(-INFINITY) ? A(0) : p - everywhere) * z.derivative(value);
+    };
+    store_row(a.cols, grad, stream, smooth, x);
   } else {
-#pragma omp simd
-    for (int64_t i = 0; i < a.cols; ++i) {
-      const A value = z(load(x[i]));
-      grad[i] = store<T>(of_p * exp_acc(value - lse) * z.derivative(value));
-    }
+    const auto plain = [=](A logit) {
+      const A value = z(logit);
+      return of_p * exp_of_difference(value - lse) * z.derivative(value);
+    };
+    store_row(a.cols, grad, stream, plain, x);
   }
   const A value = z(x_target);
-  grad[target] =
-      store<T>((of_p * exp_acc(value - lse) - everywhere - of_target) * z.derivative(value));
+  grad[target] = store<T>((of_p * exp_of_difference(value - lse) - everywhere - of_target) *
+                          z.derivative(value));
 }
 
 template <class A>

@@ -37,7 +37,7 @@ inline void backward_row(const T* dy, const T* gate, const T* up, T* dgate, T* d
   using A = acc_t<T>;
   int64_t i = 0;
   for (; i + kChunk<A> <= cols; i += kChunk<A>) {
-    Values<A> d = chunk_at(dy, i), g = chunk_at(gate, i), u = chunk_at(up, i);
+    const auto d = chunk_at(dy, i), g = chunk_at(gate, i), u = chunk_at(up, i);
     Values<A> for_gate, for_up, result;
 #pragma omp simd
     for (int64_t j = 0; j < kChunk<A>; ++j)

@@ -27,28 +27,36 @@ inline bool worth_streaming(const void* y, int64_t rows, int64_t row_bytes, int6
 #endif
 }
 
-// Copies `kBytes`, whole lines; with `stream` past the caches, and dst is then aligned to a line.
-template <int64_t kBytes>
-inline void copy_lines(void* dst, const void* src, bool stream) {
-  static_assert(kBytes % kLine == 0, "whole lines");
-#ifdef __AVX2__
-  if (stream) {
-    for (int64_t i = 0; i < kBytes; i += kLine) {
-      char* to = static_cast<char*>(dst) + i;
-      const char* from = static_cast<const char*>(src) + i;
 #ifdef __AVX512F__
-      _mm512_stream_si512(reinterpret_cast<__m512i*>(to), _mm512_loadu_si512(from));
+constexpr int64_t kRegisterBytes = 64;
 #else
-      const __m256i* halves = reinterpret_cast<const __m256i*>(from);
-      _mm256_stream_si256(reinterpret_cast<__m256i*>(to), _mm256_loadu_si256(halves));
-      _mm256_stream_si256(reinterpret_cast<__m256i*>(to) + 1, _mm256_loadu_si256(halves + 1));
+constexpr int64_t kRegisterBytes = 32;
 #endif
-    }
-    return;
+
+// A register's worth of anything, anywhere.
+typedef char Register __attribute__((vector_size(kRegisterBytes), aligned(1), may_alias));
+
+// Copies whole registers; with `stream` past the caches, and dst is then aligned to a line. Not by
+// memcpy, which compilers make two copies of half the size or a call.
+template <int64_t kBytes>
+inline void copy_registers(void* dst, const void* src, bool stream) {
+  static_assert(kBytes % kRegisterBytes == 0, "whole registers");
+  for (int64_t i = 0; i < kBytes / kRegisterBytes; ++i) {
+    Register* to = static_cast<Register*>(dst) + i;
+    const Register* from = static_cast<const Register*>(src) + i;
+#if defined(__AVX512F__)
+    if (stream)
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(to), (__m512i)*from);
+    else
+#elif defined(__AVX2__)
+    if (stream)
+      _mm256_stream_si256(reinterpret_cast<__m256i*>(to), (__m256i)*from);
+    else
+#else
+    (void)stream;
+#endif
+      *to = *from;
   }
-#endif
-  (void)stream;
-  std::memcpy(dst, src, kBytes);
 }
 
 // What was stored past the caches is in memory before anything that this thread stores afterwards.
