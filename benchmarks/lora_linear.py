@@ -108,13 +108,14 @@ def augmented(case: Case) -> Strategy:
     xs = case.x.new_empty(m, k + weight.tail)
     dys = case.x.new_empty(m, n + weight.tail)
     xs[:, :k], dys[:, :n] = case.x, case.dy
+    needs = [factor is case.lora_a or factor is case.lora_b for factor in weight.factors()]
 
     def both() -> Sequence[Tensor | None]:
         y, _ = product.forward(xs)
         d_b = product.fill_ds(dys, xs[:, k:], wanted=True)
         dx = product.input_gradient(dys)
         d_a = product.lora_a_gradient(dys, xs[:, :k], wanted=True)
-        found = product.factor_gradients([True, True, False, False], d_a, d_b, [dys[:, :n]], None)
+        found = product.factor_gradients(needs, d_a, d_b, [dys[:, :n]], None)
         return y, dx, found[0], found[1]
 
     return Strategy(lambda: product.forward(xs), both)

@@ -98,7 +98,7 @@ class AugmentedProduct:
             return y.addmm_(s, weight.lora_b.t()) if weight.tail else y
         if joined is None:
             joined = torch.cat((x, s), dim=1)
-        return _matmul(joined[:, : k + weight.tail], weight.forward_operand, addend)
+        return _matmul(joined, weight.forward_operand, addend)
 
     def claim_gradient(self, grads: Sequence[Tensor]) -> Tensor:
         """The gradients of Y side by side with room for dS behind, [M, N + R], DoRA's scale in."""
@@ -134,7 +134,7 @@ class AugmentedProduct:
         n, k = weight.base.shape
         masked = self.dropout is not None and weight.tail > 0
         if self.strategy(dys.shape[0], k, n, masked=masked) == "augmented":
-            return matmul(dys[:, : n + weight.tail], weight.backward_operand)
+            return matmul(dys, weight.backward_operand)
         dx = empty_rows(dys.shape[0], k, dtype=dys.dtype, device=dys.device)
         self.kernels.lora_linear_dx(
             dys[:, :n],
