@@ -3,6 +3,7 @@
 // heads, so dk and dv are summed in a fixed order without atomics; those of tokens that several
 // sequences share are summed afterwards.
 #include "attention.hpp"
+#include "chunk.hpp"
 #include "isa.hpp"
 #include "shared_gradients.hpp"
 
@@ -56,14 +57,6 @@ struct Workspace {
   }
 };
 
-template <class T>
-inline acc_t<T> dot(const T* x, const T* y, int64_t n) {
-  acc_t<T> sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < n; ++i) sum += load(x[i]) * load(y[i]);
-  return sum;
-}
-
 // Loads a block of queries and of output gradients in each arrangement the products need.
 template <class T>
 void load_block(const AttentionBwdArgs& b, int64_t head, int64_t token, int64_t count,
@@ -82,9 +75,11 @@ void load_block(const AttentionBwdArgs& b, int64_t head, int64_t token, int64_t 
   // Queries past the sequence's end: zeros, with an infinite lse so that their probabilities are 0.
   std::memset(w.query + count * D, 0, sizeof(E) * (kQueries - count) * D);
   std::memset(w.d_out + count * D, 0, sizeof(E) * (kQueries - count) * D);
+  const auto product = [](A x, A y) { return x * y; };
   for (int64_t i = 0; i < kQueries; ++i) {
     w.lse[i] = i < count ? lse[i] : A(INFINITY);
-    w.delta[i] = i < count ? dot(o + i * a.o_stride, d_o + i * b.do_stride, D) : A(0);
+    w.delta[i] =
+        i < count ? row_sum<A>(D, product, o + i * a.o_stride, d_o + i * b.do_stride) : A(0);
   }
   pack_transposed(D, kQueries, w.query, D, w.query_t, kQueries);
   pack_transposed(D, kQueries, w.d_out, D, w.d_out_t, kQueries);
