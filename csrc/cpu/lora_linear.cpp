@@ -175,7 +175,6 @@ void a_fwd(const LoraAFwdArgs& a, int64_t first, int64_t ranks) {
 
 // A thread adds to the same strips in every block of rows, so sums need no barrier between blocks:
 // static loops of equal length are shared out alike.
-
 template <class T>
 void b_bwd(const LoraBBwdArgs& a, const LoraSpan& span) {
   using A = acc_t<T>;
