@@ -20,30 +20,31 @@ struct Part {
   int64_t ld;
 };
 
-// Copies x [rows, cols] to the front of [padded_rows, padded_cols]; what is beyond is zero.
+// Copies x [rows, cols] to the front of [padded_rows, padded_cols], rows `ld` apart; what is beyond
+// is zero.
 template <class T, class E>
 inline Part<E> copy_part(const T* x, int64_t ldx, int64_t rows, int64_t cols, int64_t padded_rows,
-                         int64_t padded_cols, E* copy) {
+                         int64_t padded_cols, E* copy, int64_t ld) {
   for (int64_t i = 0; i < padded_rows; ++i) {
-    E* row = copy + i * padded_cols;
+    E* row = copy + i * ld;
     const int64_t filled = i < rows ? cols : 0;
     if (filled) convert_row(filled, x + i * ldx, row);
     std::memset(row + filled, 0, sizeof(E) * (padded_cols - filled));
   }
-  return {copy, padded_cols};
+  return {copy, ld};
 }
 
-// x itself where it needs no padding and is of type E already; a copy otherwise.
+// x itself where it `may_stay`, needs no padding and is of type E already; a copy otherwise.
 template <class T, class E>
-inline Part<E> part_of(const T* x, int64_t ldx, int64_t rows, int64_t cols, int64_t padded_rows,
-                       int64_t padded_cols, E* copy) {
-  return copy_part(x, ldx, rows, cols, padded_rows, padded_cols, copy);
+inline Part<E> part_of(bool, const T* x, int64_t ldx, int64_t rows, int64_t cols,
+                       int64_t padded_rows, int64_t padded_cols, E* copy, int64_t ld) {
+  return copy_part(x, ldx, rows, cols, padded_rows, padded_cols, copy, ld);
 }
 template <class E>
-inline Part<E> part_of(const E* x, int64_t ldx, int64_t rows, int64_t cols, int64_t padded_rows,
-                       int64_t padded_cols, E* copy) {
-  if (rows == padded_rows && cols == padded_cols) return {x, ldx};
-  return copy_part(x, ldx, rows, cols, padded_rows, padded_cols, copy);
+inline Part<E> part_of(bool may_stay, const E* x, int64_t ldx, int64_t rows, int64_t cols,
+                       int64_t padded_rows, int64_t padded_cols, E* copy, int64_t ld) {
+  if (may_stay && rows == padded_rows && cols == padded_cols) return {x, ldx};
+  return copy_part(x, ldx, rows, cols, padded_rows, padded_cols, copy, ld);
 }
 
 // A thin matrix [k, ranks] packed to meet X: rows in whole groups, ranks in whole vectors.
@@ -71,18 +72,31 @@ struct Packed {
   // The same of the transpose of p [ranks, k]. `work` has room for kPackRows * ld elements.
   void pack_transpose(int64_t i, const T* p, int64_t stride, E* work) {
     const int64_t begin = i * kPackRows;
-    copy_part(p + begin, stride, ranks, smaller(k - begin, kPackRows), ld, kPackRows, work);
+    copy_part(p + begin, stride, ranks, smaller(k - begin, kPackRows), ld, kPackRows, work,
+              kPackRows);
     pack_transposed(kPackRows, ld, work, kPackRows, data + begin * ld, ld);
   }
 };
 
-// out [.., ranks] = x p for the tile of rows from `row` on. `copy` has room for it.
+// Rows a multiple of 2 KiB apart share few lines of the first cache: a tile of them is copied to
+// rows that do not.
+constexpr int64_t kShareLines = 2048;
+
+template <class E>
+inline int64_t copied_stride(int64_t k) {
+  return round_up(k, kLine<E>) + kLine<E>;
+}
+
+// out [.., ranks] = x p for the tile of rows from `row` on. `copy` has room for kProjectRows rows
+// copied_stride apart.
 template <class T>
 inline void project_from(int64_t row, int64_t end, const T* x, int64_t ldx, const Packed<T>& p,
                          T* out, int64_t ldo, typename Packed<T>::E* copy) {
   using E = typename Packed<T>::E;
   const int64_t rows = smaller(end - row, kProjectRows), k = round_up(p.k, Dot<E>::kGroup);
-  const Part<E> part = part_of(x + row * ldx, ldx, rows, p.k, rows, k, copy);
+  const bool may_stay = ldx * static_cast<int64_t>(sizeof(E)) % kShareLines != 0;
+  const Part<E> part =
+      part_of(may_stay, x + row * ldx, ldx, rows, p.k, rows, k, copy, copied_stride<E>(k));
   project(rows, k, p.ranks, part.data, part.ld, p.data, p.ld, out + row * ldo, ldo);
 }
 
@@ -109,8 +123,8 @@ struct Sums {
   void add(int64_t i, int64_t begin, int64_t end, const T* x, int64_t ldx, const Packed<T>& s,
            E* copy) {
     const int64_t rows = end - begin, padded = round_up(rows, Dot<E>::kGroup);
-    const Part<E> part =
-        part_of(x + begin * ldx + i * kTileN<E>, ldx, rows, width(i), padded, kTileN<E>, copy);
+    const Part<E> part = part_of(true, x + begin * ldx + i * kTileN<E>, ldx, rows, width(i), padded,
+                                 kTileN<E>, copy, kTileN<E>);
     collect(padded, ranks, part.data, part.ld, s.data + begin * s.ld, s.ld, strip(i));
   }
 };
@@ -150,7 +164,7 @@ void a_fwd(const LoraAFwdArgs& a, int64_t first, int64_t ranks) {
   {
     Scratch own;
     E* work = own.allocate<E>(kPackRows * p.ld);
-    E* copy = own.allocate<E>(kProjectRows * round_up(a.cols, Dot<E>::kGroup));
+    E* copy = own.allocate<E>(kProjectRows * copied_stride<E>(a.cols));
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < p.pieces; ++i) p.pack_transpose(i, lora_a, a.a_stride, work);
 #pragma omp for schedule(static)
@@ -161,7 +175,6 @@ void a_fwd(const LoraAFwdArgs& a, int64_t first, int64_t ranks) {
 
 // A thread adds to the same strips in every block of rows, so sums need no barrier between blocks:
 // static loops of equal length are shared out alike.
-
 template <class T>
 void b_bwd(const LoraBBwdArgs& a, const LoraSpan& span) {
   using A = acc_t<T>;
@@ -179,7 +192,7 @@ void b_bwd(const LoraBBwdArgs& a, const LoraSpan& span) {
 #pragma omp parallel
   {
     Scratch own;
-    const int64_t tile = kProjectRows * round_up(cols, Dot<E>::kGroup), strip = step * kTileN<E>;
+    const int64_t tile = kProjectRows * copied_stride<E>(cols), strip = step * kTileN<E>;
     E* copy = own.allocate<E>(tile > strip ? tile : strip);
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < p.pieces; ++i) p.pack(i, lora_b, a.b_stride);

@@ -19,6 +19,7 @@ GROUPS = [
     Group(1000, 129, (64, 7, 32), (16, 17, 3), gap=5),
     Group(1000, 96, (96, 32), (16, 16)),
     Group(5, 2, (1,), (2,)),
+    Group(30, 2041, (1017,), (4,)),  # with the buffers' 7 spare columns, rows of whole KiB
 ]
 
 
