@@ -138,9 +138,9 @@ class _AttentionBlock(torch.autograd.Function):
         outer_wants_a, outer_wants_b = outer.wants(outer_needs)
 
         d_out = outer.claim_gradient([dy])
-        outer_d_b = outer.fill_ds(d_out, os[:, width:], wanted=outer_wants_b)
+        outer_ds, outer_d_b = outer.fill_ds(d_out, os[:, width:], wanted=outer_wants_b)
         d_o = outer.input_gradient(d_out)
-        outer_d_a = outer.lora_a_gradient(d_out, os[:, :width], wanted=outer_wants_a)
+        outer_d_a = outer.lora_a_gradient(outer_ds, os[:, :width], wanted=outer_wants_a)
         raw_q, raw_k, v = qkv.split(list(inner.weight.out_features), dim=1)
         q, k, rstd_heads = raw_q, raw_k, None
         if ctx.head_norms is not None:
@@ -168,9 +168,9 @@ class _AttentionBlock(torch.autograd.Function):
             )
 
         dys = inner.claim_gradient(parts)
-        d_b = inner.fill_ds(dys, s, wanted=wants_b)
+        ds, d_b = inner.fill_ds(dys, s, wanted=wants_b)
         dx, dweight, d_a = call.inner_gradients(
-            as_rows(dy), dys, x, rstd, ctx.needs_input_grad[0], ctx.needs_input_grad[1], wants_a
+            as_rows(dy), dys, ds, x, rstd, ctx.needs_input_grad[:2], wants_a=wants_a
         )
         return (
             None if dx is None else augmented.keep_room(dx, dx.view(ctx.shape)),

@@ -111,22 +111,27 @@ class AugmentedProduct:
         torch.mul(flat, weight.scale, out=buffer[:, :n])
         return buffer
 
-    def fill_ds(self, dys: Tensor, s: Tensor, *, wanted: bool) -> Tensor | None:
-        """Writes dS behind dY in `dys` [M, N + R]; returns dYᵀ S [N, R], if wanted."""
+    def fill_ds(
+        self, dys: Tensor, s: Tensor, *, wanted: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Writes dS [M, R] behind dY in `dys` [M, N + R]; returns it, and dYᵀ S [N, R], if wanted.
+
+        None for either without adapters.
+        """
         weight = self.weight
         n = weight.base.shape[0]
         if not weight.tail:
-            return None
-        ds = dys[:, n:]
+            return None, None
+        dy, ds = dys.split((n, weight.tail), dim=1)
         d_lora_b = None
         if wanted:
             d_lora_b = torch.empty(
                 n, weight.tail, dtype=accumulate_dtype(dys.dtype), device=dys.device
             )
-        self.kernels.lora_b_bwd(dys[:, :n], weight.lora_b, s, ds, d_lora_b, weight.spans)
+        self.kernels.lora_b_bwd(dy, weight.lora_b, s, ds, d_lora_b, weight.spans)
         if self.columns is not None:
             ds.mul_(self.columns)
-        return d_lora_b
+        return ds, d_lora_b
 
     def input_gradient(self, dys: Tensor) -> Tensor:
         """dX [M, K] from `dys` with dS filled in."""
@@ -147,14 +152,13 @@ class AugmentedProduct:
         )
         return dx
 
-    def lora_a_gradient(self, dys: Tensor, x: Tensor, *, wanted: bool) -> Tensor | None:
+    def lora_a_gradient(self, ds: Tensor | None, x: Tensor, *, wanted: bool) -> Tensor | None:
         """dSᵀ X [R, K], if wanted."""
         weight = self.weight
-        if not wanted or not weight.tail:
+        if not wanted or ds is None:
             return None
         shape = (weight.tail, weight.in_features)
-        d_lora_a = torch.empty(shape, dtype=accumulate_dtype(dys.dtype), device=dys.device)
-        ds = dys[:, weight.base.shape[0] :]
+        d_lora_a = torch.empty(shape, dtype=accumulate_dtype(ds.dtype), device=ds.device)
         self.kernels.lora_a_bwd(ds, x, d_lora_a, weight.spans, self.dropout)
         return d_lora_a
 
@@ -168,17 +172,19 @@ class AugmentedProduct:
     ) -> list[Tensor | None]:
         """Gradients of `weight.factors()`, each in its factor's dtype, where `needs` says so.
 
-        `grads` are those of Y as they arrived, `unscaled` is Y before DoRA's scale.
+        `grads` are those of Y as they arrived, `unscaled` is Y before DoRA's scale. d_lora_a and
+        d_lora_b are used up: the gradients may be parts of them.
         """
         weight = self.weight
         found: list[Tensor | None] = [None] * len(needs)
         for i, block in enumerate(weight.blocks):
             factors = block.factors
             if needs[3 * i] and d_lora_a is not None:
-                found[3 * i] = d_lora_a[block.columns].to(factors.lora_a.dtype)
+                d_a = _part(d_lora_a, factors.lora_a, block.columns)
+                found[3 * i] = d_a.to(factors.lora_a.dtype)
             if needs[3 * i + 1] and d_lora_b is not None:
-                d_b = d_lora_b[block.rows, block.columns] * factors.scaling
-                found[3 * i + 1] = d_b.to(factors.lora_b.dtype)
+                d_b = _part(d_lora_b, factors.lora_b, block.rows, block.columns)
+                found[3 * i + 1] = d_b.mul_(factors.scaling).to(factors.lora_b.dtype)
             if needs[3 * i + 2] and unscaled is not None and weight.norm is not None:
                 dy = grads[block.linear].reshape(unscaled.shape[0], -1).to(weight.norm.dtype)
                 d_scale = (dy * unscaled[:, block.rows]).sum(0) / weight.norm[block.rows]
@@ -213,6 +219,11 @@ class AugmentedProduct:
         """Whether any lora_a, and whether any lora_b, needs a gradient."""
         count = 3 * len(self.weight.blocks)
         return any(needs[:count:3]), any(needs[1:count:3])
+
+
+def _part(whole: Tensor, factor: Tensor, *place: slice) -> Tensor:
+    """A factor's own part of the gradients of all factors."""
+    return whole if whole.shape == factor.shape else whole[place]
 
 
 def _matmul(a: Tensor, b: Tensor, addend: Tensor | None) -> Tensor:

@@ -123,25 +123,26 @@ class Call:
         self,
         dy: Tensor,  # [M, H]: of the block's output, that is of the residual too
         dys: Tensor,  # [M, N + R]: of the inner products, with dS filled in
+        ds: Tensor | None,  # [M, R]: that dS
         x: Tensor,
         rstd: Tensor,
-        needs_x: bool,
-        needs_weight: bool,
+        needs: Sequence[bool],  # of x, of the norm's weight
+        *,
         wants_a: bool,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Gradients of x, of the norm's weight, and of the inner A."""
         rows, cols = x.shape
-        if not (needs_x or needs_weight):
+        if not any(needs):
             normed = torch.empty_like(x)
             self._norm_into(normed, x, rstd)
-            return None, None, self.inner.lora_a_gradient(dys, normed, wanted=wants_a)
+            return None, None, self.inner.lora_a_gradient(ds, normed, wanted=wants_a)
         d_normed = self.inner.input_gradient(dys)
         (dx,) = augmented.empty(rows, [cols], self.grad_tail, dtype=x.dtype, device=x.device)
-        dweight = rstd.new_empty(cols) if needs_weight else None
+        dweight = rstd.new_empty(cols) if needs[1] else None
         self.kernels("rms_norm", x).rms_norm_bwd(
             d_normed, dy, x, self.norm.weight, rstd, dx, dweight, self.norm.offset
         )
         normed = d_normed  # its gradient is used up; 1 / rms is written again as it was
         self._norm_into(normed, x, rstd)
-        d_lora_a = self.inner.lora_a_gradient(dys, normed, wanted=wants_a)
+        d_lora_a = self.inner.lora_a_gradient(ds, normed, wanted=wants_a)
         return dx, None if dweight is None else dweight.to(x.dtype), d_lora_a

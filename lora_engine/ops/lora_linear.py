@@ -128,9 +128,9 @@ class _LoraLinear(torch.autograd.Function):
         needs = ctx.needs_input_grad[3:]
         wants_a, wants_b = product.wants(needs)
         dys = product.claim_gradient(grads)
-        d_lora_b = product.fill_ds(dys, s, wanted=wants_b)
+        ds, d_lora_b = product.fill_ds(dys, s, wanted=wants_b)
         dx = product.input_gradient(dys).view(ctx.shape) if ctx.needs_input_grad[0] else None
-        d_lora_a = product.lora_a_gradient(dys, x, wanted=wants_a)
+        d_lora_a = product.lora_a_gradient(ds, x, wanted=wants_a)
         return (
             dx,
             None,

@@ -75,7 +75,7 @@ class _MlpBlock(torch.autograd.Function):
         outer_wants_a, outer_wants_b = outer.wants(outer_needs)
 
         d_out = outer.claim_gradient([dy])
-        outer_d_b = outer.fill_ds(d_out, outer_s, wanted=outer_wants_b)
+        outer_ds, outer_d_b = outer.fill_ds(d_out, outer_s, wanted=outer_wants_b)
         dh = outer.input_gradient(d_out)
         gate, up = gate_up.split(list(inner.weight.out_features), dim=1)
         parts = augmented.empty(
@@ -87,13 +87,13 @@ class _MlpBlock(torch.autograd.Function):
         )
         h = dh  # the activation takes the place of its gradient
         call.kernels("glu", x).glu_bwd(dh, gate, up, *parts, h, **call.options)
-        outer_d_a = outer.lora_a_gradient(d_out, h, wanted=outer_wants_a)
+        outer_d_a = outer.lora_a_gradient(outer_ds, h, wanted=outer_wants_a)
         del dh, h
 
         dys = inner.claim_gradient(parts)
-        d_b = inner.fill_ds(dys, s, wanted=wants_b)
+        ds, d_b = inner.fill_ds(dys, s, wanted=wants_b)
         dx, dweight, d_a = call.inner_gradients(
-            as_rows(dy), dys, x, rstd, ctx.needs_input_grad[0], ctx.needs_input_grad[1], wants_a
+            as_rows(dy), dys, ds, x, rstd, ctx.needs_input_grad[:2], wants_a=wants_a
         )
         return (
             None if dx is None else augmented.keep_room(dx, dx.view(ctx.shape)),

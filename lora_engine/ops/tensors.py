@@ -22,7 +22,9 @@ def empty_rows(rows: int, cols: int, *, dtype: torch.dtype, device: torch.device
 
     Packed batches differ by a few tokens; with memory in steps they reuse each other's blocks.
     """
-    return torch.empty(-(-rows // ROW_STEP) * ROW_STEP, cols, dtype=dtype, device=device)[:rows]
+    spare = -rows % ROW_STEP
+    buffer = torch.empty(rows + spare, cols, dtype=dtype, device=device)
+    return buffer[:rows] if spare else buffer
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
