@@ -228,8 +228,11 @@ def resource_usage(cubin: bytes) -> dict[str, int]:
 
 
 def touches_local_memory(cubin: bytes) -> bool:
-    """Whether the machine code loads or stores local memory, or calls what may."""
-    return re.search(r"\b(LDL|STL|CALL)\b", _cuobjdump(cubin, "-sass")) is not None
+    """Whether the machine code loads or stores local memory, or calls what may.
+
+    What it calls by a relative address, such as the slow path of a division, is part of it.
+    """
+    return re.search(r"\b(LDL|STL|CALL(?!\.REL))\b", _cuobjdump(cubin, "-sass")) is not None
 
 
 def _cuobjdump(cubin: bytes, option: str) -> str:
