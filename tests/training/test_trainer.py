@@ -141,10 +141,13 @@ def test_training_mode_is_restored(tmp_path):
 
 
 def diverging(folder, **config):
-    """Learns at first; then the large constant rate makes it worse again."""
+    """Learns at first; then the large constant rate makes it worse again, step 6 being the best.
+
+    Much later the losses are chaotic: rounding decides them.
+    """
     return make_trainer(
         folder,
-        max_steps=12,
+        max_steps=9,
         learning_rate=0.1,
         schedule="constant",
         max_grad_norm=None,
@@ -158,24 +161,24 @@ def test_best_weights_remain(tmp_path):
     result = trainer.fit()
     measured = {x["step"]: x["heldout_loss"] for x in lines(tmp_path) if "heldout_loss" in x}
     assert result.best_step == min(measured, key=measured.get)
-    assert 0 < result.best_step < 12, "the test needs a run that gets worse again"
+    assert 0 < result.best_step < 9, "the test needs a run that gets worse again"
     assert result.heldout_loss_after == measured[result.best_step]
     assert heldout_loss(trainer.model) == pytest.approx(result.heldout_loss_after, rel=1e-5)
-    assert saved_steps(tmp_path) == [result.best_step, 12]
+    assert saved_steps(tmp_path) == [result.best_step, 9]
 
 
 def test_last_weights_remain(tmp_path):
     trainer = diverging(tmp_path, final_weights="last")
     result = trainer.fit()
     measured = {x["step"]: x["heldout_loss"] for x in lines(tmp_path) if "heldout_loss" in x}
-    assert result.heldout_loss_after == measured[12] > measured[result.best_step]
-    assert heldout_loss(trainer.model) == pytest.approx(measured[12], rel=1e-5)
+    assert result.heldout_loss_after == measured[9] > measured[result.best_step]
+    assert heldout_loss(trainer.model) == pytest.approx(measured[9], rel=1e-5)
 
 
 def test_early_stopping(tmp_path):
     result = diverging(tmp_path, early_stopping_patience=2).fit()
     assert result.stopped == "early_stopping"
-    assert result.steps == result.best_step + 2 < 12
+    assert result.steps == result.best_step + 2 < 9
     again = diverging(tmp_path, early_stopping_patience=2).fit(resume=True)
     assert (again.stopped, again.steps) == ("early_stopping", result.steps)
 
