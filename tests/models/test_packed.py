@@ -51,11 +51,15 @@ def loss_and_gradients(model: torch.nn.Module, *, share: bool) -> list[torch.Ten
     return [loss, *torch.autograd.grad(loss, parameters)]
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("name", list(MODELS))
-def test_sharing_prefixes_changes_no_gradient(name: str) -> None:
+def test_sharing_prefixes_changes_no_gradient(name: str, checkpointing: bool) -> None:
     model = with_lora(MODELS[name]())
     plain = loss_and_gradients(model, share=False)
     lora_engine.accelerate(model)
+    if checkpointing:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     assert can_share_prefixes(model)
     shared = loss_and_gradients(model, share=True)
     for ours, expected in zip(shared, plain, strict=True):
