@@ -63,7 +63,7 @@ def finetune(
     """
     tell = observer.stage if observer else _ignore
     folder = config.train.output_dir
-    _make_room(folder, resume=resume, overwrite=config.train.overwrite)
+    _check_room(folder, resume=resume, overwrite=config.train.overwrite)
     tell(f"loading {model_name(config)}")
     model, tokenizer = load_model(
         config.model.path, dtype=config.model.dtype, device=config.model.device
@@ -72,6 +72,7 @@ def finetune(
     train_data, eval_data = _examples(config, tokenizer)
     if config.lora is not None:
         model = add_adapters(model, config.lora)
+    _discard_earlier(folder, resume=resume)
     prompts = choose_prompts(eval_data, tokenizer, config.samples.count)
     before = _samples_before(config, model, tokenizer, prompts, folder, tell)
     coverage = None
@@ -211,11 +212,8 @@ def has_checkpoint(folder: Path) -> bool:
     return CheckpointStore(folder / "checkpoints").latest() is not None
 
 
-def _make_room(folder: Path, *, resume: bool, overwrite: bool) -> None:
-    """Stop before any work if `folder` holds a run that is not to be touched.
-
-    The Trainer clears its own files; those of an earlier summary go here.
-    """
+def _check_room(folder: Path, *, resume: bool, overwrite: bool) -> None:
+    """Stop before any work if `folder` holds a run that is not to be touched."""
     metrics = folder / "metrics.jsonl"
     used = has_checkpoint(folder) or (metrics.is_file() and metrics.stat().st_size > 0)
     if folder.exists() and not folder.is_dir():
@@ -225,6 +223,10 @@ def _make_room(folder: Path, *, resume: bool, overwrite: bool) -> None:
             f"{folder}: already holds a run; continue it with --resume, give another "
             "train.output_dir, or discard it with train.overwrite=true"
         )
+
+
+def _discard_earlier(folder: Path, *, resume: bool) -> None:
+    """Removes an earlier run's summary; the Trainer clears its own files."""
     stale = ["summary.json", "report.html"] + ([] if resume else ["samples_before.json"])
     for name in stale:
         (folder / name).unlink(missing_ok=True)

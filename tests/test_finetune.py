@@ -189,6 +189,16 @@ def test_used_folder_is_not_touched_without_being_told(settings):
     assert len(read_metrics(settings / "out")) == 3
 
 
+def test_a_run_that_cannot_begin_leaves_the_earlier_one_whole(settings):
+    run()
+    before = {path.name for path in (settings / "out").iterdir()}
+    assert {"summary.json", "report.html", "samples_before.json"} <= before
+    (settings / "bad.jsonl").write_text('{"messages": "none"}\n')
+    with pytest.raises(UserError, match=r"bad\.jsonl"):
+        run("train.overwrite=true", "data.train=bad.jsonl")
+    assert {path.name for path in (settings / "out").iterdir()} == before
+
+
 def test_changed_prompts_are_sampled_anew_on_resume(settings):
     run(observer=Recorder(at_step=2, action=interrupt))
     summary = run("samples.count=2", resume=True).summary
