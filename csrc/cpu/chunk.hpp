@@ -7,12 +7,10 @@
 // the other types it is the order in memory.
 #pragma once
 
+#include "interleave.hpp"
 #include "numeric.hpp"
 #include "scratch.hpp"
 #include "stream.hpp"
-#if defined(__AVX512BF16__)
-#include <immintrin.h>
-#endif
 
 namespace lora_engine {
 namespace {
@@ -92,12 +90,7 @@ inline A& element_at(LaneRow<T, A> row, int64_t i) {
 // Two vectors of float32 rounded to bfloat16, the first one's as even elements.
 inline Words round_pairs(const float* even, const float* odd) {
 #ifdef __AVX512BF16__
-  // The compiler does not know the instruction that rounds to bfloat16.
-  alignas(64) static constexpr uint16_t kOrder[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
-                                                      21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
-                                                      11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-  const __m512bh halves = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(odd), _mm512_loadu_ps(even));
-  return (Words)_mm512_permutexvar_epi16(_mm512_load_si512(kOrder), (__m512i)halves);
+  return (Words)interleave_rounded(even, odd);
 #else
   Words low, high;
   std::memcpy(&low, even, sizeof low);

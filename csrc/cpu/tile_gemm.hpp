@@ -8,6 +8,7 @@
 // with zeros to a whole group in k, and n is a multiple of kTileN.
 #pragma once
 
+#include "interleave.hpp"
 #include "numeric.hpp"
 #include "transpose.hpp"
 #ifdef __AVX512BF16__
@@ -183,15 +184,9 @@ inline void convert_row(int64_t n, const float* src, bf16* dst) {
   for (; i < n; ++i) dst[i] = to_bf16(src[i]);
 }
 inline void interleave_rows(int64_t n, const float* even, const float* odd, bf16* dst) {
-  alignas(64) static constexpr uint16_t kOrder[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
-                                                      21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
-                                                      11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-  const __m512i order = _mm512_load_si512(kOrder);
   int64_t i = 0;
-  for (; i + 16 <= n; i += 16) {
-    const __m512bh both = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(odd + i), _mm512_loadu_ps(even + i));
-    _mm512_storeu_si512(dst + 2 * i, _mm512_permutexvar_epi16(order, (__m512i)both));
-  }
+  for (; i + 16 <= n; i += 16)
+    _mm512_storeu_si512(dst + 2 * i, interleave_rounded(even + i, odd + i));
   for (; i < n; ++i) {
     dst[2 * i] = to_bf16(even[i]);
     dst[2 * i + 1] = to_bf16(odd[i]);

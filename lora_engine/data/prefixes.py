@@ -37,11 +37,11 @@ def shared_segments(
     where `kinds` gives each its own.
     """
     segments: list[Segment] = []
-    # Of the members of a group all tokens before `seen` are the same, and those before `start`
-    # stand in `parent` and its parents.
     alike: dict[str, list[int]] = {}
     for member in range(len(tokens)):
         alike.setdefault("" if kinds is None else kinds[member], []).append(member)
+    # Of the members of a group all tokens before `seen` are the same, and those before `start`
+    # stand in `parent` and its parents.
     groups = [(tuple(members), 0, 0, -1) for members in reversed(alike.values())]
     while groups:
         members, start, seen, parent = groups.pop()
