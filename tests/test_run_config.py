@@ -9,9 +9,9 @@ from lora_engine.config import (
     RunConfig,
     dump_config,
     load_config,
-    shipped_configs,
 )
 from lora_engine.config_reference import reference_page
+from lora_engine.config_yaml import shipped_configs
 from lora_engine.errors import UserError
 
 BASE = "model: {path: tiny}\ndata: {train: train.jsonl}\n"
@@ -65,7 +65,8 @@ def test_null_lora_is_full_fine_tuning_and_can_be_given_back():
         (
             BASE + "train: {max_steps: many}\n",
             [],
-            "run.yaml:3: train.max_steps: expected a whole number ≥ 1 or null, got 'many'",
+            "run.yaml:3: train.max_steps: expected a whole number from 1 to 1,000,000,000 or null, "
+            "got 'many'",
         ),
         (
             BASE,

@@ -15,6 +15,7 @@ PACKAGE = Path(lora_engine.__file__).parent
 LAYERS: list[set[str]] = [
     {"errors"},
     {"files", "config_schema"},
+    {"config_yaml"},
     {"reference", "backends"},
     {"cpu", "cuda", "kernels"},
     {"ops"},
@@ -22,9 +23,10 @@ LAYERS: list[set[str]] = [
     {"data"},
     {"training"},
     {"evaluation", "config"},
-    {"machine", "config_reference"},
+    {"machine", "config_reference", "failures", "terminal"},
     {"doctor", "finetune"},
     {"progress"},
+    {"commands"},
     {"cli"},
 ]
 

@@ -134,10 +134,11 @@ def render(reports: Sequence[DataReport]) -> "Group":
     """The reports (training data first) as one rich renderable."""
     from rich.console import Group
     from rich.rule import Rule
+    from rich.text import Text
 
     parts: list[RenderableType] = []
     for data in reports:
-        parts += [Rule(data.name), _counts(data), "", _histogram(data), "", *_findings(data)]
+        parts += [Rule(Text(data.name)), _counts(data), "", _histogram(data), "", *_findings(data)]
         parts += [_sample_text(shown) for shown in data.samples]
     return Group(*parts)
 

@@ -1,4 +1,9 @@
-"""Sizes and times as short text for people."""
+"""Sizes, times and other people's text as short text for people."""
+
+import re
+
+# Control characters but tab and line feed, line separators, and what reverses the direction.
+_UNSEEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
 def bytes_text(size: float | None) -> str:
@@ -20,3 +25,13 @@ def duration_text(seconds: float) -> str:
     if hours:
         return f"{hours} h {minutes} min"
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def visible(text: str) -> str:
+    """`text` with what would move a terminal's cursor or reverse its line as escapes: "\\x1b"."""
+    return _UNSEEN.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+def one_line(text: str) -> str:
+    """`visible`, with the line breaks as "\\n"; those of a list, indented by two, remain."""
+    return visible(re.sub(r"\n(?!  )", r"\\n", text))

@@ -1,9 +1,11 @@
 """What the training loop can be told: `TrainConfig`."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from lora_engine.files import user_path
 
 # Changing these between a checkpoint and its resumption leaves every weight as it would have
 # been; changing any other field makes it another run.
@@ -21,12 +23,20 @@ _FREE_ON_RESUME = frozenset(
 )
 
 
+def _as_path(value: Any) -> Any:
+    return user_path(value) if isinstance(value, str | Path) else value
+
+
+# A path, ~ as the home folder.
+UserPath = Annotated[Path, BeforeValidator(_as_path)]
+
+
 class TrainConfig(BaseModel):
     """The training loop: how long, how fast, how often it measures and saves."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    output_dir: Path = Field(
+    output_dir: UserPath = Field(
         Path("runs/train"),
         description="Folder of the run: checkpoints/, adapter/ and metrics.jsonl.",
     )
@@ -36,24 +46,27 @@ class TrainConfig(BaseModel):
     )
 
     max_steps: int | None = Field(
-        None, ge=1, description="Number of optimiser steps; give this or epochs."
+        None, ge=1, le=10**9, description="Number of optimiser steps; give this or epochs."
     )
     epochs: int | None = Field(
         None,
         ge=1,
+        le=10**4,
         description="Number of passes over the training data; one if max_steps is not given.",
     )
     tokens_per_batch: int = Field(
-        4096, ge=2, description="Tokens packed into one micro-batch, without padding."
+        4096, ge=2, le=10**7, description="Tokens packed into one micro-batch, without padding."
     )
     gradient_accumulation_steps: int = Field(
         1,
         ge=1,
+        le=10**6,
         description="Micro-batches per optimiser step; their gradient is that of one large batch.",
     )
     max_length: int | None = Field(
         None,
         ge=2,
+        le=10**7,
         description="Longest example in tokens, for data that the Trainer tokenises itself.",
     )
 
@@ -63,14 +76,14 @@ class TrainConfig(BaseModel):
         "gradients, where the model's attention is lora_engine's and nothing is dropped out.",
     )
 
-    learning_rate: float = Field(2e-4, gt=0, lt=float("inf"), description="Peak learning rate.")
+    learning_rate: float = Field(2e-4, gt=0, le=100, description="Peak learning rate.")
     loraplus_lr_ratio: float = Field(
         1.0,
         gt=0,
-        lt=float("inf"),
+        le=10**4,
         description="Learning rate of LoRA's B over that of A (LoRA+, arXiv:2402.12354: 16, say).",
     )
-    adapter_learning_rates: dict[str, float] = Field(
+    adapter_learning_rates: dict[str, Annotated[float, Field(gt=0, le=10**4)]] = Field(
         default_factory=dict,
         description="What multiplies the learning rate of an adapter, by its name.",
     )
@@ -78,7 +91,7 @@ class TrainConfig(BaseModel):
         "cosine", description="Shape of the learning rate after the warm-up."
     )
     warmup_steps: int | None = Field(
-        None, ge=0, description="Steps of linear warm-up; give this or warmup_ratio."
+        None, ge=0, le=10**9, description="Steps of linear warm-up; give this or warmup_ratio."
     )
     warmup_ratio: float | None = Field(
         None, ge=0, lt=1, description="Warm-up as a share of all steps; none if neither is given."
@@ -95,7 +108,7 @@ class TrainConfig(BaseModel):
         description="AdamW with moments in float32, or in 8 bits: 2 bytes a trained value, not 8.",
     )
     weight_decay: float = Field(
-        0.0, ge=0, lt=float("inf"), description="Decoupled weight decay, on all trained weights."
+        0.0, ge=0, le=100, description="Decoupled weight decay, on all trained weights."
     )
     beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's decay rate of the gradient's mean.")
     beta2: float = Field(
@@ -111,20 +124,23 @@ class TrainConfig(BaseModel):
     eval_every: int | None = Field(
         None,
         ge=1,
+        le=10**9,
         description="Steps between evaluations on held-out data; null evaluates first and last.",
     )
     early_stopping_patience: int | None = Field(
         None,
         ge=1,
+        le=10**9,
         description="Stop after this many evaluations in a row without a lower held-out loss.",
     )
     save_every: int | None = Field(
         None,
         ge=1,
+        le=10**9,
         description="Steps between checkpoints; null saves first, last and at the best.",
     )
     keep_checkpoints: int = Field(
-        2, ge=1, description="Newest checkpoints to keep; the best one is kept besides."
+        2, ge=1, le=10**6, description="Newest checkpoints to keep; the best one is kept besides."
     )
     final_weights: Literal["best", "last"] = Field(
         "best",
