@@ -4,14 +4,14 @@ One optimiser launch and one reduction for the norm then serve any number of par
 """
 
 import dataclasses
-import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from lora_engine.errors import UserError
+from lora_engine.training.shared_memory import compact_strides, groups_of_memory
 
 ALIGNMENT = 64  # bytes; every parameter starts on a cache line, as a tensor of its own would
 RATE_ALIGNMENT = 1024  # bytes; a block of 256 moments in 8 bits belongs to one learning rate
@@ -21,23 +21,37 @@ RATE_ALIGNMENT = 1024  # bytes; a block of 256 moments in 8 bits belongs to one 
 class FlatEntry:
     """Where one parameter lies in the flat buffers.
 
-    parameters: the tensors that share this storage, usually one.
+    parameters: the tensors that are this memory, usually one; the first gives name and shape.
+    strides: of each of them in the buffers. Tied tensors may be transposes of each other.
     offset: index of its first element in the buffers.
     """
 
     name: str
     parameters: tuple[nn.Parameter, ...]
-    shape: torch.Size
-    dtype: torch.dtype
+    strides: tuple[tuple[int, ...], ...]
     offset: int
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.parameters[0].shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.parameters[0].dtype
 
     @property
     def numel(self) -> int:
         return self.shape.numel()
 
     def view(self, buffer: torch.Tensor) -> torch.Tensor:
-        """This parameter's part of a flat buffer, in the parameter's shape."""
-        return buffer[self.offset : self.offset + self.numel].view(self.shape)
+        """The first parameter's part of a flat buffer, in its shape."""
+        return next(self.views(buffer))[1]
+
+    def views(self, buffer: torch.Tensor) -> Iterator[tuple[nn.Parameter, torch.Tensor]]:
+        """Each parameter with its part of a flat buffer, all of the same elements."""
+        start = buffer.storage_offset() + self.offset
+        for parameter, stride in zip(self.parameters, self.strides, strict=True):
+            yield parameter, buffer.as_strided(parameter.shape, stride, start)
 
 
 class FlatParameters:
@@ -52,7 +66,9 @@ class FlatParameters:
 
     rates: the parts of the buffers in order, as slices, and what multiplies the learning rate.
 
-    Parameters that share storage (tied weights) are held once, under the first one's name.
+    Parameters that are the same memory are held once, under the first one's name, and stay the
+    same memory, here and after `release`: tied weights, PEFT's tied adapters (one the transpose of
+    the other), a frozen parameter that views a trained one. Their gradients add up.
     `release` gives the parameters storage of their own again.
     """
 
@@ -63,10 +79,11 @@ class FlatParameters:
     ) -> None:
         """Takes those that require gradients. `rate_of` a name multiplies its learning rate.
 
-        Raises UserError if there are none, if they are on several devices, or if two of them
-        overlap in part.
+        Raises UserError if there are none, if they are on several devices, or if one of them
+        shares a part of its memory with another.
         """
-        trainable = [(name, p) for name, p in named_parameters if p.requires_grad]
+        named = list(named_parameters)
+        trainable = [(name, p) for name, p in named if p.requires_grad]
         if not trainable:
             raise UserError(
                 "the model has no trainable parameters: add an adapter with peft.get_peft_model, "
@@ -79,7 +96,7 @@ class FlatParameters:
                 f"({', '.join(sorted(map(str, devices)))}): move the model to one"
             )
         self.device = devices.pop()
-        self.entries, self.rates, size = _layout(trainable, rate_of)
+        self.entries, self.rates, size = _layout(named, rate_of)
         self.data = torch.zeros(size, dtype=torch.float32, device=self.device)
         self.grad = torch.zeros_like(self.data)
         self._hooks: list[Any] = []
@@ -94,9 +111,9 @@ class FlatParameters:
         """Set all gradients to zero and the `.grad` of float32 parameters to views of `grad`."""
         self.grad.zero_()
         for entry in self.entries:
-            for parameter in entry.parameters:
-                is_view = entry.dtype == torch.float32
-                parameter.grad = entry.view(self.grad) if is_view else None
+            for parameter, grad in entry.views(self.grad):
+                is_view = entry.dtype == torch.float32 and parameter.requires_grad
+                parameter.grad = grad if is_view else None
 
     def publish(self) -> None:
         """Tell the parameters that `data` changed: round masters into parameters of other dtypes
@@ -106,12 +123,13 @@ class FlatParameters:
                 if entry.dtype == torch.float32:
                     torch.autograd.graph.increment_version(entry.parameters)
                 else:
-                    for parameter in entry.parameters:
-                        parameter.copy_(entry.view(self.data))
+                    for parameter, master in entry.views(self.data):
+                        parameter.copy_(master)
 
     def named_copies(self, buffer: torch.Tensor) -> dict[str, torch.Tensor]:
         """A flat buffer [P] as one CPU tensor of its own per parameter, as files want it."""
-        return {e.name: e.view(buffer).detach().to("cpu", copy=True) for e in self.entries}
+        copies = {e.name: e.view(buffer).detach().to("cpu", copy=True) for e in self.entries}
+        return {name: copy.contiguous() for name, copy in copies.items()}
 
     @torch.no_grad()
     def load_named(self, buffer: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -129,33 +147,25 @@ class FlatParameters:
             hook.remove()
         self._hooks.clear()
         for entry in self.entries:
-            own = entry.view(self.data).clone() if entry.dtype == torch.float32 else None
-            for parameter in entry.parameters:
+            own = self.data[entry.offset : entry.offset + entry.numel].clone()
+            for parameter, values in dataclasses.replace(entry, offset=0).views(own):
                 parameter.grad = None
-                if own is not None:
-                    parameter.data = own
+                if entry.dtype == torch.float32:
+                    parameter.data = values
             torch.autograd.graph.increment_version(entry.parameters)
 
     def _attach(self) -> None:
         for entry in self.entries:
-            view = entry.view(self.data)
-            view.copy_(entry.parameters[0].data)
-            for parameter in entry.parameters:
+            entry.view(self.data).copy_(entry.parameters[0].data)
+            views = zip(entry.views(self.data), entry.views(self.grad), strict=True)
+            for (parameter, values), (_, grad) in views:
                 parameter.grad = None
                 if entry.dtype == torch.float32:
-                    parameter.data = view
-                else:
-                    self._hooks.append(self._accumulate_in_float32(entry, parameter))
+                    parameter.data = values
+                elif parameter.requires_grad:
+                    self._hooks.append(_accumulate_in_float32(parameter, grad))
             torch.autograd.graph.increment_version(entry.parameters)
         self.zero_grad()
-
-    def _accumulate_in_float32(self, entry: FlatEntry, parameter: nn.Parameter) -> Any:
-        def add_to_flat(p: torch.Tensor) -> None:
-            assert p.grad is not None
-            entry.view(self.grad).add_(p.grad)
-            p.grad = None
-
-        return parameter.register_post_accumulate_grad_hook(add_to_flat)
 
     def _check_names_and_shapes(self, tensors: Mapping[str, torch.Tensor]) -> None:
         expected = {entry.name: tuple(entry.shape) for entry in self.entries}
@@ -174,45 +184,35 @@ class FlatParameters:
         raise UserError(f"not the tensors of this model's trainable parameters: {shown}{more}")
 
 
+def _accumulate_in_float32(parameter: nn.Parameter, grad: torch.Tensor) -> Any:
+    def add_to_flat(p: torch.Tensor) -> None:
+        assert p.grad is not None
+        grad.add_(p.grad)
+        p.grad = None
+
+    return parameter.register_post_accumulate_grad_hook(add_to_flat)
+
+
 def _layout(
-    trainable: list[tuple[str, nn.Parameter]], rate_of: Callable[[str], float]
+    named: list[tuple[str, nn.Parameter]], rate_of: Callable[[str], float]
 ) -> tuple[tuple[FlatEntry, ...], tuple[tuple[slice, float], ...], int]:
-    """Aligned offsets for distinct storages, one stretch for each rate, and the buffers' size."""
-    groups: dict[object, list[tuple[str, nn.Parameter]]] = {}
-    for name, parameter in trainable:
-        if not parameter.dtype.is_floating_point:
-            raise UserError(f"{name}: cannot train parameters of type {parameter.dtype}")
-        groups.setdefault(_storage_key(parameter), []).append((name, parameter))
-    _refuse_partial_overlap([group[0] for group in groups.values()])
+    """Aligned offsets for distinct memories, one stretch for each rate, and the buffers' size."""
     by_rate: dict[float, list[list[tuple[str, nn.Parameter]]]] = {}
-    for group in groups.values():
-        by_rate.setdefault(rate_of(group[0][0]), []).append(group)
+    for group in groups_of_memory(named):
+        name, first = group[0]
+        if not first.dtype.is_floating_point:
+            raise UserError(f"{name}: cannot train parameters of type {first.dtype}")
+        by_rate.setdefault(rate_of(name), []).append(group)
     entries, rates, offset = [], [], 0
     step, rate_step = (a // torch.float32.itemsize for a in (ALIGNMENT, RATE_ALIGNMENT))
     for rate, members in by_rate.items():
         start = offset
         for group in members:
-            name, first = group[0]
             parameters = tuple(parameter for _, parameter in group)
-            entries.append(FlatEntry(name, parameters, first.shape, first.dtype, offset))
-            offset += -(-first.numel() // step) * step
+            strides = tuple(map(compact_strides, parameters))
+            entries.append(FlatEntry(group[0][0], parameters, strides, offset))
+            offset += -(-parameters[0].numel() // step) * step
         if len(by_rate) > 1:
             offset = -(-offset // rate_step) * rate_step
         rates.append((slice(start, offset), rate))
     return tuple(entries), tuple(rates), offset
-
-
-def _storage_key(p: nn.Parameter) -> object:
-    """Equal for parameters that are the same memory; an empty one equals nothing else."""
-    if p.numel() == 0:
-        return id(p)
-    return p.data_ptr(), p.shape, p.stride(), p.dtype
-
-
-def _refuse_partial_overlap(named: list[tuple[str, nn.Parameter]]) -> None:
-    """Two windows on one memory cannot both move into a flat buffer and stay the same values."""
-    contiguous = [(n, p) for n, p in named if p.numel() and p.is_contiguous()]
-    contiguous.sort(key=lambda item: item[1].data_ptr())
-    for (name, p), (other, q) in itertools.pairwise(contiguous):
-        if q.data_ptr() < p.data_ptr() + p.numel() * p.element_size():
-            raise UserError(f"{name} and {other} share a part of their memory: untie or freeze one")

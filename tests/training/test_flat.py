@@ -93,11 +93,90 @@ def test_tied_parameters_are_counted_once_and_stay_tied():
     assert not b.any()
 
 
-def test_partly_shared_memory_is_refused():
-    weight = torch.randn(6)
-    parameters = [("a", nn.Parameter(weight[:4])), ("b", nn.Parameter(weight[2:]))]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_transpose_is_the_same_parameter(dtype):
+    weight = torch.randn(4, 3).to(dtype)
+    a, b = nn.Parameter(weight), nn.Parameter(weight.t())
+    before, storage = a.detach().clone(), a.data_ptr()
+    flat = FlatParameters([("a", a), ("b", b)])
+    assert (flat.numel, [e.name for e in flat.entries]) == (12, ["a"])
+    (a.sum() + (b * torch.arange(4)).sum()).backward()
+    expected = (1 + torch.arange(4.0))[:, None].expand(4, 3)
+    assert torch.equal(flat.entries[0].view(flat.grad), expected)
+    flat.data -= flat.grad
+    flat.publish()
+    assert torch.equal(a, (before.float() - expected).to(dtype))
+    assert torch.equal(a, b.t())
+    flat.release()
+    assert torch.equal(a, (before.float() - expected).to(dtype))
+    assert a.data_ptr() == b.data_ptr() and torch.equal(a, b.t())
+    assert (a.data_ptr() == storage) == (dtype == torch.bfloat16)
+
+
+def test_first_of_a_tied_pair_may_be_the_transpose(tmp_path):
+    weight = torch.randn(4, 3)
+    flat = FlatParameters([("b", nn.Parameter(weight.t())), ("a", nn.Parameter(weight))])
+    copies = flat.named_copies(flat.data)
+    assert torch.equal(copies["b"], weight.t())
+    save_file(copies, tmp_path / "w.safetensors")
+    flat.data.zero_()
+    flat.load_named(flat.data, load_file(tmp_path / "w.safetensors"))
+    assert torch.equal(flat.entries[0].parameters[1], weight)
+
+
+def test_a_parameter_given_twice_counts_once():
+    p = nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+    flat = FlatParameters([("a", p), ("b", p)])
+    p.sum().backward()
+    assert [e.parameters for e in flat.entries] == [(p,)]
+    assert flat.entries[0].view(flat.grad).tolist() == [1, 1, 1]
+
+
+def test_a_frozen_view_follows_the_trained_parameter():
+    weight = torch.randn(3, 2)
+    frozen, trained = nn.Parameter(weight, requires_grad=False), nn.Parameter(weight)
+    flat = FlatParameters([("frozen", frozen), ("trained", trained)])
+    assert [e.name for e in flat.entries] == ["trained"]
+    flat.data.fill_(5.0)
+    version = frozen._version
+    flat.publish()
+    flat.release()
+    assert frozen.unique().tolist() == [5.0] and frozen.grad is None
+    assert frozen.data_ptr() == trained.data_ptr() and frozen._version > version
+
+
+WHOLE = torch.randn(6, 4)
+OVERLAPPING = {
+    "windows": (WHOLE[:4], WHOLE[2:]),
+    "one inside the other": (WHOLE, WHOLE[1:3]),
+    "a column of the whole": (WHOLE, WHOLE[:, 1]),
+    "column windows": (WHOLE[:, :3], WHOLE[:, 2:]),
+    "another type": (WHOLE, WHOLE.view(torch.bfloat16)),
+}
+
+
+@pytest.mark.parametrize("tensors", OVERLAPPING.values(), ids=OVERLAPPING)
+@pytest.mark.parametrize("trained", [(True, True), (True, False), (False, True)], ids=str)
+def test_partly_shared_memory_is_refused(tensors, trained):
+    named = [(n, nn.Parameter(*given)) for n, *given in zip("ab", tensors, trained, strict=True)]
     with pytest.raises(UserError, match="a and b share a part of their memory"):
-        FlatParameters(parameters)
+        FlatParameters(named)
+
+
+def test_elements_that_share_memory_are_refused():
+    with pytest.raises(UserError, match="a: its elements share memory with each other"):
+        FlatParameters([("a", nn.Parameter(torch.ones(1, 4).expand(3, 4)))])
+    with pytest.raises(UserError, match="a: its elements share memory with each other"):
+        FlatParameters([("a", nn.Parameter(torch.ones(9).as_strided((3, 4), (2, 1))))])
+
+
+def test_column_slices_are_parameters_of_their_own():
+    weight = torch.randn(5, 4)
+    parts = weight[:, :2].clone(), weight[:, 2:].clone()
+    flat = FlatParameters([("a", nn.Parameter(weight[:, :2])), ("b", nn.Parameter(weight[:, 2:]))])
+    for entry, part in zip(flat.entries, parts, strict=True):
+        assert torch.equal(entry.parameters[0], part)
+        assert entry.parameters[0].is_contiguous()
 
 
 def test_neighbours_in_one_storage_are_fine():
