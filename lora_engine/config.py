@@ -5,7 +5,6 @@
 the nearest valid name. `docs/configuration.md` is generated from these models.
 """
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,7 +19,12 @@ from pydantic import (
     model_validator,
 )
 
-from lora_engine.config_schema import FieldPath, describe_problems, find_switch_for_number
+from lora_engine.adapters import LoraConfig
+from lora_engine.config_schema import (
+    FieldPath,
+    describe_problems,
+    find_switch_for_number,
+)
 from lora_engine.config_yaml import parse_mapping, parse_value, read_config
 from lora_engine.errors import UserError, nearest
 from lora_engine.files import user_path
@@ -55,83 +59,6 @@ class ModelConfig(_Section):
         default="auto",
         description="`cpu`, `cuda`, `cuda:1`, …; `auto` takes the GPU if there is one.",
     )
-
-
-class AdapterConfig(_Section):
-    """One of several adapters; what it leaves out is as `lora` has it."""
-
-    r: int | None = Field(default=None, ge=1, description="Rank of the adapter.")
-    alpha: float | None = Field(
-        default=None, gt=0, description="Scale: its output is multiplied by alpha / r."
-    )
-    target_modules: str | list[str] | None = Field(
-        default=None, description="Which linear layers get it."
-    )
-    learning_rate: float | None = Field(
-        default=None,
-        gt=0,
-        lt=float("inf"),
-        description="Its peak learning rate, instead of `train.learning_rate`.",
-    )
-
-
-class LoraConfig(_Section):
-    """The LoRA adapter, handed on to `peft.LoraConfig`."""
-
-    r: int = Field(default=16, ge=1, description="Rank of the adapter.")
-    alpha: float = Field(
-        default=32, gt=0, description="Scale: the adapter's output is multiplied by alpha / r."
-    )
-    dropout: float = Field(default=0.0, ge=0, lt=1, description="Dropout on the adapter's input.")
-    target_modules: str | list[str] = Field(
-        default="all-linear",
-        description="Which linear layers get an adapter: `all-linear`, names such as "
-        "`[q_proj, v_proj]`, or a regular expression.",
-    )
-    exclude_modules: str | list[str] | None = Field(
-        default=None, description="Names, or a regular expression, of layers to leave out."
-    )
-    rslora: bool = Field(default=False, description="Scale by alpha / √r instead (rsLoRA).")
-    bias: Literal["none", "all", "lora_only"] = Field(
-        default="none", description="Which bias terms are trained too."
-    )
-    modules_to_save: list[str] | None = Field(
-        default=None,
-        description="Modules trained in full and saved with the adapter, e.g. `[lm_head]`.",
-    )
-    seed: int = Field(default=0, ge=0, description="Seed of the adapter's random initial values.")
-    adapters: dict[str, AdapterConfig] | None = Field(
-        default=None,
-        description="Several adapters over one base, by name: each learns from the records whose "
-        "field `adapter` names it, and is saved in a folder of that name.",
-    )
-
-    @model_validator(mode="after")
-    def _adapters_can_be_routed(self) -> "LoraConfig":
-        if self.adapters is None:
-            return self
-        if not self.adapters:
-            raise ValueError("adapters names none; leave it out for one adapter")
-        for name in self.adapters:
-            if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
-                raise ValueError(f"adapters: {name!r} is no name of letters, digits, _ and -")
-        if len(self.adapters) > 1 and (self.bias != "none" or self.modules_to_save):
-            raise ValueError("bias and modules_to_save are for one adapter, not several")
-        return self
-
-    def of_adapters(self) -> dict[str, "LoraConfig"]:
-        """Each adapter's own settings, by its name; `default` is PEFT's name for the only one."""
-        if self.adapters is None:
-            return {"default": self}
-        return {
-            name: self.model_copy(
-                update={
-                    "adapters": None,
-                    **adapter.model_dump(exclude_none=True, exclude={"learning_rate"}),
-                }
-            )
-            for name, adapter in self.adapters.items()
-        }
 
 
 class DataConfig(_Section):
@@ -219,14 +146,16 @@ class RunConfig(_Section):
         adapters = (self.lora.adapters if self.lora else None) or {}
         if len(adapters) > 1 and not self.accelerate:
             raise ValueError("lora.adapters: several need the engine's kernels: accelerate: true")
-        for name in self.train.adapter_learning_rates if adapters else ():
-            if name not in adapters:
-                close = nearest(name, adapters)
+        names = list(self.lora.of_adapters()) if self.lora else []
+        for name in self.train.adapter_learning_rates:
+            if name not in names:
+                there_is = f"there is {', '.join(names)}" if names else "without lora there is none"
+                close = nearest(name, names)
                 raise ValueError(
-                    f"train.adapter_learning_rates: no adapter {name!r}"
-                    + (f"; did you mean {close}?" if close else "")
+                    f"train.adapter_learning_rates: no adapter {name!r}; "
+                    + (f"did you mean {close}?" if close else there_is)
                 )
-            if adapters[name].learning_rate is not None:
+            if name in adapters and adapters[name].learning_rate is not None:
                 raise ValueError(
                     f"lora.adapters.{name}: give either learning_rate or "
                     f"train.adapter_learning_rates.{name}, not both"
@@ -262,6 +191,8 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         return RunConfig.model_validate(values)
     except ValidationError as error:
         path, message, more = describe_problems(RunConfig, error.errors())
+        if not path:  # about several sections: the line begins with the key that is to change
+            path = tuple(message.partition(": ")[0].split("."))
         suffix = f" ({more} more after this one)" if more else ""
         raise UserError(f"{_where(name, lines, overridden, path)}: {message}{suffix}") from error
 
@@ -280,7 +211,7 @@ def _override(values: dict[str, Any], override: str) -> FieldPath:
     if not equals or not all(path):
         raise UserError(f"command line: {override!r}: expected key=value, e.g. train.max_steps=20")
     try:
-        value = parse_value(text)
+        value = parse_value(text, path)
     except yaml.YAMLError as error:
         shown = text if len(text) <= 60 else f"{text[:57]}…"
         raise UserError(f"command line: {key}: {shown!r} is not a valid YAML value") from error

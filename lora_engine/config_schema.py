@@ -2,6 +2,7 @@
 
 import types
 from collections.abc import Iterator, Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -56,14 +57,15 @@ def field_at(
 ) -> tuple[FieldPath, FieldInfo | None]:
     """The key an error location is about, and its field (None: no such key).
 
-    pydantic appends the branch of a union and the index in a list; both are dropped.
+    pydantic appends the branch of a union, the index in a list and, for a name, [key]; all are
+    dropped.
     """
     path: FieldPath = ()
     info: FieldInfo | None = None
     section: type[BaseModel] | None = model
     for part in loc:
         named = named_sections_of(info.annotation) if info else None
-        if section is None and named is None:
+        if (section is None and named is None) or part == "[key]":
             break
         path = (*path, part)
         if named is not None:
@@ -140,7 +142,21 @@ def _mismatch(path: FieldPath, info: FieldInfo, value: Any) -> str:
     message = f"{dotted(path)}: expected {expected(info)}, got {_shown(value)}"
     if isinstance(value, str) and (close := nearest(value, _choices(info.annotation))):
         message += f"; did you mean {close}?"
+    if _is_text(info.annotation) and any(map(_is_other_scalar, _items(value))):
+        message += "; text that YAML reads as something else needs quotes"
     return message
+
+
+def _is_text(annotation: Any) -> bool:
+    return any(str in (member, *get_args(member)) for member in _members(annotation))
+
+
+def _items(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _is_other_scalar(value: Any) -> bool:
+    return isinstance(value, bool | int | float | date)
 
 
 def markdown_reference(model: type[BaseModel]) -> str:

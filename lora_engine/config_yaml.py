@@ -1,6 +1,7 @@
 """The YAML of a configuration as nested mappings, with the line of every key."""
 
 import stat
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 from typing import Any, cast
@@ -17,6 +18,14 @@ YAML_SUFFIXES = (".yaml", ".yml")
 _MOST_BYTES = 1_000_000
 _MOST_VALUES = 10_000
 _MOST_LEVELS = 20
+
+_YAML_READS = {
+    "bool": "true or false",
+    "int": "a number",
+    "float": "a number",
+    "null": "nothing",
+    "timestamp": "a date",
+}
 
 
 def shipped_configs() -> list[str]:
@@ -68,12 +77,15 @@ def parse_mapping(name: str, text: str) -> tuple[dict[str, Any], dict[FieldPath,
     if not isinstance(values, dict):
         raise UserError(f"{name}: expected sections such as 'model:' and 'data:' at the top")
     _key_lines(name, node, (), lines)
+    _check_keys_are_text(node, lambda line: f"{name}:{line}")
     return values, lines
 
 
-def parse_value(text: str) -> Any:
-    """The YAML value in `text`. Raises yaml.YAMLError."""
-    return _load(text)[1]
+def parse_value(text: str, path: FieldPath) -> Any:
+    """The YAML value in `text`, given for the key at `path`. Raises yaml.YAMLError."""
+    node, value = _load(text)
+    _check_keys_are_text(node, lambda line: "command line", path)
+    return value
 
 
 class _Loader(yaml.SafeLoader):
@@ -147,6 +159,27 @@ def _key_lines(
             )
         lines[here] = line
         _key_lines(name, value, here, lines)
+
+
+def _check_keys_are_text(
+    node: yaml.Node | None, place: Callable[[int], str], path: FieldPath = ()
+) -> None:
+    """Raises UserError for a key in the YAML `node` that is not text to YAML: no, on, 1, 1.5, ~.
+
+    place: of a line (from 1) in the message. path: that of `node`.
+    """
+    if not isinstance(node, yaml.MappingNode):
+        return
+    for key, value in node.value:
+        if not isinstance(key, yaml.ScalarNode):
+            continue
+        here = (*path, key.value)
+        if kind := _YAML_READS.get(key.tag.rpartition(":")[2]):
+            raise UserError(
+                f"{place(key.start_mark.line + 1)}: {dotted(here)}: YAML reads {key.value} as "
+                f"{kind}; as a name it needs quotes: '{key.value}'"
+            )
+        _check_keys_are_text(value, place, here)
 
 
 def _text(path: Path) -> str:

@@ -18,9 +18,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
-
-from lora_engine.config import DataConfig, LoraConfig, RunConfig, dump_config
+from lora_engine.adapters import LoraConfig, add_adapters
+from lora_engine.config import DataConfig, RunConfig, dump_config
 from lora_engine.data import TokenizedDataset, prepare, read_records, split_heldout
 from lora_engine.data.adapters import check_adapters
 from lora_engine.data.inspect import DataReport, report
@@ -144,45 +143,6 @@ def examine_data(config: RunConfig) -> list[DataReport]:
     tokenizer = load_tokenizer(config.model.path)
     train_data, eval_data = _examples(config, tokenizer)
     return [report(train_data, tokenizer), report(eval_data, tokenizer, train=train_data)]
-
-
-def add_adapters(model: Any, lora: LoraConfig) -> Any:
-    """`model` in a PeftModel with the LoRA adapters that `lora` describes, all of them active.
-
-    Each is initialised from lora.seed.
-    """
-    import peft
-
-    wrapped: Any = None
-    for name, settings in lora.of_adapters().items():
-        torch.manual_seed(lora.seed)
-        try:
-            if wrapped is None:
-                wrapped = peft.get_peft_model(model, _peft_config(settings), adapter_name=name)
-            else:
-                wrapped.add_adapter(name, _peft_config(settings))
-        except ValueError as error:  # names that match no module
-            where = "lora" if lora.adapters is None else f"lora.adapters.{name}"
-            raise UserError(f"{where}.target_modules: {' '.join(str(error).split())}") from error
-    if len(lora.of_adapters()) > 1:
-        wrapped.base_model.set_adapter(list(lora.of_adapters()))
-    return wrapped
-
-
-def _peft_config(lora: LoraConfig) -> Any:
-    import peft
-
-    return peft.LoraConfig(
-        task_type="CAUSAL_LM",
-        r=lora.r,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=lora.target_modules,
-        exclude_modules=lora.exclude_modules,
-        use_rslora=lora.rslora,
-        bias=lora.bias,
-        modules_to_save=lora.modules_to_save,
-    )
 
 
 def _examples(config: RunConfig, tokenizer: Any) -> tuple[TokenizedDataset, TokenizedDataset]:

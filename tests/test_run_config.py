@@ -77,7 +77,8 @@ def test_null_lora_is_full_fine_tuning_and_can_be_given_back():
         (
             BASE,
             ["lora.target_modules=[a, 3]"],
-            "command line: lora.target_modules: expected text or a list of text, got ['a', 3]",
+            "command line: lora.target_modules: expected text or a list of text, got ['a', 3]; "
+            "text that YAML reads as something else needs quotes",
         ),
         (
             BASE,
@@ -100,7 +101,12 @@ def test_null_lora_is_full_fine_tuning_and_can_be_given_back():
             "run.yaml:3: train.max_grad_norm: expected a number > 0 or null, got False",
         ),
         (BASE, ["lora.r=true"], "command line: lora.r: expected a whole number ≥ 1, got True"),
-        (BASE, ["model.path=12"], "command line: model.path: expected text, got 12"),
+        (
+            BASE,
+            ["model.path=12"],
+            "command line: model.path: expected text, got 12; "
+            "text that YAML reads as something else needs quotes",
+        ),
         (
             BASE,
             ["train.warmup_steps=5", "train.warmup_ratio=0.1"],
@@ -111,7 +117,11 @@ def test_null_lora_is_full_fine_tuning_and_can_be_given_back():
             ["data.eval=a.jsonl", "data.eval_fraction=0.1"],
             "run.yaml:2: data: give either eval or eval_fraction, not both",
         ),
-        (BASE, ["train.max_length=9"], "run.yaml: train.max_length: give data.max_length instead"),
+        (
+            BASE,
+            ["train.max_length=9"],
+            "command line: train.max_length: give data.max_length instead",
+        ),
         (
             "model: {path: tiny}\n",
             [],
@@ -176,17 +186,81 @@ def test_null_lora_is_full_fine_tuning_and_can_be_given_back():
         (
             BASE,
             ["lora.adapters={a.b: {}}"],
-            "run.yaml: lora: adapters: 'a.b' is no name of letters, digits, _ and -",
+            "command line: lora.adapters.a.b: 'a.b' cannot name an adapter: use letters, digits, "
+            "_ and -, a letter or digit first",
+        ),
+        (
+            BASE + "lora:\n  adapters:\n    keys: {}\n",
+            [],
+            "run.yaml:5: lora.adapters.keys: 'keys' is a name that torch or PEFT use themselves; "
+            "take another",
+        ),
+        (
+            BASE + f"lora:\n  adapters:\n    {'n' * 65}: {{}}\n",
+            [],
+            f"run.yaml:5: lora.adapters.{'n' * 65}: '{'n' * 37}…' is longer than 64 characters",
+        ),
+        (
+            BASE + "lora:\n  adapters: {En: {}, en: {}}\n",
+            [],
+            "run.yaml:3: lora: adapters: 'En' and 'en' are one folder where case makes no "
+            "difference; rename one",
+        ),
+        (
+            BASE + "lora:\n  adapters:\n    yes: {}\n    en: {}\n",
+            [],
+            "run.yaml:5: lora.adapters.yes: YAML reads yes as true or false; as a name it needs "
+            "quotes: 'yes'",
+        ),
+        (
+            BASE,
+            ["lora.adapters={one: {}, 0x1F: {}}"],
+            "command line: lora.adapters.0x1F: YAML reads 0x1F as a number; as a name it needs "
+            "quotes: '0x1F'",
+        ),
+        (
+            BASE + "train:\n  adapter_learning_rates: {2026-01-31: 2.0}\n",
+            [],
+            "run.yaml:4: train.adapter_learning_rates.2026-01-31: YAML reads 2026-01-31 as a "
+            "date; as a name it needs quotes: '2026-01-31'",
+        ),
+        (
+            BASE + "lora: {adapters: {~: {}}}\n",
+            [],
+            "run.yaml:3: lora.adapters.~: YAML reads ~ as nothing; as a name it needs quotes: '~'",
+        ),
+        (
+            BASE + "train: {adapter_learning_rates: {defualt: 2}}\n",
+            [],
+            "run.yaml:3: train.adapter_learning_rates: no adapter 'defualt'; did you mean default?",
+        ),
+        (
+            BASE + "lora: null\ntrain: {adapter_learning_rates: {default: 2}}\n",
+            [],
+            "run.yaml:4: train.adapter_learning_rates: no adapter 'default'; without lora there "
+            "is none",
+        ),
+        (
+            BASE + f"lora: {{seed: 1{'0' * 30}}}\n",
+            [],
+            f"run.yaml:3: lora.seed: expected a whole number ≥ 0 and < 4,294,967,296, "
+            f"got 1{'0' * 30}",
+        ),
+        (
+            BASE + "lora: {target_modules: []}\n",
+            [],
+            "run.yaml:3: lora.target_modules: names no module; give names, a pattern, or "
+            "all-linear",
         ),
         (
             BASE,
             ["lora.adapters={one: {}, two: {}}", "accelerate=false"],
-            "run.yaml: lora.adapters: several need the engine's kernels: accelerate: true",
+            "command line: lora.adapters: several need the engine's kernels: accelerate: true",
         ),
         (
             BASE,
             ["lora.adapters={one: {}}", "train.adapter_learning_rates={oen: 2}"],
-            "run.yaml: train.adapter_learning_rates: no adapter 'oen'; did you mean one?",
+            "command line: train.adapter_learning_rates: no adapter 'oen'; did you mean one?",
         ),
         (BASE, ["train=5"], "command line: train: expected a section of keys, got 5"),
         (BASE, ["lora.r=[1"], "command line: lora.r: '[1' is not a valid YAML value"),

@@ -22,6 +22,7 @@ LAYERS: list[set[str]] = [
     {"models", "testing"},
     {"data"},
     {"training"},
+    {"adapters"},
     {"evaluation", "config"},
     {"machine", "config_reference", "failures", "terminal"},
     {"doctor", "finetune"},

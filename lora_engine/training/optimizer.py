@@ -1,12 +1,13 @@
 """AdamW over flat parameters."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
 
 from lora_engine import ops
-from lora_engine.errors import UserError
+from lora_engine.errors import UserError, nearest
 from lora_engine.training.config import TrainConfig
 from lora_engine.training.flat import FlatParameters
 
@@ -108,10 +109,24 @@ def rate_of(config: TrainConfig) -> Callable[[str], float]:
         parts = name.split(".")
         is_b = any(part in ("lora_B", "lora_embedding_B") for part in parts)
         own = config.adapter_learning_rates
-        adapter = next((own[part] for part in parts if part in own), 1.0)
+        # An adapter's name follows that of the PEFT container that holds its tensors.
+        held = (b for a, b in pairwise(parts) if a.startswith("lora_") or a == "modules_to_save")
+        adapter = next((own[part] for part in held if part in own), 1.0)
         return (config.loraplus_lr_ratio if is_b else 1.0) * adapter
 
     return rate
+
+
+def check_rates(config: TrainConfig, adapters: Sequence[str]) -> None:
+    """Raises UserError if a learning rate is for an adapter that is not among the trained ones."""
+    for name in config.adapter_learning_rates:
+        if name not in adapters:
+            close = nearest(name, adapters)
+            there_is = f"there is {', '.join(adapters)}" if adapters else "no adapter is trained"
+            raise UserError(
+                f"adapter_learning_rates: no adapter {name!r}; "
+                + (f"did you mean {close}?" if close else there_is)
+            )
 
 
 def clip_factor(grad_norm: float, max_grad_norm: float | None) -> float:

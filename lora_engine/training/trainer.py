@@ -15,7 +15,7 @@ from lora_engine.training.export import export_model
 from lora_engine.training.flat import FlatParameters
 from lora_engine.training.loop import TrainingLoop
 from lora_engine.training.metrics import peak_memory_bytes, reset_peak_memory
-from lora_engine.training.optimizer import rate_of
+from lora_engine.training.optimizer import check_rates, rate_of
 from lora_engine.training.run_folder import RunFolder
 from lora_engine.training.schedule import Schedule
 from lora_engine.training.signals import InterruptGuard
@@ -60,6 +60,7 @@ class Trainer:
         for dataset in (self.train_dataset, self.eval_dataset):
             if dataset is not None:
                 check_adapters(dataset, active_adapters(model))
+        check_rates(config, active_adapters(model))
         self._train_stream, self.total_steps = self._plan_steps()
         self.schedule = Schedule.from_config(config, self.total_steps)
         identity = {

@@ -1,4 +1,5 @@
 import math
+import re
 
 import peft.optimizers
 import pytest
@@ -11,7 +12,7 @@ from lora_engine.errors import UserError
 from lora_engine.testing import tiny_llama, with_lora
 from lora_engine.training.config import TrainConfig
 from lora_engine.training.flat import FlatParameters
-from lora_engine.training.optimizer import FlatAdamW, clip_factor, rate_of
+from lora_engine.training.optimizer import FlatAdamW, check_rates, clip_factor, rate_of
 
 
 def test_is_torchs_adamw_with_clipping():
@@ -145,3 +146,27 @@ def test_lora_plus_is_pefts():
     for name, parameter in models[0].named_parameters():
         if name in trained:
             torch.testing.assert_close(parameter, trained[name], rtol=1e-5, atol=1e-6)
+
+
+def test_an_adapters_rate_is_its_tensors_alone():
+    rate = rate_of(TrainConfig(adapter_learning_rates={"model": 0.5, "0": 3.0, "en": 2.0}))
+    layer = "base_model.model.model.layers.0.self_attn.q_proj"
+    assert rate(f"{layer}.lora_A.en.weight") == 2.0
+    assert rate(f"{layer}.lora_A.de.weight") == 1.0
+    assert rate(f"{layer}.lora_magnitude_vector.0.weight") == 3.0
+    assert rate("base_model.model.model.embed_tokens.lora_embedding_B.en") == 2.0
+    assert rate("base_model.model.lm_head.modules_to_save.en.weight") == 2.0
+
+
+@pytest.mark.parametrize(
+    ("adapters", "message"),
+    [
+        (("default", "other"), "no adapter 'othr'; did you mean other?"),
+        (("en",), "no adapter 'othr'; there is en"),
+        ((), "no adapter 'othr'; no adapter is trained"),
+    ],
+)
+def test_a_rate_for_no_adapter_is_refused(adapters, message):
+    config = TrainConfig(adapter_learning_rates={"othr": 0.5})
+    with pytest.raises(UserError, match=re.escape(f"adapter_learning_rates: {message}")):
+        check_rates(config, adapters)
