@@ -26,12 +26,18 @@ from lora_engine.data.inspect import DataReport, report
 from lora_engine.errors import UserError
 from lora_engine.evaluation.report import write_report
 from lora_engine.evaluation.samples import Prompt, choose_prompts, generate
-from lora_engine.files import write_text
+from lora_engine.files import naming, write_text
 from lora_engine.machine import machine_facts
 from lora_engine.models.accelerate import accelerate, restore
 from lora_engine.models.load import load_model, load_tokenizer
 from lora_engine.training.checkpoint import CheckpointStore
+from lora_engine.training.identity import model_weights_sha256
+from lora_engine.training.lock import locked
+from lora_engine.training.run_folder import RunFolder
 from lora_engine.training.trainer import Trainer, TrainResult
+
+# The files of a run besides the Trainer's own.
+_FILES = ("config.yaml", "samples_before.json", "summary.json", "report.html")
 
 SMOLLM2_NAME = "SmolLM2-135M-Instruct"
 
@@ -55,32 +61,50 @@ class Outcome:
 def finetune(
     config: RunConfig, *, resume: bool = False, observer: Observer | None = None
 ) -> Outcome:
-    """Run `config` to its end, or until SIGINT or SIGTERM.
+    """Run `config` to its end, or until SIGINT, SIGTERM or SIGHUP.
 
     resume: continue the run in `config.train.output_dir` from its newest checkpoint.
-    Raises UserError for whatever in the configuration or the data cannot be used.
+    Raises UserError for whatever in the configuration or the data cannot be used, and OSError for
+    a file that cannot be written; the last checkpoint is whole then.
     """
+    folder = config.train.output_dir
+    with naming(folder):
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"{folder}: is a file, train.output_dir must be a folder")
+    with locked(folder):
+        _check_room(folder, resume=resume, overwrite=config.train.overwrite)
+        return _finetune(config, resume, observer)
+
+
+def _finetune(config: RunConfig, resume: bool, observer: Observer | None) -> Outcome:
     tell = observer.stage if observer else _ignore
     folder = config.train.output_dir
-    _check_room(folder, resume=resume, overwrite=config.train.overwrite)
     tell(f"loading {model_name(config)}")
     model, tokenizer = load_model(
         config.model.path, dtype=config.model.dtype, device=config.model.device
     )
+    origin = _origin(config, model)
     tell(f"reading {config.data.train}")
     train_data, eval_data = _examples(config, tokenizer)
     if config.lora is not None:
         model = add_adapters(model, config.lora)
-    _discard_earlier(folder, resume=resume)
+    callbacks = () if observer is None else (observer,)
+    train = config.train_with_rates()
+    trainer = Trainer(
+        model, tokenizer, train_data, eval_data, train, callbacks=callbacks, origin=origin
+    )
+    trainer.folder.reserve(*_FILES)
+    step = trainer.check_folder(resume)
     prompts = choose_prompts(eval_data, tokenizer, config.samples.count)
-    before = _samples_before(config, model, tokenizer, prompts, folder, tell)
+    before = _samples_before(config, model, tokenizer, prompts, step is not None, tell)
     coverage = None
     if config.accelerate:
         coverage = accelerate(model, strict=config.accelerate == "strict")
-    callbacks = () if observer is None else (observer,)
-    train = config.train_with_rates()
-    trainer = Trainer(model, tokenizer, train_data, eval_data, train, callbacks=callbacks)
+    trainer.open_folder(step)
+    for name in ("summary.json", "report.html"):  # of an earlier end of a run that goes on
+        (folder / name).unlink(missing_ok=True)
     write_text(folder / "config.yaml", dump_config(config))
+    write_text(folder / "samples_before.json", json.dumps(before))
     tell(f"measuring {len(eval_data):,} held-out examples, then training")
     result = trainer.fit(resume=resume)
     if coverage is not None:
@@ -104,7 +128,7 @@ def finetune(
                 "after": a,
                 "reference": p.reference,
             }
-            for p, b, a in zip(prompts, before, after, strict=True)
+            for p, b, a in zip(prompts, before["texts"], after, strict=True)
         ],
         "coverage": str(coverage) if coverage is not None else None,
         "config": config.model_dump(mode="json"),
@@ -173,11 +197,14 @@ def has_checkpoint(folder: Path) -> bool:
 
 
 def _check_room(folder: Path, *, resume: bool, overwrite: bool) -> None:
-    """Stop before any work if `folder` holds a run that is not to be touched."""
+    """Stop before any work if `folder` holds a run that is not to be touched, or none to resume."""
+    if resume and not RunFolder(folder).holds_run():
+        raise UserError(
+            f"{folder}: holds no run to resume; begin one without --resume, or give the "
+            "train.output_dir of the run that is meant"
+        )
     metrics = folder / "metrics.jsonl"
     used = has_checkpoint(folder) or (metrics.is_file() and metrics.stat().st_size > 0)
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder}: is a file, train.output_dir must be a folder")
     if used and not resume and not overwrite:
         raise UserError(
             f"{folder}: already holds a run; continue it with --resume, give another "
@@ -185,36 +212,38 @@ def _check_room(folder: Path, *, resume: bool, overwrite: bool) -> None:
         )
 
 
-def _discard_earlier(folder: Path, *, resume: bool) -> None:
-    """Removes an earlier run's summary; the Trainer clears its own files."""
-    stale = ["summary.json", "report.html"] + ([] if resume else ["samples_before.json"])
-    for name in stale:
-        (folder / name).unlink(missing_ok=True)
+def _origin(config: RunConfig, model: Any) -> dict[str, Any]:
+    """What the trained model is made from, for the identity of the run."""
+    seed = {} if config.lora is None else {"lora.seed": config.lora.seed}
+    return {"weights": model_weights_sha256(model), **seed}
 
 
 def _samples_before(
-    config: RunConfig,
-    model: Any,
-    tokenizer: Any,
-    prompts: list[Prompt],
-    folder: Path,
-    tell: Any,
-) -> list[str]:
-    """What the untrained model writes; kept in a file, so that a resumed run has it at once."""
-    path = folder / "samples_before.json"
+    config: RunConfig, model: Any, tokenizer: Any, prompts: list[Prompt], resumed: bool, tell: Any
+) -> dict[str, Any]:
+    """What the untrained model writes, "texts", to what is "asked"; a resumed run has kept it."""
     asked = {
         "max_new_tokens": config.samples.max_new_tokens,
         "prompts": [list(prompt.input_ids) for prompt in prompts],
     }
-    if path.is_file():
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        if kept["asked"] == asked:
-            return kept["texts"]
+    kept = _read_json(config.train.output_dir / "samples_before.json") if resumed else None
+    if kept is not None and kept.get("asked") == asked:
+        texts = kept.get("texts")
+        if isinstance(texts, list) and [type(text) for text in texts] == [str] * len(prompts):
+            return kept
     if prompts:
         tell(f"writing {len(prompts)} samples before training")
     texts = generate(model, tokenizer, prompts, max_new_tokens=config.samples.max_new_tokens)
-    write_text(path, json.dumps({"asked": asked, "texts": texts}))
-    return texts
+    return {"asked": asked, "texts": texts}
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a file; None if there is none that can be read."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return content if isinstance(content, dict) else None
 
 
 def _description(

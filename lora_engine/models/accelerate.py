@@ -78,6 +78,11 @@ def restore(model: nn.Module) -> None:
         patches.undo()
 
 
+def is_accelerated(model: nn.Module) -> bool:
+    """Whether `accelerate(model)` is in effect."""
+    return model in _PATCHES
+
+
 class _Accelerator:
     """One walk over a model, replacing what is recognised."""
 

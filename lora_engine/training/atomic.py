@@ -2,11 +2,32 @@
 
 import contextlib
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-_TEMPORARY = (".tmp-", ".old-")
+from safetensors import SafetensorError
+
+from lora_engine.files import naming
+
+_SYSTEM_ERROR = re.compile(r"os error (\d+)")
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """What the system refuses in here is an OSError that names `path`.
+
+    safetensors hides the system's error in one of its own.
+    """
+    with naming(path):
+        try:
+            yield
+        except SafetensorError as error:
+            number = _SYSTEM_ERROR.search(str(error))
+            if number is None:
+                raise
+            raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
 
 
 def sync_file(path: Path) -> None:
@@ -33,11 +54,15 @@ def remove_folder(folder: Path) -> None:
     shutil.rmtree(old)
 
 
-def remove_leftovers(parent: Path) -> None:
-    """Delete what killed processes left half written or half deleted in `parent`."""
+def remove_leftovers(parent: Path, names: str) -> None:
+    """Delete what killed processes left half written or half deleted of folders in `parent`.
+
+    names: a regular expression for the folders' names.
+    """
+    temporary = re.compile(rf"\.(tmp|old)-({names})-\d+")
     if parent.is_dir():
         for entry in parent.iterdir():
-            if entry.name.startswith(_TEMPORARY) and entry.is_dir():
+            if temporary.fullmatch(entry.name) and entry.is_dir() and not entry.is_symlink():
                 shutil.rmtree(entry)
 
 

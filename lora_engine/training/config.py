@@ -19,6 +19,8 @@ _FREE_ON_RESUME = frozenset(
         "keep_checkpoints",
         "final_weights",
         "max_length",  # its effect, the tokens, is compared by itself
+        "max_steps",  # a run may be extended
+        "epochs",
     }
 )
 

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -15,7 +15,7 @@ from lora_engine.training.heldout import evaluate
 from lora_engine.training.metrics import MetricsLog, StepMetrics, peak_memory_bytes
 from lora_engine.training.nonfinite import NonFiniteError
 from lora_engine.training.optimizer import FlatAdamW
-from lora_engine.training.run_folder import RunFolder
+from lora_engine.training.run_folder import Loaded, RunFolder
 from lora_engine.training.schedule import Schedule
 from lora_engine.training.signals import Interrupted
 from lora_engine.training.state import Stopped, TrainState
@@ -30,6 +30,7 @@ class TrainingLoop:
 
     notify: called as notify("on_step", metrics) or notify("on_eval", step, result).
     check: called between micro-batches; raises Interrupted to end the run.
+    of_run: what its checkpoints say of the run as a whole; see `RunFolder.save`.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class TrainingLoop:
         config: TrainConfig,
         schedule: Schedule,
         folder: RunFolder,
+        of_run: Mapping[str, Any],
         *,
         notify: Callable[..., None],
         check: Callable[[], None],
@@ -52,6 +54,7 @@ class TrainingLoop:
         self._config = config
         self._schedule = schedule
         self._folder = folder
+        self._of_run = of_run
         self._notify = notify
         self._check = check
         self._optimizer = FlatAdamW(flat, config)
@@ -60,18 +63,17 @@ class TrainingLoop:
         self._log: MetricsLog | None = None
         self.state = TrainState()
 
-    def start(self, resume: bool) -> None:
-        """Prepare the folder; load the newest checkpoint if resuming, else seed everything."""
-        newest = self._folder.checkpoints.latest() if resume else None
-        metrics_bytes = 0
-        if newest is None:
-            self._folder.clear(self._config.overwrite, resume)
+    def start(self, step: int | None) -> Loaded | None:
+        """Load the checkpoint of `step` and return what it says; without one seed everything."""
+        if step is None:
             random_state.seed_all(self._config.seed)
-        else:
-            self.state, metrics_bytes = self._folder.load(newest, self._flat, self._optimizer)
-            self._saved_step = newest
-            logger.info("continuing from step %d", newest)
-        self._log = MetricsLog(self._folder.metrics, metrics_bytes)
+            self._log = MetricsLog(self._folder.metrics)
+            return None
+        loaded = self._folder.load(step, self._flat, self._optimizer)
+        self.state, self._saved_step = loaded.state, step
+        self._log = MetricsLog(self._folder.metrics, loaded.metrics)
+        logger.info("continuing from step %d", step)
+        return loaded
 
     def run(self) -> Stopped:
         """Train until done. Whatever the reason to stop, the last good state is saved."""
@@ -96,9 +98,7 @@ class TrainingLoop:
         """Bring back the best weights, if configured and known."""
         best, state = self._config.final_weights == "best", self.state
         if best and state.best_step is not None and state.best_step != state.step:
-            weights = self._folder.checkpoints.tensors(state.best_step, "weights")
-            self._flat.load_named(self._flat.data, weights)
-            self._flat.publish()
+            self._folder.load_weights(state.best_step, self._flat)
 
     def close(self) -> None:
         if self._log is not None:
@@ -128,7 +128,7 @@ class TrainingLoop:
             peak_memory_bytes=peak_memory_bytes(self._flat.device),
         )
         self._metrics_log.append_step(metrics)
-        self._notify("on_step", metrics)
+        self._tell("on_step", metrics)
 
     def _evaluate_if_due(self) -> None:
         state, every = self.state, self._config.eval_every
@@ -139,7 +139,16 @@ class TrainingLoop:
         result = evaluate(self._model, self._interruptible(self._eval_stream), step=state.step)
         state.record_heldout(result)
         self._metrics_log.append_heldout(state.step, result.loss, result.accuracy)
-        self._notify("on_eval", state.step, result)
+        self._tell("on_eval", state.step, result)
+
+    def _tell(self, event: str, *args: Any) -> None:
+        """Notify; what a callback raises ends the run, but not before its step is saved."""
+        try:
+            self._notify(event, *args)
+        except Exception:
+            self._check()  # a terminal that hung up cannot be written to: that is the reason
+            self._save()
+            raise
 
     def _interruptible(self, stream: BatchStream) -> Iterator[PackedBatch]:
         for batch in stream.one_epoch():
@@ -163,10 +172,12 @@ class TrainingLoop:
         """Checkpoint the current step unless that is on disk already; returns its folder."""
         step, checkpoints = self.state.step, self._folder.checkpoints
         if self._saved_step != step:
-            self._folder.save(self._flat, self._optimizer, self.state, self._metrics_log.sync())
+            written = self._metrics_log.sync()
+            self._folder.save(self._flat, self._optimizer, self.state, written, self._of_run)
             self._saved_step = step
             best = self.state.best_step
-            checkpoints.prune(self._config.keep_checkpoints, () if best is None else (best,))
+            also = () if best is None else (best,)
+            checkpoints.prune(step, self._config.keep_checkpoints, also)
         return checkpoints.path(step)
 
     @property

@@ -1,13 +1,19 @@
 """What is measured while training, and the file it goes to."""
 
+import hashlib
 import json
+import logging
 import os
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+
+from lora_engine.training.atomic import writing
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -61,21 +67,43 @@ def _peak_resident_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+class Written(NamedTuple):
+    """How much of metrics.jsonl a checkpoint has seen: its first `size` bytes, and their hash."""
+
+    size: int = 0
+    sha256: str = ""
+
+
 class MetricsLog:
     """metrics.jsonl: one JSON object per line, handed to the system line by line.
 
     Lines of steps have the fields of StepMetrics; those of evaluations have step, heldout_loss
-    and heldout_accuracy.
+    and heldout_accuracy. What cannot be written raises OSError with the file's name.
     """
 
-    def __init__(self, path: Path, size: int) -> None:
-        """Opens `path`, cut back to its first `size` bytes (and to whole lines)."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-        with path.open("rb+") as file:
-            kept = file.read(size)
-            file.truncate(kept.rfind(b"\n") + 1)
-        self._file = path.open("ab", buffering=0)
+    def __init__(self, path: Path, written: Written | None = None) -> None:
+        """Opens `path`, cut back to what was `written` at the checkpoint, if there is one.
+
+        Of a file that was changed since, the whole lines that hold a JSON object are kept, and a
+        warning is logged.
+        """
+        self._path, written = path, written or Written()
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+            with path.open("rb") as file:
+                content = file.read(written.size)
+            if written.size and hashlib.sha256(content).hexdigest() != written.sha256:
+                content = b"".join(x for x in content.splitlines(keepends=True) if _is_object(x))
+                logger.warning(
+                    "%s: was changed after the checkpoint; %d of its lines can be read",
+                    path,
+                    content.count(b"\n"),
+                )
+                path.write_bytes(content)
+            os.truncate(path, len(content))
+            self._file = path.open("ab", buffering=0)
+        self._sha256 = hashlib.sha256(content)
 
     def append_step(self, metrics: StepMetrics) -> None:
         self._append(asdict(metrics))
@@ -83,13 +111,26 @@ class MetricsLog:
     def append_heldout(self, step: int, loss: float, accuracy: float) -> None:
         self._append({"step": step, "heldout_loss": loss, "heldout_accuracy": accuracy})
 
-    def sync(self) -> int:
-        """Flush to the disk; returns the file's size in bytes."""
-        os.fsync(self._file.fileno())
-        return os.fstat(self._file.fileno()).st_size
+    def sync(self) -> Written:
+        """Flush to the disk; returns what is there now."""
+        with writing(self._path):
+            os.fsync(self._file.fileno())
+            return Written(os.fstat(self._file.fileno()).st_size, self._sha256.hexdigest())
 
     def close(self) -> None:
         self._file.close()
 
     def _append(self, line: dict[str, Any]) -> None:
-        self._file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
+        content = json.dumps(line, allow_nan=False).encode() + b"\n"
+        self._sha256.update(content)
+        with writing(self._path):
+            while content:  # the system may take a part of it, such as what is left of the disk
+                content = content[self._file.write(content) :]
+
+
+def _is_object(line: bytes) -> bool:
+    """Whether a line, with its end, holds a JSON object."""
+    try:
+        return line.endswith(b"\n") and isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False

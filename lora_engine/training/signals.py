@@ -1,9 +1,14 @@
-"""Ctrl-C and SIGTERM as a request to end at the next safe point."""
+"""Ctrl-C, SIGTERM and a terminal that hangs up as requests to end at the next safe point."""
 
 import signal
 import threading
 from types import FrameType, TracebackType
 from typing import Any
+
+# Windows has no SIGHUP.
+_SIGNALS = [
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+]
 
 
 class Interrupted(Exception):
@@ -11,11 +16,11 @@ class Interrupted(Exception):
 
 
 class InterruptGuard:
-    """While active, the first SIGINT or SIGTERM sets `requested` instead of ending the process.
+    """While active, the first SIGINT, SIGTERM or SIGHUP sets `requested` and does no more.
 
     From then on the handlers from before are back, so a second signal acts at once as it would
-    have without the guard. Signals that the process ignores stay ignored. Outside the main
-    thread, where Python allows no handlers, it does nothing.
+    have without the guard. Signals that the process ignores (SIGHUP under nohup) stay ignored.
+    Outside the main thread, where Python allows no handlers, it does nothing.
     """
 
     def __init__(self) -> None:
@@ -29,7 +34,7 @@ class InterruptGuard:
 
     def __enter__(self) -> "InterruptGuard":
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in _SIGNALS:
                 previous = signal.getsignal(number)
                 # None: installed by C code, and not to be had back through Python.
                 if previous not in (signal.SIG_IGN, None):

@@ -1,6 +1,6 @@
 """The trainer: data, model and settings in, a fine-tuned model and its files out."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -8,11 +8,14 @@ import torch
 from lora_engine.data.adapters import check_adapters
 from lora_engine.data.dataset import TokenizedDataset, prepare
 from lora_engine.errors import UserError
+from lora_engine.models.accelerate import is_accelerated
 from lora_engine.models.packed import can_share_prefixes
 from lora_engine.models.routing import active_adapters
 from lora_engine.training.config import TrainConfig
 from lora_engine.training.export import export_model
 from lora_engine.training.flat import FlatParameters
+from lora_engine.training.identity import run_identity, tell_rounding
+from lora_engine.training.length import check_length, tell_extension
 from lora_engine.training.loop import TrainingLoop
 from lora_engine.training.metrics import peak_memory_bytes, reset_peak_memory
 from lora_engine.training.optimizer import check_rates, rate_of
@@ -34,6 +37,9 @@ class Trainer:
         None nothing is measured, and the last weights are the final ones.
     callbacks: objects with any of the methods on_start(trainer), on_step(StepMetrics),
         on_eval(step, HeldoutResult), on_end(TrainResult).
+    origin: what the model was made from, JSON values by name that a run must share to be resumed.
+        "weights", a hash, stands for those of the model before adapters and training; without it
+        the parameters that are not trained are hashed (about a second for each GB and core).
 
     The run's folder, config.output_dir, gets metrics.jsonl, checkpoints/ and adapter/.
     Raises UserError for data or settings that cannot be trained with.
@@ -48,6 +54,7 @@ class Trainer:
         config: TrainConfig,
         *,
         callbacks: Sequence[object] = (),
+        origin: Mapping[str, Any] | None = None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
@@ -63,47 +70,92 @@ class Trainer:
         check_rates(config, active_adapters(model))
         self._train_stream, self.total_steps = self._plan_steps()
         self.schedule = Schedule.from_config(config, self.total_steps)
-        identity = {
-            "config": config.trajectory(),
-            "total_steps": self.total_steps,
-            "data": fingerprint(self.train_dataset),
-        }
-        self.folder = RunFolder(config.output_dir, identity)
+        self.folder = RunFolder(config.output_dir)
+        self._origin = origin
+        self._of_run: dict[str, Any] = {}
+        self._opened: tuple[int | None] | None = None
         self.state = TrainState()
 
-    def fit(self, resume: bool = False) -> TrainResult:
-        """Train until the steps are done, the held-out loss stalls, or SIGINT or SIGTERM comes.
+    def check_folder(self, resume: bool = False) -> int | None:
+        """Step of the checkpoint that `fit(resume)` begins from, None at the beginning.
 
-        resume: continue from the newest complete checkpoint in output_dir, to bitwise the same
-            weights as without the break; start from the beginning if there is none.
+        Touches nothing. Raises UserError where `fit` would because of output_dir.
+        """
+        config = self.config
+        heldout = None if self.eval_dataset is None else fingerprint(self.eval_dataset)
+        data = {"training data": fingerprint(self.train_dataset), "held-out data": heldout}
+        self._of_run = {
+            "identity": run_identity(
+                self.model, self.tokenizer, config.trajectory(), data, self._origin
+            ),
+            "length": {
+                "total_steps": self.total_steps,
+                "max_steps": config.max_steps,
+                "epochs": config.epochs,
+            },
+        }
+        step = self.folder.check(
+            self._of_run["identity"], resume=resume, overwrite=config.overwrite
+        )
+        if step is not None:
+            length = self.folder.checkpoints.state(step)["of_run"]["length"]
+            check_length(self.folder.checkpoints.path(step), length, self._of_run["length"])
+        return step
+
+    def open_folder(self, step: int | None) -> None:
+        """Make output_dir ready for `fit`, which does both itself otherwise.
+
+        Removes the run that config.overwrite gives up. step: what `check_folder` returned.
+        """
+        self.folder.begin(step)
+        self._opened = (step,)
+
+    def fit(self, resume: bool = False) -> TrainResult:
+        """Train until the steps are done, the held-out loss stalls, or a signal comes (SIGINT,
+        SIGTERM, SIGHUP).
+
+        resume: continue from the newest sound checkpoint in output_dir, to bitwise the same
+            weights as without the break; start from the beginning, and log so, if there is none.
+            With more steps than the run had, it is extended: see `length`.
 
         Seeds the generators of torch, numpy and Python. On return the model holds the final
         weights (config.final_weights), which are also in output_dir/adapter. Raises
         NonFiniteError if a loss or gradient is not finite, with the state before that step in a
-        checkpoint; UserError if output_dir holds a run already (when not resuming) or a
-        checkpoint of another run (when resuming).
+        checkpoint; UserError if output_dir holds a run already (when not resuming), a checkpoint
+        of another run (when resuming), or is in use by another process; OSError, naming the file,
+        for what cannot be written, with the last checkpoint as it was.
         """
         training_modules = [module for module in self.model.modules() if module.training]
-        flat = FlatParameters(self.model.named_parameters(), rate_of(self.config))
-        try:
-            with InterruptGuard() as guard:
-                stopped = self._train(flat, guard, resume)
-        finally:
-            flat.release()
-            self.model.eval()
-            for module in training_modules:
-                module.training = True
-        export_model(self.model, self.tokenizer, self.folder.adapter)
+        with self.folder.locked():
+            flat = FlatParameters(self.model.named_parameters(), rate_of(self.config))
+            try:
+                if self._opened is None:
+                    self.open_folder(self.check_folder(resume))
+                assert self._opened is not None
+                (step,), self._opened = self._opened, None
+                with InterruptGuard() as guard:
+                    stopped = self._train(flat, guard, step)
+            finally:
+                flat.release()
+                self.model.eval()
+                for module in training_modules:
+                    module.training = True
+            with self.folder.writing_adapter():
+                export_model(self.model, self.tokenizer, self.folder.adapter)
         result = self._result(stopped, flat.device)
         self._notify("on_end", result)
         return result
 
-    def _train(self, flat: FlatParameters, guard: InterruptGuard, resume: bool) -> Stopped:
+    def _train(self, flat: FlatParameters, guard: InterruptGuard, step: int | None) -> Stopped:
         reset_peak_memory(flat.device)
         train_stream, eval_stream = self._train_stream, self._eval_stream()
         train_stream.share_prefixes = self._shares_prefixes(training=True)
         if eval_stream is not None:
             eval_stream.share_prefixes = self._shares_prefixes(training=False)
+        self._of_run["rounding"] = {
+            "device": flat.device.type,
+            "accelerated": is_accelerated(self.model),
+        }
         loop = TrainingLoop(
             self.model,
             flat,
@@ -112,11 +164,15 @@ class Trainer:
             self.config,
             self.schedule,
             self.folder,
+            self._of_run,
             notify=self._notify,
             check=guard.check,
         )
         try:
-            loop.start(resume)
+            loaded = loop.start(step)
+            if loaded is not None:
+                tell_rounding(loaded.of_run["rounding"], self._of_run["rounding"])
+                tell_extension(loaded, self.config, self.schedule, self._train_stream)
             self.state = loop.state
             self._notify("on_start", self)
             self.model.train()

@@ -30,12 +30,13 @@ def test_failure_leaves_the_old_one(tmp_path):
 
 
 def test_leftovers_of_killed_processes_go(tmp_path):
-    for name in (".tmp-target-1", ".old-target-2", "target"):
+    mine = (".tmp-other-1", ".old-target", ".tmp-target-x", "target")
+    for name in (".tmp-target-1", ".old-target-2", *mine):
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").touch()
-    remove_leftovers(tmp_path)
-    remove_leftovers(tmp_path / "absent")
-    assert [p.name for p in tmp_path.iterdir()] == ["target"]
+    remove_leftovers(tmp_path, "target")
+    remove_leftovers(tmp_path / "absent", "target")
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(mine)
 
 
 def test_remove_folder(tmp_path):

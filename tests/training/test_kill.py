@@ -99,7 +99,9 @@ def test_killed_runs_lose_only_the_steps_since_the_checkpoint(
     assert_equals_uninterrupted(folder, uninterrupted)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda n: n.name)
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda n: n.name
+)
 def test_interrupted_runs_save_and_end_cleanly(tmp_path, uninterrupted, number):
     folder = tmp_path / "run"
     process, pipe = start(folder, "pause-at-step-5")

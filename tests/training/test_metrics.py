@@ -1,3 +1,4 @@
+import hashlib
 import json
 import mmap
 import os
@@ -12,6 +13,7 @@ import torch
 from lora_engine.training.metrics import (
     MetricsLog,
     StepMetrics,
+    Written,
     peak_memory_bytes,
     reset_peak_memory,
 )
@@ -24,7 +26,7 @@ def lines(path):
 
 
 def test_lines_have_exactly_these_fields(tmp_path):
-    log = MetricsLog(tmp_path / "deep" / "metrics.jsonl", 0)
+    log = MetricsLog(tmp_path / "deep" / "metrics.jsonl")
     log.append_step(STEP)
     log.append_heldout(1, 2.0, 0.5)
     log.close()
@@ -43,37 +45,88 @@ def test_lines_have_exactly_these_fields(tmp_path):
 
 
 def test_is_on_disk_after_every_line(tmp_path):
-    log = MetricsLog(tmp_path / "m", 0)
+    log = MetricsLog(tmp_path / "m")
     log.append_step(STEP)
     assert lines(tmp_path / "m")[0]["loss"] == 2.5
     log.close()
 
 
 def test_opening_cuts_back_to_the_checkpoint(tmp_path):
-    log = MetricsLog(tmp_path / "m", 0)
+    log = MetricsLog(tmp_path / "m")
     log.append_step(STEP)
-    size = log.sync()
+    written = log.sync()
     for step in (2, 3):
         log.append_step(replace(STEP, step=step))
     log.close()
     with (tmp_path / "m").open("a") as file:
         file.write('{"step": 4, "lo')  # killed while writing
-    log = MetricsLog(tmp_path / "m", size)
+    log = MetricsLog(tmp_path / "m", written)
     log.append_step(replace(STEP, step=2))
     log.close()
     assert [line["step"] for line in lines(tmp_path / "m")] == [1, 2]
 
 
-def test_opening_a_shorter_file_keeps_whole_lines(tmp_path):
-    (tmp_path / "m").write_text('{"step": 1}\n{"st')
-    log = MetricsLog(tmp_path / "m", 1000)
+@pytest.mark.parametrize(
+    ("content", "kept"),
+    [
+        ('{"step": 1}\n{"st', 1),
+        ('{"step": 1}\n{"st\n[1]\n9\n\xff\n{"step": 1}\n', 2),
+        ("[" * 100_000 + "\n", 0),
+        ("", 0),
+    ],
+    ids=["shorter", "other lines", "deep", "empty"],
+)
+def test_of_a_file_that_was_changed_what_can_be_read_is_kept(tmp_path, caplog, content, kept):
+    path = tmp_path / "m"
+    path.write_text(content, encoding="latin-1")
+    log = MetricsLog(path, Written(1_000_000, "of something else"))
     log.append_step(replace(STEP, step=2))
     log.close()
-    assert [line["step"] for line in lines(tmp_path / "m")] == [1, 2]
+    assert [line["step"] for line in lines(path)] == [1] * kept + [2]
+    assert caplog.messages == [
+        f"{path}: was changed after the checkpoint; {kept} of its lines can be read"
+    ]
+
+
+def test_what_is_written_can_be_checked_after_every_resumption(tmp_path, caplog):
+    written = None
+    for _ in range(3):
+        log = MetricsLog(tmp_path / "m", written)
+        log.append_step(STEP)
+        written = log.sync()
+        log.close()
+        assert written.sha256 == hashlib.sha256((tmp_path / "m").read_bytes()).hexdigest()
+    assert caplog.messages == []
+    assert len(lines(tmp_path / "m")) == 3
+
+
+def test_a_line_that_the_disk_takes_in_parts_is_whole(tmp_path, monkeypatch):
+    log = MetricsLog(tmp_path / "m")
+    file = log._file
+
+    class Slow:
+        def write(self, content):
+            return file.write(content[:10])
+
+        def close(self):
+            file.close()
+
+    log._file = Slow()
+    log.append_step(STEP)
+    log.close()
+    assert lines(tmp_path / "m")[0]["loss"] == 2.5
+
+
+def test_what_cannot_be_written_names_the_file(tmp_path):
+    log = MetricsLog(tmp_path / "m")
+    log.close()
+    refused = pytest.raises(OSError, match=r"No space left on device: '.*/m'")
+    with open("/dev/full", "ab", buffering=0) as log._file, refused:
+        log.append_step(STEP)
 
 
 def test_what_is_not_json_is_refused(tmp_path):
-    log = MetricsLog(tmp_path / "m", 0)
+    log = MetricsLog(tmp_path / "m")
     with pytest.raises(ValueError, match="JSON compliant"):
         log.append_step(replace(STEP, loss=float("nan")))
     log.close()

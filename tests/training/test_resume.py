@@ -1,5 +1,7 @@
 """Continuing a run, and runs that end early: interrupted, failed, or of another configuration."""
 
+import errno
+import shutil
 import signal
 
 import pytest
@@ -19,7 +21,7 @@ from training_helpers import (
 )
 
 from lora_engine.errors import UserError
-from lora_engine.training import random_state
+from lora_engine.training import loop, random_state
 from lora_engine.training.checkpoint import CheckpointStore
 from lora_engine.training.nonfinite import NonFiniteError
 
@@ -80,9 +82,142 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path):
     assert second.heldout_loss_after == first.heldout_loss_after
 
 
-def test_resume_with_nothing_there_starts_from_the_beginning(tmp_path):
+def test_resume_with_nothing_there_starts_from_the_beginning_and_says_so(tmp_path, caplog):
     assert make_trainer(tmp_path / "a").fit(resume=True).steps == 6
     assert len(lines(tmp_path / "a")) == 8
+    assert f"{tmp_path}/a: the run to resume is not there; starting from the" in caplog.text
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_begins_again(tmp_path, caplog, monkeypatch):
+    with monkeypatch.context() as patched, pytest.raises(ZeroDivisionError):
+        patched.setattr(loop, "evaluate", lambda *args, **kwargs: 1 / 0)
+        make_trainer(tmp_path).fit()
+    assert saved_steps(tmp_path) == []
+    assert make_trainer(tmp_path).fit(resume=True).steps == 6
+    assert "the run to resume ended before its first checkpoint; starting" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["weights", "exp_avg", "exp_avg_sq", "random", "state"])
+def test_a_flipped_bit_costs_steps_and_nothing_else(tmp_path, name, caplog):
+    expected, resumed = tiny_lora(0.2), tiny_lora(0.2)
+    make_trainer(tmp_path / "straight", expected, save_every=2, final_weights="last").fit()
+    shutil.copytree(tmp_path / "straight", tmp_path / "damaged")
+    [path] = (tmp_path / "damaged" / "checkpoints" / "step-00000006").glob(f"{name}.*")
+    flip(path)
+    make_trainer(tmp_path / "damaged", resumed, save_every=2, final_weights="last").fit(resume=True)
+    assert_same_bits(trainable(resumed), trainable(expected))
+    assert [x["step"] for x in lines(tmp_path / "damaged")] == [0, 1, 2, 3, 4, 5, 6, 6]
+    assert str(path) in caplog.text and "continuing from step" in caplog.text
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[-9] ^= 1
+    path.write_bytes(content)
+
+
+def test_damaged_best_weights_are_not_taken(tmp_path, caplog):
+    config = {"learning_rate": 0.1, "schedule": "constant", "max_grad_norm": None, "eval_every": 1}
+    best = make_trainer(tmp_path, max_steps=9, **config).fit().best_step
+    assert best < 9, "the test needs a run that gets worse again"
+    path = tmp_path / "checkpoints" / f"step-{best:08d}" / "weights.safetensors"
+    flip(path)
+    model, last = tiny_lora(), tiny_lora()
+    result = make_trainer(tmp_path, model, max_steps=9, **config).fit(resume=True)
+    assert f"{path}: is damaged, its checksum is not the one saved with it: it was" in caplog.text
+    make_trainer(tmp_path / "b", last, max_steps=9, **config, final_weights="last").fit()
+    assert_same_bits(trainable(model), trainable(last))
+    assert (
+        result.heldout_loss_after
+        == [x for x in lines(tmp_path) if "heldout_loss" in x][-1]["heldout_loss"]
+    )
+
+
+def test_without_a_sound_checkpoint_nothing_is_begun(tmp_path):
+    make_trainer(tmp_path).fit()
+    for path in tmp_path.glob("checkpoints/*/exp_avg.safetensors"):
+        flip(path)
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    with pytest.raises(UserError, match=r"exp_avg.safetensors: is damaged.*begin the run again"):
+        make_trainer(tmp_path).fit(resume=True)
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("short", "long"),
+    [
+        ({"max_steps": 4, "schedule": "constant", "warmup_steps": 2}, {"max_steps": 9}),
+        ({"max_steps": None, "epochs": 1, "schedule": "constant"}, {"epochs": 2}),
+    ],
+    ids=["steps", "epochs"],
+)
+def test_an_extended_run_is_the_longer_run(tmp_path, caplog, short, long):
+    config = {"gradient_accumulation_steps": 1, "final_weights": "last", **short}
+    extended, expected = tiny_lora(0.2), tiny_lora(0.2)
+    before = make_trainer(tmp_path / "a", tiny_lora(0.2), **config).fit().steps
+    result = make_trainer(tmp_path / "a", extended, **{**config, **long}).fit(resume=True)
+    whole = make_trainer(tmp_path / "b", expected, **{**config, **long}).fit()
+    assert result.steps == whole.steps > before
+    assert_same_bits(trainable(extended), trainable(expected))
+    steps = [[x for x in lines(tmp_path / run) if "loss" in x] for run in ("a", "b")]
+    assert [x["loss"] for x in steps[0]] == [x["loss"] for x in steps[1]]
+    assert caplog.messages == [
+        f"the run of {before} steps is extended to {whole.steps}, to the same weights as in one go"
+    ]
+    make_trainer(tmp_path / "a", tiny_lora(0.2), **{**config, **long}).fit(resume=True)
+    assert len(caplog.messages) == 1
+
+
+def test_what_extending_means_for_a_decaying_rate_is_told(tmp_path, caplog):
+    make_trainer(tmp_path, max_steps=4).fit()
+    longer = make_trainer(tmp_path, max_steps=8)
+    longer.fit(resume=True)
+    rates = [x["learning_rate"] for x in lines(tmp_path) if "loss" in x]
+    assert rates == [make_trainer(tmp_path, max_steps=4).schedule(i) for i in range(1, 5)] + [
+        longer.schedule(i) for i in range(5, 9)
+    ]
+    assert caplog.messages == [
+        "the run of 4 steps is extended to 8; up to step 4 the learning rate followed the cosine "
+        f"schedule of 4 steps (now at {rates[3]:.3g}), from here on it follows that of 8 "
+        f"(next {rates[4]:.3g})"
+    ]
+
+
+def test_what_extending_an_incomplete_last_step_means_is_told(tmp_path, caplog):
+    config = {"max_steps": None, "schedule": "constant", "gradient_accumulation_steps": 4}
+    make_trainer(tmp_path, epochs=1, **config).fit()
+    result = make_trainer(tmp_path, epochs=2, **config).fit(resume=True)
+    assert result.stopped == "finished"
+    assert "the last of its epoch, had fewer micro-batches than 4" in caplog.text
+
+
+def test_what_a_callback_raises_ends_the_run_after_saving(tmp_path):
+    class Fail:
+        def on_step(self, metrics):
+            if metrics.step == 3:
+                raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        make_trainer(tmp_path, callbacks=[Fail()]).fit()
+    assert saved_steps(tmp_path)[-1] == 3
+    model, expected = tiny_lora(), tiny_lora()
+    make_trainer(tmp_path, model).fit(resume=True)
+    make_trainer(tmp_path / "straight", expected).fit()
+    assert_same_bits(trainable(model), trainable(expected))
+
+
+def test_a_terminal_that_hangs_up_interrupts(tmp_path):
+    """Writing to it fails, too; the signal is the reason to end."""
+
+    class HangUp:
+        def on_step(self, metrics):
+            if metrics.step == 2:
+                signal.raise_signal(signal.SIGHUP)
+                raise OSError(errno.EIO, "Input/output error")
+
+    result = make_trainer(tmp_path, callbacks=[HangUp()]).fit()
+    assert (result.stopped, result.steps) == ("interrupted", 2)
+    assert saved_steps(tmp_path)[-1] == 2
 
 
 def test_half_written_checkpoint_is_ignored(tmp_path):
@@ -102,12 +237,13 @@ def test_half_written_checkpoint_is_ignored(tmp_path):
     [
         ({"learning_rate": 0.1}, "made with learning_rate=0.005, now learning_rate=0.1"),
         ({"optimizer": "adamw_8bit"}, "made with optimizer=adamw, now optimizer=adamw_8bit"),
-        ({"max_steps": 9}, "made with max_steps=6, now max_steps=9"),
+        ({"max_steps": 3}, "made with max_steps=6, now max_steps=3: .* longer, not shorter"),
         ({"train": make_dataset(31)}, "made with other training data"),
-        ({"model": tiny_lora(rank=3)}, r"lora_A.default.weight has shape \[4, 32\], not \[3, 32\]"),
-        ({"model": tiny_llama()}, "not the tensors of this model's trainable parameters"),
+        ({"model": tiny_lora(rank=3)}, r"made with r=4, now r=3 \(adapter default\)"),
+        ({"model": tiny_llama()}, "made with adapter default, now without;"),
+        ({"held_out": make_dataset(9, seed=1)}, "made with other held-out data"),
     ],
-    ids=["learning rate", "optimizer", "steps", "data", "rank", "full model"],
+    ids=["learning rate", "optimizer", "steps", "data", "rank", "full model", "held out"],
 )
 def test_checkpoint_of_another_run_is_refused(tmp_path, change, message):
     make_trainer(tmp_path).fit()
@@ -132,7 +268,7 @@ def test_a_run_is_not_overwritten_unasked(tmp_path):
 def test_adapter_without_checkpoints_is_not_lost_by_resuming(tmp_path):
     make_trainer(tmp_path).fit()
     CheckpointStore(tmp_path / "checkpoints").clear()
-    with pytest.raises(UserError, match="already holds a run"):
+    with pytest.raises(UserError, match="already holds a run, but no checkpoint: choose"):
         make_trainer(tmp_path).fit(resume=True)
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
 

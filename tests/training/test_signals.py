@@ -5,18 +5,20 @@ import pytest
 
 from lora_engine.training.signals import Interrupted, InterruptGuard
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
 
 @pytest.fixture(autouse=True)
 def _python_handlers():
     """Known handlers, whatever the test runner was started with."""
-    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    before = {n: signal.getsignal(n) for n in SIGNALS}
     signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda n: n.name)
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda n: n.name)
 def test_first_signal_is_a_request(number):
     with InterruptGuard() as guard:
         guard.check()
@@ -47,10 +49,11 @@ def test_handlers_are_restored():
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_ignored_signals_stay_ignored():
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP], ids=lambda n: n.name)
+def test_ignored_signals_stay_ignored(number):
+    signal.signal(number, signal.SIG_IGN)
     with InterruptGuard() as guard:
-        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(number)
         assert guard.requested is None
 
 

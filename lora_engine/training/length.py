@@ -1,0 +1,67 @@
+"""A run's number of steps, which may grow: what is done with it, and what that means.
+
+A run that is resumed with more max_steps or epochs goes on from its newest checkpoint. Where the
+learning rates of the steps done so far are those of the longer run (a constant schedule, with a
+warm-up in steps), its weights are bitwise those of the longer run in one go. Otherwise the steps
+to come follow the longer run's schedule, whose rate may be higher than the last one was.
+"""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+from lora_engine.errors import UserError
+from lora_engine.training.config import TrainConfig
+from lora_engine.training.run_folder import Loaded
+from lora_engine.training.schedule import Schedule
+from lora_engine.training.stream import BatchStream
+
+logger = logging.getLogger(__name__)
+
+Length = Mapping[str, int | None]
+
+
+def check_length(checkpoint: Path, before: Length, now: Length) -> None:
+    """Raises UserError if the run was made with more steps than it has now."""
+    if _total(before) <= _total(now):
+        return
+    changes = [f"{name}={before[name]}, now {name}={now[name]}" for name in ("max_steps", "epochs")]
+    changed = [
+        text
+        for text, name in zip(changes, ("max_steps", "epochs"), strict=True)
+        if before[name] != now[name]
+    ]
+    what = "; ".join(changed) or f"{_total(before)} steps, now {_total(now)}"
+    raise UserError(
+        f"{checkpoint}: made with {what}: a run can be made longer, not shorter; change it back "
+        "to continue, or choose another output_dir"
+    )
+
+
+def tell_extension(
+    loaded: Loaded, config: TrainConfig, schedule: Schedule, stream: BatchStream
+) -> None:
+    """Log what it means if the run has become longer."""
+    total, step = _total(loaded.of_run["length"]), loaded.state.step
+    if total == schedule.total_steps:
+        return
+    message = f"the run of {total} steps is extended to {schedule.total_steps}"
+    before = Schedule.from_config(config, total)
+    per_step, epochs = config.gradient_accumulation_steps, loaded.of_run["length"]["epochs"]
+    if any(before(i) != schedule(i) for i in range(1, step + 1)):
+        message += (
+            f"; up to step {step} the learning rate followed the {config.schedule} schedule of "
+            f"{total} steps (now at {before(step):.3g}), from here on it follows that of "
+            f"{schedule.total_steps} (next {schedule(step + 1):.3g})"
+        )
+    elif step == total and epochs is not None and stream.count(epochs) % per_step:
+        message += f"; step {step}, the last of its epoch, had fewer micro-batches than {per_step}"
+    else:
+        message += ", to the same weights as in one go"
+    logger.warning("%s", message)
+
+
+def _total(length: Length) -> int:
+    total = length["total_steps"]
+    assert total is not None
+    return total

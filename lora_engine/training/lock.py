@@ -1,0 +1,109 @@
+"""One run at a time in a folder."""
+
+import contextlib
+import logging
+import os
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+from lora_engine.errors import UserError
+from lora_engine.training.atomic import writing
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+logger = logging.getLogger(__name__)
+
+LOCK = ".lora-engine.lock"
+_OPEN = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+
+_holders: dict[str, int] = {}  # folders that this process has locked, and the thread that did
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """No other process, nor another thread of this one, is in here with the same folder.
+
+    Makes the folder, and takes away what it made and nothing was put into. The system releases
+    the lock of a process that is killed. A thread that holds it may enter again. On a file system
+    without locks a warning is logged instead. Raises UserError naming the process that is there.
+    """
+    key = os.path.realpath(folder)
+    holder = _holders.get(key)
+    if holder == threading.get_ident():
+        yield
+        return
+    if holder is not None:
+        raise UserError(_in_use(folder, "another thread of this process"))
+    made = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    try:
+        descriptor = _acquire(folder)
+        _holders[key] = threading.get_ident()
+        try:
+            yield
+        finally:
+            del _holders[key]
+            (folder / LOCK).unlink(missing_ok=True)  # before another can have it
+            os.close(descriptor)
+    finally:
+        with contextlib.suppress(OSError):  # not empty
+            for path in made:
+                path.rmdir()
+
+
+def _acquire(folder: Path) -> int:
+    """The descriptor of the locked file."""
+    path = folder / LOCK
+    while True:
+        with writing(path):
+            descriptor = os.open(path, _OPEN, 0o644)
+        try:
+            if not _lock(descriptor, folder) or _is_at(descriptor, path):
+                holder = f"process {os.getpid()} on {socket.gethostname()}"
+                with writing(path):
+                    os.truncate(descriptor, 0)
+                    os.write(descriptor, holder.encode())
+                return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)  # the one who had it took the file away in between
+
+
+def _lock(descriptor: int, folder: Path) -> bool:
+    """Whether the file system can lock. Raises UserError if another process has the lock."""
+    try:
+        if fcntl is None:
+            raise OSError("this system has no file locks")
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        holder = os.read(descriptor, 200).decode("utf-8", "replace").strip()
+        raise UserError(_in_use(folder, holder or "another process")) from error
+    except OSError as error:
+        logger.warning(
+            "%s: cannot be locked (%s): see to it that no second run is started in it",
+            folder,
+            error.strerror or error,
+        )
+        return False
+    return True
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _in_use(folder: Path, holder: str) -> str:
+    return (
+        f"{folder}: {holder} is running in it: wait for its end, stop it, or choose another "
+        "output_dir"
+    )
