@@ -1,7 +1,6 @@
 """`accelerate`: our kernels under a transformers model; `restore`: the model as it was."""
 
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +8,7 @@ from torch import Tensor, nn
 from lora_engine import backends
 from lora_engine.errors import UserError
 from lora_engine.models import attention
+from lora_engine.models.attachment import Attachment, attach, detach
 from lora_engine.models.attention import ATTENTION_CLASSES, AttentionForward
 from lora_engine.models.causal_lm import CausalLmForward
 from lora_engine.models.coverage import CoverageReport
@@ -20,12 +20,9 @@ from lora_engine.models.linear_group import LinearGroup
 from lora_engine.models.lora_state import is_linear, is_lora
 from lora_engine.models.mlp import MlpForward, activation_name, is_gated_mlp
 from lora_engine.models.norm import LayerNormForward, RmsNormForward, norm_forward
-from lora_engine.models.patches import Patches
-from lora_engine.models.routing import AdapterRouter, forget_router, new_router
+from lora_engine.models.saving import patch_ways_out
 from lora_engine.models.sequences import SequenceFinder
 from lora_engine.ops.lora_strategy import strategy_of
-
-_PATCHES: WeakKeyDictionary[nn.Module, Patches] = WeakKeyDictionary()
 
 TYPICAL_ROWS = 4096
 VERIFY_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2}
@@ -53,13 +50,13 @@ def accelerate(
     """
     restore(model)
     inner = transformers_model(model)
-    patches = Patches()
-    _PATCHES[model] = patches
+    attached = attach(inner)
     expected = _loss_and_gradients(model, verify) if verify is not None else None
     if next(inner.parameters()).device.type == "cpu":
         backends.keep_freed_memory()
     try:
-        report = _Accelerator(inner, patches, new_router(model)).run()
+        report = _Accelerator(inner, attached).run()
+        patch_ways_out(inner, getattr(model, "base_model", None), attached.patches)
         if strict and report.left:
             raise UserError(f"accelerate(strict=True) left parts of the model:\n{report}")
         if verify is not None and expected is not None:
@@ -72,10 +69,7 @@ def accelerate(
 
 def restore(model: nn.Module) -> None:
     """Takes back what `accelerate` did: forwards, attention, and weights in their own storage."""
-    forget_router(model)
-    patches = _PATCHES.pop(model, None)
-    if patches is not None:
-        patches.undo()
+    detach(transformers_model(model))
 
 
 def is_accelerated(model: nn.Module) -> bool:
@@ -86,8 +80,8 @@ def is_accelerated(model: nn.Module) -> bool:
 class _Accelerator:
     """One walk over a model, replacing what is recognised."""
 
-    def __init__(self, model: Any, patches: Patches, router: AdapterRouter) -> None:
-        self.model, self.patches, self.router = model, patches, router
+    def __init__(self, model: Any, attached: Attachment) -> None:
+        self.model, self.patches, self.router = model, attached.patches, attached.router
         self.report = CoverageReport()
         self.finder = SequenceFinder()
         self.covered: set[nn.Module] = set()  # linears inside a replaced layer
@@ -105,7 +99,7 @@ class _Accelerator:
             elif type(module).__name__ in DECODER_CLASSES:
                 last = module is self._last_layer()
                 layer = DecoderLayerForward(module, self.router, last=last)
-                self.patches.set_attribute(module, "forward", layer)
+                self.patches.set_forward(module, layer)
                 self.report.add(name, "blocks", True, "attention and MLP, each one function")
         for name, module in self.model.named_modules():
             norm = norm_forward(module, tails.get(module, 0))
@@ -139,7 +133,7 @@ class _Accelerator:
                 type(self.model).__name__, "attention", False, "the class takes no interface"
             )
             return False
-        self.patches.on_undo(lambda: self.model.set_attn_implementation(before))
+        self.patches.on_undo(self.model.set_attn_implementation, before)
         return True
 
     def _group(self, name: str, modules: list[nn.Module]) -> LinearGroup:
@@ -161,7 +155,7 @@ class _Accelerator:
         qkv = self._group(f"{name}.qkv", [module.q_proj, module.k_proj, module.v_proj])
         output = self._group(f"{name}.o_proj", [module.o_proj])
         forward = AttentionForward(module, qkv, output, self.finder)
-        self.patches.set_attribute(module, "forward", forward)
+        self.patches.set_forward(module, forward)
         self.report.add(name, "attention + rope", True, self._how("attention"))
         self._note_tail(name, "input_layernorm", qkv, tails)
 
@@ -174,11 +168,11 @@ class _Accelerator:
             return
         gate_up = self._group(f"{name}.gate_up", linears[:2])
         down = self._group(f"{name}.down_proj", linears[2:])
-        forward = MlpForward(gate_up, down, activation)
+        forward = MlpForward(module, gate_up, down, activation)
         if not _agrees(module, forward, linears[0].in_features):
             self.report.add(name, "glu", False, f"its forward is not down({activation}(gate) * up)")
             return
-        self.patches.set_attribute(module, "forward", forward)
+        self.patches.set_forward(module, forward)
         self.report.add(name, f"glu ({activation})", True, self._how("glu"))
         self._note_tail(name, "post_attention_layernorm", gate_up, tails)
 
@@ -191,18 +185,18 @@ class _Accelerator:
             tails[getattr(parent, norm)] = group.tail
 
     def _norm(self, name: str, module: nn.Module, norm: RmsNormForward | LayerNormForward) -> None:
-        self.patches.set_attribute(module, "forward", norm)
+        self.patches.set_forward(module, norm)
         self.report.add(name, norm.operation, True, self._how(norm.operation))
 
     def _single_linear(self, name: str, module: nn.Module) -> None:
         group = self._group(name, [module])
         if group.weight is not None:
-            self.patches.set_attribute(module, "forward", _SingleLinear(group))
+            self.patches.set_forward(module, _SingleLinear(group))
 
     def _embedding(self, name: str, module: Any) -> None:
         problem = why_no_embedding(module)
         if problem is None:
-            self.patches.set_attribute(module, "forward", EmbeddingForward(module, self.router))
+            self.patches.set_forward(module, EmbeddingForward(module, self.router))
         how = problem or "gathered rows, one product onto them"
         self.report.add(name, "lora_embedding", problem is None, how)
 
@@ -210,7 +204,7 @@ class _Accelerator:
         name = type(self.model).__name__
         problem = why_no_head(self.model)
         if problem is None:
-            self.patches.set_attribute(self.model, "forward", CausalLmForward(self.model))
+            self.patches.set_forward(self.model, CausalLmForward(self.model))
         how = problem or self._how("linear_cross_entropy")
         self.report.add(name, "linear_cross_entropy", problem is None, how)
 

@@ -138,6 +138,9 @@ class AttentionForward:
             "past_key_values": past_key_values,
             **kwargs,
         }
+        if not self.intact():
+            left: tuple[Tensor, None] = self.original(hidden_states, **given)
+            return left
         if not self.whole_sequences(**given):
             if self.qkv.router.rows is not None:
                 raise UserError("rows cannot be routed by adapter with a cache: use_cache=False")
@@ -168,6 +171,13 @@ class AttentionForward:
             out = _unpad(out, found.token_index, batch * length).view(batch, length, -1)
         (y,) = self.output(out)
         return y, None
+
+    def intact(self) -> bool:
+        """Whether the layer's linears are those that this forward was made of."""
+        module = self.module
+        return self.qkv.stands_for(
+            module.q_proj, module.k_proj, module.v_proj
+        ) and self.output.stands_for(module.o_proj)
 
     def find_sequences(
         self,

@@ -9,7 +9,7 @@ from lora_engine.models.attention import AttentionForward
 from lora_engine.models.lora_state import has_hooks
 from lora_engine.models.mlp import MlpForward
 from lora_engine.models.norm import RmsNormForward
-from lora_engine.models.routing import AdapterRouter
+from lora_engine.models.router import AdapterRouter
 from lora_engine.ops.attention_block import attention_block
 from lora_engine.ops.blocks import Branch, block_available
 from lora_engine.ops.mlp_block import mlp_block
@@ -85,7 +85,7 @@ class DecoderLayerForward:
         forward, norm = _ours(module.self_attn), _ours(module.input_layernorm)
         if not isinstance(forward, AttentionForward) or not isinstance(norm, RmsNormForward):
             return None
-        if not forward.whole_sequences(**given):
+        if not (forward.intact() and forward.whole_sequences(**given)):
             return None
         if not block_available("attention", x.device, x.dtype):
             return None
@@ -131,6 +131,8 @@ class DecoderLayerForward:
         module = self.module
         forward, norm = _ours(module.mlp), _ours(module.post_attention_layernorm)
         if not isinstance(forward, MlpForward) or not isinstance(norm, RmsNormForward):
+            return None
+        if not forward.intact():
             return None
         gate_up, down = forward.gate_up.weight, forward.down.weight
         if gate_up is None or down is None or not block_available("glu", x.device, x.dtype):

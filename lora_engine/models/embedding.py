@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from lora_engine import ops
 from lora_engine.models.lora_state import UNROUTED
-from lora_engine.models.routing import AdapterRouter
+from lora_engine.models.router import AdapterRouter
 
 
 class EmbeddingForward:

@@ -13,7 +13,7 @@ from lora_engine.errors import UserError
 from lora_engine.models import lora_state
 from lora_engine.models.lora_state import base_layer, is_lora
 from lora_engine.models.patches import Patches
-from lora_engine.models.routing import AdapterRouter
+from lora_engine.models.router import AdapterRouter
 
 
 class LinearGroup:
@@ -21,8 +21,9 @@ class LinearGroup:
 
     `reason` says why there is no augmented weight, or is None. PEFT's state is looked at on every
     call: adapters may be switched, disabled or merged, and those that are active are in the
-    augmented weight. What that cannot hold runs as the layers' own forward, as do weights that were
-    given other storage (`model.to(...)`), with one warning.
+    augmented weight. What that cannot hold runs as the layers' own forward: hooks, and base weights
+    that were unfrozen, exchanged (`load_state_dict(assign=True)`, `functional_call`) or given other
+    storage (`model.to(...)`), these with one warning.
     """
 
     def __init__(
@@ -37,16 +38,14 @@ class LinearGroup:
         self._adapted = [module for module in modules if is_lora(module)]
         bases = [base_layer(module) for module in modules]
         self.weight = ops.AugmentedWeight(
-            [base.weight for base in bases],
-            [None] * len(bases),
-            [base.bias for base in bases],
-            room=lora_state.room(modules),
+            [base.weight for base in bases], [None] * len(bases), room=lora_state.room(modules)
         )
-        self._bases = [(base.weight, self.weight.weight(i)) for i, base in enumerate(bases)]
-        for parameter, view in self._bases:
+        self._bases = [(base, base.weight, self.weight.weight(i)) for i, base in enumerate(bases)]
+        for _, parameter, view in self._bases:
             patches.set_storage(parameter, view)
         self._state: tuple[Any, ...] | None = None
         self._problem: str | None = None
+        self._watched: list[nn.Module] = []
 
     @property
     def tail(self) -> int:
@@ -62,14 +61,31 @@ class LinearGroup:
         """Whether the augmented weight stands for what the layers would compute now."""
         if self.weight is None:
             return False
-        if any(parameter.data_ptr() != view.data_ptr() for parameter, view in self._bases):
-            _warn_moved()
-            return False
+        for base, parameter, view in self._bases:
+            if base.weight is not parameter or parameter.data_ptr() != view.data_ptr():
+                _warn_moved()
+                return False
+            if parameter.requires_grad:
+                return False
         state = (self.router.names, *map(lora_state.adapter_state, self._adapted))
         if state != self._state:
             self._problem = self._take_adapters(self.weight)
+            self._watched = [part for module in self.modules for part in module.modules()]
             self._state = state
-        return self._problem is None and not any(map(lora_state.has_hooks, self.modules))
+        if self._problem is not None or any(map(lora_state.has_hooks, self._watched)):
+            return False
+        self.weight.biases = tuple(base.bias for base, _, _ in self._bases)
+        return True
+
+    def stands_for(self, *modules: nn.Module) -> bool:
+        """Whether `modules` are still those that the group was made of, with one warning if not.
+
+        PEFT exchanges them when it is put around an accelerated model, or unloaded.
+        """
+        same = self.modules == modules
+        if not same:
+            _warn_exchanged()
+        return same
 
     def dropout(self) -> reference.Dropout | None:
         """The dropout of the next call, with a seed drawn from torch's generator; None for none."""
@@ -87,7 +103,7 @@ class LinearGroup:
         if self.weight is not None and self.ready():
             return ops.lora_linear(x, self.weight, dropout=self.dropout(), routes=self.routes(x))
         if self.router.rows is not None:
-            problem = self.reason or self._problem or "its weights were moved, or it has hooks"
+            problem = self.reason or self._problem or "its weights were changed, or it has hooks"
             raise UserError(f"rows cannot be routed by adapter through a layer on PEFT: {problem}")
         return tuple(self._own(i, x) for i in range(len(self.modules)))
 
@@ -113,9 +129,18 @@ class LinearGroup:
 
 
 @cache
+def _warn_exchanged() -> None:
+    warnings.warn(
+        "the model's linears were exchanged after lora_engine.accelerate(model); its layers run as "
+        "transformers' own until accelerate(model) is called again",
+        stacklevel=4,
+    )
+
+
+@cache
 def _warn_moved() -> None:
     warnings.warn(
-        "the model's weights were moved after lora_engine.accelerate(model); its linears run as "
-        "PEFT's own until accelerate(model) is called again",
+        "the model's weights were moved or exchanged after lora_engine.accelerate(model); its "
+        "linears run as PEFT's own until accelerate(model) is called again",
         stacklevel=3,
     )

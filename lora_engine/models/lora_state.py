@@ -32,7 +32,12 @@ def base_layer(module: Any) -> Any:
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether someone watches or changes the module's calls (PEFT does, for `adapter_names`)."""
-    return bool(module._forward_pre_hooks or module._forward_hooks)
+    return bool(
+        module._forward_pre_hooks
+        or module._forward_hooks
+        or module._backward_pre_hooks
+        or module._backward_hooks
+    )
 
 
 def adapter_state(module: Any) -> tuple[Any, ...]:

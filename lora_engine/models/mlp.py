@@ -13,10 +13,16 @@ from lora_engine.reference.glu import ACTIVATIONS
 class MlpForward:
     """The forward of a module with gate_proj, up_proj, down_proj, by `ops.glu`."""
 
-    def __init__(self, gate_up: LinearGroup, down: LinearGroup, activation: str) -> None:
-        self.gate_up, self.down, self.activation = gate_up, down, activation
+    def __init__(
+        self, module: Any, gate_up: LinearGroup, down: LinearGroup, activation: str
+    ) -> None:
+        self.module, self.gate_up, self.down, self.activation = module, gate_up, down, activation
+        self.original = module.forward
 
     def __call__(self, x: Tensor) -> Tensor:
+        if not self.intact():
+            result: Tensor = self.original(x)
+            return result
         gate, up = self.gate_up(x)
         hidden = ops.glu(
             gate,
@@ -27,6 +33,13 @@ class MlpForward:
         )
         (y,) = self.down(hidden)
         return y
+
+    def intact(self) -> bool:
+        """Whether the module's linears are those that this forward was made of."""
+        module = self.module
+        return self.gate_up.stands_for(module.gate_proj, module.up_proj) and self.down.stands_for(
+            module.down_proj
+        )
 
 
 def is_gated_mlp(module: Any) -> bool:

@@ -8,6 +8,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from lora_engine.models.attention import AttentionForward
 from lora_engine.models.decoder_layer import DecoderLayerForward
 from lora_engine.models.head import transformers_model
+from lora_engine.models.lora_state import has_hooks
 
 
 class PackedTokens(Protocol):
@@ -61,12 +62,19 @@ def packed_hidden_states(model: Any, batch: PackedTokens, rows: Tensor | None = 
 
 
 def selects_rows(backbone: Any) -> bool:
-    """Whether the backbone's last layer takes `output_rows`."""
+    """Whether the backbone's last layer takes `output_rows`.
+
+    Not where somebody watches it or what comes after it: they would see some rows only.
+    """
     layers = getattr(backbone, "layers", None)
     if not layers:
         return False
     forward = vars(layers[-1]).get("forward")
-    return isinstance(forward, DecoderLayerForward) and forward.last
+    if not isinstance(forward, DecoderLayerForward) or not forward.last:
+        return False
+    before = backbone.get_input_embeddings()
+    after = [module for module in backbone.children() if module is not before]
+    return not any(map(has_hooks, (backbone, *after, *layers[-1].modules())))
 
 
 def can_share_prefixes(model: nn.Module, *, training: bool | None = None) -> bool:

@@ -1,30 +1,35 @@
 """Changes of behaviour on instances, and how to take them back."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
+
+_MISSING = "missing"
 
 
 class Patches:
     """A list of changes to module instances, undone in reverse order."""
 
     def __init__(self) -> None:
-        self._undo: list[Callable[[], None]] = []
+        # Functions and arguments rather than closures: these are copied with the model.
+        self._undo: list[tuple[Callable[..., None], tuple[Any, ...]]] = []
 
     def set_attribute(self, owner: Any, name: str, value: Any) -> None:
-        """Sets `owner.name` on the instance; undone by deleting or restoring it."""
-        missing = object()
-        before = vars(owner).get(name, missing)
+        """Sets `owner.name` on the instance; undone by deleting or restoring it.
+
+        Where somebody has meanwhile put something else there, that stays.
+        """
+        before = vars(owner).get(name, _MISSING)
         object.__setattr__(owner, name, value)
+        self.on_undo(_reset_attribute, owner, name, value, before)
 
-        def undo() -> None:
-            if before is missing:
-                object.__delattr__(owner, name)
-            else:
-                object.__setattr__(owner, name, before)
-
-        self._undo.append(undo)
+    def set_forward(self, module: nn.Module, forward: Callable[..., Any]) -> None:
+        """Sets the module's forward, which shows the signature, name and docstring of its own."""
+        functools.update_wrapper(forward, module.forward, updated=())
+        self.set_attribute(module, "forward", forward)
 
     def set_storage(self, parameter: torch.nn.Parameter, view: torch.Tensor) -> None:
         """Lets `parameter` be `view`, which holds the same values; undone by a copy of it.
@@ -32,18 +37,28 @@ class Patches:
         Where the parameter has meanwhile been given other storage (`model.to(...)`), that stays.
         """
         parameter.data = view
+        self.on_undo(_own_storage, parameter, view)
 
-        def undo() -> None:
-            if parameter.data_ptr() == view.data_ptr():
-                parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
-
-        self._undo.append(undo)
-
-    def on_undo(self, action: Callable[[], None]) -> None:
-        """Runs `action` when the changes are taken back."""
-        self._undo.append(action)
+    def on_undo(self, action: Callable[..., None], *args: Any) -> None:
+        """Calls `action(*args)` when the changes are taken back."""
+        self._undo.append((action, args))
 
     def undo(self) -> None:
         """Takes every change back, the last first."""
         while self._undo:
-            self._undo.pop()()
+            action, args = self._undo.pop()
+            action(*args)
+
+
+def _reset_attribute(owner: Any, name: str, value: Any, before: Any) -> None:
+    if vars(owner).get(name) is not value:
+        return
+    if before is _MISSING:
+        object.__delattr__(owner, name)
+    else:
+        object.__setattr__(owner, name, before)
+
+
+def _own_storage(parameter: torch.nn.Parameter, view: torch.Tensor) -> None:
+    if parameter.data_ptr() == view.data_ptr():
+        parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)

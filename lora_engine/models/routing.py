@@ -3,48 +3,13 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
-from weakref import WeakKeyDictionary
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from lora_engine.errors import UserError
+from lora_engine.models.attachment import attachment
+from lora_engine.models.head import transformers_model
 from lora_engine.models.lora_state import is_lora
-
-
-class AdapterRouter:
-    """Which adapter each row of the batch uses, for all linears of a model.
-
-    names: the adapters, in the order of their numbers. rows: [tokens of the batch] int64 numbers,
-    -1 for none; None: every row uses every active adapter.
-    """
-
-    def __init__(self) -> None:
-        self.names: tuple[str, ...] = ()
-        self.rows: Tensor | None = None
-
-    @contextmanager
-    def selecting(self, index: Tensor | None) -> Iterator[None]:
-        """Within this context the batch is those of its rows alone, [U] int64; None: all of it."""
-        before = self.rows
-        if before is not None and index is not None:
-            self.rows = before.index_select(0, index.to(before.device))
-        try:
-            yield
-        finally:
-            self.rows = before
-
-
-_ROUTERS: WeakKeyDictionary[nn.Module, AdapterRouter] = WeakKeyDictionary()
-
-
-def new_router(model: nn.Module) -> AdapterRouter:
-    """The router of a model that is being accelerated."""
-    return _ROUTERS.setdefault(model, AdapterRouter())
-
-
-def forget_router(model: nn.Module) -> None:
-    """For a model that is no longer accelerated."""
-    _ROUTERS.pop(model, None)
 
 
 def active_adapters(model: Any) -> tuple[str, ...]:
@@ -79,8 +44,8 @@ def route_adapters(model: Any, names: Sequence[str], rows: Tensor) -> Iterator[N
     active, for LoRA on the output head and `modules_to_save` and, when the model is called, for
     layers that the augmented weight does not cover.
     """
-    router = _ROUTERS.get(model)
-    if router is None:
+    attached = attachment(transformers_model(model))
+    if attached is None:
         raise UserError("route_adapters: call lora_engine.accelerate(model) first")
     known, active = list(getattr(model, "peft_config", {})), list(model.active_adapters)
     for name in names:
@@ -93,6 +58,7 @@ def route_adapters(model: Any, names: Sequence[str], rows: Tensor) -> Iterator[N
             )
     if (problem := _why_not(model)) is not None:
         raise UserError(f"route_adapters: {problem} cannot be routed by row")
+    router = attached.router
     before = router.names, router.rows
     router.names, router.rows = tuple(names), rows
     try:

@@ -6,8 +6,9 @@ Each takes `impl` ("reference", "cpu", "triton" or "cuda") to force one implemen
 
 from lora_engine.ops.adamw import adamw_, grad_norm
 from lora_engine.ops.adamw_8bit import ADAMW_8BIT_BLOCK, adamw_8bit_
+from lora_engine.ops.adapter_set import LoraFactors
 from lora_engine.ops.attention import attention
-from lora_engine.ops.augmented_weight import AugmentedWeight, LoraFactors
+from lora_engine.ops.augmented_weight import AugmentedWeight
 from lora_engine.ops.cross_entropy import cross_entropy
 from lora_engine.ops.glu import glu, swiglu
 from lora_engine.ops.layer_norm import layer_norm

@@ -132,8 +132,10 @@ class _AttentionBlock(torch.autograd.Function):
         x, rstd, s, qkv, os, lse, unscaled, outer_unscaled, *rotation = ctx.saved_tensors
         cu_seqlens, cos, sin = rotation[:3]
         inner, outer = call.inner, call.outer
+        inner.begin_backward()
+        outer.begin_backward()
         width = outer.weight.in_features
-        needs, outer_needs = call.split(ctx.needs_input_grad[11:])
+        needs, outer_needs = call.split(ctx.needs_input_grad[9:])
         wants_a, wants_b = inner.wants(needs)
         outer_wants_a, outer_wants_b = outer.wants(outer_needs)
 
@@ -178,7 +180,7 @@ class _AttentionBlock(torch.autograd.Function):
             None,
             None,
             *d_head_norms,
-            *[None] * 5,
+            *[None] * 3,
             *inner.factor_gradients(needs, d_a, d_b, parts, unscaled),
             *outer.factor_gradients(outer_needs, outer_d_a, outer_d_b, [dy], outer_unscaled),
         )

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lora_engine.ops import augmented
-from lora_engine.ops.augmented_weight import AugmentedWeight
+from lora_engine.ops.augmented_weight import AugmentedWeight, Filling
 from lora_engine.ops.lora_strategy import strategy_of
 from lora_engine.ops.tensors import accumulate_dtype, empty_rows, matmul
 from lora_engine.reference import Dropout
@@ -28,14 +28,25 @@ from lora_engine.reference import Dropout
 class AugmentedProduct:
     """One call of a group: the weight, and what varies from call to call.
 
+    filling: the adapters of this call, in the weight's buffer while its forward pass runs.
     kernels: the module with `lora_a_fwd` and its siblings.
     columns: which columns of S each row uses, [M, R] bool; None: all.
     """
 
     weight: AugmentedWeight
+    filling: Filling
     kernels: Any
     dropout: Dropout | None = None
     columns: Tensor | None = None
+
+    @property
+    def spans(self) -> Sequence[tuple[slice, slice]]:
+        """For each linear its rows of W and its columns of B."""
+        return self.filling.adapters.spans
+
+    def begin_backward(self) -> None:
+        """Brings this call's adapters back into the buffer, where a later call put others."""
+        self.weight.fill_again(self.filling)
 
     def forward(
         self,
@@ -59,16 +70,16 @@ class AugmentedProduct:
         """`forward` for an X that stands anywhere; `joined` is x and s as one, if they are."""
         weight = self.weight
         if weight.tail:
-            self.kernels.lora_a_fwd(x, weight.lora_a, s, weight.spans, self.dropout)
+            self.kernels.lora_a_fwd(x, weight.lora_a, s, self.spans, self.dropout)
             if self.columns is not None:
                 s.mul_(self.columns)
-        bias = weight.bias
-        if weight.scale is None:
+        bias, scale = self.filling.bias, self.filling.scale
+        if scale is None:
             first, second = (residual, None) if bias is None else (bias, residual)
             y = self._products(x, s, joined, first)
             return (y if second is None else y.add_(second)), None
         unscaled = self._products(x, s, joined, None)
-        y = torch.mul(unscaled, weight.scale).to(unscaled.dtype)
+        y = torch.mul(unscaled, scale).to(unscaled.dtype)
         for addend in (bias, residual):
             if addend is not None:
                 y += addend
@@ -102,13 +113,13 @@ class AugmentedProduct:
 
     def claim_gradient(self, grads: Sequence[Tensor]) -> Tensor:
         """The gradients of Y side by side with room for dS behind, [M, N + R], DoRA's scale in."""
-        weight = self.weight
-        if weight.scale is None:
+        weight, scale = self.weight, self.filling.scale
+        if scale is None:
             return augmented.claim(grads, weight.tail)
         n = weight.base.shape[0]
         flat = torch.cat([grad.reshape(-1, grad.shape[-1]) for grad in grads], dim=1)
         buffer = empty_rows(flat.shape[0], n + weight.tail, dtype=flat.dtype, device=flat.device)
-        torch.mul(flat, weight.scale, out=buffer[:, :n])
+        torch.mul(flat, scale, out=buffer[:, :n])
         return buffer
 
     def fill_ds(
@@ -128,7 +139,7 @@ class AugmentedProduct:
             d_lora_b = torch.empty(
                 n, weight.tail, dtype=accumulate_dtype(dys.dtype), device=dys.device
             )
-        self.kernels.lora_b_bwd(dy, weight.lora_b, s, ds, d_lora_b, weight.spans)
+        self.kernels.lora_b_bwd(dy, weight.lora_b, s, ds, d_lora_b, self.spans)
         if self.columns is not None:
             ds.mul_(self.columns)
         return ds, d_lora_b
@@ -147,7 +158,7 @@ class AugmentedProduct:
             dys[:, n:],
             weight.lora_a,
             dx,
-            weight.spans,
+            self.spans,
             self.dropout,
         )
         return dx
@@ -159,7 +170,7 @@ class AugmentedProduct:
             return None
         shape = (weight.tail, weight.in_features)
         d_lora_a = torch.empty(shape, dtype=accumulate_dtype(ds.dtype), device=ds.device)
-        self.kernels.lora_a_bwd(ds, x, d_lora_a, weight.spans, self.dropout)
+        self.kernels.lora_a_bwd(ds, x, d_lora_a, self.spans, self.dropout)
         return d_lora_a
 
     def factor_gradients(
@@ -170,14 +181,14 @@ class AugmentedProduct:
         grads: Sequence[Tensor],
         unscaled: Tensor | None,
     ) -> list[Tensor | None]:
-        """Gradients of `weight.factors()`, each in its factor's dtype, where `needs` says so.
+        """Gradients of `filling.tensors()`, each in its tensor's dtype, where `needs` says so.
 
         `grads` are those of Y as they arrived, `unscaled` is Y before DoRA's scale. d_lora_a and
         d_lora_b are used up: the gradients may be parts of them.
         """
-        weight = self.weight
+        blocks, norm = self.filling.adapters.blocks, self.filling.norm
         found: list[Tensor | None] = [None] * len(needs)
-        for i, block in enumerate(weight.blocks):
+        for i, block in enumerate(blocks):
             factors = block.factors
             if needs[3 * i] and d_lora_a is not None:
                 d_a = _part(d_lora_a, factors.lora_a, block.columns)
@@ -185,12 +196,12 @@ class AugmentedProduct:
             if needs[3 * i + 1] and d_lora_b is not None:
                 d_b = _part(d_lora_b, factors.lora_b, block.rows, block.columns)
                 found[3 * i + 1] = d_b.mul_(factors.scaling).to(factors.lora_b.dtype)
-            if needs[3 * i + 2] and unscaled is not None and weight.norm is not None:
-                dy = grads[block.linear].reshape(unscaled.shape[0], -1).to(weight.norm.dtype)
-                d_scale = (dy * unscaled[:, block.rows]).sum(0) / weight.norm[block.rows]
+            if needs[3 * i + 2] and unscaled is not None and norm is not None:
+                dy = grads[block.linear].reshape(unscaled.shape[0], -1).to(norm.dtype)
+                d_scale = (dy * unscaled[:, block.rows]).sum(0) / norm[block.rows]
                 found[3 * i + 2] = d_scale.to(factors.lora_a.dtype)
-        start = 3 * len(weight.blocks)
-        of_linears = slice(start, start + len(weight.biases))
+        start = 3 * len(blocks)
+        of_linears = slice(start, start + len(self.filling.biases))
         found[start:] = self._bias_gradients(needs[of_linears], needs[of_linears.stop :], grads)
         return found
 
@@ -198,17 +209,17 @@ class AugmentedProduct:
         self, needs_linear: Sequence[bool], needs_block: Sequence[bool], grads: Sequence[Tensor]
     ) -> list[Tensor | None]:
         """Gradients of every linear's bias, then of every block's."""
-        weight = self.weight
+        blocks, biases = self.filling.adapters.blocks, self.filling.biases
         sums: dict[int, Tensor] = {}
         for i, grad in enumerate(grads):
-            ours = [n for n, b in zip(needs_block, weight.blocks, strict=True) if b.linear == i]
+            ours = [n for n, b in zip(needs_block, blocks, strict=True) if b.linear == i]
             if needs_linear[i] or any(ours):
                 flat = grad.reshape(-1, grad.shape[-1])
                 sums[i] = flat.sum(0, dtype=accumulate_dtype(flat.dtype))
         found: list[Tensor | None] = []
-        for i, (needed, bias) in enumerate(zip(needs_linear, weight.biases, strict=True)):
+        for i, (needed, bias) in enumerate(zip(needs_linear, biases, strict=True)):
             found.append(sums[i].to(bias.dtype) if needed and bias is not None else None)
-        for needed, block in zip(needs_block, weight.blocks, strict=True):
+        for needed, block in zip(needs_block, blocks, strict=True):
             d_bias, bias = None, block.factors.bias
             if needed and bias is not None:
                 d_bias = (sums[block.linear] * block.factors.scaling).to(bias.dtype)
@@ -217,7 +228,7 @@ class AugmentedProduct:
 
     def wants(self, needs: Sequence[bool]) -> tuple[bool, bool]:
         """Whether any lora_a, and whether any lora_b, needs a gradient."""
-        count = 3 * len(self.weight.blocks)
+        count = 3 * len(self.filling.adapters.blocks)
         return any(needs[:count:3]), any(needs[1:count:3])
 
 

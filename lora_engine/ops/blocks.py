@@ -91,13 +91,12 @@ class Call:
     impl: str | None
 
     def tensors(self) -> list[Tensor | None]:
-        """The function's last inputs: both buffers, then all factors."""
-        inner, outer = self.inner.weight, self.outer.weight
-        return [inner.buffer, outer.buffer, *inner.factors(), *outer.factors()]
+        """The function's last inputs: what the products' adapters are made of."""
+        return [*self.inner.filling.tensors(), *self.outer.filling.tensors()]
 
     def split(self, needs: Sequence[bool]) -> tuple[Sequence[bool], Sequence[bool]]:
         """`needs` of the factors, of the inner group and of the outer."""
-        count = len(self.inner.weight.factors())
+        count = len(self.inner.filling.tensors())
         return needs[:count], needs[count:]
 
     def kernels(self, operation: str, x: Tensor) -> Any:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lora_engine import backends, reference
-from lora_engine.ops.augmented_weight import LoraFactors
+from lora_engine.ops.adapter_set import LoraFactors
 from lora_engine.ops.cross_entropy import LossOptions, RowResults, check_targets
 from lora_engine.ops.head_gradients import HeadGradients, scaled
 from lora_engine.ops.tensors import check, shape_of

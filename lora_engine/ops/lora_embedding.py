@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_engine.ops.augmented_weight import LoraFactors
+from lora_engine.ops.adapter_set import LoraFactors
 from lora_engine.ops.tensors import check, shape_of
 
 

@@ -38,7 +38,7 @@ def lora_linear(
         return _reference(x, weight, dropout, routes)
     if not torch.is_grad_enabled():
         return _forward(x, product)[0]
-    outputs: tuple[Tensor, ...] = _LoraLinear.apply(x, product, weight.buffer, *weight.factors())
+    outputs: tuple[Tensor, ...] = _LoraLinear.apply(x, product, *product.filling.tensors())
     return outputs
 
 
@@ -49,22 +49,28 @@ def make_product(
     routes: Tensor | None = None,
     impl: str | None = None,
 ) -> AugmentedProduct | None:
-    """The checked and refreshed product for rows `x` [..., K]; None: the reference is to run."""
+    """The checked product for rows `x` [..., K]; with the adapters as they are now.
+
+    None: the reference is to run.
+    """
     if x.shape[-1] != weight.in_features or x.dtype != weight.buffer.dtype:
         raise ValueError(
             f"lora_linear: x {shape_of(x)} does not fit weight {shape_of(weight.base)}"
         )
     if routes is not None and routes.shape != x.shape[:-1]:
         raise ValueError(f"lora_linear: routes {shape_of(routes)} do not fit x {shape_of(x)}")
-    if routes is not None and any(block.factors.bias is not None for block in weight.blocks):
+    if routes is not None and any(
+        block.factors.bias is not None for block in weight.adapters.blocks
+    ):
         raise ValueError("lora_linear: rows cannot be routed to adapters that have a bias")
     impl = backends.select("lora_linear", x.device, x.dtype, impl)
     if impl == "reference":
         return None
-    weight.refresh()
-    columns = None if routes is None or not weight.tail else weight.route(routes.reshape(-1))
+    columns = None
+    if routes is not None and weight.tail:
+        columns = weight.adapters.route(routes.reshape(-1), weight.tail)
     kernels = backends.kernels("lora_linear", impl)
-    return AugmentedProduct(weight, kernels, dropout, columns)
+    return AugmentedProduct(weight, weight.fill(), kernels, dropout, columns)
 
 
 def _reference(
@@ -74,7 +80,7 @@ def _reference(
     for i, bias in enumerate(weight.biases):
         base = weight.weight(i)
         y = torch.nn.functional.linear(x, base)
-        for factors in (block.factors for block in weight.blocks if block.linear == i):
+        for factors in (block.factors for block in weight.adapters.blocks if block.linear == i):
             given = x
             if dropout is not None:
                 given = reference.drop(x, dropout, stream=i)
@@ -114,18 +120,19 @@ def _forward(
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, product: AugmentedProduct, buffer: Tensor, *factors: Tensor | None
+        ctx: Any, x: Tensor, product: AugmentedProduct, *factors: Tensor | None
     ) -> tuple[Tensor, ...]:
         outputs, saved = _forward(x, product)
         ctx.product, ctx.shape = product, x.shape
-        ctx.save_for_backward(*saved, buffer, *factors)
+        ctx.save_for_backward(*saved, *factors)
         return outputs
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         product: AugmentedProduct = ctx.product
         x, s, unscaled, *_ = ctx.saved_tensors
-        needs = ctx.needs_input_grad[3:]
+        product.begin_backward()
+        needs = ctx.needs_input_grad[2:]
         wants_a, wants_b = product.wants(needs)
         dys = product.claim_gradient(grads)
         ds, d_lora_b = product.fill_ds(dys, s, wanted=wants_b)
@@ -133,7 +140,6 @@ class _LoraLinear(torch.autograd.Function):
         d_lora_a = product.lora_a_gradient(ds, x, wanted=wants_a)
         return (
             dx,
-            None,
             None,
             *product.factor_gradients(needs, d_lora_a, d_lora_b, grads, unscaled),
         )

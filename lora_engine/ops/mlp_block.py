@@ -70,7 +70,9 @@ class _MlpBlock(torch.autograd.Function):
         call: Call = ctx.call
         x, rstd, s, gate_up, outer_s, unscaled, outer_unscaled, *_ = ctx.saved_tensors
         inner, outer = call.inner, call.outer
-        needs, outer_needs = call.split(ctx.needs_input_grad[5:])
+        inner.begin_backward()
+        outer.begin_backward()
+        needs, outer_needs = call.split(ctx.needs_input_grad[3:])
         wants_a, wants_b = inner.wants(needs)
         outer_wants_a, outer_wants_b = outer.wants(outer_needs)
 
@@ -98,8 +100,6 @@ class _MlpBlock(torch.autograd.Function):
         return (
             None if dx is None else augmented.keep_room(dx, dx.view(ctx.shape)),
             dweight,
-            None,
-            None,
             None,
             *inner.factor_gradients(needs, d_a, d_b, parts, unscaled),
             *outer.factor_gradients(outer_needs, outer_d_a, outer_d_b, [dy], outer_unscaled),

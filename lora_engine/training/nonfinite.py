@@ -67,11 +67,13 @@ def first_nonfinite_layer(model: nn.Module, batch: PackedBatch) -> str | None:
         return look
 
     # Rows are routed inside the LoRA layers, which could not run fused if they were watched.
-    unseen = is_lora if is_routed(model, batch) else lambda module: False
+    unseen: set[nn.Module] = set()
+    if is_routed(model, batch):
+        unseen = {part for m in model.modules() if is_lora(m) for part in m.modules()}
     handles = [
         module.register_forward_hook(hook(name))
         for name, module in model.named_modules()
-        if name and not unseen(module)
+        if name and module not in unseen
     ]
     try:
         with torch.no_grad():

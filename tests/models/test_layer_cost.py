@@ -117,6 +117,8 @@ def test_launches_of_a_layer(monkeypatch: pytest.MonkeyPatch, kind: str) -> None
         "attention_fwd": 1,
         "glu_fwd": 1,
         "clone.default": 3,  # S of q, k, v; of gate, up; of down
+        "copy_.default": 7,  # A of seven linears into their groups' buffers
+        "mul.out": 7,  # and B, scaled
     }
     grads = 2 * 7  # of A and B of seven linears: from the group's to the parameter's
     # Once for the heads' outputs, which are made again, and once for their gradients.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lora_engine import reference
 from lora_engine.models.linear_group import LinearGroup
 from lora_engine.models.patches import Patches
-from lora_engine.models.routing import AdapterRouter
+from lora_engine.models.router import AdapterRouter
 from lora_engine.testing import error
 
 FEATURES = 40

@@ -5,6 +5,7 @@ import transformers
 import lora_engine
 from lora_engine.data.batch import collate
 from lora_engine.data.render import Example
+from lora_engine.models import decoder_layer
 from lora_engine.models.packed import can_share_prefixes, packed_hidden_states
 from lora_engine.testing import tiny_llama, with_lora
 from lora_engine.training.objective import supervised_loss
@@ -74,17 +75,21 @@ def test_rows_that_are_shared_are_computed_once() -> None:
     assert packed_hidden_states(model, batch).shape == (batch.num_rows, 32)
 
 
-def test_the_last_mlp_runs_on_the_rows_asked_for() -> None:
+def test_the_last_mlp_runs_on_the_rows_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     model = with_lora(tiny_llama())
     batch = collate(examples())
     rows = torch.tensor([3, 40, 3])
     expected = packed_hidden_states(model, batch, rows)
     lora_engine.accelerate(model)
     seen: list[int] = []
-    last = model.get_base_model().model.layers[-1].mlp
-    last.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[-2]))
+    block = decoder_layer.mlp_block
+    monkeypatch.setattr(
+        decoder_layer,
+        "mlp_block",
+        lambda x, *a, **k: (seen.append(x.shape[-2]), block(x, *a, **k))[1],
+    )
     hidden = packed_hidden_states(model, batch, rows)
-    assert seen == [3]
+    assert seen == [sum(map(len, examples())), 3]
     assert torch.allclose(hidden, expected, atol=1e-5)
     whole = packed_hidden_states(model, batch)
     assert torch.allclose(whole[rows], hidden, atol=1e-6)

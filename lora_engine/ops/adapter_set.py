@@ -1,0 +1,134 @@
+"""The adapters of a group of linears, and where each stands in the group's buffer W̃."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from lora_engine.ops.tensors import check, shape_of
+
+
+@dataclass(frozen=True)
+class LoraFactors:
+    """One adapter of one linear: `y += scaling * (x lora_aᵀ) lora_bᵀ`.
+
+    magnitude: DoRA's (arXiv:2402.09353): the linear's whole output before its bias is multiplied by
+        `magnitude / norm`, norm [N] being the length of each row of W + scaling B A, through which
+        no gradient goes.
+    adapter: which adapter this is, for rows that are routed by adapter.
+    bias: lora_b's: `scaling * bias` is added too.
+    """
+
+    lora_a: Tensor  # [r, K]
+    lora_b: Tensor  # [N, r]
+    scaling: float
+    magnitude: Tensor | None = None  # [N]
+    adapter: int = 0
+    bias: Tensor | None = None  # [N]
+
+
+Adapters: TypeAlias = LoraFactors | Sequence[LoraFactors] | None
+
+
+@dataclass(frozen=True)
+class Block:
+    """Where one adapter of one linear stands in W̃: rows of W and B, columns of B (rows of A)."""
+
+    factors: LoraFactors
+    linear: int
+    rows: slice
+    columns: slice
+
+
+@dataclass(frozen=True)
+class AdapterSet:
+    """The adapters that a product is taken with. It does not change: switching adapters makes
+    another, so that a backward pass finds those of its own forward pass.
+
+    spans: for each linear its rows of W and its columns of B.
+    """
+
+    blocks: tuple[Block, ...]
+    spans: tuple[tuple[slice, slice], ...]
+
+    @staticmethod
+    def of(adapters: Sequence[Adapters], rows: Sequence[slice], in_features: int) -> "AdapterSet":
+        """`adapters[i]` is what linear i has, whose rows of W are `rows[i]`.
+
+        Raises ValueError where shapes do not fit, or an adapter with a magnitude is not alone.
+        """
+        check(len(adapters) == len(rows), "AugmentedWeight: one adapter entry per weight")
+        blocks, spans, column = [], [], 0
+        for i, (entry, span) in enumerate(zip(adapters, rows, strict=True)):
+            start, members = column, as_tuple(entry)
+            check(
+                len(members) <= 1 or all(f.magnitude is None for f in members),
+                f"AugmentedWeight: linear {i} has several adapters, one of them DoRA",
+            )
+            for factors in members:
+                _check_factors(factors, span.stop - span.start, in_features)
+                rank = factors.lora_a.shape[0]
+                blocks.append(Block(factors, i, span, slice(column, column + rank)))
+                column += rank
+            spans.append((span, slice(start, column)))
+        return AdapterSet(tuple(blocks), tuple(spans))
+
+    @property
+    def rank(self) -> int:
+        """The total of all ranks."""
+        return self.spans[-1][1].stop if self.spans else 0
+
+    @cached_property
+    def has_magnitude(self) -> bool:
+        """Whether any adapter is DoRA."""
+        return any(block.factors.magnitude is not None for block in self.blocks)
+
+    def tensors(self, biases: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """All that a product's gradients go to, for linears that have `biases` of their own.
+
+        lora_a, lora_b and magnitude of every block, every linear's bias, every block's bias.
+        """
+        found: list[Tensor | None] = []
+        for block in self.blocks:
+            found += (block.factors.lora_a, block.factors.lora_b, block.factors.magnitude)
+        return [*found, *biases, *(block.factors.bias for block in self.blocks)]
+
+    def route(self, ids: Tensor, columns: int) -> Tensor:
+        """Which of S's `columns` each row uses, [M, R] bool, for rows of adapter `ids` [M]."""
+        owner = torch.full((columns,), -1, dtype=torch.int64)
+        for block in self.blocks:
+            owner[block.columns] = block.factors.adapter
+        return ids[:, None] == owner.to(ids.device)
+
+
+def as_tuple(entry: Adapters) -> tuple[LoraFactors, ...]:
+    """What a linear has, as a tuple of any length."""
+    if entry is None:
+        return ()
+    return (entry,) if isinstance(entry, LoraFactors) else tuple(entry)
+
+
+def total_rank(adapters: Sequence[Adapters]) -> int:
+    """The ranks of all adapters together."""
+    return sum(factors.lora_a.shape[0] for entry in adapters for factors in as_tuple(entry))
+
+
+def _check_factors(factors: LoraFactors, n: int, k: int) -> None:
+    rank = factors.lora_a.shape[0]
+    check(
+        factors.lora_a.shape == (rank, k) and factors.lora_b.shape == (n, rank),
+        f"AugmentedWeight: lora_a {shape_of(factors.lora_a)} and lora_b "
+        f"{shape_of(factors.lora_b)} do not fit weight [{n}, {k}]",
+    )
+    check(
+        factors.magnitude is None or factors.magnitude.shape == (n,),
+        f"AugmentedWeight: magnitude does not fit weight [{n}, {k}]",
+    )
+    check(
+        factors.bias is None or (factors.bias.shape == (n,) and factors.magnitude is None),
+        f"AugmentedWeight: the adapter's bias does not fit weight [{n}, {k}], "
+        "or it has a magnitude too",
+    )
