@@ -21,8 +21,10 @@ from typing import Any, Protocol
 from lora_engine.adapters import LoraConfig, add_adapters
 from lora_engine.config import DataConfig, RunConfig, dump_config
 from lora_engine.data import TokenizedDataset, prepare, read_records, split_heldout
+from lora_engine.data.account import account, lines
 from lora_engine.data.adapters import check_adapters
 from lora_engine.data.inspect import DataReport, report
+from lora_engine.data.vocabulary import check_vocabulary
 from lora_engine.errors import UserError
 from lora_engine.evaluation.report import write_report
 from lora_engine.evaluation.samples import Prompt, choose_prompts, generate
@@ -43,7 +45,11 @@ SMOLLM2_NAME = "SmolLM2-135M-Instruct"
 
 
 class Observer(Protocol):
-    """Is told what a run is doing; its further methods are callbacks of the Trainer."""
+    """Is told what a run is doing; its further methods are callbacks of the Trainer.
+
+    It may have a method on_data(lines), told before training what of the data was dropped, cut or
+    not read, where there is any of that.
+    """
 
     def stage(self, text: str) -> None:
         """Something that takes a while begins: "loading the model"."""
@@ -86,6 +92,11 @@ def _finetune(config: RunConfig, resume: bool, observer: Observer | None) -> Out
     origin = _origin(config, model)
     tell(f"reading {config.data.train}")
     train_data, eval_data = _examples(config, tokenizer)
+    for dataset in (train_data, eval_data):
+        check_vocabulary(dataset, model, tokenizer)
+    accounts = [account(train_data), account(eval_data)]
+    if said := lines(accounts):
+        getattr(observer, "on_data", _ignore)(said)
     if config.lora is not None:
         model = add_adapters(model, config.lora)
     callbacks = () if observer is None else (observer,)
@@ -120,6 +131,7 @@ def _finetune(config: RunConfig, resume: bool, observer: Observer | None) -> Out
         "heldout_perplexity_before": _perplexity(result.heldout_loss_before),
         "heldout_perplexity_after": _perplexity(result.heldout_loss_after),
         **_description(config, model, train_data, eval_data),
+        "data_accounts": accounts,
         "samples": [
             {
                 "origin": p.origin,
@@ -284,5 +296,5 @@ def _perplexity(loss: float | None) -> float | None:
     return math.exp(loss) if loss is not None and loss < 700 else None
 
 
-def _ignore(text: str) -> None:
+def _ignore(told: Any) -> None:
     """Nobody watches."""

@@ -1,6 +1,7 @@
 """How a run shows on the console: a live bar on a terminal, plain lines elsewhere."""
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -39,6 +40,11 @@ class ConsoleProgress:
     def stage(self, text: str) -> None:
         """A line about what begins now."""
         self._console.print(Text(visible(text), "dim"), soft_wrap=True)
+
+    def on_data(self, lines: Sequence[str]) -> None:
+        """What of the data was dropped, cut or not read."""
+        for line in lines:
+            self._console.print(Text(visible(line), "yellow"), soft_wrap=True)
 
     def on_start(self, trainer: Any) -> None:
         """Training begins, or continues at trainer.state.step."""

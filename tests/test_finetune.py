@@ -1,7 +1,9 @@
 """A whole run on a tiny model: its files, its numbers, and how it goes on after a break."""
 
 import json
+import shutil
 import signal
+from html import unescape
 
 import peft
 import pytest
@@ -68,11 +70,15 @@ class Recorder:
     """An observer that remembers, and can do something at a step."""
 
     def __init__(self, at_step=None, action=None):
-        self.stages, self.steps, self.evals = [], [], []
+        self.stages, self.steps, self.evals, self.told = [], [], [], []
         self.at_step, self.action = at_step, action
 
     def stage(self, text):
         self.stages.append(text)
+
+    def on_data(self, lines):
+        assert not self.steps
+        self.told += lines
 
     def on_step(self, metrics):
         self.steps.append(metrics.step)
@@ -109,6 +115,55 @@ def test_run_leaves_its_files_and_learns(settings, accelerate):
         "run.yaml", [f"accelerate={accelerate}", "train.max_steps=8"]
     )
     assert (summary["coverage"] is not None) == (accelerate == "true")
+
+
+def measure_by_the_first_three(settings):
+    """Hold out nothing; measure by the first three rows of the training data."""
+    config = settings / "run.yaml"
+    held_out = "eval: rows.jsonl, eval_limit: 3"
+    config.write_text(config.read_text().replace("eval_fraction: 0.2", held_out))
+
+
+def test_a_run_says_what_it_does_not_learn_from(settings):
+    rows = [
+        {"prompt": f"{i}:", "completion": "" if i % 8 == 0 else f"{i}<end>", "weight": i + 1}
+        for i in range(40)
+    ]
+    (settings / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    observer = Recorder()
+    measure_by_the_first_three(settings)
+    summary = run(observer=observer).summary
+    told = [
+        "rows.jsonl, training: 35 of 40 records are learned from",
+        "  dropped, nothing to learn from: the answer is empty: 5 "
+        "(rows.jsonl:1, rows.jsonl:9, rows.jsonl:17 and 2 more)",
+        "  already ends in '<end>', gets no second end: 35 "
+        "(rows.jsonl:2, rows.jsonl:3, rows.jsonl:4 and 32 more)",
+        "  not read: weight (40)",
+    ]
+    assert observer.told[:4] == told
+    training, heldout = summary["data_accounts"]
+    assert (training["records"], training["examples"]) == (40, 35)
+    assert training["ignored"] == {"weight": 40} and heldout["ignored"] == {"weight": 3}
+    assert training["findings"][0]["count"] == 5
+    page = unescape((settings / "out/report.html").read_text())
+    assert all(line.strip() in page for line in told[1:])
+
+
+def test_a_token_without_an_embedding_stops_the_run_before_it_begins(settings, tiny_model):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    size = len(tokenizer)
+    tokenizer.add_tokens(["<extra>"])
+    shutil.copytree(tiny_model, settings / "grown")
+    tokenizer.save_pretrained(settings / "grown")
+    measure_by_the_first_three(settings)
+    rows = [{"text": "fine"}] * 2 + [{"text": "a <extra> b"}]
+    (settings / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError, match=rf"rows\.jsonl:3: token {size} \('<extra>'\) is beyond"):
+        run("model.path=grown")
+    assert not (settings / "out").exists()
 
 
 def test_adapter_gives_peft_the_same_answers(settings, tiny_model):

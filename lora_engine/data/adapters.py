@@ -3,23 +3,22 @@
 from collections.abc import Sequence
 
 from lora_engine.data.dataset import TokenizedDataset
-from lora_engine.errors import UserError, nearest
+from lora_engine.data.listing import raise_listed
+from lora_engine.errors import nearest
 
 
 def check_adapters(dataset: TokenizedDataset, names: Sequence[str]) -> None:
     """Checks the adapters that the examples name against those that are trained, `names`.
 
     With one adapter, or none, examples need not name it; with several each has to. Raises
-    UserError for the first that does not fit, with its place and how many more there are.
+    UserError for those that do not fit, with their places.
     """
     problems = [
-        f"{example.origin}: {problem}"
+        (example.origin, problem)
         for example in dataset
         if (problem := _problem(example.adapter, names)) is not None
     ]
-    if problems:
-        more = f" ({len(problems) - 1} more after this one)" if len(problems) > 1 else ""
-        raise UserError(problems[0] + more)
+    raise_listed(dataset.name, problems, dataset.num_records)
 
 
 def _problem(adapter: str, names: Sequence[str]) -> str | None:

@@ -7,8 +7,11 @@ from typing import Any, Literal, overload
 
 import numpy as np
 
-from lora_engine.data.records import Record, Source, raise_listed, read_records
-from lora_engine.data.render import Example, LossOn, Tokenizer, tokenize
+from lora_engine.data.encode import Encoder
+from lora_engine.data.listing import group, raise_listed, without_origin
+from lora_engine.data.records import Record, Source, read_records
+from lora_engine.data.render import Example, LossOn, tokenize
+from lora_engine.data.template import Tokenizer
 from lora_engine.errors import UserError
 
 NO_ANSWER = "nothing to learn from: the answer is empty"
@@ -40,6 +43,8 @@ class TokenizedDataset(Sequence[Example]):
     name: what the data is called in messages.
     kinds: number of records of each kind, dropped ones included.
     duplicates: examples that repeat an earlier one. They stay in: repeating may be meant.
+    ignored: fields of records, and keys of messages as "messages.KEY", that hold something and
+        that nothing reads, each with its number of records.
     """
 
     examples: Sequence[Example]
@@ -47,6 +52,7 @@ class TokenizedDataset(Sequence[Example]):
     kinds: tuple[tuple[str, int], ...] = ()
     dropped: tuple[Dropped, ...] = ()
     duplicates: tuple[Duplicate, ...] = ()
+    ignored: tuple[tuple[str, int], ...] = ()
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -130,14 +136,18 @@ def prepare(
     name = str(source) if isinstance(source, str) else getattr(source, "name", "data")
     examples: list[Example] = []
     dropped: list[Dropped] = []
-    problems: list[str] = []
+    problems: list[tuple[str, str]] = []
+    ignored: Counter[str] = Counter()
+    encoder = Encoder(tokenizer)
     keep = max_length if on_too_long == "truncate" else None
     for record in records:
         try:
-            example = tokenize(record, tokenizer, max_length=keep, loss_on=loss_on)
+            example = tokenize(record, tokenizer, max_length=keep, loss_on=loss_on, encoder=encoder)
         except UserError as error:
-            problems.append(str(error))
+            problems.append(without_origin(error, record.origin))
             continue
+        ignored.update(record.ignored)
+        ignored.update(example.ignored)
         reason = _reason_to_drop(record, example, max_length)
         if reason:
             dropped.append(Dropped(record.origin, reason))
@@ -150,9 +160,13 @@ def prepare(
         kinds=tuple(sorted(Counter(record.kind for record in records).items())),
         dropped=tuple(dropped),
         duplicates=tuple(_find_duplicates(examples)),
+        ignored=tuple(ignored.items()),
     )
     if not examples:
-        reasons = "; ".join(f"{count} times {why}" for why, count in dataset.drop_reasons().items())
+        reasons = "; ".join(
+            f"{found.count:,} times {found.text} ({found.places()})"
+            for found in group((drop.origin, drop.reason) for drop in dropped)
+        )
         raise UserError(f"{name}: no example is left to learn from: {reasons}")
     return dataset
 

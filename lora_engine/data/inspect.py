@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lora_engine.data.account import ignored_line
 from lora_engine.data.dataset import (
     Dropped,
     Duplicate,
@@ -18,8 +19,10 @@ from lora_engine.data.dataset import (
     TokenizedDataset,
     find_leakage,
 )
+from lora_engine.data.listing import PLACES, Finding, group
 from lora_engine.data.prefixes import common_length
-from lora_engine.data.render import Example, Tokenizer
+from lora_engine.data.render import Example
+from lora_engine.data.template import Tokenizer
 
 if TYPE_CHECKING:
     from rich.console import Group, RenderableType
@@ -27,7 +30,6 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 HISTOGRAM_BINS = 10
-LISTED = 10  # records named per finding; the count is always complete
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,8 @@ class DataReport:
     length_common: tokens that all examples begin with in common.
     leakage: what of this data is also in the training data; None for the training data itself.
     adapters: examples that name each adapter.
+    notes: what was done with texts that their authors may not expect.
+    ignored: fields that nothing reads, and how many records have them.
     """
 
     name: str
@@ -73,6 +77,8 @@ class DataReport:
     samples: tuple[Sample, ...]
     leakage: Leakage | None = None
     adapters: tuple[tuple[str, int], ...] = ()
+    notes: tuple[Finding, ...] = ()
+    ignored: tuple[tuple[str, int], ...] = ()
 
 
 def report(
@@ -104,6 +110,8 @@ def report(
         samples=tuple(sample(example, tokenizer) for example in _spread(dataset, num_samples)),
         leakage=find_leakage(train, dataset) if train is not None else None,
         adapters=tuple(Counter(e.adapter for e in dataset if e.adapter).items()),
+        notes=group((example.origin, note) for example in dataset for note in example.notes),
+        ignored=dataset.ignored,
     )
 
 
@@ -161,13 +169,15 @@ def _spread(examples: Sequence[Example], count: int) -> list[Example]:
 
 def _counts(data: DataReport) -> "Table":
     from rich.table import Table
+    from rich.text import Text
 
     table = Table.grid(padding=(0, 2))
     kinds = ", ".join(f"{count:,} {kind}" for kind, count in data.kinds)
     share = data.num_targets / data.num_tokens
     table.add_row("records", f"{data.num_records:,}" + (f" ({kinds})" if kinds else ""))
     adapters = ", ".join(f"{count:,} for {name}" for name, count in data.adapters)
-    table.add_row("examples", f"{data.num_examples:,}" + (f" ({adapters})" if adapters else ""))
+    examples = f"{data.num_examples:,}" + (f" ({adapters})" if adapters else "")
+    table.add_row("examples", Text(examples))  # names of adapters are not markup
     table.add_row("tokens", f"{data.num_tokens:,}")
     table.add_row("learned from", f"{data.num_targets:,} tokens ({share:.1%})")
     table.add_row(
@@ -193,6 +203,8 @@ def _histogram(data: DataReport) -> "Table":
 
 
 def _findings(data: DataReport) -> "list[Text]":
+    from rich.text import Text
+
     found = [_finding("truncated to max_length", data.truncated)]
     reasons = dict.fromkeys(dropped.reason for dropped in data.dropped)
     for reason in reasons:
@@ -203,6 +215,9 @@ def _findings(data: DataReport) -> "list[Text]":
     found.append(
         _finding("duplicates (kept)", [f"{d.origin} repeats {d.first}" for d in data.duplicates])
     )
+    found += [_titled(note.text, note.count, note.origins) for note in data.notes]
+    if data.ignored:
+        found.append(Text(ignored_line(data.ignored), style="yellow"))
     if data.leakage is not None:
         pairs = data.leakage.examples
         found.append(_finding("also in the training data", [f"{a} is {b}" for a, b in pairs]))
@@ -213,15 +228,20 @@ def _findings(data: DataReport) -> "list[Text]":
     return found
 
 
-def _finding(title: str, entries: Iterable[str]) -> "Text":
+def _finding(title: str, entries: Sequence[str]) -> "Text":
+    return _titled(title, len(entries), entries[:PLACES])
+
+
+def _titled(title: str, count: int, entries: Iterable[str]) -> "Text":
+    """A finding and where the first few of `count` stand."""
     from rich.text import Text
 
     entries = list(entries)
-    text = Text(f"{title}: ").append(f"{len(entries):,}", style="bold yellow" if entries else "")
-    for entry in entries[:LISTED]:
+    text = Text(f"{title}: ").append(f"{count:,}", style="bold yellow" if count else "")
+    for entry in entries:
         text.append(f"\n  {entry}")
-    if len(entries) > LISTED:
-        text.append(f"\n  … and {len(entries) - LISTED:,} more")
+    if count > len(entries):
+        text.append(f"\n  … and {count - len(entries):,} more")
     return text
 
 

@@ -6,7 +6,8 @@ A record is one of three kinds, told by its fields (the first that matches count
 - `prompt` and `completion`: two strings
 - `text`: one string
 
-Any of them may name, in `adapter`, the one of several adapters that learns from it.
+Any of them may name, in `adapter`, the one of several adapters that learns from it. Other fields
+are not read; `Record.ignored` names them.
 """
 
 import hashlib
@@ -16,7 +17,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
+from lora_engine.data.listing import raise_listed, without_origin
 from lora_engine.data.readers import READERS, Row, RowError
+from lora_engine.data.strings import check_string, check_strings
 from lora_engine.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -28,6 +31,7 @@ Source: TypeAlias = "str | Path | Sequence[Mapping[str, Any]] | Sequence[Record]
 FIELDS = ("messages", "prompt", "completion", "text")
 # Sources that come with the package, by name.
 BUILT_IN = ("docstrings",)
+NAMED = 12  # fields named of a record that has none of those above
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,7 @@ class Record:
     adapter: name of the adapter that learns from it ("": none named).
     origin: where it stands, "file:line" where there are lines.
     group: records of one group belong on one side of a train/held-out split ("": no group).
+    ignored: fields that hold something and that nothing reads.
     """
 
     kind: Kind
@@ -51,6 +56,7 @@ class Record:
     adapter: str = ""
     origin: str = ""
     group: str = ""
+    ignored: tuple[str, ...] = ()
 
     def has_answer(self) -> bool:
         """Whether there is anything to learn from before the tokenizer has its say."""
@@ -86,22 +92,32 @@ def read_records(source: "Source", *, split: str | None = None) -> list[Record]:
     else:
         name, rows = "data", _rows_in_memory(source, split)
     records: list[Record] = []
-    problems: list[str] = []
-    for item in rows:
-        if isinstance(item, RowError):
-            problems.append(f"{item.origin}: {item.problem}")
-            continue
-        if isinstance(item.value, Record):
-            records.append(item.value)
-            continue
-        try:
-            records.append(parse_record(item.value, item.origin))
-        except UserError as error:
-            problems.append(str(error))
+    problems: list[tuple[str, str]] = []
+    try:
+        for item in rows:
+            if isinstance(item, RowError):
+                problems.append((item.origin, item.problem))
+                continue
+            try:
+                records.append(_checked(item))
+            except UserError as error:
+                problems.append(without_origin(error, item.origin))
+    except OSError as error:
+        raise UserError(f"{name}: cannot be read: {error.strerror or error}") from error
     raise_listed(name, problems, len(records) + len(problems))
     if not records:
         raise UserError(f"{name}: holds no records")
     return records
+
+
+def _checked(row: Row) -> Record:
+    if not isinstance(row.value, Record):
+        return parse_record(row.value, row.origin)
+    record: Record = row.value
+    for name in ("prompt", "completion", "text", "adapter"):
+        check_string(getattr(record, name), f"{row.origin}: {name!r}")
+    check_strings(record.messages, f"{row.origin}: 'messages'")
+    return record
 
 
 def parse_record(row: Any, origin: str) -> Record:
@@ -112,16 +128,38 @@ def parse_record(row: Any, origin: str) -> Record:
     adapter = "" if row.get("adapter") is None else _string(row, "adapter", origin)
     about: dict[str, Any] = {"adapter": adapter, "origin": origin}
     if "messages" in present:
-        return Record("messages", messages=_messages(row["messages"], origin), **about)
+        messages = _messages(row["messages"], origin)
+        return Record("messages", messages, ignored=_ignored(row, ("messages",)), **about)
     if {"prompt", "completion"} <= present:
         prompt, completion = (_string(row, f, origin) for f in ("prompt", "completion"))
+        about["ignored"] = _ignored(row, ("prompt", "completion"))
         return Record("completion", prompt=prompt, completion=completion, **about)
     if "text" in present:
-        return Record("text", text=_string(row, "text", origin), **about)
+        text = _string(row, "text", origin)
+        return Record("text", text=text, ignored=_ignored(row, ("text",)), **about)
+    fields = [repr(field) for field in row]
+    more = f" and {len(fields) - NAMED} more" if len(fields) > NAMED else ""
     raise UserError(
         f"{origin}: needs 'messages', 'prompt' and 'completion', or 'text'; "
-        f"has {', '.join(map(repr, row)) or 'no fields'}"
+        f"has {', '.join(fields[:NAMED]) or 'no fields'}{more}"
     )
+
+
+def _ignored(row: Mapping[str, Any], read: tuple[str, ...]) -> tuple[str, ...]:
+    """The fields that hold something beside those that are read."""
+    if len(row) == len(read):
+        return ()
+    beside = (field for field in row if field not in read and field != "adapter")
+    return tuple(
+        f"{field} (beside {' and '.join(read)})" if field in FIELDS else str(field)
+        for field in beside
+        if not _is_empty(row[field])
+    )
+
+
+def _is_empty(value: Any) -> bool:
+    """Whether a cell holds nothing: null, or a string, list or object of no length."""
+    return value is None or (isinstance(value, str | bytes | list | tuple | Mapping) and not value)
 
 
 def split_heldout(
@@ -175,13 +213,6 @@ def _digest(seed: int, key: str) -> str:
     return hashlib.sha256(f"{seed}:{key}".encode()).hexdigest()
 
 
-def raise_listed(name: str, problems: Sequence[str], total: int) -> None:
-    """One UserError that lists `problems`, if there are any."""
-    if problems:
-        listed = "\n  ".join(problems)
-        raise UserError(f"{name}: {len(problems)} of {total} records cannot be used:\n  {listed}")
-
-
 def _messages(value: Any, origin: str) -> tuple[Mapping[str, Any], ...]:
     if not isinstance(value, list | tuple) or not value:
         raise UserError(f"{origin}: 'messages' must be a non-empty list, got {_name(value)}")
@@ -191,6 +222,7 @@ def _messages(value: Any, origin: str) -> tuple[Mapping[str, Any], ...]:
 def _message(message: Any, where: str) -> Mapping[str, Any]:
     if not isinstance(message, Mapping):
         raise UserError(f"{where}: expected an object, got {_name(message)}")
+    check_strings(message, where)
     # Columnar files spell an absent field as null.
     message = {key: value for key, value in message.items() if value is not None}
     role, content = message.get("role"), message.get("content")
@@ -207,6 +239,7 @@ def _string(row: Mapping[str, Any], field: str, origin: str) -> str:
     value = row[field]
     if not isinstance(value, str):
         raise UserError(f"{origin}: {field!r} must be a string, got {_name(value)}")
+    check_string(value, f"{origin}: {field!r}")
     return value
 
 
@@ -226,16 +259,23 @@ def _built_in(split: str | None) -> list[Record]:
 
 
 def _open(source: str | Path, split: str | None) -> tuple[str, Iterable[Row | RowError]]:
-    path = Path(source).expanduser()
-    if path.is_file():
-        if path.suffix not in READERS:
+    try:
+        path = Path(source).expanduser()
+        is_file, exists = path.is_file(), path.exists() or path.is_symlink()
+    except (OSError, RuntimeError) as error:  # a name too long; a home that does not exist
+        raise UserError(f"{source}: is not a path that can be read: {error}") from error
+    if is_file:
+        suffix = path.suffix.lower()
+        if suffix not in READERS:
             raise UserError(
                 f"{source}: cannot read {path.suffix or 'a file without a suffix'}; "
                 f"use {', '.join(READERS)}"
             )
-        return str(source), READERS[path.suffix](path)
+        return str(source), READERS[suffix](path)
     if path.is_dir():
         raise UserError(f"{source}: is a folder; name one of its files ({', '.join(READERS)})")
+    if exists:
+        raise UserError(f"{source}: is neither a file nor a link to one; save the data to a file")
     if isinstance(source, Path) or path.suffix in READERS or not _looks_like_hub_id(source):
         raise UserError(f"{source}: no such file{_alternative(path)}")
     if "/" not in source and (close := nearest(source, BUILT_IN)):
@@ -248,7 +288,10 @@ def _looks_like_hub_id(source: str) -> bool:
 
 
 def _alternative(path: Path) -> str:
-    beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    try:
+        beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    except OSError:  # a folder that may not be listed
+        beside = []
     close = nearest(path.name, beside)
     return f"; did you mean {path.parent / close}?" if close else ""
 
@@ -258,7 +301,7 @@ def _load_hub(name: str, split: str | None) -> "datasets.Dataset":
 
     try:
         return datasets.load_dataset(name, split=split or "train")
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"{name}: no such file, and not loadable from the Hugging Face hub: {reason}"
@@ -272,8 +315,13 @@ def _rows_in_memory(
         if (split := split or "train") not in source:
             raise UserError(f"the data has no split {split!r}; it has {', '.join(source)}")
         source = source[split]
-    for number, value in enumerate(source):
+    try:
+        rows = enumerate(source)
+    except TypeError as error:
+        raise UserError(f"expected records, or where to read them, got {_name(source)}") from error
+    for number, value in rows:
         origin = f"{prefix}:{number}"
-        if isinstance(value, Record) and not value.origin:
-            value = replace(value, origin=origin)
+        if isinstance(value, Record):
+            origin = value.origin or origin
+            value = value if value.origin else replace(value, origin=origin)
         yield Row(value, origin)

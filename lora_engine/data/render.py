@@ -13,31 +13,26 @@ text, which could occur elsewhere in the conversation:
 
 This also holds for templates that insert a default system prompt, strip or reformat the text, or
 write earlier turns unlike the last one. Where neither gives an exact place, a UserError says so.
+
+What a message, a prompt or a completion says is text: where it spells a control token, it is
+encoded as plain text (see `control`). A `text` is the whole that the model sees, so control tokens
+in it keep their meaning. A text, a completion or an assistant's message that ends in an end token
+gets no second one.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import accumulate, pairwise
-from typing import Any, Literal, TypeAlias
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
+from lora_engine.data.control import MARKER, ControlTokens
+from lora_engine.data.encode import Encoder, Segment
 from lora_engine.data.records import Record
+from lora_engine.data.template import Message, Tokenizer, render, try_render
 from lora_engine.errors import UserError
 
 LossOn = Literal["assistant", "all"]
-Message: TypeAlias = Mapping[str, Any]
-# A tokenizer of transformers (PreTrainedTokenizerBase), which is not imported here: it is slow.
-Tokenizer: TypeAlias = Any
-
-# Stands for a message's text while looking for its place: no template changes or splits it.
-_MARKER = "\ue000\ue001text\ue001\ue000"
-
-
-@dataclass(frozen=True)
-class Segment:
-    """A piece of text, and whether the model learns to write it."""
-
-    text: str
-    supervised: bool
+# The keys of a message that are not told of when a template leaves them out.
+_COMMON_KEYS = frozenset(("role", "content"))
 
 
 @dataclass(frozen=True)
@@ -50,6 +45,8 @@ class Example:
     origin: where the record stands.
     truncated: whether tokens were cut off its end.
     adapter: name of the adapter that learns from it ("": none named).
+    notes: what was done with its text that its author may not expect.
+    ignored: keys of its messages, "messages.KEY", that the chat template does not read.
     """
 
     input_ids: list[int]
@@ -57,6 +54,8 @@ class Example:
     origin: str = ""
     truncated: bool = False
     adapter: str = ""
+    notes: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -67,37 +66,139 @@ class Example:
         return sum(self.supervised[1:])
 
 
+@dataclass(frozen=True)
+class Text:
+    """A record's text in segments, and what `Example` tells of it."""
+
+    segments: list[Segment]
+    notes: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
+
+
 def tokenize(
     record: Record,
     tokenizer: Tokenizer,
     *,
     max_length: int | None = None,
     loss_on: LossOn = "assistant",
+    encoder: Encoder | None = None,
 ) -> Example:
     """Token ids and mask of `record`, cut to its first `max_length` tokens (None: whole).
 
     loss_on: "assistant" learns from assistant messages and completions, "all" from every token.
+    encoder: the tokenizer's, made once for many records.
     Raises UserError if the record cannot be rendered, or not masked exactly.
     """
+    encoder = encoder or Encoder(tokenizer)
     if record.kind == "messages":
-        segments = chat_segments(record.messages, tokenizer, loss_on=loss_on, origin=record.origin)
-        ids, supervised = encode_segments(segments, tokenizer, origin=record.origin)
+        text = _chat(record.messages, tokenizer, encoder.control, loss_on, record.origin)
+        ids, supervised = encoder.encode_segments(text.segments, origin=record.origin)
     else:
-        ids, supervised = _encode_plain(record, tokenizer, loss_on)
+        text, ids, supervised = _encode_plain(record, encoder, loss_on)
     end = len(ids) if max_length is None else max_length
-    cut = len(ids) > end
-    return Example(ids[:end], supervised[:end], record.origin, cut, record.adapter)
+    return Example(
+        ids[:end],
+        supervised[:end],
+        record.origin,
+        len(ids) > end,
+        record.adapter,
+        text.notes,
+        text.ignored,
+    )
 
 
-def chat_segments(
+def _chat(
     messages: Sequence[Message],
     tokenizer: Tokenizer,
-    *,
-    loss_on: LossOn = "assistant",
-    origin: str = "",
-) -> list[Segment]:
+    control: ControlTokens,
+    loss_on: LossOn,
+    origin: str,
+) -> Text:
     """The chat, rendered by the tokenizer's template and cut at the assistant's turns."""
-    whole = _render(messages, tokenizer, origin)
+    messages, marked, notes = _prepared(messages, control)
+    whole = render(messages, tokenizer, origin)
+    if marked is not None:
+        rendered = render(marked, tokenizer, origin)
+        found = control.marked_in(rendered)
+        if found and not _takes_out_control(whole, rendered, control):
+            messages, whole = marked, rendered
+            notes = (*notes, _spelled_note(found))
+    return Text(
+        _chat_segments(messages, whole, tokenizer, control, loss_on, origin),
+        notes,
+        _unread_keys(messages, whole, tokenizer),
+    )
+
+
+def _prepared(
+    messages: Sequence[Message], control: ControlTokens
+) -> tuple[Sequence[Message], Sequence[Message] | None, tuple[str, ...]]:
+    """(messages, the same with stand-ins or None if there are none, notes).
+
+    An assistant's end tokens go, if the template writes one. Otherwise they stay control tokens.
+    """
+    own, marked = list(messages), list(messages)
+    all_ends: dict[str, None] = {}
+    for i, message in enumerate(messages):
+        content: Any = message.get("content")
+        ends: tuple[str, ...] = ()
+        if message["role"] == "assistant" and isinstance(content, str):
+            content, ends = control.split_end(content)
+        if not ends:
+            marked[i] = control.mark(message)
+            continue
+        kept = "" if control.turn_end else "".join(ends)
+        own[i] = {**message, "content": content + kept}
+        marked[i] = {**control.mark(message), "content": control.mark(content) + kept}
+        all_ends.update(dict.fromkeys(ends))
+    notes = (_ended_note(tuple(all_ends)),) if all_ends else ()
+    return own, marked if control.found_in(messages) else None, notes
+
+
+def _takes_out_control(whole: str, marked: str, control: ControlTokens) -> bool:
+    """Whether the template itself keeps what messages say from becoming control tokens.
+
+    whole: the rendering. marked: that of the messages with stand-ins. A template that looks at
+    the text writes the two differently; it takes them out if both hold as many control tokens.
+    """
+    return control.unmark(marked) != whole and len(control.pattern.findall(whole)) == len(
+        control.pattern.findall(marked)
+    )
+
+
+def _unread_keys(messages: Sequence[Message], whole: str, tokenizer: Tokenizer) -> tuple[str, ...]:
+    """The keys of messages, "messages.KEY", without which the rendering is the same."""
+    extra = dict.fromkeys(key for message in messages for key in message if key not in _COMMON_KEYS)
+    if not extra:
+        return ()
+
+    def is_same_without(keys: Sequence[str]) -> bool:
+        fewer = [{k: v for k, v in m.items() if k not in keys} for m in messages]
+        return try_render(fewer, tokenizer) == whole
+
+    if is_same_without(list(extra)):
+        unread = list(extra)
+    else:
+        unread = [key for key in extra if is_same_without([key])]
+    return tuple(f"messages.{key}" for key in unread)
+
+
+def _spelled_note(found: Sequence[str]) -> str:
+    return f"{', '.join(map(repr, found))} in its text encoded as plain text, not as control tokens"
+
+
+def _ended_note(found: Sequence[str]) -> str:
+    return f"already ends in {' '.join(map(repr, found))}, gets no second end"
+
+
+def _chat_segments(
+    messages: Sequence[Message],
+    whole: str,
+    tokenizer: Tokenizer,
+    control: ControlTokens,
+    loss_on: LossOn,
+    origin: str,
+) -> list[Segment]:
     if loss_on == "all":
         return [Segment(whole, True)]
     segments: list[Segment] = []
@@ -105,7 +206,7 @@ def chat_segments(
     for index, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        start, end = _turn_span(messages, index, whole, tokenizer, origin)
+        start, end = _turn_span(messages, index, whole, tokenizer, control, origin)
         if not position <= start <= end:
             raise _inexact(index, origin)
         segments += [Segment(whole[position:start], False), Segment(whole[start:end], True)]
@@ -114,85 +215,66 @@ def chat_segments(
     return [segment for segment in segments if segment.text]
 
 
-def encode_segments(
-    segments: Sequence[Segment], tokenizer: Tokenizer, *, origin: str = ""
-) -> tuple[list[int], list[bool]]:
-    """Token ids [n] and supervised [n]; no token lies in two segments.
-
-    Each segment is encoded by itself, which is how generation encodes a prompt, if that spells
-    the same text as encoding the whole. It does not for tokenizers that put a space before
-    whatever they encode; there the whole is encoded, and cut where a token ends at the boundary.
-    """
-    parts = [_encode(segment.text, tokenizer) for segment in segments]
-    if len(segments) > 1:
-        whole = _encode("".join(segment.text for segment in segments), tokenizer)
-        joined = [token for part in parts for token in part]
-        if joined != whole and _spell(joined, tokenizer) != _spell(whole, tokenizer):
-            parts = _cut(whole, segments, tokenizer, origin)
-    ids = [token for part in parts for token in part]
-    supervised = [
-        segment.supervised for segment, part in zip(segments, parts, strict=True) for _ in part
-    ]
-    return ids, supervised
-
-
-def _cut(
-    whole: list[int], segments: Sequence[Segment], tokenizer: Tokenizer, origin: str
-) -> list[list[int]]:
-    """Cut the tokens of the whole text at the segments' boundaries.
-
-    The token boundary is where the tokens so far spell what the text so far encodes to.
-    """
-    spellings = tokenizer.convert_ids_to_tokens(whole)
-    token_ends = {end: i for i, end in enumerate(accumulate(map(len, spellings)), start=1)}
-    spelled = "".join(spellings)
-    text, cuts = "", [0]
-    for segment in segments[:-1]:
-        text += segment.text
-        head = _spell(_encode(text, tokenizer), tokenizer)
-        cut = token_ends.get(len(head))
-        if cut is None or not spelled.startswith(head):
-            raise UserError(
-                f"{origin}: the tokenizer merges the end of {text[-20:]!r} with what follows, so "
-                "the answer does not begin at a token; move a space at the end of the prompt to "
-                "the start of the answer"
-            )
-        cuts.append(cut)
-    cuts.append(len(whole))
-    return [whole[start:end] for start, end in pairwise(cuts)]
-
-
 def _encode_plain(
-    record: Record, tokenizer: Tokenizer, loss_on: LossOn
-) -> tuple[list[int], list[bool]]:
+    record: Record, encoder: Encoder, loss_on: LossOn
+) -> tuple[Text, list[int], list[bool]]:
     """Plain text between the tokenizer's own beginning (if it writes one) and its end token."""
+    tokenizer, control = encoder.tokenizer, encoder.control
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"{record.origin}: the tokenizer has no end-of-sequence token, so the model could not "
             "learn where to stop; set tokenizer.eos_token"
         )
+    eos, bos = tokenizer.eos_token, tokenizer.bos_token if control.writes_bos else ""
     if record.kind == "completion":
-        segments = [
-            Segment(record.prompt, loss_on == "all"),
-            Segment(record.completion, True),
-        ]
+        text, ends = _completion(record, control, eos, bos, loss_on)
     else:
-        segments = [Segment(record.text, True)]
-    segments = [segment for segment in segments if segment.text]
-    ids, supervised = encode_segments(segments, tokenizer, origin=record.origin)
-    if tokenizer("", verbose=False)["input_ids"][:1] == [tokenizer.bos_token_id] != ids[:1]:
+        text, ends = _text(record, control, eos, bos)
+    ids, supervised = encoder.encode_segments(text.segments, origin=record.origin)
+    if control.writes_bos and ids[:1] != [tokenizer.bos_token_id]:
         ids, supervised = [tokenizer.bos_token_id, *ids], [loss_on == "all", *supervised]
+    learns = any(part.supervised and part.text.strip() for part in text.segments)
     if ids[-1:] != [tokenizer.eos_token_id]:
-        ids, supervised = [*ids, tokenizer.eos_token_id], [*supervised, True]
-    return ids, supervised
+        ids += tokenizer.convert_tokens_to_ids(ends)
+        supervised += [learns] * len(ends)
+    return text, ids, supervised
+
+
+def _completion(
+    record: Record, control: ControlTokens, eos: str, bos: str, loss_on: LossOn
+) -> tuple[Text, list[str]]:
+    """Prompt and completion, and the tokens that end them."""
+    prompt = record.prompt.removeprefix(bos)
+    completion, ends = control.split_end(record.completion)
+    notes = [_ended_note(ends)] if ends else []
+    if found := control.found_in([prompt, completion]):
+        notes.append(_spelled_note(found))
+    segments = [Segment(prompt, loss_on == "all"), Segment(completion, True)]
+    marked = [replace(part, text=control.mark(part.text)) for part in segments if part.text]
+    return Text(marked, tuple(notes)), list(ends or [eos])
+
+
+def _text(record: Record, control: ControlTokens, eos: str, bos: str) -> tuple[Text, list[str]]:
+    """A text as it stands, and the token that ends it if it does not say so itself."""
+    body, ends = control.split_end(record.text)
+    notes = [_ended_note(ends)] if ends else []
+    if found := control.found_in(body.removeprefix(bos)):
+        notes.append(f"{', '.join(map(repr, found))} in its text kept as control tokens")
+    segments = [Segment(record.text, True)] if record.text else []
+    return Text(segments, tuple(notes)), [] if ends else [eos]
 
 
 def _turn_span(
-    messages: Sequence[Message], index: int, whole: str, tokenizer: Tokenizer, origin: str
+    messages: Sequence[Message],
+    index: int,
+    whole: str,
+    tokenizer: Tokenizer,
+    control: ControlTokens,
+    origin: str,
 ) -> tuple[int, int]:
     """Characters [start, end) of `whole` that the assistant writes in message `index`."""
     around = _around_text(messages, index, whole, tokenizer)
-    prompt = _try_render(messages[:index], tokenizer, generation_prompt=True)
+    prompt = try_render(messages[:index], tokenizer, generation_prompt=True)
     if prompt is not None and whole.startswith(prompt):
         start = len(prompt)
     elif around:
@@ -200,13 +282,13 @@ def _turn_span(
     else:
         raise _inexact(index, origin)
     if around:
-        return start, around[1] + _end_of_turn(whole[around[1] :], tokenizer)
-    turn = _try_render(messages[: index + 1], tokenizer)
+        return start, around[1] + _end_of_turn(whole[around[1] :], tokenizer, control)
+    turn = try_render(messages[: index + 1], tokenizer)
     if turn is None or not whole.startswith(turn):
         raise _inexact(index, origin)
     # The whole turn, without the white space that templates write after its end token.
     end = len(turn.rstrip())
-    ends_in_token = any(turn[:end].endswith(token) for token in _special_tokens(tokenizer))
+    ends_in_token = turn[:end].endswith(control.special)
     return start, end if ends_in_token else len(turn)
 
 
@@ -219,25 +301,25 @@ def _around_text(
     """
     if messages[index].get("tool_calls"):
         return None
-    marked = [*messages[:index], {**messages[index], "content": _MARKER}, *messages[index + 1 :]]
-    rendered = _try_render(marked, tokenizer)
-    if rendered is None or rendered.count(_MARKER) != 1:
+    marked = [*messages[:index], {**messages[index], "content": MARKER}, *messages[index + 1 :]]
+    rendered = try_render(marked, tokenizer)
+    if rendered is None or rendered.count(MARKER) != 1:
         return None
-    before, after = rendered.split(_MARKER)
+    before, after = rendered.split(MARKER)
     end = len(whole) - len(after)
     if not whole.endswith(after) or not whole.startswith(before) or end < len(before):
         return None
     return len(before), end
 
 
-def _end_of_turn(after: str, tokenizer: Tokenizer) -> int:
+def _end_of_turn(after: str, tokenizer: Tokenizer, control: ControlTokens) -> int:
     """Length of the end-of-turn token at the start of `after`, the text behind an answer.
 
     It is the special token that directly follows; the tokenizer's end-of-sequence token also
     counts behind white space. Templates without such a token give 0, or the white space they
     end a turn with.
     """
-    for token in _special_tokens(tokenizer):
+    for token in control.special:
         if after.startswith(token):
             return len(token)
     blank = len(after) - len(after.lstrip())
@@ -246,59 +328,9 @@ def _end_of_turn(after: str, tokenizer: Tokenizer) -> int:
     return blank
 
 
-def _special_tokens(tokenizer: Tokenizer) -> list[str]:
-    """Special tokens, longest first, so that one that begins another does not hide it."""
-    added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
-    return sorted({*tokenizer.all_special_tokens, *added}, key=len, reverse=True)
-
-
-def _render(
-    messages: Sequence[Message],
-    tokenizer: Tokenizer,
-    origin: str,
-    *,
-    generation_prompt: bool = False,
-) -> str:
-    from jinja2.exceptions import TemplateError
-
-    if tokenizer.chat_template is None:
-        raise UserError(
-            f"{origin}: the tokenizer has no chat template for 'messages'; use a model that was "
-            "trained to chat, or records with 'prompt' and 'completion', or 'text'"
-        )
-    try:
-        return tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=generation_prompt
-        )
-    except TemplateError as error:
-        raise UserError(
-            f"{origin}: the chat template refuses this conversation: {error}"
-        ) from error
-
-
-def _try_render(
-    messages: Sequence[Message], tokenizer: Tokenizer, *, generation_prompt: bool = False
-) -> str | None:
-    """The rendering of a changed conversation, or None where the template refuses it."""
-    if not messages:
-        return None
-    try:
-        return _render(messages, tokenizer, "", generation_prompt=generation_prompt)
-    except UserError:
-        return None
-
-
 def _inexact(index: int, origin: str) -> UserError:
     return UserError(
         f"{origin}: the chat template rewrites message {index + 1} so that its tokens cannot be "
         "told from the rest; learn from all tokens (loss_on: all), or use records with 'prompt' "
         "and 'completion'"
     )
-
-
-def _encode(text: str, tokenizer: Tokenizer) -> list[int]:
-    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-
-
-def _spell(ids: list[int], tokenizer: Tokenizer) -> str:
-    return "".join(tokenizer.convert_ids_to_tokens(ids))

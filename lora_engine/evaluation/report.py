@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from lora_engine.data.account import finding_lines
 from lora_engine.errors import UserError
 from lora_engine.evaluation.charts import Chart, Point, Series, line_chart, smoothed
 from lora_engine.evaluation.samples import differing_parts
@@ -64,6 +65,9 @@ def render_report(summary: Row, metrics: Sequence[Row]) -> str:
         comparisons=comparisons(summary),
         charts=[asdict(chart) for chart in charts(metrics)],
         peeks=differing_parts([sample["prompt"] for sample in summary["samples"]]),
+        accounts=[
+            {**about, "lines": finding_lines(about)} for about in summary.get("data_accounts", ())
+        ],
         config=config_sections(summary["config"]),
     )
 

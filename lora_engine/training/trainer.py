@@ -1,12 +1,15 @@
 """The trainer: data, model and settings in, a fine-tuned model and its files out."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
+from lora_engine.data.account import account, lines
 from lora_engine.data.adapters import check_adapters
 from lora_engine.data.dataset import TokenizedDataset, prepare
+from lora_engine.data.vocabulary import check_vocabulary
 from lora_engine.errors import UserError
 from lora_engine.models.accelerate import is_accelerated
 from lora_engine.models.packed import can_share_prefixes
@@ -24,6 +27,8 @@ from lora_engine.training.schedule import Schedule
 from lora_engine.training.signals import InterruptGuard
 from lora_engine.training.state import Stopped, TrainResult, TrainState
 from lora_engine.training.stream import BatchStream, fingerprint
+
+logger = logging.getLogger(__name__)
 
 
 class Trainer:
@@ -67,6 +72,7 @@ class Trainer:
         for dataset in (self.train_dataset, self.eval_dataset):
             if dataset is not None:
                 check_adapters(dataset, active_adapters(model))
+                check_vocabulary(dataset, model, tokenizer)
         check_rates(config, active_adapters(model))
         self._train_stream, self.total_steps = self._plan_steps()
         self.schedule = Schedule.from_config(config, self.total_steps)
@@ -236,9 +242,18 @@ def _tokenized(data: Any, tokenizer: Any, config: TrainConfig, what: str) -> Tok
             raise UserError(f"max_length has no effect on {what}, which is tokenised already")
         dataset = data
     elif config.max_length is not None:
-        dataset = prepare(data, tokenizer, max_length=config.max_length)
+        dataset = _prepared(data, tokenizer, what, max_length=config.max_length)
     else:
-        dataset = prepare(data, tokenizer)
+        dataset = _prepared(data, tokenizer, what)
     if not len(dataset):
         raise UserError(f"{what} has no examples to learn from")
+    return dataset
+
+
+def _prepared(data: Any, tokenizer: Any, what: str, **options: Any) -> TokenizedDataset:
+    """`prepare`, and a warning of what it dropped, cut or did not read."""
+    dataset = prepare(data, tokenizer, **options)
+    said = lines([{**account(dataset), "name": what}])
+    if said:
+        logger.warning("%s", "\n".join(said))
     return dataset

@@ -68,3 +68,13 @@ def make_space_prefixing(template: str | None = None) -> PreTrainedTokenizerFast
     )
     tokenizer.train_from_iterator(words, trainer)
     return _wrap(tokenizer, template, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+def make_first_prefixing(template: str | None = None) -> PreTrainedTokenizerFast:
+    """Puts a space before the first word of the whole only, as newer SentencePiece ones do."""
+    alphabet = sorted({*"▁[]/<>\n", *"".join(CORPUS), *"".join(SPECIAL_TOKENS)})
+    vocabulary = {t: i for i, t in enumerate(dict.fromkeys(["<unk>", "<s>", "</s>", *alphabet]))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="first", split=False)
+    return _wrap(tokenizer, template, bos_token="<s>", eos_token="</s>", unk_token="<unk>")

@@ -1,4 +1,5 @@
 import io
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -59,6 +60,23 @@ def test_report_counts_examples_by_adapter(tokenizer):
     )
 
 
+def test_names_are_not_markup(tokenizer):
+    rows = [{**pair("a", "b"), "adapter": "a[red]"}]
+    dataset = replace(prepare(rows, tokenizer), name="a[b].jsonl")
+    text = printed([report(dataset, tokenizer)])
+    assert "1 for a[red]" in text and " a[b].jsonl " in text
+
+
+def test_report_says_what_is_not_read_and_what_is_plain_text(tokenizer):
+    rows = [{**pair(f"{i}<|im_end|>", "b"), "weight": 1} for i in range(5)]
+    text = printed([report(prepare(rows, tokenizer), tokenizer)])
+    assert "not read: weight (5)" in text
+    assert (
+        "'<|im_end|>' in its text encoded as plain text, not as control tokens: 5\n"
+        "  record:0\n  record:1\n  record:2\n  … and 2 more"
+    ) in text
+
+
 def test_samples_show_whole_characters_and_special_tokens(tokenizer):
     dataset = prepare([pair("é", "漢")], tokenizer)
     assert sample(dataset[0], tokenizer).runs == (("é", False), ("漢<|im_end|>", True))
@@ -94,7 +112,7 @@ def test_supervised_tokens_are_coloured(reports):
 def test_long_lists_are_shortened_but_counted(tokenizer):
     dataset = prepare([pair("a", "b")] * 31, tokenizer)
     text = printed([report(dataset, tokenizer)])
-    assert "duplicates (kept): 30\n" in text and "… and 20 more" in text
+    assert "duplicates (kept): 30\n" in text and "… and 27 more" in text
 
 
 @given(st.lists(st.integers(1, 5000), min_size=1, max_size=50), st.integers(1, 12))

@@ -105,6 +105,28 @@ class Page(HTMLParser):
         return " ".join(" ".join(self.texts).split())
 
 
+def test_the_page_tells_what_became_of_the_data(summary):
+    summary["data_accounts"] = [
+        {
+            "name": "<rows>",
+            "records": 5,
+            "examples": 3,
+            "findings": [{"text": "dropped, <why>", "count": 2, "origins": ["rows:1", "rows:2"]}],
+            "ignored": {"weight<b>": 5},
+        },
+        {"name": "held", "records": 1, "examples": 1, "findings": [], "ignored": {}},
+    ]
+    page = render_report(summary, [])
+    for expected in (
+        "<h3>&lt;rows&gt;</h3>",
+        "3 of 5 records are learned from:",
+        "<li>dropped, &lt;why&gt;: 2 (rows:1, rows:2)</li>",
+        "<li>not read: weight&lt;b&gt; (5)</li>",
+        "1 of 1 records are learned from; nothing was dropped, cut or left unread.",
+    ):
+        assert expected in page
+
+
 def test_page_is_well_formed_and_says_the_numbers(summary, metrics):
     page = Page(render_report(summary, metrics))
     for said in (

@@ -1,0 +1,63 @@
+"""What became of a dataset's records: what was dropped, cut, left out or read otherwise.
+
+`account` gathers it as plain values, the form that summary.json holds; `lines` says the same to
+people, and nothing where there is nothing to say.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+from lora_engine.data.dataset import TokenizedDataset
+from lora_engine.data.listing import Finding, group
+
+DUPLICATE = "repeats an earlier example (kept)"
+
+
+def findings(dataset: TokenizedDataset) -> tuple[Finding, ...]:
+    """What happened to records of `dataset`, each kind once with its count."""
+    return group(
+        [
+            *((dropped.origin, f"dropped, {dropped.reason}") for dropped in dataset.dropped),
+            *((origin, "truncated to max_length") for origin in dataset.truncated),
+            *((duplicate.origin, DUPLICATE) for duplicate in dataset.duplicates),
+            *((example.origin, note) for example in dataset for note in example.notes),
+        ]
+    )
+
+
+def account(dataset: TokenizedDataset) -> dict[str, Any]:
+    """The account of `dataset`: name, counts, `findings` and `ignored`, as JSON can hold them.
+
+    ignored: how many records have each field, or key of messages, that nothing reads.
+    """
+    return {
+        "name": dataset.name,
+        "records": dataset.num_records,
+        "examples": len(dataset),
+        "findings": [asdict(finding) for finding in findings(dataset)],
+        "ignored": dict(dataset.ignored),
+    }
+
+
+def lines(accounts: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The accounts that tell of something, as lines of text."""
+    said: list[str] = []
+    for about in accounts:
+        found = finding_lines(about)
+        if found:
+            counts = f"{about['examples']:,} of {about['records']:,} records are learned from"
+            said += [f"{about['name']}: {counts}", *(f"  {line}" for line in found)]
+    return said
+
+
+def finding_lines(about: Mapping[str, Any]) -> list[str]:
+    """One line for each finding of an account, and one for all fields that nothing reads."""
+    found = [Finding(**finding) for finding in about["findings"]]
+    said = [f"{finding.text}: {finding.count:,} ({finding.places()})" for finding in found]
+    return said + ([ignored_line(about["ignored"].items())] if about["ignored"] else [])
+
+
+def ignored_line(ignored: Iterable[tuple[str, int]]) -> str:
+    """'not read: weight (60), label (60)'."""
+    return "not read: " + ", ".join(f"{field} ({count:,})" for field, count in ignored)

@@ -1,0 +1,163 @@
+"""Segments of text as token ids, such that no token lies in two segments."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate, pairwise
+
+from lora_engine.data.control import ControlTokens
+from lora_engine.data.template import Tokenizer
+from lora_engine.errors import UserError
+
+# Precedes a text whose beginning must not be taken for that of the whole.
+_ANCHOR = "\n"
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A piece of text, which may hold stand-ins (see `control`), and whether it is learned."""
+
+    text: str
+    supervised: bool
+
+
+class Encoder:
+    """Encodes text by `tokenizer`; what stand-ins stand for is spelled out in plain tokens."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.control = ControlTokens(tokenizer)
+
+    def encode_segments(
+        self, segments: Sequence[Segment], *, origin: str = ""
+    ) -> tuple[list[int], list[bool]]:
+        """Token ids [n] and supervised [n]; no token lies in two segments.
+
+        Each segment is encoded by itself, which is how generation encodes a prompt, if that spells
+        the same text as encoding the whole. It does not for tokenizers that put a space before
+        whatever they encode; there the whole is encoded, and cut where a token ends at the
+        boundary. Raises UserError "origin: why" where no token ends there, and where text cannot
+        be told from a control token.
+        """
+        parts = [self.encode(segment.text, origin) for segment in segments]
+        if len(segments) > 1:
+            whole = self.encode("".join(segment.text for segment in segments), origin)
+            joined = [token for part in parts for token in part]
+            if joined != whole and self._spell(joined) != self._spell(whole):
+                parts = self._cut(whole, segments, origin)
+        ids = [token for part in parts for token in part]
+        supervised = [
+            segment.supervised for segment, part in zip(segments, parts, strict=True) for _ in part
+        ]
+        return ids, supervised
+
+    def encode(self, text: str, origin: str = "") -> list[int]:
+        """Token ids of `text`, without the tokens that the tokenizer puts around a whole text."""
+        if not self.control.is_marked(text):
+            return self._encode(text)
+        ids: list[int] = []
+        for piece, inner in self._pieces(text):
+            if self.control.is_marked(piece):
+                ids += self._spelled_out(piece, origin, inner=inner)
+            else:
+                ids += self._encode(piece)
+        return ids
+
+    def _pieces(self, text: str) -> Iterator[tuple[str, bool]]:
+        """`text` cut at its control tokens around what holds stand-ins, and what comes first.
+
+        Yields (piece, whether it is an inner one). A token that swallows white space does so
+        here, where the tokenizer does not see it beside the text.
+        """
+        parts = self.control.pattern.split(text)  # plain, token, plain, ..., token, plain
+        whole = ""
+        for i in range(0, len(parts), 2):
+            plain, token = parts[i], parts[i + 1] if i + 1 < len(parts) else ""
+            if not self.control.is_marked(plain):
+                whole += plain + token
+                continue
+            if i and self.control.strips(parts[i - 1])[1]:
+                plain = plain.lstrip()
+            if token and self.control.strips(token)[0]:
+                plain = plain.rstrip()
+            if whole:
+                yield whole, False
+            yield plain, i > 0
+            whole = token
+        if whole:
+            yield whole, False
+
+    def _spelled_out(self, marked: str, origin: str, *, inner: bool) -> list[int]:
+        """The text of `marked`, which holds no control token, in tokens that are none."""
+        ids = self._encode_plain([self.control.unmark(marked)], inner)
+        if not self._has_control(ids):
+            return ids
+        # This tokenizer makes a token of the text nonetheless: encode it in two halves.
+        pieces, text = [""], self.control.unmark(marked)
+        for i, part in enumerate(self.control.pattern.split(text)):
+            half = len(part) // 2 if i % 2 else len(part)
+            pieces[-1] += part[:half]
+            if i % 2:
+                pieces.append(part[half:])
+        ids = self._encode_plain(pieces, inner)
+        if self._has_control(ids) or self._decode(ids).strip() != text.strip():
+            found = ", ".join(map(repr, self.control.found_in(text)))
+            raise UserError(
+                f"{origin}: the text holds {found}, a control token that this tokenizer cannot "
+                "write as plain text; take it out of the text"
+            )
+        return ids
+
+    def _encode_plain(self, pieces: Sequence[str], inner: bool) -> list[int]:
+        """The pieces without looking for special tokens in them; inner: text precedes them."""
+        ids: list[int] = []
+        for piece in filter(None, pieces):
+            before: list[int] = []
+            if (inner or ids) and not self._begins_alike:
+                before = self._encode(_ANCHOR)
+                piece = _ANCHOR + piece
+            ids += self._encode(piece, split_special_tokens=True)[len(before) :]
+        return ids
+
+    @cached_property
+    def _begins_alike(self) -> bool:
+        """Whether text behind a special token is encoded as at the beginning of the whole."""
+        token = next(iter(self.control.texts), "")
+        alone = self._encode("a")
+        return self._encode(token + "a")[-len(alone) :] == alone
+
+    def _has_control(self, ids: Sequence[int]) -> bool:
+        return not self.control.ids.isdisjoint(ids)
+
+    def _cut(self, whole: list[int], segments: Sequence[Segment], origin: str) -> list[list[int]]:
+        """Cut the tokens of the whole text at the segments' boundaries.
+
+        The token boundary is where the tokens so far spell what the text so far encodes to.
+        """
+        spellings = self.tokenizer.convert_ids_to_tokens(whole)
+        token_ends = {end: i for i, end in enumerate(accumulate(map(len, spellings)), start=1)}
+        spelled = "".join(spellings)
+        text, cuts = "", [0]
+        for segment in segments[:-1]:
+            text += segment.text
+            head = self._spell(self.encode(text, origin))
+            cut = token_ends.get(len(head))
+            if cut is None or not spelled.startswith(head):
+                ending = self.control.unmark(text)[-20:]
+                raise UserError(
+                    f"{origin}: the tokenizer merges the end of {ending!r} with what follows, so "
+                    "the answer does not begin at a token; move a space at the end of the prompt "
+                    "to the start of the answer"
+                )
+            cuts.append(cut)
+        cuts.append(len(whole))
+        return [whole[start:end] for start, end in pairwise(cuts)]
+
+    def _encode(self, text: str, **options: bool) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False, verbose=False, **options)["input_ids"]
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
+    def _spell(self, ids: Sequence[int]) -> str:
+        return "".join(self.tokenizer.convert_ids_to_tokens(ids))

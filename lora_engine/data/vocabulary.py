@@ -1,0 +1,47 @@
+"""Token ids that the model has no embedding for."""
+
+from typing import Any
+
+from lora_engine.data.dataset import TokenizedDataset
+from lora_engine.data.listing import raise_listed
+from lora_engine.data.template import Tokenizer
+
+
+def check_vocabulary(dataset: TokenizedDataset, model: Any, tokenizer: Tokenizer) -> None:
+    """Raises UserError, with their places, for examples with ids that `model` has no row for.
+
+    So it is where a token was added to the tokenizer and the embedding not resized.
+    """
+    rows = vocabulary_rows(model)
+    if rows is None:
+        return
+    problems: list[tuple[str, str]] = []
+    for example in dataset:
+        if max(example.input_ids) < rows and min(example.input_ids) >= 0:
+            continue
+        token = next(token for token in example.input_ids if not 0 <= token < rows)
+        problems.append((example.origin, _problem(token, rows, tokenizer)))
+    raise_listed(dataset.name, problems, dataset.num_records)
+
+
+def vocabulary_rows(model: Any) -> int | None:
+    """Tokens that `model` can both read and predict; None if it does not say."""
+    layers = (model.get_input_embeddings(), model.get_output_embeddings())
+    sizes = [
+        layer.weight.shape[0] if getattr(layer.weight, "ndim", 0) == 2 else None
+        for layer in layers
+        if getattr(layer, "weight", None) is not None
+    ]
+    known = [size for size in sizes if size]
+    return min(known) if known else None
+
+
+def _problem(token: int, rows: int, tokenizer: Tokenizer) -> str:
+    known = tokenizer is not None and 0 <= token < len(tokenizer)
+    name = f" ({tokenizer.convert_ids_to_tokens(token)!r})" if known else ""
+    if token < 0:
+        return f"token {token} is no token id"
+    return (
+        f"token {token}{name} is beyond the model's vocabulary of {rows:,} rows; add rows with "
+        "model.resize_token_embeddings(len(tokenizer)), or take the token out of the tokenizer"
+    )
