@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from lora_engine import backends
 from lora_engine.errors import UserError
 from lora_engine.models import attention
-from lora_engine.models.attachment import Attachment, attach, detach
+from lora_engine.models.attachment import Attachment, attach, attachment, detach
 from lora_engine.models.attention import ATTENTION_CLASSES, AttentionForward
 from lora_engine.models.causal_lm import CausalLmForward
 from lora_engine.models.coverage import CoverageReport
@@ -74,7 +74,7 @@ def restore(model: nn.Module) -> None:
 
 def is_accelerated(model: nn.Module) -> bool:
     """Whether `accelerate(model)` is in effect."""
-    return model in _PATCHES
+    return attachment(transformers_model(model)) is not None
 
 
 class _Accelerator:
