@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from operand_guard import OperandGuard
 
 # Without a GPU the Triton kernels run in Triton's interpreter, which is settled when triton is
 # imported.
@@ -28,13 +29,10 @@ def few_threads() -> Iterator[None]:
 
 
 @pytest.fixture
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """New uninitialised memory holds NaN, so that what a kernel forgets to write shows."""
-    empty, empty_like, new_empty = torch.empty, torch.empty_like, torch.Tensor.new_empty
+def poisoned() -> Iterator[None]:
+    """New uninitialised memory holds NaN, and no product may find it beside its operands.
 
-    def poison(x: torch.Tensor) -> torch.Tensor:
-        return x.fill_(float("nan")) if x.is_floating_point() else x
-
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: poison(empty(*a, **k)))
-    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: poison(empty_like(*a, **k)))
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda x, *a, **k: poison(new_empty(x, *a, **k)))
+    What a kernel forgets to write shows, and so does what only a matrix unit would read.
+    """
+    with OperandGuard():
+        yield

@@ -104,6 +104,7 @@ def lora_linear_fwd(
     """Writes y = x weightᵀ + s lora_bᵀ + bias, rounded after each product.
 
     Every column of s and lora_b is read: those in no span must be zero in one, finite in the other.
+    So must be what stands beside x, within its rows (ops/tensors.py: front_columns).
     """
     if bias is None:
         torch.mm(x, weight.t(), out=y)
@@ -124,7 +125,8 @@ def lora_linear_dx(
 ) -> None:
     """Writes dx = dy weight + ds lora_a, each linear's share of the second under its mask.
 
-    Rounded after each product. Columns of ds and rows of lora_a in no span are not read.
+    Rounded after each product. Rows of lora_a in no span are not read; columns of ds in no span,
+    and what else stands beside dy and ds within their rows, must be finite.
     """
     torch.mm(dy, weight, out=dx)
     for stream, columns in _products(spans, merge=dropout is None):

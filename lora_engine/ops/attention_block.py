@@ -153,6 +153,7 @@ class _AttentionBlock(torch.autograd.Function):
             inner.weight.tail,
             dtype=x.dtype,
             device=x.device,
+            zeros=False,
         )
         call.kernels("attention", x).attention_bwd(
             d_o, q, k, v, cu_seqlens, cos, sin, os[:, :width], lse, *parts, **call.options

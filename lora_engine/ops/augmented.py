@@ -6,6 +6,9 @@ that many spare columns and returns the front columns as ordinary tensors. The c
 gives it the whole buffer, if the tensors it received are still those columns and nobody claimed
 them before; otherwise a copy with room is made. So the room is only ever written by one consumer,
 and a tensor from anywhere else works just as well, one copy dearer.
+
+Whoever else multiplies those tensors may read what is beside them (see `front_columns`). So `empty`
+leaves zeros in the room, and `operand` copies a stranger's tensor that is part of a wider one.
 """
 
 from collections.abc import Sequence
@@ -14,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lora_engine.ops.tensors import empty_rows
+from lora_engine.ops.tensors import empty_rows, front_columns
 
 _ATTRIBUTE = "_lora_engine_room"
 
@@ -27,15 +30,27 @@ class _Room:
 
 
 def empty(
-    rows: int, widths: Sequence[int], tail: int, *, dtype: torch.dtype, device: torch.device
+    rows: int,
+    widths: Sequence[int],
+    tail: int,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    zeros: bool = True,
 ) -> tuple[Tensor, ...]:
-    """One tensor [rows, width] for each width, side by side in one buffer with `tail` to spare."""
+    """One tensor [rows, width] for each width, side by side in one buffer with `tail` to spare.
+
+    The tensors are uninitialised, the spare columns zero. `zeros=False` leaves these uninitialised
+    too, for a caller who claims the tensors before anybody multiplies them.
+    """
     if tail == 0 and len(widths) == 1:
         return (empty_rows(rows, widths[0], dtype=dtype, device=device),)
-    buffer = empty_rows(rows, sum(widths) + tail, dtype=dtype, device=device)
+    cols = sum(widths)
+    buffer = empty_rows(rows, cols + tail, dtype=dtype, device=device)
     # The room's own version counter: writing it changes no column that autograd may have saved.
     room = _Room(buffer.data, tuple(widths))
-    parts = buffer[:, : sum(widths)].split(list(widths), dim=1)
+    front = front_columns(buffer, cols) if zeros else buffer[:, :cols]
+    parts = front.split(list(widths), dim=1)
     for part in parts:
         setattr(part, _ATTRIBUTE, room)
     return tuple(parts)
@@ -54,18 +69,24 @@ def shaped(rows: Tensor, shape: torch.Size) -> Tensor:
     return rows if rows.shape == shape else keep_room(rows, rows.view(shape))
 
 
+def operand(x: Tensor) -> Tensor:
+    """`x` [..., cols], copied if what stands beside its rows is not known to be finite."""
+    return x if hasattr(x, _ATTRIBUTE) else x.contiguous()
+
+
 def claim(parts: Sequence[Tensor], tail: int) -> Tensor:
     """The buffer [rows, sum(widths) + tail] whose front columns are `parts` [..., width] each.
 
-    The last `tail` columns hold anything; the caller may write them, and only them.
+    The last `tail` columns hold anything. The caller may write them, and only them, and writes them
+    before the buffer or its front columns go into a product.
     """
     room: _Room | None = getattr(parts[0], _ATTRIBUTE, None)
     if room is not None and not room.claimed and _are_columns(parts, room, tail):
         room.claimed = True
         return room.buffer
+    if tail == 0 and len(parts) == 1:
+        return operand(parts[0]).reshape(-1, parts[0].shape[-1])
     flat = [part.reshape(-1, part.shape[-1]) for part in parts]
-    if tail == 0 and len(flat) == 1:
-        return flat[0]
     widths = [part.shape[-1] for part in flat]
     first = flat[0]
     buffer = empty_rows(first.shape[0], sum(widths) + tail, dtype=first.dtype, device=first.device)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lora_engine.ops.adapter_set import Adapters, AdapterSet, LoraFactors, total_rank
+from lora_engine.ops.augmented import operand
 from lora_engine.ops.tensors import accumulate_dtype, check, shape_of
 
 ROW_ALIGNMENT_BYTES = 16
@@ -156,7 +157,7 @@ class AugmentedWeight:
             if factors.magnitude is None:
                 continue
             lora_a = factors.lora_a.to(accumulate) * factors.scaling
-            weight, lora_b = self.weight(block.linear), factors.lora_b.to(accumulate)
+            weight, lora_b = self.weight(block.linear), operand(factors.lora_b.to(accumulate))
             for begin in range(0, weight.shape[0], NORM_CHUNK_ROWS):
                 rows = slice(begin, begin + NORM_CHUNK_ROWS)
                 whole = torch.addmm(weight[rows].to(accumulate), lora_b[rows], lora_a)

@@ -16,9 +16,10 @@ from torch.autograd.function import once_differentiable
 
 from lora_engine import backends, reference
 from lora_engine.ops.adapter_set import LoraFactors
+from lora_engine.ops.augmented import operand
 from lora_engine.ops.cross_entropy import LossOptions, RowResults, check_targets
 from lora_engine.ops.head_gradients import HeadGradients, scaled
-from lora_engine.ops.tensors import check, shape_of
+from lora_engine.ops.tensors import check, front_columns, shape_of
 
 # Bytes of a chunk's logits. A CPU wants them near its cache. A GPU reads the whole head for every
 # chunk, twice: with 2048 rows of 128256 bfloat16 logits (0.5 GB) that takes a tenth of the time of
@@ -81,9 +82,13 @@ def linear_cross_entropy(
     )
     check_targets(hidden.shape[0], weight.shape[0], target, ignore_index, "linear_cross_entropy")
     impl = backends.select("linear_cross_entropy", hidden.device, hidden.dtype, impl)
-    lora_a, lora_b, scaling = (lora.lora_a, lora.lora_b, lora.scaling) if lora else (None, None, 0)
+    hidden, weight = operand(hidden), operand(weight)
+    lora_a, lora_b, scaling = None, None, 0.0
+    if lora is not None:
+        lora_a, lora_b = operand(lora.lora_a), operand(lora.lora_b)
+        scaling = lora.scaling
     if impl == "reference":
-        adapter = None if lora is None else (lora.lora_a, lora.lora_b, lora.scaling)
+        adapter = None if lora_a is None or lora_b is None else (lora_a, lora_b, scaling)
         found = reference.linear_cross_entropy(
             hidden, weight, target, bias=bias, lora=adapter, **options.keywords()
         )
@@ -193,7 +198,7 @@ class _Head:
         """An uninitialised [rows, V] with aligned rows."""
         classes = self.weight.shape[0]
         padded = -(-classes // ROW_ALIGNMENT) * ROW_ALIGNMENT
-        return self.weight.new_empty(rows, padded)[:, :classes]
+        return front_columns(self.weight.new_empty(rows, padded), classes)
 
     def logits(self, hidden: Tensor, out: Tensor) -> Tensor | None:
         """Writes the logits of `hidden` [c, H] into `out` [c, V]; returns hidden lora_aᵀ [c, r]."""

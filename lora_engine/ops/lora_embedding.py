@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_engine.ops.adapter_set import LoraFactors
+from lora_engine.ops.augmented import operand
 from lora_engine.ops.tensors import check, shape_of
 
 
@@ -40,6 +41,6 @@ def lora_embedding(
         s = F.embedding(flat, factors.lora_a.t())
         if routes is not None:
             s = s * (routes.reshape(-1) == factors.adapter)[:, None]
-        lora_b = factors.lora_b.t().to(out.dtype)
+        lora_b = operand(factors.lora_b).t().to(out.dtype)
         out = torch.addmm(out, s.to(out.dtype), lora_b, alpha=factors.scaling)
     return out.view(*ids.shape, weight.shape[1])

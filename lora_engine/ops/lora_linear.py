@@ -35,7 +35,7 @@ def lora_linear(
     """
     product = make_product(x, weight, dropout, routes, impl)
     if product is None:
-        return _reference(x, weight, dropout, routes)
+        return _reference(augmented.operand(x), weight, dropout, routes)
     if not torch.is_grad_enabled():
         return _forward(x, product)[0]
     outputs: tuple[Tensor, ...] = _LoraLinear.apply(x, product, *product.filling.tensors())
@@ -94,7 +94,10 @@ def _reference(
                     base, factors.lora_a, factors.lora_b, factors.scaling
                 )
                 y = y * reference.dora_scale(whole, factors.magnitude).to(y.dtype)
-        outputs.append(y if bias is None else y + bias)
+        y = y if bias is None else y + bias
+        if y.requires_grad:
+            y.register_hook(lambda dy: dy if dy is None else augmented.operand(dy))
+        outputs.append(y)
     return tuple(outputs)
 
 
@@ -109,7 +112,7 @@ def _forward(
         rows, low_rank = xs[:, :k], xs[:, k:]
         y, unscaled = product.forward(xs)
     else:
-        rows = as_rows(x)
+        rows = as_rows(augmented.operand(x))
         low_rank = rows.new_empty(rows.shape[0], weight.tail)
         y, unscaled = product.forward_apart(rows, low_rank)
     parts = (y,) if len(weight.out_features) == 1 else y.split(weight.out_features, dim=1)

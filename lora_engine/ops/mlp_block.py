@@ -86,6 +86,7 @@ class _MlpBlock(torch.autograd.Function):
             inner.weight.tail,
             dtype=x.dtype,
             device=x.device,
+            zeros=False,
         )
         h = dh  # the activation takes the place of its gradient
         call.kernels("glu", x).glu_bwd(dh, gate, up, *parts, h, **call.options)

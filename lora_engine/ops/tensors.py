@@ -27,6 +27,19 @@ def empty_rows(rows: int, cols: int, *, dtype: torch.dtype, device: torch.device
     return buffer[:rows] if spare else buffer
 
 
+def front_columns(buffer: Tensor, cols: int) -> Tensor:
+    """The first `cols` columns of an uninitialised `buffer` [rows, more], with zeros behind them.
+
+    Matrix units take operands in whole blocks of columns: oneDNN's AMX product of bfloat16 rows
+    reads to the next multiple of 32 and multiplies what it finds by zero, which makes NaN of NaN
+    and inf. So what stands beside an operand within its rows has to be finite, and a view that is
+    narrower than its buffer is made here.
+    """
+    if cols < buffer.shape[1]:
+        buffer[:, cols:].zero_()
+    return buffer[:, :cols]
+
+
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     """`a @ b` [M, N] into `empty_rows`."""
     out = empty_rows(a.shape[0], b.shape[1], dtype=a.dtype, device=a.device)

@@ -67,3 +67,8 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     assert native.select_isa(request.param)
     yield request.param
     assert native.select_isa(best)
+
+
+@pytest.fixture(autouse=True)
+def _guarded(poisoned: None) -> None:
+    """Every test of an operation runs with poisoned memory and watched products."""

@@ -1,5 +1,6 @@
 """Groups of linears with adapters, their operands, and comparison with a formula in float64."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -62,21 +63,28 @@ class Inputs:
     ds: Tensor
 
 
-def view(x: Tensor, spare: int) -> Tensor:
-    """`x` as the front columns of a wider buffer of NaN."""
-    buffer = torch.full((x.shape[0], x.shape[1] + spare), float("nan")).to(x)
+def view(x: Tensor, spare: int, beside: float = math.nan) -> Tensor:
+    """`x` as the front columns of a wider buffer of `beside`."""
+    buffer = torch.full((x.shape[0], x.shape[1] + spare), beside).to(x)
     buffer[:, : x.shape[1]] = x
     return buffer[:, : x.shape[1]]
 
 
-def make(group: Group, backend: Backend, dtype: torch.dtype, spare: int = 5) -> Inputs:
+def beside_of_wide(backend: Backend) -> float:
+    """What may stand beside operands of the wide products: a vendor's multiplies it by zero."""
+    return 1e4 if backend.impl == "cpu" else math.nan
+
+
+def make(
+    group: Group, backend: Backend, dtype: torch.dtype, spare: int = 5, beside: float = math.nan
+) -> Inputs:
     """Random operands, views of wider buffers; lora_b and s, ds are zero outside the spans."""
     generator = torch.Generator().manual_seed(0)
     n, k, r = sum(group.outs), group.cols, group.total
 
     def normal(rows: int, cols: int) -> Tensor:
         values = torch.randn(rows, cols, generator=generator, dtype=torch.float64)
-        return view((values * cols**-0.5).to(dtype), spare)
+        return view((values * cols**-0.5).to(dtype), spare, beside)
 
     inputs = Inputs(
         x=normal(group.rows, k),
@@ -95,9 +103,9 @@ def make(group: Group, backend: Backend, dtype: torch.dtype, spare: int = 5) -> 
         used[columns] = True
     inputs.lora_b.masked_fill_(~blocks, 0)
     inputs.s.masked_fill_(~used, 0)
-    # What is not to be read is NaN.
-    inputs.ds.masked_fill_(~used, float("nan"))
-    inputs.lora_a.masked_fill_(~used[:, None], float("nan"))
+    # What is not to be used.
+    inputs.ds.masked_fill_(~used, beside)
+    inputs.lora_a.masked_fill_(~used[:, None], math.nan)
     for name, tensor in vars(inputs).items():
         wide = tensor if tensor.dim() == 1 or tensor._base is None else tensor._base
         (moved,) = backend.put(wide)
@@ -110,8 +118,9 @@ def agree(
 ) -> None:
     """As near to the formula in float64 as the formula in the operands' dtype."""
     dtype = operands[0].dtype
-    exact = formula(*[x.double().cpu() for x in operands])
-    same = formula(*[x.cpu() for x in operands])
+    same_operands = [x.cpu().contiguous() for x in operands]
+    exact = formula(*[x.double() for x in same_operands])
+    same = formula(*same_operands)
     assert_as_good_as(
         actual.cpu().to(same.dtype) if actual.dtype == dtype else actual.cpu(),
         same,

@@ -7,7 +7,18 @@ from typing import Any
 import pytest
 import torch
 from implementations import Backend
-from lora_groups import DROPOUTS, GROUPS, Group, agree, make, masked, untouched, view, wide_nan
+from lora_groups import (
+    DROPOUTS,
+    GROUPS,
+    Group,
+    agree,
+    beside_of_wide,
+    make,
+    masked,
+    untouched,
+    view,
+    wide_nan,
+)
 from torch import Tensor
 
 from lora_engine import backends
@@ -143,7 +154,7 @@ def test_lora_linear_fwd(
     group: Group,
     with_bias: bool,
 ) -> None:
-    inputs = make(group, backend, dtype)
+    inputs = make(group, backend, dtype, beside=beside_of_wide(backend))
     y = wide_nan(group.rows, sum(group.outs), dtype, backend)
     bias = inputs.bias if with_bias else None
     kernels_of(backend).lora_linear_fwd(inputs.x, inputs.weight, inputs.s, inputs.lora_b, y, bias)
@@ -176,7 +187,7 @@ def test_lora_linear_dx(
     group: Group,
     dropout: Dropout | None,
 ) -> None:
-    inputs = make(group, backend, dtype)
+    inputs = make(group, backend, dtype, beside=beside_of_wide(backend))
     dx = wide_nan(group.rows, group.cols, dtype, backend)
     operands = [inputs.dy, inputs.weight, inputs.ds, inputs.lora_a]
     kernels_of(backend).lora_linear_dx(*operands, dx, group.spans, dropout)
@@ -225,7 +236,7 @@ def test_two_runs_are_bitwise_equal(
     backend: Backend, small_tiles: None, dropout: Dropout | None
 ) -> None:
     group = Group(150, 96, (96, 32), (16, 8))
-    inputs = make(group, backend, torch.float32)
+    inputs = make(group, backend, torch.float32, beside=beside_of_wide(backend))
     kernels = kernels_of(backend)
 
     def run() -> list[Tensor]:
@@ -243,7 +254,7 @@ def test_two_runs_are_bitwise_equal(
 def test_gradients_are_those_of_autograd(backend: Backend, small_tiles: None) -> None:
     """The five products put together, with dropout, against autograd through the reference."""
     group, dropout = Group(50, 48, (32, 40), (4, 8)), Dropout(0.3, 21)
-    inputs = make(group, backend, torch.float32)
+    inputs = make(group, backend, torch.float32, beside=beside_of_wide(backend))
     x, a, b = (t.double().cpu().requires_grad_() for t in (inputs.x, inputs.lora_a, inputs.lora_b))
     parts = [
         x @ inputs.weight[rows].double().cpu().T
@@ -272,7 +283,7 @@ def test_gradients_are_those_of_autograd(backend: Backend, small_tiles: None) ->
 def test_no_adapters(backend: Backend, small_tiles: None) -> None:
     """A group without any rank: S, dS and dA are zero, dX and Y the base products."""
     group = Group(20, 32, (16,), (0,), gap=8)
-    inputs = make(group, backend, torch.float32)
+    inputs = make(group, backend, torch.float32, beside=beside_of_wide(backend))
     kernels = kernels_of(backend)
     out = [wide_nan(20, 8, torch.float32, backend) for _ in range(2)]
     d_a = wide_nan(8, 32, torch.float32, backend)
@@ -309,7 +320,7 @@ def test_a_launch_leaves_the_table_as_it_was(backend: Backend) -> None:
     asked = [(name, backend.device, torch.float32, 20) for name in names]
     before = [dict(launch.config(*each)) for each in asked]
     group = Group(20, 32, (16,), (2,))
-    inputs = make(group, backend, torch.float32, spare=4)
+    inputs = make(group, backend, torch.float32, spare=4, beside=beside_of_wide(backend))
     y, dx = (torch.empty(20, width, device=backend.device) for width in (16, 32))
     kernels = kernels_of(backend)
     kernels.lora_linear_fwd(inputs.x, inputs.weight, inputs.s, inputs.lora_b, y)
