@@ -64,7 +64,7 @@ class AdapterConfig(_Section):
 
     r: int | None = Field(default=None, ge=1, description="Rank of the adapter.")
     alpha: float | None = Field(
-        default=None, gt=0, description="Scale: its output is multiplied by alpha / r."
+        default=None, gt=0, le=10**6, description="Scale: its output is multiplied by alpha / r."
     )
     target_modules: str | list[str] | None = Field(
         default=None, description="Which linear layers get it."
@@ -72,7 +72,7 @@ class AdapterConfig(_Section):
     learning_rate: float | None = Field(
         default=None,
         gt=0,
-        lt=float("inf"),
+        le=100,
         description="Its peak learning rate, instead of `train.learning_rate`.",
     )
 
@@ -87,7 +87,10 @@ class LoraConfig(_Section):
 
     r: int = Field(default=16, ge=1, description="Rank of the adapter.")
     alpha: float = Field(
-        default=32, gt=0, description="Scale: the adapter's output is multiplied by alpha / r."
+        default=32,
+        gt=0,
+        le=10**6,
+        description="Scale: the adapter's output is multiplied by alpha / r.",
     )
     dropout: float = Field(default=0.0, ge=0, lt=1, description="Dropout on the adapter's input.")
     target_modules: str | list[str] = Field(

@@ -247,6 +247,17 @@ def test_null_lora_is_full_fine_tuning_and_can_be_given_back():
             f"got 1{'0' * 30}",
         ),
         (
+            BASE,
+            ["lora.alpha=1e300"],
+            "command line: lora.alpha: expected a number > 0 and ≤ 1,000,000, got '1e300'",
+        ),
+        (
+            BASE + "lora:\n  adapters:\n    en: {learning_rate: .inf}\n",
+            [],
+            "run.yaml:5: lora.adapters.en.learning_rate: expected a number > 0 and ≤ 100 or null, "
+            "got inf",
+        ),
+        (
             BASE + "lora: {target_modules: []}\n",
             [],
             "run.yaml:3: lora.target_modules: names no module; give names, a pattern, or "
