@@ -1,5 +1,7 @@
 # make demo    set up, then fine-tune SmolLM2-135M on this machine (a few minutes, no GPU needed)
 # make test    set up, then run the tests
+# make test-machines   the tests that compute, again and again as other processors would
+# make test-shared     training beside other busy programs keeps its share; wants a quiet machine
 # make lint    ruff, mypy and clang-format
 # make bench   the training step beside TRL's, results under benchmarks/results
 # make kernels-check   compile every GPU kernel for every supported GPU; no GPU needed
@@ -34,13 +36,19 @@ PIP := $(PY) -m pip --disable-pip-version-check --quiet install
 CSRC := $(shell find csrc -name '*.?pp' -o -name '*.cu*')
 BUILD_INPUTS := pyproject.toml setup.py constraints.txt $(CSRC)
 
-.PHONY: demo test lint format bench kernels-check gpu-check clean
+.PHONY: demo test test-machines test-shared lint format bench kernels-check gpu-check clean
 
 demo: $(STAMPS)/train $(STAMPS)/model
 	$(BIN)/lora-engine demo $(ARGS)
 
 test: $(STAMPS)/test
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist worksteal $(ARGS)
+
+test-machines: $(STAMPS)/test
+	$(PY) tests/machines.py -n $(JOBS) --dist worksteal $(ARGS)
+
+test-shared: $(STAMPS)/test
+	$(BIN)/pytest tests/test_shared_machine.py $(ARGS)
 
 lint: $(STAMPS)/lint
 	$(BIN)/ruff check .

@@ -10,6 +10,7 @@
 
 #include "cpu/kernels.hpp"
 #include "cpu/memory.hpp"
+#include "cpu/openmp_crowd.hpp"
 #include "cuda/bindings.hpp"
 
 namespace py = pybind11;
@@ -114,6 +115,10 @@ PYBIND11_MODULE(_C, m) {
       "Let the allocator keep freed blocks for reuse; False where the C library has no such knob.");
 
   const auto release = py::call_guard<py::gil_scoped_release>();
+
+  m.def("crowd_openmp", &crowd_openmp, release,
+        "Have the threads of GNU's OpenMP runtime, loaded already, wait asleep; False where they "
+        "do not.");
 
   m.def(
       "rms_norm_fwd",

@@ -6,6 +6,10 @@ The public names load on first use, so that `import lora_engine` stays cheap.
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from lora_engine import openmp
+
+openmp.settle()  # before anything below imports torch, which loads the OpenMP runtime
+
 __version__ = "0.1.0"
 
 _PUBLIC = {

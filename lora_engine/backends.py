@@ -15,6 +15,7 @@ from types import ModuleType
 
 import torch
 
+from lora_engine import openmp
 from lora_engine.errors import UnavailableError
 
 # oneDNN and torch's layer over it each keep up to 1024 compiled matrix products, one per shape.
@@ -77,6 +78,7 @@ def extension() -> Extension:
         module.isa()
     except (ImportError, RuntimeError) as error:
         return Extension(None, str(error))
+    openmp.settle_late(module.crowd_openmp)
     return Extension(module, None)
 
 

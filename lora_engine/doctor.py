@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from lora_engine import backends, machine
+from lora_engine import backends, machine, openmp
 from lora_engine.evaluation.text import bytes_text
 
 if TYPE_CHECKING:
@@ -108,8 +108,16 @@ def _torch_facts() -> list[Fact]:
         Fact("system", f"{platform.system()} {platform.release()}, {platform.machine()}"),
         Fact("torch", f"{torch.__version__}, {cuda}", "ok"),
         Fact("torch on the CPU", f"{torch.backends.cpu.get_cpu_capability()}, {threads}"),
+        _openmp_fact(),
         _triton_fact(),
     ]
+
+
+def _openmp_fact() -> Fact:
+    """How threads wait: spinning takes a shared machine's time from the threads waited for."""
+    backends.extension()  # settles it where the runtime was loaded before lora_engine
+    waiting = openmp.waiting()
+    return Fact("OpenMP waits", str(waiting), _status(not waiting.mend), waiting.mend)
 
 
 def _triton_fact() -> Fact:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from lora_engine import openmp
 from lora_engine.backends import cpu_features
 
 CPUINFO = Path("/proc/cpuinfo")
@@ -70,6 +71,7 @@ def machine_facts() -> dict[str, dict[str, str]]:
     hardware = {
         "processor": processor_name(),
         "cores used": f"{torch.get_num_threads()} of {usable_cores()}",
+        "OpenMP waits": str(openmp.waiting()),
         "instructions": ", ".join(vector) or platform.machine(),
         "memory": bytes_text(memory_bytes()),
         "GPU": ", ".join(f"{g.name} ({bytes_text(g.memory_bytes)})" for g in gpus()) or "none",

@@ -4,6 +4,7 @@ import importlib.util
 import os
 from collections.abc import Iterator
 
+import other_products
 import pytest
 import torch
 from operand_guard import OperandGuard
@@ -16,6 +17,20 @@ if not torch.cuda.is_available():
         from triton_interpreter import repair_bfloat16
 
         repair_bfloat16()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--products",
+        choices=("own", "other"),
+        default="own",
+        help="other: torch's matrix products add up in an order that no vendor's library has",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--products") == "other":
+        other_products.install()
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ PACKAGE = Path(lora_engine.__file__).parent
 
 # The layers from the bottom up: a module imports from its own layer and from the lines before.
 LAYERS: list[set[str]] = [
-    {"errors"},
+    {"errors", "openmp"},
     {"files", "config_schema"},
     {"config_yaml"},
     {"reference", "backends"},
