@@ -3,6 +3,8 @@
 import difflib
 from collections.abc import Iterable
 
+_LONGEST_REASON = 300
+
 
 class UserError(Exception):
     """A mistake in what the user gave (a file, a key, a shape), not in the program.
@@ -20,3 +22,10 @@ def nearest(name: str, choices: Iterable[str]) -> str | None:
     """The choice most like `name`, or None if none is close."""
     matches = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.6)
     return matches[0] if matches else None
+
+
+def reason(error: BaseException) -> str:
+    """The first line of what an error says, of a length to be read."""
+    lines = str(error).strip().splitlines()
+    first = lines[0] if lines else type(error).__name__
+    return first if len(first) <= _LONGEST_REASON else first[: _LONGEST_REASON - 1] + "…"

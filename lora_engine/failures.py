@@ -7,14 +7,12 @@ import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora_engine.errors import UnavailableError, UserError
+from lora_engine.errors import UnavailableError, UserError, reason
 from lora_engine.evaluation.text import bytes_text, one_line
 
 FAILED = 1
 USER_MISTAKE = 2
 INTERRUPTED = 130
-
-_LONGEST_REASON = 300
 
 # What the system's refusals are called, and how each is mended.
 _REFUSALS = {
@@ -83,13 +81,6 @@ def describe(error: BaseException) -> Failure:
         case KeyboardInterrupt() | Interrupted():
             return Failure(str(error) or "interrupted", INTERRUPTED)
     return Failure(_refusal(error) or _bug(error), FAILED)
-
-
-def reason(error: BaseException) -> str:
-    """The first line of what an error says, of a length to be read."""
-    lines = str(error).strip().splitlines()
-    first = lines[0] if lines else type(error).__name__
-    return first if len(first) <= _LONGEST_REASON else first[: _LONGEST_REASON - 1] + "…"
 
 
 def _refusal(error: BaseException) -> str | None:

@@ -76,9 +76,7 @@ def documented_functions(path: Path) -> Iterator[tuple[int, str, str]]:
 
 def summary(docstring: str) -> str | None:
     """The first line of a docstring, or None where it does not stand by itself."""
-    lines = inspect.cleandoc(docstring).strip().splitlines()
-    if not lines:
-        return None
+    lines = inspect.cleandoc(docstring).strip().split("\n")
     first = lines[0].strip()
     continues = len(lines) > 1 and lines[1].strip() and first[-1:] not in ".!?"
     is_prose = first[:1].isalpha() and " " in first and not first.endswith((",", ":"))

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_engine.errors import UserError
+from lora_engine.errors import UserError, reason
 
 _JSON_BLANKS = " \t\r\n"
 # What files begin with that are compressed, or text in another encoding.
@@ -162,7 +162,7 @@ def read_parquet(path: Path) -> Iterator[Row | RowError]:
     except problems as error:
         after = f" after row {number}" if number else ""
         raise UserError(
-            f"{path}: is not a readable Parquet file{after}: {_first_line(error)}"
+            f"{path}: is not a readable Parquet file{after}: {reason(error)}"
         ) from error
 
 
@@ -175,7 +175,7 @@ def _parquet_rows(
         try:
             yield Row(batch.slice(index, 1).to_pylist()[0], origin)
         except problems as error:
-            yield RowError(f"holds a value that cannot be read: {_first_line(error)}", origin)
+            yield RowError(f"holds a value that cannot be read: {reason(error)}", origin)
 
 
 READERS: dict[str, Callable[[Path], Iterator[Row | RowError]]] = {
@@ -235,7 +235,3 @@ def _skip(text: str, position: int) -> int:
     while text[position : position + 1] and text[position] in _JSON_BLANKS:
         position += 1
     return position
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from lora_engine.data.listing import raise_listed, without_origin
 from lora_engine.data.readers import READERS, Row, RowError
 from lora_engine.data.strings import check_string, check_strings
-from lora_engine.errors import UserError, nearest
+from lora_engine.errors import UserError, nearest, reason
 
 if TYPE_CHECKING:
     import datasets
@@ -263,7 +263,7 @@ def _open(source: str | Path, split: str | None) -> tuple[str, Iterable[Row | Ro
         path = Path(source).expanduser()
         is_file, exists = path.is_file(), path.exists() or path.is_symlink()
     except (OSError, RuntimeError) as error:  # a name too long; a home that does not exist
-        raise UserError(f"{source}: is not a path that can be read: {error}") from error
+        raise UserError(f"{source}: is not a path that can be read: {reason(error)}") from error
     if is_file:
         suffix = path.suffix.lower()
         if suffix not in READERS:
@@ -302,9 +302,8 @@ def _load_hub(name: str, split: str | None) -> "datasets.Dataset":
     try:
         return datasets.load_dataset(name, split=split or "train")
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"{name}: no such file, and not loadable from the Hugging Face hub: {reason}"
+            f"{name}: no such file, and not loadable from the Hugging Face hub: {reason(error)}"
         ) from error
 
 

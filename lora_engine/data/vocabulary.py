@@ -1,4 +1,4 @@
-"""Token ids that the model has no embedding for."""
+"""Examples that the model cannot take: their token ids have no embedding."""
 
 from typing import Any
 
@@ -10,17 +10,21 @@ from lora_engine.data.template import Tokenizer
 def check_vocabulary(dataset: TokenizedDataset, model: Any, tokenizer: Tokenizer) -> None:
     """Raises UserError, with their places, for examples with ids that `model` has no row for.
 
-    So it is where a token was added to the tokenizer and the embedding not resized.
+    So it is where a token was added to the tokenizer and the embedding not resized. Examples
+    tokenised elsewhere may also have no tokens, or another number of marks than of tokens.
     """
     rows = vocabulary_rows(model)
     if rows is None:
         return
     problems: list[tuple[str, str]] = []
     for example in dataset:
-        if max(example.input_ids) < rows and min(example.input_ids) >= 0:
-            continue
-        token = next(token for token in example.input_ids if not 0 <= token < rows)
-        problems.append((example.origin, _problem(token, rows, tokenizer)))
+        ids = example.input_ids
+        if not ids or len(ids) != len(example.supervised):
+            counts = f"{len(ids)} tokens and {len(example.supervised)} marks of what is learned"
+            problems.append((example.origin, f"has {counts}"))
+        elif max(ids) >= rows or min(ids) < 0:
+            token = next(token for token in ids if not 0 <= token < rows)
+            problems.append((example.origin, _problem(token, rows, tokenizer)))
     raise_listed(dataset.name, problems, dataset.num_records)
 
 

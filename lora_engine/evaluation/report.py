@@ -35,7 +35,7 @@ def write_report(run_dir: Path) -> Path:
     """
     try:
         summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
-        lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").split("\n")
     except FileNotFoundError as error:
         raise UserError(f"{run_dir}: is not a finished run, it has no {error.filename}") from error
     path = run_dir / "report.html"

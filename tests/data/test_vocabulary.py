@@ -61,6 +61,13 @@ def test_ids_that_are_none():
     check_vocabulary(dataset, tiny_llama(vocab_size=8), None)
 
 
+@pytest.mark.parametrize(("tokens", "marks"), [(0, 0), (2, 3)])
+def test_examples_that_are_not_whole(tokens, marks):
+    dataset = TokenizedDataset([Example([1] * tokens, [True] * marks, "a:1")])
+    with pytest.raises(UserError, match=f"a:1: has {tokens} tokens and {marks} marks"):
+        check_vocabulary(dataset, tiny_llama(vocab_size=8), None)
+
+
 def test_a_head_with_fewer_rows_than_the_embedding_counts():
     model = tiny_llama(vocab_size=12, tie_word_embeddings=False)
     assert vocabulary_rows(model) == 12
