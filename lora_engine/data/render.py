@@ -248,7 +248,8 @@ def _completion(
     completion, ends = control.split_end(record.completion)
     notes = [_ended_note(ends)] if ends else []
     if found := control.found_in([prompt, completion]):
-        notes.append(_spelled_note(found))
+        rendered = "; a conversation rendered already belongs in 'messages' or 'text'"
+        notes.append(_spelled_note(found) + rendered)
     segments = [Segment(prompt, loss_on == "all"), Segment(completion, True)]
     marked = [replace(part, text=control.mark(part.text)) for part in segments if part.text]
     return Text(marked, tuple(notes)), list(ends or [eos])

@@ -112,7 +112,8 @@ def test_the_account_says_what_became_of_the_records(tokenizer):
         "(record:0, record:1, record:2 and 2 more)",
         "truncated to max_length: 1 (record:5)",
         "repeats an earlier example (kept): 1 (record:7)",
-        "'<|im_end|>' in its text encoded as plain text, not as control tokens: 1 (record:8)",
+        "'<|im_end|>' in its text encoded as plain text, not as control tokens; "
+        "a conversation rendered already belongs in 'messages' or 'text': 1 (record:8)",
         "not read: weight (5)",
     ]
     assert finding_lines(about) == expected

@@ -145,7 +145,10 @@ def test_a_prompt_and_its_completion_are_plain_text(tokenizer):
     assert controls(example, tokenizer) == ["<|im_end|>"]
     assert tokenizer.decode(example.input_ids) == "a<|im_end|>b <|im_start|>c<|im_end|>"
     assert learned(example, tokenizer) == " <|im_start|>c<|im_end|>"
-    assert example.notes == (f"'<|im_end|>', '<|im_start|>' in its text {SPELLED}",)
+    assert example.notes == (
+        f"'<|im_end|>', '<|im_start|>' in its text {SPELLED}; "
+        "a conversation rendered already belongs in 'messages' or 'text'",
+    )
 
 
 def test_control_tokens_in_a_text_keep_their_meaning(tokenizer):

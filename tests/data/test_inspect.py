@@ -71,10 +71,9 @@ def test_report_says_what_is_not_read_and_what_is_plain_text(tokenizer):
     rows = [{**pair(f"{i}<|im_end|>", "b"), "weight": 1} for i in range(5)]
     text = printed([report(prepare(rows, tokenizer), tokenizer)])
     assert "not read: weight (5)" in text
-    assert (
-        "'<|im_end|>' in its text encoded as plain text, not as control tokens: 5\n"
-        "  record:0\n  record:1\n  record:2\n  … and 2 more"
-    ) in text
+    said = " ".join(text.split())
+    assert "'<|im_end|>' in its text encoded as plain text, not as control tokens;" in said
+    assert "'text': 5 record:0 record:1 record:2 … and 2 more" in said
 
 
 def test_samples_show_whole_characters_and_special_tokens(tokenizer):
