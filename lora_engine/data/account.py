@@ -11,6 +11,7 @@ from typing import Any
 from lora_engine.data.dataset import TokenizedDataset
 from lora_engine.data.listing import Finding, group
 
+FIELDS = 20  # named of those that nothing reads
 DUPLICATE = "repeats an earlier example (kept)"
 
 
@@ -60,4 +61,6 @@ def finding_lines(about: Mapping[str, Any]) -> list[str]:
 
 def ignored_line(ignored: Iterable[tuple[str, int]]) -> str:
     """'not read: weight (60), label (60)'."""
-    return "not read: " + ", ".join(f"{field} ({count:,})" for field, count in ignored)
+    fields = [f"{field} ({count:,})" for field, count in ignored]
+    more = f" and {len(fields) - FIELDS:,} other fields" if len(fields) > FIELDS else ""
+    return f"not read: {', '.join(fields[:FIELDS])}{more}"

@@ -118,6 +118,8 @@ def _csv_rows(reader: csv.DictReader, path: Path) -> Iterator[Row | RowError]:
         header = reader.fieldnames or ()
     except csv.Error as error:
         raise UserError(f"{path}:1: the header is not valid CSV: {error}") from error
+    if reader.fieldnames is not None and not header:
+        raise UserError(f"{path}:1: is empty; the first line has to name the columns")
     twice = {name for name in header if list(header).count(name) > 1}
     if twice:
         raise UserError(f"{path}:1: the header names {', '.join(map(repr, twice))} more than once")

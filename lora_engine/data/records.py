@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from lora_engine.data.listing import raise_listed, without_origin
 from lora_engine.data.readers import READERS, Row, RowError
-from lora_engine.data.strings import check_string, check_strings
+from lora_engine.data.strings import check_string, check_strings, field_name
 from lora_engine.errors import UserError, nearest, reason
 
 if TYPE_CHECKING:
@@ -151,7 +151,7 @@ def _ignored(row: Mapping[str, Any], read: tuple[str, ...]) -> tuple[str, ...]:
         return ()
     beside = (field for field in row if field not in read and field != "adapter")
     return tuple(
-        f"{field} (beside {' and '.join(read)})" if field in FIELDS else str(field)
+        f"{field} (beside {' and '.join(read)})" if field in FIELDS else field_name(field)
         for field in beside
         if not _is_empty(row[field])
     )

@@ -27,6 +27,7 @@ from typing import Any, Literal
 from lora_engine.data.control import MARKER, ControlTokens
 from lora_engine.data.encode import Encoder, Segment
 from lora_engine.data.records import Record
+from lora_engine.data.strings import field_name
 from lora_engine.data.template import Message, Tokenizer, render, try_render
 from lora_engine.errors import UserError
 
@@ -180,7 +181,7 @@ def _unread_keys(messages: Sequence[Message], whole: str, tokenizer: Tokenizer) 
         unread = list(extra)
     else:
         unread = [key for key in extra if is_same_without([key])]
-    return tuple(f"messages.{key}" for key in unread)
+    return tuple(f"messages.{field_name(key)}" for key in unread)
 
 
 def _spelled_note(found: Sequence[str]) -> str:

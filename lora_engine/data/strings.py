@@ -6,6 +6,7 @@ from typing import Any
 from lora_engine.errors import UserError
 
 DEEPEST = 64  # levels of lists and objects within one message
+LONGEST_NAME = 60  # characters shown of a field's name
 
 
 def surrogate_in(text: str) -> str | None:
@@ -48,6 +49,13 @@ def check_strings(value: Any, where: str, depth: int = 0) -> None:
         else:
             for inner in value:
                 check_strings(inner, where, depth + 1)
+
+
+def field_name(field: Any) -> str:
+    """A field's name as it can be shown and written; one that is long, blank or odd is quoted."""
+    name = str(field)
+    plain = name.isprintable() and name.strip() == name != "" and len(name) <= LONGEST_NAME
+    return name if plain else f"{name[:LONGEST_NAME]!r}"
 
 
 def strings_in(value: Any) -> Iterator[str]:

@@ -1,5 +1,7 @@
 """What happened to records is told, each thing once."""
 
+import json
+
 import chat_templates as templates
 import pytest
 from small_tokenizers import make_byte_level
@@ -74,6 +76,15 @@ def test_fields_that_nothing_reads_are_counted_unless_they_are_empty(tokenizer):
         "text (beside messages)": 1,
         "system": 1,
     }
+
+
+def test_names_of_fields_can_be_shown_and_written(tokenizer):
+    row = {"text": "a", "\ud83d": 1, "": 1, "a\nb": 1, "é": 1, "long" * 99: 1}
+    about = account(prepare([row], tokenizer))
+    json.dumps(about, ensure_ascii=False).encode()
+    assert list(about["ignored"]) == [r"'\ud83d'", "''", r"'a\nb'", "é", f"'{'long' * 15}'"]
+    many = account(prepare([{"text": "a", **{f"field {i}": i for i in range(99)}}], tokenizer))
+    assert finding_lines(many)[0].endswith("field 19 (1) and 79 other fields")
 
 
 def test_what_records_in_memory_ignore_is_kept(tokenizer):

@@ -83,6 +83,7 @@ FILES = {
     "empty-parquet": ("a.parquet", b"", r"a\.parquet: is not a readable Parquet file"),
     "behind-the-list": ("a.json", b'[{"text": "a"}]\n[]', r"a\.json:2: stands behind the end of"),
     "column-twice": ("a.csv", b"text,text\na,b\n", r"a\.csv:1: the header names 'text' more than"),
+    "no-header": ("a.csv", b"\ntext\na\n", r"a\.csv:1: is empty; the first line has to name"),
     "bad-header": ("a.csv", b'"te"xt\na\n', r"a\.csv:1: the header is not valid CSV"),
     "open-quote": (
         "a.csv",
