@@ -33,7 +33,9 @@ def naming(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        error.filename, error.filename2 = str(path), None
+        error.filename = str(path)
+        if error.filename2 is not None:  # None, once set, would be printed
+            del error.filename2
         raise
 
 

@@ -34,7 +34,6 @@ from lora_engine.files import naming, write_text
 from lora_engine.machine import machine_facts
 from lora_engine.models.accelerate import accelerate, restore
 from lora_engine.models.load import load_model, load_tokenizer
-from lora_engine.training.checkpoint import CheckpointStore
 from lora_engine.training.identity import model_weights_sha256
 from lora_engine.training.lock import locked
 from lora_engine.training.run_folder import RunFolder
@@ -200,30 +199,27 @@ def model_name(config: RunConfig) -> str:
 
 def how_to_resume(folder: Path) -> str:
     """What to type to go on with the interrupted run in `folder`."""
-    if not has_checkpoint(folder):
+    if not RunFolder(folder).is_used():
         return "there is no checkpoint yet, start again with the same command"
     return f"continue with: lora-engine train {shlex.quote(str(folder / 'config.yaml'))} --resume"
 
 
-def has_checkpoint(folder: Path) -> bool:
-    """Whether a run in `folder` can be resumed."""
-    return CheckpointStore(folder / "checkpoints").latest() is not None
-
-
 def _check_room(folder: Path, *, resume: bool, overwrite: bool) -> None:
     """Stop before any work if `folder` holds a run that is not to be touched, or none to resume."""
-    if resume and not RunFolder(folder).holds_run():
+    run = RunFolder(folder)
+    if resume and not run.holds_run():
         raise UserError(
             f"{folder}: holds no run to resume; begin one without --resume, or give the "
             "train.output_dir of the run that is meant"
         )
-    metrics = folder / "metrics.jsonl"
-    used = has_checkpoint(folder) or (metrics.is_file() and metrics.stat().st_size > 0)
-    if used and not resume and not overwrite:
+    if run.is_used() and not resume and not overwrite:
         raise UserError(
             f"{folder}: already holds a run; continue it with --resume, give another "
             "train.output_dir, or discard it with train.overwrite=true"
         )
+    if not resume:
+        run.reserve(*_FILES)
+        run.check_foreign()
 
 
 def _origin(config: RunConfig, model: Any) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """A whole run on a tiny model: its files, its numbers, and how it goes on after a break."""
 
+import errno
 import json
+import os
 import shutil
 import signal
 from html import unescape
@@ -9,6 +11,7 @@ import peft
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 from tiny_model import save_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -263,6 +266,102 @@ def test_a_run_that_cannot_begin_leaves_the_earlier_one_whole(settings):
     with pytest.raises(UserError, match=r"bad\.jsonl"):
         run("train.overwrite=true", "data.train=bad.jsonl")
     assert {path.name for path in (settings / "out").iterdir()} == before
+
+
+def everything_in(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+OTHER_RUNS = {
+    "lora.alpha=512": r"lora_alpha=8.0, now lora_alpha=512.0 \(adapter default\)",
+    "lora.seed=7": r"lora.seed=0, now lora.seed=7 \(model\)",
+    "model.dtype=bfloat16": r"dtype=float32, now dtype=bfloat16, float32 \(model\)",
+    "model.path=other": r"made with other model weights \(.*tiny, now other\)",
+    "model.path=renamed": "made with another chat template; another vocabulary of the tokenizer;",
+    "data.eval_fraction=0.3": "made with other held-out data; other training data",
+}
+
+
+def test_resuming_as_another_run_is_refused_and_touches_nothing(settings, tiny_model):
+    other, renamed = settings / "other", settings / "renamed"
+    shutil.copytree(tiny_model, other)
+    weights = load_file(other / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][3, 4] += 1e-3
+    save_file(weights, other / "model.safetensors", {"format": "pt"})
+    shutil.copytree(tiny_model, renamed)
+    for path in (renamed / "tokenizer.json", renamed / "tokenizer_config.json"):
+        path.write_text(path.read_text().replace("<system>", "<tool>"))
+    template = renamed / "chat_template.jinja"
+    template.write_text(template.read_text() + " ")
+    run("samples.count=0", "train.max_steps=1")
+    before = everything_in(settings / "out")
+    for change, message in OTHER_RUNS.items():
+        with pytest.raises(UserError, match=message):
+            run(change, "train.max_steps=1", resume=True)
+    assert everything_in(settings / "out") == before
+
+
+def test_there_has_to_be_a_run_to_resume(settings):
+    with pytest.raises(UserError, match="out: holds no run to resume; begin one without --resume"):
+        run(resume=True)
+    assert not (settings / "out").exists()
+
+
+def test_a_finished_run_is_extended(settings):
+    whole = run("train.output_dir=whole", "train.max_steps=6", "train.schedule=constant")
+    run("train.schedule=constant", "train.final_weights=last")
+    extended = run("train.max_steps=6", "train.schedule=constant", resume=True)
+    for key in ("samples", "heldout_loss_before", "heldout_loss_after", "train_tokens", "steps"):
+        assert extended.summary[key] == whole.summary[key], key
+    assert load_config("out/config.yaml").train.max_steps == 6
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "summary.json", "report.html", "metrics.jsonl"])
+def test_files_that_were_there_before_stay(settings, name):
+    (settings / "out").mkdir()
+    (settings / "out" / name).write_text("mine")
+    with pytest.raises(UserError, match=f"out/{name}: was not written by this run: move it away"):
+        run("train.overwrite=true")
+    assert everything_in(settings / "out") == {settings / "out" / name: b"mine"}
+
+
+def test_the_folder_of_data_and_config_may_be_the_runs(settings):
+    before = everything_in(settings)
+    run("train.output_dir=.", "train.max_steps=1", "samples.count=0")
+    run("train.output_dir=.", "train.max_steps=2", "samples.count=0", "train.overwrite=true")
+    assert before.items() <= everything_in(settings).items()
+
+
+@pytest.mark.parametrize(
+    "content", ["{", '{"asked": 1}', "[" * 100_000], ids=["cut", "other", "deep"]
+)
+def test_damaged_files_of_a_run_are_made_again(settings, content):
+    whole = run("train.max_steps=1").summary
+    for name in ("samples_before.json", "summary.json", "metrics.jsonl"):
+        (settings / "out" / name).write_text(content)
+    summary = run("train.max_steps=1", resume=True).summary
+    assert summary["samples"] == whole["samples"]
+    assert json.loads((settings / "out/summary.json").read_text()) == summary
+    assert json.loads((settings / "out/samples_before.json").read_text())["texts"]
+
+
+def test_a_full_disk_at_the_end_keeps_what_was_learned(settings, monkeypatch):
+    whole = run("train.output_dir=whole").summary
+    for target in (
+        "lora_engine.training.trainer.export_model",
+        "lora_engine.finetune.write_report",
+    ):
+        with monkeypatch.context() as patched, pytest.raises(OSError, match="No space"):
+            patched.setattr(target, full_disk)
+            run(resume=(settings / "out").exists())
+        assert how_to_resume(settings / "out").startswith("continue with: lora-engine train")
+    summary = run(resume=True).summary
+    for key in ("samples", "heldout_loss_after", "train_tokens"):
+        assert summary[key] == whole[key], key
+
+
+def full_disk(*args, **kwargs):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def test_changed_prompts_are_sampled_anew_on_resume(settings):

@@ -42,6 +42,10 @@ class CheckpointStore:
     def path(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}"
 
+    def any(self) -> bool:
+        """Whether there are checkpoints, sound or not."""
+        return bool(self._numbered())
+
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, ascending."""
         return [step for step in self._numbered() if self._is_complete(step)]

@@ -44,11 +44,16 @@ class TrainConfig(BaseModel):
     )
     overwrite: bool = Field(
         False,
-        description="Discard the run that output_dir already holds, if any, when not resuming.",
+        description="Discard the run that output_dir already holds, if any, when not resuming; "
+        "nothing but files of the run is deleted.",
     )
 
     max_steps: int | None = Field(
-        None, ge=1, le=10**9, description="Number of optimiser steps; give this or epochs."
+        None,
+        ge=1,
+        le=10**9,
+        description="Number of optimiser steps; give this or epochs. More of either extends a "
+        "run that is resumed.",
     )
     epochs: int | None = Field(
         None,

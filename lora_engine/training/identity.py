@@ -110,12 +110,12 @@ def check_identity(where: Any, saved: Mapping[str, Any], ours: Identity) -> None
 def tell_rounding(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Log what differs of that which changes nothing but how numbers are rounded."""
     changed = [
-        f"{name}: {before.get(name)}, now {now[name]}"
+        f"{name}={before.get(name)}, now {name}={now[name]}"
         for name in now
         if before.get(name) != now[name]
     ]
     if changed:
-        logger.warning("the same run, but for rounding, goes on with %s", "; ".join(changed))
+        logger.warning("the same run, but for rounding: made with %s", "; ".join(changed))
 
 
 def _changes(section: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -56,7 +56,23 @@ class RunFolder:
 
     def holds_run(self) -> bool:
         """Whether a run has begun here, however far it came."""
-        return self._manifest().exists or self._is_used()
+        return self._manifest().exists or self.is_used()
+
+    def is_used(self, resume: bool = False) -> bool:
+        """Whether a run left something here that is worth keeping.
+
+        resume: what a run leaves that ended before its first checkpoint is not.
+        """
+        metrics = os.path.isfile(self.metrics) and self.metrics.stat().st_size > 0
+        return self.checkpoints.any() or self.adapter.exists() or (metrics and not resume)
+
+    def check_foreign(self) -> None:
+        """Raises UserError if a new run would replace files that no run wrote."""
+        with writing(self.path):
+            self.checkpoints.check_removable()
+            manifest = self._manifest()
+            manifest.check_files(self._names)
+            manifest.check_adapter()
 
     def check(self, identity: Identity, *, resume: bool, overwrite: bool) -> int | None:
         """Step of the checkpoint to go on from, or None for a new run; touches nothing.
@@ -69,20 +85,18 @@ class RunFolder:
                 raise UserError(f"{self.path}: is a file, output_dir must be a folder")
             self.checkpoints.check_removable()
             step = self.checkpoints.newest_sound() if resume else None
-            manifest = self._manifest()
             if step is not None:
                 folder = self.checkpoints.path(step)
                 check_identity(folder, self._content(step)["of_run"]["identity"], identity)
-                manifest.check_adapter()
+                self._manifest().check_adapter()
                 return step
-            if self._is_used(resume) and not overwrite:
+            if self.is_used(resume) and not overwrite:
                 raise UserError(
                     f"{self.path} already holds a run{', but no checkpoint' if resume else ''}: "
                     f"{'' if resume else 'resume it, '}choose another output_dir, or set "
                     "overwrite to discard it"
                 )
-            manifest.check_files(self._names)
-            manifest.check_adapter()
+            self.check_foreign()
             if resume:
                 begun = "ended before its first checkpoint" if self.holds_run() else "is not there"
                 logger.warning(
@@ -183,15 +197,3 @@ class RunFolder:
 
     def _manifest(self) -> Manifest:
         return Manifest(self.path, self.adapter)
-
-    def _is_used(self, resume: bool = False) -> bool:
-        """Whether a run left something here that is worth keeping.
-
-        resume: what a run leaves that ended before its first checkpoint is not.
-        """
-        metrics = os.path.isfile(self.metrics) and self.metrics.stat().st_size > 0
-        return (
-            self.checkpoints.latest() is not None
-            or self.adapter.exists()
-            or (metrics and not resume)
-        )

@@ -173,4 +173,6 @@ def test_rounding_is_told_of(caplog):
     tell_rounding(cpu, dict(cpu))
     assert caplog.messages == []
     tell_rounding(cpu, {**cpu, "device": "cuda"})
-    assert caplog.messages == ["the same run, but for rounding, goes on with device: cpu, now cuda"]
+    assert caplog.messages == [
+        "the same run, but for rounding: made with device=cpu, now device=cuda"
+    ]
