@@ -6,7 +6,6 @@ Heavy modules are imported by the command that needs them, so that --help answer
 import functools
 import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
 
 import typer
@@ -78,13 +77,14 @@ def _common(
 def demo(
     overrides: Overrides = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder of the run.", show_default="runs/demo")
+        str | None,
+        typer.Option(metavar="FOLDER", help="Folder of the run.", show_default="runs/demo"),
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="Number of steps.", min=1)] = None,
+    steps: Annotated[int | None, typer.Option(metavar="N", help="Number of steps.", min=1)] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted demo.")] = False,
 ) -> None:
     """Fine-tune a small model and show what it learned."""
-    settings = [f"train.output_dir={json.dumps(str(out))}"] if out is not None else []
+    settings = [f"train.output_dir={json.dumps(out)}"] if out is not None else []
     settings += [f"train.max_steps={steps}"] if steps is not None else []
     _train("demo", [*settings, *(overrides or [])], resume)
 

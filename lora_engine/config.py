@@ -102,7 +102,7 @@ class DataConfig(_Section):
         if self.eval is not None and "eval_fraction" in self.model_fields_set:
             raise ValueError("give either eval or eval_fraction, not both")
         if self.eval_split is not None and self.eval is None:
-            raise ValueError("eval_split needs eval, the dataset it is a split of")
+            raise ValueError("eval_split needs eval, the dataset it is a split of; give both")
         return self
 
 
@@ -214,7 +214,9 @@ def _override(values: dict[str, Any], override: str) -> FieldPath:
         value = parse_value(text, path)
     except yaml.YAMLError as error:
         shown = text if len(text) <= 60 else f"{text[:57]}…"
-        raise UserError(f"command line: {key}: {shown!r} is not a valid YAML value") from error
+        raise UserError(
+            f"command line: {key}: {shown!r} is not a valid YAML value; quote it if it is text"
+        ) from error
     section = values
     for depth, part in enumerate(path[:-1], start=1):
         inner = section.get(part)
@@ -222,7 +224,8 @@ def _override(values: dict[str, Any], override: str) -> FieldPath:
             inner = section[part] = {}
         if not isinstance(inner, dict):
             raise UserError(
-                f"command line: {key}: {'.'.join(path[:depth])} is a value, it has no keys"
+                f"command line: {key}: {'.'.join(path[:depth])} is a value, it has no keys; "
+                f"give {'.'.join(path[:depth])}=VALUE"
             )
         section = inner
     section[path[-1]] = value

@@ -26,6 +26,21 @@ _YAML_READS = {
     "null": "nothing",
     "timestamp": "a date",
 }
+# What PyYAML, Python or this module says, and how it is mended.
+_MENDS = {
+    "'\\t'": "indent with spaces",
+    "expected": "",
+    "undefined alias": "give its anchor before it, or quote the text",
+    "constructor for the tag": "take the tag out",
+    "unhashable key": "give a text as key",
+    "another document": "give one in a file",
+    "must be in": "quote it if it is text",
+    "out of range": "quote it if it is text",
+    "digits": "give a smaller one",
+    "more than": "make it flatter or shorter",
+    "contains itself": "write the value out",
+}
+_LOOK = "check the quotes, brackets and indentation there"
 
 
 def shipped_configs() -> list[str]:
@@ -71,7 +86,9 @@ def parse_mapping(name: str, text: str) -> tuple[dict[str, Any], dict[FieldPath,
     except yaml.reader.ReaderError as error:
         place = f"{name}:{text.count(chr(10), 0, error.position) + 1}"
         character = f"character {chr(error.character)!r}" if error.character else "NUL character"
-        raise UserError(f"{place}: is not valid YAML: takes no {character}") from error
+        raise UserError(
+            f"{place}: is not valid YAML: takes no {character}; give plain text"
+        ) from error
     if values is None:
         raise UserError(f"{name}: is empty; it needs at least model.path and data.train")
     if not isinstance(values, dict):
@@ -125,7 +142,7 @@ def _count_values(node: yaml.Node, above: set[int], known: dict[int, int]) -> in
     if id(node) in known:
         return known[id(node)]
     if id(node) in above:
-        problem = "what has this anchor contains itself; write the value out"
+        problem = "what has this anchor contains itself"
         raise _refused(problem, node)
     inner: list[yaml.Node] = []
     if isinstance(node, yaml.MappingNode):
@@ -203,4 +220,5 @@ def _alternatives(path: Path, shipped: list[str]) -> str:
 
 def _problem(error: yaml.MarkedYAMLError) -> str:
     problem = error.problem or "it cannot be read"
-    return f"{problem}; indent with spaces" if "'\\t'" in problem else problem
+    hint = next((hint for said, hint in _MENDS.items() if said in problem), _LOOK)
+    return f"{problem}; {hint}" if hint else problem

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from lora_engine.errors import UnavailableError, UserError, reason
 from lora_engine.evaluation.text import bytes_text, one_line
+from lora_engine.files import system_error
 
 FAILED = 1
 USER_MISTAKE = 2
@@ -37,7 +38,6 @@ _REFUSALS = {
 }
 _MEMORY = re.compile(r"not enough memory|out of memory|std::bad_alloc|cannot allocate memory", re.I)
 _BYTES_ASKED = re.compile(r"allocate (\d+) bytes|allocate ([\d.]+ [KMGT]i?B)", re.I)
-_SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
 class Interrupted(Exception):
@@ -71,8 +71,9 @@ def describe(error: BaseException) -> Failure:
     """
     match error:
         case RunFailed(__cause__=BaseException() as cause):
-            if isinstance(cause, OSError) and cause.errno and cause.filename is None:
-                cause.filename = str(error.folder)
+            number = cause.errno if isinstance(cause, OSError) else system_error(cause)
+            if number and getattr(cause, "filename", None) is None:
+                cause = OSError(number, "", str(error.folder))
             failure = describe(cause)
             hint = f"; {error.hint}" if error.hint else ""
             return Failure(failure.line + hint, failure.status)
@@ -93,8 +94,8 @@ def _refusal(error: BaseException) -> str | None:
     if isinstance(error, OSError) and error.errno is not None:
         path = error.filename2 if error.filename is None else error.filename
         return system_refusal(error.errno, None if path is None else os.fsdecode(path))
-    if found := _SYSTEM_ERROR.search(text):  # libraries in Rust hand the system's number on
-        return system_refusal(int(found[1]), None)
+    if (number := system_error(error)) is not None:
+        return system_refusal(number, None)
     if isinstance(error, OSError):
         return reason(error)
     if (isinstance(error, ValueError) and "null byte" in text) or "null character" in text:

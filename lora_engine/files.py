@@ -1,6 +1,7 @@
 """Files that are whole or not there: written to a temporary name, flushed, then renamed."""
 
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,14 +30,37 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """An OSError in here names `path`: not a temporary file, and not nothing, as writing does."""
+    """An OSError in here names `path`, or what stands in that folder: not a temporary file, whose
+    name begins with a dot, and not nothing, as writing does.
+
+    So does the system's error that a library in Rust, such as safetensors, wraps in one of its own.
+    """
     try:
         yield
     except OSError as error:
-        error.filename = str(path)
+        if not _is_visible_below(error.filename, path):
+            error.filename = str(path)
         if error.filename2 is not None:  # None, once set, would be printed
             del error.filename2
         raise
+    except Exception as error:
+        if (number := system_error(error)) is None:
+            raise
+        raise OSError(number, os.strerror(number), str(path)) from error
+
+
+def _is_visible_below(name: object, folder: Path) -> bool:
+    try:
+        parts = Path(os.fsdecode(name)).relative_to(folder).parts  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return False
+    return not any(part.startswith(".") for part in parts)
+
+
+def system_error(error: BaseException) -> int | None:
+    """The system's error number (see errno) in what a library says; None if it says none."""
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found else None
 
 
 def user_path(path: str | Path) -> Path:
@@ -45,7 +69,7 @@ def user_path(path: str | Path) -> Path:
     if not text.strip():
         raise ValueError("is empty, expected a path")
     if "\0" in text:
-        raise ValueError("holds a NUL character, which no path can")
+        raise ValueError("holds a NUL character, which no path can; take it out")
     try:
         return Path(text).expanduser()
     except RuntimeError as error:

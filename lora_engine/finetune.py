@@ -166,7 +166,10 @@ def prepare_data(data: DataConfig, tokenizer: Any) -> tuple[TokenizedDataset, To
         )
     else:
         records = read_records(data.train, split=data.split)
-        training, heldout = split_heldout(records, data.eval_fraction, seed=data.seed)
+        try:
+            training, heldout = split_heldout(records, data.eval_fraction, seed=data.seed)
+        except UserError as error:
+            raise UserError(f"{data.train}: {error}") from error
         train_data = prepare(training, tokenizer, **options)
         eval_data = prepare(heldout, tokenizer, limit=data.eval_limit, **options)
     return (

@@ -51,7 +51,7 @@ def run(capsys, *arguments):
         ),
         (
             ["train", "demo", "data.train=gone.jsonl", "model.path=./gone"],
-            "./gone: no such model folder or file",
+            "./gone: no such model folder or file; check the path",
         ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -382,7 +382,7 @@ def test_full_fine_tuning(settings):
     [
         ("lora.target_modules=[q_prj]", "lora.target_modules: .*q_prj"),
         ("data.train=row.jsonl", "row.jsonl: no such file; did you mean rows.jsonl?"),
-        ("model.path=./gone", "./gone: no such model folder or file"),
+        ("model.path=./gone", "./gone: no such model folder or file; check the path"),
         ("train.output_dir=rows.jsonl", "rows.jsonl: is a file, train.output_dir must be a folder"),
     ],
 )

@@ -98,7 +98,8 @@ def test_null_lora_is_full_fine_tuning_and_can_be_given_back():
         (
             BASE + "train: {max_grad_norm: off}\n",
             [],
-            "run.yaml:3: train.max_grad_norm: expected a number > 0 or null, got False",
+            "run.yaml:3: train.max_grad_norm: expected a number > 0 and ≤ 1,000,000,000 or null, "
+            "got False",
         ),
         (BASE, ["lora.r=true"], "command line: lora.r: expected a whole number ≥ 1, got True"),
         (
@@ -156,7 +157,8 @@ def test_null_lora_is_full_fine_tuning_and_can_be_given_back():
         (
             BASE,
             ["data.train.split=x"],
-            "command line: data.train.split: data.train is a value, it has no keys",
+            "command line: data.train.split: data.train is a value, it has no keys; "
+            "give data.train=VALUE",
         ),
         (
             BASE + "lora:\n  adapters:\n    one: {rr: 3}\n",
@@ -274,7 +276,11 @@ def test_null_lora_is_full_fine_tuning_and_can_be_given_back():
             "command line: train.adapter_learning_rates: no adapter 'oen'; did you mean one?",
         ),
         (BASE, ["train=5"], "command line: train: expected a section of keys, got 5"),
-        (BASE, ["lora.r=[1"], "command line: lora.r: '[1' is not a valid YAML value"),
+        (
+            BASE,
+            ["lora.r=[1"],
+            "command line: lora.r: '[1' is not a valid YAML value; quote it if it is text",
+        ),
     ],
     ids=lambda value: value[:60] if isinstance(value, str) and ":" in value[:20] else None,
 )

@@ -167,7 +167,7 @@ def prepare(
             f"{found.count:,} times {found.text} ({found.places()})"
             for found in group((drop.origin, drop.reason) for drop in dropped)
         )
-        raise UserError(f"{name}: no example is left to learn from: {reasons}")
+        raise UserError(f"{name}: no example is left to learn from, give other data: {reasons}")
     return dataset
 
 

@@ -45,7 +45,7 @@ def raise_listed(name: str, problems: Sequence[tuple[str, str]], total: int) -> 
     listed = list(dict.fromkeys(_line(*problem, frequent) for problem in problems))
     if len(listed) > LINES:
         listed[LINES:] = [f"and {len(listed) - LINES:,} other problems"]
-    start = f"{name}: {len(problems):,} of {total:,} records cannot be used:"
+    start = f"{name}: {len(problems):,} of {total:,} records cannot be used, mend or remove them:"
     raise UserError(f"{start} {listed[0]}" if len(listed) == 1 else "\n  ".join([start, *listed]))
 
 

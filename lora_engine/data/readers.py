@@ -164,7 +164,7 @@ def read_parquet(path: Path) -> Iterator[Row | RowError]:
     except problems as error:
         after = f" after row {number}" if number else ""
         raise UserError(
-            f"{path}: is not a readable Parquet file{after}: {reason(error)}"
+            f"{path}: is not a readable Parquet file{after}, get it anew: {reason(error)}"
         ) from error
 
 

@@ -106,7 +106,7 @@ def read_records(source: "Source", *, split: str | None = None) -> list[Record]:
         raise UserError(f"{name}: cannot be read: {error.strerror or error}") from error
     raise_listed(name, problems, len(records) + len(problems))
     if not records:
-        raise UserError(f"{name}: holds no records")
+        raise UserError(f"{name}: holds no records; give a source that has some")
     return records
 
 
@@ -277,7 +277,7 @@ def _open(source: str | Path, split: str | None) -> tuple[str, Iterable[Row | Ro
     if exists:
         raise UserError(f"{source}: is neither a file nor a link to one; save the data to a file")
     if isinstance(source, Path) or path.suffix in READERS or not _looks_like_hub_id(source):
-        raise UserError(f"{source}: no such file{_alternative(path)}")
+        raise UserError(f"{source}: no such file{_alternative(path) or '; check the path'}")
     if "/" not in source and (close := nearest(source, BUILT_IN)):
         raise UserError(f"{source}: no such file; did you mean {close}?")
     return source, _rows_in_memory(_load_hub(source, split), split, prefix=source)

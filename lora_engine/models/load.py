@@ -4,22 +4,20 @@ import json
 import logging
 import platform
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from lora_engine.errors import UserError, nearest
-from lora_engine.files import write_text
+from lora_engine.files import user_path, write_text
 from lora_engine.models.cache import user_cache_dir
-from lora_engine.models.gguf import (
-    converted_gguf,
-    gguf_tokenizer,
-    no_progress_bars,
-    smollm2_gguf_path,
+from lora_engine.models.gguf import converted_gguf, gguf_tokenizer, smollm2_gguf_path
+from lora_engine.models.transformers_files import (
+    check_config,
+    check_weights,
+    quiet_transformers,
+    readable_folder,
 )
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -77,10 +75,17 @@ def resolve_device(device: str | torch.device) -> torch.device:
         resolved = torch.device(device)
     except RuntimeError as error:
         raise UserError(f"device {device!r} is unknown; use auto, cpu, cuda or cuda:N") from error
+    if resolved.type == "meta":
+        raise UserError("device 'meta' holds no numbers to train; use auto, cpu, cuda or cuda:N")
     if resolved.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (resolved.index or 0) >= count:
             raise UserError(f"device {device!r} is not here: torch sees {count} GPU(s); use auto")
+    elif resolved.type != "cpu":
+        try:
+            torch.empty(1, device=resolved)
+        except Exception as error:  # each of torch's backends has errors of its own
+            raise UserError(f"device {device!r} is not here; use auto or cpu") from error
     return resolved
 
 
@@ -166,25 +171,32 @@ def resolve_source(source: str | Path) -> Path | str:
     """
     if str(source) in SHORT_NAMES and not Path(source).exists():
         return SHORT_NAMES[str(source)]()
-    path = Path(source).expanduser()
+    try:
+        path = user_path(source)
+    except ValueError as error:
+        raise UserError(f"model {str(source)!r}: {error}") from error
     if path.is_file():
         if path.suffix != ".gguf":
             raise UserError(f"{source}: is not a model; give its folder, or a .gguf file")
         return path
     if path.is_dir():
         if not (path / "config.json").is_file():
+            mend = "; give the folder that has one"
             hint = (
                 "; it is an adapter, load the model it was trained on"
                 if (path / "adapter_config.json").is_file()
                 else ""
             )
-            raise UserError(f"{source}: is not a model folder, it has no config.json{hint}")
+            raise UserError(f"{source}: is not a model folder, it has no config.json{hint or mend}")
+        check_config(path / "config.json")
         return str(path)
     looks_like_path = (
         isinstance(source, Path) or source.startswith((".", "/", "~")) or source.count("/") > 1
     )
     if looks_like_path or path.suffix == ".gguf":
-        raise UserError(f"{source}: no such model folder or file{_alternative(path)}")
+        raise UserError(
+            f"{source}: no such model folder or file{_alternative(path) or '; check the path'}"
+        )
     if "/" not in str(source) and (close := nearest(str(source), SHORT_NAMES)):
         raise UserError(f"{source}: no such model; did you mean {close}?")
     return str(source)
@@ -199,19 +211,15 @@ def _alternative(path: Path) -> str:
 def _model(source: str, resolved: str, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM
 
-    with _user_errors(source, resolved), no_progress_bars():
+    with readable_folder(source, resolved), quiet_transformers():
         model, info = AutoModelForCausalLM.from_pretrained(
             resolved,
             dtype=dtype,
             use_safetensors=True,  # never a pickle
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, in one line
         )
-    # transformers fills what is missing with random numbers and a warning.
-    if missing := sorted(info["missing_keys"]):
-        raise UserError(
-            f"{source}: its weights lack {len(missing)} of the model's tensors, such as "
-            f"{missing[0]}; get the complete model"
-        )
+    check_weights(source, model, info)
     _leave_the_file(model)
     return model
 
@@ -227,25 +235,12 @@ def _leave_the_file(model: Any) -> None:
 
 
 def _tokenizer(source: str, resolved: str) -> Any:
-    from transformers import AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
-    with _user_errors(source, resolved):
-        tokenizer = AutoTokenizer.from_pretrained(resolved)
+    with readable_folder(source, resolved), quiet_transformers():
+        config = AutoConfig.from_pretrained(resolved)
+    with readable_folder(source, resolved, "tokenizer"), quiet_transformers():
+        tokenizer = AutoTokenizer.from_pretrained(resolved, config=config)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
-
-
-@contextmanager
-def _user_errors(source: str, resolved: str) -> Iterator[None]:
-    """What transformers raises for a bad source, as one line."""
-    try:
-        yield
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
-        first_line = (str(error).splitlines() or [type(error).__name__])[0]
-        problem = (
-            "cannot be loaded as a causal language model"
-            if Path(resolved).is_dir()
-            else "no such folder, and not loadable from the Hugging Face hub"
-        )
-        raise UserError(f"{source}: {problem}: {first_line}") from error

@@ -125,6 +125,7 @@ class TrainConfig(BaseModel):
     max_grad_norm: float | None = Field(
         1.0,
         gt=0,
+        le=10**9,
         description="Gradients with a larger global norm are scaled down to it; null never does.",
     )
 
@@ -172,7 +173,7 @@ class TrainConfig(BaseModel):
                 f"warmup_steps {self.warmup_steps} must be less than max_steps {self.max_steps}"
             )
         if self.early_stopping_patience is not None and self.eval_every is None:
-            raise ValueError("early_stopping_patience needs eval_every")
+            raise ValueError("early_stopping_patience needs eval_every; give both")
         return self
 
     def trajectory(self) -> dict[str, object]:

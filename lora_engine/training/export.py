@@ -16,9 +16,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lora_engine.models.gguf import no_progress_bars
 from lora_engine.models.origin import Base, base_of
 from lora_engine.models.routing import active_adapters
+from lora_engine.models.transformers_files import quiet_transformers
 from lora_engine.training.atomic import new_folder
 from lora_engine.training.card import CardFacts, adapter_card, index_card, model_card
 
@@ -32,7 +32,7 @@ def export_model(model: Any, tokenizer: Any, target: Path, facts: CardFacts) -> 
     from peft import PeftModel
 
     base = base_of(model)
-    with new_folder(target) as folder, no_progress_bars():
+    with new_folder(target) as folder, quiet_transformers():
         model.save_pretrained(folder)
         if isinstance(model, PeftModel):
             _complete_adapters(model, tokenizer, folder, base, facts)

@@ -37,7 +37,8 @@ class Manifest:
         """Raises UserError if one of the files is there and the run did not write it."""
         for name in names:
             path = self._folder / name
-            if path.is_symlink() or (path.exists() and name not in self._files):
+            known = name in self._files and not path.is_dir()
+            if path.is_symlink() or (path.exists() and not known):
                 raise UserError(f"{path}: {_FOREIGN}")
 
     def check_adapter(self) -> None:

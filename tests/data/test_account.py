@@ -27,7 +27,7 @@ def test_many_of_the_same_are_one_line_with_a_count_and_three_places():
     with pytest.raises(UserError) as caught:
         raise_listed("a.jsonl", [(f"a.jsonl:{i}", "is wrong") for i in range(1, 387)], 400)
     assert str(caught.value) == (
-        "a.jsonl: 386 of 400 records cannot be used: "
+        "a.jsonl: 386 of 400 records cannot be used, mend or remove them: "
         "a.jsonl:1, a.jsonl:2, a.jsonl:3 and 383 more: is wrong"
     )
 

@@ -111,7 +111,9 @@ def test_leakage_of_nothing():
 
 
 def test_nothing_left_says_why(tokenizer):
-    with pytest.raises(UserError, match="no example is left to learn from: 2 times nothing"):
+    with pytest.raises(
+        UserError, match="no example is left to learn from, give other data: 2 times nothing"
+    ):
         prepare([pair("a", ""), pair("b", "")], tokenizer)
 
 
@@ -127,5 +129,5 @@ def test_all_records_that_cannot_be_rendered_are_listed():
     with pytest.raises(UserError) as caught:
         prepare([good, bad, good, bad], tokenizer)
     first, *rest = str(caught.value).splitlines()
-    assert first == "data: 2 of 4 records cannot be used:"
+    assert first == "data: 2 of 4 records cannot be used, mend or remove them:"
     assert [line.split(": ")[0].strip() for line in rest] == ["record:1", "record:3"]

@@ -119,7 +119,7 @@ def test_all_malformed_lines_are_listed(tmp_path):
     with pytest.raises(UserError) as caught:
         read_records(path)
     first, *rest = str(caught.value).splitlines()
-    assert first == f"{path}: 11 of 12 records cannot be used:"
+    assert first == f"{path}: 11 of 12 records cannot be used, mend or remove them:"
     problems = [(line, p) for line, p in enumerate(BAD_LINES.values(), start=1) if p]
     assert len(rest) == len(problems)
     for shown, (line, problem) in zip(rest, problems, strict=True):

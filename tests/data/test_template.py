@@ -91,6 +91,7 @@ def test_the_same_failure_is_told_once():
     with pytest.raises(UserError) as caught:
         prepare([CHAT] * 386, make_byte_level("{{ 1 / 0 }}"))
     assert str(caught.value) == (
-        "data: 386 of 386 records cannot be used: record:0, record:1, record:2 and 383 more: "
+        "data: 386 of 386 records cannot be used, mend or remove them: "
+        "record:0, record:1, record:2 and 383 more: "
         "the chat template fails on this conversation: ZeroDivisionError: division by zero"
     )

@@ -41,7 +41,7 @@ def test_the_trainer_names_every_record_with_a_token_beyond_the_embedding(tmp_pa
         Trainer(model_of(size), tokenizer, [{"text": "fine"}], data, config)
     assert str(caught.value) == "\n  ".join(
         [
-            "data: 2 of 3 records cannot be used:",
+            "data: 2 of 3 records cannot be used, mend or remove them:",
             *(
                 f"{origin}: token {size} ('<extra>') is beyond the model's vocabulary of {size} "
                 "rows; add rows with model.resize_token_embeddings(len(tokenizer)), or take the "

@@ -266,7 +266,7 @@ class TestMistakes:
     @pytest.mark.parametrize(
         ("source", "message"),
         [
-            ("/no/such/model", r"^/no/such/model: no such model folder or file$"),
+            ("/no/such/model", r"^/no/such/model: no such model folder or file; check the path$"),
             ("./nothing.gguf", r"^\./nothing\.gguf: no such model"),
             (Path("nothing"), r"^nothing: no such model"),
             ("smolm2", r"^smolm2: no such model; did you mean smollm2\?$"),
@@ -289,7 +289,9 @@ class TestMistakes:
             load_model(tmp_path / "notes.txt")
         with pytest.raises(UserError, match="is not a GGUF file"):
             load_model(tmp_path / "fake.gguf")
-        with pytest.raises(UserError, match=r"it has no config\.json$"):
+        with pytest.raises(
+            UserError, match=r"it has no config\.json; give the folder that has one$"
+        ):
             load_model(tmp_path)
         (tmp_path / "adapter_config.json").touch()
         with pytest.raises(UserError, match="it is an adapter"):
@@ -297,7 +299,7 @@ class TestMistakes:
 
     def test_a_folder_that_cannot_be_loaded_is_one_line(self, folder):
         (folder / "model.safetensors").unlink()
-        with pytest.raises(UserError, match="cannot be loaded as a causal") as caught:
+        with pytest.raises(UserError, match=r"has no weights; copy its model.safe") as caught:
             load_model(folder, dtype="float32")
         assert "\n" not in str(caught.value)
 
@@ -309,7 +311,7 @@ class TestMistakes:
 
     def test_pickled_weights_are_not_read(self, folder):
         (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-        with pytest.raises(UserError, match="cannot be loaded as a causal"):
+        with pytest.raises(UserError, match="its weights are pickled"):
             load_model(folder, dtype="float32")
 
     def test_missing_tensors_are_not_made_up(self, folder):
@@ -333,7 +335,7 @@ class TestMistakes:
         )
         lines = done.stdout.splitlines()
         assert len(lines) == 1, done.stderr
-        assert lines[0].startswith("someone/model: no such folder, and not loadable from the Hug")
+        assert lines[0].startswith("someone/model: no such folder, and not to be had from the Hug")
 
     @pytest.mark.parametrize(
         ("options", "message"),

@@ -108,7 +108,9 @@ def test_another_adapter_is_other_data():
 def test_records_that_fit_no_adapter_are_refused(tmp_path, active, adapter, message):
     examples = [replace(e, adapter="default") for e in TRAIN.examples[:5]]
     examples[1:3] = [replace(e, adapter=adapter) for e in examples[1:3]]
-    with pytest.raises(UserError, match=rf"2 of 5 records cannot be used:\n +{message}"):
+    with pytest.raises(
+        UserError, match=rf"2 of 5 records cannot be used, mend or remove them:\n +{message}"
+    ):
         make_trainer(tmp_path, two_adapters(active), TokenizedDataset(examples))
 
 
