@@ -171,7 +171,7 @@ def dx_formula(group: Group, dropout: Dropout | None) -> Callable[..., Tensor]:
         dx = dy @ weight
         for i, (_, columns) in enumerate(group.spans):
             if columns.stop > columns.start:
-                dx = dx + masked(ds[:, columns] @ lora_a[columns], dropout, i)
+                dx = dx + masked(ds[:, columns].contiguous() @ lora_a[columns], dropout, i)
         return dx
 
     return formula
