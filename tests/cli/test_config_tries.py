@@ -166,7 +166,7 @@ def every_wrong_value():
             yield pytest.param(dotted(path), value, id=f"{dotted(path)}={value[:12]}")
 
 
-@pytest.mark.parametrize(("key", "value"), every_wrong_value())
+@pytest.mark.parametrize(("key", "value"), list(every_wrong_value()))
 def test_every_key_refuses_what_it_cannot_be(capfd, folder, key, value):
     entry = override(key, f"{key}={value}", "command line", key)
     check(capfd, folder, entry)
