@@ -33,7 +33,9 @@ An unknown key or a value of the wrong kind stops the run before any work, with 
 names the file, the line, the key and what is expected. Paths are relative to the folder the
 command is run in, and `~` is the home folder. The exit status is 0 for a run that ended, 2 for a
 mistake in what was given, 1 where the machine refused (no memory, a full disk) or the engine has a
-bug, and 130 after an interruption; every line says how to mend it or to go on. `train.output_dir/config.yaml` keeps the whole configuration of a run.
+bug, and 130 after an interruption; every line says how to mend it or to go on.
+
+`train.output_dir/config.yaml` keeps the whole configuration of a run.
 
 This page is generated from the models in `lora_engine/config.py` and
 `lora_engine/training/config.py`.
