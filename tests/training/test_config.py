@@ -64,8 +64,8 @@ def test_is_frozen():
     [
         ({"learning_rate": 0.5}, False),
         ({"seed": 3}, False),
-        ({"max_steps": 9}, False),
         ({"tokens_per_batch": 99}, False),
+        ({"max_steps": 9}, True),  # an extended run
         ({"save_every": 7}, True),
         ({"eval_every": 7}, True),
         ({"output_dir": "elsewhere"}, True),
