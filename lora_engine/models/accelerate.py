@@ -45,8 +45,9 @@ def accelerate(
     step where batches are of equal size), which `restore` does not take back.
 
     `verify`, a batch as the model takes it with labels, runs loss and gradients both ways and
-    raises ValueError outside VERIFY_TOLERANCE. `strict` raises UserError where anything was left.
-    Accelerating an accelerated model does it anew (after adding an adapter, say).
+    raises ValueError outside the VERIFY_TOLERANCE of the coarsest weights. `strict` raises
+    UserError where anything was left. Accelerating an accelerated model does it anew (after adding
+    an adapter, say).
     """
     restore(model)
     inner = transformers_model(model)
@@ -60,7 +61,7 @@ def accelerate(
         if strict and report.left:
             raise UserError(f"accelerate(strict=True) left parts of the model:\n{report}")
         if verify is not None and expected is not None:
-            _compare(expected, _loss_and_gradients(model, verify))
+            _compare(expected, _loss_and_gradients(model, verify), _coarsest_dtype(model))
     except BaseException:
         restore(model)
         raise
@@ -251,11 +252,18 @@ def _loss_and_gradients(model: Any, batch: dict[str, Tensor]) -> tuple[float, di
     return loss.item(), {name: grad for name, grad in named if grad is not None}
 
 
+def _coarsest_dtype(model: nn.Module) -> torch.dtype:
+    """What activations are rounded to: PEFT keeps adapters in float32 over a bfloat16 model."""
+    dtypes = (p.dtype for p in model.parameters() if p.is_floating_point())
+    return min(dtypes, key=lambda dtype: dtype.itemsize)
+
+
 def _compare(
-    expected: tuple[float, dict[str, Tensor]], actual: tuple[float, dict[str, Tensor]]
+    expected: tuple[float, dict[str, Tensor]],
+    actual: tuple[float, dict[str, Tensor]],
+    dtype: torch.dtype,
 ) -> None:
     (loss, grads), (our_loss, our_grads) = expected, actual
-    dtype = min((grad.dtype for grad in grads.values()), key=lambda d: d.itemsize)
     tolerance = VERIFY_TOLERANCE.get(dtype, 5e-2)
     if abs(our_loss - loss) > tolerance * max(1.0, abs(loss)):
         raise ValueError(f"accelerate(verify=…): loss {our_loss:.6g}, the model's own {loss:.6g}")

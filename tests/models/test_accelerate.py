@@ -292,6 +292,12 @@ def test_verify_passes_and_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     assert model.config._attn_implementation != "lora_engine"
 
 
+def test_verify_judges_float32_adapters_by_the_bfloat16_weights_under_them() -> None:
+    model = with_lora(tiny_llama(dtype=torch.bfloat16))
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    lora_engine.accelerate(model, verify=batch("right"))
+
+
 def test_adapter_saved_by_peft_loads_into_a_plain_model(tmp_path: Any) -> None:
     model = with_lora(tiny_llama())
     lora_engine.accelerate(model)
