@@ -32,8 +32,7 @@ class EmbeddingForward:
             for name in module.active_adapters
             if name in module.lora_embedding_A and not module.disable_adapters
         ]
-        rows = self.router.rows
-        routes = None if rows is None else rows.to(x.device).view(x.shape)
+        routes = self.router.routes(x.shape, x.device)
         return ops.lora_embedding(x, module.get_base_layer().weight, adapters, routes=routes)
 
 

@@ -96,8 +96,7 @@ class LinearGroup:
 
     def routes(self, x: Tensor) -> Tensor | None:
         """The adapter of each of x's rows [...], if rows are routed."""
-        rows = self.router.rows
-        return None if rows is None else rows.to(x.device).view(x.shape[:-1])
+        return self.router.routes(x.shape[:-1], x.device)
 
     def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
         if self.weight is not None and self.ready():

@@ -3,7 +3,10 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor
+
+from lora_engine.errors import UserError
 
 
 class AdapterRouter:
@@ -16,6 +19,20 @@ class AdapterRouter:
     def __init__(self) -> None:
         self.names: tuple[str, ...] = ()
         self.rows: Tensor | None = None
+
+    def routes(self, shape: torch.Size, device: torch.device) -> Tensor | None:
+        """The adapter of each of a batch's tokens, which have that shape; None if not routed.
+
+        Raises UserError where there are more or fewer rows than tokens.
+        """
+        if self.rows is None:
+            return None
+        if self.rows.numel() != shape.numel():
+            raise UserError(
+                f"route_adapters: {self.rows.numel()} rows for a batch of {shape.numel()} tokens "
+                f"{list(shape)}; give one for each token"
+            )
+        return self.rows.to(device).view(shape)
 
     @contextmanager
     def selecting(self, index: Tensor | None) -> Iterator[None]:

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lora_engine.errors import UserError
@@ -30,18 +31,33 @@ def _why_not(model: Any) -> str | None:
     return None
 
 
+def _checked(rows: Tensor, count: int) -> Tensor:
+    """`rows` [tokens], each from -1 to count - 1."""
+    if rows.dtype != torch.int64:
+        raise UserError(f"route_adapters: rows are {rows.dtype}, expected torch.int64")
+    if rows.numel():
+        least, most = (value.item() for value in torch.aminmax(rows))
+        if least < -1 or most >= count:
+            raise UserError(
+                f"route_adapters: rows go from {least} to {most}; expected 0 to {count - 1}, "
+                "the adapters by their place in names, or -1 for none"
+            )
+    return rows.reshape(-1)
+
+
 @contextmanager
 def route_adapters(model: Any, names: Sequence[str], rows: Tensor) -> Iterator[None]:
     """Within this context row i of a batch uses the adapter `names[rows[i]]` of PEFT, and no other.
 
-    `rows` [tokens of the batch, B * L] int64; -1 for the base model alone. The adapters may have
-    any ranks and scalings; each gets the gradients it would get if its rows were trained alone, so
-    long as no sequence mixes adapters. All of them have to be active
+    `rows` [B, L] or [B * L] int64, one for each token; -1 for the base model alone. The adapters
+    may have any ranks and scalings; each gets the gradients it would get if its rows were trained
+    alone, so long as no sequence mixes adapters. All of them have to be active
     (`model.base_model.set_adapter([...])`). The backward pass may run outside the context,
     unless layers are checkpointed: then they run again in it.
 
     Raises UserError for models that are not accelerated, for adapters that are unknown or not
-    active, for LoRA on the output head and `modules_to_save` and, when the model is called, for
+    active, for rows that are no numbers of `names`, for LoRA on the output head and
+    `modules_to_save` and, when the model is called, for a batch of more or fewer tokens and for
     layers that the augmented weight does not cover.
     """
     attached = attachment(transformers_model(model))
@@ -60,7 +76,7 @@ def route_adapters(model: Any, names: Sequence[str], rows: Tensor) -> Iterator[N
         raise UserError(f"route_adapters: {problem} cannot be routed by row")
     router = attached.router
     before = router.names, router.rows
-    router.names, router.rows = tuple(names), rows
+    router.names, router.rows = tuple(names), _checked(rows, len(names))
     try:
         yield
     finally:

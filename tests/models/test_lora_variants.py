@@ -140,7 +140,7 @@ def test_rows_routed_by_adapter_train_each_as_if_alone() -> None:
     lora_engine.accelerate(model, strict=True)
     first, second = packed((7, 5), seed=1), packed((9,), seed=2)
     both = {key: torch.cat((first[key], second[key]), dim=1) for key in first}
-    rows = torch.tensor([0] * 12 + [1] * 9)
+    rows = torch.tensor([0] * 12 + [1] * 9)[None]
     with lora_engine.route_adapters(model, ["default", "other"], rows):
         together = gradients_of(model, both)
     for name, part in (("default", first), ("other", second)):
@@ -176,10 +176,21 @@ def refuse_plain(model: Any) -> None:
         pass
 
 
+def run_rows(model: Any, rows: torch.Tensor) -> None:
+    with lora_engine.route_adapters(model, ["default"], rows):
+        model(batch()["input_ids"], use_cache=False)
+
+
 @pytest.mark.parametrize(
     "misuse,message",
-    [(refuse_unknown, "no adapter 'none'"), (refuse_plain, "accelerate")],
-    ids=["unknown", "plain"],
+    [
+        (refuse_unknown, "no adapter 'none'"),
+        (refuse_plain, "accelerate"),
+        (lambda model: run_rows(model, torch.zeros(60)), "torch.float32, expected torch.int64"),
+        (lambda model: run_rows(model, torch.arange(60) - 1), "from -1 to 58; expected 0 to 0"),
+        (lambda model: run_rows(model, torch.zeros(59).long()), r"59 rows .* 60 tokens \[3, 20\]"),
+    ],
+    ids=["unknown", "plain", "floats", "no_such_number", "too_few"],
 )
 def test_routing_that_cannot_work_is_refused(misuse: Callable[[Any], None], message: str) -> None:
     model = two_adapters()
