@@ -29,8 +29,9 @@ def cached_folder(folder: Path, build: Callable[[Path], None]) -> Path:
     temporary = Path(tempfile.mkdtemp(prefix=".building-", dir=folder.parent))
     try:
         build(temporary)
-        temporary.chmod(0o755)  # mkdtemp makes it private
         for path in (*temporary.rglob("*"), temporary):
+            # mkdtemp and safetensors make what they make private
+            path.chmod(0o755 if path.is_dir() else 0o644)
             _flush(path)
         try:
             temporary.rename(folder)

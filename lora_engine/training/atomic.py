@@ -39,9 +39,11 @@ def sync_file(path: Path) -> None:
         os.close(descriptor)
 
 
-def _sync_tree(folder: Path) -> None:
+def _finish_tree(folder: Path) -> None:
+    """Flushes all files, and has others read them: safetensors makes its files private."""
     for parent, _, files in os.walk(folder):
         for name in files:
+            Path(parent, name).chmod(0o644)
             sync_file(Path(parent, name))
         sync_file(Path(parent))
 
@@ -78,7 +80,7 @@ def new_folder(target: Path) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
-        _sync_tree(temporary)
+        _finish_tree(temporary)
         if target.exists():
             remove_folder(target)
         temporary.rename(target)

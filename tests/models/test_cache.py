@@ -27,6 +27,11 @@ def test_built_once(tmp_path):
     assert target.stat().st_mode & 0o777 == 0o755
 
 
+def test_files_that_were_made_private_can_be_read_by_others(tmp_path):
+    folder = cached_folder(tmp_path / "a", lambda target: (target / "f").touch(mode=0o600))
+    assert (folder / "f").stat().st_mode & 0o777 == 0o644
+
+
 def test_nothing_remains_of_a_failed_build(tmp_path):
     def fail(folder):
         fill(folder)

@@ -12,6 +12,12 @@ def test_folder_appears_whole(tmp_path):
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["target"]
 
 
+def test_files_that_were_made_private_can_be_read_by_others(tmp_path):
+    with new_folder(tmp_path / "target") as folder:
+        (folder / "weights").touch(mode=0o600)
+    assert (tmp_path / "target" / "weights").stat().st_mode & 0o777 == 0o644
+
+
 def test_replaces_what_was_there(tmp_path):
     for text in ("old", "new"):
         with new_folder(tmp_path / "target") as folder:
