@@ -117,14 +117,17 @@ def _finetune(config: RunConfig, resume: bool, observer: Observer | None) -> Out
         (folder / name).unlink(missing_ok=True)
     write_text(folder / "config.yaml", dump_config(config))
     write_text(folder / "samples_before.json", json.dumps(before))
-    tell(f"measuring {len(eval_data):,} held-out examples, then training")
+    if step is None:
+        tell(f"measuring {len(eval_data):,} held-out examples, then training")
+    elif step == trainer.total_steps:
+        tell(f"all {step:,} steps are done; the results are written again")
     result = trainer.fit(resume=resume)
     if coverage is not None:
         restore(model)
     if result.stopped == "interrupted":
         return Outcome(folder, result, None)
     if prompts:
-        tell(f"writing {len(prompts)} samples")
+        tell(f"writing {_samples(len(prompts))}")
     after = generate(model, tokenizer, prompts, max_new_tokens=config.samples.max_new_tokens)
     summary = {
         **result.summary(),
@@ -231,6 +234,10 @@ def _origin(config: RunConfig, model: Any) -> dict[str, Any]:
     return {"weights": model_weights_sha256(model), **seed}
 
 
+def _samples(count: int) -> str:
+    return "1 sample" if count == 1 else f"{count:,} samples"
+
+
 def _samples_before(
     config: RunConfig, model: Any, tokenizer: Any, prompts: list[Prompt], resumed: bool, tell: Any
 ) -> dict[str, Any]:
@@ -245,7 +252,7 @@ def _samples_before(
         if isinstance(texts, list) and [type(text) for text in texts] == [str] * len(prompts):
             return kept
     if prompts:
-        tell(f"writing {len(prompts)} samples before training")
+        tell(f"writing {_samples(len(prompts))} before training")
     texts = generate(model, tokenizer, prompts, max_new_tokens=config.samples.max_new_tokens)
     return {"asked": asked, "texts": texts}
 

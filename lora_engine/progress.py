@@ -50,7 +50,7 @@ class ConsoleProgress:
         """Training begins, or continues at trainer.state.step."""
         self._total, self._first = trainer.total_steps, trainer.state.step
         self._started = time.monotonic()
-        if self._first:
+        if 0 < self._first < self._total:
             self.stage(f"continuing from step {self._first:,}")
         if self._console.is_terminal:
             self._bar = Progress(

@@ -246,6 +246,12 @@ def test_interrupted_and_resumed_is_the_same_run(settings):
     assert resumed.summary["peak_memory_bytes"] >= max(peaks)
     losses = [[row["loss"] for row in read_metrics(settings / name)] for name in ("whole", "out")]
     assert losses[0] == losses[1]
+    ended = Recorder()
+    assert finetune(load_config("out/config.yaml"), resume=True, observer=ended).summary
+    assert (
+        ended.steps == [] and "all 4 steps are done; the results are written again" in ended.stages
+    )
+    assert not any("measuring" in stage for stage in [*observer.stages, *ended.stages])
 
 
 def test_used_folder_is_not_touched_without_being_told(settings):
