@@ -62,7 +62,7 @@ AdapterName = Annotated[str, AfterValidator(_can_name_an_adapter)]
 class AdapterConfig(_Section):
     """One of several adapters; what it leaves out is as `lora` has it."""
 
-    r: int | None = Field(default=None, ge=1, description="Rank of the adapter.")
+    r: int | None = Field(default=None, ge=1, le=10**6, description="Rank of the adapter.")
     alpha: float | None = Field(
         default=None, gt=0, le=10**6, description="Scale: its output is multiplied by alpha / r."
     )
@@ -85,7 +85,7 @@ class AdapterConfig(_Section):
 class LoraConfig(_Section):
     """The LoRA adapter, handed on to `peft.LoraConfig`."""
 
-    r: int = Field(default=16, ge=1, description="Rank of the adapter.")
+    r: int = Field(default=16, ge=1, le=10**6, description="Rank of the adapter.")
     alpha: float = Field(
         default=32,
         gt=0,

@@ -16,7 +16,7 @@ from types import ModuleType
 import torch
 
 from lora_engine import openmp
-from lora_engine.errors import UnavailableError
+from lora_engine.errors import EngineWarning, UnavailableError
 
 # oneDNN and torch's layer over it each keep up to 1024 compiled matrix products, one per shape.
 # Packed batches bring new shapes every step, about 16 MB of them for a 135M model: the process
@@ -248,7 +248,8 @@ def _choose_once(
 
 @cache
 def _warn_once(operation: str, reason: str) -> None:
-    warnings.warn(f"lora_engine.{operation} runs as the PyTorch reference: {reason}", stacklevel=4)
+    message = f"lora_engine.{operation} runs as the PyTorch reference: {reason}"
+    warnings.warn(message, EngineWarning, stacklevel=4)
 
 
 def explain(

@@ -1,12 +1,11 @@
 """The command line's entry: runs a command, and turns whatever ends it into a line and a status."""
 
-import contextlib
 import os
 import signal
 import sys
 import traceback
-import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext, suppress
 from typing import Any
 
 from lora_engine.evaluation.text import one_line
@@ -31,12 +30,11 @@ def _run(arguments: Sequence[str], debug: bool) -> int:
     if sys.stdout is None:
         return _tell("standard output is closed; send it to /dev/null to see nothing", FAILED)
     if not debug:  # what libraries tell their developers
-        warnings.simplefilter("ignore")
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
-        from lora_engine.terminal import guarded_output
+        from lora_engine.terminal import guarded_output, shown_warnings
 
-        with guarded_output() as output:
+        with guarded_output() as output, nullcontext() if debug else shown_warnings():
             status, failure = 0, None
             try:
                 status = _command(arguments)
@@ -77,7 +75,7 @@ def _failure(error: BaseException) -> Failure:
 
 
 def _tell(line: str, status: int) -> int:
-    with contextlib.suppress(OSError):  # where nobody can be told, the status still says it
+    with suppress(OSError):  # where nobody can be told, the status still says it
         print(f"lora-engine: {one_line(line)}", file=sys.stderr, flush=True)
     return status
 

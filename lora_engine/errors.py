@@ -14,6 +14,13 @@ class UserError(Exception):
     """
 
 
+class EngineWarning(UserWarning):
+    """What lora_engine warns of: something runs otherwise than its user may expect.
+
+    The command line shows these, and not what libraries tell their developers.
+    """
+
+
 class UnavailableError(RuntimeError):
     """A backend was asked for by name and cannot run here; the message says why."""
 

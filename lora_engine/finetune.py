@@ -15,25 +15,33 @@ The run's folder ends up with
 import json
 import math
 import shlex
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
 
 from lora_engine.adapters import LoraConfig, add_adapters
-from lora_engine.config import DataConfig, RunConfig, dump_config
+from lora_engine.config import DataConfig, RunConfig, dump_config, load_config
 from lora_engine.data import TokenizedDataset, prepare, read_records, split_heldout
 from lora_engine.data.account import account, lines
 from lora_engine.data.adapters import check_adapters
 from lora_engine.data.inspect import DataReport, report
-from lora_engine.data.vocabulary import check_vocabulary
+from lora_engine.data.vocabulary import check_rows, check_vocabulary
 from lora_engine.errors import UserError
 from lora_engine.evaluation.report import write_report
 from lora_engine.evaluation.samples import Prompt, choose_prompts, generate
 from lora_engine.files import naming, write_text
 from lora_engine.machine import machine_facts
 from lora_engine.models.accelerate import accelerate, restore
-from lora_engine.models.load import load_model, load_tokenizer
+from lora_engine.models.load import (
+    DTYPES,
+    configured_vocabulary,
+    load_model,
+    load_tokenizer,
+    resolve_device,
+    resolve_dtype,
+)
 from lora_engine.training.identity import model_weights_sha256
 from lora_engine.training.lock import locked
 from lora_engine.training.run_folder import RunFolder
@@ -79,13 +87,14 @@ def finetune(
         if folder.exists() and not folder.is_dir():
             raise UserError(f"{folder}: is a file, train.output_dir must be a folder")
     with locked(folder):
-        _check_room(folder, resume=resume, overwrite=config.train.overwrite)
+        _check_room(config, resume)
         return _finetune(config, resume, observer)
 
 
 def _finetune(config: RunConfig, resume: bool, observer: Observer | None) -> Outcome:
     tell = observer.stage if observer else _ignore
     folder = config.train.output_dir
+    config = _with_dtype(config, resume)
     tell(f"loading {model_name(config)}")
     model, tokenizer = load_model(
         config.model.path, dtype=config.model.dtype, device=config.model.device
@@ -185,6 +194,8 @@ def examine_data(config: RunConfig) -> list[DataReport]:
     """What is in the training and in the held-out data; reads the tokenizer, not the model."""
     tokenizer = load_tokenizer(config.model.path)
     train_data, eval_data = _examples(config, tokenizer)
+    for dataset in (train_data, eval_data):
+        check_rows(dataset, configured_vocabulary(config.model.path), tokenizer)
     return [report(train_data, tokenizer), report(eval_data, tokenizer, train=train_data)]
 
 
@@ -210,12 +221,14 @@ def how_to_resume(folder: Path) -> str:
     return f"continue with: lora-engine train {shlex.quote(str(folder / 'config.yaml'))} --resume"
 
 
-def _check_room(folder: Path, *, resume: bool, overwrite: bool) -> None:
-    """Stop before any work if `folder` holds a run that is not to be touched, or none to resume."""
+def _check_room(config: RunConfig, resume: bool) -> None:
+    """Stop before any work if the folder holds a run that is not to be touched, or none to resume,
+    or the model that the run begins with."""
+    folder, overwrite = config.train.output_dir, config.train.overwrite
     run = RunFolder(folder)
     if resume and not run.holds_run():
         raise UserError(
-            f"{folder}: holds no run to resume; begin one without --resume, or give the "
+            f"{folder.absolute()}: holds no run to resume; begin one without --resume, or give the "
             "train.output_dir of the run that is meant"
         )
     if run.is_used() and not resume and not overwrite:
@@ -224,8 +237,26 @@ def _check_room(folder: Path, *, resume: bool, overwrite: bool) -> None:
             "train.output_dir, or discard it with train.overwrite=true"
         )
     if not resume:
+        if Path(config.model.path).resolve().is_relative_to(run.adapter.resolve()):
+            raise UserError(
+                f"train.output_dir: the run in {folder} holds {config.model.path}, the model to "
+                "begin with, and would be discarded; choose another output_dir"
+            )
         run.reserve(*_FILES)
         run.check_foreign()
+
+
+def _with_dtype(config: RunConfig, resume: bool) -> RunConfig:
+    """`config` with the number format that `auto` is here, or was where the run began."""
+    if config.model.dtype != "auto":
+        return config
+    dtype = "auto"
+    if resume:
+        with suppress(UserError):  # a config.yaml that is lost or damaged
+            dtype = load_config(config.train.output_dir / "config.yaml").model.dtype
+    chosen = resolve_dtype(dtype, resolve_device(config.model.device))
+    name = next(name for name, known in DTYPES.items() if known == chosen)
+    return config.model_copy(update={"model": config.model.model_copy(update={"dtype": name})})
 
 
 def _origin(config: RunConfig, model: Any) -> dict[str, Any]:

@@ -2,16 +2,19 @@
 
 import codecs
 import io
+import logging
 import sys
+import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 from rich.text import Text
 
-from lora_engine.evaluation.text import visible
+from lora_engine.errors import EngineWarning
+from lora_engine.evaluation.text import one_line, visible
 
 # What this program prints beyond ASCII, as a terminal without it can show it.
 _PLAIN = {
@@ -90,6 +93,34 @@ def guarded_output() -> Iterator[Output]:
         yield output
     finally:
         sys.stdout = before
+
+
+@contextmanager
+def shown_warnings() -> Iterator[None]:
+    """What lora_engine warns of and logs as a line of sys.stderr each, the same warning once.
+
+    What libraries warn their developers of is not shown.
+    """
+    logger, handler = logging.getLogger("lora_engine"), _Lines(logging.WARNING)
+    logger.addHandler(handler)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("once", EngineWarning)
+            warnings.showwarning = lambda message, *place: _warn(str(message))
+            yield
+    finally:
+        logger.removeHandler(handler)
+
+
+class _Lines(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        _warn(record.getMessage())
+
+
+def _warn(text: str) -> None:
+    with suppress(OSError):  # where nobody can be told, the run goes on
+        print(f"lora-engine: warning: {one_line(text)}", file=sys.stderr, flush=True)
 
 
 def degrade(stream: TextIO) -> None:

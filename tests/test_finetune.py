@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_engine.config import load_config
 from lora_engine.errors import UserError
-from lora_engine.finetune import finetune, how_to_resume
+from lora_engine.finetune import examine_data, finetune, how_to_resume
 from lora_engine.progress import ConsoleProgress, render_outcome
 
 REQUIRED = {
@@ -442,3 +442,41 @@ def test_terminal_progress_is_a_bar_that_is_gone_after_an_error(settings):
     assert console._live_stack == []
     run(observer=ConsoleProgress(console))
     assert "4/4" in console.export_text()
+
+
+def test_auto_is_the_dtype_that_the_run_began_with(settings, monkeypatch):
+    """Another machine, or another number of threads, may choose another."""
+    chosen = "lora_engine.models.load.preferred_dtype"
+    monkeypatch.setattr(chosen, lambda device: torch.bfloat16)
+    auto = ("model.dtype=auto", "samples.count=0", "train.schedule=constant")
+    run(*auto, "train.max_steps=1")
+    assert load_config("out/config.yaml").model.dtype == "bfloat16"
+    monkeypatch.setattr(chosen, lambda device: torch.float32)
+    assert run(*auto, "train.max_steps=2", resume=True).summary["steps"] == 2
+    with pytest.raises(
+        UserError,
+        match=r"made with dtype=bfloat16, float32, now dtype=float32 \("
+        r"model\): change it back",
+    ):
+        run(*auto, "model.dtype=float32", "train.max_steps=2", resume=True)  # fmt: skip
+
+
+def test_a_run_does_not_discard_the_model_it_begins_with(settings):
+    run("lora=null", "train.max_steps=1", "samples.count=0")
+    before = everything_in(settings / "out")
+    with pytest.raises(UserError, match="the run in out holds out/adapter, the model to begin"):
+        run("model.path=out/adapter", "train.overwrite=true")
+    assert everything_in(settings / "out") == before
+
+
+def test_data_names_what_is_beyond_the_models_vocabulary(settings, tiny_model):
+    grown = settings / "grown"
+    shutil.copytree(tiny_model, grown)
+    tokenizer = AutoTokenizer.from_pretrained(grown)
+    tokenizer.add_tokens(["double"])
+    tokenizer.save_pretrained(grown)
+    config = load_config("run.yaml", [f"model.path={grown}"])
+    with pytest.raises(UserError, match=r"48 of 48 records .*: token 261 .* of 261 rows"):
+        examine_data(config)
+    with pytest.raises(UserError, match=r"48 of 48 records .*: token 261 .* of 261 rows"):
+        finetune(config)

@@ -3,9 +3,11 @@
 import errno
 import io
 import json
+import logging
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -14,9 +16,10 @@ from rich.table import Table
 from rich.text import Text
 from tiny_model import save_tiny_model
 
-from lora_engine import cli
+from lora_engine import backends, cli
+from lora_engine.errors import EngineWarning
 from lora_engine.evaluation.text import one_line, visible
-from lora_engine.terminal import Output, SafeConsole, degrade
+from lora_engine.terminal import Output, SafeConsole, degrade, shown_warnings
 
 CONFIG = """\
 model: {path: tiny, dtype: float32, device: cpu}
@@ -125,6 +128,31 @@ def test_output_outlives_its_reader():
     assert output.write("6") == 1
     assert output.failure is not None and output.failure.errno == errno.EPIPE
     output.flush()
+
+
+def test_the_projects_warnings_are_a_line_each_and_libraries_silent(capsys):
+    with shown_warnings():
+        for _ in range(2):
+            warnings.warn("it\nruns \x1b[31mslowly", EngineWarning, stacklevel=1)
+        warnings.warn("a library's", UserWarning, stacklevel=1)
+        logging.getLogger("lora_engine.a").warning("%s: two\n  listed", "b\x07")
+    assert capsys.readouterr().err.splitlines() == [
+        r"lora-engine: warning: it\nruns \x1b[31mslowly",
+        r"lora-engine: warning: b\x07: two",
+        "  listed",
+    ]
+    with pytest.warns(UserWarning, match="heard again"):
+        warnings.warn("heard again", UserWarning, stacklevel=1)
+
+
+def test_a_run_says_what_runs_as_the_reference(run_folder, capsys):
+    backends._warn_once.cache_clear()
+    settings = ["model.dtype=float16", "train.max_steps=1", "samples.count=0"]
+    assert run("train", "run.yaml", *settings) == 0
+    told = [line for line in capsys.readouterr().err.splitlines() if "rms_norm" in line]
+    assert len(told) == 1
+    start = "lora-engine: warning: lora_engine.rms_norm runs as the PyTorch reference: "
+    assert told[0].startswith(start) and "float16" in told[0]
 
 
 @pytest.mark.parametrize("command", ["--help", "doctor", "data", "train"])

@@ -15,6 +15,7 @@ from lora_engine.data.template import Tokenizer
 from lora_engine.errors import UserError
 
 NO_ANSWER = "nothing to learn from: the answer is empty"
+NO_ASSISTANT = "nothing to learn from: no message has the role 'assistant'"
 ANSWER_CUT_OFF = "nothing to learn from: the answer lies beyond max_length"
 TOO_LONG = "longer than max_length"
 OnTooLong = Literal["truncate", "drop"]
@@ -195,7 +196,8 @@ def _prompt(example: Example) -> tuple[int, ...]:
 
 def _reason_to_drop(record: Record, example: Example, max_length: int | None) -> str | None:
     if not record.has_answer():
-        return NO_ANSWER
+        roles = {message["role"] for message in record.messages}
+        return NO_ASSISTANT if roles and "assistant" not in roles else NO_ANSWER
     if max_length is not None and len(example) > max_length:
         return TOO_LONG
     if example.num_targets == 0:

@@ -244,7 +244,9 @@ def _string(row: Mapping[str, Any], field: str, origin: str) -> str:
 
 
 def _name(value: Any) -> str:
+    # Without the value, so that the same mistake in many records is told once.
     names = {str: "a string", list: "a list", dict: "an object", type(None): "nothing"}
+    names |= {int: "a number", float: "a number", bool: "true or false"}
     if isinstance(value, list | tuple) and not value:
         return "an empty list"
     return names.get(type(value), f"{type(value).__name__} {value!r}"[:60])

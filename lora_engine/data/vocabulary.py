@@ -13,7 +13,11 @@ def check_vocabulary(dataset: TokenizedDataset, model: Any, tokenizer: Tokenizer
     So it is where a token was added to the tokenizer and the embedding not resized. Examples
     tokenised elsewhere may also have no tokens, or another number of marks than of tokens.
     """
-    rows = vocabulary_rows(model)
+    check_rows(dataset, vocabulary_rows(model), tokenizer)
+
+
+def check_rows(dataset: TokenizedDataset, rows: int | None, tokenizer: Tokenizer) -> None:
+    """`check_vocabulary` for a model with `rows` embeddings; None: that is not known."""
     if rows is None:
         return
     problems: list[tuple[str, str]] = []

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_engine import ops, reference
-from lora_engine.errors import UserError
+from lora_engine.errors import EngineWarning, UserError
 from lora_engine.models import lora_state
 from lora_engine.models.lora_state import base_layer, is_lora
 from lora_engine.models.patches import Patches
@@ -132,6 +132,7 @@ def _warn_exchanged() -> None:
     warnings.warn(
         "the model's linears were exchanged after lora_engine.accelerate(model); its layers run as "
         "transformers' own until accelerate(model) is called again",
+        EngineWarning,
         stacklevel=4,
     )
 
@@ -141,5 +142,6 @@ def _warn_moved() -> None:
     warnings.warn(
         "the model's weights were moved or exchanged after lora_engine.accelerate(model); its "
         "linears run as PEFT's own until accelerate(model) is called again",
+        EngineWarning,
         stacklevel=3,
     )

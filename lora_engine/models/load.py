@@ -67,6 +67,15 @@ def load_tokenizer(source: str | Path) -> Any:
     return _tokenizer(str(source), resolved)
 
 
+def configured_vocabulary(source: str | Path) -> int | None:
+    """Rows that a model's embedding has by its config.json; None where there is none that says."""
+    resolved = resolve_source(source)
+    if isinstance(resolved, Path):
+        return None
+    rows = getattr(_config(str(source), resolved).get_text_config(), "vocab_size", None)
+    return rows if isinstance(rows, int) else None
+
+
 def resolve_device(device: str | torch.device) -> torch.device:
     """The torch device; "auto" is the GPU if there is one. Raises UserError if it is not here."""
     if device == "auto":
@@ -234,11 +243,17 @@ def _leave_the_file(model: Any) -> None:
         tensor.data = tensor.data.clone()
 
 
-def _tokenizer(source: str, resolved: str) -> Any:
-    from transformers import AutoConfig, AutoTokenizer
+def _config(source: str, resolved: str) -> Any:
+    from transformers import AutoConfig
 
     with readable_folder(source, resolved), quiet_transformers():
-        config = AutoConfig.from_pretrained(resolved)
+        return AutoConfig.from_pretrained(resolved)
+
+
+def _tokenizer(source: str, resolved: str) -> Any:
+    from transformers import AutoTokenizer
+
+    config = _config(source, resolved)
     with readable_folder(source, resolved, "tokenizer"), quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(resolved, config=config)
     if tokenizer.pad_token is None:

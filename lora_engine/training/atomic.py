@@ -57,15 +57,19 @@ def remove_folder(folder: Path) -> None:
 
 
 def remove_leftovers(parent: Path, names: str) -> None:
-    """Delete what killed processes left half written or half deleted of folders in `parent`.
+    """Delete what killed processes left half written or half deleted in `parent`.
 
-    names: a regular expression for the folders' names.
+    names: a regular expression for the names of folders, and of files that `write_text` writes.
     """
-    temporary = re.compile(rf"\.(tmp|old)-({names})-\d+")
-    if parent.is_dir():
-        for entry in parent.iterdir():
-            if temporary.fullmatch(entry.name) and entry.is_dir() and not entry.is_symlink():
-                shutil.rmtree(entry)
+    temporary_folder = re.compile(rf"\.(tmp|old)-({names})-\d+")
+    temporary_file = re.compile(rf"\.tmp-({names})-[a-z0-9_]{{8}}")
+    for entry in parent.iterdir() if parent.is_dir() else ():
+        if entry.is_symlink():
+            continue
+        if entry.is_dir() and temporary_folder.fullmatch(entry.name):
+            shutil.rmtree(entry)
+        elif entry.is_file() and temporary_file.fullmatch(entry.name):
+            entry.unlink()
 
 
 @contextlib.contextmanager

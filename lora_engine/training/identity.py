@@ -127,6 +127,8 @@ def _changes(section: str, before: Mapping[str, Any], now: Mapping[str, Any]) ->
         values = [before.get(name), now.get(name)]
         if values[0] == values[1] or name.startswith("_"):
             continue
+        if name == "weights" and before.get("dtype") != now.get("dtype"):
+            continue  # they are hashed as they are held: the dtype is what differs
         if any(str(value).startswith(_HASH) for value in values):
             models = [f"{side['_name']}" for side in (before, now) if side.get("_name")]
             changes.append(_HASHED[name] + (f" ({', now '.join(models)})" if models else ""))

@@ -58,6 +58,12 @@ def tell_extension(
         message += f"; step {step}, the last of its epoch, had fewer micro-batches than {per_step}"
     else:
         message += ", to the same weights as in one go"
+    patience = config.early_stopping_patience
+    if patience is not None and loaded.state.evals_since_best >= patience:
+        message += (
+            f"; it had stopped early at step {step} and does so again: raise "
+            f"early_stopping_patience above {loaded.state.evals_since_best} to go on"
+        )
     logger.warning("%s", message)
 
 

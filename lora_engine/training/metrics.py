@@ -15,6 +15,8 @@ from lora_engine.training.atomic import writing
 
 logger = logging.getLogger(__name__)
 
+_LARGEST = 1e300  # not infinite, and no trouble to draw
+
 
 @dataclass(frozen=True)
 class StepMetrics:
@@ -84,8 +86,8 @@ class MetricsLog:
     def __init__(self, path: Path, written: Written | None = None) -> None:
         """Opens `path`, cut back to what was `written` at the checkpoint, if there is one.
 
-        Of a file that was changed since, the whole lines that hold a JSON object are kept, and a
-        warning is logged.
+        Of a file that was changed since, the whole lines that hold numbers of a step are kept, and
+        a warning is logged.
         """
         self._path, written = path, written or Written()
         with writing(path):
@@ -94,7 +96,9 @@ class MetricsLog:
             with path.open("rb") as file:
                 content = file.read(written.size)
             if written.size and hashlib.sha256(content).hexdigest() != written.sha256:
-                content = b"".join(x for x in content.splitlines(keepends=True) if _is_object(x))
+                content = b"".join(
+                    x for x in content.splitlines(keepends=True) if _is_measurement(x)
+                )
                 logger.warning(
                     "%s: was changed after the checkpoint; %d of its lines can be read",
                     path,
@@ -128,9 +132,15 @@ class MetricsLog:
                 content = content[self._file.write(content) :]
 
 
-def _is_object(line: bytes) -> bool:
-    """Whether a line, with its end, holds a JSON object."""
+def _is_measurement(line: bytes) -> bool:
+    """Whether a line, with its end, is one that a run may have written: numbers of a step."""
     try:
-        return line.endswith(b"\n") and isinstance(json.loads(line), dict)
+        values = json.loads(line)
     except (ValueError, RecursionError):
         return False
+    return (
+        line.endswith(b"\n")
+        and isinstance(values, dict)
+        and "step" in values
+        and all(isinstance(x, int | float) and abs(x) < _LARGEST for x in values.values())
+    )

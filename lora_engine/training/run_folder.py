@@ -3,6 +3,7 @@
 import errno
 import logging
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from lora_engine.training.checkpoint import CheckpointStore
 from lora_engine.training.flat import FlatParameters
 from lora_engine.training.identity import Identity, check_identity
 from lora_engine.training.lock import locked
-from lora_engine.training.manifest import Manifest
+from lora_engine.training.manifest import MANIFEST, Manifest
 from lora_engine.training.metrics import Written
 from lora_engine.training.optimizer import FlatAdamW
 from lora_engine.training.state import TrainState
@@ -109,7 +110,8 @@ class RunFolder:
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             self.checkpoints.remove_leftovers()
-            remove_leftovers(self.path, self.adapter.name)
+            names = (self.adapter.name, MANIFEST, *self._names)
+            remove_leftovers(self.path, "|".join(map(re.escape, names)))
             manifest = self._manifest()
             if step is None:
                 # In this order a kill in between never leaves checkpoints without their metrics.

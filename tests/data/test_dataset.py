@@ -5,6 +5,7 @@ from small_tokenizers import make_byte_level
 from lora_engine.data.dataset import (
     ANSWER_CUT_OFF,
     NO_ANSWER,
+    NO_ASSISTANT,
     TOO_LONG,
     Dropped,
     Duplicate,
@@ -39,6 +40,8 @@ def test_every_dropped_record_has_a_reason(tokenizer):
             pair(long, "b"),
             {"messages": [{"role": "user", "content": "a"}]},
             pair("a", long),
+            {"messages": [{"role": "Assistant", "content": "a"}]},
+            {"messages": [{"role": "assistant", "content": " "}]},
         ],
         tokenizer,
         max_length=8,
@@ -46,12 +49,14 @@ def test_every_dropped_record_has_a_reason(tokenizer):
     assert dataset.dropped == (
         Dropped("record:1", NO_ANSWER),
         Dropped("record:2", ANSWER_CUT_OFF),
-        Dropped("record:3", NO_ANSWER),
+        Dropped("record:3", NO_ASSISTANT),
+        Dropped("record:5", NO_ASSISTANT),
+        Dropped("record:6", NO_ANSWER),
     )
     assert dataset.truncated == ("record:4",)
     assert [example.origin for example in dataset] == ["record:0", "record:4"]
-    assert dataset.num_records == 5
-    assert dataset.drop_reasons() == {NO_ANSWER: 2, ANSWER_CUT_OFF: 1}
+    assert dataset.num_records == 7
+    assert dataset.drop_reasons() == {NO_ANSWER: 2, ANSWER_CUT_OFF: 1, NO_ASSISTANT: 2}
 
 
 def test_too_long_examples_can_be_dropped_instead_of_cut(tokenizer):

@@ -158,7 +158,7 @@ def test_mixed_columns_name_each_record(tmp_path):
     with pytest.raises(UserError, match="3 of 4 records") as caught:
         read_records(tmp_path / "a.jsonl")
     assert [line.partition(": ")[2] for line in str(caught.value).splitlines()[1:]] == [
-        "'text' must be a string, got int 1",
+        "'text' must be a string, got a number",
         "'text' must be a string, got a list",
         "needs 'messages', 'prompt' and 'completion', or 'text'; has 'text'",
     ]

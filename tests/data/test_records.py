@@ -57,7 +57,7 @@ def test_files_hold_all_kinds_of_records(tmp_path, kind, origins):
 def test_any_record_may_name_its_adapter(row):
     named, unnamed = read_records([{**row, "adapter": "french"}, {**row, "adapter": None}])
     assert (named.adapter, unnamed.adapter) == ("french", "")
-    with pytest.raises(UserError, match="record:0: 'adapter' must be a string, got int 3"):
+    with pytest.raises(UserError, match="record:0: 'adapter' must be a string, got a number"):
         read_records([{**row, "adapter": 3}])
 
 
@@ -101,7 +101,7 @@ BAD_LINES = {
     b'{"question": "a", "answer": "b"}': "needs 'messages', 'prompt' and 'completion', or 'text'; "
     "has 'question', 'answer'",
     b'{"prompt": "a"}': "has 'prompt'",
-    b'{"prompt": "a", "completion": 3}': "'completion' must be a string, got int 3",
+    b'{"prompt": "a", "completion": 3}': "'completion' must be a string, got a number",
     b'{"messages": []}': "'messages' must be a non-empty list, got an empty list",
     b'{"messages": "hi"}': "'messages' must be a non-empty list, got a string",
     b'{"messages": [{"content": "a"}]}': "message 1: 'role' must be a string such as 'user', "
@@ -262,3 +262,13 @@ def test_split_depends_on_contents_and_seed_not_on_order():
 def test_an_impossible_split_says_so(count, fraction):
     with pytest.raises(UserError, match=r"held-out fraction|cannot hold out"):
         split_heldout([Record("text", text=str(i)) for i in range(count)], fraction)
+
+
+def test_one_mistake_with_many_values_is_told_once():
+    rows = [{"text": value} for value in (*range(30), 0.5, 1e9)]
+    with pytest.raises(UserError) as caught:
+        read_records(rows)
+    assert str(caught.value) == (
+        "data: 32 of 32 records cannot be used, mend or remove them: "
+        "record:0, record:1, record:2 and 29 more: 'text' must be a string, got a number"
+    )

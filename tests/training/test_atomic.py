@@ -40,9 +40,12 @@ def test_leftovers_of_killed_processes_go(tmp_path):
     for name in (".tmp-target-1", ".old-target-2", *mine):
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").touch()
-    remove_leftovers(tmp_path, "target")
+    my_files = (".tmp-a.json-x", ".tmp-b.json-abcd_123", "a.json")
+    for name in (".tmp-a.json-abcd_123", *my_files):
+        (tmp_path / name).touch()
+    remove_leftovers(tmp_path, r"target|a\.json")
     remove_leftovers(tmp_path / "absent", "target")
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(mine)
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*mine, *my_files])
 
 
 def test_remove_folder(tmp_path):

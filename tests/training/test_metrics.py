@@ -71,10 +71,11 @@ def test_opening_cuts_back_to_the_checkpoint(tmp_path):
     [
         ('{"step": 1}\n{"st', 1),
         ('{"step": 1}\n{"st\n[1]\n9\n\xff\n{"step": 1}\n', 2),
+        ('{}\n{"loss": 1}\n{"step": "1"}\n{"step": 1, "loss": [2]}\n{"step": NaN}\n', 0),
         ("[" * 100_000 + "\n", 0),
         ("", 0),
     ],
-    ids=["shorter", "other lines", "deep", "empty"],
+    ids=["shorter", "other lines", "other objects", "deep", "empty"],
 )
 def test_of_a_file_that_was_changed_what_can_be_read_is_kept(tmp_path, caplog, content, kept):
     path = tmp_path / "m"

@@ -16,8 +16,10 @@ from training_helpers import (
 )
 
 from lora_engine.errors import UserError
+from lora_engine.files import write_text
 from lora_engine.training import checkpoint, trainer
 from lora_engine.training.lock import LOCK, locked
+from lora_engine.training.manifest import MANIFEST
 
 
 def files_of(folder):
@@ -196,3 +198,18 @@ def test_a_folder_that_cannot_be(tmp_path, path, message):
     assert path in str(caught.value)
     assert "None" not in str(caught.value)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "loop"]
+
+
+@pytest.mark.parametrize("name", [MANIFEST, "metrics.jsonl"])
+def test_what_a_killed_process_left_of_a_file_goes(tmp_path, monkeypatch, name):
+    def killed(*paths, **options):
+        raise SystemExit
+
+    monkeypatch.setattr("os.replace", killed)
+    monkeypatch.setattr(Path, "unlink", killed)
+    with pytest.raises(SystemExit):
+        write_text(tmp_path / name, "half")
+    monkeypatch.undo()
+    assert [path.name[: -len("12345678")] for path in tmp_path.iterdir()] == [f".tmp-{name}-"]
+    make_trainer(tmp_path).fit()
+    assert not list(tmp_path.glob(".tmp-*"))

@@ -140,14 +140,14 @@ def test_training_mode_is_restored(tmp_path):
     assert {name: module.training for name, module in model.named_modules()} == modes
 
 
-def diverging(folder, **config):
+def diverging(folder, max_steps=9, **config):
     """Learns at first; then the large constant rate makes it worse again, step 6 being the best.
 
     Much later the losses are chaotic: rounding decides them.
     """
     return make_trainer(
         folder,
-        max_steps=9,
+        max_steps=max_steps,
         learning_rate=0.1,
         schedule="constant",
         max_grad_norm=None,
@@ -181,6 +181,17 @@ def test_early_stopping(tmp_path):
     assert result.steps == result.best_step + 2 < 9
     again = diverging(tmp_path, early_stopping_patience=2).fit(resume=True)
     assert (again.stopped, again.steps) == ("early_stopping", result.steps)
+
+
+def test_extending_a_run_that_stopped_early(tmp_path, caplog):
+    stopped = diverging(tmp_path, early_stopping_patience=2).fit()
+    again = diverging(tmp_path, max_steps=12, early_stopping_patience=2).fit(resume=True)
+    assert again.steps == stopped.steps
+    assert "does so again: raise early_stopping_patience above 2 to go on" in caplog.text
+    caplog.clear()
+    longer = diverging(tmp_path, max_steps=12, early_stopping_patience=3).fit(resume=True)
+    assert longer.steps == stopped.steps + 1
+    assert "early" not in caplog.text
 
 
 def test_without_held_out_data(tmp_path):
