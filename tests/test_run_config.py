@@ -93,7 +93,8 @@ def test_null_lora_is_full_fine_tuning_and_can_be_given_back():
         (
             BASE,
             ["lora.dropout=1.5", "lora.r=x"],
-            "command line: lora.r: expected a whole number ≥ 1, got 'x' (1 more after this one)",
+            "command line: lora.r: expected a whole number from 1 to 1,000,000, got 'x' "
+            "(1 more after this one)",
         ),
         (
             BASE + "train: {max_grad_norm: off}\n",
@@ -101,7 +102,11 @@ def test_null_lora_is_full_fine_tuning_and_can_be_given_back():
             "run.yaml:3: train.max_grad_norm: expected a number > 0 and ≤ 1,000,000,000 or null, "
             "got False",
         ),
-        (BASE, ["lora.r=true"], "command line: lora.r: expected a whole number ≥ 1, got True"),
+        (
+            BASE,
+            ["lora.r=true"],
+            "command line: lora.r: expected a whole number from 1 to 1,000,000, got True",
+        ),
         (
             BASE,
             ["model.path=12"],
@@ -168,7 +173,7 @@ def test_null_lora_is_full_fine_tuning_and_can_be_given_back():
         (
             BASE + "lora:\n  adapters:\n    one: {r: true}\n",
             [],
-            "run.yaml:5: lora.adapters.one.r: expected a whole number ≥ 1 or null, got True",
+            "run.yaml:5: lora.adapters.one.r: expected a whole number from 1 to 1,000,000 or null, got True",
         ),
         (
             BASE + "lora:\n  adapters:\n    one:\n",

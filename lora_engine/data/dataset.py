@@ -16,6 +16,7 @@ from lora_engine.errors import UserError
 
 NO_ANSWER = "nothing to learn from: the answer is empty"
 NO_ASSISTANT = "nothing to learn from: no message has the role 'assistant'"
+NOT_WRITTEN = "nothing to learn from: the chat template does not write the answer"
 ANSWER_CUT_OFF = "nothing to learn from: the answer lies beyond max_length"
 TOO_LONG = "longer than max_length"
 OnTooLong = Literal["truncate", "drop"]
@@ -201,7 +202,9 @@ def _reason_to_drop(record: Record, example: Example, max_length: int | None) ->
     if max_length is not None and len(example) > max_length:
         return TOO_LONG
     if example.num_targets == 0:
-        return ANSWER_CUT_OFF if example.truncated else NO_ANSWER
+        if example.truncated:
+            return ANSWER_CUT_OFF
+        return NOT_WRITTEN if record.kind == "messages" else NO_ANSWER
     return None
 
 

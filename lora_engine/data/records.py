@@ -187,7 +187,7 @@ def split_heldout(
     if not heldout_keys or len(heldout_keys) == len(sizes):
         raise UserError(
             f"cannot hold out {fraction:.0%} of {len(records)} records in {len(sizes)} groups; "
-            "give a larger fraction, more records or an eval file"
+            "give another fraction, more records or an eval file"
         )
     train = [r for r, key in zip(records, keys, strict=True) if key not in heldout_keys]
     heldout = sorted(

@@ -6,6 +6,7 @@ from lora_engine.data.dataset import (
     ANSWER_CUT_OFF,
     NO_ANSWER,
     NO_ASSISTANT,
+    NOT_WRITTEN,
     TOO_LONG,
     Dropped,
     Duplicate,
@@ -57,6 +58,14 @@ def test_every_dropped_record_has_a_reason(tokenizer):
     assert [example.origin for example in dataset] == ["record:0", "record:4"]
     assert dataset.num_records == 7
     assert dataset.drop_reasons() == {NO_ANSWER: 2, ANSWER_CUT_OFF: 1, NO_ASSISTANT: 2}
+
+
+def test_a_template_that_leaves_the_answer_out():
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    asks_only = "{% for m in messages %}{{ m.content if m.role == 'user' }}{% endfor %}"
+    tokenizer = make_byte_level(asks_only)
+    dataset = prepare([{"messages": messages}, pair("a", "b")], tokenizer)
+    assert dataset.dropped == (Dropped("record:0", NOT_WRITTEN),)
 
 
 def test_too_long_examples_can_be_dropped_instead_of_cut(tokenizer):
