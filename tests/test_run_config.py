@@ -173,7 +173,8 @@ def test_null_lora_is_full_fine_tuning_and_can_be_given_back():
         (
             BASE + "lora:\n  adapters:\n    one: {r: true}\n",
             [],
-            "run.yaml:5: lora.adapters.one.r: expected a whole number from 1 to 1,000,000 or null, got True",
+            "run.yaml:5: lora.adapters.one.r: expected a whole number from 1 to 1,000,000 or null, "
+            "got True",
         ),
         (
             BASE + "lora:\n  adapters:\n    one:\n",
