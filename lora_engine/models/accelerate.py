@@ -1,5 +1,6 @@
 """`accelerate`: our kernels under a transformers model; `restore`: the model as it was."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,16 +11,17 @@ from lora_engine.errors import UserError
 from lora_engine.models import attention
 from lora_engine.models.attachment import Attachment, attach, attachment, detach
 from lora_engine.models.attention import ATTENTION_CLASSES, AttentionForward
-from lora_engine.models.causal_lm import CausalLmForward
+from lora_engine.models.causal_lm import CausalLmForward, why_no_loss
 from lora_engine.models.coverage import CoverageReport
 from lora_engine.models.decoder_layer import DECODER_CLASSES, DecoderLayerForward
 from lora_engine.models.embedding import EmbeddingForward, is_lora_embedding
 from lora_engine.models.embedding import why_not as why_no_embedding
-from lora_engine.models.head import transformers_model, why_no_head
+from lora_engine.models.head import transformers_model
 from lora_engine.models.linear_group import LinearGroup
 from lora_engine.models.lora_state import is_linear, is_lora
 from lora_engine.models.mlp import MlpForward, activation_name, is_gated_mlp
 from lora_engine.models.norm import LayerNormForward, RmsNormForward, norm_forward
+from lora_engine.models.proof import own_results, same_logits, same_loss
 from lora_engine.models.saving import patch_ways_out
 from lora_engine.models.sequences import SequenceFinder
 from lora_engine.ops.lora_strategy import strategy_of
@@ -41,6 +43,9 @@ def accelerate(
     move into one buffer, which their parameters then view. In training, calling the model with
     `labels` computes the loss without logits (`logits` is None in the result).
 
+    The model is tried on small batches before and after: where its attention or its loss would not
+    be its own, they are left to transformers, and the report says so.
+
     On a CPU the process's allocator is told to keep freed memory for reuse (glibc; about 4 % of a
     step where batches are of equal size), which `restore` does not take back.
 
@@ -51,12 +56,13 @@ def accelerate(
     """
     restore(model)
     inner = transformers_model(model)
-    attached = attach(inner)
     expected = _loss_and_gradients(model, verify) if verify is not None else None
     if next(inner.parameters()).device.type == "cpu":
         backends.keep_freed_memory()
     try:
-        report = _Accelerator(inner, attached).run()
+        report = _attach_proven(inner)
+        attached = attachment(inner)
+        assert attached is not None
         patch_ways_out(inner, getattr(model, "base_model", None), attached.patches)
         if strict and report.left:
             raise UserError(f"accelerate(strict=True) left parts of the model:\n{report}")
@@ -78,11 +84,37 @@ def is_accelerated(model: nn.Module) -> bool:
     return attachment(transformers_model(model)) is not None
 
 
-class _Accelerator:
-    """One walk over a model, replacing what is recognised."""
+def _attach_proven(model: Any) -> CoverageReport:
+    """Replaces what is recognised, as long as the model's results are its own: see proof.py."""
+    own = own_results(model)
+    left = dict.fromkeys(("attention", "loss"), own.error) if own.error else {}
+    while True:
+        report = _Accelerator(model, attach(model), left).run()
+        if own.error:
+            return report
+        part, problem = "attention", same_logits(model, own)
+        if problem is None:
+            part, problem = "loss", same_loss(model, own)
+        if problem is None or (part == "loss" and part in left):
+            return report
+        detach(model)
+        if part in left:  # with transformers' attention it still differs
+            attach(model)
+            report = CoverageReport()
+            report.add(type(model).__name__, "everything", False, problem)
+            return report
+        left[part] = problem
 
-    def __init__(self, model: Any, attached: Attachment) -> None:
+
+class _Accelerator:
+    """One walk over a model, replacing what is recognised.
+
+    left: why attention, or the loss, are to be left to transformers.
+    """
+
+    def __init__(self, model: Any, attached: Attachment, left: Mapping[str, str]) -> None:
         self.model, self.patches, self.router = model, attached.patches, attached.router
+        self.left = left
         self.report = CoverageReport()
         self.finder = SequenceFinder()
         self.covered: set[nn.Module] = set()  # linears inside a replaced layer
@@ -123,8 +155,9 @@ class _Accelerator:
     def _attention_interface(self) -> bool:
         """Whether attention is ours from now on; without a kernel it stays transformers'."""
         choice = backends.choose("attention", self.device, self.dtype)
-        if choice.impl == "reference":
-            self.report.add(type(self.model).__name__, "attention", False, choice.reason)
+        problem = choice.reason if choice.impl == "reference" else self.left.get("attention")
+        if problem is not None:
+            self.report.add(type(self.model).__name__, "attention", False, problem)
             return False
         before = self.model.config._attn_implementation
         attention.register()
@@ -203,7 +236,7 @@ class _Accelerator:
 
     def _loss(self) -> None:
         name = type(self.model).__name__
-        problem = why_no_head(self.model)
+        problem = why_no_loss(self.model) or self.left.get("loss")
         if problem is None:
             self.patches.set_forward(self.model, CausalLmForward(self.model))
         how = problem or self._how("linear_cross_entropy")

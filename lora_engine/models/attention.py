@@ -5,6 +5,9 @@ and the output projection reading attention's buffer in place. With a cache (gen
 layer's own forward runs, and its attention goes through `attend`, registered with transformers.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,6 +15,7 @@ from torch import Tensor, nn
 from lora_engine import ops
 from lora_engine.errors import UserError
 from lora_engine.models.linear_group import LinearGroup
+from lora_engine.models.masks import dense_mask, is_known
 from lora_engine.models.sequences import SequenceFinder, Sequences
 
 IMPLEMENTATION = "lora_engine"
@@ -21,6 +25,45 @@ IMPLEMENTATION = "lora_engine"
 ATTENTION_CLASSES = frozenset(
     {"LlamaAttention", "MistralAttention", "Qwen2Attention", "Qwen3Attention"}
 )
+
+# What changes attention's result in a way that it is not served here.
+_REFUSED = frozenset({"cache", "head_mask", "position_bias", "s_aux", "sinks", "softcap"})
+# What a layer hands to attention that is served, or does not change its result. A user's arguments
+# for other parts of the model come along with it.
+_KNOWN = frozenset(
+    {
+        "cache_position",
+        "cu_seq_lens_k",
+        "cu_seq_lens_q",
+        "is_causal",
+        "logits_to_keep",
+        "max_length_k",
+        "max_length_q",
+        "num_items_in_batch",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "output_rows",
+        "position_embeddings",
+        "position_ids",
+        "return_dict",
+        "sequence_parents",
+        "sliding_window",
+        "use_cache",
+    }
+)
+
+_only_known = ContextVar("only_known", default=False)
+
+
+@contextmanager
+def refusing_unknown() -> Iterator[None]:
+    """Within this context attention refuses every argument that it does not know by name."""
+    token = _only_known.set(True)
+    try:
+        yield
+    finally:
+        _only_known.reset(token)
 
 
 def register() -> None:
@@ -36,17 +79,31 @@ def padding_mask(
     q_length: int,
     kv_length: int,
     *,
+    mask_function: Callable[..., Any] | None = None,
     attention_mask: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor | None:
-    """The padding mask [B, L], or None without padding; with a filled cache sdpa's [B, 1, Q, K]."""
-    from transformers.masking_utils import sdpa_mask
+    """The padding mask [B, L], or None without padding; or sdpa's [B, 1, Q, K].
 
-    if q_length != kv_length:
-        return sdpa_mask(batch_size, q_length, kv_length, attention_mask=attention_mask, **kwargs)
-    if attention_mask is None or bool(attention_mask.all()):
-        return None
-    return attention_mask
+    sdpa's with a filled cache, and where the mask is more than causal with windows and packing.
+    """
+    from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+    function = mask_function or causal_mask_function
+    if q_length == kv_length and is_known(function):
+        if attention_mask is None or bool(attention_mask.all()):
+            return None
+        return attention_mask
+    if not is_known(function):  # sdpa would take "no mask" for a causal one
+        kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+    return sdpa_mask(
+        batch_size,
+        q_length,
+        kv_length,
+        mask_function=function,
+        attention_mask=attention_mask,
+        **kwargs,
+    )
 
 
 def attend(
@@ -61,25 +118,26 @@ def attend(
 ) -> tuple[Tensor, None]:
     """Attention as transformers' AttentionInterface wants it, [B, Q, Hq, D].
 
-    Whole sequences run on `ops.attention`. New tokens against a filled cache, 4-D masks and
-    dropout go to transformers' sdpa.
+    Whole causal sequences run on `ops.attention`. New tokens against a filled cache, other masks,
+    dropout and values of another width go to transformers' sdpa, with the same mask. Raises
+    UserError for what neither knows, a soft-cap or sinks.
     """
-    whole = query.shape[2] == key.shape[2] and kwargs.get("is_causal") is not False
-    if not whole or dropout or (attention_mask is not None and attention_mask.dim() == 4):
-        from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-        result: tuple[Tensor, None] = sdpa_attention_forward(
-            module,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=dropout,
-            scaling=scaling,
-            **kwargs,
+    refused = [
+        name
+        for name, given in kwargs.items()
+        if given is not None and (name in _REFUSED or (_only_known.get() and name not in _KNOWN))
+    ]
+    if refused:
+        raise UserError(
+            f"attention of {type(module).__name__} is given {', '.join(refused)}, which "
+            "lora_engine's does not know: call lora_engine.restore(model)"
         )
-        return result
+    causal = kwargs.get("is_causal")
+    causal = bool(getattr(module, "is_causal", True) if causal is None else causal)
     batch, heads, length, head_dim = query.shape
+    whole = length == key.shape[2] and (attention_mask is None or attention_mask.dim() == 2)
+    if not whole:
+        return _sdpa(module, query, key, value, attention_mask, scaling, dropout, **kwargs)
     no_rotation = query.new_zeros(1, length, 0)
     found = SequenceFinder()(
         (batch, length),
@@ -89,6 +147,14 @@ def attend(
         kwargs.get("position_ids"),
         kwargs.get("sequence_parents"),
     )
+    window = kwargs.get("sliding_window") or 0
+    if dropout or not causal or value.shape[-1] != head_dim:
+        if found.parents is not None:
+            raise UserError("sequences cannot share prefixes with dropout or other masks")
+        mask = dense_mask(
+            found.cu_seqlens, found.token_index, batch, length, causal=causal, window=window
+        )
+        return _sdpa(module, query, key, value, mask.to(query.device), scaling, dropout, **kwargs)
     q, k, v = (x.transpose(1, 2).reshape(batch * length, -1) for x in (query, key, value))
     if found.token_index is not None:
         q, k, v = (x[found.token_index] for x in (q, k, v))
@@ -99,10 +165,28 @@ def attend(
         found.cu_seqlens,
         head_dim=head_dim,
         softmax_scale=scaling,
-        window=kwargs.get("sliding_window") or 0,
+        window=window,
         parents=found.parents,
     )
     return _unpad(out, found.token_index, batch * length).view(batch, length, heads, head_dim), None
+
+
+def _sdpa(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
+    dropout: float,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    result: tuple[Tensor, None] = sdpa_attention_forward(
+        module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs
+    )
+    return result
 
 
 def _unpad(out: Tensor, index: Tensor | None, rows: int) -> Tensor:

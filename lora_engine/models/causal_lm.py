@@ -8,6 +8,22 @@ from torch import Tensor, nn
 from lora_engine.models.head import Head, output_head, why_no_head
 from lora_engine.models.packed import selects_rows
 
+# Arguments of transformers' losses that this loss does not take.
+_OF_OTHER_LOSSES = ("shift_labels", "ignore_index", "weight")
+_OPTIONS = ("output_router_logits",)
+
+
+def why_no_loss(model: Any) -> str | None:
+    """Why the loss of a causal language model is not that of its head alone, or None."""
+    from transformers.loss.loss_utils import ForCausalLMLoss
+
+    problem = why_no_head(model)
+    if problem is None and getattr(model, "loss_function", None) is not ForCausalLMLoss:
+        problem = "the model has another loss than the causal language models'"
+    if problem is None and getattr(model.config, "output_router_logits", False):
+        problem = "the model adds its routers' loss (config.output_router_logits)"
+    return problem
+
 
 class CausalLmForward:
     """The forward of a causal language model that, given labels in training, makes no logits."""
@@ -26,10 +42,19 @@ class CausalLmForward:
     ) -> Any:
         """As the model's own; with `labels` in training `logits` is None in the result.
 
-        A head in a state that the loss does not cover (several adapters at once, say) runs as the
-        model's own too.
+        A head in a state that the loss does not cover (several adapters at once, say), a loss of
+        the user's and arguments for one run as the model's own too.
         """
-        if labels is None or not self.model.training or args or why_no_head(self.model):
+        asks_more = any(kwargs.get(name) not in (None, False) for name in _OPTIONS) or any(
+            kwargs.get(name) is not None for name in _OF_OTHER_LOSSES
+        )
+        if (
+            labels is None
+            or args
+            or asks_more
+            or not self.model.training
+            or why_no_loss(self.model)
+        ):
             given = {"num_items_in_batch": num_items_in_batch, "return_dict": return_dict}
             kwargs.update({key: value for key, value in given.items() if value is not None})
             return self.original(*args, labels=labels, **kwargs)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lora_engine import ops
@@ -39,6 +40,19 @@ class Head:
             softcap=self.softcap,
             **options,
         )
+
+    def logits(
+        self,
+        hidden: Tensor,  # [U, H]
+    ) -> Tensor:
+        """The logits [U, V] that the loss is taken of, in hidden's dtype."""
+        logits = nn.functional.linear(hidden, self.weight, self.bias)
+        if self.lora is not None:
+            lora_a, lora_b = (x.to(hidden.dtype) for x in (self.lora.lora_a, self.lora.lora_b))
+            logits = logits + self.lora.scaling * (hidden @ lora_a.t()) @ lora_b.t()
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return logits
 
 
 def transformers_model(model: Any) -> Any:
