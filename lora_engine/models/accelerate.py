@@ -17,7 +17,7 @@ from lora_engine.models.decoder_layer import DECODER_CLASSES, DecoderLayerForwar
 from lora_engine.models.embedding import EmbeddingForward, is_lora_embedding
 from lora_engine.models.embedding import why_not as why_no_embedding
 from lora_engine.models.head import transformers_model
-from lora_engine.models.linear_group import LinearGroup
+from lora_engine.models.linear_group import LinearGroup, SingleLinear
 from lora_engine.models.lora_state import is_linear, is_lora
 from lora_engine.models.mlp import MlpForward, activation_name, is_gated_mlp
 from lora_engine.models.norm import LayerNormForward, RmsNormForward, norm_forward
@@ -30,6 +30,7 @@ TYPICAL_ROWS = 4096
 VERIFY_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
 
+@torch.inference_mode(False)  # what is allocated here, training writes later
 def accelerate(
     model: nn.Module,
     *,
@@ -125,7 +126,9 @@ class _Accelerator:
         has_attention = self._attention_interface()
         tails: dict[nn.Module, int] = {}  # norm -> room for the linears that read it
         for name, module in self.model.named_modules():
-            if type(module).__name__ in ATTENTION_CLASSES and has_attention:
+            if name and "forward" in vars(module):
+                self.report.add(name, type(module).__name__, False, "someone replaced its forward")
+            elif type(module).__name__ in ATTENTION_CLASSES and has_attention:
                 self._attention(name, module, tails)
             elif is_gated_mlp(module):
                 self._mlp(name, module, tails)
@@ -135,6 +138,8 @@ class _Accelerator:
                 self.patches.set_forward(module, layer)
                 self.report.add(name, "blocks", True, "attention and MLP, each one function")
         for name, module in self.model.named_modules():
+            if "forward" in vars(module):
+                continue
             norm = norm_forward(module, tails.get(module, 0))
             if norm is not None:
                 self._norm(name, module, norm)
@@ -225,7 +230,7 @@ class _Accelerator:
     def _single_linear(self, name: str, module: nn.Module) -> None:
         group = self._group(name, [module])
         if group.weight is not None:
-            self.patches.set_forward(module, _SingleLinear(group))
+            self.patches.set_forward(module, SingleLinear(group))
 
     def _embedding(self, name: str, module: Any) -> None:
         problem = why_no_embedding(module)
@@ -241,19 +246,6 @@ class _Accelerator:
             self.patches.set_forward(self.model, CausalLmForward(self.model))
         how = problem or self._how("linear_cross_entropy")
         self.report.add(name, "linear_cross_entropy", problem is None, how)
-
-
-class _SingleLinear:
-    """The forward of a LoRA layer that stands alone."""
-
-    def __init__(self, group: LinearGroup) -> None:
-        self.group = group
-
-    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if args or kwargs:  # PEFT's options for this call, such as adapter_names
-            result: Tensor = self.group.forwards[0](x, *args, **kwargs)
-            return result
-        return self.group(x)[0]
 
 
 def _agrees(module: nn.Module, forward: Any, features: int) -> bool:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_engine.models.head import Head, output_head, why_no_head
+from lora_engine.models.lora_state import hooks_everywhere
 from lora_engine.models.packed import selects_rows
 
 # Arguments of transformers' losses that this loss does not take.
@@ -53,6 +54,7 @@ class CausalLmForward:
             or args
             or asks_more
             or not self.model.training
+            or hooks_everywhere()
             or why_no_loss(self.model)
         ):
             given = {"num_items_in_batch": num_items_in_batch, "return_dict": return_dict}

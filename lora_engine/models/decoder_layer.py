@@ -83,7 +83,7 @@ class DecoderLayerForward:
         """The attention half as one function; None where it has to be run by its modules."""
         module = self.module
         forward, norm = _ours(module.self_attn), _ours(module.input_layernorm)
-        if not isinstance(forward, AttentionForward) or not isinstance(norm, RmsNormForward):
+        if not isinstance(forward, AttentionForward) or not _fits(norm, x):
             return None
         if not (forward.intact() and forward.whole_sequences(**given)):
             return None
@@ -95,10 +95,10 @@ class DecoderLayerForward:
         head_norms = None
         if hasattr(module.self_attn, "q_norm"):
             q_norm, k_norm = _ours(module.self_attn.q_norm), _ours(module.self_attn.k_norm)
-            if not (isinstance(q_norm, RmsNormForward) and isinstance(k_norm, RmsNormForward)):
+            if not (_fits(q_norm, x) and _fits(k_norm, x)):
                 return None
             head_norms = q_norm.prenorm(), k_norm.prenorm()
-        if not (forward.qkv.ready() and forward.output.ready()):
+        if not (forward.qkv.ready(x) and forward.output.ready(x)):
             return None
         found = forward.find_sequences(x, **given)
         if found.token_index is not None:
@@ -130,14 +130,14 @@ class DecoderLayerForward:
         """The MLP half as one function; None where it has to be run by its modules."""
         module = self.module
         forward, norm = _ours(module.mlp), _ours(module.post_attention_layernorm)
-        if not isinstance(forward, MlpForward) or not isinstance(norm, RmsNormForward):
+        if not isinstance(forward, MlpForward) or not _fits(norm, x):
             return None
         if not forward.intact():
             return None
         gate_up, down = forward.gate_up.weight, forward.down.weight
         if gate_up is None or down is None or not block_available("glu", x.device, x.dtype):
             return None
-        if not (forward.gate_up.ready() and forward.down.ready()):
+        if not (forward.gate_up.ready(x) and forward.down.ready(x)):
             return None
         attention = _ours(module.self_attn)
         branch = Branch(
@@ -148,6 +148,11 @@ class DecoderLayerForward:
             grad_tail=attention.output.tail if isinstance(attention, AttentionForward) else 0,
         )
         return mlp_block(x, norm.prenorm(), branch, activation=forward.activation)
+
+
+def _fits(norm: Any, x: Tensor) -> bool:
+    """Whether `norm` is a forward of ours that takes x."""
+    return isinstance(norm, RmsNormForward) and norm.takes(x)
 
 
 def _ours(module: nn.Module) -> Any:

@@ -5,7 +5,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from lora_engine import ops
-from lora_engine.models.lora_state import UNROUTED
+from lora_engine.models.linear_group import are_altered
+from lora_engine.models.lora_state import UNROUTED, hooks_everywhere
 from lora_engine.models.router import AdapterRouter
 
 
@@ -33,7 +34,10 @@ class EmbeddingForward:
             if name in module.lora_embedding_A and not module.disable_adapters
         ]
         routes = self.router.routes(x.shape, x.device)
-        return ops.lora_embedding(x, module.get_base_layer().weight, adapters, routes=routes)
+        base = module.get_base_layer()
+        return ops.lora_embedding(
+            x, base.weight, adapters, routes=routes, padding_idx=base.padding_idx
+        )
 
 
 def is_lora_embedding(module: nn.Module) -> bool:
@@ -46,12 +50,15 @@ def is_lora_embedding(module: nn.Module) -> bool:
 def why_not(module: Any) -> str | None:
     """Why the embedding runs as PEFT's own; None if it does not."""
     base = module.get_base_layer()
-    if type(base) is not nn.Embedding or base.max_norm is not None or base.scale_grad_by_freq:
+    if type(base) is not nn.Embedding or base.max_norm or base.scale_grad_by_freq or base.sparse:
         return f"the base layer is {type(base).__name__}, not a plain nn.Embedding"
     if base.weight.requires_grad:
         return "the base weight is trained"
     if module.merged:
         return "the adapter is merged"
+    inner = (part for part in module.modules() if part is not module)
+    if hooks_everywhere() or are_altered(inner):
+        return "a part of it has hooks or was given another forward"
     if any(name in module.lora_variant for name in module.active_adapters):
         return "a variant of LoRA on an embedding"
     return None

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lora_engine import ops
 from lora_engine.errors import UserError
 from lora_engine.models import lora_state
+from lora_engine.models.linear_group import are_altered
 from lora_engine.models.lora_state import is_lora
 
 # What some models do to their logits, or to what their head reads, that the loss does not do.
@@ -32,7 +33,7 @@ class Head:
     ) -> ops.LinearCrossEntropy:
         """`ops.linear_cross_entropy` of this head's logits; `options` are its own."""
         return ops.linear_cross_entropy(
-            hidden,
+            hidden.to(self.weight.dtype),
             self.weight,
             target,
             bias=self.bias,
@@ -98,6 +99,8 @@ def why_no_head(model: Any) -> str | None:
         head = head.get_base_layer()
     if type(head) is not nn.Linear:
         return f"the output head is {type(head).__name__}; leave it out of target_modules"
+    if are_altered(inner.get_output_embeddings().modules()):
+        return "the output head, or a part of it, has hooks or was given another forward"
     config = inner.config.get_text_config()
     for name in _LOGIT_CHANGES:
         if getattr(config, name, None) not in (None, 1, 1.0):

@@ -1,7 +1,7 @@
 """Linears that share their input, as one augmented weight where PEFT's state allows it."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Any
 
@@ -21,9 +21,10 @@ class LinearGroup:
 
     `reason` says why there is no augmented weight, or is None. PEFT's state is looked at on every
     call: adapters may be switched, disabled or merged, and those that are active are in the
-    augmented weight. What that cannot hold runs as the layers' own forward: hooks, and base weights
-    that were unfrozen, exchanged (`load_state_dict(assign=True)`, `functional_call`) or given other
-    storage (`model.to(...)`), these with one warning.
+    augmented weight. What that cannot hold runs as the layers' own forward: hooks, forwards that
+    others replaced, inputs of another dtype (under autocast), and base weights that were unfrozen,
+    exchanged (`load_state_dict(assign=True)`, `functional_call`) or given other storage
+    (`model.to(...)`), these with one warning.
     """
 
     def __init__(
@@ -31,6 +32,7 @@ class LinearGroup:
     ) -> None:
         self.modules, self.router = tuple(modules), router
         self.forwards = [module.forward for module in modules]
+        self.inside = False  # whether it is called by the forward of its one module
         self.reason = lora_state.why_not(modules)
         self.weight: ops.AugmentedWeight | None = None
         if self.reason is not None:
@@ -57,8 +59,8 @@ class LinearGroup:
         """Whether the augmented weight holds adapters."""
         return self.weight is not None and bool(self._adapted)
 
-    def ready(self) -> bool:
-        """Whether the augmented weight stands for what the layers would compute now."""
+    def ready(self, x: Tensor) -> bool:
+        """Whether the augmented weight stands for what the layers would compute of `x` now."""
         if self.weight is None:
             return False
         for base, parameter, view in self._bases:
@@ -70,9 +72,12 @@ class LinearGroup:
         state = (self.router.names, *map(lora_state.adapter_state, self._adapted))
         if state != self._state:
             self._problem = self._take_adapters(self.weight)
-            self._watched = [part for module in self.modules for part in module.modules()]
+            parts = (part for module in self.modules for part in module.modules())
+            self._watched = [p for p in parts if not (self.inside and p in self.modules)]
             self._state = state
-        if self._problem is not None or any(map(lora_state.has_hooks, self._watched)):
+        if self._problem is not None or x.dtype != self.weight.buffer.dtype:
+            return False
+        if lora_state.hooks_everywhere() or are_altered(self._watched):
             return False
         self.weight.biases = tuple(base.bias for base, _, _ in self._bases)
         return True
@@ -99,7 +104,7 @@ class LinearGroup:
         return self.router.routes(x.shape[:-1], x.device)
 
     def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
-        if self.weight is not None and self.ready():
+        if self.weight is not None and self.ready(x):
             return ops.lora_linear(x, self.weight, dropout=self.dropout(), routes=self.routes(x))
         if self.router.rows is not None:
             problem = self.reason or self._problem or "its weights were changed, or it has hooks"
@@ -107,9 +112,8 @@ class LinearGroup:
         return tuple(self._own(i, x) for i in range(len(self.modules)))
 
     def _own(self, i: int, x: Tensor) -> Tensor:
-        module, forward = self.modules[i], self.forwards[i]
-        replaced = vars(module).get("forward") is not None
-        result: Tensor = forward(x) if replaced else module(x)  # hooks run in a module's call
+        # Hooks run in a module's call.
+        result: Tensor = self.forwards[i](x) if self.inside else self.modules[i](x)
         return result
 
     def _take_adapters(self, weight: ops.AugmentedWeight) -> str | None:
@@ -125,6 +129,34 @@ class LinearGroup:
             return "lora_bias=True"
         weight.set_adapters(adapters)
         return None
+
+
+class SingleLinear:
+    """The forward of a LoRA layer that stands alone."""
+
+    def __init__(self, group: LinearGroup) -> None:
+        self.group = group
+        group.inside = True
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if args or kwargs:  # PEFT's options for this call, such as adapter_names
+            result: Tensor = self.group.forwards[0](x, *args, **kwargs)
+            return result
+        return self.group(x)[0]
+
+
+def are_altered(modules: Iterable[nn.Module]) -> bool:
+    """Whether a call of one of `modules` may do other than its class and its parameters say.
+
+    It has hooks, or someone but us gave it another forward.
+    """
+    return any(lora_state.is_altered(module) and not _is_ours(module) for module in modules)
+
+
+def _is_ours(module: nn.Module) -> bool:
+    """Whether all that is altered about `module` is that its forward is a SingleLinear."""
+    forward = vars(module).get("forward")
+    return isinstance(forward, SingleLinear) and not lora_state.has_hooks(module)
 
 
 @cache

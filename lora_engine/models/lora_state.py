@@ -32,6 +32,23 @@ def base_layer(module: Any) -> Any:
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether someone watches or changes the module's calls (PEFT does, for `adapter_names`)."""
+    return _has_own_hooks(module) or hooks_everywhere()
+
+
+def hooks_everywhere() -> bool:
+    """Whether someone watches the calls of all modules (`register_module_forward_hook`)."""
+    return torch.nn.modules.module._has_any_global_hook()
+
+
+def is_altered(module: nn.Module) -> bool:
+    """Whether a call of this module may do other than its class and its parameters say.
+
+    It has hooks, or somebody gave it a forward of its own.
+    """
+    return _has_own_hooks(module) or "forward" in vars(module)
+
+
+def _has_own_hooks(module: nn.Module) -> bool:
     return bool(
         module._forward_pre_hooks
         or module._forward_hooks
@@ -42,10 +59,15 @@ def has_hooks(module: nn.Module) -> bool:
 
 def adapter_state(module: Any) -> tuple[Any, ...]:
     """What decides which of a LoRA layer's adapters run, and how."""
-    active = _running(module)
     factors = tuple(
-        (name, module.scaling[name], module.lora_A[name].weight, *_lora_b(module, name))
-        for name in active
+        (
+            name,
+            module.scaling[name],
+            module.lora_A[name].weight,
+            _magnitude(module, name),
+            *_lora_b(module, name),
+        )
+        for name in _running(module)
     )
     flags = (module.disable_adapters, bool(module.merged), dropout_now(module))
     return (*flags, *_by_identity(factors))
@@ -66,16 +88,13 @@ def active_factors(module: Any, names: Sequence[str]) -> list[ops.LoraFactors]:
         return []
     found = []
     for name in _running(module):
-        magnitude = None
-        if name in module.lora_variant:
-            magnitude = module.lora_magnitude_vector[name].weight
         lora_b, bias = _lora_b(module, name)
         found.append(
             ops.LoraFactors(
                 module.lora_A[name].weight,
                 lora_b,
                 module.scaling[name],
-                magnitude,
+                _magnitude(module, name),
                 names.index(name) if name in names else UNROUTED,
                 bias,
             )
@@ -101,6 +120,8 @@ def why_not(modules: Sequence[nn.Module]) -> str | None:
             return "the base weight is trained"
         if not base.weight.dtype.is_floating_point or base.weight.dtype.itemsize < 2:
             return f"the base weight is {base.weight.dtype}"
+        if any("forward" in vars(part) for part in module.modules()):
+            return "someone gave it, or a part of it, another forward"
         if is_lora(module):
             problem = why_not_active(module)
             if problem is not None:
@@ -138,6 +159,14 @@ def why_not_active(module: Any) -> str | None:
 def _lora_b(module: Any, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
     """An adapter's B, and its bias where PEFT's `lora_bias` gives it one."""
     return module.lora_B[name].weight, module.lora_B[name].bias
+
+
+def _magnitude(module: Any, name: str) -> torch.Tensor | None:
+    """An adapter's magnitudes where it is DoRA."""
+    if name not in module.lora_variant:
+        return None
+    magnitude: torch.Tensor = module.lora_magnitude_vector[name].weight
+    return magnitude
 
 
 def _active(module: Any) -> list[str]:

@@ -3,10 +3,11 @@
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_engine import ops, reference
-from lora_engine.models.linear_group import LinearGroup
+from lora_engine.models.linear_group import LinearGroup, are_altered
+from lora_engine.models.lora_state import hooks_everywhere
 from lora_engine.reference.glu import ACTIVATIONS
 
 
@@ -17,7 +18,7 @@ class MlpForward:
         self, module: Any, gate_up: LinearGroup, down: LinearGroup, activation: str
     ) -> None:
         self.module, self.gate_up, self.down, self.activation = module, gate_up, down, activation
-        self.original = module.forward
+        self.original, self.act_fn = module.forward, module.act_fn
 
     def __call__(self, x: Tensor) -> Tensor:
         if not self.intact():
@@ -35,8 +36,14 @@ class MlpForward:
         return y
 
     def intact(self) -> bool:
-        """Whether the module's linears are those that this forward was made of."""
+        """Whether the module's parts are those that this forward was made of."""
         module = self.module
+        if module.act_fn is not self.act_fn:
+            return False
+        if isinstance(self.act_fn, nn.Module) and (
+            hooks_everywhere() or are_altered(self.act_fn.modules())
+        ):
+            return False
         return self.gate_up.stands_for(module.gate_proj, module.up_proj) and self.down.stands_for(
             module.down_proj
         )

@@ -19,11 +19,20 @@ class RmsNormForward:
 
     def __init__(self, module: Any, eps: float, offset: float, tail: int = 0) -> None:
         self.module, self.eps, self.offset, self.tail = module, eps, offset, tail
+        self.original = module.forward
 
     def __call__(self, hidden_states: Tensor) -> Tensor:
+        if not self.takes(hidden_states):
+            result: Tensor = self.original(hidden_states)
+            return result
         return ops.rms_norm(
             hidden_states, self.module.weight, self.eps, offset=self.offset, tail=self.tail
         )
+
+    def takes(self, x: Tensor) -> bool:
+        """Whether x has the weight's dtype; else (under autocast, say) the module's own runs."""
+        weight: Tensor = self.module.weight
+        return x.dtype == weight.dtype
 
     def prenorm(self) -> PreNorm:
         """This norm as a part of a block."""
@@ -37,14 +46,19 @@ class LayerNormForward:
 
     def __init__(self, module: nn.LayerNorm, tail: int = 0) -> None:
         self.module, self.tail = module, tail
+        self.original = module.forward
 
     def __call__(self, input: Tensor) -> Tensor:  # as nn.LayerNorm.forward calls it
         module = self.module
+        if any(p.dtype != input.dtype for p in (module.weight, module.bias) if p is not None):
+            return self.original(input)
         return ops.layer_norm(input, module.weight, module.bias, module.eps, tail=self.tail)
 
 
 def norm_forward(module: nn.Module, tail: int = 0) -> RmsNormForward | LayerNormForward | None:
     """Our forward for a norm over the last dimension, or None if `module` is not one we know."""
+    if "forward" in vars(module):
+        return None
     if type(module).forward is nn.LayerNorm.forward and isinstance(module, nn.LayerNorm):
         return LayerNormForward(module, tail) if len(module.normalized_shape) == 1 else None
     eps = _rms_norm_eps(module)

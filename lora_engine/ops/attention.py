@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from lora_engine import backends, reference
 from lora_engine.ops import augmented
@@ -197,6 +198,7 @@ class _Attention(torch.autograd.Function):
         return augmented.keep_room(o, o.view(shape))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, d_o: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, *rest = ctx.saved_tensors
         widths = [q.shape[1], k.shape[1], v.shape[1]]

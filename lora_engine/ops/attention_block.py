@@ -5,13 +5,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from lora_engine.ops import augmented
 from lora_engine.ops.attention import check_parents
 from lora_engine.ops.blocks import Branch, Call, PreNorm, products
-from lora_engine.ops.tensors import accumulate_dtype, as_rows, check, empty_rows, shape_of
+from lora_engine.ops.tensors import (
+    accumulate_dtype,
+    as_rows,
+    check,
+    empty_rows,
+    shape_of,
+    without_autocast,
+)
 
 
+@without_autocast
 def attention_block(
     x: Tensor,  # [..., H]
     norm: PreNorm,
@@ -127,6 +136,7 @@ class _AttentionBlock(torch.autograd.Function):
         return y.view(x.shape)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         call: Call = ctx.call
         x, rstd, s, qkv, os, lse, unscaled, outer_unscaled, *rotation = ctx.saved_tensors

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from lora_engine import backends, reference
 from lora_engine.ops import augmented
@@ -78,6 +79,7 @@ class _LayerNorm(torch.autograd.Function):
         return augmented.shaped(y, x.shape)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         x, weight, mean, rstd = ctx.saved_tensors
         count, cols = x.shape

@@ -19,7 +19,7 @@ from lora_engine.ops.adapter_set import LoraFactors
 from lora_engine.ops.augmented import operand
 from lora_engine.ops.cross_entropy import LossOptions, RowResults, check_targets
 from lora_engine.ops.head_gradients import HeadGradients, scaled
-from lora_engine.ops.tensors import check, front_columns, shape_of
+from lora_engine.ops.tensors import check, front_columns, shape_of, without_autocast
 
 # Bytes of a chunk's logits. A CPU wants them near its cache. A GPU reads the whole head for every
 # chunk, twice: with 2048 rows of 128256 bfloat16 logits (0.5 GB) that takes a tenth of the time of
@@ -38,6 +38,7 @@ class LinearCrossEntropy(NamedTuple):
     entropy: Tensor | None = None  # [U] float32, detached: of the softmax, in nats; if asked for
 
 
+@without_autocast
 def linear_cross_entropy(
     hidden: Tensor,  # [U, H]
     weight: Tensor,  # [V, H]

@@ -8,20 +8,23 @@ from torch import Tensor
 
 from lora_engine.ops.adapter_set import LoraFactors
 from lora_engine.ops.augmented import operand
-from lora_engine.ops.tensors import check, shape_of
+from lora_engine.ops.tensors import check, shape_of, without_autocast
 
 
+@without_autocast
 def lora_embedding(
     ids: Tensor,  # [...] int64
     weight: Tensor,  # [V, H]
     adapters: Sequence[LoraFactors],
     *,
     routes: Tensor | None = None,  # [...] int64
+    padding_idx: int | None = None,
 ) -> Tensor:
     """`weight[ids] + Σ scaling (A[:, ids])ᵀ Bᵀ`, [..., H] in weight's dtype.
 
     The adapters' lora_a are [r, V] and lora_b [H, r] (PEFT's lora_embedding_A and _B); both get
     gradients, the weight none. `routes` gives each id the adapter with that number and no other.
+    The row of A for `padding_idx` gets no gradient, as in torch's embedding.
     The gathers are torch's, on every device; the product adds onto the gathered rows, so that
     neither `scaling` nor the sum costs a pass.
 
@@ -38,7 +41,7 @@ def lora_embedding(
             f"lora_embedding: lora_a {shape_of(factors.lora_a)} and lora_b "
             f"{shape_of(factors.lora_b)} do not fit weight {shape_of(weight)}",
         )
-        s = F.embedding(flat, factors.lora_a.t())
+        s = F.embedding(flat, factors.lora_a.t(), padding_idx)
         if routes is not None:
             s = s * (routes.reshape(-1) == factors.adapter)[:, None]
         lora_b = operand(factors.lora_b).t().to(out.dtype)

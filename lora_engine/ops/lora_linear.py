@@ -4,14 +4,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from lora_engine import backends, reference
 from lora_engine.ops import augmented
 from lora_engine.ops.augmented_product import AugmentedProduct
 from lora_engine.ops.augmented_weight import AugmentedWeight
-from lora_engine.ops.tensors import as_rows, shape_of
+from lora_engine.ops.tensors import as_rows, shape_of, without_autocast
 
 
+@without_autocast
 def lora_linear(
     x: Tensor,
     weight: AugmentedWeight,
@@ -131,6 +133,7 @@ class _LoraLinear(torch.autograd.Function):
         return outputs
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         product: AugmentedProduct = ctx.product
         x, s, unscaled, *_ = ctx.saved_tensors

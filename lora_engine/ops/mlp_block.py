@@ -4,12 +4,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from lora_engine.ops import augmented
 from lora_engine.ops.blocks import Branch, Call, PreNorm, products
-from lora_engine.ops.tensors import as_rows, check, empty_rows
+from lora_engine.ops.tensors import as_rows, check, empty_rows, without_autocast
 
 
+@without_autocast
 def mlp_block(
     x: Tensor,  # [..., H]
     norm: PreNorm,
@@ -66,6 +68,7 @@ class _MlpBlock(torch.autograd.Function):
         return y.view(x.shape)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         call: Call = ctx.call
         x, rstd, s, gate_up, outer_s, unscaled, outer_unscaled, *_ = ctx.saved_tensors

@@ -4,6 +4,7 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from lora_engine import backends, reference
 from lora_engine.ops import augmented
@@ -118,6 +119,7 @@ class _RmsNorm(torch.autograd.Function):
         return normed if added is None else (normed, h.view(x.shape))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, dh: Tensor | None = None) -> tuple[Any, ...]:
         h, weight, rstd = ctx.saved_tensors
         if dy is None:  # the normed result was not used

@@ -1,11 +1,16 @@
 """Small things every operation needs: rows, buffers whose memory is reused, messages."""
 
 from collections.abc import Callable
+from functools import wraps
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from lora_engine.reference.numeric import accumulate_dtype as accumulate_dtype
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def as_rows(x: Tensor) -> Tensor:
@@ -54,6 +59,23 @@ def check(condition: bool, message: str | Callable[[], str]) -> None:
     """
     if not condition:
         raise ValueError(message if isinstance(message, str) else message())
+
+
+def without_autocast(operation: Callable[P, R]) -> Callable[P, R]:
+    """`operation` computing in the types of its operands, under `torch.autocast` as elsewhere.
+
+    Of its products autocast would take some in another type and, as these write into tensors that
+    are there already, not all.
+    """
+
+    @wraps(operation)
+    def exact(*args: P.args, **kwargs: P.kwargs) -> R:
+        if not (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")):
+            return operation(*args, **kwargs)
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            return operation(*args, **kwargs)
+
+    return exact
 
 
 def shape_of(x: Tensor) -> str:

@@ -9,6 +9,7 @@ from torch import nn
 
 from lora_engine.data.batch import PackedBatch
 from lora_engine.errors import UserError
+from lora_engine.models.head import transformers_model
 from lora_engine.models.lora_state import is_lora
 from lora_engine.training.flat import FlatParameters
 from lora_engine.training.objective import is_routed, supervised_loss
@@ -66,10 +67,11 @@ def first_nonfinite_layer(model: nn.Module, batch: PackedBatch) -> str | None:
 
         return look
 
-    # Rows are routed inside the LoRA layers, which could not run fused if they were watched.
-    unseen: set[nn.Module] = set()
+    # The loss reads the head's weights and would refuse a head that is watched. Rows are routed
+    # inside the LoRA layers, which could not run fused if they were.
+    unseen = set(transformers_model(model).get_output_embeddings().modules())
     if is_routed(model, batch):
-        unseen = {part for m in model.modules() if is_lora(m) for part in m.modules()}
+        unseen |= {part for m in model.modules() if is_lora(m) for part in m.modules()}
     handles = [
         module.register_forward_hook(hook(name))
         for name, module in model.named_modules()
