@@ -40,10 +40,12 @@ def sync_file(path: Path) -> None:
 
 
 def _finish_tree(folder: Path) -> None:
-    """Flushes all files, and has others read them: safetensors makes its files private."""
+    """Flushes all files, and opens them to whoever may read `folder`: safetensors keeps its own
+    private."""
+    mode = folder.stat().st_mode & 0o666
     for parent, _, files in os.walk(folder):
         for name in files:
-            Path(parent, name).chmod(0o644)
+            Path(parent, name).chmod(mode)
             sync_file(Path(parent, name))
         sync_file(Path(parent))
 

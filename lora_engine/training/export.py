@@ -40,9 +40,6 @@ def export_model(model: Any, tokenizer: Any, target: Path, facts: CardFacts) -> 
             _save_tokenizer(tokenizer, folder)
             card = model_card(base, facts, tokenizer=tokenizer is not None)
             _write(folder / "README.md", card)
-        mode = (folder / "README.md").stat().st_mode
-        for path in folder.rglob("*.safetensors"):  # safetensors keeps them from other users
-            path.chmod(mode)
 
 
 def _complete_adapters(

@@ -1,3 +1,5 @@
+import os
+
 import pytest
 
 from lora_engine.training.atomic import new_folder, remove_folder, remove_leftovers
@@ -12,10 +14,15 @@ def test_folder_appears_whole(tmp_path):
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["target"]
 
 
-def test_files_that_were_made_private_can_be_read_by_others(tmp_path):
-    with new_folder(tmp_path / "target") as folder:
-        (folder / "weights").touch(mode=0o600)
-    assert (tmp_path / "target" / "weights").stat().st_mode & 0o777 == 0o644
+@pytest.mark.parametrize("umask,mode", [(0o022, 0o644), (0o077, 0o600)], ids=["open", "private"])
+def test_files_that_were_made_private_are_as_the_umask_says(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        with new_folder(tmp_path / "target") as folder:
+            (folder / "weights").touch(mode=0o600)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "target" / "weights").stat().st_mode & 0o777 == mode
 
 
 def test_replaces_what_was_there(tmp_path):
