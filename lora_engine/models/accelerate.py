@@ -119,6 +119,7 @@ class _Accelerator:
         self.report = CoverageReport()
         self.finder = SequenceFinder()
         self.covered: set[nn.Module] = set()  # linears inside a replaced layer
+        self.served: set[nn.Module] = set()  # with whose parameters our kernels compute
         weight = next(model.parameters())
         self.device, self.dtype = weight.device, weight.dtype
 
@@ -148,7 +149,23 @@ class _Accelerator:
             elif is_lora_embedding(module):
                 self._embedding(name, module)
         self._loss()
+        self._account()
         return self.report
+
+    def _account(self) -> None:
+        """Counts weights, and notes each module with parameters that nothing was said of."""
+        told = {part for module in self.covered for part in module.modules()}
+        served = {part for module in self.served for part in module.modules()}
+        for name, module in self.model.named_modules():
+            own = list(module.parameters(recurse=False))
+            if not own or isinstance(module, nn.Embedding):
+                continue
+            size = sum(p.numel() for p in own)
+            self.report.weights += size
+            self.report.served += size if module in served else 0
+            if module not in told | served:
+                kind = type(module).__name__
+                self.report.add(name, kind, False, "not recognised: runs as transformers has it")
 
     def _last_layer(self) -> Any:
         layers = getattr(self.model.base_model, "layers", None)
@@ -178,6 +195,8 @@ class _Accelerator:
     def _group(self, name: str, modules: list[nn.Module]) -> LinearGroup:
         group = LinearGroup(modules, self.patches, self.router)
         self.covered.update(modules)
+        if group.reason is None:
+            self.served.update(modules)
         what = "lora_linear" if group.has_lora else "linear"
         how = f"{self._strategy(group)} product, {self._how('lora_linear')}"
         self.report.add(name, what, group.reason is None, group.reason or how)
@@ -209,6 +228,7 @@ class _Accelerator:
         down = self._group(f"{name}.down_proj", linears[2:])
         forward = MlpForward(module, gate_up, down, activation)
         if not _agrees(module, forward, linears[0].in_features):
+            self.served.difference_update(linears)
             self.report.add(name, "glu", False, f"its forward is not down({activation}(gate) * up)")
             return
         self.patches.set_forward(module, forward)
@@ -225,6 +245,7 @@ class _Accelerator:
 
     def _norm(self, name: str, module: nn.Module, norm: RmsNormForward | LayerNormForward) -> None:
         self.patches.set_forward(module, norm)
+        self.served.add(module)
         self.report.add(name, norm.operation, True, self._how(norm.operation))
 
     def _single_linear(self, name: str, module: nn.Module) -> None:
@@ -234,7 +255,9 @@ class _Accelerator:
 
     def _embedding(self, name: str, module: Any) -> None:
         problem = why_no_embedding(module)
+        self.covered.add(module)
         if problem is None:
+            self.served.add(module)
             self.patches.set_forward(module, EmbeddingForward(module, self.router))
         how = problem or "gathered rows, one product onto them"
         self.report.add(name, "lora_embedding", problem is None, how)
@@ -242,6 +265,9 @@ class _Accelerator:
     def _loss(self) -> None:
         name = type(self.model).__name__
         problem = why_no_loss(self.model) or self.left.get("loss")
+        head = self.model.get_output_embeddings()
+        if head is not None:
+            (self.served if problem is None else self.covered).add(head)
         if problem is None:
             self.patches.set_forward(self.model, CausalLmForward(self.model))
         how = problem or self._how("linear_cross_entropy")

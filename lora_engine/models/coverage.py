@@ -16,9 +16,15 @@ class Coverage:
 
 @dataclass
 class CoverageReport:
-    """The places that `accelerate` looked at. `str()` is a table, like places counted together."""
+    """The places that `accelerate` looked at. `str()` is a table, like places counted together.
+
+    served, weights: how many of the model's weights our kernels compute with, and how many compute
+        at all: all but those of embeddings, which are looked up.
+    """
 
     entries: list[Coverage] = field(default_factory=list)
+    served: int = 0
+    weights: int = 0
 
     def add(self, module: str, operation: str, replaced: bool, detail: str) -> None:
         """Notes one place."""
@@ -43,11 +49,14 @@ class CoverageReport:
             return "accelerate: no module was recognised"
         width = max(len(module) for module, *_ in rows)
         operation_width = max(len(operation) for _, operation, *_ in rows)
-        return "\n".join(
+        share = self.served / max(1, self.weights)
+        total = f"{share:.1%} of the weights that compute run on lora_engine's kernels"
+        table = "\n".join(
             f"{count:4d} × {module:<{width}}  {operation:<{operation_width}}  "
             f"{'→' if replaced else 'left:'} {detail}"
             for (module, operation, replaced, detail), count in rows.items()
         )
+        return f"{table}\n{total}"
 
 
 def _pattern(module: str) -> str:

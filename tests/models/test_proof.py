@@ -159,6 +159,22 @@ def test_a_llama_is_covered_whole() -> None:
     assert not lora_engine.accelerate(with_lora(tiny_llama())).left
 
 
+def test_the_report_accounts_for_every_weight() -> None:
+    report = lora_engine.accelerate(with_lora(tiny_llama(), target_modules=["q_proj"]))
+    assert report.served == report.weights > 0
+    assert "100.0% of the weights" in str(report)
+    model = mixtral()
+    report = lora_engine.accelerate(model)
+    kinds = {entry.operation for entry in report.left}
+    assert {"MixtralExperts", "MixtralTopKRouter"} <= kinds, str(report)
+    embedding = model.get_input_embeddings().weight.numel()
+    assert report.weights == sum(p.numel() for p in model.parameters()) - embedding
+    experts = sum(p.numel() for n, p in model.named_parameters() if ".experts." in n)
+    assert report.served <= report.weights - experts
+    with pytest.raises(UserError, match="MixtralExperts"):
+        lora_engine.accelerate(model, strict=True)
+
+
 def test_a_wrong_kernel_is_found_and_nothing_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     from lora_engine.models import norm
 
