@@ -53,7 +53,8 @@ class ModelConfig(_Section):
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto",
-        description="Number format of the weights; `auto` takes the fastest one here.",
+        description="Number format of the weights; `auto` takes the fastest one here, and that of "
+        "the run where one is resumed.",
     )
     device: str = Field(
         default="auto",

@@ -104,7 +104,10 @@ def _matches(
         return matches
     names = _last_parts(modules, fits)
     hint = "a text is a regular expression for a module's whole name, such as .*\\.q_proj"
-    if close := nearest(pattern, [ALL_LINEAR]):
+    parts = [part.strip() for part in pattern.split(",")]
+    if len(parts) > 1 and set(parts) <= set(names):
+        hint = f"did you mean the list [{', '.join(parts)}]?"
+    elif close := nearest(pattern, [ALL_LINEAR]):
         hint = f"did you mean {close}?"
     elif close := nearest(pattern, names):
         hint = f"did you mean the name [{close}], in brackets?"

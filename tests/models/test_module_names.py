@@ -52,6 +52,11 @@ def check(model, target="all-linear", exclude=None, save=None):
             "[q_proj], in brackets?",
         ),
         (
+            {"target": "q_proj, v_proj"},
+            "lora.target_modules: 'q_proj, v_proj' matches no module of the model; did you mean "
+            "the list [q_proj, v_proj]?",
+        ),
+        (
             {"target": r".*\.query"},
             r"lora.target_modules: '.*\\.query' matches no module of the model; a text is a "
             r"regular expression for a module's whole name, such as .*\.q_proj",
