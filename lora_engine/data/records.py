@@ -137,11 +137,14 @@ def parse_record(row: Any, origin: str) -> Record:
     if "text" in present:
         text = _string(row, "text", origin)
         return Record("text", text=text, ignored=_ignored(row, ("text",)), **about)
-    fields = [repr(field) for field in row]
+    fields = [repr(field) for field in row if row[field] is not None]
+    empty = [repr(field) for field in FIELDS if field in row and row[field] is None]
     more = f" and {len(fields) - NAMED} more" if len(fields) > NAMED else ""
+    found = [f"{', '.join(fields[:NAMED])}{more}"] if fields else []
+    found += [f"nothing in {', '.join(empty)}"] if empty else []
     raise UserError(
         f"{origin}: needs 'messages', 'prompt' and 'completion', or 'text'; "
-        f"has {', '.join(fields[:NAMED]) or 'no fields'}{more}"
+        f"has {', but '.join(found) or 'no fields'}"
     )
 
 

@@ -160,7 +160,7 @@ def test_mixed_columns_name_each_record(tmp_path):
     assert [line.partition(": ")[2] for line in str(caught.value).splitlines()[1:]] == [
         "'text' must be a string, got a number",
         "'text' must be a string, got a list",
-        "needs 'messages', 'prompt' and 'completion', or 'text'; has 'text'",
+        "needs 'messages', 'prompt' and 'completion', or 'text'; has nothing in 'text'",
     ]
 
 

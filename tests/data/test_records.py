@@ -272,3 +272,10 @@ def test_one_mistake_with_many_values_is_told_once():
         "data: 32 of 32 records cannot be used, mend or remove them: "
         "record:0, record:1, record:2 and 29 more: 'text' must be a string, got a number"
     )
+
+
+def test_a_field_without_a_value_is_not_one_that_is_there():
+    with pytest.raises(UserError, match=r"has 'completion', but nothing in 'prompt'$"):
+        read_records([{"prompt": None, "completion": "a"}])
+    with pytest.raises(UserError, match=r"has no fields$"):
+        read_records([{}])
