@@ -12,11 +12,13 @@ loaded before, `settle_late` does what still can be done.
 """
 
 import os
+import re
 from collections.abc import Callable
 from typing import NamedTuple
 
 USERS_VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY")
-RUNTIMES = ("libgomp.so.1", "libiomp5.so", "libomp.so")  # GNU's, Intel's, LLVM's
+# GNU's, Intel's, LLVM's: libgomp.so.1, libgomp.so.1.0.0, and as wheels name their own copies.
+RUNTIME = re.compile(r"lib(gomp|iomp5|omp)(-[0-9a-f]+)?\.so(\.[0-9]+)*")
 MAPS = "/proc/self/maps"
 MEND = "import lora_engine before torch, or set OMP_WAIT_POLICY=passive"
 
@@ -42,7 +44,7 @@ def settle() -> None:
     if _waiting is not None:
         return
     for name in USERS_VARIABLES:
-        if name in os.environ:
+        if os.environ.get(name):
             _waiting = Waiting("the user's", f"{name}={os.environ[name]}")
             return
     os.environ["OMP_WAIT_POLICY"] = "passive"
@@ -58,7 +60,10 @@ def settle_late(crowd: Callable[[], bool]) -> None:
     global _waiting
     if _waiting is not _ACTIVE:
         return
-    if all(crowd() if "libgomp" in path else _block_at_once(path) for path in loaded_runtimes()):
+    names = {path: os.path.basename(path) for path in loaded_runtimes()}
+    gnus = [path for path, name in names.items() if name.startswith("libgomp")]
+    others = [path for path in names if path not in gnus]
+    if (not gnus or crowd()) and all(map(_block_at_once, others)):
         _waiting = Waiting("passive", "set by lora_engine after the OpenMP runtime was loaded")
 
 
@@ -76,7 +81,7 @@ def loaded_runtimes() -> list[str]:
             paths = {line.rstrip("\n").partition("/")[2] for line in file}
     except OSError:
         return []
-    return sorted(f"/{path}" for path in paths if os.path.basename(path) in RUNTIMES)
+    return sorted(f"/{path}" for path in paths if RUNTIME.fullmatch(os.path.basename(path)))
 
 
 def _block_at_once(runtime: str) -> bool:

@@ -52,12 +52,12 @@ def _check(name: str, args: Any) -> None:
 
 
 def beside(x: Tensor) -> Tensor:
-    """The elements of x's memory between the end of a row of x and the beginning of the next.
+    """The elements of x's memory that are between its rows, and not x's own.
 
     A row is what of x stands together without a gap. Nothing is beside the last one: a product
     cuts its blocks off there, or it would leave the operand's memory.
     """
-    row, pitch = 1, 0
+    row = 1
     outer = []
     for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
         if size == 1 or stride == 0:
@@ -65,16 +65,16 @@ def beside(x: Tensor) -> Tensor:
         if not outer and stride == row:
             row *= size
         else:
-            pitch = pitch or stride
             outer.append((stride, size))
-    if pitch <= row or not x.numel():
+    if not outer or not x.numel():
         return x.new_zeros(0)
     memory = x.as_strided((x.untyped_storage().nbytes() // x.element_size(),), (1,), 0)
-    starts = x.storage_offset() + torch.zeros(1, dtype=torch.int64)
+    starts = torch.zeros(1, dtype=torch.int64)
     for stride, size in outer:
         starts = (starts[:, None] + stride * torch.arange(size)).flatten()
-    places = starts.sort().values[:-1, None] + torch.arange(row, pitch)
-    return memory[places.flatten().to(x.device)]
+    others = torch.ones(int(starts.max()) + row, dtype=torch.bool)
+    others[(starts[:, None] + torch.arange(row)).flatten()] = False
+    return memory[x.storage_offset() :][: len(others)][others.to(x.device)]
 
 
 def _operands(name: str, args: Any) -> list[Tensor]:

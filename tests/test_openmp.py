@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -67,6 +68,51 @@ def test_what_the_user_set_stays(new_process, monkeypatch, name) -> None:
     assert str(openmp.waiting()) == f"the user's: {name}=active"
 
 
+def test_a_variable_set_to_nothing_is_not_set(new_process, monkeypatch) -> None:
+    """The runtime takes it for a mistake, and spins."""
+    monkeypatch.setenv("OMP_WAIT_POLICY", "")
+    openmp.settle()
+    assert os.environ["OMP_WAIT_POLICY"] == "passive"
+
+
+def test_several_of_gnu_s_runtimes_are_crowded_once(new_process, monkeypatch) -> None:
+    monkeypatch.setattr(openmp, "loaded_runtimes", lambda: ["/a/libgomp.so.1", "/b/libgomp.so.1"])
+    openmp.settle()
+    calls = []
+    openmp.settle_late(lambda: not calls.append("crowd"))
+    assert calls == ["crowd"] and openmp.waiting().policy == "passive"
+
+
+def preloadable() -> str:
+    """The runtime's file by its real name, as a preloaded one is listed."""
+    from lora_engine.openmp import loaded_runtimes
+
+    backends.extension()
+    return next((path for path in loaded_runtimes() if "libgomp" in path), "")
+
+
+@LINUX
+@TWO_CORES
+def test_a_preloaded_runtime_under_its_full_name(tmp_path) -> None:
+    """It has read its variables before Python began."""
+    runtime = preloadable()
+    if not runtime:
+        pytest.skip("torch's OpenMP runtime is not GNU's")
+    full = tmp_path / "libgomp.so.1.0.0"
+    full.write_bytes(Path(runtime).read_bytes())
+    code = (
+        "import lora_engine, torch; from lora_engine import openmp\n"
+        "before = str(openmp.waiting()); from lora_engine import backends; backends.extension()\n"
+        f"{PROCESSOR_TIME_ASLEEP}\nprint(before)"
+    )
+    said = run_python(code, OMP_NUM_THREADS="2", LD_PRELOAD=str(full)).splitlines()
+    assert float(said[0]) < 1.5e-3
+    assert said[1:] == [
+        "passive: set by lora_engine after the OpenMP runtime was loaded",
+        "active: an OpenMP runtime was loaded before lora_engine",
+    ]
+
+
 @LINUX
 @TWO_CORES
 @pytest.mark.parametrize(
@@ -117,9 +163,10 @@ def test_another_runtime_without_the_call_is_no_success(new_process, monkeypatch
 def test_runtimes_are_found_by_their_files(monkeypatch, tmp_path) -> None:
     maps = tmp_path / "maps"
     row = "7f0000000000-7f0000001000 r--p 00000000 08:01 42        "
-    paths = ["/a/libgomp.so.1", "/a b/libiomp5.so", "/a/libgomp.so.1", "/a/libgomp-9f.so.1.0.0"]
+    ours = ["/a b/libiomp5.so", "/a/libgomp-9f.so.1.0.0", "/a/libgomp.so.1", "/b/libgomp.so.1.0.0"]
+    paths = [*ours, ours[2], "/a/libgomp.so.1.py", "/a/libgomp-plugin-nvptx.so.1"]
     maps.write_text("".join(f"{row}{path}\n" for path in paths) + "7ff0-7ff1 rw-p 0 00:00 0\n")
     monkeypatch.setattr(openmp, "MAPS", str(maps))
-    assert openmp.loaded_runtimes() == ["/a b/libiomp5.so", "/a/libgomp.so.1"]
+    assert openmp.loaded_runtimes() == ours
     monkeypatch.setattr(openmp, "MAPS", str(tmp_path / "none"))
     assert openmp.loaded_runtimes() == []

@@ -85,6 +85,8 @@ def test_beside_is_what_lies_between_rows() -> None:
     assert beside(buffer[:, :4].unflatten(1, (2, 2)).transpose(0, 1)).tolist() == [
         *(4, 5, 10, 11, 16, 17),
     ]
+    # Two heads of one column, one apart, with three columns behind them.
+    assert beside(buffer[:2, :4].unflatten(1, (2, 2))[..., 0]).tolist() == [1, 3, 4, 5, 7]
 
 
 def test_nothing_lies_beside_whole_tensors_and_single_rows() -> None:
