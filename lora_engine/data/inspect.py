@@ -184,7 +184,8 @@ def _counts(data: DataReport) -> "Table":
         "tokens per example",
         f"{data.length_min:,} to {data.length_max:,}, median {data.length_median:,}",
     )
-    table.add_row("all begin with", f"the same {data.length_common:,} tokens")
+    if data.length_common:
+        table.add_row("all begin with", f"the same {data.length_common:,} tokens")
     return table
 
 

@@ -7,28 +7,6 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from safetensors import SafetensorError
-
-from lora_engine.files import naming
-
-_SYSTEM_ERROR = re.compile(r"os error (\d+)")
-
-
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """What the system refuses in here is an OSError that names `path`.
-
-    safetensors hides the system's error in one of its own.
-    """
-    with naming(path):
-        try:
-            yield
-        except SafetensorError as error:
-            number = _SYSTEM_ERROR.search(str(error))
-            if number is None:
-                raise
-            raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
-
 
 def sync_file(path: Path) -> None:
     """Wait until the file's, or the folder's, content is on the disk."""

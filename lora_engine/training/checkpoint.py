@@ -21,7 +21,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from lora_engine.errors import UserError
-from lora_engine.training.atomic import new_folder, remove_folder, remove_leftovers, writing
+from lora_engine.files import naming
+from lora_engine.training.atomic import new_folder, remove_folder, remove_leftovers
 from lora_engine.training.fingerprint import files_sha256, json_sha256
 
 logger = logging.getLogger(__name__)
@@ -119,7 +120,7 @@ class CheckpointStore:
         """
         target = self.path(step)
         self._refuse_foreign(step)
-        with writing(target), new_folder(target) as folder:
+        with naming(target), new_folder(target) as folder:
             for stem, named in tensors.items():
                 save_file(named, folder / f"{stem}.safetensors")
             paths = sorted(folder.iterdir())
@@ -172,12 +173,12 @@ class CheckpointStore:
 
     def remove_leftovers(self) -> None:
         """Delete what killed processes left half written."""
-        with writing(self.folder):
+        with naming(self.folder):
             remove_leftovers(self.folder, _NAME)
 
     def _remove(self, step: int) -> None:
         self._refuse_foreign(step)
-        with writing(self.path(step)):
+        with naming(self.path(step)):
             remove_folder(self.path(step))
 
     def _refuse_foreign(self, step: int) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lora_engine.errors import UserError
-from lora_engine.training.atomic import writing
+from lora_engine.files import naming
 
 try:
     import fcntl
@@ -40,7 +40,7 @@ def locked(folder: Path) -> Iterator[None]:
     if holder is not None:
         raise UserError(_in_use(folder, "another thread of this process"))
     made = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
-    with writing(folder):
+    with naming(folder):
         folder.mkdir(parents=True, exist_ok=True)
     try:
         descriptor = _acquire(folder)
@@ -61,12 +61,12 @@ def _acquire(folder: Path) -> int:
     """The descriptor of the locked file."""
     path = folder / LOCK
     while True:
-        with writing(path):
+        with naming(path):
             descriptor = os.open(path, _OPEN, 0o644)
         try:
             if not _lock(descriptor, folder) or _is_at(descriptor, path):
                 holder = f"process {os.getpid()} on {socket.gethostname()}"
-                with writing(path):
+                with naming(path):
                     os.truncate(descriptor, 0)
                     os.write(descriptor, holder.encode())
                 return descriptor

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lora_engine.training.atomic import writing
+from lora_engine.files import naming
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +90,7 @@ class MetricsLog:
         a warning is logged.
         """
         self._path, written = path, written or Written()
-        with writing(path):
+        with naming(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch()
             with path.open("rb") as file:
@@ -117,7 +117,7 @@ class MetricsLog:
 
     def sync(self) -> Written:
         """Flush to the disk; returns what is there now."""
-        with writing(self._path):
+        with naming(self._path):
             os.fsync(self._file.fileno())
             return Written(os.fstat(self._file.fileno()).st_size, self._sha256.hexdigest())
 
@@ -127,7 +127,7 @@ class MetricsLog:
     def _append(self, line: dict[str, Any]) -> None:
         content = json.dumps(line, allow_nan=False).encode() + b"\n"
         self._sha256.update(content)
-        with writing(self._path):
+        with naming(self._path):
             while content:  # the system may take a part of it, such as what is left of the disk
                 content = content[self._file.write(content) :]
 

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from lora_engine.errors import UserError
+from lora_engine.files import naming
 from lora_engine.training import random_state
-from lora_engine.training.atomic import remove_folder, remove_leftovers, writing
+from lora_engine.training.atomic import remove_folder, remove_leftovers
 from lora_engine.training.checkpoint import CheckpointStore
 from lora_engine.training.flat import FlatParameters
 from lora_engine.training.identity import Identity, check_identity
@@ -69,7 +70,7 @@ class RunFolder:
 
     def check_foreign(self) -> None:
         """Raises UserError if a new run would replace files that no run wrote."""
-        with writing(self.path):
+        with naming(self.path):
             self.checkpoints.check_removable()
             manifest = self._manifest()
             manifest.check_files(self._names)
@@ -81,7 +82,7 @@ class RunFolder:
         Raises UserError if the folder holds another run, or a run that is neither to be resumed
         nor overwritten, or if the run would replace files that no run wrote.
         """
-        with writing(self.path):
+        with naming(self.path):
             if self.path.exists() and not self.path.is_dir():
                 raise UserError(f"{self.path}: is a file, output_dir must be a folder")
             self.checkpoints.check_removable()
@@ -107,7 +108,7 @@ class RunFolder:
 
     def begin(self, step: int | None) -> None:
         """Make room for a new run, or for one that goes on from a checkpoint, as `check` said."""
-        with writing(self.path):
+        with naming(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             self.checkpoints.remove_leftovers()
             names = (self.adapter.name, MANIFEST, *self._names)
@@ -183,7 +184,7 @@ class RunFolder:
     @contextmanager
     def writing_adapter(self) -> Iterator[None]:
         """Within, the adapter's folder is written, or replaced."""
-        with writing(self.adapter):
+        with naming(self.adapter):
             manifest = self._manifest()
             manifest.adapter_begins()
             try:
