@@ -21,6 +21,7 @@ def fit(output_dir, action, pipe):
     """
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup has it ignored
     kind, _, number = action.rpartition("-")
     callbacks = []
     if kind == "kill-at-step":
