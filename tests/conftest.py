@@ -34,15 +34,22 @@ def pytest_configure(config: pytest.Config) -> None:
         other_products.install()
 
 
+SIGNALS = {
+    signal.SIGHUP: signal.SIG_DFL,
+    signal.SIGINT: signal.default_int_handler,
+    signal.SIGTERM: signal.SIG_DFL,
+}
+
+
 @pytest.fixture(autouse=True)
-def hangups_arrive() -> Iterator[None]:
-    """Also under nohup, which has this process and those it starts ignore SIGHUP."""
-    before = signal.getsignal(signal.SIGHUP)
-    if before is signal.SIG_IGN:
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+def signals_arrive() -> Iterator[None]:
+    """Also under nohup, or in the background of a script, where some of them are ignored."""
+    ignored = [number for number in SIGNALS if signal.getsignal(number) is signal.SIG_IGN]
+    for number in ignored:
+        signal.signal(number, SIGNALS[number])
     yield
-    if before is signal.SIG_IGN:
-        signal.signal(signal.SIGHUP, before)
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
 
 
 @pytest.fixture(autouse=True)

@@ -21,7 +21,8 @@ def fit(output_dir, action, pipe):
     """
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup has it ignored
+    for number in (signal.SIGHUP, signal.SIGTERM):  # ignored under nohup, say
+        signal.signal(number, signal.SIG_DFL)
     kind, _, number = action.rpartition("-")
     callbacks = []
     if kind == "kill-at-step":
