@@ -5,6 +5,7 @@
 # make lint    ruff, mypy and clang-format
 # make bench   the training step beside TRL's, results under benchmarks/results
 # make kernels-check   compile every GPU kernel for every supported GPU; no GPU needed
+# make same-bits ARGS="main HEAD"   whether two revisions train to the same losses and weights
 # make gpu-check OUT=… on a machine with a GPU: build, test and measure with PYTHON's own packages
 #
 # PYTHON=…  the interpreter that makes the environment
@@ -36,7 +37,7 @@ PIP := $(PY) -m pip --disable-pip-version-check --quiet install
 CSRC := $(shell find csrc -name '*.?pp' -o -name '*.cu*')
 BUILD_INPUTS := pyproject.toml setup.py constraints.txt $(CSRC)
 
-.PHONY: demo test test-machines test-shared lint format bench kernels-check gpu-check clean
+.PHONY: demo test test-machines test-shared lint format bench kernels-check same-bits gpu-check clean
 
 demo: $(STAMPS)/train $(STAMPS)/model
 	$(BIN)/lora-engine demo $(ARGS)
@@ -66,6 +67,9 @@ bench: $(STAMPS)/bench $(STAMPS)/model
 
 kernels-check: $(STAMPS)/test
 	$(PY) kernels/check.py $(ARGS)
+
+same-bits: $(STAMPS)/test
+	$(PY) benchmarks/same_bits.py $(ARGS)
 
 # Neither VENV nor the network: the machine's own torch is what is measured.
 gpu-check:
