@@ -10,12 +10,13 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lora_engine import ops
 from lora_engine.errors import UserError
 from lora_engine.models.linear_group import LinearGroup
-from lora_engine.models.masks import dense_mask, is_known
+from lora_engine.models.masks import causal_mask, dense_mask
 from lora_engine.models.sequences import SequenceFinder, Sequences
 
 IMPLEMENTATION = "lora_engine"
@@ -53,17 +54,34 @@ _KNOWN = frozenset(
     }
 )
 
-_only_known = ContextVar("only_known", default=False)
+# Masks of `padding_mask` within `proving`, and their windows; None outside.
+_masks: ContextVar[list[tuple[Tensor, int]] | None] = ContextVar("masks", default=None)
 
 
 @contextmanager
-def refusing_unknown() -> Iterator[None]:
-    """Within this context attention refuses every argument that it does not know by name."""
-    token = _only_known.set(True)
+def proving() -> Iterator[None]:
+    """Within this context attention refuses what it serves, elsewhere, on trust.
+
+    Every argument that it does not know by name; and a layer whose window is not that of the mask
+    that it is given, which transformers' own attention goes by.
+    """
+    token = _masks.set([])
     try:
         yield
     finally:
-        _only_known.reset(token)
+        _masks.reset(token)
+
+
+def _check_window(module: nn.Module, mask: Tensor | None, window: int) -> None:
+    masks = _masks.get()
+    if masks is None or (mask is not None and mask.dim() != 2):
+        return
+    windows = [of_mask for known, of_mask in masks if known is mask] if mask is not None else [0]
+    if windows != [window]:
+        raise UserError(
+            f"attention of {type(module).__name__} has a window of {window}, "
+            f"its mask {windows[0] if windows else 'an unknown one'}"
+        )
 
 
 def register() -> None:
@@ -83,18 +101,29 @@ def padding_mask(
     attention_mask: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor | None:
-    """The padding mask [B, L], or None without padding; or sdpa's [B, 1, Q, K].
+    """The tokens' mask [B, L], or None where every row is one sequence; or sdpa's [B, 1, Q, K].
 
-    sdpa's with a filled cache, and where the mask is more than causal with windows and packing.
+    In [B, L] padding is 0, and tokens of a row that see each other have the same number. sdpa's
+    with a filled cache, and where the mask is more than causal with windows and packing.
     """
     from transformers.masking_utils import causal_mask_function, sdpa_mask
 
     function = mask_function or causal_mask_function
-    if q_length == kv_length and is_known(function):
-        if attention_mask is None or bool(attention_mask.all()):
-            return None
+    known = causal_mask(function)
+    if q_length == kv_length and known is not None:
+        if attention_mask is not None and bool(attention_mask.all()):
+            attention_mask = None
+        if known.sequences is not None:
+            numbers = known.sequences.to(torch.int64) + 1
+            attention_mask = numbers if attention_mask is None else numbers * attention_mask
+        masks = _masks.get()
+        if masks is not None:
+            if attention_mask is None:
+                attention_mask = torch.ones(batch_size, q_length, device=kwargs.get("device"))
+            attention_mask = attention_mask.clone()
+            masks.append((attention_mask, known.window))
         return attention_mask
-    if not is_known(function):  # sdpa would take "no mask" for a causal one
+    if known is None:  # sdpa would take "no mask" for a causal one
         kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
     return sdpa_mask(
         batch_size,
@@ -125,7 +154,8 @@ def attend(
     refused = [
         name
         for name, given in kwargs.items()
-        if given is not None and (name in _REFUSED or (_only_known.get() and name not in _KNOWN))
+        if given is not None
+        and (name in _REFUSED or (_masks.get() is not None and name not in _KNOWN))
     ]
     if refused:
         raise UserError(
@@ -144,10 +174,10 @@ def attend(
         (no_rotation, no_rotation),
         attention_mask,
         kwargs.get("cu_seq_lens_q"),
-        kwargs.get("position_ids"),
         kwargs.get("sequence_parents"),
     )
     window = kwargs.get("sliding_window") or 0
+    _check_window(module, attention_mask, window)
     if dropout or not causal or value.shape[-1] != head_dim:
         if found.parents is not None:
             raise UserError("sequences cannot share prefixes with dropout or other masks")
@@ -203,9 +233,6 @@ class AttentionForward:
     ) -> None:
         self.module, self.qkv, self.output, self.finder = module, qkv, output, finder
         self.original = module.forward
-        # Qwen sets the layer's window on the layer; Mistral reads it from the config.
-        holder = module if hasattr(module, "sliding_window") else module.config
-        self.window = getattr(holder, "sliding_window", None) or 0
 
     def __call__(
         self,
@@ -256,6 +283,13 @@ class AttentionForward:
         (y,) = self.output(out)
         return y, None
 
+    @property
+    def window(self) -> int:
+        """How many tokens a token sees, itself included; 0: all before it."""
+        # Qwen sets the layer's window on the layer; Mistral reads it from the config.
+        holder = self.module if hasattr(self.module, "sliding_window") else self.module.config
+        return getattr(holder, "sliding_window", None) or 0
+
     def intact(self) -> bool:
         """Whether the layer's linears are those that this forward was made of."""
         module = self.module
@@ -273,12 +307,12 @@ class AttentionForward:
     ) -> Sequences:
         """The packed sequences of a batch."""
         batch, length = hidden_states.shape[:2]
+        _check_window(self.module, attention_mask, self.window)
         return self.finder(
             (batch, length),
             position_embeddings,
             attention_mask,
             kwargs.get("cu_seq_lens_q"),
-            kwargs.get("position_ids"),
             kwargs.get("sequence_parents"),
         )
 

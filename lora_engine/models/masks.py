@@ -5,41 +5,62 @@ knows causal masks, windows, padding and packed sequences; any other mask is mad
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-# Makers of transformers.masking_utils whose functions leave a causal mask one that attention knows.
-_COMBINED = frozenset({"and_masks", "remap_positions_for_packed_sequence"})
-_NARROWED = frozenset({"sliding_window_overlay", "packed_sequence_mask_function"})
+# Makers of transformers.masking_utils whose functions only combine other mask functions.
+_COMBINING = frozenset({"and_masks", "remap_positions_for_packed_sequence"})
 
 
-def is_known(mask_function: Callable[..., Any]) -> bool:
-    """Whether a mask function is causal, but for a window and the bounds of packed sequences."""
+class CausalMask(NamedTuple):
+    """A causal mask as attention here knows it."""
+
+    window: int = 0  # a token sees itself and window - 1 before it; 0: all before it
+    sequences: Tensor | None = None  # [B, L] int64: the number of each token's packed sequence
+
+
+def causal_mask(mask_function: Callable[..., Any]) -> CausalMask | None:
+    """What a mask function of transformers says; None if it is more than a CausalMask."""
     from transformers import masking_utils
 
-    leaves = set(_leaves(mask_function, masking_utils.causal_mask_function))
-    return "causal" in leaves and leaves <= {"causal", *_NARROWED}
+    window, sequences, is_causal = 0, None, False
+    for leaf in _leaves(mask_function, masking_utils):
+        maker, held = leaf
+        if maker == "causal":
+            is_causal = True
+        elif maker == "sliding_window_overlay" and isinstance(held, int) and held > 0:
+            window = min(window, held) if window else held
+        elif maker == "packed_sequence_mask_function" and isinstance(held, Tensor):
+            if sequences is not None:
+                return None
+            sequences = held
+        else:
+            return None
+    return CausalMask(window, sequences) if is_causal else None
 
 
-def _leaves(mask_function: Any, causal: Callable[..., Any]) -> Iterator[str]:
-    """The parts that a mask function is composed of; "" for one that is not known."""
-    if mask_function is causal:
-        yield "causal"
+def _leaves(mask_function: Any, makers: Any) -> Iterator[tuple[str, Any]]:
+    """The parts that a mask function is composed of: their maker's name and what it was given.
+
+    ("", None) for a part that transformers.masking_utils (`makers`) did not make.
+    """
+    if mask_function is makers.causal_mask_function:
+        yield "causal", None
         return
     maker = getattr(mask_function, "__qualname__", "").partition(".")[0]
-    if mask_function.__module__ != causal.__module__ or maker not in _COMBINED | _NARROWED:
-        yield ""
+    if mask_function.__module__ != makers.__name__ or not hasattr(makers, maker):
+        yield "", None
         return
-    if maker in _NARROWED:
-        yield maker
+    held = [cell.cell_contents for cell in mask_function.__closure__ or ()]
+    if maker not in _COMBINING:
+        yield maker, held[0] if len(held) == 1 else None
         return
-    for cell in mask_function.__closure__ or ():
-        held = cell.cell_contents
-        for part in held if isinstance(held, tuple) else (held,):
-            if callable(part):
-                yield from _leaves(part, causal)
+    for each in held:
+        for part in each if isinstance(each, tuple) else (each,):
+            if callable(part) and not isinstance(part, Tensor):
+                yield from _leaves(part, makers)
 
 
 def dense_mask(

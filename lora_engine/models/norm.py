@@ -1,5 +1,6 @@
 """RMSNorm and LayerNorm modules, recognised by what they compute."""
 
+import inspect
 from typing import Any
 
 import torch
@@ -17,9 +18,14 @@ class RmsNormForward:
 
     operation = "rms_norm"
 
-    def __init__(self, module: Any, eps: float, offset: float, tail: int = 0) -> None:
-        self.module, self.eps, self.offset, self.tail = module, eps, offset, tail
+    def __init__(self, module: Any, offset: float, tail: int = 0) -> None:
+        self.module, self.offset, self.tail = module, offset, tail
         self.original = module.forward
+
+    @property
+    def eps(self) -> float:
+        """The module's, as it is now."""
+        return _eps(self.module)
 
     def __call__(self, hidden_states: Tensor) -> Tensor:
         if not self.takes(hidden_states):
@@ -63,7 +69,11 @@ def norm_forward(module: nn.Module, tail: int = 0) -> RmsNormForward | LayerNorm
         return LayerNormForward(module, tail) if len(module.normalized_shape) == 1 else None
     eps = _rms_norm_eps(module)
     offset = None if eps is None else _rms_norm_offset(module, eps)
-    return None if eps is None or offset is None else RmsNormForward(module, eps, offset, tail)
+    return None if eps is None or offset is None else RmsNormForward(module, offset, tail)
+
+
+def _eps(module: nn.Module) -> Any:
+    return getattr(module, "variance_epsilon", getattr(module, "eps", None))
 
 
 def _rms_norm_eps(module: nn.Module) -> float | None:
@@ -73,7 +83,9 @@ def _rms_norm_eps(module: nn.Module) -> float | None:
         return None
     if weight.dim() != 1 or len(list(module.parameters())) != 1:
         return None
-    eps: float | None = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    if len(inspect.signature(module.forward).parameters) != 1:  # a gate, say
+        return None
+    eps: float | None = _eps(module)
     return eps
 
 

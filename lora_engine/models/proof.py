@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_engine.models.attention import refusing_unknown
+from lora_engine.models.attention import proving
 from lora_engine.models.head import output_head
 
 # What rounding may come to, of the largest logit.
@@ -51,7 +51,7 @@ def same_logits(model: Any, own: Results) -> str | None:
     if own.error:
         return own.error
     try:
-        with _measuring(model), refusing_unknown():
+        with _measuring(model), proving():
             logits = _logits(model)[0]
     except Exception as error:
         return f"a try raises {type(error).__name__}: {error}"

@@ -31,18 +31,17 @@ class SequenceFinder:
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None,
         cu_seqlens: Tensor | None,
-        position_ids: Tensor | None,
         parents: Tensor | None = None,
     ) -> Sequences:
         """The sequences of a batch [B, L].
 
-        From `cu_seqlens` over the flattened batch where given; else from the padding mask [B, L];
-        else from `position_ids`, where a token that does not continue the one before it starts a
-        sequence; else every row is one. `parents` belong to `cu_seqlens`.
+        From `cu_seqlens` over the flattened batch where given; else from `attention_mask` [B, L],
+        in which padding is 0 and the tokens of a row that have the same number are a sequence;
+        else every row is one. `parents` belong to `cu_seqlens`.
         """
-        key = (shape, *position_embeddings, attention_mask, cu_seqlens, position_ids, parents)
+        key = (shape, *position_embeddings, attention_mask, cu_seqlens, parents)
         if self._found is None or not _same(key, self._key):
-            found = _find(shape, position_embeddings, attention_mask, cu_seqlens, position_ids)
+            found = _find(shape, position_embeddings, attention_mask, cu_seqlens)
             self._found = found._replace(parents=parents)
             self._key = key
         return self._found
@@ -59,36 +58,28 @@ def _find(
     position_embeddings: tuple[Tensor, Tensor],
     attention_mask: Tensor | None,
     cu_seqlens: Tensor | None,
-    position_ids: Tensor | None,
 ) -> Sequences:
     rows, length = shape
     index = None
     if cu_seqlens is not None:
         bounds = cu_seqlens.to(torch.int32)
     elif attention_mask is not None:
-        valid = attention_mask.bool()
-        index = valid.flatten().nonzero()[:, 0]
-        bounds = _cumulative(valid.sum(1))
-    elif position_ids is not None and position_ids.dim() == 2:
-        bounds = _restarts(position_ids.expand(rows, length))
+        bounds, index = _of_mask(attention_mask)
     else:
         bounds = torch.arange(0, rows * length + 1, length, dtype=torch.int32)
     cos, sin = (_per_token(table, rows, index) for table in position_embeddings)
     return Sequences(bounds, index, cos, sin)
 
 
-def _restarts(position_ids: Tensor) -> Tensor:
-    """Bounds of the sequences in position_ids [B, L]; every row starts one."""
-    starts = torch.ones_like(position_ids, dtype=torch.bool)
-    starts[:, 1:] = position_ids[:, 1:] != position_ids[:, :-1] + 1
-    first = starts.flatten().nonzero()[:, 0]
-    return torch.cat((first, first.new_tensor([position_ids.numel()]))).to(torch.int32)
-
-
-def _cumulative(lengths: Tensor) -> Tensor:
-    bounds = torch.zeros(lengths.numel() + 1, dtype=torch.int32, device=lengths.device)
-    bounds[1:] = lengths.cumsum(0)
-    return bounds
+def _of_mask(mask: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Bounds of the sequences in a mask [B, L], and the places of its tokens; None: all."""
+    index = mask.flatten().nonzero()[:, 0]
+    row = torch.arange(mask.shape[0], device=mask.device)[:, None]
+    owner = (row * (mask.shape[1] + 1) + mask).flatten()[index]
+    starts = (owner[1:] != owner[:-1]).nonzero()[:, 0] + 1
+    ends = starts.new_tensor([index.numel()])
+    bounds = torch.cat((starts.new_zeros(1), starts, ends)).to(torch.int32)
+    return bounds, None if index.numel() == mask.numel() else index
 
 
 def _per_token(table: Tensor, rows: int, index: Tensor | None) -> Tensor:

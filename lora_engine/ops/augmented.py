@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lora_engine.ops.tensors import empty_rows, front_columns
+from lora_engine.ops.tensors import empty_rows, front_columns, not_a_view
 
 _ATTRIBUTE = "_lora_engine_room"
 
@@ -67,6 +67,15 @@ def keep_room(source: Tensor, view: Tensor) -> Tensor:
 def shaped(rows: Tensor, shape: torch.Size) -> Tensor:
     """`rows` [rows, cols] as `shape` [..., cols], having its room."""
     return rows if rows.shape == shape else keep_room(rows, rows.view(shape))
+
+
+def result(rows: Tensor, shape: torch.Size) -> Tensor:
+    """`shaped` for an autograd function to return: to be changed in place where it has no room.
+
+    With room, another function may have saved the buffer and would not notice.
+    """
+    made = shaped(rows, shape)
+    return made if hasattr(made, _ATTRIBUTE) else not_a_view(made)
 
 
 def operand(x: Tensor) -> Tensor:

@@ -89,7 +89,7 @@ class _Glu(torch.autograd.Function):
         ctx.save_for_backward(gate, up)
         ctx.activation, ctx.overwrite = activation, overwrite
         ctx.grad_tail, ctx.kernels = tails[1], kernels
-        return augmented.shaped(y, gate.shape)
+        return augmented.result(y, gate.shape)
 
     @staticmethod
     @once_differentiable

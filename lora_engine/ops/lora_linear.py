@@ -10,7 +10,7 @@ from lora_engine import backends, reference
 from lora_engine.ops import augmented
 from lora_engine.ops.augmented_product import AugmentedProduct
 from lora_engine.ops.augmented_weight import AugmentedWeight
-from lora_engine.ops.tensors import as_rows, shape_of, without_autocast
+from lora_engine.ops.tensors import as_rows, not_a_view, shape_of, without_autocast
 
 
 @without_autocast
@@ -130,7 +130,7 @@ class _LoraLinear(torch.autograd.Function):
         outputs, saved = _forward(x, product)
         ctx.product, ctx.shape = product, x.shape
         ctx.save_for_backward(*saved, *factors)
-        return outputs
+        return (not_a_view(outputs[0]),) if len(outputs) == 1 else outputs
 
     @staticmethod
     @once_differentiable

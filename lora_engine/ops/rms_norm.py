@@ -115,7 +115,7 @@ class _RmsNorm(torch.autograd.Function):
         )
         ctx.save_for_backward(h, weight, rstd)
         ctx.shape, ctx.offset, ctx.grad_tail, ctx.kernels = x.shape, offset, grad_tail, kernels
-        normed = augmented.shaped(y, x.shape)
+        normed = augmented.result(y, x.shape)
         return normed if added is None else (normed, h.view(x.shape))
 
     @staticmethod

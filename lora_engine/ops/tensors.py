@@ -32,6 +32,16 @@ def empty_rows(rows: int, cols: int, *, dtype: torch.dtype, device: torch.device
     return buffer[:rows] if spare else buffer
 
 
+def not_a_view(x: Tensor) -> Tensor:
+    """`x`'s memory as a tensor that is no view of another.
+
+    What a custom autograd function returns as a view must not be changed in place, which models do
+    with the results of their linears and norms. Only for memory that nothing saved for a backward
+    pass: the result has a version counter of its own.
+    """
+    return x.new_empty(0).set_(x.untyped_storage(), x.storage_offset(), x.size(), x.stride())
+
+
 def front_columns(buffer: Tensor, cols: int) -> Tensor:
     """The first `cols` columns of an uninitialised `buffer` [rows, more], with zeros behind them.
 

@@ -188,3 +188,17 @@ def test_norms_kept_in_float32_under_a_bfloat16_model() -> None:
                 p.data = p.data.float()
     with torch.autocast("cpu", torch.bfloat16):
         assert error(loss(ours), loss(plain)) < 2e-2
+
+
+def test_what_a_norm_or_a_window_is_set_to_afterwards_counts() -> None:
+    torch.manual_seed(0)
+    plain = with_lora(tiny_llama()).eval()
+    model = copy.deepcopy(plain)
+    lora_engine.accelerate(model)
+    ids = torch.arange(3, 15)[None]
+    before = model(input_ids=ids).logits
+    for each in (model, plain):
+        each.get_base_model().model.norm.variance_epsilon = 0.5
+    ours, theirs = (each(input_ids=ids).logits for each in (model, plain))
+    assert torch.allclose(ours, theirs, atol=1e-5)
+    assert not torch.allclose(ours, before, atol=1e-3)

@@ -4,8 +4,9 @@ import pytest
 import torch
 from transformers import masking_utils as theirs
 
-from lora_engine.models.attention import attend
-from lora_engine.models.masks import dense_mask, is_known
+from lora_engine.errors import UserError
+from lora_engine.models.attention import attend, padding_mask, proving
+from lora_engine.models.masks import causal_mask, dense_mask
 
 PACKED = torch.tensor([[0, 0, 0, 1, 1, 1, 1]])
 POSITIONS = torch.tensor([[0, 1, 2, 0, 1, 2, 3]])
@@ -34,12 +35,40 @@ OTHERS = {
 
 @pytest.mark.parametrize("name", KNOWN)
 def test_causal_masks_are_known(name: str) -> None:
-    assert is_known(KNOWN[name])
+    assert causal_mask(KNOWN[name]) is not None
+
+
+def test_windows_and_packed_sequences_are_read() -> None:
+    assert causal_mask(KNOWN["causal"]) == (0, None)
+    assert causal_mask(KNOWN["window"]) == (3, None)
+    found = causal_mask(KNOWN["packed window"])
+    assert found is not None and found.window == 3 and found.sequences is PACKED
+
+
+def test_the_mask_of_packed_rows_numbers_their_sequences() -> None:
+    mask = padding_mask(1, 7, 7, mask_function=KNOWN["packed"])
+    assert mask is not None and mask.tolist() == [[1, 1, 1, 2, 2, 2, 2]]
+    padding = torch.tensor([[True, True, True, True, True, True, False]])
+    mask = padding_mask(1, 7, 7, mask_function=KNOWN["packed"], attention_mask=padding)
+    assert mask is not None and mask.tolist() == [[1, 1, 1, 2, 2, 2, 0]]
+    assert padding_mask(1, 7, 7, mask_function=KNOWN["window"]) is None
+
+
+@pytest.mark.parametrize("dropout", [0.0, 1e-9])
+def test_tokens_of_a_row_attend_to_those_of_their_number(dropout: float) -> None:
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 1, 2, 8, 8)
+    mask = torch.tensor([[0, 1, 1, 0, 1, 2, 2, 0]])
+    out, _ = attend(torch.nn.Module(), q, k, v, mask, dropout=dropout)
+    for places in ([1, 2, 4], [5, 6]):
+        parts = (x[:, :, places] for x in (q, k, v))
+        alone = torch.nn.functional.scaled_dot_product_attention(*parts, is_causal=True)
+        assert torch.allclose(out[:, places], alone.transpose(1, 2), atol=1e-5)
 
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_masks_are_not(name: str) -> None:
-    assert not is_known(OTHERS[name])
+    assert causal_mask(OTHERS[name]) is None
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -76,6 +105,20 @@ def test_attention_with_dropout_is_causal_and_skips_padding(padded: bool) -> Non
     actual, _ = attend(module, q, k, v, given, dropout=1e-9)
     kept = mask.bool() if padded else torch.ones(2, 6, dtype=torch.bool)
     assert torch.allclose(actual[kept], expected[kept], atol=1e-5)
+
+
+def test_within_a_proof_a_layer_has_the_window_of_its_mask() -> None:
+    q = torch.randn(1, 2, 7, 8)
+    module = torch.nn.Module()
+    with proving():
+        mask = padding_mask(1, 7, 7, mask_function=KNOWN["window"])
+        attend(module, q, q, q, mask, sliding_window=3)
+        for window in (None, 4, 400):
+            with pytest.raises(UserError, match="window"):
+                attend(module, q, q, q, mask, sliding_window=window)
+        with pytest.raises(UserError, match="window"):
+            attend(module, q, q, q, None, sliding_window=400)
+    attend(module, q, q, q, None, sliding_window=400)
 
 
 def test_values_of_another_width() -> None:

@@ -155,6 +155,62 @@ def test_other_masks_are_served(name: str) -> None:
     assert_same(model, plain)
 
 
+POSITIONS = torch.cat((torch.arange(8), torch.arange(12)))[None]
+
+
+def bart() -> Any:
+    sizes = {"vocab_size": 97, "d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4}
+    return t.BartForCausalLM(t.BartConfig(**sizes, decoder_ffn_dim=48, dropout=0.0))
+
+
+@pytest.mark.parametrize("use_cache", [False, True])
+@pytest.mark.parametrize("make", [tiny_llama, bart])
+def test_restarting_positions_separate_what_they_do_in_transformers(
+    make: Callable[[], Any], use_cache: bool
+) -> None:
+    """In a Llama without a cache; with one, or in a model that ignores them, they do not."""
+    torch.manual_seed(0)
+    plain = spread(make()).eval()
+    model = copy.deepcopy(plain)
+    lora_engine.accelerate(model)
+    given = {"input_ids": IDS[:1], "position_ids": POSITIONS, "use_cache": use_cache}
+    ours, theirs = (each(**given).logits for each in (model, plain))
+    assert torch.allclose(ours, theirs, atol=1e-4)
+
+
+def test_results_may_be_changed_in_place() -> None:
+    """OLMo's clip_qkv clamps what its projections return; XLM masks what its norms return."""
+    torch.manual_seed(0)
+    config = t.OlmoConfig(**SIZES, clip_qkv=0.05)
+    plain = with_lora(t.OlmoForCausalLM(config))
+    model = copy.deepcopy(plain)
+    lora_engine.accelerate(model)
+    assert_same(model, plain)
+    sizes = {"vocab_size": 97, "emb_dim": 32, "n_layers": 2, "n_heads": 4}
+    xlm = t.XLMWithLMHeadModel(t.XLMConfig(**sizes, dropout=0.0, attention_dropout=0.0))
+    model = copy.deepcopy(xlm)
+    lora_engine.accelerate(model)
+    assert_same(model, xlm)
+
+
+def test_norms_with_a_gate_are_left() -> None:
+    sizes = {"vocab_size": 97, "hidden_size": 32, "num_heads": 4, "head_dim": 16, "n_groups": 1}
+    plain = t.Mamba2ForCausalLM(t.Mamba2Config(**sizes, state_size=16, num_hidden_layers=2))
+    model = copy.deepcopy(plain)
+    report = lora_engine.accelerate(model)
+    assert "MambaRMSNormGated" in {entry.operation for entry in report.left}
+    assert_same(model, plain)
+
+
+def test_a_window_of_a_layer_that_its_mask_has_not_is_left() -> None:
+    """Transformers' attention goes by the mask; the window is longer than what is tried."""
+    plain = tiny_llama()
+    for layer in plain.model.layers:
+        layer.self_attn.sliding_window = 300
+    report = lora_engine.accelerate(plain)
+    assert any("window of 300" in entry.detail for entry in report.left), str(report)
+
+
 def test_a_llama_is_covered_whole() -> None:
     assert not lora_engine.accelerate(with_lora(tiny_llama())).left
 
