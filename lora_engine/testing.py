@@ -6,6 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+ROLES = ["<user>", "<assistant>", "<system>"]
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}<end>"
+    "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
 
 def tiny_llama(
     *,
@@ -43,15 +49,33 @@ def with_lora(model: Any, *, r: int = 4, alpha: int = 8, seed: int = 0, **config
     import peft
 
     torch.manual_seed(seed)
-    config.setdefault("target_modules", "all-linear")
-    wrapped = peft.get_peft_model(
-        model, peft.LoraConfig(r=r, lora_alpha=alpha, task_type="CAUSAL_LM", **config)
-    )
+    settings = {"target_modules": "all-linear", "task_type": "CAUSAL_LM", **config}
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=r, lora_alpha=alpha, **settings))
     with torch.no_grad():
         for name, parameter in wrapped.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.05)
     return wrapped
+
+
+def byte_tokenizer() -> Any:
+    """A tokenizer of transformers whose tokens are bytes, with a chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<end>", "<pad>", *ROLES]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate([*special, *alphabet])}
+    bytes_to_tokens = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    bytes_to_tokens.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytes_to_tokens.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bytes_to_tokens,
+        eos_token="<end>",
+        pad_token="<pad>",
+        additional_special_tokens=ROLES,
+        chat_template=CHAT_TEMPLATE,
+    )
 
 
 def cu_seqlens(lengths: Sequence[int]) -> Tensor:

@@ -26,7 +26,7 @@ _SPANS = ("sliding_window", "attention_chunk_size", "local_attention", "attentio
 class Results:
     """What a model makes of the probes: an error instead where it makes nothing of them.
 
-    logits: of the rows that are no padding; hidden states where the model has no logits.
+    logits: of the rows that are no padding; hidden states where the model has no logits of tokens.
     """
 
     logits: tuple[Tensor, ...]
@@ -107,14 +107,25 @@ def _measuring(model: nn.Module) -> Iterator[None]:
 def _logits(model: Any) -> tuple[tuple[Tensor, ...]]:
     found = []
     for batch in (_padded(model), _packed(model)):
-        output = model(**batch, use_cache=False)
-        rows = output["logits"] if "logits" in output else output["last_hidden_state"]
+        rows = _of_each_token(model, batch)
         mask = batch.get("attention_mask")
         found.append(rows if mask is None else rows[mask.bool()])
     return (tuple(found),)
 
 
+def _of_each_token(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    """Logits [B, L, V], or hidden states [B, L, H] where the model's logits are not of tokens."""
+    output = model(**batch, use_cache=False)
+    if "logits" in output and output["logits"].shape[:-1] == batch["input_ids"].shape:
+        return output["logits"]
+    if "last_hidden_state" not in output:  # a classifier of whole sequences
+        output = model.base_model(**batch, use_cache=False)
+    return output["last_hidden_state"]
+
+
 def _loss(model: Any) -> Tensor | None:
+    if model.get_output_embeddings() is None:  # its labels, if it takes any, are no tokens
+        return None
     batch = _padded(model)
     padding = batch["attention_mask"] == 0
     padding[:, 1:] |= padding[:, :-1].clone()  # nor what a padding token would predict

@@ -47,7 +47,6 @@ def test_ours_takes_a_step_per_batch(workload, dtype):
 @pytest.mark.slow
 @pytest.mark.parametrize("contender", ["trl-default", "trl-padded", "trl-padding-free"])
 def test_trl_does_the_same_job(workload, contender):
-    pytest.importorskip("trl")
     ours = train_contenders.run(workload, "ours", torch.float32, "auto")
     theirs = train_contenders.run(workload, contender, torch.float32, "auto")
     losses = [(mine.loss, other.loss) for mine, other in zip(ours.steps, theirs.steps, strict=True)]

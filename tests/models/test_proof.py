@@ -103,6 +103,10 @@ RIGHT: dict[str, Callable[[], Any]] = {
     "chunked attention": lambda: llama4(8),
     "attention both ways": gemma3_both_ways,
     "encoder": lambda: t.BertModel(t.BertConfig(**BERT)),
+    "classifier of sequences": lambda: t.LlamaForSequenceClassification(t.LlamaConfig(**SIZES)),
+    "classifier of tokens": lambda: t.Qwen3ForTokenClassification(
+        t.Qwen3Config(**SIZES, head_dim=8)
+    ),
 }
 
 
@@ -114,8 +118,9 @@ def results(model: Any) -> list[torch.Tensor]:
     for given in ({"input_ids": IDS}, {"input_ids": IDS, "attention_mask": mask}):
         output = model.eval()(**given)
         rows = output["logits"] if "logits" in output else output["last_hidden_state"]
-        found.append((rows if len(given) == 1 else rows[mask.bool()]).detach())
-    if "logits" in output:
+        of_tokens = len(given) == 2 and rows.shape[:2] == mask.shape
+        found.append((rows[mask.bool()] if of_tokens else rows).detach())
+    if model.get_output_embeddings() is not None:
         loss = model.train()(input_ids=IDS, labels=IDS).loss
         trained = [p for p in model.parameters() if p.requires_grad]
         found.append(loss.detach())

@@ -10,7 +10,7 @@ import torch
 import yaml
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
-from tiny_model import CHAT_TEMPLATE, save_tiny_model
+from tiny_model import save_tiny_model
 from training_helpers import make_examples
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -18,6 +18,7 @@ from lora_engine.adapters import LoraConfig, add_adapters
 from lora_engine.data.dataset import TokenizedDataset
 from lora_engine.models.load import load_model
 from lora_engine.models.origin import Base, sha256_of
+from lora_engine.testing import CHAT_TEMPLATE
 from lora_engine.training.card import CardFacts, adapter_card, index_card, model_card
 from lora_engine.training.config import TrainConfig
 from lora_engine.training.export import export_model

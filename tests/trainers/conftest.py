@@ -1,0 +1,53 @@
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+
+# The builders are those of benchmarks/trainers.py, a script beside others, not a package.
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No trainer asks the network for anything, or draws a bar."""
+    import datasets
+
+    def refuse(*_: Any) -> NoReturn:
+        raise AssertionError("a trainer opened a connection")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    datasets.disable_progress_bars()
+
+
+@pytest.fixture
+def compare(tmp_path: Path) -> Callable[..., None]:
+    """Asserts that a trainer says and learns the same with and without acceleration.
+
+    compare(case, when, tolerance=…, but=…, **settings): `but` is what of its log is not compared,
+    the settings are those of `trainer_cases.run`.
+    """
+    import trainer_cases
+
+    def asserts(
+        case: Any,
+        when: str,
+        *,
+        tolerance: float = trainer_cases.TOLERANCE,
+        but: tuple[str, ...] | None = None,
+        **settings: Any,
+    ) -> None:
+        theirs = trainer_cases.run(case, None, tmp_path / "plain", **settings)
+        ours = trainer_cases.run(case, when, tmp_path / "ours", **settings)
+        but = case.means_over_padding if but is None else but
+        assert len(theirs.logs) > trainer_cases.STEPS
+        assert trainer_cases.moved(theirs) > 2 * tolerance  # so that a wrong update shows
+        assert trainer_cases.log_difference(ours, theirs, but)[0] <= tolerance, (
+            trainer_cases.log_difference(ours, theirs, but)
+        )
+        worst, where = trainer_cases.weight_difference(ours, theirs)
+        assert worst <= tolerance, where
+
+    return asserts

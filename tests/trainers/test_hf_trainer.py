@@ -1,0 +1,13 @@
+"""transformers' Trainer with an accelerated model: the same losses and weights as without."""
+
+from collections.abc import Callable
+
+import pytest
+from trainer_cases import WHEN
+from trainer_setups import HUGGING_FACE
+
+
+@pytest.mark.parametrize("when", WHEN)
+@pytest.mark.parametrize("name", sorted({*HUGGING_FACE} - {"compute_loss reads logits"}))
+def test_every_step_is_the_same(name: str, when: str, compare: Callable[..., None]) -> None:
+    compare(HUGGING_FACE[name], when)
