@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from lora_engine import backends
 from lora_engine.errors import UserError
-from lora_engine.models import attention
 from lora_engine.models.attachment import Attachment, attach, attachment, detach
 from lora_engine.models.attention import ATTENTION_CLASSES, AttentionForward
+from lora_engine.models.attention_interface import use_attention
 from lora_engine.models.causal_lm import CausalLmForward, why_no_loss
 from lora_engine.models.coverage import CoverageReport
 from lora_engine.models.decoder_layer import DECODER_CLASSES, DecoderLayerForward
@@ -24,6 +24,7 @@ from lora_engine.models.norm import LayerNormForward, RmsNormForward, norm_forwa
 from lora_engine.models.proof import own_results, same_logits, same_loss
 from lora_engine.models.saving import patch_ways_out
 from lora_engine.models.sequences import SequenceFinder
+from lora_engine.models.supervised_padding import LabelledForward, takes_labels
 from lora_engine.ops.lora_strategy import strategy_of
 
 TYPICAL_ROWS = 4096
@@ -114,7 +115,8 @@ class _Accelerator:
     """
 
     def __init__(self, model: Any, attached: Attachment, left: Mapping[str, str]) -> None:
-        self.model, self.patches, self.router = model, attached.patches, attached.router
+        self.model, self.attached = model, attached
+        self.patches, self.router = attached.patches, attached.router
         self.left = left
         self.report = CoverageReport()
         self.finder = SequenceFinder()
@@ -181,15 +183,12 @@ class _Accelerator:
         if problem is not None:
             self.report.add(type(self.model).__name__, "attention", False, problem)
             return False
-        before = self.model.config._attn_implementation
-        attention.register()
-        self.model.set_attn_implementation(attention.IMPLEMENTATION)
-        if self.model.config._attn_implementation != attention.IMPLEMENTATION:
+        self.attached.own_attention = use_attention(self.model, self.patches)
+        if self.attached.own_attention is None:
             self.report.add(
                 type(self.model).__name__, "attention", False, "the class takes no interface"
             )
             return False
-        self.patches.on_undo(self.model.set_attn_implementation, before)
         return True
 
     def _group(self, name: str, modules: list[nn.Module]) -> LinearGroup:
@@ -270,6 +269,8 @@ class _Accelerator:
             (self.served if problem is None else self.covered).add(head)
         if problem is None:
             self.patches.set_forward(self.model, CausalLmForward(self.model))
+        elif takes_labels(self.model) and "forward" not in vars(self.model):
+            self.patches.set_forward(self.model, LabelledForward(self.model))
         how = problem or self._how("linear_cross_entropy")
         self.report.add(name, "linear_cross_entropy", problem is None, how)
 

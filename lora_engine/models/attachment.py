@@ -15,9 +15,13 @@ _ATTRIBUTE = "_lora_engine"
 
 @dataclass
 class Attachment:
-    """What `accelerate` has done to a transformers model, and the router of its adapters."""
+    """What `accelerate` has done to a transformers model, and the router of its adapters.
+
+    own_attention: the attention implementation that lora_engine's replaces; None if it does not.
+    """
 
     router: AdapterRouter
+    own_attention: str | None = None
     patches: Patches = field(default_factory=Patches)
 
 

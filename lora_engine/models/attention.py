@@ -6,12 +6,13 @@ layer's own forward runs, and its attention goes through `attend`, registered wi
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lora_engine import ops
 from lora_engine.errors import UserError
@@ -84,6 +85,23 @@ def _check_window(module: nn.Module, mask: Tensor | None, window: int) -> None:
         )
 
 
+# Whose masks `padding_mask` makes within `whole_masks`; None outside.
+_whole: ContextVar[str | None] = ContextVar("whole_masks", default=None)
+
+
+@contextmanager
+def whole_masks(implementation: str) -> Iterator[None]:
+    """Within this context masks are those of one of transformers' own implementations.
+
+    Rows of padding are then computed as they are with it.
+    """
+    token = _whole.set(implementation)
+    try:
+        yield
+    finally:
+        _whole.reset(token)
+
+
 def register() -> None:
     """Makes `attn_implementation="lora_engine"` known to transformers."""
     from transformers import AttentionInterface, AttentionMaskInterface
@@ -106,9 +124,20 @@ def padding_mask(
     In [B, L] padding is 0, and tokens of a row that see each other have the same number. sdpa's
     with a filled cache, and where the mask is more than causal with windows and packing.
     """
+    from transformers import AttentionMaskInterface
     from transformers.masking_utils import causal_mask_function, sdpa_mask
 
     function = mask_function or causal_mask_function
+    if (whole := _whole.get()) is not None:
+        kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+        return AttentionMaskInterface()[whole](
+            batch_size,
+            q_length,
+            kv_length,
+            mask_function=function,
+            attention_mask=attention_mask,
+            **kwargs,
+        )
     known = causal_mask(function)
     if q_length == kv_length and known is not None:
         if attention_mask is not None and bool(attention_mask.all()):
@@ -213,10 +242,21 @@ def _sdpa(
 ) -> tuple[Tensor, None]:
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    result: tuple[Tensor, None] = sdpa_attention_forward(
-        module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs
-    )
+    # A query that an additive mask lets see nothing attends to all alike; only the plain backward
+    # pass is right about it, as others subtract a logarithm from a number that swallows it.
+    plain = sdpa_kernel(SDPBackend.MATH) if mask is not None and _blinds(mask) else nullcontext()
+    with plain:
+        result: tuple[Tensor, None] = sdpa_attention_forward(
+            module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs
+        )
     return result
+
+
+def _blinds(mask: Tensor) -> bool:
+    """Whether an additive mask [B, 1, Q, K] takes every key from a query."""
+    if not mask.is_floating_point():
+        return False
+    return bool((mask <= torch.finfo(mask.dtype).min).all(-1).any())
 
 
 def _unpad(out: Tensor, index: Tensor | None, rows: int) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from lora_engine.models.head import Head, output_head, why_no_head
 from lora_engine.models.lora_state import hooks_everywhere
 from lora_engine.models.packed import selects_rows
+from lora_engine.models.supervised_padding import computes_supervised_padding
 
 # Arguments of transformers' losses that this loss does not take.
 _OF_OTHER_LOSSES = ("shift_labels", "ignore_index", "weight")
@@ -33,6 +34,7 @@ class CausalLmForward:
         self.model = model
         self.original = model.forward
 
+    @computes_supervised_padding
     def __call__(
         self,
         *args: Any,

@@ -33,7 +33,7 @@ class LinearGroup:
         self.modules, self.router = tuple(modules), router
         self.forwards = [module.forward for module in modules]
         self.inside = False  # whether it is called by the forward of its one module
-        self.reason = lora_state.why_not(modules)
+        self.reason = lora_state.why_not(modules) or _why_not_placed(modules, patches)
         self.weight: ops.AugmentedWeight | None = None
         if self.reason is not None:
             return
@@ -129,6 +129,13 @@ class LinearGroup:
             return "lora_bias=True"
         weight.set_adapters(adapters)
         return None
+
+
+def _why_not_placed(modules: Iterable[nn.Module], patches: Patches) -> str | None:
+    """Why the weights cannot move into a buffer of their own, None if they can."""
+    if any(patches.places(base_layer(module).weight) for module in modules):
+        return "it shares its weight with another layer"
+    return None
 
 
 class SingleLinear:

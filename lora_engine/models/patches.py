@@ -39,6 +39,10 @@ class Patches:
         parameter.data = view
         self.on_undo(_own_storage, parameter, view)
 
+    def places(self, parameter: torch.nn.Parameter) -> bool:
+        """Whether `set_storage` was called for `parameter`."""
+        return any(action is _own_storage and args[0] is parameter for action, args in self._undo)
+
     def on_undo(self, action: Callable[..., None], *args: Any) -> None:
         """Calls `action(*args)` when the changes are taken back."""
         self._undo.append((action, args))

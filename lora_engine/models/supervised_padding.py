@@ -1,0 +1,92 @@
+"""Labels on rows of padding: such rows are computed as the model itself would.
+
+Attention leaves rows of padding out. Where a loss is taken of them (labels that go on over padding,
+padding between virtual tokens and a text), that would be another loss than the model's own.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_engine.models.attachment import attachment
+from lora_engine.models.attention import whole_masks
+
+
+def computes_supervised_padding(call: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes the `__call__` of a model's replaced forward compute padding that its labels name.
+
+    Its object has the transformers model as `model`.
+    """
+
+    @functools.wraps(call)
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with _computing_supervised_padding(self.model, args, kwargs):
+            return call(self, *args, **kwargs)
+
+    return run
+
+
+class LabelledForward:
+    """The forward of a model with labels whose loss is its own."""
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.original = model, model.forward
+
+    @computes_supervised_padding
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As the model's own."""
+        return self.original(*args, **kwargs)
+
+
+def takes_labels(model: Any) -> bool:
+    """Whether a model's forward has labels among its arguments."""
+    return "labels" in inspect.signature(model.forward).parameters
+
+
+@contextmanager
+def _computing_supervised_padding(
+    model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Iterator[None]:
+    attached = attachment(model)
+    own = None if attached is None else attached.own_attention
+    if args:
+        kwargs = dict(zip(inspect.signature(model.forward).parameters, args, strict=False)) | kwargs
+    if own is None or not _has_supervised_padding(model, own, kwargs):
+        yield
+        return
+    with whole_masks("eager" if own == "eager" else "sdpa"):
+        yield
+
+
+def _has_supervised_padding(model: Any, own: str, given: dict[str, Any]) -> bool:
+    mask = given.get("attention_mask")  # [B, L]
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        return False
+    padding = mask == 0
+    if own == "sdpa":  # of a row that sees nothing it makes zeros, as lora_engine's attention does
+        padding &= mask.cumsum(1) > 0
+    supervised = _supervised(model, given, mask)
+    return supervised is not None and bool((padding & supervised).any())
+
+
+def _supervised(model: Any, given: dict[str, Any], mask: Tensor) -> Tensor | None:
+    """[B, L] bool, the rows of which a loss may be taken; None for labels of another shape."""
+    from transformers.loss.loss_utils import ForCausalLMLoss
+
+    labels, shifted = given.get("labels"), given.get("shift_labels")
+    ignored = given.get("ignore_index")
+    ignored = -100 if ignored is None else ignored
+    supervised = None
+    for targets, shift in ((labels, 1), (shifted, 0)):
+        if isinstance(targets, Tensor) and targets.shape == mask.shape:
+            counted = (targets != ignored).to(mask.device)
+            rows = torch.nn.functional.pad(counted, (0, shift))[:, shift:]
+            if shift and getattr(model, "loss_function", None) is not ForCausalLMLoss:
+                rows = rows | counted
+            supervised = rows if supervised is None else supervised | rows
+    return supervised

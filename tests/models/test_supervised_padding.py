@@ -1,0 +1,106 @@
+"""Losses taken of rows of padding are the model's own."""
+
+import copy
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from torch.nn import functional
+
+import lora_engine
+from lora_engine.testing import tiny_llama, with_lora
+
+IDS = torch.arange(3, 63).view(3, 20)
+
+
+def mask_of(padding: str) -> torch.Tensor:
+    mask = torch.ones_like(IDS)
+    places = {"left": slice(None, 5), "right": slice(-6, None), "between": slice(4, 9)}
+    mask[1, places[padding]] = 0
+    return mask
+
+
+def loss_and_gradients(model: Any, mask: torch.Tensor, labels: torch.Tensor) -> Any:
+    model.zero_grad()
+    loss = model(input_ids=IDS, attention_mask=mask, labels=labels).loss
+    loss.backward()
+    trained = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+    return loss.detach(), torch.cat(trained)
+
+
+def assert_trains_as_without(plain: Any, mask: torch.Tensor, labels: torch.Tensor) -> None:
+    model = copy.deepcopy(plain)
+    lora_engine.accelerate(model)
+    for training in (True, False):
+        ours = loss_and_gradients(model.train(training), mask, labels)
+        theirs = loss_and_gradients(plain.train(training), mask, labels)
+        assert torch.allclose(ours[0], theirs[0], rtol=1e-5)
+        assert (ours[1] - theirs[1]).abs().max() <= 1e-4 * theirs[1].abs().max()
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("padding", ["left", "right", "between"])
+def test_labels_on_padding(padding: str, attention: str) -> None:
+    """`labels=input_ids` is what many scripts write; a first token is told by what is before it."""
+    plain = with_lora(tiny_llama())
+    plain.set_attn_implementation(attention)
+    mask = mask_of(padding)
+    assert_trains_as_without(plain, mask, IDS)
+    assert_trains_as_without(plain, mask, IDS.masked_fill(mask == 0, -100))
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_under_checkpoints_that_run_layers_again(attention: str) -> None:
+    plain = with_lora(tiny_llama())
+    plain.set_attn_implementation(attention)
+    plain.gradient_checkpointing_enable()
+    plain.enable_input_require_grads()
+    for padding in ("left", "right"):
+        assert_trains_as_without(plain, mask_of(padding), IDS)
+
+
+def test_a_model_whose_loss_is_its_own() -> None:
+    plain = with_lora(tiny_llama(), target_modules=["q_proj", "lm_head"], use_dora=True)
+    report = lora_engine.accelerate(copy.deepcopy(plain))
+    assert "linear_cross_entropy" in {entry.operation for entry in report.left}
+    assert_trains_as_without(plain, mask_of("right"), IDS)
+
+
+def test_labels_of_each_token_are_not_shifted() -> None:
+    torch.manual_seed(0)
+    config = tiny_llama(classifier_dropout=0.0, num_labels=97).config
+    plain = transformers.LlamaForTokenClassification(config)
+    labels = torch.full_like(IDS, -100)
+    labels[:, -1] = 1
+    assert_trains_as_without(plain, mask_of("right"), labels)
+
+
+def test_arguments_by_position() -> None:
+    plain = with_lora(tiny_llama())
+    model = copy.deepcopy(plain)
+    lora_engine.accelerate(model)
+    mask = mask_of("right")
+    ours, theirs = (each.base_model.model(IDS, mask, labels=IDS).loss for each in (model, plain))
+    assert torch.allclose(ours, theirs, rtol=1e-5)
+
+
+def test_virtual_tokens_before_a_left_padded_batch() -> None:
+    """Padding lies between the virtual tokens and the text, whose first token it predicts."""
+    torch.manual_seed(0)
+    tuned = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    plain = peft.get_peft_model(tiny_llama(), tuned)
+    mask = mask_of("left")
+    assert_trains_as_without(plain, mask, IDS.masked_fill(mask == 0, -100))
+
+
+def test_other_padding_is_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = with_lora(tiny_llama())
+    lora_engine.accelerate(model)
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", None)
+    for padding in ("left", "right"):
+        mask = mask_of(padding)
+        loss_and_gradients(model, mask, IDS.masked_fill(mask == 0, -100))
+    with pytest.raises(TypeError, match="NoneType"):
+        loss_and_gradients(model, mask_of("right"), IDS)
