@@ -55,7 +55,8 @@ try:
     facts["cuda"], facts["cuda available"] = torch.version.cuda, torch.cuda.is_available()
     if torch.cuda.is_available():
         facts["device"] = torch.cuda.get_device_name()
-        facts["capability"] = list(torch.cuda.get_device_capability())
+        major, minor = torch.cuda.get_device_capability()
+        facts["capability"] = 10 * major + minor
 except Exception as error:
     facts["cuda available"] = False
 paths = [*site.getsitepackages(), *([site.getusersitepackages()] if site.ENABLE_USER_SITE else [])]

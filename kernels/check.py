@@ -86,15 +86,17 @@ def plan(capabilities: Sequence[int]) -> tuple[list[Planned], list[str]]:
 
 def unused_entries(planned: Iterable[Planned], capabilities: Sequence[int]) -> list[str]:
     """A line for each line of the launch table that applies to a capability and was never used."""
-    launch = check_compile.load_kernels()
+    check_compile.load_kernels()
+    from lora_engine.backends import tables
+
     used = {entry for one in planned for entry in one.entries}
     problems = []
-    for kernel, by_capability in launch.table().items():
+    for kernel, by_capability in tables.launch_table().items():
         keys = {key if key in by_capability else "*" for key in map(str, capabilities)}
         for key in sorted(keys & set(by_capability)):
             for dtype, lines in by_capability[key].items():
                 for limit, _ in lines:
-                    if launch.Entry(kernel, key, dtype, limit) not in used:
+                    if tables.LaunchKey(kernel, key, dtype, limit) not in used:
                         size = "any size" if limit is None else f"size <= {limit}"
                         problems.append(
                             f"launch_table.json: {kernel}, capability {key}, dtype {dtype}, "

@@ -68,7 +68,7 @@ def call(
 
 def sizes(*kernels: str, among: tuple[int, ...] = COLS) -> list[int]:
     """`among`, and launch sizes that reach every other line of the kernels' tables."""
-    table = importlib.import_module("lora_engine.kernels.launch").table()
+    table = importlib.import_module("lora_engine.backends.tables").launch_table()
     lines = [line for k in kernels for by in table[k].values() for x in by.values() for line in x]
     limits = {limit for limit, _ in lines if limit is not None}
     beyond = {2 * max(limits)} if limits and max(limits) >= max(among) else set()

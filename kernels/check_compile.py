@@ -112,12 +112,16 @@ class FakeDriver:
 def recorded(capability: int, *, compile: bool) -> Iterator[Recording]:
     """Launches within only compile for `capability` (or not even that) and are recorded."""
     launch = load_kernels()
-    recording = Recording([], [], {})
-    parameters, run = launch.parameters, JITFunction.run
+    from lora_engine.backends import tables
 
-    def record_entry(*names: Any) -> dict[str, Any]:
-        recording.entries.append(launch.entry(*names))
-        recording.parameters = parameters(*names)
+    recording = Recording([], [], {})
+    run = JITFunction.run
+
+    def record_entry(kernel: str, capability: int, dtype: Any, size: int) -> dict[str, Any]:
+        name = str(dtype).removeprefix("torch.")
+        key = tables.launch_key(kernel, capability, name, size)
+        recording.entries.append(key)
+        recording.parameters = tables.launch_parameters(key)
         return recording.parameters
 
     def record_launch(
@@ -132,8 +136,8 @@ def recorded(capability: int, *, compile: bool) -> Iterator[Recording]:
 
     triton.runtime.driver.set_active(FakeDriver(capability))
     with (
-        mock.patch.object(launch, "parameters", record_entry),
-        mock.patch.object(launch, "capability", lambda device: str(capability)),
+        mock.patch.object(launch, "launch_parameters", record_entry),
+        mock.patch.object(launch, "capability", lambda device: capability),
         mock.patch.object(JITFunction, "run", record_launch),
     ):
         yield recording

@@ -115,7 +115,7 @@ def _torch_facts() -> list[Fact]:
 
 def _openmp_fact() -> Fact:
     """How threads wait: spinning takes a shared machine's time from the threads waited for."""
-    backends.extension()  # settles it where the runtime was loaded before lora_engine
+    backends.extension.loaded()  # settles it where the runtime was loaded before lora_engine
     waiting = openmp.waiting()
     return Fact("OpenMP waits", str(waiting), _status(not waiting.mend), waiting.mend)
 
@@ -147,8 +147,13 @@ def _gpu_facts() -> list[Fact]:
     query = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     driver = next(iter(_output_lines(*query)), "")
     facts = [
-        Fact(f"GPU {i}", f"{g.name}, {bytes_text(g.memory_bytes)}, capability {g.capability}", "ok")
-        for i, g in enumerate(machine.gpus())
+        Fact(
+            f"GPU {i}",
+            f"{gpu.name}, {bytes_text(gpu.memory_bytes)}, "
+            f"capability {backends.capability_text(gpu.capability)}",
+            "ok",
+        )
+        for i, gpu in enumerate(machine.gpus())
     ]
     if not facts and driver and torch.version.cuda is None:
         hint = "a driver is here but torch has no CUDA: install a CUDA build, see pytorch.org"
@@ -176,14 +181,13 @@ def _nvcc_fact() -> Fact:
 
 
 def _extension_facts() -> list[Fact]:
-    module = backends.extension().module
+    found = backends.extension.loaded()
+    module = found.module
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
     if module is None:
-        found = f"compiler: {compiler}" if compiler else "first a C++ compiler (apt install g++)"
-        hint = f"`pip install -e .` in the source folder builds it; {found}"
-        return [
-            Fact("lora_engine._C", backends.extension().problem or "not built", "problem", hint)
-        ]
+        first = f"compiler: {compiler}" if compiler else "first a C++ compiler (apt install g++)"
+        hint = f"`pip install -e .` in the source folder builds it; {first}"
+        return [Fact("lora_engine._C", found.problem or "not built", "problem", hint)]
     variants = ", ".join(
         isa if runs else f"{isa} (not on this processor)" for isa, runs in module.built_isas()
     )
@@ -203,10 +207,10 @@ def _cuda_kernels_fact() -> Fact:
         return Fact("CUDA kernels", "not built", "absent", hint)
     value = f"built for sm_{', sm_'.join(built)}"
     for gpu in machine.gpus():
-        major, minor = map(int, gpu.capability.split("."))
-        if not any(backends.runs_on(name, (major, minor)) for name in built):
+        if not any(backends.runs_on(name, gpu.capability) for name in built):
             hint = "build again with a newer CUDA toolkit; until then Triton's kernels serve it"
-            return Fact("CUDA kernels", f"{value}, not {gpu.capability}", "absent", hint)
+            found = backends.capability_text(gpu.capability)
+            return Fact("CUDA kernels", f"{value}, not {found}", "absent", hint)
     return Fact("CUDA kernels", value, "ok")
 
 

@@ -18,11 +18,11 @@ REPORTED_PACKAGES = ("torch", "triton", "transformers", "peft", "datasets")
 
 @dataclass(frozen=True)
 class Gpu:
-    """A CUDA device. memory_bytes: all of it. capability: for example "9.0"."""
+    """A CUDA device. memory_bytes: all of it. capability: 90 for 9.0."""
 
     name: str
     memory_bytes: int
-    capability: str
+    capability: int
 
 
 def processor_name() -> str:
@@ -51,7 +51,7 @@ def gpus() -> list[Gpu]:
     if not torch.cuda.is_available():
         return []
     devices = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
-    return [Gpu(d.name, d.total_memory, f"{d.major}.{d.minor}") for d in devices]
+    return [Gpu(d.name, d.total_memory, 10 * d.major + d.minor) for d in devices]
 
 
 def installed_version(package: str) -> str | None:

@@ -58,7 +58,7 @@ def test_kernels_say_what_explain_says(sections):
 
 def test_missing_extension_is_a_problem_with_a_way_out(monkeypatch):
     missing = backends.Extension(None, "No module named 'lora_engine._C'")
-    monkeypatch.setattr(backends, "extension", lambda: missing)
+    monkeypatch.setattr(backends.extension, "loaded", lambda: missing)
     [fact] = doctor._extension_facts()
     assert fact.status == "problem"
     assert fact.value == "No module named 'lora_engine._C'"
@@ -76,7 +76,7 @@ def test_extension_names_what_is_built_and_used(monkeypatch):
         built_isas=lambda: [("avx512", False), ("avx2", True)],
         cuda_architectures=list,
     )
-    monkeypatch.setattr(backends, "extension", lambda: backends.Extension(module, None))
+    monkeypatch.setattr(backends.extension, "loaded", lambda: backends.Extension(module, None))
     found = {fact.name: fact.value for fact in doctor._extension_facts()}
     assert found["built for"] == "avx512 (not on this processor), avx2"
     assert found["in use"] == "avx2"
@@ -87,9 +87,9 @@ def test_extension_names_what_is_built_and_used(monkeypatch):
     ("capability", "status", "value"),
     [
         (None, "ok", "built for sm_80, sm_90a"),
-        ("8.9", "ok", "built for sm_80, sm_90a"),
-        ("9.0", "ok", "built for sm_80, sm_90a"),
-        ("12.0", "absent", "built for sm_80, sm_90a, not 12.0"),
+        (89, "ok", "built for sm_80, sm_90a"),
+        (90, "ok", "built for sm_80, sm_90a"),
+        (120, "absent", "built for sm_80, sm_90a, not 12.0"),
     ],
 )
 def test_cuda_kernels_and_the_gpu_they_meet(monkeypatch, capability, status, value):
@@ -142,7 +142,7 @@ def test_driver_without_cuda_in_torch_is_a_problem(monkeypatch):
 
 
 def test_gpus_are_listed(monkeypatch):
-    gpu = machine.Gpu("NVIDIA H200", 141_000_000_000, "9.0")
+    gpu = machine.Gpu("NVIDIA H200", 141_000_000_000, 90)
     monkeypatch.setattr(machine, "gpus", lambda: [gpu])
     found = {fact.name: fact.value for fact in doctor._gpu_facts()}
     assert found["GPU 0"] == "NVIDIA H200, 141 GB, capability 9.0"

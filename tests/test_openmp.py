@@ -44,7 +44,7 @@ def run_python(code: str, **variables: str) -> str:
 @pytest.fixture
 def new_process(monkeypatch):
     """As in a process that has not imported lora_engine yet; torch neither."""
-    backends.extension()  # its first import in this process settles what is left to settle
+    backends.extension.loaded()  # its first import in this process settles what is left to settle
     for name in openmp.USERS_VARIABLES:
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
@@ -87,7 +87,7 @@ def preloadable() -> str:
     """The runtime's file by its real name, as a preloaded one is listed."""
     from lora_engine.openmp import loaded_runtimes
 
-    backends.extension()
+    backends.extension.loaded()
     return next((path for path in loaded_runtimes() if "libgomp" in path), "")
 
 
@@ -102,7 +102,8 @@ def test_a_preloaded_runtime_under_its_full_name(tmp_path) -> None:
     full.write_bytes(Path(runtime).read_bytes())
     code = (
         "import lora_engine, torch; from lora_engine import openmp\n"
-        "before = str(openmp.waiting()); from lora_engine import backends; backends.extension()\n"
+        "before = str(openmp.waiting())\n"
+        "from lora_engine.backends import extension; extension.loaded()\n"
         f"{PROCESSOR_TIME_ASLEEP}\nprint(before)"
     )
     said = run_python(code, OMP_NUM_THREADS="2", LD_PRELOAD=str(full)).splitlines()

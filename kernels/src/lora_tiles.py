@@ -1,12 +1,13 @@
 """How the ranks and the rows of a LoRA group are divided among programs."""
 
 from collections.abc import Sequence
-from functools import cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from lora_engine.backends.hardware import multiprocessors
 
 Span = tuple[slice, slice]  # a linear's rows of [N, ...] and its columns of [..., R]
 
@@ -76,21 +77,13 @@ def rank_tiles(
     return block, tuple(tiles)
 
 
-@cache
-def resident_programs(device: torch.device) -> int:
-    """Programs that the device runs at once, two to a multiprocessor."""
-    if device.type == "cuda":
-        return 2 * torch.cuda.get_device_properties(device).multi_processor_count
-    return 8
-
-
 def split_rows(rows: int, block_m: int, tiles: int, device: torch.device) -> tuple[int, int]:
     """How many chunks of how many rows, such that `tiles` programs for each fill the device.
 
     One wave where it can be filled exactly enough, more where there are many tiles: partial sums
     cost memory traffic in proportion to the chunks.
     """
-    resident = resident_programs(device)
+    resident = 2 * multiprocessors(device)  # programs that the device runs at once
     chunks = resident // tiles if 2 * tiles <= resident else -(-ENOUGH_WAVES * resident // tiles)
     blocks = triton.cdiv(rows, block_m)
     chunk = triton.cdiv(blocks, max(1, min(chunks, MOST_CHUNKS, blocks))) * block_m

@@ -1,20 +1,12 @@
 """What the norms' launchers share: blocks of rows, and gradients that are sums over all rows."""
 
-from functools import cache
 from typing import Any
 
-import torch
 import triton
 from lora_engine.kernels import launch
 from torch import Tensor
 
-
-@cache
-def multiprocessors(device: torch.device) -> int:
-    """How many the GPU has; a few where Triton is interpreted."""
-    if device.type != "cuda":
-        return 4
-    return torch.cuda.get_device_properties(device).multi_processor_count
+from lora_engine.backends.hardware import multiprocessors
 
 
 def blocks(kernel: str, x: Tensor, *others: Tensor | None) -> tuple[dict[str, Any], int]:

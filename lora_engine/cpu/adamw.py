@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from lora_engine import backends
+from lora_engine.backends.extension import native
 from lora_engine.cpu.address import dtype_code, pointer
 
 
@@ -24,7 +24,7 @@ def adamw(
     max_grad_norm: float | None,
 ) -> None:
     """Updates params, exp_avg and exp_avg_sq."""
-    backends.native().adamw(
+    native().adamw(
         dtype_code(params.dtype),
         params.data_ptr(),
         grads.data_ptr(),
@@ -49,6 +49,4 @@ def grad_norm(
     norm: Tensor,  # [], as grads
 ) -> None:
     """Writes norm."""
-    backends.native().grad_norm(
-        dtype_code(grads.dtype), grads.data_ptr(), norm.data_ptr(), grads.numel()
-    )
+    native().grad_norm(dtype_code(grads.dtype), grads.data_ptr(), norm.data_ptr(), grads.numel())

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from lora_engine import backends
+from lora_engine.backends.extension import native
 from lora_engine.cpu.address import pointer
 
 
@@ -26,7 +26,7 @@ def adamw_8bit(
     max_grad_norm: float | None,
 ) -> None:
     """Updates params, exp_avg, exp_avg_sq and both absmax."""
-    backends.native().adamw_8bit(
+    native().adamw_8bit(
         params.data_ptr(),
         grads.data_ptr(),
         exp_avg.data_ptr(),

@@ -6,13 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_engine import backends
+from lora_engine.backends.extension import native
 
 
 @cache
 def dtype_code(dtype: torch.dtype) -> Any:
     """The extension's name for `dtype`."""
-    return getattr(backends.native().DType, str(dtype).removeprefix("torch."))
+    return getattr(native().DType, str(dtype).removeprefix("torch."))
 
 
 def pointer(x: Tensor | None) -> int:

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from lora_engine import backends
+from lora_engine.backends.extension import native
 from lora_engine.cpu.address import dtype_code, pointer
 
 
@@ -23,7 +23,7 @@ def attention_fwd(
     parents: Tensor | None = None,  # [sequences] int32
 ) -> None:
     """Writes o and lse, the logarithm of each query's sum of exponentials."""
-    backends.native().attention_fwd(
+    native().attention_fwd(
         dtype_code(q.dtype),
         *_arguments(
             q, k, v, cu_seqlens, parents, cos, sin, o, lse, head_dim, scale, causal, window
@@ -52,7 +52,7 @@ def attention_bwd(
     parents: Tensor | None = None,
 ) -> None:
     """Writes dq, dk and dv; o and lse are the forward pass's."""
-    backends.native().attention_bwd(
+    native().attention_bwd(
         dtype_code(q.dtype),
         *_arguments(
             q, k, v, cu_seqlens, parents, cos, sin, o, lse, head_dim, scale, causal, window

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from lora_engine import backends
+from lora_engine.backends.extension import native
 from lora_engine.cpu.address import dtype_code, pointer
 
 
@@ -23,7 +23,7 @@ def cross_entropy(
     grad_scale: Tensor | None = None,  # [rows] float32: a factor of each row's gradient
 ) -> None:
     """Writes loss, logprob, correct and what is given of entropy, lse and grad."""
-    backends.native().cross_entropy(
+    native().cross_entropy(
         dtype_code(logits.dtype),
         logits.data_ptr(),
         target.data_ptr(),
@@ -58,7 +58,7 @@ def cross_entropy_bwd(
     z_loss: float = 0.0,
 ) -> None:
     """Writes grad as `cross_entropy` would, from its lse."""
-    backends.native().cross_entropy(
+    native().cross_entropy(
         dtype_code(logits.dtype),
         logits.data_ptr(),
         target.data_ptr(),

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from lora_engine import backends
+from lora_engine.backends.extension import native
 from lora_engine.cpu.address import dtype_code
 from lora_engine.reference.dropout import Dropout
 
@@ -15,7 +15,7 @@ def dropout_fwd(
 ) -> None:
     """Writes y = mask * x / (1 - p), the mask that of `reference.dropout_mask`."""
     rows, cols = x.shape
-    backends.native().dropout(
+    native().dropout(
         dtype_code(x.dtype),
         x.data_ptr(),
         y.data_ptr(),

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lora_engine import backends
+from lora_engine.backends.extension import native
 from lora_engine.cpu.address import dtype_code, pointer
 
 
@@ -17,7 +17,7 @@ def glu_fwd(
 ) -> None:
     """Writes y."""
     rows, cols = gate.shape
-    backends.native().glu_fwd(
+    native().glu_fwd(
         dtype_code(gate.dtype),
         _activation_code(activation),
         gate.data_ptr(),
@@ -43,7 +43,7 @@ def glu_bwd(
 ) -> None:
     """Writes dgate and dup, and the forward result into h if given."""
     rows, cols = gate.shape
-    backends.native().glu_bwd(
+    native().glu_bwd(
         dtype_code(gate.dtype),
         _activation_code(activation),
         dy.data_ptr(),
@@ -64,4 +64,4 @@ def glu_bwd(
 
 
 def _activation_code(activation: str) -> Any:
-    return getattr(backends.native().Activation, activation)
+    return getattr(native().Activation, activation)

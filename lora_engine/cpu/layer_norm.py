@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from lora_engine import backends
+from lora_engine.backends.extension import native
 from lora_engine.cpu.address import dtype_code, pointer
 
 
@@ -17,7 +17,7 @@ def layer_norm_fwd(
 ) -> None:
     """Writes y, mean and rstd."""
     rows, cols = x.shape
-    backends.native().layer_norm_fwd(
+    native().layer_norm_fwd(
         dtype_code(x.dtype),
         x.data_ptr(),
         pointer(weight),
@@ -45,7 +45,7 @@ def layer_norm_bwd(
 ) -> None:
     """Writes dx, and dweight and dbias if given."""
     rows, cols = x.shape
-    backends.native().layer_norm_bwd(
+    native().layer_norm_bwd(
         dtype_code(x.dtype),
         dy.data_ptr(),
         x.data_ptr(),

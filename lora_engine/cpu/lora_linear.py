@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from lora_engine import backends
+from lora_engine.backends.extension import native
 from lora_engine.cpu.address import dtype_code, pointer
 from lora_engine.cpu.dropout import dropout_fwd
 from lora_engine.reference.dropout import Dropout
@@ -25,7 +25,7 @@ def lora_a_fwd(
     for gap in _gaps(spans, s.shape[1]):
         s[:, gap] = 0
     for kept, part in _kept(x, spans, dropout):
-        backends.native().lora_a_fwd(
+        native().lora_a_fwd(
             dtype_code(x.dtype),
             kept.data_ptr(),
             lora_a.data_ptr(),
@@ -52,7 +52,7 @@ def lora_b_bwd(
     """
     for gap in _gaps(spans, ds.shape[1]):
         ds[:, gap] = 0
-    backends.native().lora_b_bwd(
+    native().lora_b_bwd(
         dtype_code(dy.dtype),
         dy.data_ptr(),
         lora_b.data_ptr(),
@@ -80,7 +80,7 @@ def lora_a_bwd(
     for gap in _gaps(spans, d_lora_a.shape[0]):
         d_lora_a[gap] = 0
     for kept, part in _kept(x, spans, dropout):
-        backends.native().lora_a_bwd(
+        native().lora_a_bwd(
             dtype_code(x.dtype),
             ds.data_ptr(),
             kept.data_ptr(),

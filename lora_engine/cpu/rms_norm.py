@@ -6,7 +6,7 @@ side, which have one row of rstd each and no residual (dh).
 
 from torch import Tensor
 
-from lora_engine import backends
+from lora_engine.backends.extension import native
 from lora_engine.cpu.address import dtype_code, pointer
 
 
@@ -27,7 +27,7 @@ def rms_norm_fwd(
 ) -> None:
     """Writes y and rstd, and h = x + residual if there is a residual."""
     cols = x.shape[-1]
-    backends.native().rms_norm_fwd(
+    native().rms_norm_fwd(
         dtype_code(x.dtype),
         x.data_ptr(),
         pointer(residual),
@@ -58,7 +58,7 @@ def rms_norm_bwd(
 ) -> None:
     """Writes dx, and dweight if given."""
     cols = h.shape[-1]
-    backends.native().rms_norm_bwd(
+    native().rms_norm_bwd(
         dtype_code(h.dtype),
         dy.data_ptr(),
         pointer(dh),

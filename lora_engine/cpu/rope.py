@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_engine import backends
+from lora_engine.backends.extension import native
 from lora_engine.cpu.address import dtype_code, pointer
 
 
@@ -28,7 +28,7 @@ def rope(
     if cos.dtype != sin.dtype or cos.dtype == torch.float16:
         cos, sin = cos.float(), sin.float()
     positions = None if position_ids is None else position_ids.to(torch.int64).contiguous()
-    backends.native().rope(
+    native().rope(
         dtype_code(x.dtype),
         _heads(q, q_out),
         _heads(k, k_out),
@@ -47,7 +47,7 @@ def rope(
 
 
 def _heads(x: Tensor | None, y: Tensor | None) -> Any:
-    make = backends.native().RopeHeads
+    make = native().RopeHeads
     if x is None or y is None:
         return make(0, 0, 0, 0, 0, 0, 0)
     strides = x.stride(0), x.stride(1), y.stride(0), y.stride(1)

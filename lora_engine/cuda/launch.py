@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_engine import backends
+from lora_engine.backends import extension
 
 
 def kernels() -> Any:
     """The launchers of csrc/cuda."""
-    return backends.cuda_emulation or backends.native().cuda
+    return extension.cuda_emulation or extension.native().cuda
 
 
 def pointer(x: Tensor | None) -> int:
@@ -23,7 +23,7 @@ def pointer(x: Tensor | None) -> int:
 @contextmanager
 def stream_on(device: torch.device) -> Iterator[int]:
     """The handle of the device's current stream, the device being current meanwhile."""
-    if device.type == "cpu":  # emulated
+    if extension.cuda_emulation is not None:
         yield 0
         return
     with torch.cuda.device(device):

@@ -25,7 +25,6 @@ from lora_engine.models.proof import own_results, same_logits, same_loss
 from lora_engine.models.saving import patch_ways_out
 from lora_engine.models.sequences import SequenceFinder
 from lora_engine.models.supervised_padding import LabelledForward, takes_labels
-from lora_engine.ops.lora_strategy import strategy_of
 
 TYPICAL_ROWS = 4096
 VERIFY_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2}
@@ -59,8 +58,7 @@ def accelerate(
     restore(model)
     inner = transformers_model(model)
     expected = _loss_and_gradients(model, verify) if verify is not None else None
-    if next(inner.parameters()).device.type == "cpu":
-        backends.keep_freed_memory()
+    backends.keep_freed_memory(next(inner.parameters()).device)
     try:
         report = _attach_proven(inner)
         attached = attachment(inner)
@@ -174,11 +172,11 @@ class _Accelerator:
         return layers[-1] if layers else None
 
     def _how(self, operation: str) -> str:
-        return backends.choose(operation, self.device, self.dtype).reason
+        return backends.explain(operation, self.device, self.dtype).reason
 
     def _attention_interface(self) -> bool:
         """Whether attention is ours from now on; without a kernel it stays transformers'."""
-        choice = backends.choose("attention", self.device, self.dtype)
+        choice = backends.explain("attention", self.device, self.dtype)
         problem = choice.reason if choice.impl == "reference" else self.left.get("attention")
         if problem is not None:
             self.report.add(type(self.model).__name__, "attention", False, problem)
@@ -206,7 +204,7 @@ class _Accelerator:
         if group.weight is None:
             return ""
         (n, k), rank = group.weight.base.shape, group.tail
-        return strategy_of(self.device, self.dtype, TYPICAL_ROWS, n, k, rank, False)
+        return backends.product_strategy(self.device, self.dtype, TYPICAL_ROWS, n, k, rank, False)
 
     def _attention(self, name: str, module: Any, tails: dict[nn.Module, int]) -> None:
         qkv = self._group(f"{name}.qkv", [module.q_proj, module.k_proj, module.v_proj])

@@ -5,13 +5,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lora_engine import backends
 from lora_engine.models.attention import AttentionForward
 from lora_engine.models.lora_state import has_hooks
 from lora_engine.models.mlp import MlpForward
 from lora_engine.models.norm import RmsNormForward
 from lora_engine.models.router import AdapterRouter
 from lora_engine.ops.attention_block import attention_block
-from lora_engine.ops.blocks import Branch, block_available
+from lora_engine.ops.blocks import Branch
 from lora_engine.ops.mlp_block import mlp_block
 
 # Layers whose forward is x + self_attn(input_layernorm(x)), then the same with
@@ -87,7 +88,7 @@ class DecoderLayerForward:
             return None
         if not (forward.intact() and forward.whole_sequences(**given)):
             return None
-        if not block_available("attention", x.device, x.dtype):
+        if not backends.runs_fused("attention_block", x.device, x.dtype):
             return None
         qkv, output = forward.qkv.weight, forward.output.weight
         if qkv is None or output is None:
@@ -135,7 +136,9 @@ class DecoderLayerForward:
         if not forward.intact():
             return None
         gate_up, down = forward.gate_up.weight, forward.down.weight
-        if gate_up is None or down is None or not block_available("glu", x.device, x.dtype):
+        if gate_up is None or down is None:
+            return None
+        if not backends.runs_fused("mlp_block", x.device, x.dtype):
             return None
         if not (forward.gate_up.ready(x) and forward.down.ready(x)):
             return None

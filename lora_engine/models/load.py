@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from lora_engine import backends
 from lora_engine.errors import UserError, nearest
 from lora_engine.files import user_path, write_text
 from lora_engine.models.cache import user_cache_dir
@@ -120,11 +121,9 @@ def preferred_dtype(device: str | torch.device) -> torch.dtype:
     and remembered in the user's cache folder for this CPU, number of threads and torch version.
     """
     device = torch.device(device)
-    if device.type == "cuda":
-        native = torch.cuda.get_device_capability(device) >= (8, 0)
+    native = backends.computes_bfloat16(device)
+    if native is not None:
         return torch.bfloat16 if native else torch.float32
-    if device.type != "cpu":
-        return torch.float32
     key = f"{_cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     path = user_cache_dir() / "cpu_dtype.json"
     known = _read_known(path)

@@ -143,7 +143,7 @@ def _check(
         cu_seqlens.dim() == 1 and cu_seqlens.dtype == torch.int32 and cu_seqlens.numel() >= 1,
         f"attention: cu_seqlens {shape_of(cu_seqlens)} is not [S + 1] int32",
     )
-    if cu_seqlens.device.type == "cpu":
+    if backends.reads_at_once(cu_seqlens):
         bounds = cu_seqlens.tolist()
         rising = all(a <= b for a, b in pairwise(bounds))
         check(
@@ -159,7 +159,7 @@ def check_parents(parents: Tensor, sequences: int, causal: bool) -> None:
         parents.shape == (sequences,) and parents.dtype == torch.int32 and parents.is_contiguous(),
         f"attention: parents {shape_of(parents)} is not [{sequences}] int32",
     )
-    if parents.device.type == "cpu":
+    if backends.reads_at_once(parents):
         check(
             all(-1 <= parent < s for s, parent in enumerate(parents.tolist())),
             f"attention: parents must be -1 or an earlier sequence, got {parents.tolist()[:8]}…",

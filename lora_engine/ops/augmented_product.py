@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_engine import backends
 from lora_engine.ops import augmented
 from lora_engine.ops.augmented_weight import AugmentedWeight, Filling
-from lora_engine.ops.lora_strategy import strategy_of
 from lora_engine.ops.tensors import accumulate_dtype, empty_rows, matmul
 from lora_engine.reference import Dropout
 
@@ -86,9 +86,9 @@ class AugmentedProduct:
         return y, unscaled
 
     def strategy(self, rows: int, outer: int, inner: int, *, masked: bool) -> str:
-        """How a product [rows, outer] over `inner` and the ranks is taken: see lora_strategy."""
+        """How a product [rows, outer] over `inner` and the ranks is taken: see backends.choice."""
         buffer = self.weight.buffer
-        return strategy_of(
+        return backends.product_strategy(
             buffer.device, buffer.dtype, rows, outer, inner, self.weight.tail, masked
         )
 

@@ -52,12 +52,6 @@ class Branch:
     grad_tail: int = 0
 
 
-def block_available(core: str, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the block around `core` ("attention" or "glu") has kernels for device and dtype."""
-    operations = ("rms_norm", core, "lora_linear")
-    return all(backends.choose(name, device, dtype).impl != "reference" for name in operations)
-
-
 def products(
     x: Tensor, norm: PreNorm, branch: Branch, impl: str | None
 ) -> tuple[AugmentedProduct, AugmentedProduct]:
@@ -74,7 +68,7 @@ def products(
     between = x[..., :1].expand(*x.shape[:-1], branch.outer.in_features)
     inner = make_product(x, branch.inner, branch.dropouts[0], branch.routes, impl)
     outer = make_product(between, branch.outer, branch.dropouts[1], branch.routes, impl)
-    check(inner is not None and outer is not None, "a block has no reference: see block_available")
+    check(inner is not None and outer is not None, "a block has no reference")
     assert inner is not None and outer is not None
     return inner, outer
 

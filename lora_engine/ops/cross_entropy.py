@@ -150,7 +150,7 @@ def check_targets(
         target.shape == (rows,) and target.dtype == torch.int64,
         f"{operation}: target {shape_of(target)} is not [{rows}] int64",
     )
-    if target.device.type == "cpu" and rows:
+    if rows and backends.reads_at_once(target):
         bad = (target != ignore_index) & ((target < 0) | (target >= classes))
         check(
             not bool(bad.any()),

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lora_engine import backends
 from lora_engine.ops.tensors import accumulate_dtype
 
 # A half-precision product is added to its float32 sum in pieces of at most so many bytes, so that
@@ -86,7 +87,7 @@ def scaled(x: Tensor | None, factor: Tensor) -> Tensor | None:
     """`x * factor` in x's dtype, rounded once; `factor` is a float32 scalar or has x's rows."""
     if x is None:
         return None
-    if factor.dim() == 0 and x.device.type == "cpu":
-        return x * factor  # a CPU keeps the scalar's precision; a GPU rounds it to x's dtype first
+    if factor.dim() == 0 and backends.keeps_scalars(x.device):
+        return x * factor
     factor = factor.reshape(-1, *(1,) * (x.dim() - 1))
     return torch.mul(x, factor, out=torch.empty_like(x))

@@ -21,11 +21,6 @@ from lora_engine.ops.cross_entropy import LossOptions, RowResults, check_targets
 from lora_engine.ops.head_gradients import HeadGradients, scaled
 from lora_engine.ops.tensors import check, front_columns, shape_of, without_autocast
 
-# Bytes of a chunk's logits. A CPU wants them near its cache. A GPU reads the whole head for every
-# chunk, twice: with 2048 rows of 128256 bfloat16 logits (0.5 GB) that takes a tenth of the time of
-# the products, with 256 rows it would take as long as they do.
-CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}
-ROW_STEP = 64
 ROW_ALIGNMENT = 16  # elements: what Triton wants of a stride to load 16 bytes at once
 
 
@@ -64,8 +59,9 @@ def linear_cross_entropy(
 
     Differentiable once, in hidden, weight, bias and the adapter; only what requires a gradient
     gets one. With "none" and no extras the loss is -log p(target), for objectives made of log-
-    probabilities. Extra memory is one chunk of logits, `chunk_rows` x V (not given: CHUNK_BYTES),
-    the gradients, and a float32 copy of a trained half-precision head's while they are summed.
+    probabilities. Extra memory is one chunk of logits, `chunk_rows` x V (not given: as
+    `backends.chunk_rows` chooses), the gradients, and a float32 copy of a trained half-precision
+    head's while they are summed.
 
     Raises ValueError where shapes or dtypes do not fit, a target is not a row of weight, or an
     option is no sensible number.
@@ -98,7 +94,8 @@ def linear_cross_entropy(
         return LinearCrossEntropy(loss, found.logprob.detach(), found.correct, spread)
     inputs = (hidden, weight, bias, lora_a, lora_b)
     wanted = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs)
-    rows = chunk_rows or _chunk_rows(hidden, weight.shape[0])
+    extents = hidden.shape[0], weight.shape[0]
+    rows = chunk_rows or backends.chunk_rows(hidden.device, hidden.dtype, *extents)
     job = _Job(options, reduction, entropy, rows, scaling, wanted, impl)
     return LinearCrossEntropy(*_LinearCrossEntropy.apply(*inputs, target.contiguous(), job))
 
@@ -132,15 +129,6 @@ def _check_head(
             f"{name}: lora_a {shape_of(a)} and lora_b {shape_of(b)} do not fit weight "
             f"{shape_of(weight)}",
         )
-
-
-def _chunk_rows(hidden: Tensor, classes: int) -> int:
-    """Rows of a chunk: chunks of equal size, within the bytes for this device."""
-    limit = CHUNK_BYTES["cpu" if hidden.device.type == "cpu" else "cuda"]
-    most = max(1, limit // (classes * hidden.element_size()))
-    rows = hidden.shape[0]
-    even = -(-rows // max(1, -(-rows // most)))
-    return max(1, min(most, -(-even // ROW_STEP) * ROW_STEP))
 
 
 def _reduce(losses: Tensor, target: Tensor, reduction: str, ignore_index: int) -> Tensor:

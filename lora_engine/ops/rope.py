@@ -222,7 +222,7 @@ def _check(
                 f"for q {shape_of(q)}"
             ),
         )
-        if position_ids.device.type == "cpu" and position_ids.numel():
+        if position_ids.numel() and backends.reads_at_once(position_ids):
             low, high = int(position_ids.min()), int(position_ids.max())
             check(
                 low >= 0 and high < rows,

@@ -5,6 +5,7 @@ imported by the tests, whose process interprets Triton kernels.
 """
 
 import contextlib
+import importlib
 import io
 import json
 import sys
@@ -24,6 +25,7 @@ import triton.language as tl
 from check_cases import Call, call, empty
 
 launch = check_compile.load_kernels()
+tables = importlib.import_module("lora_engine.backends.tables")
 BFLOAT16 = (torch.bfloat16,)
 
 
@@ -94,23 +96,21 @@ def outcome(
     cases: dict[str, Callable[..., Iterator[Call]]], table: dict[str, Any], *options: str
 ) -> dict[str, Any]:
     """Exit status and output of the check with these cases and the table's lines added."""
-    both = {**launch.table(), **table}
+    both = {**tables.launch_table(), **table}
     printed = io.StringIO()
     with (
-        mock.patch.object(launch, "table", lambda: both),
+        mock.patch.object(tables, "launch_table", lambda: both),
         mock.patch.object(check_cases, "OPERATIONS", cases),
         mock.patch.object(check_cases, "DTYPES", BFLOAT16),
         contextlib.redirect_stdout(printed),
     ):
-        launch.entry.cache_clear()
-        launch.parameters.cache_clear()
         status = check.main(options)
     return {"status": status, "output": printed.getvalue()}
 
 
 def main() -> None:
     real = dict(check_cases.OPERATIONS)
-    lines = [*launch.table()["glu_fwd"]["*"]["*"], [96, {"BLOCK_N": 128}]]
+    lines = [*tables.launch_table()["glu_fwd"]["*"]["*"], [96, {"BLOCK_N": 128}]]
     dead_line = {"glu_fwd": {"*": {"*": lines}}}
     forward = {**real, "glu": lambda dtype: (c for c in real["glu"](dtype) if "fwd" in str(c))}
     hopper = ("--capability", "90")

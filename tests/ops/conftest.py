@@ -48,7 +48,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     if chosen.impl == "triton" and chosen.device.type == "cpu" and torch.cuda.is_available():
         pytest.skip("the Triton kernels are compiled for the GPU in this process")
     if chosen.impl == "cuda" and chosen.device.type == "cpu":
-        monkeypatch.setattr(backends, "cuda_emulation", emulated_kernels())
+        monkeypatch.setattr(backends.extension, "cuda_emulation", emulated_kernels())
     if chosen.isa is None:
         yield chosen
         return

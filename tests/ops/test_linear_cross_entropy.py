@@ -1,4 +1,3 @@
-import sys
 import weakref
 from typing import Any
 
@@ -351,17 +350,6 @@ def test_chunks_and_what_is_trained_do_not_matter(
         results.append([loss.detach(), *grads])
     for a, b in zip(*results, strict=True):
         assert torch.allclose(a, b, rtol=1e-9, atol=1e-9)
-
-
-def test_chunks_are_even_and_bounded() -> None:
-    module = sys.modules[function.__module__]
-    most = module.CHUNK_BYTES["cpu"] // (50000 * 2)
-    for rows in (0, 1, 100, most, most + 7, 5 * most + 1):
-        hidden = torch.empty(rows, 4, dtype=torch.bfloat16)
-        step = module._chunk_rows(hidden, 50000)
-        assert 1 <= step <= most
-        chunks = -(-rows // step)
-        assert chunks == -(-rows // most) and rows - (chunks - 1) * step >= min(rows, step // 2)
 
 
 def test_errors_name_what_does_not_fit() -> None:

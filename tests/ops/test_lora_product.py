@@ -7,8 +7,7 @@ import torch
 from implementations import Backend
 from torch import Tensor
 
-from lora_engine import ops, reference
-from lora_engine.ops import augmented_product, lora_strategy
+from lora_engine import backends, ops, reference
 from lora_engine.testing import error
 
 OPERATION = "lora_linear"
@@ -64,14 +63,14 @@ def check_variant(backend: Backend, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["plain", "dropout", "dora", "bias"])
-@pytest.mark.parametrize("strategy", lora_strategy.STRATEGIES)
+@pytest.mark.parametrize("strategy", backends.STRATEGIES)
 def test_strategies_agree(
     backend: Backend, poisoned: None, monkeypatch: pytest.MonkeyPatch, kind: str, strategy: str
 ) -> None:
     """Forced, whatever the table says; a masked product cannot be augmented."""
     if strategy == "augmented" and kind == "dropout":
         strategy = "two_segment"
-    monkeypatch.setattr(augmented_product, "strategy_of", lambda *args: strategy)
+    monkeypatch.setattr(backends, "product_strategy", lambda *args: strategy)
     check_variant(backend, kind)
 
 

@@ -12,8 +12,8 @@ from lora_groups import view
 from operand_guard import beside
 from torch import Tensor
 
-from lora_engine import ops, reference
-from lora_engine.ops import LoraFactors, augmented_product, lora_strategy
+from lora_engine import backends, ops, reference
+from lora_engine.ops import LoraFactors
 from lora_engine.testing import assert_as_good_as, cu_seqlens, error
 
 ROWS, COLS, TAIL = 9, 8, 3
@@ -80,13 +80,13 @@ def strangers(x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("impl", ["cpu", "reference"])
-@pytest.mark.parametrize("strategy", lora_strategy.STRATEGIES)
+@pytest.mark.parametrize("strategy", backends.STRATEGIES)
 @pytest.mark.parametrize("rank", [0, 2])
 def test_lora_linear_of_a_strangers_columns(
     monkeypatch: pytest.MonkeyPatch, rank: int, strategy: str, impl: str
 ) -> None:
     """Input and incoming gradient are parts of wider tensors."""
-    monkeypatch.setattr(augmented_product, "strategy_of", lambda *args: strategy)
+    monkeypatch.setattr(backends, "product_strategy", lambda *args: strategy)
     factors = LoraFactors(leaf(rank, COLS), leaf(6, rank), 0.5) if rank else None
     weight = ops.AugmentedWeight([torch.randn(6, COLS)], [factors])
     x, dy = torch.randn(ROWS, COLS), torch.randn(ROWS, 6)

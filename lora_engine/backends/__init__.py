@@ -1,0 +1,65 @@
+"""What runs an operation on this machine, and why: the choice, the hardware, the extension.
+
+`explain` answers for people, `select` for operations; both take their answer from `choice.choose`,
+the one place that decides.
+"""
+
+from lora_engine.backends.choice import (
+    BLOCKS,
+    DTYPES,
+    IMPLEMENTATIONS,
+    OPERATIONS,
+    STRATEGIES,
+    Choice,
+    chunk_rows,
+    explain,
+    product_strategy,
+    runs_fused,
+    select,
+)
+from lora_engine.backends.extension import (
+    Extension,
+    cuda_architectures,
+    extension_available,
+    keep_freed_memory,
+    native,
+)
+from lora_engine.backends.hardware import (
+    capability,
+    capability_text,
+    computes_bfloat16,
+    cpu_features,
+    keeps_scalars,
+    reads_at_once,
+    runs_on,
+    triton_interpreted,
+)
+from lora_engine.backends.launchers import kernels
+
+__all__ = [
+    "BLOCKS",
+    "DTYPES",
+    "IMPLEMENTATIONS",
+    "OPERATIONS",
+    "STRATEGIES",
+    "Choice",
+    "Extension",
+    "capability",
+    "capability_text",
+    "chunk_rows",
+    "computes_bfloat16",
+    "cpu_features",
+    "cuda_architectures",
+    "explain",
+    "extension_available",
+    "keep_freed_memory",
+    "keeps_scalars",
+    "kernels",
+    "native",
+    "product_strategy",
+    "reads_at_once",
+    "runs_fused",
+    "runs_on",
+    "select",
+    "triton_interpreted",
+]

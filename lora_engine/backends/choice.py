@@ -1,0 +1,386 @@
+"""Which implementation of an operation runs, how it is carried out, and why.
+
+`choose` is a pure function of what is asked (`Request`) and of what the machine has (`Present`).
+The functions below it are what callers use: the same answer for tensors of this machine, cached.
+"""
+
+import warnings
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache
+from types import ModuleType
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+
+from lora_engine.backends import extension, hardware, tables
+from lora_engine.backends.extension import Extension
+from lora_engine.errors import EngineWarning, UnavailableError
+
+IMPLEMENTATIONS = ("reference", "cpu", "triton", "cuda")
+
+# Which kernels each operation has. On a GPU the first that can run is taken.
+OPERATIONS: dict[str, tuple[str, ...]] = {
+    "rms_norm": ("cpu", "triton"),
+    "layer_norm": ("cpu", "triton"),
+    "rope": ("cpu", "triton"),
+    "glu": ("cpu", "triton"),
+    "lora_linear": ("cpu", "triton"),
+    "linear_cross_entropy": ("cpu", "triton"),
+    "cross_entropy": ("cpu", "triton"),
+    "attention": ("cpu",),
+    "adamw": ("cpu", "triton", "cuda"),
+    "adamw_8bit": ("cpu", "triton", "cuda"),
+}
+# Functions made of several operations: they run where all of these have kernels.
+BLOCKS: dict[str, tuple[str, ...]] = {
+    "attention_block": ("rms_norm", "attention", "lora_linear"),
+    "mlp_block": ("rms_norm", "glu", "lora_linear"),
+}
+DTYPES = {
+    "cpu": (torch.float32, torch.bfloat16, torch.float64),
+    "triton": (torch.float32, torch.bfloat16, torch.float16),
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
+}
+# How a base weight is stored.
+FORMATS = ("dense",)
+
+# How the wide products of a LoRA group are taken.
+# augmented    one product of the vendor library over [X | S] (in the backward pass [dY | dS]) and
+#              the buffer W̃; see ops/lora_linear.py
+# two_segment  our kernel: one accumulator over two stretches of the inner dimension, the second
+#              masked where there is dropout
+# base_add     the base product, then each linear's share masked and added
+STRATEGIES = ("augmented", "two_segment", "base_add")
+
+# Bytes of a chunk's logits. A CPU wants them near its cache. A GPU reads the whole head for every
+# chunk, twice: with 2048 rows of 128256 bfloat16 logits (0.5 GB) that takes a tenth of the time of
+# the products, with 256 rows it would take as long as they do.
+CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}
+CHUNK_ROW_STEP = 64
+
+
+class Product(NamedTuple):
+    """A product Y [m, n] = X [m, k] Wᵀ with r adapter columns, or dX of the same kind.
+
+    dropout: the product itself is masked: that of dX with p > 0. The forward product never is,
+        since there only S changes.
+    aligned: rows of the operands start at multiples of 16 bytes.
+    """
+
+    m: int
+    n: int
+    k: int
+    r: int
+    dropout: bool = False
+    aligned: bool = True
+
+
+class Head(NamedTuple):
+    """A linear head: so many rows of so many logits."""
+
+    rows: int
+    classes: int
+
+
+class Extent(NamedTuple):
+    """What the launch of a Triton kernel is chosen by; what `size` is, its launcher says."""
+
+    size: int
+
+
+Sizes: TypeAlias = Product | Head | Extent
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be computed, and on what.
+
+    operation: of OPERATIONS or BLOCKS; with an Extent a kernel of launch_table.json.
+    device: a torch device's type. capability: of a GPU. dtype: of the operands.
+    sizes: where more than the implementation is asked for. format: how the base weight is stored.
+    impl: the implementation that a caller forces.
+    """
+
+    operation: str
+    device: str
+    capability: int | None
+    dtype: torch.dtype
+    sizes: Sizes | None = None
+    format: str = "dense"
+    impl: str | None = None
+
+    @staticmethod
+    def on(
+        device: torch.device,
+        operation: str,
+        dtype: torch.dtype,
+        sizes: Sizes | None = None,
+        impl: str | None = None,
+    ) -> "Request":
+        """A request for tensors on `device`, which need not be here."""
+        absent = device.type == "cuda" and not torch.cuda.is_available()
+        capability = None if absent else hardware.capability(device)
+        return Request(operation, device.type, capability, dtype, sizes, impl=impl)
+
+
+@dataclass(frozen=True)
+class Present:
+    """What the machine has.
+
+    isa: the instruction set of the C++ kernels; None: they cannot run. problem: why, if so.
+    triton, interpreted: whether it is installed, and interprets its kernels in this process.
+    architectures: that the CUDA kernels were built for. emulated: they take CPU tensors.
+    gpu: whether torch finds a CUDA device.
+    """
+
+    isa: str | None
+    problem: str | None
+    triton: bool
+    interpreted: bool
+    architectures: tuple[str, ...]
+    emulated: bool
+    gpu: bool
+
+
+class Strategy(NamedTuple):
+    """How a product is taken: one of STRATEGIES, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What runs.
+
+    impl: the implementation. reason: why that, and why not another one.
+    plan: for a Product its strategy, for a Head the rows of logits that are held at a time.
+    launch: for an Extent the line of launch_table.json.
+    """
+
+    operation: str
+    impl: str
+    reason: str
+    plan: Strategy | int | None = None
+    launch: tables.LaunchKey | None = None
+
+
+def choose(request: Request, present: Present) -> Choice:
+    """What runs where the machine has what `present` says.
+
+    Raises UnavailableError where a forced implementation cannot run, ValueError for names that do
+    not exist and sizes that no line of a table fits. Nothing but force chooses Triton's
+    interpreter.
+    """
+    operation, sizes = request.operation, request.sizes
+    if isinstance(sizes, Extent):
+        dtype = _name(request.dtype)
+        key = tables.launch_key(operation, request.capability, dtype, sizes.size)
+        return Choice(operation, "triton", f"the line {tuple(key)} of its launch table", launch=key)
+    if operation in BLOCKS:
+        return _choose_block(request, present)
+    choice = _choose_implementation(request, present)
+    if isinstance(sizes, Product):
+        return replace(choice, plan=_strategy(request, sizes))
+    if isinstance(sizes, Head):
+        return replace(choice, plan=_chunk_rows(request, sizes))
+    return choice
+
+
+def _choose_implementation(request: Request, present: Present) -> Choice:
+    operation, impl = request.operation, request.impl
+    if operation not in OPERATIONS:
+        raise ValueError(f"operation {operation!r}: expected one of {', '.join(OPERATIONS)}")
+    if impl == "reference":
+        return Choice(operation, "reference", "asked for")
+    if impl is not None:
+        if impl not in IMPLEMENTATIONS:
+            raise ValueError(f"impl={impl!r}: expected one of {', '.join(IMPLEMENTATIONS)}")
+        problem = _why_not(request, impl, present)
+        if problem is not None:
+            raise UnavailableError(f"{operation}: impl={impl!r} is not available: {problem}")
+        return Choice(operation, impl, _how(request, impl, present))
+    problems = []
+    for candidate in ("cpu",) if request.device == "cpu" else ("cuda", "triton"):
+        problem = _why_not(request, candidate, present)
+        if problem is None:
+            return Choice(operation, candidate, _how(request, candidate, present))
+        problems.append(problem)
+    return Choice(operation, "reference", problems[-1])
+
+
+def _choose_block(request: Request, present: Present) -> Choice:
+    """A block's parts are chosen each by itself; it has no reference."""
+    name = request.operation
+    parts = [
+        _choose_implementation(replace(request, operation=part), present) for part in BLOCKS[name]
+    ]
+    for part in parts:
+        if part.impl == "reference":
+            return Choice(name, "reference", f"{part.operation}: {part.reason}")
+    return replace(parts[-1], operation=name)
+
+
+def _how(request: Request, impl: str, present: Present) -> str:
+    if impl == "cpu":
+        return f"C++ kernel, {present.isa}"
+    if request.device == "cpu":
+        return "Triton kernel, interpreted" if impl == "triton" else "CUDA C++ kernel, emulated"
+    name = "CUDA C++" if impl == "cuda" else "Triton"
+    assert request.capability is not None
+    return f"{name} kernel, capability {hardware.capability_text(request.capability)}"
+
+
+def _why_not(request: Request, impl: str, present: Present) -> str | None:
+    """Why `impl` cannot run the operation; None if it can."""
+    if impl not in OPERATIONS[request.operation]:
+        return f"there is no {impl} kernel for it"
+    if request.dtype not in DTYPES[impl]:
+        names = ", ".join(map(_name, DTYPES[impl]))
+        return f"the {impl} kernels take {names}, not {request.dtype}"
+    if request.format not in FORMATS:
+        known = ", ".join(FORMATS)
+        return f"the {impl} kernels take weights that are {known}, not {request.format}"
+    elsewhere = f"the tensors are on {request.device}"
+    if impl == "cpu":
+        return present.problem if request.device == "cpu" else elsewhere
+    if impl == "triton" and not present.triton:
+        return "triton is not installed"
+    if impl == "triton" and request.device == "cpu" and present.interpreted:
+        return None
+    if impl == "cuda" and request.device == "cpu" and present.emulated:
+        return None
+    if impl == "cuda" and not present.architectures:
+        return present.problem or "the extension was built without nvcc"
+    if request.device != "cuda":
+        return elsewhere
+    if not present.gpu or request.capability is None:
+        return "torch finds no CUDA device"
+    found = hardware.capability_text(request.capability)
+    if request.capability < hardware.OLDEST_CAPABILITY:
+        least = hardware.capability_text(hardware.OLDEST_CAPABILITY)
+        return f"the GPU has capability {found}, the kernels need {least}"
+    if impl == "cuda" and not any(
+        hardware.runs_on(a, request.capability) for a in present.architectures
+    ):
+        return f"built for {', '.join(present.architectures)}, the GPU has capability {found}"
+    return None
+
+
+def _strategy(request: Request, product: Product) -> Strategy:
+    values = {
+        "device": request.device,
+        "capability": request.capability,
+        "format": request.format,
+        **product._asdict(),
+    }
+    rule = tables.find_rule(values, _name(request.dtype))
+    if rule is None:
+        raise ValueError(f"lora_strategy: no rule fits a {request.device} device")
+    return Strategy(rule["strategy"], rule["reason"])
+
+
+def _chunk_rows(request: Request, head: Head) -> int:
+    """Rows of a chunk of logits: chunks of equal size, within the bytes for this device."""
+    limit = CHUNK_BYTES["cpu" if request.device == "cpu" else "cuda"]
+    most = max(1, limit // (head.classes * request.dtype.itemsize))
+    even = -(-head.rows // max(1, -(-head.rows // most)))
+    return max(1, min(most, -(-even // CHUNK_ROW_STEP) * CHUNK_ROW_STEP))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def present() -> Present:
+    """What this machine has."""
+    found = extension.loaded()
+    return Present(
+        isa=None if found.module is None else found.module.isa(),
+        problem=found.problem,
+        triton=hardware.triton_installed(),
+        interpreted=hardware.triton_interpreted(),
+        architectures=extension.cuda_architectures(),
+        emulated=extension.cuda_emulation is not None,
+        gpu=torch.cuda.is_available(),
+    )
+
+
+def explain(
+    operation: str,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    impl: str | None = None,
+) -> Choice:
+    """Which implementation `operation` runs with on `device` and `dtype`, and why.
+
+    `impl` forces one of IMPLEMENTATIONS; UnavailableError where it cannot run.
+    """
+    return choose(Request.on(torch.device(device), operation, dtype, impl=impl), present())
+
+
+def select(
+    operation: str, device: torch.device, dtype: torch.dtype, impl: str | None = None
+) -> str:
+    """What an operation calls: `explain`, with one warning where the reference is not by choice."""
+    found = extension.loaded(), extension.cuda_emulation
+    choice = _explain_once(operation, device, dtype, impl, *found)
+    if choice.impl == "reference" and impl is None:
+        _warn_once(operation, choice.reason)
+    return choice.impl
+
+
+def runs_fused(block: str, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether all parts of a block of BLOCKS have kernels."""
+    found = extension.loaded(), extension.cuda_emulation
+    return _explain_once(block, device, dtype, None, *found).impl != "reference"
+
+
+@cache
+def _explain_once(
+    operation: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    impl: str | None,
+    found: Extension,
+    emulation: ModuleType | None,
+) -> Choice:
+    """`explain` for operations, which ask at every call: the answer depends on nothing else."""
+    return explain(operation, device, dtype, impl)
+
+
+@cache
+def _warn_once(operation: str, reason: str) -> None:
+    message = f"lora_engine.{operation} runs as the PyTorch reference: {reason}"
+    warnings.warn(message, EngineWarning, stacklevel=4)
+
+
+@lru_cache(4096)
+def product_strategy(
+    device: torch.device, dtype: torch.dtype, m: int, n: int, k: int, r: int, masked: bool
+) -> str:
+    """The strategy's name for W̃, whose rows are aligned, and operands made to go with it."""
+    sizes = Product(m, n, k, r, dropout=masked)
+    plan = choose(Request.on(device, "lora_linear", dtype, sizes), present()).plan
+    assert isinstance(plan, Strategy)
+    return plan.name
+
+
+def chunk_rows(device: torch.device, dtype: torch.dtype, rows: int, classes: int) -> int:
+    """How many of a head's `rows` of logits are held at a time."""
+    request = Request.on(device, "linear_cross_entropy", dtype, Head(rows, classes))
+    plan = choose(request, present()).plan
+    assert isinstance(plan, int)
+    return plan
+
+
+@cache
+def launch_parameters(
+    kernel: str, capability: int | None, dtype: torch.dtype, size: int
+) -> dict[str, Any]:
+    """The launch parameters of a Triton kernel, as keyword arguments of its launch."""
+    device = "cpu" if capability is None else "cuda"
+    request = Request(kernel, device, capability, dtype, Extent(size))
+    key = choose(request, present()).launch
+    assert key is not None
+    return tables.launch_parameters(key)

@@ -1,0 +1,76 @@
+"""The compiled module lora_engine._C: loaded when asked for, and what it was built with."""
+
+import importlib
+import os
+from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
+
+import torch
+
+from lora_engine import openmp
+from lora_engine.errors import UnavailableError
+
+# oneDNN and torch's layer over it each keep up to 1024 compiled matrix products, one per shape.
+# Packed batches bring new shapes every step, about 16 MB of them for a 135M model: the process
+# would grow by 0.8 GB in fifty steps. A step uses about twenty shapes. Both read their limit at
+# their first use.
+ONEDNN_CACHE_LIMITS = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+for _name in ONEDNN_CACHE_LIMITS:
+    os.environ.setdefault(_name, "64")
+
+# csrc/cuda compiled for the host, by tests: the CUDA launchers then take CPU tensors.
+cuda_emulation: ModuleType | None = None
+
+
+@dataclass(frozen=True)
+class Extension:
+    """The compiled module lora_engine._C: the module, or why there is none."""
+
+    module: ModuleType | None
+    problem: str | None
+
+
+@cache
+def loaded() -> Extension:
+    """Imports lora_engine._C. torch is imported before it, so both share one OpenMP runtime."""
+    try:
+        module = importlib.import_module("lora_engine._C")
+        module.isa()
+    except (ImportError, RuntimeError) as error:
+        return Extension(None, str(error))
+    openmp.settle_late(module.crowd_openmp)
+    return Extension(module, None)
+
+
+def extension_available() -> bool:
+    """Whether the C++ kernels can run here."""
+    return loaded().module is not None
+
+
+def native() -> ModuleType:
+    """The compiled module; UnavailableError where there is none."""
+    found = loaded()
+    if found.module is None:
+        raise UnavailableError(
+            f"the C++ extension lora_engine._C cannot run here ({found.problem}); "
+            "`pip install -e .` builds it and `lora-engine doctor` says more"
+        )
+    return found.module
+
+
+def keep_freed_memory(device: torch.device) -> bool:
+    """Lets the C library keep freed memory for reuse, for the rest of the process.
+
+    A training step on a CPU allocates and frees the same tensors again and again; handing them back
+    to the system makes it fault in and zero every page anew. False where it cannot be set, or
+    `device` is no CPU.
+    """
+    module = loaded().module
+    return device.type == "cpu" and module is not None and bool(module.keep_freed_memory())
+
+
+def cuda_architectures() -> tuple[str, ...]:
+    """What the extension's CUDA kernels were compiled for, as "90a"; () without any."""
+    module = loaded().module
+    return () if module is None else tuple(module.cuda_architectures())

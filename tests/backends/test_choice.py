@@ -1,0 +1,215 @@
+"""The choice is a pure function: of a request, and of what a machine has."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from lora_engine import backends
+from lora_engine.backends import choice
+from lora_engine.backends.choice import (
+    CHUNK_BYTES,
+    Extent,
+    Head,
+    Present,
+    Product,
+    Request,
+    Strategy,
+    choose,
+)
+from lora_engine.errors import UnavailableError
+
+CPU = torch.device("cpu")
+BARE = Present(
+    isa="avx2",
+    problem=None,
+    triton=True,
+    interpreted=False,
+    architectures=(),
+    emulated=False,
+    gpu=False,
+)
+WITH_GPU = replace(BARE, gpu=True)
+
+
+def on_cpu(operation: str, dtype: torch.dtype = torch.float32, **more) -> Request:
+    return Request(operation, "cpu", None, dtype, **more)
+
+
+def on_gpu(operation: str, capability: int | None = 90, **more) -> Request:
+    return Request(operation, "cuda", capability, torch.float32, **more)
+
+
+def test_a_cpu_takes_the_cpp_kernels_and_says_which() -> None:
+    found = choose(on_cpu("rms_norm"), BARE)
+    assert (found.impl, found.reason) == ("cpu", "C++ kernel, avx2")
+    assert (found.plan, found.launch) == (None, None)
+
+
+def test_what_the_kernels_do_not_take_runs_as_the_reference() -> None:
+    found = choose(on_cpu("rms_norm", torch.float16), BARE)
+    assert found.impl == "reference"
+    assert found.reason == "the cpu kernels take float32, bfloat16, float64, not torch.float16"
+    found = choose(on_cpu("lora_linear", format="nf4"), BARE)
+    assert found.impl == "reference"
+    assert found.reason == "the cpu kernels take weights that are dense, not nf4"
+
+
+def test_without_the_extension() -> None:
+    found = choose(on_cpu("glu"), replace(BARE, isa=None, problem="No module named '_C'"))
+    assert (found.impl, found.reason) == ("reference", "No module named '_C'")
+
+
+def test_a_forced_choice_is_made_or_refused() -> None:
+    assert choose(on_cpu("rope", impl="reference"), BARE).reason == "asked for"
+    with pytest.raises(UnavailableError, match="rope: impl='cpu' is not available: the tensors"):
+        choose(on_gpu("rope", impl="cpu"), WITH_GPU)
+    with pytest.raises(ValueError, match="expected one of reference, cpu, triton, cuda"):
+        choose(on_cpu("rope", impl="metal"), BARE)
+    with pytest.raises(ValueError, match="operation 'pool': expected one of rms_norm"):
+        choose(on_cpu("pool"), BARE)
+
+
+def test_only_force_interprets() -> None:
+    interpreting = replace(BARE, interpreted=True)
+    assert choose(on_cpu("glu"), interpreting).impl == "cpu"
+    found = choose(on_cpu("glu", impl="triton"), interpreting)
+    assert (found.impl, found.reason) == ("triton", "Triton kernel, interpreted")
+    with pytest.raises(UnavailableError, match="the tensors are on cpu"):
+        choose(on_cpu("glu", impl="triton"), BARE)
+    with pytest.raises(UnavailableError, match="triton is not installed"):
+        choose(on_cpu("glu", impl="triton"), replace(interpreting, triton=False))
+
+
+@pytest.mark.parametrize(
+    ("capability", "built", "impl"),
+    [
+        (90, ("80", "90a"), "cuda"),
+        (89, ("80", "90a"), "cuda"),
+        (100, ("80", "90a"), "triton"),
+        (90, (), "triton"),
+        (75, ("75",), "reference"),
+        (None, ("90a",), "reference"),
+    ],
+)
+def test_cuda_is_tried_before_triton(capability, built, impl) -> None:
+    found = choose(on_gpu("adamw", capability), replace(WITH_GPU, architectures=built))
+    assert found.impl == impl
+    if impl != "reference":
+        assert found.reason.endswith(f"kernel, capability {backends.capability_text(capability)}")
+
+
+@pytest.mark.parametrize(
+    ("capability", "present", "problem"),
+    [
+        (100, {"architectures": ("80", "90a")}, "built for 80, 90a, the GPU has capability 10.0"),
+        (75, {"architectures": ("80",)}, "the GPU has capability 7.5, the kernels need 8.0"),
+        (90, {}, "the extension was built without nvcc"),
+        (90, {"problem": "no _C"}, "no _C"),
+        (None, {"architectures": ("80",), "gpu": False}, "torch finds no CUDA device"),
+    ],
+)
+def test_why_cuda_cannot_run(capability, present, problem) -> None:
+    with pytest.raises(UnavailableError, match=f"impl='cuda' is not available: {problem}"):
+        choose(on_gpu("adamw", capability, impl="cuda"), replace(WITH_GPU, **present))
+
+
+def test_cuda_needs_a_gpu_unless_emulated() -> None:
+    built = replace(BARE, architectures=("90a",))
+    with pytest.raises(UnavailableError, match="the tensors are on cpu"):
+        choose(on_cpu("adamw", impl="cuda"), built)
+    emulated = replace(built, emulated=True)
+    assert choose(on_cpu("adamw", impl="cuda"), emulated).reason == "CUDA C++ kernel, emulated"
+    assert choose(on_cpu("adamw"), emulated).impl == "cpu"
+
+
+def test_a_block_runs_where_all_of_its_parts_have_kernels() -> None:
+    assert choose(on_cpu("attention_block"), BARE).impl == "cpu"
+    found = choose(on_gpu("attention_block"), WITH_GPU)
+    assert found.impl == "reference"
+    assert found.reason == "attention: there is no triton kernel for it"
+    assert choose(on_gpu("mlp_block"), WITH_GPU).impl == "triton"
+    assert all(part in backends.OPERATIONS for parts in backends.BLOCKS.values() for part in parts)
+
+
+def test_a_product_s_plan_is_its_strategy() -> None:
+    masked, plain = Product(8192, 4096, 6144, 48, dropout=True), Product(8192, 6144, 4096, 48)
+
+    def name(request: Request) -> str:
+        plan = choose(request, WITH_GPU).plan
+        assert isinstance(plan, Strategy) and plan.reason
+        return plan.name
+
+    hopper = replace(on_gpu("lora_linear"), dtype=torch.bfloat16)
+    assert name(replace(hopper, sizes=plain)) == "augmented"
+    assert name(replace(hopper, sizes=masked)) == "two_segment"
+    assert name(replace(hopper, sizes=masked._replace(r=0))) == "augmented"
+    assert name(on_gpu("lora_linear", sizes=masked)) == "base_add"
+    assert name(on_cpu("lora_linear", sizes=masked)) == "base_add"
+    assert name(on_cpu("lora_linear", sizes=plain)) == "augmented"
+
+
+@pytest.mark.parametrize("dropout", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 120])
+def test_every_gpu_has_a_rule(capability: int, dtype: torch.dtype, dropout: bool) -> None:
+    request = replace(on_gpu("lora_linear", capability), dtype=dtype)
+    plan = choose(replace(request, sizes=Product(64, 64, 64, 8, dropout)), WITH_GPU).plan
+    assert isinstance(plan, Strategy) and plan.name in backends.STRATEGIES
+
+
+def test_a_product_on_a_device_without_rules() -> None:
+    with pytest.raises(ValueError, match="no rule fits a mps device"):
+        choose(Request("lora_linear", "mps", None, torch.float32, Product(8, 8, 8, 2, True)), BARE)
+
+
+def test_chunks_of_logits_are_even_and_bounded() -> None:
+    most = CHUNK_BYTES["cpu"] // (50000 * 2)
+    for rows in (0, 1, 100, most, most + 7, 5 * most + 1):
+        step = backends.chunk_rows(CPU, torch.bfloat16, rows, 50000)
+        assert 1 <= step <= most
+        chunks = -(-rows // step)
+        assert chunks == -(-rows // most) and rows - (chunks - 1) * step >= min(rows, step // 2)
+
+
+def test_a_gpu_s_chunks_are_larger() -> None:
+    sizes = Head(4096, 128256)
+    assert choose(on_gpu("linear_cross_entropy", sizes=sizes), WITH_GPU).plan == 1024
+    assert choose(on_cpu("linear_cross_entropy", sizes=sizes), BARE).plan == 128
+
+
+def test_a_launch_s_line_and_its_parameters() -> None:
+    request = Request("rms_norm_bwd", "cuda", 90, torch.bfloat16, Extent(3000))
+    key = choose(request, WITH_GPU).launch
+    assert key == ("rms_norm_bwd", "90", "*", 4096)
+    assert choose(replace(request, capability=86), WITH_GPU).launch == (
+        "rms_norm_bwd", "*", "*", 4096,
+    )  # fmt: skip
+    found = choice.launch_parameters("rms_norm_bwd", 90, torch.bfloat16, 3000)
+    assert found["enable_fp_fusion"] is True and found["BLOCK_M"] == 1
+    with pytest.raises(KeyError, match="pool"):
+        choose(replace(request, operation="pool"), WITH_GPU)
+
+
+def test_this_machine_is_asked() -> None:
+    found = backends.explain("rms_norm")
+    assert found.impl == "cpu" and backends.native().isa() in found.reason
+    assert backends.explain("rms_norm", "cpu", torch.float16).impl == "reference"
+    if not torch.cuda.is_available():
+        assert backends.explain("rms_norm", "cuda").reason == "torch finds no CUDA device"
+
+
+def test_the_reference_is_never_silent() -> None:
+    choice._warn_once.cache_clear()
+    with pytest.warns(UserWarning, match="rope runs as the PyTorch reference: .*float16"):
+        assert backends.select("rope", CPU, torch.float16) == "reference"
+
+
+def test_emulated_kernels_count_as_soon_as_they_are_there(monkeypatch) -> None:
+    with pytest.raises(UnavailableError, match="impl='cuda' is not available"):
+        backends.select("adamw", CPU, torch.float32, "cuda")
+    monkeypatch.setattr(backends.extension, "cuda_emulation", object())
+    assert backends.select("adamw", CPU, torch.float32, "cuda") == "cuda"
+    monkeypatch.undo()
+    with pytest.raises(UnavailableError, match="impl='cuda' is not available"):
+        backends.select("adamw", CPU, torch.float32, "cuda")

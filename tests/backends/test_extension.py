@@ -1,0 +1,24 @@
+import pytest
+import torch
+
+from lora_engine import backends
+from lora_engine.errors import UnavailableError
+
+
+def test_without_the_extension_nothing_of_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    missing = backends.Extension(None, "No module named 'lora_engine._C'")
+    monkeypatch.setattr(backends.extension, "loaded", lambda: missing)
+    choice = backends.explain("glu")
+    assert choice.impl == "reference" and "_C" in choice.reason
+    assert not backends.extension_available() and backends.cuda_architectures() == ()
+    assert not backends.keep_freed_memory(torch.device("cpu"))
+    with pytest.raises(UnavailableError, match="doctor"):
+        backends.native()
+
+
+def test_the_chosen_instruction_set_is_one_the_processor_has() -> None:
+    features = backends.cpu_features()
+    isa = backends.native().isa()
+    needs = {"avx2": {"avx2", "fma"}, "avx512": {"avx512f"}, "avx512_bf16": {"avx512_bf16"}}
+    assert needs.get(isa, set()) <= features
+    assert not backends.native().select_isa("sse9")
