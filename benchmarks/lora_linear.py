@@ -308,8 +308,7 @@ def render(result: dict[str, Any]) -> str:
 def main() -> None:
     args = parse_arguments()
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
-    if device.type == "cpu":
-        backends.keep_freed_memory()  # as in training; everything that is timed has it
+    backends.keep_freed_memory(device)  # as in training; everything that is timed has it
     result: dict[str, Any] = {**output.context(), "dtype": args.dtype, "device": args.device}
     result["dispatch_seconds"] = dispatch_seconds(device)
     rows = []
