@@ -12,6 +12,7 @@ from lora_engine.models.attachment import Attachment, attach, attachment, detach
 from lora_engine.models.attention import ATTENTION_CLASSES, AttentionForward
 from lora_engine.models.attention_interface import use_attention
 from lora_engine.models.causal_lm import CausalLmForward, why_no_loss
+from lora_engine.models.closeness import coarsest_dtype
 from lora_engine.models.coverage import CoverageReport
 from lora_engine.models.decoder_layer import DECODER_CLASSES, DecoderLayerForward
 from lora_engine.models.embedding import EmbeddingForward, is_lora_embedding
@@ -21,7 +22,8 @@ from lora_engine.models.linear_group import LinearGroup, SingleLinear
 from lora_engine.models.lora_state import is_linear, is_lora
 from lora_engine.models.mlp import MlpForward, activation_name, is_gated_mlp
 from lora_engine.models.norm import LayerNormForward, RmsNormForward, norm_forward
-from lora_engine.models.proof import own_results, same_logits, same_loss
+from lora_engine.models.probed_layers import kind_of
+from lora_engine.models.proof import own_results, same_logits, same_training
 from lora_engine.models.saving import patch_ways_out
 from lora_engine.models.sequences import SequenceFinder
 from lora_engine.models.supervised_padding import LabelledForward, takes_labels
@@ -67,7 +69,7 @@ def accelerate(
         if strict and report.left:
             raise UserError(f"accelerate(strict=True) left parts of the model:\n{report}")
         if verify is not None and expected is not None:
-            _compare(expected, _loss_and_gradients(model, verify), _coarsest_dtype(model))
+            _compare(expected, _loss_and_gradients(model, verify), coarsest_dtype(model))
     except BaseException:
         restore(model)
         raise
@@ -88,17 +90,20 @@ def _attach_proven(model: Any) -> CoverageReport:
     """Replaces what is recognised, as long as the model's results are its own: see proof.py."""
     own = own_results(model)
     left = dict.fromkeys(("attention", "loss"), own.error) if own.error else {}
+    if not own.error and own.loss is None:
+        left["loss"] = "the model takes no labels"
     while True:
         report = _Accelerator(model, attach(model), left).run()
         if own.error:
             return report
-        part, problem = "attention", same_logits(model, own)
+        parts, problem = ["attention"], same_logits(model, own)
         if problem is None:
-            part, problem = "loss", same_loss(model, own)
-        if problem is None or (part == "loss" and part in left):
+            parts, problem = ["loss", "attention"], same_training(model, own)
+        if problem is None:
             return report
+        part = next((part for part in parts if part not in left), None)
         detach(model)
-        if part in left:  # with transformers' attention it still differs
+        if part is None:  # with transformers' attention and loss it still differs
             attach(model)
             report = CoverageReport()
             report.add(type(model).__name__, "everything", False, problem)
@@ -120,6 +125,7 @@ class _Accelerator:
         self.finder = SequenceFinder()
         self.covered: set[nn.Module] = set()  # linears inside a replaced layer
         self.served: set[nn.Module] = set()  # with whose parameters our kernels compute
+        self.agrees: dict[Any, bool] = {}  # kind of MLP -> whether ours computes what it does
         weight = next(model.parameters())
         self.device, self.dtype = weight.device, weight.dtype
 
@@ -224,7 +230,10 @@ class _Accelerator:
         gate_up = self._group(f"{name}.gate_up", linears[:2])
         down = self._group(f"{name}.down_proj", linears[2:])
         forward = MlpForward(module, gate_up, down, activation)
-        if not _agrees(module, forward, linears[0].in_features):
+        kind = (activation, *kind_of(module))
+        if kind not in self.agrees:
+            self.agrees[kind] = _agrees(module, forward, linears[0].in_features)
+        if not self.agrees[kind]:
             self.served.difference_update(linears)
             self.report.add(name, "glu", False, f"its forward is not down({activation}(gate) * up)")
             return
@@ -300,12 +309,6 @@ def _loss_and_gradients(model: Any, batch: dict[str, Tensor]) -> tuple[float, di
     grads = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
     named = zip(parameters, grads, strict=True)
     return loss.item(), {name: grad for name, grad in named if grad is not None}
-
-
-def _coarsest_dtype(model: nn.Module) -> torch.dtype:
-    """What activations are rounded to: PEFT keeps adapters in float32 over a bfloat16 model."""
-    dtypes = (p.dtype for p in model.parameters() if p.is_floating_point())
-    return min(dtypes, key=lambda dtype: dtype.itemsize)
 
 
 def _compare(

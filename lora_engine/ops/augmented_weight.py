@@ -69,9 +69,11 @@ class AugmentedWeight:
         step = max(1, ROW_ALIGNMENT_BYTES // dtype.itemsize)
         self.tail = -(-max(room, total_rank(adapters)) // step) * step
         n, k = sum(self.out_features), self.in_features
-        self.buffer = torch.zeros(
+        self.buffer = torch.empty(
             n + self.tail, k + self.tail, dtype=dtype, device=weights[0].device
         )
+        self.buffer[n:].zero_()
+        self.buffer[:n, k:].zero_()
         for weight, span in zip(weights, self.rows, strict=True):
             self.buffer[span, :k].copy_(weight.detach())
         # Views of the buffer: all A [R, K], where rows of padding are zero; all scaled B [N, R],
