@@ -283,7 +283,9 @@ def items_of(args: argparse.Namespace) -> list[Item]:
 def main() -> None:
     args = parse_arguments()
     context = output.context()
-    backends.keep_freed_memory(torch.device(args.device))  # as in training; everything that is timed has it
+    backends.keep_freed_memory(
+        torch.device(args.device)
+    )  # as in training; everything that is timed has it
     journal = Journal(args.append)
     journal.add("context", **context)
     try:

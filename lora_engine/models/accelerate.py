@@ -17,7 +17,7 @@ from lora_engine.models.coverage import CoverageReport
 from lora_engine.models.decoder_layer import DECODER_CLASSES, DecoderLayerForward
 from lora_engine.models.embedding import EmbeddingForward, is_lora_embedding
 from lora_engine.models.embedding import why_not as why_no_embedding
-from lora_engine.models.head import transformers_model
+from lora_engine.models.head import peft_tuner, transformers_model
 from lora_engine.models.linear_group import LinearGroup, SingleLinear
 from lora_engine.models.lora_state import is_linear, is_lora
 from lora_engine.models.mlp import MlpForward, activation_name, is_gated_mlp
@@ -65,7 +65,7 @@ def accelerate(
         report = _attach_proven(inner)
         attached = attachment(inner)
         assert attached is not None
-        patch_ways_out(inner, getattr(model, "base_model", None), attached.patches)
+        patch_ways_out(inner, peft_tuner(model), attached.patches)
         if strict and report.left:
             raise UserError(f"accelerate(strict=True) left parts of the model:\n{report}")
         if verify is not None and expected is not None:

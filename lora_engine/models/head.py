@@ -57,8 +57,19 @@ class Head:
 
 
 def transformers_model(model: Any) -> Any:
-    """The transformers model inside a PEFT model, or `model` itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    """The transformers model inside one of PEFT's, or `model` itself."""
+    if hasattr(model, "get_base_model"):
+        return model.get_base_model()
+    tuner = peft_tuner(model)
+    return model if tuner is None else tuner.model
+
+
+def peft_tuner(model: Any) -> Any:
+    """PEFT's tuner, which puts adapters into layers: `model` or directly inside; or None."""
+    from peft.tuners.tuners_utils import BaseTuner
+
+    around = (model, getattr(model, "base_model", None))
+    return next((each for each in around if isinstance(each, BaseTuner)), None)
 
 
 def output_head(model: Any) -> Head:

@@ -22,9 +22,9 @@ def mask_of(padding: str) -> torch.Tensor:
     return mask
 
 
-def loss_and_gradients(model: Any, mask: torch.Tensor, labels: torch.Tensor) -> Any:
+def loss_and_gradients(model: Any, mask: torch.Tensor, labels: torch.Tensor, **options: Any) -> Any:
     model.zero_grad()
-    loss = model(input_ids=IDS, attention_mask=mask, labels=labels).loss
+    loss = model(input_ids=IDS, attention_mask=mask, labels=labels, **options).loss
     loss.backward()
     trained = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
     return loss.detach(), torch.cat(trained)
@@ -33,9 +33,10 @@ def loss_and_gradients(model: Any, mask: torch.Tensor, labels: torch.Tensor) -> 
 def assert_trains_as_without(plain: Any, mask: torch.Tensor, labels: torch.Tensor) -> None:
     model = copy.deepcopy(plain)
     lora_engine.accelerate(model)
-    for training in (True, False):
-        ours = loss_and_gradients(model.train(training), mask, labels)
-        theirs = loss_and_gradients(plain.train(training), mask, labels)
+    for training, use_cache in ((True, False), (False, False), (False, True)):
+        options = {"use_cache": use_cache}
+        ours = loss_and_gradients(model.train(training), mask, labels, **options)
+        theirs = loss_and_gradients(plain.train(training), mask, labels, **options)
         assert torch.allclose(ours[0], theirs[0], rtol=1e-5)
         assert (ours[1] - theirs[1]).abs().max() <= 1e-4 * theirs[1].abs().max()
 
