@@ -17,6 +17,7 @@ _PUBLIC = {
     "restore": "lora_engine.models.accelerate",
     "route_adapters": "lora_engine.models.routing",
     "load_model": "lora_engine.models.load",
+    "preflight": "lora_engine.training.preflight",
     "Trainer": "lora_engine.training.trainer",
     "TrainConfig": "lora_engine.training.config",
     "UserError": "lora_engine.errors",
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from lora_engine.models.load import load_model as load_model
     from lora_engine.models.routing import route_adapters as route_adapters
     from lora_engine.training.config import TrainConfig as TrainConfig
+    from lora_engine.training.preflight import preflight as preflight
     from lora_engine.training.trainer import Trainer as Trainer
 
 

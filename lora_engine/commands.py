@@ -97,9 +97,18 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue from the newest checkpoint.")
     ] = False,
+    preflight: Annotated[
+        bool | None,
+        typer.Option(
+            "--preflight/--no-preflight",
+            help="Try a step on the first batch, and stop where nothing would be learned.",
+            show_default="preflight",
+        ),
+    ] = None,
 ) -> None:
     """Fine-tune as CONFIG says."""
-    _train(config, overrides or [], resume)
+    settings = [] if preflight is None else [f"train.preflight={json.dumps(preflight)}"]
+    _train(config, [*(overrides or []), *settings], resume)
 
 
 @app.command()

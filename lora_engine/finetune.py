@@ -16,7 +16,7 @@ import json
 import math
 import shlex
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
@@ -121,6 +121,9 @@ def _finetune(config: RunConfig, resume: bool, observer: Observer | None) -> Out
     coverage = None
     if config.accelerate:
         coverage = accelerate(model, strict=config.accelerate == "strict")
+    preflight = trainer.preflight(step)
+    if preflight is not None:
+        tell(f"preflight: {preflight}")
     trainer.open_folder(step)
     for name in ("summary.json", "report.html"):  # of an earlier end of a run that goes on
         (folder / name).unlink(missing_ok=True)
@@ -145,6 +148,7 @@ def _finetune(config: RunConfig, resume: bool, observer: Observer | None) -> Out
         "heldout_perplexity_after": _perplexity(result.heldout_loss_after),
         **_description(config, model, train_data, eval_data),
         "data_accounts": accounts,
+        "preflight": None if preflight is None else asdict(preflight),
         "samples": [
             {
                 "origin": p.origin,

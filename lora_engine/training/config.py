@@ -20,6 +20,7 @@ _FREE_ON_RESUME = frozenset(
         "final_weights",
         "max_length",  # its effect, the tokens, is compared by itself
         "max_steps",  # a run may be extended
+        "preflight",
         "epochs",
     }
 )
@@ -75,6 +76,12 @@ class TrainConfig(BaseModel):
         ge=2,
         le=10**7,
         description="Longest example in tokens, for data that the Trainer tokenises itself.",
+    )
+
+    preflight: bool = Field(
+        True,
+        description="Try a step on the first batch before the run, and stop where nothing would be "
+        "learned; the weights are then put back.",
     )
 
     share_prefixes: bool = Field(

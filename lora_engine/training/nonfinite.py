@@ -1,6 +1,6 @@
 """Where a NaN or an infinity came from."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +52,23 @@ class NonFiniteError(UserError):
 
 
 def first_nonfinite_layer(model: nn.Module, batch: PackedBatch) -> str | None:
+    """`first_nonfinite` of a packed batch's loss."""
+    # The loss reads the head's weights and would refuse a head that is watched. Rows are routed
+    # inside the LoRA layers, which could not run fused if they were.
+    unseen = set(transformers_model(model).get_output_embeddings().modules())
+    if is_routed(model, batch):
+        unseen |= {part for m in model.modules() if is_lora(m) for part in m.modules()}
+    return first_nonfinite(model, lambda: supervised_loss(model, batch).loss, unseen)
+
+
+def first_nonfinite(
+    model: nn.Module, loss_of: Callable[[], torch.Tensor], unseen: Set[nn.Module] = frozenset()
+) -> str | None:
     """Name of the first module, in order of execution, whose output is not finite.
 
-    Runs one forward pass. "output head" if the hidden states are finite and the loss is not;
-    None if all is finite. Modules that a fused kernel runs without calling them are seen through
-    the module around them.
+    Runs one forward pass, `loss_of`. "output head" if the hidden states are finite and the loss is
+    not; None if all is finite. Modules that a fused kernel runs without calling them are seen
+    through the module around them. unseen: modules that are not to be watched.
     """
     found: list[str] = []
 
@@ -67,11 +79,6 @@ def first_nonfinite_layer(model: nn.Module, batch: PackedBatch) -> str | None:
 
         return look
 
-    # The loss reads the head's weights and would refuse a head that is watched. Rows are routed
-    # inside the LoRA layers, which could not run fused if they were.
-    unseen = set(transformers_model(model).get_output_embeddings().modules())
-    if is_routed(model, batch):
-        unseen |= {part for m in model.modules() if is_lora(m) for part in m.modules()}
     handles = [
         module.register_forward_hook(hook(name))
         for name, module in model.named_modules()
@@ -79,7 +86,7 @@ def first_nonfinite_layer(model: nn.Module, batch: PackedBatch) -> str | None:
     ]
     try:
         with torch.no_grad():
-            loss = supervised_loss(model, batch).loss
+            loss = loss_of()
     finally:
         for handle in handles:
             handle.remove()

@@ -59,6 +59,20 @@ class BatchStream:
         for indices in self._sampler.epoch_batches(0):
             yield self._collate(indices)
 
+    def first(self, tokens: int) -> PackedBatch:
+        """The first examples of the first epoch that teach something, one or up to `tokens`.
+
+        The first example of all where none does.
+        """
+        order = (self._examples[i] for plan in self._sampler.epoch_batches(0) for i in plan)
+        teaching = (example for example in order if any(example.supervised[1:]))
+        chosen = [next(teaching, self._examples[0])]
+        for example in teaching:
+            if sum(map(len, chosen)) + len(example) > tokens:
+                break
+            chosen.append(example)
+        return collate(chosen, share_prefixes=self.share_prefixes)
+
     def count(self, epochs: int) -> int:
         """Number of micro-batches in the first `epochs` epochs; packing may vary per epoch."""
         return sum(self._sampler.num_batches(epoch) for epoch in range(epochs))

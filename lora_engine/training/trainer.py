@@ -23,6 +23,7 @@ from lora_engine.training.length import check_length, tell_extension
 from lora_engine.training.loop import TrainingLoop
 from lora_engine.training.metrics import peak_memory_bytes, reset_peak_memory
 from lora_engine.training.optimizer import check_rates, rate_of
+from lora_engine.training.preflight import PreflightReport, preflight
 from lora_engine.training.run_folder import RunFolder
 from lora_engine.training.schedule import Schedule
 from lora_engine.training.signals import InterruptGuard
@@ -30,6 +31,8 @@ from lora_engine.training.state import Stopped, TrainResult, TrainState
 from lora_engine.training.stream import BatchStream, fingerprint
 
 logger = logging.getLogger(__name__)
+
+PREFLIGHT_TOKENS = 1024
 
 
 class Trainer:
@@ -109,8 +112,22 @@ class Trainer:
             check_length(self.folder.checkpoints.path(step), length, self._of_run["length"])
         return step
 
+    def preflight(self, step: int | None) -> PreflightReport | None:
+        """`lora_engine.preflight` on the first examples that teach anything, with the weights that
+        the model has; None where config.preflight is off, or no step is left to do.
+
+        step: what `check_folder` returned. Raises UserError where the run would learn nothing.
+        """
+        if not self.config.preflight or step == self.total_steps:
+            return None
+        self._train_stream.share_prefixes = self._shares_prefixes(training=True)
+        tokens = min(self.config.tokens_per_batch, PREFLIGHT_TOKENS)
+        report = preflight(self.model, self._train_stream.first(tokens))
+        logger.info("preflight: %s", report)
+        return report
+
     def open_folder(self, step: int | None) -> None:
-        """Make output_dir ready for `fit`, which does both itself otherwise.
+        """Make output_dir ready for `fit`, which does all three itself otherwise.
 
         Removes the run that config.overwrite gives up. step: what `check_folder` returned.
         """
@@ -128,16 +145,20 @@ class Trainer:
         Seeds the generators of torch, numpy and Python. On return the model holds the final
         weights (config.final_weights), which are also in output_dir/adapter. Raises
         NonFiniteError if a loss or gradient is not finite, with the state before that step in a
-        checkpoint; UserError if output_dir holds a run already (when not resuming), a checkpoint
+        checkpoint; UserError if the run would learn nothing (see `preflight`), if output_dir holds
+        a run already (when not resuming), a checkpoint
         of another run (when resuming), or is in use by another process; OSError, naming the file,
         for what cannot be written, with the last checkpoint as it was.
         """
         training_modules = [module for module in self.model.modules() if module.training]
         with self.folder.locked():
+            if self._opened is None:
+                begin = self.check_folder(resume)
+                self.preflight(begin)
             flat = FlatParameters(self.model.named_parameters(), rate_of(self.config))
             try:
                 if self._opened is None:
-                    self.open_folder(self.check_folder(resume))
+                    self.open_folder(begin)
                 assert self._opened is not None
                 (step,), self._opened = self._opened, None
                 with InterruptGuard() as guard:

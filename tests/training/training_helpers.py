@@ -68,6 +68,20 @@ def one_batch(examples) -> PackedBatch:
     return collate(examples)
 
 
+def rows(count=3, length=12):
+    """A batch as models take it, the first row with padding on its left."""
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(VOCAB, (count, length), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+
+
+def layer(model, number=1):
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return inner.model.layers[number]
+
+
 def oracle_loss_sum(model, examples) -> torch.Tensor:
     """Sum of token losses by transformers' own forward, one sequence at a time."""
     total = torch.zeros((), dtype=torch.float64)

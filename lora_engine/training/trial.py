@@ -1,0 +1,217 @@
+"""Loss and gradients of one batch at values of the trained parameters that are put back later."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_engine.data.batch import PackedBatch
+from lora_engine.errors import UserError
+from lora_engine.training import random_state
+from lora_engine.training.objective import adapters_of, supervised_loss
+
+Gradients = Mapping[str, Tensor | None]
+
+# As torch.amp.GradScaler begins: small gradients of float16 are zero without.
+_LOSS_SCALES = (2.0**16, 2.0**12, 2.0**8, 2.0**4, 1.0)
+_PLAIN = (bool, int, float, str, type(None))
+
+
+class Trial:
+    """A model in training on one batch, which draws the same random numbers in every pass.
+
+    trained: the parameters that require gradients, by name.
+    """
+
+    def __init__(self, model: nn.Module, batch: Any) -> None:
+        self.model = model
+        self.batch = batch
+        self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._values = {name: p.detach().clone() for name, p in self.trained.items()}
+        self._draws = random_state.capture()
+        self._loss: Tensor | None = None
+        has_half = any(p.dtype == torch.float16 for p in model.parameters())
+        self._scales = _LOSS_SCALES if has_half else (1.0,)
+
+    def loss(self) -> float:
+        """The mean loss of the batch, by a pass that `gradients` can follow."""
+        self._loss = None  # frees what the pass before has saved
+        random_state.restore(*self._draws)
+        self._loss = _mean_loss(self.model, self.batch)
+        return self._loss.item()
+
+    def reaches_parameters(self) -> bool:
+        """Whether the last `loss` can be differentiated at all."""
+        return self._loss is not None and self._loss.requires_grad
+
+    def gradients(self) -> dict[str, Tensor | None]:
+        """Of the last `loss`, None where backpropagation does not come by.
+
+        Where weights are float16 the loss is scaled up first, as long as all stays finite.
+        """
+        for scale in self._scales:
+            if self._loss is None:
+                self.loss()
+            assert self._loss is not None
+            for parameter in self.trained.values():
+                parameter.grad = None
+            (self._loss * scale).backward()
+            self._loss = None
+            found = {name: _taken(p, scale) for name, p in self.trained.items()}
+            if all(g is None or bool(g.isfinite().all()) for g in found.values()):
+                break
+        return found
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Put back the parameters' own values."""
+        for name, parameter in self.trained.items():
+            parameter.copy_(self._values[name])
+
+    @torch.no_grad()
+    def move(self, gradients: Gradients, length: float, *, by_sign: bool) -> None:
+        """To the own values − length · gradient, or its sign, as Adam's first step has it.
+
+        Rounded at random where parameters have 16 bits, so that small steps are not all lost.
+        """
+        self.reset()
+        for name, gradient in gradients.items():
+            if gradient is not None:
+                parameter = self.trained[name]
+                wide = parameter.detach() if parameter.dtype.itemsize >= 4 else parameter.float()
+                wide.sub_(gradient.sign() if by_sign else gradient, alpha=length)
+                if wide.dtype != parameter.dtype:
+                    parameter.copy_(_dithered(wide, parameter.dtype))
+
+    @torch.no_grad()
+    def shake(self, names: list[str]) -> None:
+        """To the own values, and noise as large as they are on those of `names`."""
+        self.reset()
+        random_state.restore(*self._draws)
+        for name in names:
+            parameter = self.trained[name]
+            wide = parameter.float()
+            size = wide.square().mean().sqrt().clamp(min=0.1)
+            parameter.copy_(wide + size * torch.randn_like(wide))
+
+
+@contextmanager
+def trial(model: nn.Module, batch: Any) -> Iterator[Trial]:
+    """A Trial of the model; everything is put back as it was on leaving, by an exception too.
+
+    That is: values, gradients and gradient hooks of the trained parameters, buffers, the modes and
+    plain attributes of the modules, and the generators of torch, numpy and Python.
+    """
+    with _kept_random_state(), _kept_modules(model), torch.inference_mode(False):
+        made = Trial(model, batch)
+        routed = adapters_of(model, batch) if isinstance(batch, PackedBatch) else None
+        with torch.enable_grad(), _kept_gradients(made.trained):
+            model.train()
+            try:
+                if routed is None:
+                    yield made
+                else:
+                    with routed:
+                        yield made
+            finally:
+                made.reset()
+
+
+def on_device(model: nn.Module, batch: Any) -> Any:
+    """The batch with its tensors on the device of the model's first parameter."""
+    device = next(model.parameters()).device
+    if isinstance(batch, PackedBatch):
+        return batch.to(device)
+    if not isinstance(batch, Mapping):
+        raise UserError(
+            f"preflight: the batch is {type(batch).__name__}; give a mapping that the model takes "
+            "(input_ids, attention_mask, labels), or a packed batch"
+        )
+    return {key: x.to(device) if isinstance(x, Tensor) else x for key, x in batch.items()}
+
+
+def _mean_loss(model: Any, batch: Any) -> Tensor:
+    if isinstance(batch, PackedBatch):
+        return supervised_loss(model, batch).loss / batch.num_targets
+    output = model(**batch)
+    loss = output[0] if isinstance(output, tuple) else getattr(output, "loss", None)
+    if not isinstance(loss, Tensor) or (isinstance(output, tuple) and loss.dim() > 1):
+        raise UserError("preflight: the model returns no loss for the batch; give it labels")
+    return loss.mean()
+
+
+def _taken(parameter: nn.Parameter, scale: float) -> Tensor | None:
+    gradient, parameter.grad = parameter.grad, None
+    if gradient is None:
+        return None
+    gradient = gradient.detach()
+    if gradient.layout != torch.strided:
+        gradient = gradient.to_dense()
+    return gradient if scale == 1 else gradient.float() / scale
+
+
+def _dithered(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """float32 values to be rounded to `dtype` up or down at random, so that they are right on
+    average. Rows have their random numbers in common. In place."""
+    exponents = (values.view(torch.int32) & 0x7F800000).view(torch.float32)  # without mantissas
+    draws = torch.rand(values.shape[-1:], device=values.device) - 0.5
+    return values.addcmul_(exponents, draws * torch.finfo(dtype).eps)
+
+
+@contextmanager
+def _kept_random_state() -> Iterator[None]:
+    before = random_state.capture()
+    try:
+        yield
+    finally:
+        random_state.restore(*before)
+
+
+@contextmanager
+def _kept_gradients(trained: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    """Gradients and the hooks that act on accumulated ones (optimisers in the backward pass)."""
+    gradients = {name: p.grad for name, p in trained.items()}
+    hooks = [h for p in trained.values() if (h := p._post_accumulate_grad_hooks) is not None]
+    kept = [dict(found) for found in hooks]
+    try:
+        for found in hooks:
+            found.clear()
+        yield
+    finally:
+        for found, before in zip(hooks, kept, strict=True):
+            found.update(before)
+        for name, parameter in trained.items():
+            parameter.grad = gradients[name]
+
+
+@contextmanager
+def _kept_modules(model: nn.Module) -> Iterator[None]:
+    """Modes, plain attributes and buffers, of which packed weights are not copied."""
+    modules = list(model.modules())
+    plain = [_plain(module) for module in modules]
+    buffers = [dict(module._buffers) for module in modules]
+    values = [
+        (buffer, buffer.clone())
+        for own in buffers
+        for buffer in own.values()
+        if buffer is not None and (buffer.is_floating_point() or buffer.numel() == 1)
+    ]
+    try:
+        yield
+    finally:
+        for module, before, own in zip(modules, plain, buffers, strict=True):
+            for name in _plain(module).keys() - before.keys():
+                del vars(module)[name]
+            vars(module).update(before)
+            module._buffers.clear()
+            module._buffers.update(own)
+        with torch.no_grad():
+            for buffer, value in values:
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)
+
+
+def _plain(module: nn.Module) -> dict[str, Any]:
+    return {name: value for name, value in vars(module).items() if isinstance(value, _PLAIN)}

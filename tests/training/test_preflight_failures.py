@@ -1,0 +1,222 @@
+"""Models that would learn nothing: each fails before the run, in one line that names the cause."""
+
+from dataclasses import replace
+
+import peft
+import pytest
+import torch
+from torch import nn
+from training_helpers import (
+    accelerated,
+    assert_same_bits,
+    layer,
+    make_examples,
+    one_batch,
+    rows,
+    tiny_llama,
+    tiny_lora,
+    trainable,
+)
+
+from lora_engine import UserError, preflight
+
+
+def without_training(model):
+    return model.requires_grad_(False), rows()
+
+
+def loaded_for_inference(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    return peft.PeftModel.from_pretrained(tiny_llama(), tmp_path), rows()
+
+
+def disabled(model):
+    model.base_model.disable_adapter_layers()
+    return model, rows()
+
+
+def merged(model):
+    model.merge_adapter()
+    return model, rows()
+
+
+def one_layer_merged(model):
+    layer(model).mlp.up_proj.merge()
+    return model, rows()
+
+
+def not_active(model):
+    model.add_adapter("other", peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    return model, rows()
+
+
+def all_ignored(model):
+    return model, {**rows(), "labels": torch.full((3, 12), -100)}
+
+
+def first_column_only(model):
+    labels = torch.full((3, 12), -100)
+    labels[:, 0] = 5
+    return model, {**rows(), "labels": labels}
+
+
+def unsupervised(model):
+    examples = [replace(e, supervised=[False] * len(e)) for e in make_examples(3)]
+    return model, one_batch(examples)
+
+
+def no_labels(model):
+    return model, {key: value for key, value in rows().items() if key != "labels"}
+
+
+def no_mapping(model):
+    return model, list(rows().values())
+
+
+def reentrant(model):
+    inner = model.get_base_model()
+    inner.gradient_checkpointing_enable({"use_reentrant": True})
+    inner.disable_input_require_grads()
+    return model, rows()
+
+
+def detached(model):
+    layer(model).mlp.register_forward_hook(lambda module, args, output: output.detach())
+    return model, rows()
+
+
+def passed_by(model):
+    up = layer(model, 0).mlp.up_proj
+    up.forward = up.base_layer.forward
+    return model, rows()
+
+
+def masked(model):
+    """The only adapted layer's output is multiplied by zero later."""
+    inner = tiny_llama()
+    model = peft.get_peft_model(inner, peft.LoraConfig(target_modules=["layers.1.mlp.up_proj"]))
+    layer(model).mlp.register_forward_hook(lambda module, args, output: output * 0)
+    return model, rows()
+
+
+def scaled_by_zero(model):
+    for module in model.modules():
+        if isinstance(module, peft.tuners.lora.LoraLayer):
+            module.scaling["default"] = 0
+    return model, rows()
+
+
+def both_zero(model):
+    up = layer(model).mlp.up_proj
+    nn.init.zeros_(up.lora_A["default"].weight)
+    return model, rows()
+
+
+def computes_with_copies(model):
+    for module in model.modules():
+        if isinstance(module, peft.tuners.lora.LoraLayer):
+            for linear in (module.lora_A["default"], module.lora_B["default"]):
+                linear.forward = StaleLinear(linear)
+    return model, rows()
+
+
+class StaleLinear:
+    """Has right gradients, and computes with the first weight for ever."""
+
+    def __init__(self, linear):
+        self.weight, self.first = linear.weight, linear.weight.detach().clone()
+
+    def __call__(self, x):
+        return nn.functional.linear(x, self.first + self.weight - self.weight.detach())
+
+
+def nan_weight(model):
+    with torch.no_grad():
+        layer(model).mlp.up_proj.base_layer.weight[3] = torch.nan
+    return model, rows()
+
+
+def infinite_gradient(model):
+    layer(model).mlp.up_proj.register_full_backward_hook(
+        lambda module, given, taken: (given[0] * float("inf"),)
+    )
+    return model, rows()
+
+
+def overflowing(model):
+    model = tiny_llama(torch.float16)
+    with torch.no_grad():
+        layer(model).mlp.down_proj.weight.mul_(6e4)
+    return model, rows()
+
+
+def frozen_changes(model):
+    @torch.no_grad()
+    def grow(module, args):
+        module.base_layer.weight.mul_(1.001)
+
+    layer(model).mlp.up_proj.register_forward_pre_hook(grow)
+    return model, rows()
+
+
+WRONG = {
+    without_training: ("no trainable parameters", "is_trainable=True"),
+    disabled: ("no trainable parameters", "its adapters are disabled", "enable_adapter_layers()"),
+    merged: ("(and 27 more)", "merged into the base weight", "unmerge_adapter()"),
+    one_layer_merged: ("layers.1.mlp.up_proj.lora_A.default.weight (and 1 more)", "merged"),
+    not_active: ("q_proj.lora_A.other.weight", "not active: call model.set_adapter('other')"),
+    all_ignored: ("no token of the batch is supervised",),
+    first_column_only: ("no token of the batch is supervised",),
+    unsupervised: ("no token of the batch is supervised",),
+    no_labels: ("no loss", "labels"),
+    no_mapping: ("the batch is list", "give a mapping"),
+    reentrant: ("checkpointing is reentrant", "enable_input_require_grads()"),
+    detached: ("layers.1.mlp", "lora_A.default.weight (and 5 more) gets no gradient", "detach()"),
+    passed_by: ("'default' changes nothing in the output of", "layers.0.mlp.up_proj"),
+    masked: ("adapter 'default' changes nothing in the loss", "factor of zero"),
+    scaled_by_zero: ("its scaling is 0",),
+    both_zero: ("layers.1.mlp.up_proj.lora_A.default.weight (and 1 more)", "both zero"),
+    computes_with_copies: ("the loss stays 4.65", "computes with other values"),
+    nan_weight: ("the loss is nan", "layers.1.mlp.up_proj.base_layer (its weight is not finite)"),
+    infinite_gradient: ("the gradient of", "is not finite"),
+    overflowing: ("mlp.down_proj", "float16 ends at 65,504"),
+    frozen_changes: ("layers.1.mlp.up_proj.base_layer.weight is frozen", "changes it"),
+}
+
+
+def check_failure(model, batch, *words):
+    before = trainable(model)
+    with pytest.raises(UserError) as caught:
+        preflight(model, batch)
+    line = str(caught.value)
+    assert line.startswith("preflight: ") and "\n" not in line
+    for word in words:
+        assert word in line
+    assert_same_bits(trainable(model), before)
+
+
+@pytest.mark.parametrize("case", WRONG, ids=lambda case: case.__name__)
+def test_wrong_models_fail_in_one_line(case):
+    check_failure(*case(tiny_lora()), *WRONG[case])
+
+
+def test_an_adapter_loaded_for_inference(tmp_path):
+    check_failure(*loaded_for_inference(tiny_lora(), tmp_path), "is_trainable=True")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_gradients_turned_round(kind, dtype):
+    model = tiny_lora(dtype=dtype) if kind == "lora" else tiny_llama(dtype)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.register_hook(torch.neg)
+    check_failure(model, rows(), "does not fall on a repeated batch")
+
+
+@pytest.mark.parametrize("case", [merged, scaled_by_zero, nan_weight, both_zero])
+def test_wrong_accelerated_models_fail_too(case):
+    model, _ = case(accelerated(tiny_lora()))
+    check_failure(model, one_batch(make_examples(6)), "preflight: ")
