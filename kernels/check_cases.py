@@ -167,36 +167,34 @@ def cross_entropy(dtype: torch.dtype) -> Iterator[Call]:
             yield call(cross_entropy.cross_entropy_bwd, z, target, row, row, z, **given)
 
 
-ADAMW = {
-    "lr": 1e-4,
-    "beta1": 0.9,
-    "beta2": 0.999,
-    "eps": 1e-8,
-    "weight_decay": 0.01,
-    "bias_correction1": 0.1,
-    "bias_correction2": 0.001,
-    "grad_scale": 1.0,
-}
-
-
 @operation
 def adamw(dtype: torch.dtype) -> Iterator[Call]:
     """float32 whatever the dtype, so once is enough."""
     from lora_engine.kernels import adamw, adamw_8bit
 
+    from lora_engine.backends.contracts import AdamWHyper
+
     if dtype != torch.float32:
         return
     norm = empty(dtype=dtype)
+    hyper = AdamWHyper(
+        lr=1e-4,
+        beta1=0.9,
+        beta2=0.999,
+        eps=1e-8,
+        weight_decay=0.01,
+        bias_correction1=0.1,
+        bias_correction2=0.001,
+    )
     for count in (1000, 2**20, 2**31 + 256):
         flat, codes = empty(count, dtype=dtype), empty(count, dtype=torch.uint8)
         scales = empty(-(-count // 256), dtype=dtype)
         yield call(adamw.grad_norm, flat, norm)
         for clip in (None, norm):
-            limit = None if clip is None else 1.0
-            options = {**ADAMW, "grad_norm": clip, "max_grad_norm": limit}
-            yield call(adamw.adamw, flat, flat, flat, flat, **options)
+            numbers = hyper if clip is None else hyper._replace(max_grad_norm=1.0)
+            yield call(adamw.adamw, flat, flat, flat, flat, numbers, clip)
             moments = (codes, codes, scales, scales)
-            yield call(adamw_8bit.adamw_8bit, flat, flat, *moments, **options)
+            yield call(adamw_8bit.adamw_8bit, flat, flat, *moments, numbers, clip)
 
 
 @operation

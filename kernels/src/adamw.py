@@ -6,6 +6,8 @@ import triton.language as tl
 from lora_engine.kernels import launch
 from torch import Tensor
 
+from lora_engine.backends.contracts import AdamWHyper
+
 # As many on every GPU, so that the order of the sum is the same on every one.
 NORM_PARTIALS = 1024
 
@@ -98,17 +100,8 @@ def adamw(
     grads: Tensor,  # [P]
     exp_avg: Tensor,  # [P]
     exp_avg_sq: Tensor,  # [P]
-    *,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    bias_correction1: float,
-    bias_correction2: float,
-    grad_scale: float,
+    hyper: AdamWHyper,
     grad_norm: Tensor | None,  # []
-    max_grad_norm: float | None,
 ) -> None:
     """Updates params, exp_avg and exp_avg_sq. Launch size: P."""
     count = params.numel()
@@ -122,15 +115,15 @@ def adamw(
         exp_avg_sq,
         grad_norm,
         count,
-        1 - beta1,
-        beta2,
-        1 - beta2,
-        eps,
-        1 - lr * weight_decay,
-        lr / bias_correction1,
-        bias_correction2**-0.5,
-        grad_scale,
-        max_grad_norm or 0.0,
+        1 - hyper.beta1,
+        hyper.beta2,
+        1 - hyper.beta2,
+        hyper.eps,
+        1 - hyper.lr * hyper.weight_decay,
+        hyper.lr / hyper.bias_correction1,
+        hyper.bias_correction2**-0.5,
+        hyper.grad_scale,
+        hyper.max_grad_norm or 0.0,
         CLIP=grad_norm is not None,
         **config,
     )

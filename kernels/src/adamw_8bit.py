@@ -13,6 +13,7 @@ from lora_engine.kernels import launch
 from lora_engine.kernels.adamw import adamw_step, clipped_scale
 from torch import Tensor
 
+from lora_engine.backends.contracts import AdamWHyper
 from lora_engine.reference import dynamic_code
 
 QUANT_BLOCK = dynamic_code.BLOCK
@@ -114,17 +115,8 @@ def adamw_8bit(
     exp_avg_sq: Tensor,  # [P] uint8
     exp_avg_absmax: Tensor,  # [ceil(P / 256)] float32
     exp_avg_sq_absmax: Tensor,  # [ceil(P / 256)] float32
-    *,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    bias_correction1: float,
-    bias_correction2: float,
-    grad_scale: float,
+    hyper: AdamWHyper,
     grad_norm: Tensor | None,  # []
-    max_grad_norm: float | None,
 ) -> None:
     """Updates params, exp_avg, exp_avg_sq and both absmax. Launch size: P."""
     count = params.numel()
@@ -143,15 +135,15 @@ def adamw_8bit(
         grad_norm,
         count,
         blocks,
-        1 - beta1,
-        beta2,
-        1 - beta2,
-        eps,
-        1 - lr * weight_decay,
-        lr / bias_correction1,
-        bias_correction2**-0.5,
-        grad_scale,
-        max_grad_norm or 0.0,
+        1 - hyper.beta1,
+        hyper.beta2,
+        1 - hyper.beta2,
+        hyper.eps,
+        1 - hyper.lr * hyper.weight_decay,
+        hyper.lr / hyper.bias_correction1,
+        hyper.bias_correction2**-0.5,
+        hyper.grad_scale,
+        hyper.max_grad_norm or 0.0,
         CLIP=grad_norm is not None,
         QUANT_BLOCK=QUANT_BLOCK,
         **config,

@@ -34,7 +34,6 @@ from lora_engine.backends.hardware import (
     runs_on,
     triton_interpreted,
 )
-from lora_engine.backends.launchers import kernels
 
 __all__ = [
     "BLOCKS",
@@ -54,7 +53,6 @@ __all__ = [
     "extension_available",
     "keep_freed_memory",
     "keeps_scalars",
-    "kernels",
     "native",
     "product_strategy",
     "reads_at_once",

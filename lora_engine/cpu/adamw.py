@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from lora_engine.backends.contracts import AdamWHyper
 from lora_engine.backends.extension import native
 from lora_engine.cpu.address import dtype_code, pointer
 
@@ -11,17 +12,8 @@ def adamw(
     grads: Tensor,  # [P]
     exp_avg: Tensor,  # [P]
     exp_avg_sq: Tensor,  # [P]
-    *,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    bias_correction1: float,
-    bias_correction2: float,
-    grad_scale: float,
+    hyper: AdamWHyper,
     grad_norm: Tensor | None,  # []
-    max_grad_norm: float | None,
 ) -> None:
     """Updates params, exp_avg and exp_avg_sq."""
     native().adamw(
@@ -31,16 +23,16 @@ def adamw(
         exp_avg.data_ptr(),
         exp_avg_sq.data_ptr(),
         params.numel(),
-        lr,
-        beta1,
-        beta2,
-        eps,
-        weight_decay,
-        bias_correction1,
-        bias_correction2,
-        grad_scale,
+        hyper.lr,
+        hyper.beta1,
+        hyper.beta2,
+        hyper.eps,
+        hyper.weight_decay,
+        hyper.bias_correction1,
+        hyper.bias_correction2,
+        hyper.grad_scale,
         pointer(grad_norm),
-        max_grad_norm or 0.0,
+        hyper.max_grad_norm or 0.0,
     )
 
 

@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from lora_engine.backends.contracts import AdamWHyper
 from lora_engine.backends.extension import native
 from lora_engine.cpu.address import pointer
 
@@ -13,17 +14,8 @@ def adamw_8bit(
     exp_avg_sq: Tensor,  # [P] uint8
     exp_avg_absmax: Tensor,  # [ceil(P / 256)] float32
     exp_avg_sq_absmax: Tensor,  # [ceil(P / 256)] float32
-    *,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    bias_correction1: float,
-    bias_correction2: float,
-    grad_scale: float,
+    hyper: AdamWHyper,
     grad_norm: Tensor | None,  # []
-    max_grad_norm: float | None,
 ) -> None:
     """Updates params, exp_avg, exp_avg_sq and both absmax."""
     native().adamw_8bit(
@@ -34,14 +26,14 @@ def adamw_8bit(
         exp_avg_absmax.data_ptr(),
         exp_avg_sq_absmax.data_ptr(),
         params.numel(),
-        lr,
-        beta1,
-        beta2,
-        eps,
-        weight_decay,
-        bias_correction1,
-        bias_correction2,
-        grad_scale,
+        hyper.lr,
+        hyper.beta1,
+        hyper.beta2,
+        hyper.eps,
+        hyper.weight_decay,
+        hyper.bias_correction1,
+        hyper.bias_correction2,
+        hyper.grad_scale,
         pointer(grad_norm),
-        max_grad_norm or 0.0,
+        hyper.max_grad_norm or 0.0,
     )

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from lora_engine.backends.contracts import AdamWHyper
 from lora_engine.cuda.launch import kernels, pointer, stream_on
 
 NORM_PARTIALS = 1024  # as csrc/cuda/adamw.cu
@@ -13,17 +14,8 @@ def adamw(
     grads: Tensor,  # [P]
     exp_avg: Tensor,  # [P]
     exp_avg_sq: Tensor,  # [P]
-    *,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    bias_correction1: float,
-    bias_correction2: float,
-    grad_scale: float,
+    hyper: AdamWHyper,
     grad_norm: Tensor | None,  # []
-    max_grad_norm: float | None,
 ) -> None:
     """Updates params, exp_avg and exp_avg_sq."""
     with stream_on(params.device) as stream:
@@ -33,16 +25,16 @@ def adamw(
             exp_avg.data_ptr(),
             exp_avg_sq.data_ptr(),
             params.numel(),
-            lr,
-            beta1,
-            beta2,
-            eps,
-            weight_decay,
-            bias_correction1,
-            bias_correction2,
-            grad_scale,
+            hyper.lr,
+            hyper.beta1,
+            hyper.beta2,
+            hyper.eps,
+            hyper.weight_decay,
+            hyper.bias_correction1,
+            hyper.bias_correction2,
+            hyper.grad_scale,
             pointer(grad_norm),
-            max_grad_norm or 0.0,
+            hyper.max_grad_norm or 0.0,
             stream,
         )
 

@@ -1,11 +1,11 @@
 """One AdamW step over flat buffers, and the norm it clips by."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from lora_engine import backends, reference
+from lora_engine.backends.contracts import AdamWHyper
+from lora_engine.ops import launchers
 from lora_engine.ops.tensors import check, shape_of
 
 
@@ -45,31 +45,42 @@ def adamw_(
         check(buffer.is_contiguous(), f"adamw_: {name} is not contiguous")
     check(not params.dtype.itemsize < 4, f"adamw_: params are {params.dtype}, expected float32")
     check_step("adamw_", params, step, grad_norm, max_grad_norm)
-    hyper: dict[str, Any] = {
-        "lr": lr,
-        "beta1": beta1,
-        "beta2": beta2,
-        "eps": eps,
-        "weight_decay": weight_decay,
-    }
-    clip: dict[str, Any] = {
-        "grad_scale": grad_scale,
-        "grad_norm": grad_norm,
-        "max_grad_norm": max_grad_norm,
-    }
     impl = backends.select("adamw", params.device, params.dtype, impl)
     if impl == "reference":
-        reference.adamw_(params, grads, exp_avg, exp_avg_sq, step=step, **hyper, **clip)
+        reference.adamw_(
+            params,
+            grads,
+            exp_avg,
+            exp_avg_sq,
+            step=step,
+            lr=lr,
+            beta1=beta1,
+            beta2=beta2,
+            eps=eps,
+            weight_decay=weight_decay,
+            grad_scale=grad_scale,
+            grad_norm=grad_norm,
+            max_grad_norm=max_grad_norm,
+        )
         return
-    backends.kernels("adamw", impl).adamw(
+    hyper = AdamWHyper(
+        lr=lr,
+        beta1=beta1,
+        beta2=beta2,
+        eps=eps,
+        weight_decay=weight_decay,
+        bias_correction1=1 - beta1**step,
+        bias_correction2=1 - beta2**step,
+        grad_scale=grad_scale,
+        max_grad_norm=max_grad_norm,
+    )
+    launchers.adamw(impl).adamw(
         params,
         grads,
         exp_avg,
         exp_avg_sq,
-        **hyper,
-        **clip,
-        bias_correction1=1 - beta1**step,
-        bias_correction2=1 - beta2**step,
+        hyper,
+        grad_norm,
     )
 
 
@@ -90,7 +101,7 @@ def grad_norm(
     if impl == "reference":
         return reference.grad_norm(grads)
     norm = torch.empty((), dtype=grads.dtype, device=grads.device)
-    backends.kernels("adamw", impl).grad_norm(grads, norm)
+    launchers.adamw(impl).grad_norm(grads, norm)
     return norm
 
 

@@ -1,11 +1,11 @@
 """One AdamW step with moments of eight bits."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from lora_engine import backends, reference
+from lora_engine.backends.contracts import AdamWHyper
+from lora_engine.ops import launchers
 from lora_engine.ops.adamw import check_step
 from lora_engine.ops.tensors import check, shape_of
 from lora_engine.reference import dynamic_code
@@ -59,18 +59,6 @@ def adamw_8bit_(
         )
         check(buffer.is_contiguous(), f"adamw_8bit_: {name} is not contiguous")
     check_step("adamw_8bit_", params, step, grad_norm, max_grad_norm)
-    hyper: dict[str, Any] = {
-        "lr": lr,
-        "beta1": beta1,
-        "beta2": beta2,
-        "eps": eps,
-        "weight_decay": weight_decay,
-    }
-    clip: dict[str, Any] = {
-        "grad_scale": grad_scale,
-        "grad_norm": grad_norm,
-        "max_grad_norm": max_grad_norm,
-    }
     impl = backends.select("adamw_8bit", params.device, params.dtype, impl)
     if impl == "reference":
         reference.adamw_8bit_(
@@ -81,19 +69,34 @@ def adamw_8bit_(
             exp_avg_absmax,
             exp_avg_sq_absmax,
             step=step,
-            **hyper,
-            **clip,
+            lr=lr,
+            beta1=beta1,
+            beta2=beta2,
+            eps=eps,
+            weight_decay=weight_decay,
+            grad_scale=grad_scale,
+            grad_norm=grad_norm,
+            max_grad_norm=max_grad_norm,
         )
         return
-    backends.kernels("adamw_8bit", impl).adamw_8bit(
+    hyper = AdamWHyper(
+        lr=lr,
+        beta1=beta1,
+        beta2=beta2,
+        eps=eps,
+        weight_decay=weight_decay,
+        bias_correction1=1 - beta1**step,
+        bias_correction2=1 - beta2**step,
+        grad_scale=grad_scale,
+        max_grad_norm=max_grad_norm,
+    )
+    launchers.adamw_8bit(impl).adamw_8bit(
         params,
         grads,
         exp_avg,
         exp_avg_sq,
         exp_avg_absmax,
         exp_avg_sq_absmax,
-        **hyper,
-        **clip,
-        bias_correction1=1 - beta1**step,
-        bias_correction2=1 - beta2**step,
+        hyper,
+        grad_norm,
     )

@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lora_engine import backends, reference
-from lora_engine.ops import augmented
+from lora_engine.backends import contracts
+from lora_engine.ops import augmented, launchers
 from lora_engine.ops.tensors import accumulate_dtype, as_rows, check, shape_of
 
 
@@ -97,7 +98,7 @@ def attention(
             "parents": parents,
         },
         (tail, grad_tail),
-        backends.kernels("attention", impl),
+        launchers.attention(impl),
     )
     return result
 
@@ -178,7 +179,7 @@ class _Attention(torch.autograd.Function):
         sin: Tensor | None,
         options: dict[str, Any],
         tails: tuple[int, int],
-        kernels: Any,
+        kernels: contracts.Attention,
     ) -> Tensor:
         shape = q.shape
         q, k, v = as_rows(q), as_rows(k), as_rows(v)
@@ -203,7 +204,8 @@ class _Attention(torch.autograd.Function):
         q, k, v, *rest = ctx.saved_tensors
         widths = [q.shape[1], k.shape[1], v.shape[1]]
         grads = augmented.empty(q.shape[0], widths, ctx.grad_tail, dtype=q.dtype, device=q.device)
-        ctx.kernels.attention_bwd(as_rows(d_o), q, k, v, *rest, *grads, **ctx.options)
+        kernels: contracts.Attention = ctx.kernels
+        kernels.attention_bwd(as_rows(d_o), q, k, v, *rest, *grads, **ctx.options)
         shaped = (
             augmented.keep_room(grad, grad.view(*ctx.leading, grad.shape[1])) for grad in grads
         )

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lora_engine.ops import augmented
+from lora_engine.ops import augmented, launchers
 from lora_engine.ops.attention import check_parents
 from lora_engine.ops.blocks import Branch, Call, PreNorm, products
 from lora_engine.ops.tensors import (
@@ -111,7 +111,7 @@ class _AttentionBlock(torch.autograd.Function):
         os = empty_rows(rows.shape[0], width + outer.tail, dtype=x.dtype, device=x.device)
         heads = width // call.options["head_dim"]
         lse = torch.empty(heads, rows.shape[0], dtype=rstd.dtype, device=x.device)
-        call.kernels("attention", x).attention_fwd(
+        launchers.attention(call.implementation("attention", x)).attention_fwd(
             q, k, v, cu_seqlens, cos, sin, os[:, :width], lse, **call.options
         )
         y, outer_unscaled = call.outer.forward(os, residual=rows)
@@ -165,7 +165,7 @@ class _AttentionBlock(torch.autograd.Function):
             device=x.device,
             zeros=False,
         )
-        call.kernels("attention", x).attention_bwd(
+        launchers.attention(call.implementation("attention", x)).attention_bwd(
             d_o, q, k, v, cu_seqlens, cos, sin, os[:, :width], lse, *parts, **call.options
         )
         del d_o, q, k
@@ -213,7 +213,7 @@ def _norm_heads(
         rstd = torch.empty(
             heads.shape[0] * heads.shape[1], dtype=accumulate_dtype(x.dtype), device=x.device
         )
-        call.kernels("rms_norm", x).rms_norm_fwd(
+        call.norm_kernels(x).rms_norm_fwd(
             heads, None, norm.weight, _heads(y, norm), None, rstd, norm.eps, norm.offset
         )
         found.append(rstd)
@@ -233,7 +233,7 @@ def _norm_heads_backward(
     for norm, x, scale, grad, needed in zip(norms, inputs, rstd, grads, needs_weight, strict=True):
         dweight = scale.new_empty(norm.weight.shape) if needed else None
         dx = _heads(grad, norm)
-        call.kernels("rms_norm", x).rms_norm_bwd(
+        call.norm_kernels(x).rms_norm_bwd(
             dx, None, _heads(x, norm), norm.weight, scale, dx, dweight, norm.offset
         )
         found.append(None if dweight is None else dweight.to(x.dtype))

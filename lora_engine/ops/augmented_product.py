@@ -12,12 +12,12 @@ DoRA multiplies each column of Y, and of dY before anything else, by magnitude /
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from lora_engine import backends
+from lora_engine.backends import contracts
 from lora_engine.ops import augmented
 from lora_engine.ops.augmented_weight import AugmentedWeight, Filling
 from lora_engine.ops.tensors import accumulate_dtype, empty_rows, matmul
@@ -29,13 +29,13 @@ class AugmentedProduct:
     """One call of a group: the weight, and what varies from call to call.
 
     filling: the adapters of this call, in the weight's buffer while its forward pass runs.
-    kernels: the module with `lora_a_fwd` and its siblings.
+    kernels: what launches the products.
     columns: which columns of S each row uses, [M, R] bool; None: all.
     """
 
     weight: AugmentedWeight
     filling: Filling
-    kernels: Any
+    kernels: contracts.LoraLinear
     dropout: Dropout | None = None
     columns: Tensor | None = None
 

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from lora_engine import backends
-from lora_engine.ops import augmented
+from lora_engine.backends import contracts
+from lora_engine.ops import augmented, launchers
 from lora_engine.ops.augmented_product import AugmentedProduct
 from lora_engine.ops.augmented_weight import AugmentedWeight
 from lora_engine.ops.lora_linear import make_product
@@ -93,9 +94,13 @@ class Call:
         count = len(self.inner.filling.tensors())
         return needs[:count], needs[count:]
 
-    def kernels(self, operation: str, x: Tensor) -> Any:
-        """The module with the operation's kernels for tensors like x."""
-        return backends.kernels(operation, backends.select(operation, x.device, x.dtype, self.impl))
+    def implementation(self, operation: str, x: Tensor) -> str:
+        """What runs the operation for tensors like x."""
+        return backends.select(operation, x.device, x.dtype, self.impl)
+
+    def norm_kernels(self, x: Tensor) -> contracts.RmsNorm:
+        """What norms tensors like x."""
+        return launchers.rms_norm(self.implementation("rms_norm", x))
 
     def normed(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """norm(x) with room for S behind it, and 1 / rms."""
@@ -108,7 +113,7 @@ class Call:
 
     def _norm_into(self, y: Tensor, x: Tensor, rstd: Tensor) -> None:
         norm = self.norm
-        self.kernels("rms_norm", x).rms_norm_fwd(
+        self.norm_kernels(x).rms_norm_fwd(
             x, None, norm.weight, y, None, rstd, norm.eps, norm.offset
         )
 
@@ -132,7 +137,7 @@ class Call:
         d_normed = self.inner.input_gradient(dys)
         (dx,) = augmented.empty(rows, [cols], self.grad_tail, dtype=x.dtype, device=x.device)
         dweight = rstd.new_empty(cols) if needs[1] else None
-        self.kernels("rms_norm", x).rms_norm_bwd(
+        self.norm_kernels(x).rms_norm_bwd(
             d_normed, dy, x, self.norm.weight, rstd, dx, dweight, self.norm.offset
         )
         normed = d_normed  # its gradient is used up; 1 / rms is written again as it was

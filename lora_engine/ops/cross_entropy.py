@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lora_engine import backends, reference
+from lora_engine.backends import contracts
+from lora_engine.ops import launchers
 from lora_engine.ops.tensors import accumulate_dtype, as_rows, check, shape_of
 
 
@@ -76,7 +78,7 @@ def cross_entropy(
     impl = backends.select("cross_entropy", logits.device, logits.dtype, impl)
     if impl == "reference":
         return reference.cross_entropy(logits, target, **options.keywords())
-    kernels = backends.kernels("cross_entropy", impl)
+    kernels = launchers.cross_entropy(impl)
     out: Tensor = _CrossEntropy.apply(logits, target.contiguous(), options, kernels)
     return out
 
@@ -84,7 +86,11 @@ def cross_entropy(
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, target: Tensor, options: LossOptions, kernels: Any
+        ctx: Any,
+        logits: Tensor,
+        target: Tensor,
+        options: LossOptions,
+        kernels: contracts.CrossEntropy,
     ) -> Tensor:
         logits = as_rows(logits)
         rows = RowResults(logits.shape[0], logits, lse=True)
@@ -98,7 +104,8 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
         logits, target, lse = ctx.saved_tensors
         d_logits = torch.empty_like(logits)
-        ctx.kernels.cross_entropy_bwd(
+        kernels: contracts.CrossEntropy = ctx.kernels
+        kernels.cross_entropy_bwd(
             logits, target, lse, d_loss.contiguous(), d_logits, **ctx.options.keywords()
         )
         return d_logits, None, None, None
@@ -121,7 +128,7 @@ class RowResults:
 
     def compute(
         self,
-        kernels: Any,
+        kernels: contracts.CrossEntropy,
         span: slice,
         logits: Tensor,  # [rows of span, V], unit column stride
         target: Tensor,  # [rows of span] int64

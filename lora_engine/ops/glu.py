@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lora_engine import backends, reference
-from lora_engine.ops import augmented
+from lora_engine.backends import contracts
+from lora_engine.ops import augmented, launchers
 from lora_engine.ops.tensors import as_rows, check, shape_of
 from lora_engine.reference.glu import ACTIVATIONS
 
@@ -54,7 +55,7 @@ def glu(
     if impl == "reference":
         return reference.glu(gate, up, activation=activation)
     overwrite = overwrite and _may_be_overwritten(gate, up)
-    kernels = backends.kernels("glu", impl)
+    kernels = launchers.glu(impl)
     out: Tensor = _Glu.apply(gate, up, activation, (tail, grad_tail), overwrite, kernels)
     return out
 
@@ -80,7 +81,7 @@ class _Glu(torch.autograd.Function):
         activation: str,
         tails: tuple[int, int],
         overwrite: bool,
-        kernels: Any,
+        kernels: contracts.Glu,
     ) -> Tensor:
         gate_rows, up_rows = as_rows(gate), as_rows(up)
         count, cols = gate_rows.shape
@@ -106,7 +107,8 @@ class _Glu(torch.autograd.Function):
             dgate, dup = augmented.empty(
                 count, [cols, cols], ctx.grad_tail, dtype=gate.dtype, device=gate.device
             )
-        ctx.kernels.glu_bwd(dy, gate, up, dgate, dup, activation=ctx.activation)
+        kernels: contracts.Glu = ctx.kernels
+        kernels.glu_bwd(dy, gate, up, dgate, dup, activation=ctx.activation)
         return (
             augmented.shaped(dgate, shape),
             augmented.shaped(dup, shape),

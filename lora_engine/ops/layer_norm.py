@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lora_engine import backends, reference
-from lora_engine.ops import augmented
+from lora_engine.backends import contracts
+from lora_engine.ops import augmented, launchers
 from lora_engine.ops.tensors import accumulate_dtype, as_rows, check, shape_of
 
 
@@ -35,7 +36,7 @@ def layer_norm(
     impl = backends.select("layer_norm", x.device, x.dtype, impl)
     if impl == "reference":
         return reference.layer_norm(x, weight, bias, eps)
-    kernels = backends.kernels("layer_norm", impl)
+    kernels = launchers.layer_norm(impl)
     out: Tensor = _LayerNorm.apply(x, weight, bias, eps, tail, grad_tail, kernels)
     return out
 
@@ -63,7 +64,7 @@ class _LayerNorm(torch.autograd.Function):
         eps: float,
         tail: int,
         grad_tail: int,
-        kernels: Any,
+        kernels: contracts.LayerNorm,
     ) -> Tensor:
         rows = as_rows(x)
         weight = None if weight is None else weight.contiguous()
@@ -85,7 +86,8 @@ class _LayerNorm(torch.autograd.Function):
         count, cols = x.shape
         (dx,) = augmented.empty(count, [cols], ctx.grad_tail, dtype=x.dtype, device=x.device)
         dweight, dbias = (rstd.new_empty(cols) if ctx.needs_input_grad[i] else None for i in (1, 2))
-        ctx.kernels.layer_norm_bwd(as_rows(dy), x, weight, mean, rstd, dx, dweight, dbias)
+        kernels: contracts.LayerNorm = ctx.kernels
+        kernels.layer_norm_bwd(as_rows(dy), x, weight, mean, rstd, dx, dweight, dbias)
         return (
             augmented.shaped(dx, ctx.shape),
             None if dweight is None else dweight.to(x.dtype),

@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lora_engine import backends, reference
+from lora_engine.backends import contracts
+from lora_engine.ops import launchers
 from lora_engine.ops.adapter_set import LoraFactors
 from lora_engine.ops.augmented import operand
 from lora_engine.ops.cross_entropy import LossOptions, RowResults, check_targets
@@ -154,8 +156,8 @@ class _Job:
     impl: str
 
     @property
-    def kernels(self) -> Any:
-        return backends.kernels("cross_entropy", self.impl)
+    def kernels(self) -> contracts.CrossEntropy:
+        return launchers.cross_entropy(self.impl)
 
     def chunks(self, rows: int) -> list[slice]:
         step = self.chunk_rows

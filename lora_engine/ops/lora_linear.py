@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lora_engine import backends, reference
-from lora_engine.ops import augmented
+from lora_engine.ops import augmented, launchers
 from lora_engine.ops.augmented_product import AugmentedProduct
 from lora_engine.ops.augmented_weight import AugmentedWeight
 from lora_engine.ops.tensors import as_rows, not_a_view, shape_of, without_autocast
@@ -71,7 +71,7 @@ def make_product(
     columns = None
     if routes is not None and weight.tail:
         columns = weight.adapters.route(routes.reshape(-1), weight.tail)
-    kernels = backends.kernels("lora_linear", impl)
+    kernels = launchers.lora_linear(impl)
     return AugmentedProduct(weight, weight.fill(), kernels, dropout, columns)
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lora_engine.ops import augmented
+from lora_engine.ops import augmented, launchers
 from lora_engine.ops.blocks import Branch, Call, PreNorm, products
 from lora_engine.ops.tensors import as_rows, check, empty_rows, without_autocast
 
@@ -51,7 +51,8 @@ class _MlpBlock(torch.autograd.Function):
         gate, up = gate_up.split(list(inner.out_features), dim=1)
         width = outer.in_features
         hs = empty_rows(rows.shape[0], width + outer.tail, dtype=x.dtype, device=x.device)
-        call.kernels("glu", x).glu_fwd(gate, up, hs[:, :width], **call.options)
+        kernels = launchers.glu(call.implementation("glu", x))
+        kernels.glu_fwd(gate, up, hs[:, :width], **call.options)
         y, outer_unscaled = call.outer.forward(hs, residual=rows)
         ctx.call, ctx.shape = call, x.shape
         ctx.save_for_backward(
@@ -83,7 +84,7 @@ class _MlpBlock(torch.autograd.Function):
         outer_ds, outer_d_b = outer.fill_ds(d_out, outer_s, wanted=outer_wants_b)
         dh = outer.input_gradient(d_out)
         gate, up = gate_up.split(list(inner.weight.out_features), dim=1)
-        parts = augmented.empty(
+        parts = dgate, dup = augmented.empty(
             x.shape[0],
             list(inner.weight.out_features),
             inner.weight.tail,
@@ -92,7 +93,8 @@ class _MlpBlock(torch.autograd.Function):
             zeros=False,
         )
         h = dh  # the activation takes the place of its gradient
-        call.kernels("glu", x).glu_bwd(dh, gate, up, *parts, h, **call.options)
+        kernels = launchers.glu(call.implementation("glu", x))
+        kernels.glu_bwd(dh, gate, up, dgate, dup, h, **call.options)
         outer_d_a = outer.lora_a_gradient(outer_ds, h, wanted=outer_wants_a)
         del dh, h
 

@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lora_engine import backends, reference
-from lora_engine.ops import augmented
+from lora_engine.backends import contracts
+from lora_engine.ops import augmented, launchers
 from lora_engine.ops.tensors import accumulate_dtype, as_rows, check, empty_rows, shape_of
 
 
@@ -81,7 +82,7 @@ def rms_norm(
         if residual is None:
             return reference.rms_norm(x, weight, eps, offset=offset)
         return reference.rms_norm(x, weight, eps, residual=residual, offset=offset)
-    kernels = backends.kernels("rms_norm", impl)
+    kernels = launchers.rms_norm(impl)
     out: Tensor | tuple[Tensor, Tensor] = _RmsNorm.apply(
         x, weight, residual, eps, offset, tail, grad_tail, kernels
     )
@@ -99,7 +100,7 @@ class _RmsNorm(torch.autograd.Function):
         offset: float,
         tail: int,
         grad_tail: int,
-        kernels: Any,
+        kernels: contracts.RmsNorm,
     ) -> Tensor | tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         h = rows = as_rows(x)
@@ -128,7 +129,8 @@ class _RmsNorm(torch.autograd.Function):
         (dx,) = augmented.empty(count, [cols], ctx.grad_tail, dtype=h.dtype, device=h.device)
         dweight = rstd.new_empty(cols) if ctx.needs_input_grad[1] else None
         dh_rows = None if dh is None else as_rows(dh)
-        ctx.kernels.rms_norm_bwd(as_rows(dy), dh_rows, h, weight, rstd, dx, dweight, ctx.offset)
+        kernels: contracts.RmsNorm = ctx.kernels
+        kernels.rms_norm_bwd(as_rows(dy), dh_rows, h, weight, rstd, dx, dweight, ctx.offset)
         shaped = augmented.shaped(dx, ctx.shape)
         return (
             shaped,

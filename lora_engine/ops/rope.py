@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from lora_engine import backends, reference
+from lora_engine.backends import contracts
+from lora_engine.ops import launchers
 from lora_engine.ops.tensors import check, shape_of
 
 POSITION_DTYPES = (torch.int64, torch.int32)
@@ -73,7 +75,7 @@ def rope(
     impl = backends.select("rope", q.device, q.dtype, impl)
     if impl == "reference":
         return reference.rope(q, k, cos, sin, position_ids=position_ids, interleaved=interleaved)
-    rotation = _Rotation(interleaved, backends.kernels("rope", impl))
+    rotation = _Rotation(interleaved, launchers.rope(impl))
     outputs = rotation(q, k, *tables, position_ids)
     return outputs[0] if k is None else outputs
 
@@ -109,7 +111,7 @@ def rope_(
         for x in given:
             x.copy_(rope(x, None, *tables, **options, impl=impl))
         return q if k is None else (q, k)
-    rotation = _Rotation(interleaved, backends.kernels("rope", impl), in_place=True)
+    rotation = _Rotation(interleaved, launchers.rope(impl), in_place=True)
     tracked = torch.is_grad_enabled() and any(x.requires_grad for x in given)
     if tracked and any(x._is_view() for x in given):
         outputs = tuple(rotation(x, None, *tables, position_ids)[0] for x in given)
@@ -123,24 +125,47 @@ class _Rotation:
     """What is done to q and k besides their tables."""
 
     interleaved: bool
-    kernels: Any
+    kernels: contracts.Rope
     in_place: bool = False
     inverse: bool = False
 
-    def __call__(self, q: Tensor | None, k: Tensor | None, *tables: Tensor | None) -> _Pair:
+    def __call__(
+        self,
+        q: Tensor | None,
+        k: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        position_ids: Tensor | None,
+    ) -> _Pair:
         """q and k rotated in one launch; None for None."""
-        outputs = _Rope.apply(q, k, *tables, self)
+        outputs = _Rope.apply(q, k, cos, sin, position_ids, self)
         return (outputs, None) if k is None else outputs
 
-    def run(self, q: Tensor | None, k: Tensor | None, *tables: Tensor | None) -> _Pair:
+    def run(
+        self,
+        q: Tensor | None,
+        k: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        position_ids: Tensor | None,
+    ) -> _Pair:
         """The same without autograd."""
         if self.in_place:
             q_out, k_out = q, k
         else:
             q, k = _heads(q), _heads(k)
             q_out, k_out = _empty(q), _empty(k)
-        flags = {"interleaved": self.interleaved, "inverse": self.inverse}
-        self.kernels.rope(q, k, q_out, k_out, *tables, **flags)
+        self.kernels.rope(
+            q,
+            k,
+            q_out,
+            k_out,
+            cos,
+            sin,
+            position_ids,
+            interleaved=self.interleaved,
+            inverse=self.inverse,
+        )
         return q_out, k_out
 
 

@@ -1,6 +1,7 @@
 """What one decoder layer costs: launches, and bytes kept for the backward pass."""
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora_engine
-from lora_engine import backends
+from lora_engine.ops import launchers
 from lora_engine.testing import tiny_llama, with_lora
 
 HIDDEN, WIDTH, KV, RANK, TOKENS = 32, 48, 16, 4, 40
@@ -25,8 +26,11 @@ class Launches(TorchDispatchMode):
         super().__init__()
         self.count: Counter[str] = Counter()
         self._in_kernel = False
-        find = backends.kernels
-        monkeypatch.setattr(backends, "kernels", lambda *args: _Counted(find(*args), self))
+        for name, find in launchers.LAUNCHERS.items():
+            monkeypatch.setattr(launchers, name, self._counting(find))
+
+    def _counting(self, find: Callable[[str], object]) -> Callable[[str], Any]:
+        return lambda impl: _Counted(find(impl), self)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         name = str(func).removeprefix("aten.")

@@ -6,7 +6,9 @@ import torch
 from implementations import Backend
 from torch import Tensor, nn
 
-from lora_engine import backends, ops
+from lora_engine import ops
+from lora_engine.backends.contracts import AdamWHyper
+from lora_engine.ops import launchers
 from lora_engine.reference.dynamic_code import (
     dequantize_blockwise,
     dynamic_code,
@@ -93,10 +95,7 @@ def test_every_code_is_read_and_kept(backend: Backend, scale: float) -> None:
     absmax = torch.tensor([[scale, 1.0], [0.0, scale]])
     state = State(torch.zeros(512), m, v, *absmax).on(backend)
     params, *moments = vars(state).values()
-    backends.kernels("adamw_8bit", backend.impl).adamw_8bit(
-        params,
-        torch.zeros_like(params),
-        *moments,
+    hyper = AdamWHyper(
         lr=1.0,
         beta1=1.0,
         beta2=1.0,
@@ -104,10 +103,9 @@ def test_every_code_is_read_and_kept(backend: Backend, scale: float) -> None:
         weight_decay=0.0,
         bias_correction1=1.0,
         bias_correction2=1.0,
-        grad_scale=1.0,
-        grad_norm=None,
-        max_grad_norm=None,
     )
+    zeros = torch.zeros_like(params)
+    launchers.adamw_8bit(backend.impl).adamw_8bit(params, zeros, *moments, hyper, None)
     read = (-scale * dynamic_code(True), -1 / ((scale * dynamic_code(False)).sqrt() + 1))
     torch.testing.assert_close(params.cpu(), torch.cat(read), rtol=1e-6, atol=0)
     assert torch.equal(state.exp_avg.cpu(), m)

@@ -9,7 +9,8 @@ from implementations import Backend
 from oracle import TOLERANCE, check
 from torch import Tensor
 
-from lora_engine import backends, ops
+from lora_engine import ops
+from lora_engine.ops import launchers
 from lora_engine.reference.cross_entropy import token_losses
 from lora_engine.testing import assert_as_good_as
 
@@ -129,7 +130,7 @@ def run_kernel(
         name: torch.full((rows,), torch.nan, dtype=number, device=logits.device) for name in names
     }
     out["correct"] = torch.ones(rows, dtype=torch.bool, device=logits.device)
-    kernels = backends.kernels("cross_entropy", backend.impl)
+    kernels = launchers.cross_entropy(backend.impl)
     kernels.cross_entropy(logits, target, ignore_index=-100, **out, **options, **given)
     return out
 
@@ -180,7 +181,7 @@ def test_gradient_in_place_elsewhere_and_from_lse(
     out = run_kernel(backend, x, target, given, grad=grad, grad_scale=scale)
     assert torch.equal(x, logits)
     again = torch.full_like(logits, float("nan"))
-    kernels = backends.kernels("cross_entropy", backend.impl)
+    kernels = launchers.cross_entropy(backend.impl)
     kernels.cross_entropy_bwd(x, target, out["lse"], scale, again, ignore_index=-100, **given)
     assert torch.equal(again, grad)
     run_kernel(backend, x, target, given, grad=x, grad_scale=scale)

@@ -7,7 +7,8 @@ from implementations import Backend
 from oracle import TOLERANCE, check
 from torch import Tensor
 
-from lora_engine import backends, ops, reference
+from lora_engine import ops, reference
+from lora_engine.ops import launchers
 from lora_engine.testing import error
 
 OPERATION = "glu"
@@ -111,7 +112,7 @@ def test_transposed_inputs(backend: Backend) -> None:
 def test_backward_kernel_writes_over_its_inputs_and_h(
     backend: Backend, dtype: torch.dtype, activation: str, in_place: bool
 ) -> None:
-    kernels = backends.kernels("glu", backend.impl)
+    kernels = launchers.glu(backend.impl)
     gate, up, dy = backend.put(*inputs((6, 1100), dtype), torch.randn(6, 1100).to(dtype))
     exact = [x.double().requires_grad_() for x in (gate, up)]
     y = PEERS[activation](*exact)

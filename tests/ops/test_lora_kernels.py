@@ -1,7 +1,6 @@
 """The products of a LoRA group against float64, each implementation by its own functions."""
 
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -22,14 +21,16 @@ from lora_groups import (
 from torch import Tensor
 
 from lora_engine import backends
+from lora_engine.backends import contracts
+from lora_engine.ops import launchers
 from lora_engine.reference.dropout import Dropout, drop, dropout_mask
 
 OPERATION = "lora_linear"
 SMALL_TILES = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "BLOCK_R": 16, "GROUP_M": 2}
 
 
-def kernels_of(backend: Backend) -> ModuleType:
-    return backends.kernels("lora_linear", backend.impl)
+def kernels_of(backend: Backend) -> contracts.LoraLinear:
+    return launchers.lora_linear(backend.impl)
 
 
 @pytest.fixture

@@ -6,10 +6,10 @@ from implementations import Backend
 from oracle import check
 from torch import Tensor
 
-from lora_engine import backends, ops, reference
+from lora_engine import ops, reference
 from lora_engine.backends.choice import launch_parameters
 from lora_engine.errors import UnavailableError
-from lora_engine.ops import augmented
+from lora_engine.ops import augmented, launchers
 
 OPERATION = "rms_norm"
 EPS = 1e-5
@@ -222,7 +222,8 @@ def test_gradcheck(impl: str) -> None:
 
 
 def test_triton_shares_rows_without_leaving_one() -> None:
-    norm_rows = backends.kernels("norm_rows", "triton")
+    from lora_engine.kernels import norm_rows
+
     for rows in (1, 5, 31, 32, 33, 1000):
         for block_m in (1, 2, 8):
             share = norm_rows.rows_per_program(rows, block_m, 8)
@@ -265,7 +266,7 @@ def test_heads_side_by_side_are_rows(
 ) -> None:
     """Of a wider buffer, the gradient written over the one that comes in: the same bits."""
     torch.manual_seed(0)
-    kernels = backends.kernels(OPERATION, backend.impl)
+    kernels = launchers.rms_norm(backend.impl)
     accumulate = torch.float64 if dtype == torch.float64 else torch.float32
     wide = backend.put(torch.randn(2, 37, heads * cols + 5).to(dtype))[0]
     x, dy = (part[:, : heads * cols].unflatten(1, (heads, cols)) for part in wide)

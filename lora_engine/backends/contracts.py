@@ -1,0 +1,312 @@
+"""What the modules that launch an operation's kernels have to offer, one protocol an operation.
+
+lora_engine.cpu, lora_engine.kernels (Triton) and lora_engine.cuda keep them, each by a module of
+functions with these names and arguments. Callers in `ops` have checked shapes and dtypes; results
+are written into tensors that they made. Rows may be any stride apart, columns are one apart.
+"float32" of a result is the arithmetic's dtype: float64 for float64 operands.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol, TypeAlias
+
+from torch import Tensor
+
+from lora_engine.reference.dropout import Dropout
+
+# A linear's rows of [N, ...] and its columns of [..., R]. A group's columns ascend.
+Span: TypeAlias = tuple[slice, slice]
+
+
+class RmsNorm(Protocol):
+    """x and y (dy, h and dx) are [rows, cols], or [tokens, heads, cols] without a residual (dh)."""
+
+    def rms_norm_fwd(
+        self,
+        x: Tensor,  # [rows, cols] or [tokens, heads, cols]
+        residual: Tensor | None,  # [rows, cols]
+        weight: Tensor,  # [cols]
+        y: Tensor,  # as x
+        h: Tensor | None,  # [rows, cols], contiguous; given with residual
+        rstd: Tensor,  # [rows] float32
+        eps: float,
+        offset: float,
+    ) -> None:
+        """Writes y and rstd, and h = x + residual if there is a residual."""
+
+    def rms_norm_bwd(
+        self,
+        dy: Tensor,  # as h
+        dh: Tensor | None,  # [rows, cols]; added to dx
+        h: Tensor,  # what was normed
+        weight: Tensor,  # [cols]
+        rstd: Tensor,  # [rows] float32
+        dx: Tensor,  # as h; may be dy
+        dweight: Tensor | None,  # [cols] float32
+        offset: float,
+    ) -> None:
+        """Writes dx, and dweight if given."""
+
+
+class LayerNorm(Protocol):
+    def layer_norm_fwd(
+        self,
+        x: Tensor,  # [rows, cols]
+        weight: Tensor | None,  # [cols]
+        bias: Tensor | None,  # [cols]
+        y: Tensor,  # [rows, cols]
+        mean: Tensor,  # [rows] float32
+        rstd: Tensor,  # [rows] float32
+        eps: float,
+    ) -> None:
+        """Writes y, mean and rstd."""
+
+    def layer_norm_bwd(
+        self,
+        dy: Tensor,  # [rows, cols]
+        x: Tensor,  # [rows, cols]
+        weight: Tensor | None,  # [cols]
+        mean: Tensor,  # [rows] float32
+        rstd: Tensor,  # [rows] float32
+        dx: Tensor,  # [rows, cols]
+        dweight: Tensor | None,  # [cols] float32
+        dbias: Tensor | None,  # [cols] float32
+    ) -> None:
+        """Writes dx, and dweight and dbias if given."""
+
+
+class Rope(Protocol):
+    def rope(
+        self,
+        q: Tensor | None,  # [tokens, q_heads, head_dim]
+        k: Tensor | None,  # [tokens, kv_heads, head_dim]; q or k is given
+        q_out: Tensor | None,  # q's shape; may be q
+        k_out: Tensor | None,  # k's shape; may be k
+        cos: Tensor,  # [positions, rotary_dim]
+        sin: Tensor,  # [positions, rotary_dim]
+        position_ids: Tensor | None,  # [tokens] int64 or int32, within the tables
+        *,
+        interleaved: bool,
+        inverse: bool,
+    ) -> None:
+        """Writes q_out and k_out; `inverse` is the transposed rotation, the backward pass."""
+
+
+class Glu(Protocol):
+    def glu_fwd(
+        self,
+        gate: Tensor,  # [rows, cols]
+        up: Tensor,  # [rows, cols]
+        y: Tensor,  # [rows, cols]
+        *,
+        activation: str,
+    ) -> None:
+        """Writes y."""
+
+    def glu_bwd(
+        self,
+        dy: Tensor,  # [rows, cols]
+        gate: Tensor,  # [rows, cols]
+        up: Tensor,  # [rows, cols]
+        dgate: Tensor,  # [rows, cols]; may be gate
+        dup: Tensor,  # [rows, cols]; may be up
+        h: Tensor | None = None,  # [rows, cols]; may be dy
+        *,
+        activation: str,
+    ) -> None:
+        """Writes dgate and dup, and the forward result into h if given."""
+
+
+class LoraLinear(Protocol):
+    def lora_a_fwd(
+        self,
+        x: Tensor,  # [M, K]
+        lora_a: Tensor,  # [R, K]
+        s: Tensor,  # [M, R]
+        spans: Sequence[Span],
+        dropout: Dropout | None = None,
+    ) -> None:
+        """Writes s = drop_i(x) lora_aᵀ, and 0 in columns of no span."""
+
+    def lora_b_bwd(
+        self,
+        dy: Tensor,  # [M, N]
+        lora_b: Tensor,  # [N, R]
+        s: Tensor,  # [M, R]
+        ds: Tensor,  # [M, R]
+        d_lora_b: Tensor | None,  # [N, R] float32
+        spans: Sequence[Span],
+    ) -> None:
+        """Writes ds = dy lora_b and d_lora_b = dyᵀ s, each linear's block alone.
+
+        Columns of ds in no span become 0; d_lora_b outside the blocks is left as it is.
+        """
+
+    def lora_a_bwd(
+        self,
+        ds: Tensor,  # [M, R]
+        x: Tensor,  # [M, K]
+        d_lora_a: Tensor,  # [R, K] float32
+        spans: Sequence[Span],
+        dropout: Dropout | None = None,
+    ) -> None:
+        """Writes d_lora_a = dsᵀ drop_i(x), and 0 in rows of no span."""
+
+    def lora_linear_fwd(
+        self,
+        x: Tensor,  # [M, K]
+        weight: Tensor,  # [N, K]
+        s: Tensor,  # [M, R]
+        lora_b: Tensor,  # [N, R]
+        y: Tensor,  # [M, N]
+        bias: Tensor | None = None,  # [N]
+    ) -> None:
+        """Writes y = x weightᵀ + s lora_bᵀ + bias.
+
+        Every column of s and lora_b is read: those in no span must be zero in one, finite in the
+        other.
+        """
+
+    def lora_linear_dx(
+        self,
+        dy: Tensor,  # [M, N]
+        weight: Tensor,  # [N, K]
+        ds: Tensor,  # [M, R]
+        lora_a: Tensor,  # [R, K]
+        dx: Tensor,  # [M, K]
+        spans: Sequence[Span],
+        dropout: Dropout | None = None,
+    ) -> None:
+        """Writes dx = dy weight + ds lora_a, each linear's share of the second under its mask."""
+
+
+class CrossEntropy(Protocol):
+    def cross_entropy(
+        self,
+        logits: Tensor,  # [rows, cols]
+        target: Tensor,  # [rows] int64
+        loss: Tensor,  # [rows] float32
+        logprob: Tensor,  # [rows] float32
+        correct: Tensor,  # [rows] bool
+        *,
+        ignore_index: int,
+        label_smoothing: float = 0.0,
+        softcap: float | None = None,
+        z_loss: float = 0.0,
+        entropy: Tensor | None = None,  # [rows] float32
+        lse: Tensor | None = None,  # [rows] float32
+        grad: Tensor | None = None,  # [rows, cols] in logits' dtype; may be logits
+        grad_scale: Tensor | None = None,  # [rows] float32: a factor of each row's gradient
+    ) -> None:
+        """Writes loss, logprob, correct and what is given of entropy, lse and grad."""
+
+    def cross_entropy_bwd(
+        self,
+        logits: Tensor,  # [rows, cols]
+        target: Tensor,  # [rows] int64
+        lse: Tensor,  # [rows] float32, as `cross_entropy` wrote it
+        grad_scale: Tensor,  # [rows] float32: a factor of each row's gradient
+        grad: Tensor,  # [rows, cols] in logits' dtype; may be logits
+        *,
+        ignore_index: int,
+        label_smoothing: float = 0.0,
+        softcap: float | None = None,
+        z_loss: float = 0.0,
+    ) -> None:
+        """Writes grad as `cross_entropy` would, from its lse."""
+
+
+class Attention(Protocol):
+    def attention_fwd(
+        self,
+        q: Tensor,  # [tokens, q_heads head_dim]
+        k: Tensor,  # [tokens, kv_heads head_dim]
+        v: Tensor,  # [tokens, kv_heads head_dim]
+        cu_seqlens: Tensor,  # [sequences + 1] int32
+        cos: Tensor | None,  # [tokens, head_dim] float32
+        sin: Tensor | None,  # [tokens, head_dim] float32
+        o: Tensor,  # [tokens, q_heads head_dim]
+        lse: Tensor,  # [q_heads, tokens] float32
+        *,
+        head_dim: int,
+        scale: float,
+        causal: bool,
+        window: int,
+        parents: Tensor | None = None,  # [sequences] int32
+    ) -> None:
+        """Writes o and lse, the logarithm of each query's sum of exponentials."""
+
+    def attention_bwd(
+        self,
+        d_o: Tensor,  # [tokens, q_heads head_dim]
+        q: Tensor,  # [tokens, q_heads head_dim]
+        k: Tensor,  # [tokens, kv_heads head_dim]
+        v: Tensor,  # [tokens, kv_heads head_dim]
+        cu_seqlens: Tensor,  # [sequences + 1] int32
+        cos: Tensor | None,  # [tokens, head_dim] float32
+        sin: Tensor | None,  # [tokens, head_dim] float32
+        o: Tensor,  # [tokens, q_heads head_dim], of the forward pass
+        lse: Tensor,  # [q_heads, tokens] float32, of the forward pass
+        dq: Tensor,  # [tokens, q_heads head_dim]
+        dk: Tensor,  # [tokens, kv_heads head_dim]
+        dv: Tensor,  # [tokens, kv_heads head_dim]
+        *,
+        head_dim: int,
+        scale: float,
+        causal: bool,
+        window: int,
+        parents: Tensor | None = None,  # [sequences] int32
+    ) -> None:
+        """Writes dq, dk and dv."""
+
+
+class AdamWHyper(NamedTuple):
+    """The numbers of one AdamW step.
+
+    bias_correction: 1 - beta**step, of either beta. grad_scale: multiplies the gradients.
+    max_grad_norm: what the scaled gradients are clipped to; None where no norm is given.
+    """
+
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    bias_correction1: float
+    bias_correction2: float
+    grad_scale: float = 1.0
+    max_grad_norm: float | None = None
+
+
+class AdamW(Protocol):
+    def adamw(
+        self,
+        params: Tensor,  # [P] float32, as the others
+        grads: Tensor,  # [P]
+        exp_avg: Tensor,  # [P]
+        exp_avg_sq: Tensor,  # [P]
+        hyper: AdamWHyper,
+        grad_norm: Tensor | None,  # [] of grads; given with hyper.max_grad_norm
+    ) -> None:
+        """Updates params, exp_avg and exp_avg_sq."""
+
+    def grad_norm(
+        self,
+        grads: Tensor,  # [P] float32
+        norm: Tensor,  # [], as grads
+    ) -> None:
+        """Writes norm."""
+
+
+class AdamW8bit(Protocol):
+    def adamw_8bit(
+        self,
+        params: Tensor,  # [P] float32
+        grads: Tensor,  # [P] float32
+        exp_avg: Tensor,  # [P] uint8
+        exp_avg_sq: Tensor,  # [P] uint8
+        exp_avg_absmax: Tensor,  # [ceil(P / 256)] float32
+        exp_avg_sq_absmax: Tensor,  # [ceil(P / 256)] float32
+        hyper: AdamWHyper,
+        grad_norm: Tensor | None,  # [] of grads; given with hyper.max_grad_norm
+    ) -> None:
+        """Updates params, exp_avg, exp_avg_sq and both absmax."""

@@ -1,0 +1,78 @@
+"""Every module that launches an operation's kernels keeps its contract."""
+
+import importlib.util
+import inspect
+import typing
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from lora_engine import backends, ops
+from lora_engine.backends import contracts
+from lora_engine.ops import launchers
+
+# Operations with kernels of their own; a linear head's are those of cross_entropy.
+WITH_LAUNCHERS = [name for name in backends.OPERATIONS if name != "linear_cross_entropy"]
+IMPLEMENTED = [(name, impl) for name in WITH_LAUNCHERS for impl in backends.OPERATIONS[name]]
+
+
+def contract_of(operation: str) -> Any:
+    return typing.get_type_hints(launchers.LAUNCHERS[operation])["return"]
+
+
+def module_of(operation: str, impl: str) -> Any:
+    if impl == "triton" and importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+    return launchers.LAUNCHERS[operation](impl)
+
+
+def methods(protocol: Any) -> dict[str, inspect.Signature]:
+    found = {}
+    for name, function in vars(protocol).items():
+        if inspect.isfunction(function) and not name.startswith("_"):
+            signature = inspect.signature(function, eval_str=True)
+            found[name] = signature.replace(parameters=[*signature.parameters.values()][1:])
+    return found
+
+
+@pytest.mark.parametrize(("operation", "impl"), IMPLEMENTED)
+def test_a_module_has_the_functions_of_its_contract(operation: str, impl: str) -> None:
+    module = module_of(operation, impl)
+    wanted = methods(contract_of(operation))
+    assert wanted
+    for name, signature in wanted.items():
+        assert inspect.signature(getattr(module, name), eval_str=True) == signature, name
+
+
+@pytest.mark.parametrize(("operation", "impl"), IMPLEMENTED)
+def test_what_launches_comes_from_the_package_that_was_asked_for(operation: str, impl: str) -> None:
+    packages = {"cpu": "cpu", "triton": "kernels", "cuda": "cuda"}
+    module = module_of(operation, impl)
+    assert isinstance(module, ModuleType)
+    assert module.__name__ == f"lora_engine.{packages[impl]}.{operation}"
+
+
+def test_every_operation_has_a_contract_and_every_contract_an_operation() -> None:
+    assert set(launchers.LAUNCHERS) == set(WITH_LAUNCHERS)
+    protocols = {
+        value
+        for value in vars(contracts).values()
+        if inspect.isclass(value) and typing.Protocol in value.__bases__
+    }
+    assert {contract_of(name) for name in WITH_LAUNCHERS} == protocols
+
+
+@pytest.mark.parametrize("operation", WITH_LAUNCHERS)
+def test_other_implementations_are_refused(operation: str) -> None:
+    for impl in {*backends.IMPLEMENTATIONS, "metal"} - {*backends.OPERATIONS[operation]}:
+        with pytest.raises(ValueError, match=f"{operation}: there are no {impl} kernels"):
+            launchers.LAUNCHERS[operation](impl)
+
+
+def test_no_kernels_are_anything() -> None:
+    """In `ops` nothing that is called kernels is of a type that allows every call."""
+    for path in sorted(Path(ops.__file__).parent.glob("*.py")):
+        text = path.read_text()
+        assert "kernels: Any" not in text and "import_module" not in text, path.name
