@@ -4,9 +4,11 @@ Rows are worked in chunks: logits of a chunk, softmax and gradient in place over
 products of that gradient with the head and with the hidden rows. A reduced loss has one factor for
 all rows, so every gradient is ready, but for that factor, when the forward pass ends. Without a
 reduction the backward pass brings a factor for each row: the hidden rows' gradient is still ready
-but for it, and a head that is trained gets its own from logits made again.
+but for it, and a head that is trained gets its own from logits made again. So does a gradient that
+arrives at the entropy, which is rare.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,9 +23,10 @@ from lora_engine.ops.adapter_set import LoraFactors
 from lora_engine.ops.augmented import operand
 from lora_engine.ops.cross_entropy import LossOptions, RowResults, check_targets
 from lora_engine.ops.head_gradients import HeadGradients, scaled
-from lora_engine.ops.tensors import check, front_columns, shape_of, without_autocast
+from lora_engine.ops.linear_head import LinearHead
+from lora_engine.ops.logits_again import LogitsAgain
+from lora_engine.ops.tensors import accumulate_dtype, check, shape_of, without_autocast
 
-ROW_ALIGNMENT = 16  # elements: what Triton wants of a stride to load 16 bytes at once
 
 
 class LinearCrossEntropy(NamedTuple):
@@ -32,7 +35,8 @@ class LinearCrossEntropy(NamedTuple):
     loss: Tensor  # float32: a scalar, or [U] for reduction="none"
     logprobs: Tensor  # [U] float32, detached: log-probability of each target, 0 where ignored
     correct: Tensor  # [U] bool: whether the target has the largest logit
-    entropy: Tensor | None = None  # [U] float32, detached: of the softmax, in nats; if asked for
+    entropy: Tensor | None = None  # [U] float32: of the softmax, in nats; if asked for
+    mean_logit: Tensor | None = None  # [U] float32, detached: over the classes; if asked for
 
 
 @without_autocast
@@ -46,7 +50,9 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     softcap: float | None = None,
     z_loss: float = 0.0,
+    temperature: float = 1.0,
     entropy: bool = False,
+    mean_logit: bool = False,
     lora: LoraFactors | None = None,
     bias: Tensor | None = None,  # [V]
     chunk_rows: int | None = None,
@@ -58,12 +64,13 @@ def linear_cross_entropy(
     `scaling * (hidden @ lora_aᵀ) @ lora_bᵀ` to the logits. `label_smoothing`, `softcap` and
     `z_loss` as in `cross_entropy`. `reduction` is "mean" over the rows that are not ignored (0 if
     there are none), "sum", or "none". Logits have hidden's dtype, everything after float32.
+    `temperature` divides the logits, by way of hidden and bias; it does not go with a soft-cap.
 
-    Differentiable once, in hidden, weight, bias and the adapter; only what requires a gradient
-    gets one. With "none" and no extras the loss is -log p(target), for objectives made of log-
-    probabilities. Extra memory is one chunk of logits, `chunk_rows` x V (not given: as
-    `backends.chunk_rows` chooses), the gradients, and a float32 copy of a trained half-precision
-    head's while they are summed.
+    Loss and entropy are differentiable once, in hidden, weight, bias and the adapter; only what
+    requires a gradient gets one. With "none" and no extras the loss is -log p(target), for
+    objectives made of log-probabilities. Extra memory is one chunk of logits, `chunk_rows` x V
+    (not given: as `backends.chunk_rows` chooses), the gradients, and a float32 copy of a trained
+    half-precision head's while they are summed.
 
     Raises ValueError where shapes or dtypes do not fit, a target is not a row of weight, or an
     option is no sensible number.
@@ -79,7 +86,13 @@ def linear_cross_entropy(
         chunk_rows is None or chunk_rows > 0,
         f"linear_cross_entropy: chunk_rows={chunk_rows} is not positive",
     )
+    check(
+        0 < temperature < math.inf and (temperature == 1 or softcap is None),
+        f"linear_cross_entropy: temperature={temperature} is not positive, or there is a softcap",
+    )
     check_targets(hidden.shape[0], weight.shape[0], target, ignore_index, "linear_cross_entropy")
+    if temperature != 1:
+        hidden, bias = hidden / temperature, None if bias is None else bias / temperature
     impl = backends.select("linear_cross_entropy", hidden.device, hidden.dtype, impl)
     hidden, weight = operand(hidden), operand(weight)
     lora_a, lora_b, scaling = None, None, 0.0
@@ -92,13 +105,18 @@ def linear_cross_entropy(
             hidden, weight, target, bias=bias, lora=adapter, **options.keywords()
         )
         loss = _reduce(found.loss, target, reduction, ignore_index)
-        spread = found.entropy if entropy else None
-        return LinearCrossEntropy(loss, found.logprob.detach(), found.correct, spread)
+        return LinearCrossEntropy(
+            loss,
+            found.logprob.detach(),
+            found.correct,
+            found.entropy if entropy else None,
+            found.mean_logit if mean_logit else None,
+        )
     inputs = (hidden, weight, bias, lora_a, lora_b)
     wanted = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs)
     extents = hidden.shape[0], weight.shape[0]
     rows = chunk_rows or backends.chunk_rows(hidden.device, hidden.dtype, *extents)
-    job = _Job(options, reduction, entropy, rows, scaling, wanted, impl)
+    job = _Job(options, reduction, entropy, mean_logit, rows, scaling, wanted, impl)
     return LinearCrossEntropy(*_LinearCrossEntropy.apply(*inputs, target.contiguous(), job))
 
 
@@ -150,6 +168,7 @@ class _Job:
     options: LossOptions
     reduction: str
     entropy: bool
+    mean_logit: bool
     chunk_rows: int
     scaling: float
     wanted: tuple[bool, ...]  # gradients of hidden, weight, bias, lora_a, lora_b
@@ -163,55 +182,19 @@ class _Job:
         step = self.chunk_rows
         return [slice(begin, min(begin + step, rows)) for begin in range(0, rows, step)]
 
-
-@dataclass(frozen=True)
-class _Head:
-    """The head's parameters in the dtype of its products; makes logits chunk by chunk."""
-
-    weight: Tensor  # [V, H]
-    bias: Tensor | None  # [V]
-    lora_a: Tensor | None  # [r, H]
-    lora_b: Tensor | None  # [V, r]
-    scaling: float
-
-    @staticmethod
-    def of(
+    def logits_again(
+        self,
+        hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
         lora_a: Tensor | None,
         lora_b: Tensor | None,
-        scaling: float,
-    ) -> "_Head":
-        cast = [None if x is None else x.to(weight.dtype) for x in (lora_a, lora_b)]
-        return _Head(weight, bias, cast[0], cast[1], scaling)
-
-    def buffer(self, rows: int) -> Tensor:
-        """An uninitialised [rows, V] with aligned rows."""
-        classes = self.weight.shape[0]
-        padded = -(-classes // ROW_ALIGNMENT) * ROW_ALIGNMENT
-        return front_columns(self.weight.new_empty(rows, padded), classes)
-
-    def logits(self, hidden: Tensor, out: Tensor) -> Tensor | None:
-        """Writes the logits of `hidden` [c, H] into `out` [c, V]; returns hidden lora_aᵀ [c, r]."""
-        if self.bias is None:
-            torch.mm(hidden, self.weight.t(), out=out)
-        else:
-            torch.addmm(self.bias, hidden, self.weight.t(), out=out)
-        if self.lora_a is None or self.lora_b is None:
-            return None
-        s = torch.mm(hidden, self.lora_a.t())
-        out.addmm_(s, self.lora_b.t(), alpha=self.scaling)
-        return s
-
-    def rank_gradient(self, dz: Tensor) -> Tensor | None:
-        """The gradient of `hidden lora_aᵀ` [c, r] from that of the logits."""
-        return None if self.lora_b is None else torch.mm(dz, self.lora_b).mul_(self.scaling)
-
-    def hidden_gradient(self, dz: Tensor, ds: Tensor | None, out: Tensor) -> None:
-        """Writes the gradient of hidden [c, H] into `out`."""
-        torch.mm(dz, self.weight, out=out)
-        if ds is not None and self.lora_a is not None:
-            out.addmm_(ds, self.lora_a)
+        target: Tensor,
+        lse: Tensor,
+    ) -> LogitsAgain:
+        parameters = (weight, bias, lora_a, lora_b)
+        chunks = self.chunks(hidden.shape[0])
+        return LogitsAgain(parameters, self.wanted, self.scaling, chunks, hidden, target, lse)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -227,9 +210,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         job: _Job,
     ) -> tuple[Tensor | None, ...]:
         rows, per_row, trains_head = hidden.shape[0], job.reduction == "none", any(job.wanted[1:])
-        head = _Head.of(weight, bias, lora_a, lora_b, job.scaling)
+        head = LinearHead.of(weight, bias, lora_a, lora_b, job.scaling)
         chunks = job.chunks(rows)
-        results = RowResults(rows, hidden, entropy=job.entropy, lse=per_row and trains_head)
+        # The backward pass may need logits again: for the head's gradients, or the entropy's.
+        again = any(job.wanted) and (job.entropy or (per_row and trains_head))
+        results = RowResults(rows, hidden, entropy=job.entropy, lse=again)
+        means = results.loss.new_empty(rows) if job.mean_logit else None
         d_hidden = torch.empty_like(hidden) if job.wanted[0] else None
         sums = None
         if trains_head and not per_row:
@@ -240,6 +226,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for span in chunks:
             h, z = hidden[span], buffer[: span.stop - span.start]
             s = head.logits(h, z)
+            if means is not None:
+                means[span] = _mean(z, job.options.softcap)
             grad = None if d_hidden is None and sums is None else z
             results.compute(job.kernels, span, z, target[span], job.options, grad)
             ds = None if grad is None else head.rank_gradient(z)
@@ -254,50 +242,54 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # A sum in float32 takes the factor before it is rounded; half precision keeps its range.
         ctx.folded = sums is not None and sums.exact
         d_head = (None,) * 4 if sums is None else sums.finish(factor if ctx.folded else None)
-        again = (hidden, weight, bias, lora_a, lora_b, target, results.lse)
-        ctx.save_for_backward(
-            d_hidden, factor, *d_head, *(again if results.lse is not None else (None,) * 7)
-        )
+        saved = (hidden, weight, bias, lora_a, lora_b, target, results.lse, results.entropy)
+        ctx.save_for_backward(d_hidden, factor, *d_head, *(saved if again else (None,) * 8))
         loss = _reduce(results.loss, target, job.reduction, job.options.ignore_index)
-        others = (results.logprob, results.correct, results.entropy)
+        if means is not None:
+            means.masked_fill_(target == job.options.ignore_index, 0)
+        others = (results.logprob, results.correct, means)
         ctx.mark_non_differentiable(*(x for x in others if x is not None))
-        return loss, *others
+        ctx.set_materialize_grads(False)
+        return loss, results.logprob, results.correct, results.entropy, means
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any,
+        d_loss: Tensor | None,
+        _logprob: None,
+        _correct: None,
+        d_entropy: Tensor | None,
+        _mean_logit: None,
+    ) -> tuple[Tensor | None, ...]:
+        job: _Job = ctx.job
         d_hidden, factor, *rest = ctx.saved_tensors
-        d_head, again = rest[:4], rest[4:]
-        whole = d_loss if factor is None else d_loss * factor
-        if ctx.job.reduction == "none" and any(ctx.job.wanted[1:]):
-            d_head = _head_gradients(ctx.job, d_loss.contiguous(), *again)
-        else:
-            d_head = [scaled(x, d_loss if ctx.folded else whole) for x in d_head]
-        return scaled(d_hidden, whole), *d_head, None, None
+        d_head, again, entropy = rest[:4], rest[4:-1], rest[-1]
+        gradients: tuple[Tensor | None, ...] = (None,) * 5
+        if d_loss is not None:
+            whole = d_loss if factor is None else d_loss * factor
+            if job.reduction == "none" and any(job.wanted[1:]):
+                logits = job.logits_again(*again)
+                d_head = logits.loss_gradients(d_loss.contiguous(), job.kernels, job.options)
+            else:
+                d_head = [scaled(x, d_loss if ctx.folded else whole) for x in d_head]
+            gradients = (scaled(d_hidden, whole), *d_head)
+        if d_entropy is not None:
+            of_entropy = job.logits_again(*again).entropy_gradients(d_entropy, entropy, job.options)
+            gradients = tuple(map(_sum, gradients, of_entropy))
+        return *gradients, None, None
 
 
-def _head_gradients(
-    job: _Job,
-    d_losses: Tensor,  # [U]
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_a: Tensor | None,
-    lora_b: Tensor | None,
-    target: Tensor,
-    lse: Tensor,  # [U]
-) -> tuple[Tensor | None, ...]:
-    """The head's gradients from logits made again, each row's times its `d_losses`."""
-    rows = hidden.shape[0]
-    head = _Head.of(weight, bias, lora_a, lora_b, job.scaling)
-    chunks = job.chunks(rows)
-    sums = HeadGradients((weight, bias, lora_a, lora_b), job.wanted[1:], hidden.dtype, len(chunks))
-    buffer = head.buffer(min(rows, job.chunk_rows))
-    for span in chunks:
-        h, z = hidden[span], buffer[: span.stop - span.start]
-        s = head.logits(h, z)
-        job.kernels.cross_entropy_bwd(
-            z, target[span], lse[span], d_losses[span], z, **job.options.keywords()
-        )
-        sums.add(z, h, s, head.rank_gradient(z), job.scaling)
-    return sums.finish()
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return b if a is None else a if b is None else a + b
+
+
+def _mean(
+    logits: Tensor,  # [c, V]
+    softcap: float | None,
+) -> Tensor:
+    """Each row's mean after the soft-cap, [c] in the type arithmetic is done in."""
+    dtype = accumulate_dtype(logits.dtype)
+    if softcap is None:
+        return logits.mean(-1, dtype=dtype)
+    return (softcap * torch.tanh(logits.to(dtype) / softcap)).mean(-1)

@@ -14,7 +14,8 @@ class TokenLosses(NamedTuple):
     loss: Tensor  # [U] float32
     logprob: Tensor  # [U] float32: log-probability of the target
     correct: Tensor  # [U] bool: whether the target has the largest logit
-    entropy: Tensor  # [U] float32: of the softmax, in nats; detached
+    entropy: Tensor  # [U] float32: of the softmax, in nats
+    mean_logit: Tensor  # [U] float32: the mean of z; detached
 
 
 def token_losses(
@@ -46,12 +47,13 @@ def token_losses(
         loss = (1 - label_smoothing) * loss - label_smoothing * mean
     loss = loss + z_loss * lse.square()
     correct = x.gather(-1, index)[:, 0] == x.amax(-1)
-    entropy = torch.special.entr(z.detach().softmax(-1)).sum(-1)
+    entropy = lse - (z.softmax(-1) * z.masked_fill(z == -torch.inf, 0)).sum(-1)
     return TokenLosses(
         loss.masked_fill(ignored, 0),
         logprob.masked_fill(ignored, 0),
         correct & ~ignored,
         entropy.masked_fill(ignored, 0),
+        z.detach().mean(-1).masked_fill(ignored, 0),
     )
 
 

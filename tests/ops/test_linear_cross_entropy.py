@@ -223,11 +223,80 @@ def test_reports_logprobs_correctness_and_entropy(impl: str, extras: dict[str, A
     expected = logp.gather(1, target.clamp(min=0)[:, None])[:, 0]
     entropy = -(logp.exp() * logp).sum(-1)
     expected[5] = entropy[5] = 0
-    assert out.entropy is not None
+    assert out.entropy is not None and out.mean_logit is None
     assert torch.allclose(out.logprobs, expected, atol=1e-5)
     assert torch.allclose(out.entropy, entropy, atol=1e-5)
-    assert not (out.logprobs.requires_grad or out.entropy.requires_grad)
+    assert out.entropy.requires_grad and not out.logprobs.requires_grad
+    mean = logits.mean(-1)
+    mean[5] = 0
+    means = function(hidden, weight, target, chunk_rows=7, mean_logit=True, impl=impl, **extras)
+    assert means.mean_logit is not None and not means.mean_logit.requires_grad
+    assert torch.allclose(means.mean_logit, mean, atol=1e-5)
     assert function(hidden, weight, target, impl=impl).entropy is None
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("parts", ["", "bias+lora"])
+@pytest.mark.parametrize("softcap", [None, 6.0])
+def test_gradients_of_the_entropy_match_oracle(
+    backend: Backend, poisoned: None, softcap: float | None, parts: str, reduction: str
+) -> None:
+    """Alone, and added to those of the loss."""
+    options = {"softcap": softcap} if softcap else {}
+    target, *inputs = backend.put(targets(26, 97), *case(26, 97, torch.float32, parts))
+    loss = peer(target, reduction, **options)
+
+    def combined(weight_of_loss: float):
+        def ours_(hidden: Tensor, weight: Tensor, *more: Tensor) -> Tensor:
+            bias, lora = (more[0], LoraFactors(*more[1:], SCALING)) if more else (None, None)
+            out = function(
+                hidden,
+                weight,
+                target,
+                reduction=reduction,
+                impl=backend.impl,
+                bias=bias,
+                lora=lora,
+                entropy=True,
+                chunk_rows=9,
+                **options,
+            )
+            assert out.entropy is not None
+            return out.entropy + weight_of_loss * out.loss if weight_of_loss else out.entropy
+
+        def theirs(hidden: Tensor, weight: Tensor, *more: Tensor) -> Tensor:
+            z = F.linear(hidden, weight, more[0] if more else None)
+            if more:
+                z = z + SCALING * F.linear(F.linear(hidden, more[1]), more[2])
+            z = softcap * torch.tanh(z / softcap) if softcap else z
+            logp = z.log_softmax(-1)
+            entropy = -(logp.exp() * logp).sum(-1) * (target != -100)
+            if not weight_of_loss:
+                return entropy
+            return entropy + weight_of_loss * loss(hidden, weight, *more)
+
+        return ours_, theirs
+
+    check(*combined(0.0), inputs, tolerance=1e-5)
+    check(*combined(0.7), inputs, tolerance=1e-5)
+
+
+@pytest.mark.parametrize("parts", ["", "bias+lora"])
+def test_temperature_divides_the_logits(backend: Backend, poisoned: None, parts: str) -> None:
+    target, *inputs = backend.put(targets(14, 97), *case(14, 97, torch.float32, parts))
+
+    def theirs(hidden: Tensor, *rest: Tensor) -> Tensor:
+        bias = (rest[1] / 0.7,) if parts else ()
+        return peer(target, "none")(hidden / 0.7, rest[0], *bias, *rest[2:])
+
+    check(ours(target, "none", backend.impl, temperature=0.7), theirs, inputs)
+
+
+def test_temperature_is_positive_and_without_a_softcap() -> None:
+    hidden, weight = torch.randn(2, 4), torch.randn(5, 4)
+    for options in ({"temperature": 0.0}, {"temperature": 0.5, "softcap": 3.0}):
+        with pytest.raises(ValueError, match="temperature"):
+            function(hidden, weight, torch.arange(2), **options)
 
 
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
