@@ -1,6 +1,7 @@
 """`accelerate`: our kernels under a transformers model; `restore`: the model as it was."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,9 +9,11 @@ from torch import Tensor, nn
 
 from lora_engine import backends
 from lora_engine.errors import UserError
+from lora_engine.models import trl_head
 from lora_engine.models.attachment import Attachment, attach, attachment, detach
 from lora_engine.models.attention import ATTENTION_CLASSES, AttentionForward
 from lora_engine.models.attention_interface import use_attention
+from lora_engine.models.backbone import BackboneForward
 from lora_engine.models.causal_lm import CausalLmForward, why_no_loss
 from lora_engine.models.closeness import coarsest_dtype
 from lora_engine.models.coverage import CoverageReport
@@ -155,6 +158,7 @@ class _Accelerator:
             elif is_lora_embedding(module):
                 self._embedding(name, module)
         self._loss()
+        self._backbone()
         self._account()
         return self.report
 
@@ -268,13 +272,24 @@ class _Accelerator:
         how = problem or "gathered rows, one product onto them"
         self.report.add(name, "lora_embedding", problem is None, how)
 
+    def _backbone(self) -> None:
+        """Packs padded batches where the layers allow it, and serves TRL's head when it comes."""
+        backbone = self.model.base_model
+        if backbone is self.model or "forward" in vars(backbone):
+            return
+        serves_loss = isinstance(vars(self.model).get("forward"), CausalLmForward)
+        before = partial(trl_head.adopt, self.model, self.patches) if serves_loss else None
+        self.patches.set_forward(backbone, BackboneForward(backbone, self.router, before))
+
     def _loss(self) -> None:
         name = type(self.model).__name__
         problem = why_no_loss(self.model) or self.left.get("loss")
+        if problem is None and trl_head.is_foreign(self.model):
+            problem = "someone replaced the model's forward"
         head = self.model.get_output_embeddings()
         if head is not None:
             (self.served if problem is None else self.covered).add(head)
-        if problem is None:
+        if problem is None and not trl_head.adopt(self.model, self.patches):
             self.patches.set_forward(self.model, CausalLmForward(self.model))
         elif takes_labels(self.model) and "forward" not in vars(self.model):
             self.patches.set_forward(self.model, LabelledForward(self.model))

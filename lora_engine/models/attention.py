@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from lora_engine import ops
 from lora_engine.errors import UserError
 from lora_engine.models.linear_group import LinearGroup
-from lora_engine.models.masks import causal_mask, dense_mask
+from lora_engine.models.masks import causal_mask, dense_mask, has_holes
 from lora_engine.models.sequences import SequenceFinder, Sequences
 
 IMPLEMENTATION = "lora_engine"
@@ -139,6 +139,9 @@ def padding_mask(
             **kwargs,
         )
     known = causal_mask(function)
+    has_window = known is not None and known.window
+    if has_window and attention_mask is not None and has_holes(attention_mask.bool()):
+        known = None  # the window counts the places of padding too
     if q_length == kv_length and known is not None:
         if attention_mask is not None and bool(attention_mask.all()):
             attention_mask = None

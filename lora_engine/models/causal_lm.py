@@ -1,18 +1,20 @@
 """The forward of a causal language model in training: a loss, and no logits."""
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lora_engine.models.attachment import attachment
+from lora_engine.models.backbone import takes_read_rows
 from lora_engine.models.head import Head, output_head, why_no_head
 from lora_engine.models.lora_state import hooks_everywhere
-from lora_engine.models.packed import selects_rows
 from lora_engine.models.supervised_padding import computes_supervised_padding
 
 # Arguments of transformers' losses that this loss does not take.
 _OF_OTHER_LOSSES = ("shift_labels", "ignore_index", "weight")
-_OPTIONS = ("output_router_logits",)
+_OPTIONS = ("logits_to_keep", "output_router_logits")
 
 
 def why_no_loss(model: Any) -> str | None:
@@ -43,47 +45,45 @@ class CausalLmForward:
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As the model's own; with `labels` in training `logits` is None in the result.
+        """As the model's own; with `labels` in training `logits` are made when they are read.
 
         A head in a state that the loss does not cover (several adapters at once, say), a loss of
         the user's and arguments for one run as the model's own too.
         """
-        asks_more = any(kwargs.get(name) not in (None, False) for name in _OPTIONS) or any(
-            kwargs.get(name) is not None for name in _OF_OTHER_LOSSES
-        )
-        if (
-            labels is None
-            or args
-            or asks_more
-            or not self.model.training
-            or hooks_everywhere()
-            or why_no_loss(self.model)
-        ):
+        if labels is None or args or self._asks_more(kwargs) or return_dict is False:
             given = {"num_items_in_batch": num_items_in_batch, "return_dict": return_dict}
             kwargs.update({key: value for key, value in given.items() if value is not None})
             return self.original(*args, labels=labels, **kwargs)
-        from transformers.modeling_outputs import CausalLMOutputWithPast
+        from lora_engine.models.lazy_logits import CausalLmOutput, LazyLogits
 
-        kwargs.pop("logits_to_keep", None)
         kwargs.setdefault("use_cache", False)
         targets, rows = shifted_targets(labels)
         backbone = self.model.base_model
-        wants_states = kwargs.get("output_hidden_states") or self.model.config.output_hidden_states
-        pruned = selects_rows(backbone) and not wants_states
-        if pruned:
-            kwargs["output_rows"] = rows
-        output = backbone(**kwargs)
-        hidden = output.last_hidden_state.flatten(0, 1)
-        if not pruned:
-            hidden = hidden.index_select(0, rows)
-        loss = mean_loss(hidden, output_head(self.model), targets, num_items_in_batch)
-        result = CausalLMOutputWithPast(
+        output = backbone(**kwargs | ({"read_rows": rows} if takes_read_rows(backbone) else {}))
+        hidden, head = output.last_hidden_state, output_head(self.model)
+        supervised = hidden.flatten(0, 1).index_select(0, rows)
+        loss = mean_loss(supervised, head, targets, num_items_in_batch)
+        logits = LazyLogits(partial(head.logits, hidden))
+        if head.is_trained and loss.requires_grad:
+            loss.register_hook(lambda _: logits.expire())
+        return CausalLmOutput(
             loss=loss,
+            logits=logits,
             past_key_values=output.past_key_values,
             hidden_states=output.hidden_states,
             attentions=output.attentions,
         )
-        return result.to_tuple() if return_dict is False else result
+
+    def _asks_more(self, kwargs: dict[str, Any]) -> bool:
+        """Whether a call with these arguments is for the model's own loss."""
+        return (
+            not self.model.training
+            or any(kwargs.get(name) not in (None, False, 0) for name in _OPTIONS)
+            or any(kwargs.get(name) is not None for name in _OF_OTHER_LOSSES)
+            or hooks_everywhere()
+            or attachment(self.model) is None  # restored, but somebody holds this forward
+            or why_no_loss(self.model) is not None
+        )
 
 
 def shifted_targets(labels: Tensor) -> tuple[Tensor, Tensor]:

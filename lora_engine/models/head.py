@@ -42,11 +42,18 @@ class Head:
             **options,
         )
 
+    @property
+    def is_trained(self) -> bool:
+        """Whether anything the logits are made of requires a gradient."""
+        adapter = () if self.lora is None else (self.lora.lora_a, self.lora.lora_b)
+        parts = (self.weight, self.bias, *adapter)
+        return any(part is not None and part.requires_grad for part in parts)
+
     def logits(
         self,
-        hidden: Tensor,  # [U, H]
+        hidden: Tensor,  # [..., H]
     ) -> Tensor:
-        """The logits [U, V] that the loss is taken of, in hidden's dtype."""
+        """The logits [..., V] that the loss is taken of, in hidden's dtype."""
         logits = nn.functional.linear(hidden, self.weight, self.bias)
         if self.lora is not None:
             lora_a, lora_b = (x.to(hidden.dtype) for x in (self.lora.lora_a, self.lora.lora_b))

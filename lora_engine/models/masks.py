@@ -41,6 +41,14 @@ def causal_mask(mask_function: Callable[..., Any]) -> CausalMask | None:
     return CausalMask(window, sequences) if is_causal else None
 
 
+def has_holes(
+    mask: Tensor,  # [B, L] bool
+) -> bool:
+    """Whether padding lies between tokens of a row."""
+    edges = 2 - mask[:, 0].int() - mask[:, -1].int()
+    return bool(((mask[:, 1:] != mask[:, :-1]).sum(1) > edges).any())
+
+
 def _leaves(mask_function: Any, makers: Any) -> Iterator[tuple[str, Any]]:
     """The parts that a mask function is composed of: their maker's name and what it was given.
 

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from lora_engine.models.attention import AttentionForward
+from lora_engine.models.backbone import takes_read_rows
 from lora_engine.models.decoder_layer import DecoderLayerForward
 from lora_engine.models.head import transformers_model
 from lora_engine.models.lora_state import has_hooks
@@ -59,6 +60,21 @@ def packed_hidden_states(model: Any, batch: PackedTokens, rows: Tensor | None = 
     )
     hidden: Tensor = output.last_hidden_state[0]
     return hidden if rows is None or pruned else hidden.index_select(0, rows)
+
+
+def hidden_rows(
+    backbone: Any,
+    rows: Tensor,  # [U] int64
+    kwargs: dict[str, Any],
+) -> tuple[Tensor, Any]:
+    """The last hidden states [U, H] of `rows` of the batch [B * L], and the backbone's result."""
+    wants_states = kwargs.get("output_hidden_states") or backbone.config.output_hidden_states
+    pruned = selects_rows(backbone) and not wants_states
+    if pruned or takes_read_rows(backbone):
+        kwargs = {**kwargs, "output_rows" if pruned else "read_rows": rows}
+    output = backbone(**kwargs)
+    hidden: Tensor = output.last_hidden_state.flatten(0, 1)
+    return hidden if pruned else hidden.index_select(0, rows), output
 
 
 def selects_rows(backbone: Any) -> bool:

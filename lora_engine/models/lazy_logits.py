@@ -1,0 +1,54 @@
+"""The result of a causal language model whose logits are made when somebody reads them."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from lora_engine.errors import UserError
+
+
+class LazyLogits:
+    """Logits, made at the first `value()`."""
+
+    def __init__(self, make: Callable[[], Tensor]) -> None:
+        self._make: Callable[[], Tensor] | None = make
+        self._made: Tensor | None = None
+
+    def value(self) -> Tensor:
+        """The logits. Raises UserError after `expire()`, unless they were made before."""
+        if self._made is None:
+            if self._make is None:
+                raise UserError(
+                    "logits are read after backward(), and the head that makes them is trained: "
+                    "read them before, or call lora_engine.restore(model)"
+                )
+            self._made = self._make()
+        return self._made
+
+    def expire(self) -> None:
+        """From now on the logits could be another head's than that of the loss."""
+        self._make = None
+
+
+class CausalLmOutput(CausalLMOutputWithPast):
+    """transformers' result; reading `logits`, by name or by place, makes them.
+
+    What walks over all of it by `items()` or `values()` passes LazyLogits on without making them.
+    """
+
+    def __getattribute__(self, name: str) -> Any:
+        value = super().__getattribute__(name)
+        return value.value() if isinstance(value, LazyLogits) else value
+
+    def __getitem__(self, key: Any) -> Any:
+        if isinstance(key, str):
+            value = dict(self.items())[key]
+            return value.value() if isinstance(value, LazyLogits) else value
+        names = list(self.keys())[key]
+        return tuple(self[name] for name in names) if isinstance(names, list) else self[names]
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        """Every result that there is, logits among them."""
+        return self[:]
