@@ -1,7 +1,7 @@
 """`accelerate`: our kernels under a transformers model; `restore`: the model as it was."""
 
 from collections.abc import Mapping
-from functools import partial
+from functools import update_wrapper
 from typing import Any
 
 import torch
@@ -273,13 +273,10 @@ class _Accelerator:
         self.report.add(name, "lora_embedding", problem is None, how)
 
     def _backbone(self) -> None:
-        """Packs padded batches where the layers allow it, and serves TRL's head when it comes."""
+        """Packs padded batches where the layers allow it."""
         backbone = self.model.base_model
-        if backbone is self.model or "forward" in vars(backbone):
-            return
-        serves_loss = isinstance(vars(self.model).get("forward"), CausalLmForward)
-        before = partial(trl_head.adopt, self.model, self.patches) if serves_loss else None
-        self.patches.set_forward(backbone, BackboneForward(backbone, self.router, before))
+        if backbone is not self.model and "forward" not in vars(backbone):
+            self.patches.set_forward(backbone, BackboneForward(backbone, self.router))
 
     def _loss(self) -> None:
         name = type(self.model).__name__
@@ -291,6 +288,10 @@ class _Accelerator:
             (self.served if problem is None else self.covered).add(head)
         if problem is None and not trl_head.adopt(self.model, self.patches):
             self.patches.set_forward(self.model, CausalLmForward(self.model))
+            setter = trl_head.ModeSetter(self.model, self.patches)
+            self.patches.set_attribute(
+                self.model, "train", update_wrapper(setter, setter.original, updated=())
+            )
         elif takes_labels(self.model) and "forward" not in vars(self.model):
             self.patches.set_forward(self.model, LabelledForward(self.model))
         how = problem or self._how("linear_cross_entropy")

@@ -1,6 +1,5 @@
 """The forward of a model's layers on padded batches: rows of padding are not computed."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,20 +29,14 @@ class BackboneForward:
     Who reads which rows may say so, in `output_rows` or `read_rows` [U]. Then a batch in which a
     row of padding is read is not packed, and otherwise none with padding on its left: a label of a
     row's first token is predicted there.
-
-    before: called at the start of each call.
     """
 
-    def __init__(
-        self, backbone: Any, router: AdapterRouter, before: Callable[[], Any] | None = None
-    ) -> None:
-        self.backbone, self.router, self.before = backbone, router, before
+    def __init__(self, backbone: Any, router: AdapterRouter) -> None:
+        self.backbone, self.router = backbone, router
         self.original = backbone.forward
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the backbone's own."""
-        if self.before is not None:
-            self.before()
         read = kwargs.pop("read_rows", kwargs.get("output_rows"))
         padded = None if args or not self._packs(kwargs) else _padded_batch(kwargs, read)
         if padded is None:

@@ -16,6 +16,7 @@ from lora_engine.models.head import output_head, why_no_head
 from lora_engine.models.lora_state import hooks_everywhere
 from lora_engine.models.packed import hidden_rows
 from lora_engine.models.patches import Patches
+from lora_engine.models.supervised_padding import computes_supervised_padding
 
 _MODULE, _FUNCTION = "trl.trainer.utils", "_fused_forward"
 _SERVED = frozenset({"log_probs", "entropy", "mean_logits", "is_top1"})
@@ -38,6 +39,7 @@ class TrlHeadForward:
     def __init__(self, model: Any, theirs: Any, asked: _Asked) -> None:
         self.model, self.theirs, self.asked = model, theirs, asked
 
+    @computes_supervised_padding
     def __call__(
         self,
         *args: Any,
@@ -106,6 +108,20 @@ def adopt(model: Any, patches: Patches) -> bool:
     if asked is not None:
         patches.set_forward(model, TrlHeadForward(model, forward, asked))
     return asked is not None
+
+
+class ModeSetter:
+    """A model's `train`, which `eval` calls too: serves TRL's fused head if one has come.
+
+    A trainer puts its forward on the model when it is made, and sets the mode before each step.
+    """
+
+    def __init__(self, model: Any, patches: Patches) -> None:
+        self.model, self.patches, self.original = model, patches, model.train
+
+    def __call__(self, mode: bool = True) -> Any:
+        adopt(self.model, self.patches)
+        return self.original(mode)
 
 
 def is_foreign(model: Any) -> bool:
