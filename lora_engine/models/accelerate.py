@@ -275,7 +275,8 @@ class _Accelerator:
     def _backbone(self) -> None:
         """Packs padded batches where the layers allow it."""
         backbone = self.model.base_model
-        if backbone is not self.model and "forward" not in vars(backbone):
+        has_layers = isinstance(getattr(backbone, "layers", None), nn.ModuleList)
+        if has_layers and backbone is not self.model and "forward" not in vars(backbone):
             self.patches.set_forward(backbone, BackboneForward(backbone, self.router))
 
     def _loss(self) -> None:

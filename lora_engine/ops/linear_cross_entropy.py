@@ -28,7 +28,6 @@ from lora_engine.ops.logits_again import LogitsAgain
 from lora_engine.ops.tensors import accumulate_dtype, check, shape_of, without_autocast
 
 
-
 class LinearCrossEntropy(NamedTuple):
     """What `linear_cross_entropy` returns."""
 
