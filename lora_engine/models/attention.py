@@ -102,6 +102,11 @@ def whole_masks(implementation: str) -> Iterator[None]:
         _whole.reset(token)
 
 
+def computes_padding() -> bool:
+    """Whether a caller wants rows of padding computed (`whole_masks`)."""
+    return _whole.get() is not None
+
+
 def register() -> None:
     """Makes `attn_implementation="lora_engine"` known to transformers."""
     from transformers import AttentionInterface, AttentionMaskInterface

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_engine.models.attention import AttentionForward
+from lora_engine.models.attention import AttentionForward, computes_padding
 from lora_engine.models.lora_state import hooks_everywhere
 from lora_engine.models.masks import has_holes
 from lora_engine.models.router import AdapterRouter
@@ -63,6 +63,7 @@ class BackboneForward:
             isinstance(mask, Tensor)
             and mask.dim() == 2
             and not unknown
+            and not computes_padding()
             and not (config.use_cache if use_cache is None else use_cache)
             and not (config.output_hidden_states or config.output_attentions)
             and getattr(config, "return_dict", True)
