@@ -205,10 +205,11 @@ def _is_asked(model: Any, trial: Trial, names: Sequence[str]) -> bool:
 def _outputs(
     model: Any, trial: Trial, parameters: Sequence[list[str]]
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """A figure of what each layer makes of the rows that it is given, if any: with the parameters'
-    own values, and with these shaken."""
-    names = [name for together in parameters for name in together]
-    layers = {(at := place_of(model, name).layer): model.get_submodule(at) for name in names}
+    """A figure of what the parameters' layers make of the rows that they are given, if any: with
+    their own values, and with what is trained of them shaken."""
+    at = {place_of(model, together[0]).layer for together in parameters}
+    layers = {name: model.get_submodule(name) for name in at}
+    names = [name for name in trial.trained if place_of(model, name).layer in at]
     batch = trial.batch
     if isinstance(batch, PackedBatch):
         # Neither may be watched; see `first_nonfinite_layer`.

@@ -16,6 +16,8 @@ _MOST = 0.5
 _SHORTER = 0.25
 # What a step has to take off, at least, of what it would to first order (Armijo's condition).
 _SUFFICIENT = 0.2
+# A step that moves a value further than this shows nothing: gradients so small are all rounding.
+_FURTHEST = 10.0
 
 # What rounding comes to in a loss, of it or of 1, whichever is more: at most, and usually.
 _ROUNDING = {torch.float64: (1e-10, 1e-12), torch.float32: (1e-5, 3e-6)}
@@ -83,7 +85,8 @@ class _Descent:
                 on = self._change(fall, by_sign=by_sign)
                 if on < -max(3 * noise, _SUFFICIENT * fall):
                     return self.before + on
-                if fall >= 10 * self.most:  # in shorter steps the gradients' own rounding shows
+                conclusive = fall >= 10 * self.most and self._is_near(fall, by_sign=by_sign)
+                if conclusive:  # in shorter steps the gradients' own rounding shows
                     sides = _Sides(fall, on, self._change(-fall, by_sign=by_sign))
                     denial = sides if sides.denies(noise) else denial
             denials.append(denial)
@@ -95,6 +98,15 @@ class _Descent:
         """Of the loss, by a step that takes `fall` off it to first order."""
         self.trial.move(self.gradients, fall / self.slopes[by_sign], by_sign=by_sign)
         return self.trial.loss() - self.before
+
+    def _is_near(self, fall: float, *, by_sign: bool) -> bool:
+        """Whether no value moves far in a step that takes `fall` off the loss to first order."""
+        largest = max(
+            float(torch.linalg.vector_norm(g, float("inf"), dtype=torch.float32))
+            for g in self.gradients.values()
+            if g is not None and g.numel()
+        )
+        return fall / self.slopes[by_sign] * (1.0 if by_sign else largest) <= _FURTHEST
 
     def _noise(self) -> float:
         """How far the loss moves by rounding alone, in steps too short to show."""

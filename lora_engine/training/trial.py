@@ -39,6 +39,7 @@ class Trial:
         """The mean loss of the batch, by a pass that `gradients` can follow."""
         self._loss = None  # frees what the pass before has saved
         random_state.restore(*self._draws)
+        torch.clear_autocast_cache()  # within autocast, of the parameters as they were
         self._loss = _mean_loss(self.model, self.batch)
         return self._loss.item()
 

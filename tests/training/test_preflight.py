@@ -215,6 +215,24 @@ def test_a_loss_of_zero_passes():
     assert "learned already" in str(report)
 
 
+def test_gradients_of_rounding_alone_pass():
+    """Where there is one key, q and k change nothing, and their gradients are zero but for that."""
+    config = peft.LoraConfig(target_modules=["q_proj", "k_proj"])
+    report = preflight(peft.get_peft_model(tiny_llama(), config), rows(1, 2) | one_key())
+    assert report.loss_after == report.loss_before
+
+
+def one_key():
+    return {"attention_mask": torch.ones(1, 2, dtype=torch.long), "labels": torch.tensor([[3, 5]])}
+
+
+def test_autocast_does_not_keep_the_weights_of_an_earlier_pass():
+    model = tiny_lora(dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        report = preflight(model, rows())
+    assert report.loss_after < 0.99 * report.loss_before
+
+
 def test_layers_that_the_batch_does_not_reach_pass():
     model = tiny_llama()
     model.spare = nn.ModuleDict({"self_attn": nn.Linear(32, 32)})
