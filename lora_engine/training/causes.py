@@ -108,7 +108,8 @@ def why_idle(
     layers: all of these, those of a layer together. groups: of these all that belong to an
     adapter, or to none. None if it is the batch's doing: it may not reach all layers.
     """
-    asked = [names for names in layers if _is_asked(model, trial, names)]
+    # Where tokens are trained, they may not be in the batch.
+    asked = [at for at in layers if place_of(model, at[0]).kind != "trainable_tokens_delta"]
     own, shaken = _outputs(model, trial, asked)
     for names in asked:
         place = place_of(model, names[0])
@@ -191,15 +192,6 @@ def _why_zero(model: nn.Module, name: str) -> str:
     if any(p.dtype == torch.float16 for p in model.parameters()):
         return "it vanishes in float16: load the model in bfloat16 or float32"
     return "look for a factor of zero, or rounding, between it and the loss"
-
-
-def _is_asked(model: Any, trial: Trial, names: Sequence[str]) -> bool:
-    """Whether parameters of one layer are such that the batch, if it reaches it, moves them."""
-    place, batch = place_of(model, names[0]), trial.batch
-    if place.kind == "trainable_tokens_delta":  # the tokens may not be in the batch
-        return False
-    named = batch.adapters if isinstance(batch, PackedBatch) else ()
-    return not named or place.adapter is None or place.adapter in named
 
 
 def _outputs(

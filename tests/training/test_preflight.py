@@ -30,6 +30,7 @@ from training_helpers import (
 
 from lora_engine import UserError, accelerate, preflight
 from lora_engine.data.dataset import TokenizedDataset
+from lora_engine.training.trial import trial
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -165,6 +166,20 @@ def test_the_model_is_left_as_it_was(end, fast):
     assert_same_bits(everything(model), before)
     assert all(p.grad is g for p, g in zip(model.parameters(), gradients, strict=True))
     assert_same_bits(batch, tensors)
+
+
+@pytest.mark.parametrize("fast", [False, True], ids=["plain", "accelerated"])
+def test_dropout_draws_the_same_in_every_pass(fast):
+    model = two_adapters(["default"]) if fast else tiny_lora()
+    for module in model.modules():
+        if isinstance(module, peft.tuners.lora.LoraLayer):
+            module.lora_dropout["default"] = nn.Dropout(0.5)
+            nn.init.normal_(module.lora_B["default"].weight)
+    with trial(model, rows()) as tried:
+        first = tried.loss()
+        assert tried.loss() == first
+    torch.manual_seed(1)  # other draws give another loss
+    assert model.train()(**rows()).loss.item() != first
 
 
 def test_optimisers_in_the_backward_pass_do_not_step():
