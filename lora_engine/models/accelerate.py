@@ -16,7 +16,7 @@ from lora_engine.models.attention_interface import use_attention
 from lora_engine.models.backbone import BackboneForward
 from lora_engine.models.causal_lm import CausalLmForward, why_no_loss
 from lora_engine.models.closeness import coarsest_dtype
-from lora_engine.models.coverage import CoverageReport
+from lora_engine.models.coverage import CoverageReport, active_share
 from lora_engine.models.decoder_layer import DECODER_CLASSES, DecoderLayerForward
 from lora_engine.models.embedding import EmbeddingForward, is_lora_embedding
 from lora_engine.models.embedding import why_not as why_no_embedding
@@ -170,9 +170,8 @@ class _Accelerator:
             own = list(module.parameters(recurse=False))
             if not own or isinstance(module, nn.Embedding):
                 continue
-            size = sum(p.numel() for p in own)
-            self.report.weights += size
-            self.report.served += size if module in served else 0
+            size, active = sum(p.numel() for p in own), active_share(self.model, name)
+            self.report.count(size, active, module in served)
             if module not in told | served:
                 kind = type(module).__name__
                 self.report.add(name, kind, False, "not recognised: runs as transformers has it")

@@ -2,6 +2,9 @@
 
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
 
 
 @dataclass(frozen=True)
@@ -20,15 +23,28 @@ class CoverageReport:
 
     served, weights: how many of the model's weights our kernels compute with, and how many compute
         at all: all but those of embeddings, which are looked up.
+    served_flops, flops: of these weights, the floating-point operations of a token's forward pass:
+        two a weight, in experts for the share of them that a token is sent to. Attention's
+        products between tokens are not counted.
     """
 
     entries: list[Coverage] = field(default_factory=list)
     served: int = 0
     weights: int = 0
+    served_flops: float = 0.0
+    flops: float = 0.0
 
     def add(self, module: str, operation: str, replaced: bool, detail: str) -> None:
         """Notes one place."""
         self.entries.append(Coverage(module, operation, replaced, detail))
+
+    def count(self, weights: int, active: float, served: bool) -> None:
+        """Counts weights that compute; `active` is the share of them that a token meets."""
+        self.weights += weights
+        self.flops += 2 * weights * active
+        if served:
+            self.served += weights
+            self.served_flops += 2 * weights * active
 
     @property
     def replaced(self) -> list[Coverage]:
@@ -49,14 +65,35 @@ class CoverageReport:
             return "accelerate: no module was recognised"
         width = max(len(module) for module, *_ in rows)
         operation_width = max(len(operation) for _, operation, *_ in rows)
-        share = self.served / max(1, self.weights)
-        total = f"{share:.1%} of the weights that compute run on lora_engine's kernels"
+        shares = self.served / max(1, self.weights), self.served_flops / max(1.0, self.flops)
+        total = (
+            f"{shares[0]:.1%} of the weights that compute run on lora_engine's kernels, "
+            f"{shares[1]:.1%} of their FLOPs"
+        )
         table = "\n".join(
             f"{count:4d} × {module:<{width}}  {operation:<{operation_width}}  "
             f"{'→' if replaced else 'left:'} {detail}"
             for (module, operation, replaced, detail), count in rows.items()
         )
         return f"{table}\n{total}"
+
+
+# What configurations call the number of experts that a token is sent to.
+_ACTIVE = ("num_experts_per_tok", "moe_topk", "moe_top_k", "top_k_experts", "num_experts_per_token")
+
+
+def active_share(model: Any, name: str) -> float:
+    """The share of a module's weights that one token meets: less than one in experts."""
+    config = model.config.get_text_config()
+    active = next((n for key in _ACTIVE if isinstance(n := getattr(config, key, None), int)), None)
+    path = name.split(".")
+    if active is None or "experts" not in path:
+        return 1.0
+    experts = model.get_submodule(".".join(path[: path.index("experts") + 1]))
+    if isinstance(experts, nn.ModuleList):
+        return min(1.0, active / max(1, len(experts)))
+    stacked = [p.shape[0] for p in experts.parameters() if p.dim() == 3]
+    return min(1.0, active / stacked[0]) if stacked else 1.0
 
 
 def _pattern(module: str) -> str:

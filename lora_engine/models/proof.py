@@ -59,7 +59,7 @@ def own_results(model: Any) -> Results:
         own.error = "its weights have no values yet"
         return own
     try:
-        with _measuring(model):
+        with measuring(model):
             for batch in _batches(model):
                 with own.layers.recording(exact=not own.logits), _last_hidden(model) as last:
                     own.logits.append(_logits(model, batch))
@@ -80,7 +80,7 @@ def same_logits(model: Any, own: Results) -> str | None:
         return own.error
     own.layers.rewind()
     try:
-        with _measuring(model), proving():
+        with measuring(model), proving():
             for batch, expected in zip(_batches(model), own.logits, strict=True):
                 with own.layers.replaying(batch.get("attention_mask")):
                     logits = _logits(model, batch)
@@ -106,7 +106,7 @@ def same_training(model: Any, own: Results) -> str | None:
     if own.beyond_head and isinstance(vars(model).get("forward"), CausalLmForward):
         return "the model's logits are more than its head's product with the hidden states"
     try:
-        with _measuring(model), own.layers.replaying():
+        with measuring(model), own.layers.replaying():
             model.training = True  # the model alone: its parts drop nothing out
             loss, gradients = _train(model)
     except Exception as error:
@@ -129,8 +129,8 @@ def same_training(model: Any, own: Results) -> str | None:
 
 
 @contextmanager
-def _measuring(model: nn.Module) -> Iterator[None]:
-    """Nothing is dropped out, no generator moves, no gradient is kept."""
+def measuring(model: nn.Module) -> Iterator[None]:
+    """Within, nothing is dropped out, no generator moves, no gradient is kept."""
     training = {part: part.training for part in model.modules()}
     model.eval()
     try:
@@ -230,7 +230,7 @@ def _length(model: Any) -> int:
 
 def _batches(model: Any) -> list[dict[str, Tensor]]:
     """Padded, whole and, where the model takes positions, packed."""
-    whole = {"input_ids": _tokens(model, 1)}
+    whole = {"input_ids": probe_tokens(model, 1, _length(model))}
     batches = [_padded(model), whole]
     if "position_ids" in inspect.signature(model.forward).parameters:
         ids = whole["input_ids"]
@@ -241,9 +241,9 @@ def _batches(model: Any) -> list[dict[str, Tensor]]:
     return batches
 
 
-def _tokens(model: Any, rows: int) -> Tensor:
+def probe_tokens(model: Any, rows: int, length: int) -> Tensor:
     """[rows, length] int64: different ordinary tokens."""
-    embeddings, length = model.get_input_embeddings().weight, _length(model)
+    embeddings = model.get_input_embeddings().weight
     words = min(embeddings.shape[0], getattr(model.config.get_text_config(), "vocab_size", 2**62))
     ids = 3 + torch.arange(rows * length) * 7 % max(1, words - 3)
     return ids.view(rows, length).to(embeddings.device)
@@ -251,7 +251,7 @@ def _tokens(model: Any, rows: int) -> Tensor:
 
 def _padded(model: Any) -> dict[str, Tensor]:
     """A whole row, one with padding on its left, one with padding on its right."""
-    ids = _tokens(model, 3)
+    ids = probe_tokens(model, 3, _length(model))
     mask = torch.ones_like(ids)
     mask[1, :3] = 0
     mask[2, -2:] = 0

@@ -13,6 +13,7 @@ from lora_engine.data.vocabulary import check_vocabulary
 from lora_engine.errors import UserError
 from lora_engine.models.accelerate import is_accelerated
 from lora_engine.models.packed import can_share_prefixes
+from lora_engine.models.packed_proof import check_packed_training
 from lora_engine.models.routing import active_adapters
 from lora_engine.training.card import CardFacts
 from lora_engine.training.config import TrainConfig
@@ -51,7 +52,8 @@ class Trainer:
         the parameters that are not trained are hashed (about a second for each GB and core).
 
     The run's folder, config.output_dir, gets metrics.jsonl, checkpoints/ and adapter/.
-    Raises UserError for data or settings that cannot be trained with.
+    Raises UserError for data or settings that cannot be trained with, and for a model whose loss on
+    packed batches would not be its own.
     """
 
     def __init__(
@@ -77,6 +79,7 @@ class Trainer:
             if dataset is not None:
                 check_adapters(dataset, active_adapters(model))
                 check_vocabulary(dataset, model, tokenizer)
+        check_packed_training(model)
         check_rates(config, active_adapters(model))
         self._train_stream, self.total_steps = self._plan_steps()
         self.schedule = Schedule.from_config(config, self.total_steps)

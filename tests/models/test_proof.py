@@ -232,6 +232,9 @@ def test_the_report_accounts_for_every_weight() -> None:
     assert report.weights == sum(p.numel() for p in model.parameters()) - embedding
     experts = sum(p.numel() for n, p in model.named_parameters() if ".experts." in n)
     assert report.served <= report.weights - experts
+    assert report.flops == 2 * (report.weights - experts / 2)  # two experts of four
+    assert report.served_flops == 2 * report.served  # of no expert
+    assert f"{report.served_flops / report.flops:.1%} of their FLOPs" in str(report)
     with pytest.raises(UserError, match="MixtralExperts"):
         lora_engine.accelerate(model, strict=True)
 
