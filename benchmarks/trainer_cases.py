@@ -42,13 +42,13 @@ class Case:
     build: makes the trainer of a model, a folder and settings.
     kind: the class of model that it trains, without its family's name.
     lora: whether adapters are trained, or all weights.
-    means_over_padding: what it logs that is a mean over rows of padding too.
+    but: what it logs that is not compared, by name, or as "name of step 1".
     """
 
     build: Callable[..., Any]
     kind: str = "ForCausalLM"
     lora: bool = True
-    means_over_padding: tuple[str, ...] = ()
+    but: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -106,20 +106,22 @@ def without_times(entry: dict[str, Any]) -> dict[str, float]:
 
 
 def log_difference(ours: Run, theirs: Run, but: tuple[str, ...] = ()) -> tuple[float, str]:
-    """The largest difference of a number logged, and its step and name; not of those in `but`.
+    """The largest difference of a number logged, and its name and step; not of those in `but`.
 
-    Relative to the value, or to 1 where that is larger: rewards are differences of sums of
-    log-probabilities, whose rounding does not shrink with them. Infinite where one logs what the
-    other does not.
+    Relative to the value, or to a tenth of the sums of log-probabilities logged beside it, or to 1:
+    rewards and KL are differences of such sums, whose rounding does not shrink with them. Infinite
+    where one logs what the other does not.
     """
     if [entry.keys() for entry in ours.logs] != [entry.keys() for entry in theirs.logs]:
         return float("inf"), "what is logged"
-    differences = [
-        (_or_infinite(abs(a[key] - b[key]) / max(1.0, abs(b[key]))), f"{key} of step {b['step']}")
-        for a, b in zip(ours.logs, theirs.logs, strict=True)
-        for key in b
-        if key not in but
-    ]
+    differences = []
+    for mine, other in zip(ours.logs, theirs.logs, strict=True):
+        sums = [abs(value) / 10 for key, value in other.items() if key.startswith("logps/")]
+        for key, value in other.items():
+            name = f"{key} of step {other['step']}"
+            if not {key, name} & {*but}:
+                scale = max(1.0, abs(value), *sums)
+                differences.append((_or_infinite(abs(mine[key] - value) / scale), name))
     return max(differences)
 
 

@@ -52,11 +52,13 @@ def share_of_vowels(completions: Sequence[str], **_: Any) -> list[float]:
     return [sum(c in "aeiou" for c in text) + 0.01 * len(text) for text in completions]
 
 
-# The mean of the logits of every position of a batch.
+# Means over every position of a batch, padding among them, whose logits are not computed.
 _MEAN_LOGITS = ("logits/chosen", "logits/rejected")
+# The reference is a copy of the adapters: at first all rewards are zero, but for rounding.
+_TIES = ("rewards/accuracies of step 1",)
 TRL = {
     "SFT": Case(partial(offline, "SFT", {"prompt": PROMPTS, "completion": GOOD})),
-    "DPO": Case(partial(offline, "DPO", PAIRS)),
+    "DPO": Case(partial(offline, "DPO", PAIRS), but=_TIES),
     "KTO": Case(
         partial(
             offline,
@@ -64,8 +66,8 @@ TRL = {
             {"prompt": PROMPTS * 2, "completion": GOOD + BAD, "label": [True] * 6 + [False] * 6},
         )
     ),
-    "ORPO": Case(partial(offline, "ORPO", PAIRS), means_over_padding=_MEAN_LOGITS),
-    "CPO": Case(partial(offline, "CPO", PAIRS), means_over_padding=_MEAN_LOGITS),
+    "ORPO": Case(partial(offline, "ORPO", PAIRS), but=_MEAN_LOGITS),
+    "CPO": Case(partial(offline, "CPO", PAIRS), but=_MEAN_LOGITS),
     "Reward": Case(partial(offline, "Reward", PAIRS), kind="ForSequenceClassification"),
     "GRPO": Case(partial(online, "GRPO")),
     "RLOO": Case(partial(online, "RLOO")),

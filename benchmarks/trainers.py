@@ -51,7 +51,7 @@ def compare(case: Case) -> dict[str, dict[str, Any]]:
             except Exception as error:  # whatever a trainer does not survive is a result
                 found[when] = {"error": f"{type(error).__name__}: {error}".partition("\n")[0]}
                 continue
-            logged, what = log_difference(ours, theirs, case.means_over_padding)
+            logged, what = log_difference(ours, theirs, case.but)
             weights, which = weight_difference(ours, theirs)
             found[when] = {"logged": logged, "what": what, "weights": weights, "which": which}
     return found

@@ -15,7 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 LOGS = ROOT / "build" / "machines"
-NUMERICS = [f"tests/{name}" for name in ("ops", "models", "training", "benchmarks")]
+NUMERICS = [f"tests/{name}" for name in ("ops", "models", "training", "trainers", "benchmarks")]
 
 # Variables of the environment, and options of pytest.
 MACHINES: dict[str, tuple[dict[str, str], list[str]]] = {

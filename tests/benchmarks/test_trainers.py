@@ -11,6 +11,8 @@ import trainers
 from trainer_cases import TOLERANCE, Run, log_difference, moved, run, weight_difference
 from trainer_setups import HUGGING_FACE
 
+RESULTS = Path(trainers.__file__).parent / "results"
+
 
 def a_run(loss: float = 2.0, weight: float = 1.0, **logged: float) -> Run:
     weights = {"w": torch.full((4,), weight)}
@@ -22,6 +24,11 @@ def test_differences_are_relative_and_named() -> None:
     assert log_difference(a_run(2.002), a_run())[1] == "loss of step 1"
     assert log_difference(a_run(kl=1e-4), a_run(kl=0.0))[0] == pytest.approx(1e-4)
     assert log_difference(a_run(kl=5.0), a_run(kl=0.0), ("kl",))[0] == 0.0
+    assert log_difference(a_run(kl=5.0), a_run(kl=0.0), ("kl of step 1",))[0] == 0.0
+    beside = {"logps/chosen": -80.0}
+    assert log_difference(a_run(kl=8e-4, **beside), a_run(kl=0.0, **beside))[0] == pytest.approx(
+        1e-4
+    )
     assert weight_difference(a_run(weight=1.01), a_run())[0] == pytest.approx(1e-2)
     assert moved(a_run()) == pytest.approx(0.5)
 
@@ -72,3 +79,15 @@ def test_the_table_goes_where_its_markers_are(tmp_path: Path) -> None:
     assert written.endswith(f"{trainers.END}\nBelow\n")
     with pytest.raises(ValueError, match="no place"):
         trainers.with_table("nothing", result)
+
+
+def test_the_page_shows_the_committed_result() -> None:
+    page = trainers.PAGE.read_text()
+    source = page.partition(trainers.START)[2].partition(" -->")[0]
+    result = RESULTS / Path(source).name
+    assert page == trainers.with_table(page, result), (
+        f"docs/drop-in.md is out of date: python benchmarks/trainers.py --page {source}"
+    )
+    measured = json.loads(result.read_text())["trainers"]
+    assert measured.keys() == trainers.CASES.keys()
+    assert all(trainers.is_same(d) for each in measured.values() for d in each.values())

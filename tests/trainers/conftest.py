@@ -22,12 +22,17 @@ def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
     datasets.disable_progress_bars()
 
 
+@pytest.fixture(scope="session")
+def plain_runs() -> dict[Any, Any]:
+    """Runs without acceleration, by case and settings."""
+    return {}
+
+
 @pytest.fixture
-def compare(tmp_path: Path) -> Callable[..., None]:
+def compare(tmp_path: Path, plain_runs: dict[Any, Any]) -> Callable[..., None]:
     """Asserts that a trainer says and learns the same with and without acceleration.
 
-    compare(case, when, tolerance=…, but=…, **settings): `but` is what of its log is not compared,
-    the settings are those of `trainer_cases.run`.
+    compare(case, when, tolerance=…, **settings): the settings are those of `trainer_cases.run`.
     """
     import trainer_cases
 
@@ -36,18 +41,18 @@ def compare(tmp_path: Path) -> Callable[..., None]:
         when: str,
         *,
         tolerance: float = trainer_cases.TOLERANCE,
-        but: tuple[str, ...] | None = None,
         **settings: Any,
     ) -> None:
-        theirs = trainer_cases.run(case, None, tmp_path / "plain", **settings)
+        key = case, *settings.items()
+        if key not in plain_runs:
+            plain_runs[key] = trainer_cases.run(case, None, tmp_path / "plain", **settings)
+        theirs = plain_runs[key]
         ours = trainer_cases.run(case, when, tmp_path / "ours", **settings)
-        but = case.means_over_padding if but is None else but
         assert len(theirs.logs) > trainer_cases.STEPS
         assert trainer_cases.moved(theirs) > 2 * tolerance  # so that a wrong update shows
-        assert trainer_cases.log_difference(ours, theirs, but)[0] <= tolerance, (
-            trainer_cases.log_difference(ours, theirs, but)
-        )
-        worst, where = trainer_cases.weight_difference(ours, theirs)
-        assert worst <= tolerance, where
+        logged, what = trainer_cases.log_difference(ours, theirs, case.but)
+        assert logged <= tolerance, what
+        learned, which = trainer_cases.weight_difference(ours, theirs)
+        assert learned <= tolerance, which
 
     return asserts
