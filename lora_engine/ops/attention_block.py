@@ -1,7 +1,7 @@
 """The attention half of a decoder layer as one autograd function; see ops/blocks.py."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -85,6 +85,36 @@ def attention_block(
     return out
 
 
+class _Inputs(NamedTuple):
+    """The function's inputs before the adapters' tensors: which need gradients, or these."""
+
+    x: Any = None
+    norm_weight: Any = None
+    call: Any = None
+    head_norms: Any = None
+    q_weight: Any = None
+    k_weight: Any = None
+    cu_seqlens: Any = None
+    cos: Any = None
+    sin: Any = None
+
+
+class _Saved(NamedTuple):
+    """What the backward pass reads."""
+
+    x: Tensor  # [M, H]
+    rstd: Tensor  # [M]
+    s: Tensor  # [M, R]
+    qkv: Tensor  # [M, Nq + Nk + Nv]
+    os: Tensor  # [M, Nq + R]: attention's output with the outer S behind it
+    lse: Tensor  # [heads, M]
+    unscaled: Tensor | None  # as qkv, before DoRA's scale
+    outer_unscaled: Tensor | None  # [M, H], likewise
+    cu_seqlens: Tensor
+    cos: Tensor
+    sin: Tensor
+
+
 class _AttentionBlock(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -116,36 +146,35 @@ class _AttentionBlock(torch.autograd.Function):
         )
         y, outer_unscaled = call.outer.forward(os, residual=rows)
         ctx.call, ctx.head_norms, ctx.shape = call, head_norms, x.shape
-        ctx.save_for_backward(
-            rows,
-            rstd,
-            xs[:, inner.in_features :].clone(),
-            qkv,
-            os,
-            lse,
-            unscaled,
-            outer_unscaled,
-            cu_seqlens,
-            cos,
-            sin,
-            norm_weight,
-            q_weight,
-            k_weight,
-            *tensors,
+        saved = _Saved(
+            x=rows,
+            rstd=rstd,
+            s=xs[:, inner.in_features :].clone(),
+            qkv=qkv,
+            os=os,
+            lse=lse,
+            unscaled=unscaled,
+            outer_unscaled=outer_unscaled,
+            cu_seqlens=cu_seqlens,
+            cos=cos,
+            sin=sin,
         )
+        # The parameters too, so that autograd notices where one was changed in between.
+        ctx.save_for_backward(*saved, norm_weight, q_weight, k_weight, *tensors)
         return y.view(x.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         call: Call = ctx.call
-        x, rstd, s, qkv, os, lse, unscaled, outer_unscaled, *rotation = ctx.saved_tensors
-        cu_seqlens, cos, sin = rotation[:3]
+        saved = _Saved(*ctx.saved_tensors[: len(_Saved._fields)])
+        asked = _Inputs(*ctx.needs_input_grad[: len(_Inputs._fields)])
+        x, os = saved.x, saved.os
         inner, outer = call.inner, call.outer
         inner.begin_backward()
         outer.begin_backward()
         width = outer.weight.in_features
-        needs, outer_needs = call.split(ctx.needs_input_grad[9:])
+        needs, outer_needs = call.split(ctx.needs_input_grad[len(asked) :])
         wants_a, wants_b = inner.wants(needs)
         outer_wants_a, outer_wants_b = outer.wants(outer_needs)
 
@@ -153,7 +182,7 @@ class _AttentionBlock(torch.autograd.Function):
         outer_ds, outer_d_b = outer.fill_ds(d_out, os[:, width:], wanted=outer_wants_b)
         d_o = outer.input_gradient(d_out)
         outer_d_a = outer.lora_a_gradient(outer_ds, os[:, :width], wanted=outer_wants_a)
-        raw_q, raw_k, v = qkv.split(list(inner.weight.out_features), dim=1)
+        raw_q, raw_k, v = saved.qkv.split(list(inner.weight.out_features), dim=1)
         q, k, rstd_heads = raw_q, raw_k, None
         if ctx.head_norms is not None:
             q, k, rstd_heads = _norm_heads(call, ctx.head_norms, q, k)
@@ -166,7 +195,17 @@ class _AttentionBlock(torch.autograd.Function):
             zeros=False,
         )
         launchers.attention(call.implementation("attention", x)).attention_bwd(
-            d_o, q, k, v, cu_seqlens, cos, sin, os[:, :width], lse, *parts, **call.options
+            d_o,
+            q,
+            k,
+            v,
+            saved.cu_seqlens,
+            saved.cos,
+            saved.sin,
+            os[:, :width],
+            saved.lse,
+            *parts,
+            **call.options,
         )
         del d_o, q, k
         d_head_norms: list[Tensor | None] = [None, None]
@@ -177,23 +216,30 @@ class _AttentionBlock(torch.autograd.Function):
                 (raw_q, raw_k),
                 rstd_heads,
                 parts[:2],
-                ctx.needs_input_grad[4:6],
+                (asked.q_weight, asked.k_weight),
             )
 
         dys = inner.claim_gradient(parts)
-        ds, d_b = inner.fill_ds(dys, s, wanted=wants_b)
+        ds, d_b = inner.fill_ds(dys, saved.s, wanted=wants_b)
         dx, dweight, d_a = call.inner_gradients(
-            as_rows(dy), dys, ds, x, rstd, ctx.needs_input_grad[:2], wants_a=wants_a
+            as_rows(dy),
+            dys,
+            ds,
+            x,
+            saved.rstd,
+            (asked.x, asked.norm_weight),
+            wants_a=wants_a,
+        )
+        grads = _Inputs(
+            x=None if dx is None else augmented.keep_room(dx, dx.view(ctx.shape)),
+            norm_weight=dweight,
+            q_weight=d_head_norms[0],
+            k_weight=d_head_norms[1],
         )
         return (
-            None if dx is None else augmented.keep_room(dx, dx.view(ctx.shape)),
-            dweight,
-            None,
-            None,
-            *d_head_norms,
-            *[None] * 3,
-            *inner.factor_gradients(needs, d_a, d_b, parts, unscaled),
-            *outer.factor_gradients(outer_needs, outer_d_a, outer_d_b, [dy], outer_unscaled),
+            *grads,
+            *inner.factor_gradients(needs, d_a, d_b, parts, saved.unscaled),
+            *outer.factor_gradients(outer_needs, outer_d_a, outer_d_b, [dy], saved.outer_unscaled),
         )
 
 

@@ -1,6 +1,6 @@
 """LayerNorm with its gradient."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,6 +54,18 @@ def _check_parameter(name: str, parameter: Tensor | None, x: Tensor) -> None:
     )
 
 
+class _Inputs(NamedTuple):
+    """The function's inputs: which need gradients, or these."""
+
+    x: Any = None
+    weight: Any = None
+    bias: Any = None
+    eps: Any = None
+    tail: Any = None
+    grad_tail: Any = None
+    kernels: Any = None
+
+
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -85,15 +97,13 @@ class _LayerNorm(torch.autograd.Function):
         x, weight, mean, rstd = ctx.saved_tensors
         count, cols = x.shape
         (dx,) = augmented.empty(count, [cols], ctx.grad_tail, dtype=x.dtype, device=x.device)
-        dweight, dbias = (rstd.new_empty(cols) if ctx.needs_input_grad[i] else None for i in (1, 2))
+        asked = _Inputs(*ctx.needs_input_grad)
+        dweight = rstd.new_empty(cols) if asked.weight else None
+        dbias = rstd.new_empty(cols) if asked.bias else None
         kernels: contracts.LayerNorm = ctx.kernels
         kernels.layer_norm_bwd(as_rows(dy), x, weight, mean, rstd, dx, dweight, dbias)
-        return (
-            augmented.shaped(dx, ctx.shape),
-            None if dweight is None else dweight.to(x.dtype),
-            None if dbias is None else dbias.to(x.dtype),
-            None,
-            None,
-            None,
-            None,
+        return _Inputs(
+            x=augmented.shaped(dx, ctx.shape),
+            weight=None if dweight is None else dweight.to(x.dtype),
+            bias=None if dbias is None else dbias.to(x.dtype),
         )

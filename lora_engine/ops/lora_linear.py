@@ -1,6 +1,6 @@
 """Linear layers with LoRA: a group that shares its input as one augmented matrix product."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -103,10 +103,23 @@ def _reference(
     return tuple(outputs)
 
 
-def _forward(
-    x: Tensor, product: AugmentedProduct
-) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:
-    """The outputs; and x's rows, S and with DoRA Y before its scale, for the backward pass."""
+class _Inputs(NamedTuple):
+    """The function's inputs before the adapters' tensors: which need gradients, or these."""
+
+    x: Any = None
+    product: Any = None
+
+
+class _Saved(NamedTuple):
+    """What the backward pass reads."""
+
+    x: Tensor  # [M, K]
+    s: Tensor  # [M, R]
+    unscaled: Tensor | None  # [M, N], Y before DoRA's scale
+
+
+def _forward(x: Tensor, product: AugmentedProduct) -> tuple[tuple[Tensor, ...], _Saved]:
+    """The outputs, and what the backward pass reads."""
     weight = product.weight
     n, k = weight.base.shape
     if product.strategy(x.numel() // k, n, k, masked=False) == "augmented":
@@ -119,7 +132,7 @@ def _forward(
         y, unscaled = product.forward_apart(rows, low_rank)
     parts = (y,) if len(weight.out_features) == 1 else y.split(weight.out_features, dim=1)
     outputs = tuple(part.view(*x.shape[:-1], part.shape[1]) for part in parts)
-    return outputs, (rows, low_rank, unscaled)
+    return outputs, _Saved(rows, low_rank, unscaled)
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -136,16 +149,16 @@ class _LoraLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         product: AugmentedProduct = ctx.product
-        x, s, unscaled, *_ = ctx.saved_tensors
+        saved = _Saved(*ctx.saved_tensors[: len(_Saved._fields)])
+        asked = _Inputs(*ctx.needs_input_grad[: len(_Inputs._fields)])
+        needs = ctx.needs_input_grad[len(asked) :]
         product.begin_backward()
-        needs = ctx.needs_input_grad[2:]
         wants_a, wants_b = product.wants(needs)
         dys = product.claim_gradient(grads)
-        ds, d_lora_b = product.fill_ds(dys, s, wanted=wants_b)
-        dx = product.input_gradient(dys).view(ctx.shape) if ctx.needs_input_grad[0] else None
-        d_lora_a = product.lora_a_gradient(ds, x, wanted=wants_a)
+        ds, d_lora_b = product.fill_ds(dys, saved.s, wanted=wants_b)
+        dx = product.input_gradient(dys).view(ctx.shape) if asked.x else None
+        d_lora_a = product.lora_a_gradient(ds, saved.x, wanted=wants_a)
         return (
-            dx,
-            None,
-            *product.factor_gradients(needs, d_lora_a, d_lora_b, grads, unscaled),
+            *_Inputs(x=dx),
+            *product.factor_gradients(needs, d_lora_a, d_lora_b, grads, saved.unscaled),
         )

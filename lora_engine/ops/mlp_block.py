@@ -1,6 +1,6 @@
 """The MLP half of a decoder layer as one autograd function; see ops/blocks.py."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,6 +39,26 @@ def mlp_block(
     return out
 
 
+class _Inputs(NamedTuple):
+    """The function's inputs before the adapters' tensors: which need gradients, or these."""
+
+    x: Any = None
+    norm_weight: Any = None
+    call: Any = None
+
+
+class _Saved(NamedTuple):
+    """What the backward pass reads."""
+
+    x: Tensor  # [M, H]
+    rstd: Tensor  # [M]
+    s: Tensor  # [M, R]
+    gate_up: Tensor  # [M, 2 I]
+    outer_s: Tensor  # [M, R] of the down projection
+    unscaled: Tensor | None  # as gate_up, before DoRA's scale
+    outer_unscaled: Tensor | None  # [M, H], likewise
+
+
 class _MlpBlock(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -55,35 +75,37 @@ class _MlpBlock(torch.autograd.Function):
         kernels.glu_fwd(gate, up, hs[:, :width], **call.options)
         y, outer_unscaled = call.outer.forward(hs, residual=rows)
         ctx.call, ctx.shape = call, x.shape
-        ctx.save_for_backward(
-            rows,
-            rstd,
-            xs[:, inner.in_features :].clone(),
-            gate_up,
-            hs[:, width:].clone(),
-            unscaled,
-            outer_unscaled,
-            norm_weight,
-            *tensors,
+        saved = _Saved(
+            x=rows,
+            rstd=rstd,
+            s=xs[:, inner.in_features :].clone(),
+            gate_up=gate_up,
+            outer_s=hs[:, width:].clone(),
+            unscaled=unscaled,
+            outer_unscaled=outer_unscaled,
         )
+        # The parameters too, so that autograd notices where one was changed in between.
+        ctx.save_for_backward(*saved, norm_weight, *tensors)
         return y.view(x.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         call: Call = ctx.call
-        x, rstd, s, gate_up, outer_s, unscaled, outer_unscaled, *_ = ctx.saved_tensors
+        saved = _Saved(*ctx.saved_tensors[: len(_Saved._fields)])
+        asked = _Inputs(*ctx.needs_input_grad[: len(_Inputs._fields)])
+        x = saved.x
         inner, outer = call.inner, call.outer
         inner.begin_backward()
         outer.begin_backward()
-        needs, outer_needs = call.split(ctx.needs_input_grad[3:])
+        needs, outer_needs = call.split(ctx.needs_input_grad[len(asked) :])
         wants_a, wants_b = inner.wants(needs)
         outer_wants_a, outer_wants_b = outer.wants(outer_needs)
 
         d_out = outer.claim_gradient([dy])
-        outer_ds, outer_d_b = outer.fill_ds(d_out, outer_s, wanted=outer_wants_b)
+        outer_ds, outer_d_b = outer.fill_ds(d_out, saved.outer_s, wanted=outer_wants_b)
         dh = outer.input_gradient(d_out)
-        gate, up = gate_up.split(list(inner.weight.out_features), dim=1)
+        gate, up = saved.gate_up.split(list(inner.weight.out_features), dim=1)
         parts = dgate, dup = augmented.empty(
             x.shape[0],
             list(inner.weight.out_features),
@@ -99,14 +121,22 @@ class _MlpBlock(torch.autograd.Function):
         del dh, h
 
         dys = inner.claim_gradient(parts)
-        ds, d_b = inner.fill_ds(dys, s, wanted=wants_b)
+        ds, d_b = inner.fill_ds(dys, saved.s, wanted=wants_b)
         dx, dweight, d_a = call.inner_gradients(
-            as_rows(dy), dys, ds, x, rstd, ctx.needs_input_grad[:2], wants_a=wants_a
+            as_rows(dy),
+            dys,
+            ds,
+            x,
+            saved.rstd,
+            (asked.x, asked.norm_weight),
+            wants_a=wants_a,
+        )
+        grads = _Inputs(
+            x=None if dx is None else augmented.keep_room(dx, dx.view(ctx.shape)),
+            norm_weight=dweight,
         )
         return (
-            None if dx is None else augmented.keep_room(dx, dx.view(ctx.shape)),
-            dweight,
-            None,
-            *inner.factor_gradients(needs, d_a, d_b, parts, unscaled),
-            *outer.factor_gradients(outer_needs, outer_d_a, outer_d_b, [dy], outer_unscaled),
+            *grads,
+            *inner.factor_gradients(needs, d_a, d_b, parts, saved.unscaled),
+            *outer.factor_gradients(outer_needs, outer_d_a, outer_d_b, [dy], saved.outer_unscaled),
         )

@@ -1,6 +1,6 @@
 """RMSNorm with its gradient, alone or with the residual addition before it."""
 
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -89,6 +89,19 @@ def rms_norm(
     return out
 
 
+class _Inputs(NamedTuple):
+    """The function's inputs: which need gradients, or these."""
+
+    x: Any = None
+    weight: Any = None
+    residual: Any = None
+    eps: Any = None
+    offset: Any = None
+    tail: Any = None
+    grad_tail: Any = None
+    kernels: Any = None
+
+
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -124,21 +137,17 @@ class _RmsNorm(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor | None, dh: Tensor | None = None) -> tuple[Any, ...]:
         h, weight, rstd = ctx.saved_tensors
         if dy is None:  # the normed result was not used
-            return dh, None, dh, None, None, None, None, None
+            return _Inputs(x=dh, residual=dh)
+        asked = _Inputs(*ctx.needs_input_grad)
         count, cols = h.shape
         (dx,) = augmented.empty(count, [cols], ctx.grad_tail, dtype=h.dtype, device=h.device)
-        dweight = rstd.new_empty(cols) if ctx.needs_input_grad[1] else None
+        dweight = rstd.new_empty(cols) if asked.weight else None
         dh_rows = None if dh is None else as_rows(dh)
         kernels: contracts.RmsNorm = ctx.kernels
         kernels.rms_norm_bwd(as_rows(dy), dh_rows, h, weight, rstd, dx, dweight, ctx.offset)
         shaped = augmented.shaped(dx, ctx.shape)
-        return (
-            shaped,
-            None if dweight is None else dweight.to(weight.dtype),
-            shaped if ctx.needs_input_grad[2] else None,
-            None,
-            None,
-            None,
-            None,
-            None,
+        return _Inputs(
+            x=shaped,
+            weight=None if dweight is None else dweight.to(weight.dtype),
+            residual=shaped if asked.residual else None,
         )
