@@ -2,11 +2,11 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from lora_engine.backends.contracts import CrossEntropy
 from lora_engine.ops.cross_entropy import LossOptions
 from lora_engine.ops.head_gradients import HeadGradients
 from lora_engine.ops.linear_head import LinearHead
@@ -32,7 +32,7 @@ class LogitsAgain:
     def loss_gradients(
         self,
         d_losses: Tensor,  # [U] float32
-        kernels: Any,
+        kernels: CrossEntropy,
         options: LossOptions,
     ) -> tuple[Tensor | None, ...]:
         """The parameters' gradients of the rows' losses, each row's times its `d_losses`."""
