@@ -58,10 +58,11 @@ def accelerate(
     `verify`, a batch as the model takes it with labels, runs loss and gradients both ways and
     raises ValueError outside the VERIFY_TOLERANCE of the coarsest weights. `strict` raises
     UserError where anything was left. Accelerating an accelerated model does it anew (after adding
-    an adapter, say).
+    an adapter, say). UserError for what is no model of transformers, nor one of PEFT's around it.
     """
     restore(model)
     inner = transformers_model(model)
+    _check_is_of_transformers(inner)
     expected = _loss_and_gradients(model, verify) if verify is not None else None
     backends.keep_freed_memory(next(inner.parameters()).device)
     try:
@@ -77,6 +78,16 @@ def accelerate(
         restore(model)
         raise
     return report
+
+
+def _check_is_of_transformers(model: Any) -> None:
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        raise UserError(
+            f"accelerate: {type(model).__name__} is no model of transformers; "
+            "give it the transformers or PEFT model inside, before that is wrapped"
+        )
 
 
 def restore(model: nn.Module) -> None:

@@ -144,9 +144,9 @@ def padding_mask(
             **kwargs,
         )
     known = causal_mask(function)
-    has_window = known is not None and known.window
-    if has_window and attention_mask is not None and has_holes(attention_mask.bool()):
-        known = None  # the window counts the places of padding too
+    # Rows of padding between tokens see some of them, and windows count their places.
+    if attention_mask is not None and has_holes(attention_mask.bool()):
+        known = None
     if q_length == kv_length and known is not None:
         if attention_mask is not None and bool(attention_mask.all()):
             attention_mask = None

@@ -338,3 +338,14 @@ def test_gradient_checkpointing_runs_layers_again_for_the_same(
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
     assert_same(results[1], results[0], 1e-5)
+
+
+@pytest.mark.parametrize("with_adapters", [True, False])
+def test_models_that_are_not_of_transformers_are_refused_in_one_line(with_adapters: bool) -> None:
+    model: Any = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4))
+    if with_adapters:
+        model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["0"]))
+    else:
+        model = torch.nn.Sequential(tiny_llama())
+    with pytest.raises(UserError, match=r"^accelerate: Sequential is no model of transformers.*$"):
+        lora_engine.accelerate(model)

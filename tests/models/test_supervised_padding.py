@@ -105,3 +105,13 @@ def test_other_padding_is_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
         loss_and_gradients(model, mask, IDS.masked_fill(mask == 0, -100))
     with pytest.raises(TypeError, match="NoneType"):
         loss_and_gradients(model, mask_of("right"), IDS)
+
+
+def test_padding_between_tokens_is_computed() -> None:
+    """As in a batch behind virtual tokens: only rows before and behind all tokens are left out."""
+    plain = with_lora(tiny_llama()).eval()
+    model = copy.deepcopy(plain)
+    lora_engine.accelerate(model)
+    given = {"input_ids": IDS, "attention_mask": mask_of("between")}
+    with torch.no_grad():
+        assert torch.allclose(model(**given).logits, plain(**given).logits, atol=1e-5)
