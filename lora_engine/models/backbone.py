@@ -64,7 +64,7 @@ class BackboneForward:
             and mask.dim() == 2
             and not unknown
             and not computes_padding()
-            and not (config.use_cache if use_cache is None else use_cache)
+            and not (getattr(config, "use_cache", False) if use_cache is None else use_cache)
             and not (config.output_hidden_states or config.output_attentions)
             and getattr(config, "return_dict", True)
             and self.router.rows is None

@@ -131,14 +131,16 @@ def same_training(model: Any, own: Results) -> str | None:
 @contextmanager
 def measuring(model: nn.Module) -> Iterator[None]:
     """Within, nothing is dropped out, no generator moves, no gradient is kept."""
-    training = {part: part.training for part in model.modules()}
-    model.eval()
+    training = [vars(part) for part in model.modules() if part.training]
+    for part in training:  # not by nn.Module's own assignment, which looks for parameters
+        part["training"] = False
     try:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             yield
     finally:
-        for part, before in training.items():
-            part.training = before
+        model.training = False
+        for part in training:
+            part["training"] = True
 
 
 def _logits(model: Any, batch: dict[str, Tensor]) -> Tensor:

@@ -308,3 +308,12 @@ def test_meta_models_are_not_tried() -> None:
     with torch.device("meta"):
         model = tiny_llama()
     assert proof.own_results(model).error == "its weights have no values yet"
+
+
+def test_padding_in_a_model_whose_configuration_knows_no_cache() -> None:
+    config = t.ModernBertConfig(**SIZES, cls_token_id=3, sep_token_id=4, local_attention=8)
+    plain = t.ModernBertForMaskedLM(config)
+    assert not hasattr(config, "use_cache")
+    model = copy.deepcopy(plain)
+    lora_engine.accelerate(model)
+    assert_same(model, plain)
