@@ -5,6 +5,7 @@ and the output projection reading attention's buffer in place. With a cache (gen
 layer's own forward runs, and its attention goes through `attend`, registered with transformers.
 """
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
@@ -305,7 +306,10 @@ class AttentionForward:
                 raise UserError("rows cannot be routed by adapter with a cache: use_cache=False")
             if kwargs.get("sequence_parents") is not None:
                 raise UserError("sequences cannot share prefixes with a cache or dropout")
-            result: tuple[Tensor, None] = self.original(hidden_states, **given)
+            if past_key_values is not None and position_embeddings is not None:
+                return self._with_cache(hidden_states, **given)
+            # PyTorch's linear copies the weight for each row of a batch that is not contiguous.
+            result: tuple[Tensor, None] = self.original(hidden_states.contiguous(), **given)
             return result
         batch, length = hidden_states.shape[:2]
         found = self.find_sequences(hidden_states, **given)
@@ -329,6 +333,38 @@ class AttentionForward:
         if found.token_index is not None:
             out = _unpad(out, found.token_index, batch * length).view(batch, length, -1)
         (y,) = self.output(out)
+        return y, None
+
+    def _with_cache(
+        self,
+        hidden_states: Tensor,  # [B, L, H]
+        *,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None,
+        past_key_values: Any,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        """As the layer's own forward, with q, k and v as one product."""
+        module = self.module
+        q, k, v = (
+            x.unflatten(-1, (-1, module.head_dim)).transpose(1, 2)
+            for x in self._project(hidden_states)
+        )
+        rotate = sys.modules[type(module).__module__].apply_rotary_pos_emb
+        q, k = rotate(q, k, *position_embeddings)
+        k, v = past_key_values.update(k, v, module.layer_idx)
+        out, _ = attend(
+            module,
+            q,
+            k,
+            v,
+            attention_mask,
+            scaling=module.scaling,
+            dropout=module.attention_dropout if module.training else 0.0,
+            sliding_window=self.window or None,
+            **kwargs,
+        )
+        (y,) = self.output(out.flatten(2))
         return y, None
 
     @property

@@ -1,0 +1,87 @@
+"""Generation with a cache: token for token, and logit for logit, what the model does without."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+import lora_engine
+from lora_engine.testing import tiny_llama, with_lora
+
+SMALL = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+WINDOW = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
+MODELS: dict[str, Callable[[], Any]] = {
+    "llama": lambda: transformers.LlamaConfig(**SMALL, attention_bias=True),
+    "mistral_window": lambda: transformers.MistralConfig(**SMALL, sliding_window=5),
+    "qwen2_window": lambda: transformers.Qwen2Config(**SMALL, **WINDOW),
+    "qwen3": lambda: transformers.Qwen3Config(**SMALL, head_dim=16),
+}
+OPTIONS = {
+    "greedy": {"do_sample": False},
+    "beams": {"num_beams": 3, "do_sample": False},
+    "static cache": {"do_sample": False, "cache_implementation": "static"},
+}
+
+
+def prompts(padding: str) -> dict[str, torch.Tensor]:
+    ids = torch.randint(3, 97, (3, 9), generator=torch.Generator().manual_seed(2))
+    mask = torch.ones_like(ids)
+    if padding == "left":
+        mask[1, :4] = mask[2, :8] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+@pytest.mark.parametrize("padding", ["none", "left"])
+@pytest.mark.parametrize("how", list(OPTIONS))
+@pytest.mark.parametrize("name", list(MODELS))
+def test_tokens_and_logits_are_the_models_own(name: str, how: str, padding: str) -> None:
+    torch.manual_seed(0)
+    model = with_lora(transformers.AutoModelForCausalLM.from_config(MODELS[name]())).eval()
+    options = {
+        **OPTIONS[how],
+        "max_new_tokens": 12,
+        "min_new_tokens": 12,
+        "pad_token_id": 0,
+        "output_logits": True,
+        "return_dict_in_generate": True,
+    }
+    expected = model.generate(**prompts(padding), **options)
+    lora_engine.accelerate(model)
+    found = model.generate(**prompts(padding), **options)
+    assert torch.equal(found.sequences, expected.sequences)
+    for ours, theirs in zip(found.logits, expected.logits, strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+def test_a_cache_may_be_filled_piece_by_piece() -> None:
+    model = with_lora(tiny_llama()).eval()
+    ids = prompts("none")["input_ids"]
+    with torch.no_grad():
+        whole = model(ids).logits
+        lora_engine.accelerate(model)
+        first = model(ids[:, :5], use_cache=True)
+        second = model(ids[:, 5:], past_key_values=first.past_key_values)
+    assert torch.allclose(torch.cat([first.logits, second.logits], 1), whole, atol=1e-5)
+
+
+def test_in_training_with_gradients_and_a_cache() -> None:
+    model = with_lora(tiny_llama())
+    ids = prompts("none")["input_ids"]
+    parameters = [p for p in model.parameters() if p.requires_grad]
+
+    def gradients() -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad(model(ids, use_cache=True).logits.square().sum(), parameters)
+
+    expected = gradients()
+    lora_engine.accelerate(model)
+    for ours, theirs in zip(gradients(), expected, strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-4 * float(theirs.abs().max()))
