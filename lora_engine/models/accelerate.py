@@ -47,7 +47,7 @@ def accelerate(
     Behaviour is replaced on the model's own module instances; parameters, names and files stay as
     they are, and `restore(model)` takes it all back. Frozen weights of linears that share an input
     move into one buffer, which their parameters then view. In training, calling the model with
-    `labels` computes the loss without logits (`logits` is None in the result).
+    `labels` computes the loss without logits, which are made when the result's `logits` are read.
 
     The model is tried on small batches before and after: where its attention or its loss would not
     be its own, they are left to transformers, and the report says so.

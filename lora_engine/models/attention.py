@@ -1,277 +1,25 @@
-"""Attention layers: q, k, v as one product, attention within sequences, transformers' interface.
+"""Attention layers: q, k and v as one product, attention within sequences.
 
-Without a cache the whole layer runs here: one product for q, k and v, rotation inside attention,
-and the output projection reading attention's buffer in place. With a cache (generation) the
-layer's own forward runs, and its attention goes through `attend`, registered with transformers.
+Without a cache, attention rotates q and k itself and the output projection reads its buffer in
+place. With a cache (generation) attention is transformers' (`attention_function.attend`).
 """
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from contextvars import ContextVar
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch import Tensor
 
 from lora_engine import ops
 from lora_engine.errors import UserError
+from lora_engine.models.attention_function import attend, check_window, unpad
 from lora_engine.models.linear_group import LinearGroup
-from lora_engine.models.masks import causal_mask, dense_mask, has_holes
 from lora_engine.models.sequences import SequenceFinder, Sequences
-
-IMPLEMENTATION = "lora_engine"
 
 # Layers whose forward is: project to q, k, v; normalise heads where there is q_norm; rotate all of
 # each head (half-rotated); attend, with a window where the layer has one; project.
 ATTENTION_CLASSES = frozenset(
     {"LlamaAttention", "MistralAttention", "Qwen2Attention", "Qwen3Attention"}
 )
-
-# What changes attention's result in a way that it is not served here.
-_REFUSED = frozenset({"cache", "head_mask", "position_bias", "s_aux", "sinks", "softcap"})
-# What a layer hands to attention that is served, or does not change its result. A user's arguments
-# for other parts of the model come along with it.
-_KNOWN = frozenset(
-    {
-        "cache_position",
-        "cu_seq_lens_k",
-        "cu_seq_lens_q",
-        "is_causal",
-        "logits_to_keep",
-        "max_length_k",
-        "max_length_q",
-        "num_items_in_batch",
-        "output_attentions",
-        "output_hidden_states",
-        "output_router_logits",
-        "output_rows",
-        "position_embeddings",
-        "position_ids",
-        "return_dict",
-        "sequence_parents",
-        "sliding_window",
-        "use_cache",
-    }
-)
-
-# Masks of `padding_mask` within `proving`, and their windows; None outside.
-_masks: ContextVar[list[tuple[Tensor, int]] | None] = ContextVar("masks", default=None)
-
-
-@contextmanager
-def proving() -> Iterator[None]:
-    """Within this context attention refuses what it serves, elsewhere, on trust.
-
-    Every argument that it does not know by name; and a layer whose window is not that of the mask
-    that it is given, which transformers' own attention goes by.
-    """
-    token = _masks.set([])
-    try:
-        yield
-    finally:
-        _masks.reset(token)
-
-
-def _check_window(module: nn.Module, mask: Tensor | None, window: int) -> None:
-    masks = _masks.get()
-    if masks is None or (mask is not None and mask.dim() != 2):
-        return
-    windows = [of_mask for known, of_mask in masks if known is mask] if mask is not None else [0]
-    if windows != [window]:
-        raise UserError(
-            f"attention of {type(module).__name__} has a window of {window}, "
-            f"its mask {windows[0] if windows else 'an unknown one'}"
-        )
-
-
-# Whose masks `padding_mask` makes within `whole_masks`; None outside.
-_whole: ContextVar[str | None] = ContextVar("whole_masks", default=None)
-
-
-@contextmanager
-def whole_masks(implementation: str) -> Iterator[None]:
-    """Within this context masks are those of one of transformers' own implementations.
-
-    Rows of padding are then computed as they are with it.
-    """
-    token = _whole.set(implementation)
-    try:
-        yield
-    finally:
-        _whole.reset(token)
-
-
-def computes_padding() -> bool:
-    """Whether a caller wants rows of padding computed (`whole_masks`)."""
-    return _whole.get() is not None
-
-
-def register() -> None:
-    """Makes `attn_implementation="lora_engine"` known to transformers."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-
-    AttentionInterface.register(IMPLEMENTATION, attend)
-    AttentionMaskInterface.register(IMPLEMENTATION, padding_mask)
-
-
-def padding_mask(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    *,
-    mask_function: Callable[..., Any] | None = None,
-    attention_mask: Tensor | None = None,
-    **kwargs: Any,
-) -> Tensor | None:
-    """The tokens' mask [B, L], or None where every row is one sequence; or sdpa's [B, 1, Q, K].
-
-    In [B, L] padding is 0, and tokens of a row that see each other have the same number. sdpa's
-    with a filled cache, and where the mask is more than causal with windows and packing.
-    """
-    from transformers import AttentionMaskInterface
-    from transformers.masking_utils import causal_mask_function, sdpa_mask
-
-    function = mask_function or causal_mask_function
-    if (whole := _whole.get()) is not None:
-        kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-        return AttentionMaskInterface()[whole](
-            batch_size,
-            q_length,
-            kv_length,
-            mask_function=function,
-            attention_mask=attention_mask,
-            **kwargs,
-        )
-    known = causal_mask(function)
-    # Rows of padding between tokens see some of them, and windows count their places.
-    if attention_mask is not None and has_holes(attention_mask.bool()):
-        known = None
-    if q_length == kv_length and known is not None:
-        if attention_mask is not None and bool(attention_mask.all()):
-            attention_mask = None
-        if known.sequences is not None:
-            numbers = known.sequences.to(torch.int64) + 1
-            attention_mask = numbers if attention_mask is None else numbers * attention_mask
-        masks = _masks.get()
-        if masks is not None:
-            if attention_mask is None:
-                attention_mask = torch.ones(batch_size, q_length, device=kwargs.get("device"))
-            attention_mask = attention_mask.clone()
-            masks.append((attention_mask, known.window))
-        return attention_mask
-    if known is None:  # sdpa would take "no mask" for a causal one
-        kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-    return sdpa_mask(
-        batch_size,
-        q_length,
-        kv_length,
-        mask_function=function,
-        attention_mask=attention_mask,
-        **kwargs,
-    )
-
-
-def attend(
-    module: nn.Module,
-    query: Tensor,  # [B, Hq, Q, D]
-    key: Tensor,  # [B, Hkv, K, D]
-    value: Tensor,  # [B, Hkv, K, D]
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Attention as transformers' AttentionInterface wants it, [B, Q, Hq, D].
-
-    Whole causal sequences run on `ops.attention`. New tokens against a filled cache, other masks,
-    dropout and values of another width go to transformers' sdpa, with the same mask. Raises
-    UserError for what neither knows, a soft-cap or sinks.
-    """
-    refused = [
-        name
-        for name, given in kwargs.items()
-        if given is not None
-        and (name in _REFUSED or (_masks.get() is not None and name not in _KNOWN))
-    ]
-    if refused:
-        raise UserError(
-            f"attention of {type(module).__name__} is given {', '.join(refused)}, which "
-            "lora_engine's does not know: call lora_engine.restore(model)"
-        )
-    causal = kwargs.get("is_causal")
-    causal = bool(getattr(module, "is_causal", True) if causal is None else causal)
-    batch, heads, length, head_dim = query.shape
-    whole = length == key.shape[2] and (attention_mask is None or attention_mask.dim() == 2)
-    if not whole:
-        return _sdpa(module, query, key, value, attention_mask, scaling, dropout, **kwargs)
-    no_rotation = query.new_zeros(1, length, 0)
-    found = SequenceFinder()(
-        (batch, length),
-        (no_rotation, no_rotation),
-        attention_mask,
-        kwargs.get("cu_seq_lens_q"),
-        kwargs.get("sequence_parents"),
-    )
-    window = kwargs.get("sliding_window") or 0
-    _check_window(module, attention_mask, window)
-    if dropout or not causal or value.shape[-1] != head_dim:
-        if found.parents is not None:
-            raise UserError("sequences cannot share prefixes with dropout or other masks")
-        mask = dense_mask(
-            found.cu_seqlens, found.token_index, batch, length, causal=causal, window=window
-        )
-        return _sdpa(module, query, key, value, mask.to(query.device), scaling, dropout, **kwargs)
-    q, k, v = (x.transpose(1, 2).reshape(batch * length, -1) for x in (query, key, value))
-    if found.token_index is not None:
-        q, k, v = (x[found.token_index] for x in (q, k, v))
-    out = ops.attention(
-        q,
-        k,
-        v,
-        found.cu_seqlens,
-        head_dim=head_dim,
-        softmax_scale=scaling,
-        window=window,
-        parents=found.parents,
-    )
-    return _unpad(out, found.token_index, batch * length).view(batch, length, heads, head_dim), None
-
-
-def _sdpa(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    scaling: float | None,
-    dropout: float,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    # A query that an additive mask lets see nothing attends to all alike; only the plain backward
-    # pass is right about it, as others subtract a logarithm from a number that swallows it.
-    plain = sdpa_kernel(SDPBackend.MATH) if mask is not None and _blinds(mask) else nullcontext()
-    with plain:
-        result: tuple[Tensor, None] = sdpa_attention_forward(
-            module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs
-        )
-    return result
-
-
-def _blinds(mask: Tensor) -> bool:
-    """Whether an additive mask [B, 1, Q, K] takes every key from a query."""
-    if not mask.is_floating_point():
-        return False
-    return bool((mask <= torch.finfo(mask.dtype).min).all(-1).any())
-
-
-def _unpad(out: Tensor, index: Tensor | None, rows: int) -> Tensor:
-    if index is None:
-        return out
-    return out.new_zeros(rows, out.shape[-1]).index_copy(0, index, out)
 
 
 class AttentionForward:
@@ -331,7 +79,7 @@ class AttentionForward:
             grad_tail=self.qkv.tail,
         )
         if found.token_index is not None:
-            out = _unpad(out, found.token_index, batch * length).view(batch, length, -1)
+            out = unpad(out, found.token_index, batch * length).view(batch, length, -1)
         (y,) = self.output(out)
         return y, None
 
@@ -391,7 +139,7 @@ class AttentionForward:
     ) -> Sequences:
         """The packed sequences of a batch."""
         batch, length = hidden_states.shape[:2]
-        _check_window(self.module, attention_mask, self.window)
+        check_window(self.module, attention_mask, self.window)
         return self.finder(
             (batch, length),
             position_embeddings,

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from lora_engine.models import attention
+from lora_engine.models import attention_function
 from lora_engine.models.patches import Patches
 
 
@@ -13,13 +13,13 @@ def use_attention(model: Any, patches: Patches) -> str | None:
     Returns the name of the model's own, or None where its class takes no other.
     """
     before: str = model.config._attn_implementation
-    attention.register()
-    model.set_attn_implementation(attention.IMPLEMENTATION)
-    if model.config._attn_implementation != attention.IMPLEMENTATION:
+    attention_function.register()
+    model.set_attn_implementation(attention_function.IMPLEMENTATION)
+    if model.config._attn_implementation != attention_function.IMPLEMENTATION:
         return None
     patches.on_undo(model.set_attn_implementation, before)
     for config in list(_copied_configs(model, before)):
-        config._attn_implementation = attention.IMPLEMENTATION
+        config._attn_implementation = attention_function.IMPLEMENTATION
         patches.on_undo(setattr, config, "_attn_implementation", before)
     return before
 
@@ -30,7 +30,11 @@ def _copied_configs(model: Any, implementation: str) -> Iterator[Any]:
 
     models = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
     shared = {id(part.config) for part in models}
-    kinds = {type(part.config) for part in models if _runs(part.config, attention.IMPLEMENTATION)}
+    kinds = {
+        type(part.config)
+        for part in models
+        if _runs(part.config, attention_function.IMPLEMENTATION)
+    }
     for part in model.modules():
         config = getattr(part, "config", None)
         if type(config) in kinds and id(config) not in shared and _runs(config, implementation):

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_engine.models.attention import AttentionForward, computes_padding
+from lora_engine.models.attention import AttentionForward
+from lora_engine.models.attention_function import computes_padding
 from lora_engine.models.lora_state import hooks_everywhere
 from lora_engine.models.masks import has_holes
 from lora_engine.models.router import AdapterRouter

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_engine.models.attention import proving
+from lora_engine.models.attention_function import proving
 from lora_engine.models.causal_lm import CausalLmForward
 from lora_engine.models.closeness import HALF, TOLERANCE, distance, rms, typical
 from lora_engine.models.head import Head, output_head, why_no_head

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lora_engine.models.attachment import attachment
-from lora_engine.models.attention import whole_masks
+from lora_engine.models.attention_function import whole_masks
 
 
 def computes_supervised_padding(call: Callable[..., Any]) -> Callable[..., Any]:

@@ -5,7 +5,7 @@ import torch
 from transformers import masking_utils as theirs
 
 from lora_engine.errors import UserError
-from lora_engine.models.attention import attend, padding_mask, proving
+from lora_engine.models.attention_function import attend, padding_mask, proving
 from lora_engine.models.masks import causal_mask, dense_mask
 
 PACKED = torch.tensor([[0, 0, 0, 1, 1, 1, 1]])

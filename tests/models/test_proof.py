@@ -296,7 +296,7 @@ def test_arguments_of_another_loss_reach_the_models_own(argument: str) -> None:
 
 
 def test_attention_refuses_what_it_does_not_know() -> None:
-    from lora_engine.models.attention import attend
+    from lora_engine.models.attention_function import attend
 
     q = torch.randn(1, 2, 4, 8)
     module = torch.nn.Module()
