@@ -1,6 +1,7 @@
 """Other people's trainers on SmolLM2, with and without acceleration: seconds a step, memory, loss.
 
     python benchmarks/trainer_speed.py --out benchmarks/results/trainers_speed
+    python benchmarks/trainer_speed.py --page benchmarks/results/trainers_speed.json
 
 TRL's trainers with their default settings, but for what is named under the table, on the demo's
 functions and docstrings, eight a step. Each contender runs in a process of its own, in turn, round
@@ -21,7 +22,10 @@ from typing import Any
 
 import measure
 import output
+from generated import GeneratedPart
 
+PAGE = Path(__file__).parents[1] / "docs/drop-in.md"
+PART = GeneratedPart("python benchmarks/trainer_speed.py --page", "the trainers' speed")
 TRAINERS = ("SFT", "DPO", "GRPO")
 WHEN = ("plain", "accelerated")
 BATCH = 8
@@ -44,6 +48,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--gradient-checkpointing", choices=("default", "off"), default="default")
     parser.add_argument("--out", type=Path, help="write OUT.json and OUT.md")
+    parser.add_argument("--page", type=Path, metavar="RESULT.json", help="write its table, only")
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)  # trainer, setup, when
     return parser.parse_args(argv)
 
@@ -244,10 +249,18 @@ def table(result: dict[str, Any]) -> str:
     return output.table(columns, rows, left=2)
 
 
+def with_table(page: str, result: Path) -> str:
+    """The page with the result's table where its markers are."""
+    return PART.put(page, result, table(json.loads(result.read_text())))
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
     if args.one:
         print(json.dumps(run_one(args)))
+        return
+    if args.page:
+        PAGE.write_text(with_table(PAGE.read_text(), args.page))
         return
     result = measure_all(args)
     notes = [f"{name}: {SETUPS[name]}" for name in args.setups]

@@ -17,12 +17,12 @@ from typing import Any
 
 import output
 import torch
+from generated import GeneratedPart
 from trainer_cases import STEPS, TOLERANCE, WHEN, Case, log_difference, run, weight_difference
 from trainer_setups import HUGGING_FACE, TRL
 
 PAGE = Path(__file__).parents[1] / "docs/drop-in.md"
-START = "<!-- made by: python benchmarks/trainers.py --page "
-END = "\n<!-- end of the trainers' table -->"
+PART = GeneratedPart("python benchmarks/trainers.py --page", "the trainers' table")
 CASES = {
     **{f"TRL {name}": case for name, case in TRL.items()},
     **{f"transformers Trainer, {name}": case for name, case in HUGGING_FACE.items()},
@@ -86,12 +86,7 @@ def verdict(difference: dict[str, Any]) -> str:
 
 def with_table(page: str, result: Path) -> str:
     """The page with the result's table where its markers are; ValueError if they are not there."""
-    before, start, rest = page.partition(START)
-    _, end, after = rest.partition(END)
-    if not (start and end):
-        raise ValueError(f"the page has no place for the table: {START}… and {END.strip()}")
-    source = f"benchmarks/results/{result.name} -->\n"
-    return before + start + source + parity_table(json.loads(result.read_text())) + end + after
+    return PART.put(page, result, parity_table(json.loads(result.read_text())))
 
 
 def render(result: dict[str, Any]) -> str:

@@ -72,18 +72,20 @@ def test_the_table_goes_where_its_markers_are(tmp_path: Path) -> None:
     result.write_text(
         json.dumps({"trainers": {"T": {"before": of(a_run()), "after": of(a_run())}}})
     )
-    page = f"Above\n{trainers.START}old -->\n| old |{trainers.END}\nBelow\n"
+    page = f"Above\n{trainers.PART.start}old -->\n| old |{trainers.PART.end}\nBelow\n"
     written = trainers.with_table(page, result)
-    assert written.startswith(f"Above\n{trainers.START}benchmarks/results/some.json -->\n| trainer")
+    assert written.startswith(
+        f"Above\n{trainers.PART.start}benchmarks/results/some.json -->\n| trainer"
+    )
     assert "| T       | same, 0e+00 and 0e+00 |" in written and "old" not in written
-    assert written.endswith(f"{trainers.END}\nBelow\n")
+    assert written.endswith(f"{trainers.PART.end}\nBelow\n")
     with pytest.raises(ValueError, match="no place"):
         trainers.with_table("nothing", result)
 
 
 def test_the_page_shows_the_committed_result() -> None:
     page = trainers.PAGE.read_text()
-    source = page.partition(trainers.START)[2].partition(" -->")[0]
+    source = trainers.PART.source(page)
     result = RESULTS / Path(source).name
     assert page == trainers.with_table(page, result), (
         f"docs/drop-in.md is out of date: python benchmarks/trainers.py --page {source}"
