@@ -157,7 +157,7 @@ def are_altered(modules: Iterable[nn.Module]) -> bool:
 
     It has hooks, or someone but us gave it another forward.
     """
-    return any(lora_state.is_altered(module) and not _is_ours(module) for module in modules)
+    return any(not _is_ours(module) for module in filter(lora_state.is_altered, modules))
 
 
 def _is_ours(module: nn.Module) -> bool:

@@ -45,7 +45,14 @@ def is_altered(module: nn.Module) -> bool:
 
     It has hooks, or somebody gave it a forward of its own.
     """
-    return _has_own_hooks(module) or "forward" in vars(module)
+    own = vars(module)  # read so, as every product asks it of some twenty modules
+    return bool(
+        "forward" in own
+        or own["_forward_pre_hooks"]
+        or own["_forward_hooks"]
+        or own["_backward_pre_hooks"]
+        or own["_backward_hooks"]
+    )
 
 
 def _has_own_hooks(module: nn.Module) -> bool:
@@ -59,18 +66,15 @@ def _has_own_hooks(module: nn.Module) -> bool:
 
 def adapter_state(module: Any) -> tuple[Any, ...]:
     """What decides which of a LoRA layer's adapters run, and how."""
-    factors = tuple(
-        (
-            name,
-            module.scaling[name],
-            module.lora_A[name].weight,
-            _magnitude(module, name),
-            *_lora_b(module, name),
-        )
-        for name in _running(module)
-    )
-    flags = (module.disable_adapters, bool(module.merged), dropout_now(module))
-    return (*flags, *_by_identity(factors))
+    running = _running(module)
+    state = [module.disable_adapters, bool(module.merged), _dropout_of(module, running)]
+    for name in running:
+        scaling, magnitude = module.scaling[name], _magnitude(module, name)
+        lora_b, bias = _lora_b(module, name)
+        tensors = (module.lora_A[name].weight, lora_b, bias, magnitude)
+        state += [name, id(scaling) if isinstance(scaling, torch.Tensor) else scaling]
+        state += map(id, tensors)
+    return tuple(state)
 
 
 def room(modules: Sequence[nn.Module]) -> int:
@@ -104,8 +108,7 @@ def active_factors(module: Any, names: Sequence[str]) -> list[ops.LoraFactors]:
 
 def dropout_now(module: Any) -> float:
     """The probability with which the active adapters' inputs are dropped at this moment."""
-    layers = [module.lora_dropout[name] for name in _running(module)]
-    return max((getattr(d, "p", 0.0) for d in layers if d.training), default=0.0)
+    return _dropout_of(module, _running(module))
 
 
 def why_not(modules: Sequence[nn.Module]) -> str | None:
@@ -178,8 +181,6 @@ def _running(module: Any) -> list[str]:
     return [] if module.disable_adapters or module.merged else _active(module)
 
 
-def _by_identity(factors: Sequence[tuple[Any, ...]]) -> tuple[Any, ...]:
-    return tuple(
-        tuple(id(item) if isinstance(item, torch.Tensor) else item for item in entry)
-        for entry in factors
-    )
+def _dropout_of(module: Any, names: Sequence[str]) -> float:
+    layers = [module.lora_dropout[name] for name in names]
+    return max([0.0, *(getattr(layer, "p", 0.0) for layer in layers if layer.training)])
