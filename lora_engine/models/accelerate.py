@@ -21,7 +21,7 @@ from lora_engine.models.decoder_layer import DECODER_CLASSES, DecoderLayerForwar
 from lora_engine.models.embedding import EmbeddingForward, is_lora_embedding
 from lora_engine.models.embedding import why_not as why_no_embedding
 from lora_engine.models.head import peft_tuner, transformers_model
-from lora_engine.models.linear_group import LinearGroup, SingleLinear
+from lora_engine.models.linear_group import ContiguousInput, LinearGroup, SingleLinear
 from lora_engine.models.lora_state import is_linear, is_lora
 from lora_engine.models.mlp import MlpForward, activation_name, is_gated_mlp
 from lora_engine.models.norm import LayerNormForward, RmsNormForward, norm_forward
@@ -297,6 +297,8 @@ class _Accelerator:
         head = self.model.get_output_embeddings()
         if head is not None:
             (self.served if problem is None else self.covered).add(head)
+        if type(head) is nn.Linear and "forward" not in vars(head):
+            self.patches.set_forward(head, ContiguousInput(head))
         if problem is None and not trl_head.adopt(self.model, self.patches):
             self.patches.set_forward(self.model, CausalLmForward(self.model))
             setter = trl_head.ModeSetter(self.model, self.patches)

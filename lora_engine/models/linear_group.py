@@ -152,6 +152,21 @@ class SingleLinear:
         return self.group(x)[0]
 
 
+class ContiguousInput:
+    """The forward of a plain linear on parts of a tensor, as of the last token of each row.
+
+    Of an input that is no whole tensor PyTorch makes a batch of products, each with a copy of the
+    weight.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.original = module.forward
+
+    def __call__(self, x: Tensor) -> Tensor:
+        result: Tensor = self.original(x.contiguous())
+        return result
+
+
 def are_altered(modules: Iterable[nn.Module]) -> bool:
     """Whether a call of one of `modules` may do other than its class and its parameters say.
 
@@ -161,9 +176,9 @@ def are_altered(modules: Iterable[nn.Module]) -> bool:
 
 
 def _is_ours(module: nn.Module) -> bool:
-    """Whether all that is altered about `module` is that its forward is a SingleLinear."""
+    """Whether all that is altered about `module` is that its forward is one of this module's."""
     forward = vars(module).get("forward")
-    return isinstance(forward, SingleLinear) and not lora_state.has_hooks(module)
+    return isinstance(forward, SingleLinear | ContiguousInput) and not lora_state.has_hooks(module)
 
 
 @cache

@@ -85,3 +85,13 @@ def test_in_training_with_gradients_and_a_cache() -> None:
     lora_engine.accelerate(model)
     for ours, theirs in zip(gradients(), expected, strict=True):
         assert torch.allclose(ours, theirs, atol=1e-4 * float(theirs.abs().max()))
+
+
+def test_logits_of_last_tokens_are_one_product() -> None:
+    """Of a part of a tensor PyTorch makes a batch of products, each with a copy of the weight."""
+    model = tiny_llama().eval().requires_grad_(False)
+    lora_engine.accelerate(model)
+    with torch.profiler.profile() as profile:
+        logits = model(prompts("none")["input_ids"], logits_to_keep=1, use_cache=False).logits
+    assert logits.shape == (3, 1, 97)
+    assert "aten::bmm" not in {event.name for event in profile.events()}
