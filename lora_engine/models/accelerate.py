@@ -299,8 +299,9 @@ class _Accelerator:
             (self.served if problem is None else self.covered).add(head)
         if type(head) is nn.Linear and "forward" not in vars(head):
             self.patches.set_forward(head, ContiguousInput(head))
-        if problem is None and not trl_head.adopt(self.model, self.patches):
-            self.patches.set_forward(self.model, CausalLmForward(self.model))
+        if problem is None:
+            if not trl_head.adopt(self.model, self.patches):
+                self.patches.set_forward(self.model, CausalLmForward(self.model))
             setter = trl_head.ModeSetter(self.model, self.patches)
             self.patches.set_attribute(
                 self.model, "train", update_wrapper(setter, setter.original, updated=())

@@ -150,6 +150,15 @@ def test_calls_without_it_are_the_model_s_own() -> None:
 
 
 @pytest.mark.parametrize("order", ORDERS)
+def test_a_second_trainers_head_is_served_too(order: str) -> None:
+    model = trl_model(order, temperature=0.5)
+    add_fused_lm_head(model.get_base_model(), outputs=ALL, temperature=0.7)
+    model.train()
+    assert is_served(model)
+    assert_same(results(model, batch()), results(trl_model(None, temperature=0.7), batch()))
+
+
+@pytest.mark.parametrize("order", ORDERS)
 def test_restored_models_run_trl_s_own(order: str) -> None:
     model = trl_model(order)
     expected = results(trl_model(None), batch())
