@@ -287,7 +287,8 @@ class _Accelerator:
         backbone = self.model.base_model
         has_layers = isinstance(getattr(backbone, "layers", None), nn.ModuleList)
         if has_layers and backbone is not self.model and "forward" not in vars(backbone):
-            self.patches.set_forward(backbone, BackboneForward(backbone, self.router))
+            forward = BackboneForward(backbone, self.router, self.attached.own_attention)
+            self.patches.set_forward(backbone, forward)
 
     def _loss(self) -> None:
         name = type(self.model).__name__

@@ -38,7 +38,7 @@ class AttentionForward:
         attention_mask: Tensor | None = None,
         past_key_values: Any = None,
         **kwargs: Any,
-    ) -> tuple[Tensor, None]:
+    ) -> tuple[Tensor, Tensor | None]:
         module = self.module
         given = {
             "position_embeddings": position_embeddings,
@@ -47,7 +47,7 @@ class AttentionForward:
             **kwargs,
         }
         if not self.intact():
-            left: tuple[Tensor, None] = self.original(hidden_states, **given)
+            left: tuple[Tensor, Tensor | None] = self.original(hidden_states, **given)
             return left
         if not self.whole_sequences(**given):
             if self.qkv.router.rows is not None:
@@ -57,7 +57,9 @@ class AttentionForward:
             if past_key_values is not None and position_embeddings is not None:
                 return self._with_cache(hidden_states, **given)
             # PyTorch's linear copies the weight for each row of a batch that is not contiguous.
-            result: tuple[Tensor, None] = self.original(hidden_states.contiguous(), **given)
+            result: tuple[Tensor, Tensor | None] = self.original(
+                hidden_states.contiguous(), **given
+            )
             return result
         batch, length = hidden_states.shape[:2]
         found = self.find_sequences(hidden_states, **given)
@@ -91,7 +93,7 @@ class AttentionForward:
         attention_mask: Tensor | None,
         past_key_values: Any,
         **kwargs: Any,
-    ) -> tuple[Tensor, None]:
+    ) -> tuple[Tensor, Tensor | None]:
         """As the layer's own forward, with q, k and v as one product."""
         module = self.module
         q, k, v = (
@@ -101,7 +103,7 @@ class AttentionForward:
         rotate = sys.modules[type(module).__module__].apply_rotary_pos_emb
         q, k = rotate(q, k, *position_embeddings)
         k, v = past_key_values.update(k, v, module.layer_idx)
-        out, _ = attend(
+        out, weights = attend(
             module,
             q,
             k,
@@ -113,7 +115,7 @@ class AttentionForward:
             **kwargs,
         )
         (y,) = self.output(out.flatten(2))
-        return y, None
+        return y, weights
 
     @property
     def window(self) -> int:

@@ -1,6 +1,7 @@
 """Attention as transformers' interfaces want it: an implementation's function, and its masks."""
 
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
@@ -12,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from lora_engine import ops
 from lora_engine.errors import UserError
 from lora_engine.models.masks import causal_mask, dense_mask, has_holes
-from lora_engine.models.sequences import SequenceFinder
+from lora_engine.models.sequences import SequenceFinder, of_mask
 from lora_engine.reference.numeric import accumulate_dtype
 
 IMPLEMENTATION = "lora_engine"
@@ -76,6 +77,8 @@ def check_window(module: nn.Module, mask: Tensor | None, window: int) -> None:
 
 # Whose masks `padding_mask` makes within `whole_masks`; None outside.
 _whole: ContextVar[str | None] = ContextVar("whole_masks", default=None)
+# Whether `attend` hands on to the layers' own plain attention (`weights_if_asked`).
+_weights: ContextVar[bool] = ContextVar("weights", default=False)
 
 
 @contextmanager
@@ -89,6 +92,27 @@ def whole_masks(implementation: str) -> Iterator[None]:
         yield
     finally:
         _whole.reset(token)
+
+
+@contextmanager
+def weights_if_asked(config: Any, own: str | None, given: Mapping[str, Any]) -> Iterator[None]:
+    """A context for a call of a model that is `given` arguments, and attends by itself as `own`.
+
+    Where they, or its configuration, ask for attentions, its layers run their plain attention: no
+    other implementation has any.
+    """
+    asked = given.get("output_attentions")
+    if asked is None:
+        asked = getattr(config, "output_attentions", False)
+    if own != "eager" or not asked:
+        yield
+        return
+    token = _weights.set(True)
+    try:
+        with whole_masks(own):
+            yield
+    finally:
+        _weights.reset(token)
 
 
 def computes_padding() -> bool:
@@ -170,12 +194,13 @@ def attend(
     scaling: float | None = None,
     dropout: float = 0.0,
     **kwargs: Any,
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, Tensor | None]:
     """Attention as transformers' AttentionInterface wants it, [B, Q, Hq, D].
 
     Whole causal sequences run on `ops.attention`. New tokens against a filled cache, other masks,
-    dropout and values of another width go to transformers' sdpa, with the same mask. Raises
-    UserError for what neither knows, a soft-cap or sinks.
+    dropout and values of another width go to transformers' sdpa, with the same mask. The weights
+    [B, Hq, Q, K] come along where they are asked for (`weights_if_asked`). Raises UserError for
+    what neither knows, a soft-cap or sinks.
     """
     refused = [
         name
@@ -191,6 +216,12 @@ def attend(
     causal = kwargs.get("is_causal")
     causal = bool(getattr(module, "is_causal", True) if causal is None else causal)
     batch, heads, length, head_dim = query.shape
+    if _weights.get():
+        plain = sys.modules[type(module).__module__].eager_attention_forward
+        mask = _added(attention_mask, query, key.shape[2], causal, kwargs.get("sliding_window"))
+        given = {"scaling": scaling, "dropout": dropout, **kwargs}
+        both: tuple[Tensor, Tensor] = plain(module, query, key, value, mask, **given)
+        return both
     whole = length == key.shape[2] and (attention_mask is None or attention_mask.dim() == 2)
     if not whole:
         return _sdpa(module, query, key, value, attention_mask, scaling, dropout, **kwargs)
@@ -227,6 +258,27 @@ def attend(
     return unpad(out, found.token_index, batch * length).view(batch, length, heads, head_dim), None
 
 
+def _added(
+    mask: Tensor | None, query: Tensor, keys: int, causal: bool, window: int | None
+) -> Tensor | None:
+    """A mask as plain attention adds it to the scores, [B, 1, Q, K] in the query's dtype.
+
+    `generate` makes those of a static cache itself, as `padding_mask` has them.
+    """
+    batch, _, length, _ = query.shape
+    if mask is None and causal and length > 1:  # of tokens that are first in their cache
+        mask = query.new_ones(1, 1, length, keys, dtype=torch.bool).tril()
+        mask = mask.triu(1 - window) if window else mask
+    elif mask is not None and mask.dim() == 2:
+        bounds, index = of_mask(mask)
+        seen = dense_mask(bounds, index, batch, length, causal=causal, window=window or 0)
+        mask = seen & (mask != 0)[:, None, :, None]
+    if mask is None or mask.dtype != torch.bool:
+        return mask
+    lowest = torch.finfo(query.dtype).min
+    return query.new_zeros(mask.shape).masked_fill(~mask.to(query.device), lowest)
+
+
 def _sdpa(
     module: nn.Module,
     query: Tensor,
@@ -239,12 +291,15 @@ def _sdpa(
 ) -> tuple[Tensor, None]:
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    if query.shape[2] == 1 and query.device.type == "cpu" and dropout == 0:
+    additive = mask is not None and mask.is_floating_point()
+    one = query.shape[2] == 1 and query.device.type == "cpu" and dropout == 0
+    blind = mask is not None and (one or additive) and _blinds(mask)
+    # Masks of some heads alone, and what a query is given that sees nothing, are PyTorch's to say.
+    if one and not blind and (mask is None or mask.shape[1] == 1):
         return _of_one_query(query, key, value, mask, scaling), None
     # A query that an additive mask lets see nothing attends to all alike; only the plain backward
     # pass is right about it, as others subtract a logarithm from a number that swallows it.
-    plain = sdpa_kernel(SDPBackend.MATH) if mask is not None and _blinds(mask) else nullcontext()
-    with plain:
+    with sdpa_kernel(SDPBackend.MATH) if additive and blind else nullcontext():
         result: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs
         )
@@ -275,9 +330,9 @@ def _of_one_query(
 
 
 def _blinds(mask: Tensor) -> bool:
-    """Whether an additive mask [B, 1, Q, K] takes every key from a query."""
-    if not mask.is_floating_point():
-        return False
+    """Whether a mask [B, 1, Q, K], bool or added to the scores, takes every key from a query."""
+    if mask.dtype == torch.bool:
+        return not bool(mask.any(-1).all())
     return bool((mask <= torch.finfo(mask.dtype).min).all(-1).any())
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_engine.models.attention import AttentionForward
-from lora_engine.models.attention_function import computes_padding
+from lora_engine.models.attention_function import computes_padding, weights_if_asked
 from lora_engine.models.lora_state import hooks_everywhere
 from lora_engine.models.masks import has_holes
 from lora_engine.models.router import AdapterRouter
@@ -32,8 +32,8 @@ class BackboneForward:
     row's first token is predicted there.
     """
 
-    def __init__(self, backbone: Any, router: AdapterRouter) -> None:
-        self.backbone, self.router = backbone, router
+    def __init__(self, backbone: Any, router: AdapterRouter, own_attention: str | None) -> None:
+        self.backbone, self.router, self.own_attention = backbone, router, own_attention
         self.original = backbone.forward
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -41,7 +41,8 @@ class BackboneForward:
         read = kwargs.pop("read_rows", kwargs.get("output_rows"))
         padded = None if args or not self._packs(kwargs) else _padded_batch(kwargs, read)
         if padded is None:
-            return self.original(*args, **kwargs)
+            with weights_if_asked(self.backbone.config, self.own_attention, kwargs):
+                return self.original(*args, **kwargs)
         rows = kwargs.pop("output_rows", None)
         if rows is not None:
             kwargs["output_rows"] = padded.place.index_select(0, rows)

@@ -64,14 +64,14 @@ def _find(
     if cu_seqlens is not None:
         bounds = cu_seqlens.to(torch.int32)
     elif attention_mask is not None:
-        bounds, index = _of_mask(attention_mask)
+        bounds, index = of_mask(attention_mask)
     else:
         bounds = torch.arange(0, rows * length + 1, length, dtype=torch.int32)
     cos, sin = (_per_token(table, rows, index) for table in position_embeddings)
     return Sequences(bounds, index, cos, sin)
 
 
-def _of_mask(mask: Tensor) -> tuple[Tensor, Tensor | None]:
+def of_mask(mask: Tensor) -> tuple[Tensor, Tensor | None]:
     """Bounds of the sequences in a mask [B, L], and the places of its tokens; None: all."""
     index = mask.flatten().nonzero()[:, 0]
     row = torch.arange(mask.shape[0], device=mask.device)[:, None]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lora_engine.models.attachment import attachment
-from lora_engine.models.attention_function import whole_masks
+from lora_engine.models.attention_function import weights_if_asked, whole_masks
 
 
 def computes_supervised_padding(call: Callable[..., Any]) -> Callable[..., Any]:
@@ -56,11 +56,12 @@ def _computing_supervised_padding(
     own = None if attached is None else attached.own_attention
     if args:
         kwargs = dict(zip(inspect.signature(model.forward).parameters, args, strict=False)) | kwargs
-    if own is None or not _has_supervised_padding(model, own, kwargs):
-        yield
-        return
-    with whole_masks("eager" if own == "eager" else "sdpa"):
-        yield
+    with weights_if_asked(model.config, own, kwargs):
+        if own is None or not _has_supervised_padding(model, own, kwargs):
+            yield
+            return
+        with whole_masks("eager" if own == "eager" else "sdpa"):
+            yield
 
 
 def _has_supervised_padding(model: Any, own: str, given: dict[str, Any]) -> bool:

@@ -95,3 +95,44 @@ def test_logits_of_last_tokens_are_one_product() -> None:
         logits = model(prompts("none")["input_ids"], logits_to_keep=1, use_cache=False).logits
     assert logits.shape == (3, 1, 97)
     assert "aten::bmm" not in {event.name for event in profile.events()}
+
+
+def test_tokens_of_padding_fed_one_by_one() -> None:
+    """A token that sees nothing, itself included, leaves what comes after it finite."""
+    model = with_lora(tiny_llama()).eval()
+    ids, mask = prompts("left").values()
+
+    def logits() -> torch.Tensor:
+        cache, rows = transformers.DynamicCache(), []
+        with torch.no_grad():
+            for end in range(1, ids.shape[1] + 1):
+                token, seen = ids[:, end - 1 : end], mask[:, :end]
+                rows.append(model(token, attention_mask=seen, past_key_values=cache).logits)
+        return torch.cat(rows, 1)[mask.bool()]
+
+    expected = logits()
+    lora_engine.accelerate(model)
+    assert torch.allclose(logits(), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["by head", "nothing seen, bool", "nothing seen, added"])
+def test_masks_of_ones_own_for_a_single_token(kind: str) -> None:
+    model = with_lora(tiny_llama()).eval()
+    ids = prompts("none")["input_ids"]
+    seen = torch.rand(3, 4 if kind == "by head" else 1, 1, 9) < 0.6
+    seen[..., 0] = True
+    if kind != "by head":
+        seen[0] = False
+    mask = torch.where(seen, 0.0, -torch.inf) if kind.endswith("added") else seen
+
+    def logits() -> torch.Tensor:
+        with torch.no_grad():
+            cache = model(ids[:, :8], use_cache=True).past_key_values
+            result: torch.Tensor = model(
+                ids[:, 8:], attention_mask=mask, past_key_values=cache
+            ).logits
+            return result
+
+    expected = logits()
+    lora_engine.accelerate(model)
+    assert torch.allclose(logits(), expected, atol=1e-5)

@@ -233,7 +233,15 @@ def test_a_loss_of_zero_passes():
 def test_gradients_of_rounding_alone_pass():
     """Where there is one key, q and k change nothing, and their gradients are zero but for that."""
     config = peft.LoraConfig(target_modules=["q_proj", "k_proj"])
-    report = preflight(peft.get_peft_model(tiny_llama(), config), rows(1, 2) | one_key())
+    model = peft.get_peft_model(tiny_llama(), config)
+
+    def rounds(module, args, output):  # some machines' products are exact here
+        output.register_hook(lambda gradient: gradient + 1e-9 * torch.randn_like(gradient))
+
+    for module in model.modules():
+        if isinstance(module, peft.tuners.lora.Linear):
+            module.register_forward_hook(rounds)
+    report = preflight(model, rows(1, 2) | one_key())
     assert report.loss_after == report.loss_before
 
 
