@@ -102,9 +102,7 @@ class _Descent:
     def _is_near(self, fall: float, *, by_sign: bool) -> bool:
         """Whether no value moves far in a step that takes `fall` off the loss to first order."""
         largest = max(
-            float(torch.linalg.vector_norm(g, float("inf"), dtype=torch.float32))
-            for g in self.gradients.values()
-            if g is not None and g.numel()
+            _norm(g, float("inf")) for g in self.gradients.values() if g is not None and g.numel()
         )
         return fall / self.slopes[by_sign] * (1.0 if by_sign else largest) <= _FURTHEST
 
@@ -137,5 +135,10 @@ def _shorter(fall: float, least: float) -> Iterator[float]:
 
 def _slope(gradient: Tensor, by_sign: bool) -> float:
     """How much of the loss a step of length 1 against the gradient, or its sign, takes off."""
-    norm = float(torch.linalg.vector_norm(gradient, 1 if by_sign else 2, dtype=torch.float32))
+    norm = _norm(gradient, 1 if by_sign else 2)
     return norm if by_sign else norm**2
+
+
+def _norm(gradient: Tensor, order: float) -> float:
+    wide = torch.promote_types(gradient.dtype, torch.float32)
+    return float(torch.linalg.vector_norm(gradient, order, dtype=wide))

@@ -32,7 +32,7 @@ from lora_engine import UserError, accelerate, preflight
 from lora_engine.data.dataset import TokenizedDataset
 from lora_engine.training.trial import trial
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 RIGHT = {
