@@ -92,8 +92,11 @@ def expected(info: FieldInfo) -> str:
 def describe_problems(
     model: type[BaseModel], problems: Sequence[ErrorDetails]
 ) -> tuple[FieldPath, str, int]:
-    """Key path and line about the first of pydantic's errors; how many other keys have one."""
-    path, message = _describe(model, problems[0])
+    """Key path and line about the first of pydantic's errors; how many other keys have one.
+
+    A missing key comes last: it is often there, misspelt, among the unknown ones.
+    """
+    path, message = _describe(model, min(problems, key=lambda p: p["type"] == "missing"))
     return path, message, len({field_at(model, p["loc"])[0] for p in problems}) - 1
 
 
@@ -209,7 +212,7 @@ def _unknown_key(model: type[BaseModel], path: FieldPath) -> str:
     if close := nearest(name, parent.model_fields):
         return f"{key}: unknown key; did you mean {dotted((*path[:-1], close))}?"
     elsewhere = {str(p[-1]): p for p, _ in reversed(list(fields(model))) if NAME not in p}
-    if close := nearest(name, elsewhere):
+    if close := nearest(name, elsewhere, likeness=0.8):  # lora.rank does not mean data.train
         return f"{key}: unknown key; did you mean {dotted(elsewhere[close])}?"
     where = dotted(path[:-1]) or "the top level"
     return f"{key}: unknown key; {where} takes {', '.join(parent.model_fields)}"

@@ -25,9 +25,9 @@ class UnavailableError(RuntimeError):
     """A backend was asked for by name and cannot run here; the message says why."""
 
 
-def nearest(name: str, choices: Iterable[str]) -> str | None:
-    """The choice most like `name`, or None if none is close."""
-    matches = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.6)
+def nearest(name: str, choices: Iterable[str], likeness: float = 0.6) -> str | None:
+    """The choice most like `name`, or None if none is close (1 is the same text)."""
+    matches = difflib.get_close_matches(name, list(choices), n=1, cutoff=likeness)
     return matches[0] if matches else None
 
 

@@ -130,7 +130,8 @@ def _finetune(config: RunConfig, resume: bool, observer: Observer | None) -> Out
     write_text(folder / "config.yaml", dump_config(config))
     write_text(folder / "samples_before.json", json.dumps(before))
     if step is None:
-        tell(f"measuring {len(eval_data):,} held-out examples, then training")
+        held_out = len(eval_data)
+        tell(f"measuring {held_out:,} held-out example{'s' * (held_out != 1)}, then training")
     elif step == trainer.total_steps:
         tell(f"all {step:,} steps are done; the results are written again")
     result = trainer.fit(resume=resume)

@@ -91,6 +91,17 @@ def test_null_lora_is_full_fine_tuning_and_can_be_given_back():
             "command line: samples.zzz: unknown key; samples takes count, max_new_tokens",
         ),
         (
+            "model: {pth: m}\ndata: {train: d.jsonl}\n",
+            [],
+            "run.yaml:1: model.pth: unknown key; did you mean model.path? (1 more after this one)",
+        ),
+        (
+            BASE,
+            ["lora.rank=8"],
+            "command line: lora.rank: unknown key; lora takes r, alpha, dropout, target_modules, "
+            "exclude_modules, rslora, bias, modules_to_save, ensure_weight_tying, seed, adapters",
+        ),
+        (
             BASE,
             ["lora.dropout=1.5", "lora.r=x"],
             "command line: lora.r: expected a whole number from 1 to 1,000,000, got 'x' "

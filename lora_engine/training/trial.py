@@ -139,7 +139,10 @@ def _mean_loss(model: Any, batch: Any) -> Tensor:
     output = model(**batch)
     loss = output[0] if isinstance(output, tuple) else getattr(output, "loss", None)
     if not isinstance(loss, Tensor) or (isinstance(output, tuple) and loss.dim() > 1):
-        raise UserError("preflight: the model returns no loss for the batch; give it labels")
+        keys = ", ".join(map(str, batch))
+        raise UserError(
+            f"preflight: the model returns no loss for the batch of {keys}; give it labels"
+        )
     return loss.mean()
 
 

@@ -170,7 +170,7 @@ WRONG = {
     all_ignored: ("no token of the batch is supervised",),
     first_column_only: ("no token of the batch is supervised",),
     unsupervised: ("no token of the batch is supervised",),
-    no_labels: ("no loss", "labels"),
+    no_labels: ("no loss for the batch of input_ids", "give it labels"),
     no_mapping: ("the batch is list", "give a mapping"),
     reentrant: ("checkpointing is reentrant", "enable_input_require_grads()"),
     detached: ("layers.1.mlp", "lora_A.default.weight (and 5 more) gets no gradient", "detach()"),
