@@ -112,6 +112,9 @@ def _padded_batch(
     """None where a row of padding may be read, or padding lies between a row's tokens."""
     mask = kwargs["attention_mask"].bool()
     batch, length = mask.shape
+    tokens = [kwargs[name] for name in ("input_ids", "inputs_embeds") if name in kwargs]
+    if any(given is not None and given.shape[:2] != mask.shape for given in tokens):
+        return None
     if has_holes(mask):
         return None
     index = mask.flatten().nonzero()[:, 0]

@@ -136,3 +136,13 @@ def test_masks_of_ones_own_for_a_single_token(kind: str) -> None:
     expected = logits()
     lora_engine.accelerate(model)
     assert torch.allclose(logits(), expected, atol=1e-5)
+
+
+def test_in_training_with_checkpoints() -> None:
+    """Checkpointed layers have no cache: each new token is alone, under a mask of all before it."""
+    model = with_lora(tiny_llama())
+    model.gradient_checkpointing_enable()
+    options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    expected = model.generate(**prompts("left"), **options)
+    lora_engine.accelerate(model)
+    assert torch.equal(model.generate(**prompts("left"), **options), expected)
