@@ -52,7 +52,8 @@ def route_adapters(model: Any, names: Sequence[str], rows: Tensor) -> Iterator[N
     `rows` [B, L] or [B * L] int64, one for each token; -1 for the base model alone. The adapters
     may have any ranks and scalings; each gets the gradients it would get if its rows were trained
     alone, so long as no sequence mixes adapters. All of them have to be active
-    (`model.base_model.set_adapter([...])`). The backward pass may run outside the context,
+    (`model.base_model.set_adapter([...])`) when `accelerate(model)` is called, which makes room
+    for their ranks. The backward pass may run outside the context,
     unless layers are checkpointed: then they run again in it.
 
     Raises UserError for models that are not accelerated, for adapters that are unknown or not
