@@ -29,7 +29,7 @@ from lora_engine.models.probed_layers import kind_of
 from lora_engine.models.proof import own_results, same_logits, same_training
 from lora_engine.models.saving import patch_ways_out
 from lora_engine.models.sequences import SequenceFinder
-from lora_engine.models.supervised_padding import LabelledForward, takes_labels
+from lora_engine.models.supervised_padding import LabelledForward, has_own_head
 
 TYPICAL_ROWS = 4096
 VERIFY_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2}
@@ -307,7 +307,7 @@ class _Accelerator:
             self.patches.set_attribute(
                 self.model, "train", update_wrapper(setter, setter.original, updated=())
             )
-        elif takes_labels(self.model) and "forward" not in vars(self.model):
+        elif has_own_head(self.model) and "forward" not in vars(self.model):
             self.patches.set_forward(self.model, LabelledForward(self.model))
         how = problem or self._how("linear_cross_entropy")
         self.report.add(name, "linear_cross_entropy", problem is None, how)

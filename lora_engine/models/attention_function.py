@@ -157,10 +157,11 @@ def padding_mask(
             **kwargs,
         )
     known = causal_mask(function)
-    # Rows of padding between tokens see some of them, and windows count their places. What
-    # a mask of another length means (checkpointed layers leave a cache empty) is transformers'.
+    # Rows of padding between tokens see some of them, and windows count their places. What a mask
+    # of another shape means (checkpointed layers leave a cache empty) is transformers' to say.
     if attention_mask is not None and (
-        has_holes(attention_mask.bool()) or q_length == kv_length != attention_mask.shape[1]
+        (q_length == kv_length and attention_mask.shape != (batch_size, kv_length))
+        or has_holes(attention_mask.bool())
     ):
         known = None
     if q_length == kv_length and known is not None:

@@ -56,7 +56,8 @@ class CausalLmForward:
             return self.original(*args, labels=labels, **kwargs)
         from lora_engine.models.lazy_logits import CausalLmOutput, LazyLogits
 
-        kwargs.setdefault("use_cache", False)
+        if _means_the_same_without_cache(labels, kwargs):
+            kwargs.setdefault("use_cache", False)
         targets, rows = shifted_targets(labels)
         backbone = self.model.base_model
         output = backbone(**kwargs | ({"read_rows": rows} if takes_read_rows(backbone) else {}))
@@ -86,6 +87,18 @@ class CausalLmForward:
         )
 
 
+def _means_the_same_without_cache(labels: Tensor, kwargs: dict[str, Any]) -> bool:
+    """Whether transformers' mask is the same when no cache is made.
+
+    By their positions it tells packed sequences apart only without a cache and without a mask; of
+    a mask longer than the tokens it takes their part only with a cache.
+    """
+    mask = kwargs.get("attention_mask")
+    if mask is None:
+        return kwargs.get("position_ids") is None
+    return bool(mask.shape[-1] == labels.shape[-1])
+
+
 def shifted_targets(labels: Tensor) -> tuple[Tensor, Tensor]:
     """Of labels [B, L]: those that a position before them predicts [U], and these rows [U]."""
     supervised = labels[:, 1:] != -100
@@ -99,8 +112,11 @@ def mean_loss(
     targets: Tensor,  # [U] int64
     num_items_in_batch: Tensor | int | None = None,
 ) -> Tensor:
-    """Mean cross-entropy, or the sum over `num_items_in_batch` (transformers' accumulation)."""
+    """Mean cross-entropy, or the sum over `num_items_in_batch` (transformers' accumulation).
+
+    Without targets the mean is nan with gradients of zero, as PyTorch's is.
+    """
     out = head.cross_entropy(hidden, targets, reduction="sum")
     if num_items_in_batch is None:
-        return out.loss / max(targets.numel(), 1)
+        return out.loss / targets.numel() if targets.numel() else out.loss + torch.nan
     return out.loss / torch.as_tensor(num_items_in_batch, device=out.loss.device)

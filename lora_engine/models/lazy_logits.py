@@ -49,6 +49,11 @@ class CausalLmOutput(CausalLMOutputWithPast):
         names = list(self.keys())[key]
         return tuple(self[name] for name in names) if isinstance(names, list) else self[names]
 
+    def get(self, key: str, default: Any = None) -> Any:
+        """As a dictionary's."""
+        value = super().get(key, default)
+        return value.value() if isinstance(value, LazyLogits) else value
+
     def to_tuple(self) -> tuple[Any, ...]:
         """Every result that there is, logits among them."""
         return self[:]

@@ -1,7 +1,8 @@
-"""Labels on rows of padding: such rows are computed as the model itself would.
+"""Rows of padding that a model's head reads: they are computed as the model itself would.
 
 Attention leaves rows of padding out. Where a loss is taken of them (labels that go on over padding,
-padding between virtual tokens and a text), that would be another loss than the model's own.
+padding between virtual tokens and a text), that would be another loss than the model's own; so
+would the class of a sequence that is read off one of them.
 """
 
 import functools
@@ -11,14 +12,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_engine.models.attachment import attachment
 from lora_engine.models.attention_function import weights_if_asked, whole_masks
 
 
 def computes_supervised_padding(call: Callable[..., Any]) -> Callable[..., Any]:
-    """Makes the `__call__` of a model's replaced forward compute padding that its labels name.
+    """Makes the `__call__` of a model's replaced forward compute padding that its head reads.
 
     Its object has the transformers model as `model`.
     """
@@ -32,7 +33,7 @@ def computes_supervised_padding(call: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class LabelledForward:
-    """The forward of a model with labels whose loss is its own."""
+    """The forward of a model with a head whose loss, if it has one, is its own."""
 
     def __init__(self, model: Any) -> None:
         self.model, self.original = model, model.forward
@@ -43,9 +44,10 @@ class LabelledForward:
         return self.original(*args, **kwargs)
 
 
-def takes_labels(model: Any) -> bool:
-    """Whether a model's forward has labels among its arguments."""
-    return "labels" in inspect.signature(model.forward).parameters
+def has_own_head(model: Any) -> bool:
+    """Whether a model does something with hidden states: it is more than its layers."""
+    labels = "labels" in inspect.signature(model.forward).parameters
+    return labels or model.base_model is not model
 
 
 @contextmanager
@@ -57,22 +59,43 @@ def _computing_supervised_padding(
     if args:
         kwargs = dict(zip(inspect.signature(model.forward).parameters, args, strict=False)) | kwargs
     with weights_if_asked(model.config, own, kwargs):
-        if own is None or not _has_supervised_padding(model, own, kwargs):
+        if own is None or not _has_read_padding(model, own, kwargs):
             yield
             return
         with whole_masks("eager" if own == "eager" else "sdpa"):
             yield
 
 
-def _has_supervised_padding(model: Any, own: str, given: dict[str, Any]) -> bool:
+def _has_read_padding(model: Any, own: str, given: dict[str, Any]) -> bool:
     mask = given.get("attention_mask")  # [B, L]
     if not isinstance(mask, Tensor) or mask.dim() != 2:
         return False
     padding = mask == 0
     if own == "sdpa":  # of a row that sees nothing it makes zeros, as lora_engine's attention does
         padding &= mask.cumsum(1) > 0
-    supervised = _supervised(model, given, mask)
-    return supervised is not None and bool((padding & supervised).any())
+    read = _read(model, given, mask)
+    return read is not None and bool((padding & read).any())
+
+
+def _read(model: Any, given: dict[str, Any], mask: Tensor) -> Tensor | None:
+    """[B, L] bool, the rows of which a model's head makes something; None for none."""
+    kind = next(c.__name__ for c in type(model).__mro__ if "forward" in vars(c))
+    if model.get_output_embeddings() is not None or kind.endswith("ForTokenClassification"):
+        return _supervised(model, given, mask)
+    if kind.endswith("ForSequenceClassification"):
+        return _classified(model, given, mask)
+    return torch.ones_like(mask, dtype=torch.bool)
+
+
+def _classified(model: Any, given: dict[str, Any], mask: Tensor) -> Tensor:
+    """[B, L] bool, the row of each sequence's class: transformers goes by ids, not by the mask."""
+    ids, padding = given.get("input_ids"), model.config.get_text_config().pad_token_id
+    last = torch.full((len(mask),), mask.shape[1] - 1, device=mask.device)
+    if ids is not None and padding is not None and ids.shape == mask.shape:
+        places = torch.arange(ids.shape[1], device=ids.device)
+        last = ((ids != padding) * places).argmax(1).to(mask.device)
+    read: Tensor = nn.functional.one_hot(last, mask.shape[1]).bool()
+    return read
 
 
 def _supervised(model: Any, given: dict[str, Any], mask: Tensor) -> Tensor | None:
@@ -86,7 +109,7 @@ def _supervised(model: Any, given: dict[str, Any], mask: Tensor) -> Tensor | Non
     for targets, shift in ((labels, 1), (shifted, 0)):
         if isinstance(targets, Tensor) and targets.shape == mask.shape:
             counted = (targets != ignored).to(mask.device)
-            rows = torch.nn.functional.pad(counted, (0, shift))[:, shift:]
+            rows = nn.functional.pad(counted, (0, shift))[:, shift:]
             if shift and getattr(model, "loss_function", None) is not ForCausalLMLoss:
                 rows = rows | counted
             supervised = rows if supervised is None else supervised | rows

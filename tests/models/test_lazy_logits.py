@@ -27,12 +27,13 @@ def accelerated(**config: Any) -> Any:
     [
         lambda output: output.logits,
         lambda output: output["logits"],
+        lambda output: output.get("logits"),
         lambda output: output[1],
         lambda output: output[:2][1],
         lambda output: output.to_tuple()[1],
         lambda output: type(output)(dict(output.items())).logits,  # as accelerate converts results
     ],
-    ids=["attribute", "key", "place", "slice", "tuple", "copy"],
+    ids=["attribute", "key", "get", "place", "slice", "tuple", "copy"],
 )
 def test_however_they_are_read_they_are_the_models_own(read: Any) -> None:
     model = with_lora(tiny_llama())

@@ -128,3 +128,10 @@ def test_values_of_another_width() -> None:
     out, _ = attend(torch.nn.Module(), q, k, v, None)
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
     assert torch.allclose(out, expected.transpose(1, 2), atol=1e-5)
+
+
+def test_a_mask_of_more_tokens_than_the_batch_has_is_cut() -> None:
+    longer = torch.tensor([[True, True, True, False, False, False]])
+    mask = padding_mask(1, 4, 4, mask_function=KNOWN["causal"], attention_mask=longer)
+    assert mask is not None and mask.shape == (1, 1, 4, 4)
+    assert mask[0, 0, -1].tolist() == [True, True, True, False]

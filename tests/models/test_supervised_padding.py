@@ -115,3 +115,50 @@ def test_padding_between_tokens_is_computed() -> None:
     given = {"input_ids": IDS, "attention_mask": mask_of("between")}
     with torch.no_grad():
         assert torch.allclose(model(**given).logits, plain(**given).logits, atol=1e-5)
+
+
+def headed(kind: str) -> Any:
+    torch.manual_seed(0)
+    config = tiny_llama(num_labels=3, pad_token_id=0).config
+    return getattr(transformers, f"LlamaFor{kind}")(config).eval()
+
+
+def assert_same_with(plain: Any, **batch: Any) -> None:
+    model = copy.deepcopy(plain)
+    lora_engine.accelerate(model)
+    results = []
+    for each in (model, plain):
+        loss = each(**batch, attention_mask=mask_of("right")).loss
+        loss.backward()
+        gradients = [p.grad.flatten() for p in each.parameters() if p.grad is not None]
+        results.append((loss.detach(), torch.cat(gradients)))
+    (ours, our_gradient), (theirs, their_gradient) = results
+    assert torch.allclose(ours, theirs, rtol=1e-5)
+    assert (our_gradient - their_gradient).abs().max() <= 1e-4 * their_gradient.abs().max()
+
+
+@pytest.mark.parametrize("given", ["embeddings", "ids"])
+def test_a_class_that_is_read_off_a_row_of_padding(given: str) -> None:
+    """The last row's, where embeddings are given or padding has another id than the config's."""
+    plain = headed("SequenceClassification")
+    batch = {"input_ids": IDS}
+    if given == "embeddings":
+        batch = {"inputs_embeds": plain.get_input_embeddings()(IDS).detach()}
+    assert_same_with(plain, **batch, labels=torch.tensor([0, 2, 1]))
+
+
+def test_answers_are_sought_in_padding_too() -> None:
+    begin = torch.tensor([1, 2, 4])
+    plain = headed("QuestionAnswering")
+    assert_same_with(plain, input_ids=IDS, start_positions=begin, end_positions=begin + 2)
+
+
+def test_padding_that_no_class_is_read_off_is_not_computed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, mask = headed("SequenceClassification"), mask_of("right")
+    lora_engine.accelerate(model)
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", None)
+    model(input_ids=IDS.masked_fill(mask == 0, 0), attention_mask=mask, use_cache=False)
+    with pytest.raises(TypeError, match="NoneType"):
+        model(input_ids=IDS, attention_mask=mask, use_cache=False)
