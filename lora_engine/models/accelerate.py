@@ -307,7 +307,7 @@ class _Accelerator:
             self.patches.set_attribute(
                 self.model, "train", update_wrapper(setter, setter.original, updated=())
             )
-        elif has_own_head(self.model) and "forward" not in vars(self.model):
+        elif has_own_head(self.model):
             self.patches.set_forward(self.model, LabelledForward(self.model))
         how = problem or self._how("linear_cross_entropy")
         self.report.add(name, "linear_cross_entropy", problem is None, how)
