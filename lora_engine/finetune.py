@@ -116,14 +116,14 @@ def _finetune(config: RunConfig, resume: bool, observer: Observer | None) -> Out
     )
     trainer.folder.reserve(*_FILES)
     step = trainer.check_folder(resume)
-    prompts = choose_prompts(eval_data, tokenizer, config.samples.count)
-    before = _samples_before(config, model, tokenizer, prompts, step is not None, tell)
     coverage = None
     if config.accelerate:
         coverage = accelerate(model, strict=config.accelerate == "strict")
     preflight = trainer.preflight(step)
     if preflight is not None:
         tell(f"preflight: {preflight}")
+    prompts = choose_prompts(eval_data, tokenizer, config.samples.count)
+    before = _samples_before(config, model, tokenizer, prompts, step is not None, tell)
     trainer.open_folder(step)
     for name in ("summary.json", "report.html"):  # of an earlier end of a run that goes on
         (folder / name).unlink(missing_ok=True)
