@@ -16,7 +16,7 @@ from lora_engine.models.head import output_head, why_no_head
 from lora_engine.models.lora_state import hooks_everywhere
 from lora_engine.models.packed import hidden_rows
 from lora_engine.models.patches import Patches
-from lora_engine.models.supervised_padding import computes_supervised_padding
+from lora_engine.models.supervised_padding import LabelledForward, computes_supervised_padding
 
 _MODULE, _FUNCTION = "trl.trainer.utils", "_fused_forward"
 _SERVED = frozenset({"log_probs", "entropy", "mean_logits", "is_top1"})
@@ -111,16 +111,19 @@ def adopt(model: Any, patches: Patches) -> bool:
 
 
 class ModeSetter:
-    """A model's `train`, which `eval` calls too: serves TRL's fused head if one has come.
+    """A model's `train`, which `eval` calls too: takes note of a forward that has come since.
 
     A trainer puts its forward on the model when it is made, and sets the mode before each step.
+    TRL's fused head is served from then on; what labels another's forward is given on rows of
+    padding is seen.
     """
 
     def __init__(self, model: Any, patches: Patches) -> None:
         self.model, self.patches, self.original = model, patches, model.train
 
     def __call__(self, mode: bool = True) -> Any:
-        adopt(self.model, self.patches)
+        if not adopt(self.model, self.patches) and is_foreign(self.model):
+            self.patches.set_forward(self.model, LabelledForward(self.model))
         return self.original(mode)
 
 

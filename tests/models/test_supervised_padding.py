@@ -164,14 +164,19 @@ def test_padding_that_no_class_is_read_off_is_not_computed(
         model(input_ids=IDS, attention_mask=mask, use_cache=False)
 
 
-def test_labels_on_padding_of_a_model_with_a_forward_of_somebody_s() -> None:
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_labels_on_padding_of_a_model_with_a_forward_of_somebody_s(when: str) -> None:
     plain = with_lora(tiny_llama())
     model = copy.deepcopy(plain)
     inner = model.get_base_model()
     own = inner.forward
     theirs = lambda *args, **kwargs: own(*args, **kwargs)  # noqa: E731
+    if when == "after":
+        lora_engine.accelerate(model)
     inner.forward = theirs
-    lora_engine.accelerate(model)
+    if when == "before":
+        lora_engine.accelerate(model)
+    model.train()
     mask = mask_of("right")
     ours, expected = (loss_and_gradients(each, mask, IDS) for each in (model, plain))
     assert torch.allclose(ours[0], expected[0], rtol=1e-5)
