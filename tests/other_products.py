@@ -53,7 +53,7 @@ def _sum(x: Tensor, a: Tensor, b: Tensor, *, beta: Any = 1, alpha: Any = 1) -> n
 
 def _array(x: Tensor) -> np.ndarray:
     x = x.detach()
-    return (x.float() if x.dtype in HALF else x).numpy()
+    return (x.float() if x.dtype in HALF else x).resolve_conj().resolve_neg().numpy()
 
 
 def _result(total: np.ndarray, like: Tensor) -> Tensor:

@@ -29,6 +29,9 @@ torch.testing.assert_close(out, wanted[1])
 out.zero_().addmm_(a[0], b[0], beta=0)
 torch.testing.assert_close(out, wanted[1])
 
+turned = torch.randn(2, 3, dtype=torch.complex64)
+torch.testing.assert_close(turned @ turned.conj().t(), (turned[:, None] * turned.conj()).sum(-1))
+
 for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 1e-2)):
     many, weight = torch.randn(6, 1000).to(dtype), torch.randn(1000, 500).to(dtype)
     whole, part = torch.mm(many, weight), torch.mm(many[:1], weight)
