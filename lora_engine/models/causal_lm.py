@@ -56,7 +56,9 @@ class CausalLmForward:
             return self.original(*args, labels=labels, **kwargs)
         from lora_engine.models.lazy_logits import CausalLmOutput, LazyLogits
 
-        if _means_the_same_without_cache(labels, kwargs):
+        attached = attachment(self.model)
+        routed = attached is not None and attached.router.rows is not None  # not with a cache
+        if routed or _means_the_same_without_cache(labels, kwargs):
             kwargs.setdefault("use_cache", False)
         targets, rows = shifted_targets(labels)
         backbone = self.model.base_model
