@@ -130,7 +130,7 @@ def packed(lengths: tuple[int, ...], seed: int = 3) -> dict[str, torch.Tensor]:
 def gradients_of(model: Any, given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     model.zero_grad()
     lengths = given["labels"].ne(-100).sum()
-    (model(**given).loss * lengths).backward()
+    (model(**given, use_cache=False).loss * lengths).backward()
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
