@@ -25,11 +25,12 @@ from lora_engine.models.linear_group import ContiguousInput, LinearGroup, Single
 from lora_engine.models.lora_state import is_linear, is_lora
 from lora_engine.models.mlp import MlpForward, activation_name, is_gated_mlp
 from lora_engine.models.norm import LayerNormForward, RmsNormForward, norm_forward
+from lora_engine.models.patches import Patches
 from lora_engine.models.probed_layers import kind_of
 from lora_engine.models.proof import own_results, same_logits, same_training
 from lora_engine.models.saving import patch_ways_out
 from lora_engine.models.sequences import SequenceFinder
-from lora_engine.models.supervised_padding import LabelledForward, has_own_head
+from lora_engine.models.supervised_padding import LabelledForward
 
 TYPICAL_ROWS = 4096
 VERIFY_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2}
@@ -70,6 +71,7 @@ def accelerate(
         attached = attachment(inner)
         assert attached is not None
         patch_ways_out(inner, peft_tuner(model), attached.patches)
+        _replace_kept_forward(model, inner, attached.patches)
         if strict and report.left:
             raise UserError(f"accelerate(strict=True) left parts of the model:\n{report}")
         if verify is not None and expected is not None:
@@ -78,6 +80,17 @@ def accelerate(
         restore(model)
         raise
     return report
+
+
+def _replace_kept_forward(model: nn.Module, inner: nn.Module, patches: Patches) -> None:
+    """Gives what is around the model its forward of today where it has kept that of before.
+
+    PEFT's AdaptionPromptModel takes the forward along when it is made.
+    """
+    for around in (model, getattr(model, "base_model", None)):
+        kept = vars(around).get("forward") if isinstance(around, nn.Module) else None
+        if around is not inner and getattr(kept, "__self__", None) is inner:
+            patches.set_attribute(around, "forward", inner.forward)
 
 
 def _check_is_of_transformers(model: Any) -> None:
@@ -307,7 +320,7 @@ class _Accelerator:
             self.patches.set_attribute(
                 self.model, "train", update_wrapper(setter, setter.original, updated=())
             )
-        elif has_own_head(self.model):
+        else:
             self.patches.set_forward(self.model, LabelledForward(self.model))
         how = problem or self._how("linear_cross_entropy")
         self.report.add(name, "linear_cross_entropy", problem is None, how)

@@ -79,6 +79,8 @@ def check_window(module: nn.Module, mask: Tensor | None, window: int) -> None:
 _whole: ContextVar[str | None] = ContextVar("whole_masks", default=None)
 # Whether `attend` hands on to the layers' own plain attention (`weights_if_asked`).
 _weights: ContextVar[bool] = ContextVar("weights", default=False)
+# On masks made then: a checkpointed layer runs again when that context is gone.
+_OF_WEIGHTS = "_lora_engine_weights"
 
 
 @contextmanager
@@ -148,7 +150,7 @@ def padding_mask(
     function = mask_function or causal_mask_function
     if (whole := _whole.get()) is not None:
         kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-        return AttentionMaskInterface()[whole](
+        made: Tensor | None = AttentionMaskInterface()[whole](
             batch_size,
             q_length,
             kv_length,
@@ -156,6 +158,9 @@ def padding_mask(
             attention_mask=attention_mask,
             **kwargs,
         )
+        if made is not None and _weights.get():
+            setattr(made, _OF_WEIGHTS, True)
+        return made
     known = causal_mask(function)
     # Rows of padding between tokens see some of them, and windows count their places. What a mask
     # of another shape means (checkpointed layers leave a cache empty) is transformers' to say.
@@ -220,7 +225,7 @@ def attend(
     causal = kwargs.get("is_causal")
     causal = bool(getattr(module, "is_causal", True) if causal is None else causal)
     batch, heads, length, head_dim = query.shape
-    if _weights.get():
+    if _weights.get() or hasattr(attention_mask, _OF_WEIGHTS):
         plain = sys.modules[type(module).__module__].eager_attention_forward
         mask = _added(attention_mask, query, key.shape[2], causal, kwargs.get("sliding_window"))
         given = {"scaling": scaling, "dropout": dropout, **kwargs}

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from lora_engine.models.attention import AttentionForward
 from lora_engine.models.attention_function import computes_padding, weights_if_asked
-from lora_engine.models.lora_state import hooks_everywhere
+from lora_engine.models.capture import is_idle
+from lora_engine.models.lora_state import autocast_to_another_half, hooks_everywhere
 from lora_engine.models.masks import has_holes
 from lora_engine.models.router import AdapterRouter
 
@@ -72,6 +73,7 @@ class BackboneForward:
             and self.router.rows is None
             and not bool(mask.all())
             and not hooks_everywhere()
+            and not autocast_to_another_half(next(self.backbone.parameters()))
             and all(map(self._serves, self.backbone.layers))
             and not any(
                 _is_watched(part) for part in self.backbone.modules() if part is not self.backbone
@@ -157,4 +159,6 @@ def _is_watched(module: nn.Module) -> bool:
         *module._backward_pre_hooks.values(),
         *module._backward_hooks.values(),
     ]
-    return any(getattr(hook, "__qualname__", "") != _REQUIRES_GRAD for hook in hooks)
+    return not all(
+        getattr(hook, "__qualname__", "") == _REQUIRES_GRAD or is_idle(hook) for hook in hooks
+    )

@@ -1,5 +1,6 @@
 """Decoder layers whose halves are single functions: norm, linears, core and residual together."""
 
+from contextvars import copy_context
 from functools import partial
 from typing import Any
 
@@ -44,9 +45,9 @@ class DecoderLayerForward:
             and type(module).__call__ is nn.Module.__call__
         ):
             kwargs |= {"past_key_values": None, "use_cache": False}  # a cache would be filled twice
-            result: Tensor = module._gradient_checkpointing_func(
-                partial(self._run, **kwargs), hidden_states, *args
-            )
+            # What the call asks for stands in context variables, which are gone when it runs again.
+            run = partial(copy_context().run, self._run, **kwargs)
+            result: Tensor = module._gradient_checkpointing_func(run, hidden_states, *args)
             return result
         return self._run(hidden_states, *args, **kwargs)
 

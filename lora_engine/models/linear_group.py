@@ -22,9 +22,10 @@ class LinearGroup:
     `reason` says why there is no augmented weight, or is None. PEFT's state is looked at on every
     call: adapters may be switched, disabled or merged, and those that are active are in the
     augmented weight. What that cannot hold runs as the layers' own forward: hooks, forwards that
-    others replaced, inputs of another dtype (under autocast), and base weights that were unfrozen,
-    exchanged (`load_state_dict(assign=True)`, `functional_call`) or given other storage
-    (`model.to(...)`), these with one warning.
+    others replaced, inputs of another dtype (under autocast), autocast to another half precision
+    than the weights', and base weights that were unfrozen, exchanged
+    (`load_state_dict(assign=True)`, `functional_call`) or given other storage (`model.to(...)`),
+    these with one warning.
     """
 
     def __init__(
@@ -78,6 +79,8 @@ class LinearGroup:
         if self._problem is not None or x.dtype != self.weight.buffer.dtype:
             return False
         if lora_state.hooks_everywhere() or are_altered(self._watched):
+            return False
+        if lora_state.autocast_to_another_half(self.weight.buffer):
             return False
         self.weight.biases = tuple(base.bias for base, _, _ in self._bases)
         return True

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from lora_engine import ops
+from lora_engine.models.capture import is_idle
 
 # The number of an adapter that no row is routed to; rows without an adapter have -1.
 UNROUTED = -2
@@ -56,12 +57,20 @@ def is_altered(module: nn.Module) -> bool:
 
 
 def _has_own_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_pre_hooks
-        or module._forward_hooks
-        or module._backward_pre_hooks
-        or module._backward_hooks
-    )
+    if module._forward_pre_hooks or module._backward_pre_hooks or module._backward_hooks:
+        return True
+    return not all(map(is_idle, module._forward_hooks.values()))
+
+
+def autocast_to_another_half(weight: torch.Tensor) -> bool:
+    """Whether `torch.autocast` makes float16 where weights are bfloat16, or the reverse.
+
+    Parts that are left hand on autocast's type then, which products with the weights do not take.
+    """
+    device = weight.device.type
+    if not torch.is_autocast_enabled(device):
+        return False
+    return {weight.dtype, torch.get_autocast_dtype(device)} == {torch.float16, torch.bfloat16}
 
 
 def adapter_state(module: Any) -> tuple[Any, ...]:

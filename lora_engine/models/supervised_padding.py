@@ -2,7 +2,7 @@
 
 Attention leaves rows of padding out. Where a loss is taken of them (labels that go on over padding,
 padding between virtual tokens and a text), that would be another loss than the model's own; so
-would the class of a sequence that is read off one of them.
+would the class of a sequence that is read off one of them, or what is generated behind one.
 """
 
 import functools
@@ -33,7 +33,7 @@ def computes_supervised_padding(call: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class LabelledForward:
-    """The forward of a model with a head whose loss, if it has one, is its own."""
+    """The forward of a model whose loss, if it has one, is its own."""
 
     def __init__(self, model: Any) -> None:
         self.model, self.original = model, model.forward
@@ -44,7 +44,7 @@ class LabelledForward:
         return self.original(*args, **kwargs)
 
 
-def has_own_head(model: Any) -> bool:
+def _has_head(model: Any) -> bool:
     """Whether a model does something with hidden states: it is more than its layers."""
     labels = "labels" in inspect.signature(model.forward).parameters
     return labels or model.base_model is not model
@@ -79,6 +79,8 @@ def _has_read_padding(model: Any, own: str, given: dict[str, Any]) -> bool:
 
 def _read(model: Any, given: dict[str, Any], mask: Tensor) -> Tensor | None:
     """[B, L] bool, the rows of which a model's head makes something; None for none."""
+    if not _has_head(model):
+        return None
     kind = next(c.__name__ for c in type(model).__mro__ if "forward" in vars(c))
     if model.get_output_embeddings() is not None or kind.endswith("ForTokenClassification"):
         return _supervised(model, given, mask)
@@ -99,13 +101,17 @@ def _classified(model: Any, given: dict[str, Any], mask: Tensor) -> Tensor:
 
 
 def _supervised(model: Any, given: dict[str, Any], mask: Tensor) -> Tensor | None:
-    """[B, L] bool, the rows of which a loss may be taken; None for labels of another shape."""
+    """[B, L] bool, the rows of which a loss may be taken, or a next token; None for none."""
     from transformers.loss.loss_utils import ForCausalLMLoss
 
     labels, shifted = given.get("labels"), given.get("shift_labels")
     ignored = given.get("ignore_index")
     ignored = -100 if ignored is None else ignored
     supervised = None
+    kept = given.get("logits_to_keep")
+    if isinstance(kept, int) and kept == 1:  # generation goes on behind each row's last token
+        supervised = torch.zeros_like(mask, dtype=torch.bool)
+        supervised[:, -1] = True
     for targets, shift in ((labels, 1), (shifted, 0)):
         if isinstance(targets, Tensor) and targets.shape == mask.shape:
             counted = (targets != ignored).to(mask.device)

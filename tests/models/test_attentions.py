@@ -56,12 +56,66 @@ def test_of_one_call(make: Any, part: str, use_cache: bool) -> None:
     assert model(IDS, attention_mask=MASK).attentions is None
 
 
-def test_of_a_loss_with_its_gradients() -> None:
-    model = with_lora(llama())
+def gpt2() -> Any:
+    return transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(
+            vocab_size=97,
+            n_embd=32,
+            n_head=4,
+            n_layer=2,
+            attn_pdrop=0.0,
+            embd_pdrop=0.0,
+            resid_pdrop=0.0,
+            bos_token_id=1,
+            eos_token_id=2,
+            attn_implementation="eager",
+        )
+    )
+
+
+def opt() -> Any:
+    return transformers.OPTForCausalLM(
+        transformers.OPTConfig(
+            vocab_size=97,
+            hidden_size=32,
+            word_embed_proj_dim=32,
+            ffn_dim=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=64,
+            attn_implementation="eager",
+        )
+    )
+
+
+@pytest.mark.parametrize("how", ["argument", "config"])
+@pytest.mark.parametrize("make", [gpt2, opt, llama])
+def test_of_a_model_without_a_head(make: Any, how: str) -> None:
+    torch.manual_seed(0)
+    model = make().base_model.eval()
+    asked = {"output_attentions": True} if how == "argument" else {}
+    model.config.output_attentions = how == "config"
+    expected = model(IDS, attention_mask=MASK, **asked)
+    lora_engine.accelerate(model)
+    found = model(IDS, attention_mask=MASK, **asked)
+    assert_same(found.attentions, expected.attentions)
+    assert torch.allclose(found.last_hidden_state, expected.last_hidden_state, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", [llama, gpt2])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_of_a_loss_with_its_gradients(make: Any, checkpointing: bool) -> None:
+    torch.manual_seed(0)
+    model = with_lora(make()) if make is llama else make()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    model.train()
     trained = [p for p in model.parameters() if p.requires_grad]
 
     def results() -> list[torch.Tensor]:
-        output = model(IDS, attention_mask=MASK, labels=IDS, output_attentions=True)
+        options = {"output_attentions": True, "use_cache": False}
+        output = model(IDS, attention_mask=MASK, labels=IDS, **options)
         entropy = sum(-(w * (w + 1e-9).log()).sum() for w in output.attentions)
         return [output.loss.detach(), *torch.autograd.grad(output.loss + entropy, trained)]
 

@@ -146,3 +146,17 @@ def test_in_training_with_checkpoints() -> None:
     expected = model.generate(**prompts("left"), **options)
     lora_engine.accelerate(model)
     assert torch.equal(model.generate(**prompts("left"), **options), expected)
+
+
+def test_behind_padding_on_the_right_as_without() -> None:
+    """transformers warns of it, and reads the next token off a row of padding."""
+    model = with_lora(tiny_llama()).eval()
+    ids = torch.randint(3, 97, (3, 9), generator=torch.Generator().manual_seed(2))
+    mask = torch.ones_like(ids)
+    mask[1, -4:] = 0
+    options = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0, "output_scores": True}
+    given = {"attention_mask": mask, "return_dict_in_generate": True, **options}
+    expected = model.generate(ids, **given).scores
+    lora_engine.accelerate(model)
+    for ours, theirs in zip(model.generate(ids, **given).scores, expected, strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-4)
