@@ -54,24 +54,6 @@ def check_trained(model: nn.Module) -> None:
     raise UserError(f"preflight: the model has no trainable parameters; {mend}")
 
 
-def check_labels(model: nn.Module, batch: Any) -> None:
-    """Raises UserError if no token of the batch is supervised."""
-    if isinstance(batch, PackedBatch):
-        none = batch.num_targets == 0
-    else:
-        labels = batch.get("labels")
-        if not isinstance(labels, Tensor) or labels.is_floating_point():
-            return
-        if getattr(transformers_model(model), "loss_type", None) == "ForCausalLM":
-            labels = labels[..., 1:]  # nothing predicts the first one
-        none = bool((labels == -100).all())
-    if none:
-        raise UserError(
-            "preflight: no token of the batch is supervised (every label is -100), so that it "
-            "teaches nothing; look at what cuts or masks the examples, or give another batch"
-        )
-
-
 def why_nonfinite(model: nn.Module, trial: Trial, loss: float) -> str:
     """What to say of a loss that is not finite."""
     if isinstance(trial.batch, PackedBatch):

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from lora_engine.errors import UserError
+from lora_engine.training.batch_checks import check_batch
 from lora_engine.training.causes import (
     Place,
-    check_labels,
     check_trained,
     place_of,
     why_idle,
@@ -23,6 +23,7 @@ from lora_engine.training.causes import (
 )
 from lora_engine.training.descent import descend, rounding
 from lora_engine.training.shared_memory import groups_of_memory
+from lora_engine.training.slopes import check_slopes
 from lora_engine.training.trial import Gradients, Trial, on_device, trial
 
 
@@ -80,7 +81,7 @@ def preflight(model: nn.Module, batch: Any) -> PreflightReport:
     started = time.perf_counter()
     check_trained(model)
     batch = on_device(model, batch)
-    check_labels(model, batch)
+    check_batch(model, batch)
     frozen = _frozen(model)
     sums = {name: _checksum(p) for name, p in frozen.items()}
     with trial(model, batch) as tried:
@@ -116,10 +117,11 @@ class _Preflight:
             return self._report(self.before, gradients, [])  # all is learned to the last bit
         after = self.before
         if len(missing) < len(gradients):
-            after = descend(self.trial, self.before, gradients)
+            given = _without(gradients, missing)
+            noise, ratio = check_slopes(self.trial, self.before, given, self._kind)
+            after = descend(self.trial, self.before, given, noise, ratio)
         if missing and len(missing) < len(gradients):
-            gradients = self._after_the_step(gradients, missing)
-            missing = [name for name in missing if _largest(gradients[name]) == 0]
+            gradients, missing = self._after_the_step(gradients, missing)
         if missing:
             self._check_missing(gradients, missing)
         return self._report(after, gradients, missing)
@@ -144,10 +146,24 @@ class _Preflight:
             raise UserError(why_nonfinite_gradient(self.model, bad))
         return gradients
 
-    def _after_the_step(self, gradients: Gradients, missing: list[str]) -> dict[str, Tensor | None]:
-        """The gradients, those `missing` from where the trial step led: A's, once B is not 0."""
+    def _after_the_step(
+        self, gradients: Gradients, missing: list[str]
+    ) -> tuple[dict[str, Tensor | None], list[str]]:
+        """The gradients, those `missing` from where the trial step led (A's, once B is not 0), and
+        which are still missing."""
         later = self._checked(self.trial.gradients())
-        return {**gradients, **{name: later[name] for name in missing}}
+        still = [name for name in missing if _largest(later[name]) == 0]
+        if len(still) < len(missing):
+            self.trial.stay()
+            found = {name: later[name] for name in missing}
+            here = self.trial.loss()
+            check_slopes(self.trial, here, _without(found, still), self._kind)
+        return {**gradients, **{name: later[name] for name in missing}}, still
+
+    def _kind(self, name: str) -> object:
+        """What parameters of other layers have in common with this one."""
+        place = self.places[name]
+        return place.adapter or "", place.kind, place.layer.rpartition(".")[2]
 
     def _group(self, name: str) -> str:
         place = self.places[name]
@@ -196,8 +212,14 @@ def _largest(gradient: Tensor | None) -> float:
     return float(torch.linalg.vector_norm(gradient, math.inf))
 
 
+def _without(gradients: Gradients, missing: list[str]) -> dict[str, Tensor]:
+    return {n: g for n, g in gradients.items() if g is not None and n not in missing}
+
+
 def _norm(gradient: Tensor | None) -> float:
-    return 0.0 if gradient is None else float(torch.linalg.vector_norm(gradient.float()))
+    if gradient is None:
+        return 0.0
+    return float(torch.linalg.vector_norm(gradient, dtype=torch.float64))
 
 
 def _frozen(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -30,6 +30,7 @@ from lora_engine.training.schedule import Schedule
 from lora_engine.training.signals import InterruptGuard
 from lora_engine.training.state import Stopped, TrainResult, TrainState
 from lora_engine.training.stream import BatchStream, fingerprint
+from lora_engine.training.trial import with_values
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +118,7 @@ class Trainer:
 
     def preflight(self, step: int | None) -> PreflightReport | None:
         """`lora_engine.preflight` on the first examples that teach anything, with the weights that
-        the model has; None where config.preflight is off, or no step is left to do.
+        the run goes on from; None where config.preflight is off, or no step is left to do.
 
         step: what `check_folder` returned. Raises UserError where the run would learn nothing.
         """
@@ -125,7 +126,9 @@ class Trainer:
             return None
         self._train_stream.share_prefixes = self._shares_prefixes(training=True)
         tokens = min(self.config.tokens_per_batch, PREFLIGHT_TOKENS)
-        report = preflight(self.model, self._train_stream.first(tokens))
+        weights = {} if step is None else self.folder.checkpoints.tensors(step, "weights")
+        with with_values(self.model, weights):
+            report = preflight(self.model, self._train_stream.first(tokens))
         logger.info("preflight: %s", report)
         return report
 

@@ -1,5 +1,6 @@
 """Loss and gradients of one batch at values of the trained parameters that are put back later."""
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +17,8 @@ Gradients = Mapping[str, Tensor | None]
 
 # As torch.amp.GradScaler begins: small gradients of float16 are zero without.
 _LOSS_SCALES = (2.0**16, 2.0**12, 2.0**8, 2.0**4, 1.0)
+# `Trial.move` can move every eighth element alone.
+PARTS = 8
 _PLAIN = (bool, int, float, str, type(None))
 
 
@@ -30,6 +33,7 @@ class Trial:
         self.batch = batch
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._values = {name: p.detach().clone() for name, p in self.trained.items()}
+        self._base = self._values
         self._draws = random_state.capture()
         self._loss: Tensor | None = None
         has_half = any(p.dtype == torch.float16 for p in model.parameters())
@@ -68,23 +72,54 @@ class Trial:
     @torch.no_grad()
     def reset(self) -> None:
         """Put back the parameters' own values."""
-        for name, parameter in self.trained.items():
-            parameter.copy_(self._values[name])
+        self._base = self._values
+        self._put(self._values)
 
     @torch.no_grad()
-    def move(self, gradients: Gradients, length: float, *, by_sign: bool) -> None:
-        """To the own values − length · gradient, or its sign, as Adam's first step has it.
+    def _put(self, values: Mapping[str, Tensor]) -> None:
+        for name, parameter in self.trained.items():
+            parameter.copy_(values[name])
 
-        Rounded at random where parameters have 16 bits, so that small steps are not all lost.
+    @torch.no_grad()
+    def move(
+        self,
+        gradients: Gradients,
+        lengths: Mapping[str, float],
+        *,
+        by_sign: bool = False,
+        part: int | None = None,
+    ) -> float:
+        """From where `stay` was called, or the own values, move each parameter of `lengths` by
+        −length · unit, and return the loss's change to first order.
+
+        unit is the gradient over its largest absolute value, which must not be 0, or by_sign the
+        gradient's sign, as Adam's first step has it; with `part` only elements part, part + PARTS,
+        … of it. Parameters of 16 bits are rounded at random, so that small steps are not all lost;
+        the change is that along the steps as they were rounded.
         """
-        self.reset()
-        for name, gradient in gradients.items():
-            if gradient is not None:
-                parameter = self.trained[name]
-                wide = parameter.detach() if parameter.dtype.itemsize >= 4 else parameter.float()
-                wide.sub_(gradient.sign() if by_sign else gradient, alpha=length)
-                if wide.dtype != parameter.dtype:
-                    parameter.copy_(_dithered(wide, parameter.dtype))
+        self._put(self._base)
+        for name, length in lengths.items():
+            unit, _ = unit_of(gradients[name])
+            step = unit.sign() if by_sign else unit
+            if part is not None:
+                only = torch.zeros_like(step).flatten()
+                only[part::PARTS] = step.flatten()[part::PARTS]
+                step = only.view_as(step)
+            parameter = self.trained[name]
+            moved = parameter.to(step.dtype).sub_(step, alpha=length)
+            if moved.dtype != parameter.dtype:
+                moved = _dithered(moved, parameter.dtype)
+            parameter.copy_(moved)
+        change = 0.0
+        for name in lengths:  # after all moves: parameters may share memory
+            unit, largest = unit_of(gradients[name])
+            moved = self.trained[name].to(unit.dtype) - self._base[name]
+            change += largest * float(torch.dot(unit.flatten(), moved.flatten()))
+        return change
+
+    def stay(self) -> None:
+        """Let `move` begin at the present values."""
+        self._base = {name: p.detach().clone() for name, p in self.trained.items()}
 
     @torch.no_grad()
     def shake(self, names: list[str]) -> None:
@@ -120,6 +155,25 @@ def trial(model: nn.Module, batch: Any) -> Iterator[Trial]:
                 made.reset()
 
 
+@contextmanager
+def with_values(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Within, the parameters of these names have these values, rounded to their dtypes; each gets
+    its own back on leaving."""
+    named = dict(model.named_parameters())
+    own = {name: named[name].detach().clone() for name in values}
+
+    def put(values: Mapping[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, value in values.items():
+                named[name].copy_(value)
+
+    try:
+        put(values)
+        yield
+    finally:
+        put(own)
+
+
 def on_device(model: nn.Module, batch: Any) -> Any:
     """The batch with its tensors on the device of the model's first parameter."""
     device = next(model.parameters()).device
@@ -146,6 +200,17 @@ def _mean_loss(model: Any, batch: Any) -> Tensor:
     return loss.mean()
 
 
+def unit_of(gradient: Tensor | None) -> tuple[Tensor, float]:
+    """A gradient over its largest absolute value, in at least float32, and that value.
+
+    So powers of it neither overflow nor vanish.
+    """
+    assert gradient is not None
+    wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+    largest = float(torch.linalg.vector_norm(wide, float("inf")))
+    return wide / largest, largest
+
+
 def _taken(parameter: nn.Parameter, scale: float) -> Tensor | None:
     gradient, parameter.grad = parameter.grad, None
     if gradient is None:
@@ -157,11 +222,12 @@ def _taken(parameter: nn.Parameter, scale: float) -> Tensor | None:
 
 
 def _dithered(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """float32 values to be rounded to `dtype` up or down at random, so that they are right on
-    average. Rows have their random numbers in common. In place."""
-    exponents = (values.view(torch.int32) & 0x7F800000).view(torch.float32)  # without mantissas
-    draws = torch.rand(values.shape[-1:], device=values.device) - 0.5
-    return values.addcmul_(exponents, draws * torch.finfo(dtype).eps)
+    """float32 values rounded to `dtype` up or down at random, so that they are right on average;
+    what `dtype` can hold stays. Rows have their random numbers in common. In place."""
+    bits = 23 - round(-math.log2(torch.finfo(dtype).eps))  # that `dtype` has no room for
+    draws = torch.randint(1 << bits, values.shape[-1:], dtype=torch.int32, device=values.device)
+    values.view(torch.int32).add_(draws).bitwise_and_(-1 << bits)
+    return values
 
 
 @contextmanager

@@ -351,6 +351,26 @@ def test_it_runs_before_each_sitting_with_steps_left(tmp_path, monkeypatch):
     assert [batch.origins for batch in tried] == [tried[0].origins] * 2
 
 
+def test_a_run_that_goes_on_tries_the_weights_of_its_checkpoint(tmp_path, monkeypatch):
+    seen = []
+
+    def noted(model, batch):
+        seen.append((trainable(model), preflight(model, batch)))
+
+    first = make_trainer(tmp_path, max_steps=4)
+    first.fit()
+    reached = trainable(first.model)
+    monkeypatch.setattr("lora_engine.training.trainer.preflight", noted)
+    model = tiny_lora()
+    before = trainable(model)
+    trainer = make_trainer(tmp_path, model, max_steps=6)
+    trainer.preflight(trainer.check_folder(resume=True))
+    [(tried, report)] = seen
+    assert_same_bits(tried, reached)
+    assert report.loss_before < 0.98 * preflight(model, trainer._train_stream.first(64)).loss_before
+    assert_same_bits(trainable(model), before)
+
+
 def test_batches_without_targets_are_passed_over(tmp_path):
     idle = [replace(e, supervised=[False] * len(e)) for e in make_examples(30)]
     data = TokenizedDataset([*idle, *make_examples(2)])

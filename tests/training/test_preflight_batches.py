@@ -1,0 +1,97 @@
+"""Batches that teach nothing or that the model cannot take, each refused in one line."""
+
+import pytest
+import torch
+import transformers
+from training_helpers import VOCAB, make_examples, one_batch, rows, tiny_llama, tiny_lora
+
+from lora_engine import UserError, preflight
+from lora_engine.data.render import Example
+
+
+def with_labels(change):
+    batch = rows()
+    change(batch["labels"])
+    return batch
+
+
+def labels_set(index, value):
+    return with_labels(lambda labels: labels.__setitem__(index, value))
+
+
+BEYOND = (f"labels of the batch hold {VOCAB}", f"{VOCAB} rows", f"from 0 to {VOCAB - 1}, or -100")
+WRONG = {
+    "label beyond the vocabulary": (labels_set((1, 4), VOCAB), BEYOND),
+    "negative label": (labels_set((1, 4), -1), ("labels of the batch hold -1", "or -100")),
+    "all ignored": (labels_set(..., -100), ("no token", "every label is -100")),
+    "all ignored by another number": (
+        {**labels_set(..., -7), "ignore_index": -7},
+        ("no token", "every label is -7"),
+    ),
+    "ignored all but the first": (labels_set((..., slice(1, None)), -100), ("no token",)),
+    "float labels": (
+        {**rows(), "labels": rows()["labels"].float()},
+        ("labels of the batch are float32", "int64"),
+    ),
+    "labels of another shape": (
+        {**rows(), "labels": rows()["labels"][:, 1:]},
+        ("labels have shape [3, 11] and input_ids [3, 12]",),
+    ),
+    "labels in lists": (
+        {**rows(), "labels": rows()["labels"].tolist()},
+        ("labels of the batch is a list", "tensor"),
+    ),
+    "token beyond the vocabulary": (
+        {**rows(), "input_ids": rows()["input_ids"] + VOCAB},
+        ("input_ids of the batch hold", f"from 0 to {VOCAB - 1}"),
+    ),
+    "shifted labels beyond the vocabulary": (
+        {**rows(), "shift_labels": rows()["labels"].clamp(min=0) + VOCAB},
+        ("labels of the batch hold",),
+    ),
+    "no rows": ({key: value[:0] for key, value in rows().items()}, ("the batch is empty",)),
+    "no tokens": ({key: value[:, :0] for key, value in rows().items()}, ("the batch is empty",)),
+    "nothing": ({}, ("the batch is empty",)),
+    "one token": ({key: value[:, :1] for key, value in rows().items()}, ("no token",)),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_batches_are_refused_in_one_line(case):
+    batch, words = WRONG[case]
+    with pytest.raises(UserError) as caught:
+        preflight(tiny_lora(), batch)
+    line = str(caught.value)
+    assert line.startswith("preflight: ") and "\n" not in line
+    for word in words:
+        assert word in line
+
+
+def test_a_packed_batch_beyond_the_vocabulary():
+    batch = one_batch([*make_examples(2), Example([1, 2, VOCAB], [False, True, True], "a:3")])
+    with pytest.raises(UserError, match=f"hold {VOCAB}, and the model's vocabulary has {VOCAB}"):
+        preflight(tiny_lora(), batch)
+
+
+def test_labels_that_another_index_ignores_pass():
+    batch = labels_set((1, 4), -7)
+    batch["labels"][batch["labels"] == -100] = -7
+    report = preflight(tiny_lora(), {**batch, "ignore_index": -7})
+    assert report.loss_after < 0.99 * report.loss_before
+
+
+def test_labels_of_other_kinds_of_models_are_theirs():
+    llama = tiny_llama()
+    llama.config.num_labels, llama.config.pad_token_id = 1, 0
+    for labels in (torch.tensor([0.5, -1.5, 2.0]), torch.tensor([-3.0, 99.0, 0.0])):
+        torch.manual_seed(0)
+        model = transformers.LlamaForSequenceClassification(llama.config)
+        report = preflight(model, {**rows(), "labels": labels})
+        assert report.loss_after < 0.99 * report.loss_before
+
+
+def test_labels_of_a_loss_of_the_users_own_are_theirs():
+    model = tiny_llama()
+    model.loss_function = lambda logits, labels, **_: (logits[..., 0] - labels).square().mean()
+    report = preflight(model, {**rows(), "labels": rows()["labels"].float() / 7})
+    assert report.loss_after < 0.99 * report.loss_before
