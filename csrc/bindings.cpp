@@ -5,6 +5,7 @@
 
 #include <sstream>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -306,6 +307,26 @@ PYBIND11_MODULE(_C, m) {
           table().lora_a_bwd(dtype, {in(ds), in(x), out(d_lora_a), rows, cols, ds_stride, x_stride,
                                      d_stride, spans.data(), static_cast<int64_t>(spans.size())});
         });
+
+  // Linears are (rows, bias, adapters), adapters (lora_a, lora_b, dtype, ranks, strides, scaling).
+  m.def(
+      "lora_linear_few_rows",
+      [](DType dtype, Address x, Address weight, Address residual, Address y, int64_t rows,
+         int64_t cols, int64_t x_stride, int64_t w_stride, int64_t residual_stride,
+         int64_t y_stride, const std::vector<std::tuple<int64_t, Address, int64_t>>& linears,
+         const std::vector<std::tuple<Address, Address, DType, int64_t, int64_t, int64_t, double>>&
+             adapters) {
+        std::vector<LoraBase> bases;
+        for (const auto& [outer, bias, count] : linears) bases.push_back({outer, in(bias), count});
+        std::vector<LoraAdapter> added;
+        for (const auto& [lora_a, lora_b, type, ranks, a_stride, b_stride, scaling] : adapters)
+          added.push_back({in(lora_a), in(lora_b), type, ranks, a_stride, b_stride, scaling});
+        py::gil_scoped_release released;
+        table().lora_linear_few_rows(
+            dtype, {in(x), in(weight), in(residual), out(y), rows, cols, x_stride, w_stride,
+                    residual_stride, y_stride, bases.data(), static_cast<int64_t>(bases.size()),
+                    added.data(), static_cast<int64_t>(added.size())});
+      });
 
 #ifdef LORA_ENGINE_CUDA_ARCHITECTURES
   cuda::bind(m.def_submodule("cuda", "CUDA kernels, called through lora_engine.cuda"));

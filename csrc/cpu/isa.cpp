@@ -27,6 +27,7 @@ const Kernels table = {
     lora_a_fwd,
     lora_b_bwd,
     lora_a_bwd,
+    lora_linear_few_rows,
 };
 
 }  // namespace LORA_ENGINE_ISA

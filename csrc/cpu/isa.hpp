@@ -23,6 +23,7 @@ void grad_norm(DType, const GradNormArgs&);
 void lora_a_fwd(DType, const LoraAFwdArgs&);
 void lora_b_bwd(DType, const LoraBBwdArgs&);
 void lora_a_bwd(DType, const LoraABwdArgs&);
+void lora_linear_few_rows(DType, const FewRowsArgs&);
 
 }  // namespace LORA_ENGINE_ISA
 }  // namespace lora_engine

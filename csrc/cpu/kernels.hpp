@@ -199,6 +199,35 @@ struct LoraABwdArgs {
   int64_t span_count;
 };
 
+// An adapter of a linear, as it is kept.
+struct LoraAdapter {
+  const void* lora_a;  // [ranks, cols]
+  const void* lora_b;  // [rows of the linear, ranks]
+  DType dtype;         // of both
+  int64_t ranks, a_stride, b_stride;
+  double scaling;
+};
+
+// One linear of a group: so many rows of the group's weight, and how many of the adapters.
+struct LoraBase {
+  int64_t rows;
+  const void* bias;  // [rows], or null
+  int64_t adapters;
+};
+
+// Adapters stand in the order of their linears.
+struct FewRowsArgs {
+  const void* x;         // [rows, cols]
+  const void* weight;    // [outer, cols], the linears' one below the other
+  const void* residual;  // [rows, outer], or null
+  void* y;               // [rows, outer]
+  int64_t rows, cols, x_stride, w_stride, residual_stride, y_stride;
+  const LoraBase* linears;
+  int64_t linear_count;
+  const LoraAdapter* adapters;
+  int64_t adapter_count;
+};
+
 struct Kernels {
   const char* isa;
   void (*rms_norm_fwd)(DType, const RmsNormArgs&);
@@ -218,6 +247,7 @@ struct Kernels {
   void (*lora_a_fwd)(DType, const LoraAFwdArgs&);
   void (*lora_b_bwd)(DType, const LoraBBwdArgs&);
   void (*lora_a_bwd)(DType, const LoraABwdArgs&);
+  void (*lora_linear_few_rows)(DType, const FewRowsArgs&);
 };
 
 // The best table that was built and that this processor can run; null where it can run none.

@@ -16,6 +16,7 @@ from lora_engine.backends.choice import (
     product_strategy,
     runs_fused,
     select,
+    takes_few_rows,
 )
 from lora_engine.backends.extension import (
     Extension,
@@ -59,5 +60,6 @@ __all__ = [
     "runs_fused",
     "runs_on",
     "select",
+    "takes_few_rows",
     "triton_interpreted",
 ]

@@ -59,6 +59,11 @@ CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}
 CHUNK_ROW_STEP = 64
 
 
+# Rows of a product without gradients up to which weights and adapters are read once, where they
+# are, by a kernel of the CPU's own: the vendor's product packs the weight at every call.
+FEW_ROWS = 16
+
+
 class Product(NamedTuple):
     """A product Y [m, n] = X [m, k] Wᵀ with r adapter columns, or dX of the same kind.
 
@@ -364,6 +369,13 @@ def product_strategy(
     plan = choose(Request.on(device, "lora_linear", dtype, sizes), present()).plan
     assert isinstance(plan, Strategy)
     return plan.name
+
+
+def takes_few_rows(
+    rows: int, device: torch.device, dtype: torch.dtype, impl: str | None = None
+) -> bool:
+    """Whether a product of so many rows, without gradients, is one for few rows: see FEW_ROWS."""
+    return 0 < rows <= FEW_ROWS and select("lora_linear", device, dtype, impl) == "cpu"
 
 
 def chunk_rows(device: torch.device, dtype: torch.dtype, rows: int, classes: int) -> int:

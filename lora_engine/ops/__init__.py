@@ -10,6 +10,7 @@ from lora_engine.ops.adapter_set import LoraFactors
 from lora_engine.ops.attention import attention
 from lora_engine.ops.augmented_weight import AugmentedWeight
 from lora_engine.ops.cross_entropy import cross_entropy
+from lora_engine.ops.few_rows import linear as linear_few_rows
 from lora_engine.ops.glu import glu, swiglu
 from lora_engine.ops.layer_norm import layer_norm
 from lora_engine.ops.linear_cross_entropy import LinearCrossEntropy, linear_cross_entropy
@@ -31,6 +32,7 @@ __all__ = [
     "grad_norm",
     "layer_norm",
     "linear_cross_entropy",
+    "linear_few_rows",
     "lora_embedding",
     "lora_linear",
     "rms_norm",

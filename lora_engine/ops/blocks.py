@@ -52,20 +52,30 @@ class Branch:
     routes: Tensor | None = None
     grad_tail: int = 0
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether rows use all adapters, without dropout."""
+        return self.routes is None and all(dropout is None for dropout in self.dropouts)
+
+
+def check_branch(x: Tensor, norm: PreNorm, branch: Branch) -> None:
+    """ValueError where the branch does not fit rows x [..., H]."""
+    hidden = x.shape[-1]
+    check(
+        norm.weight.shape == (hidden,) and norm.weight.dtype == x.dtype,
+        lambda: f"the block's norm {shape_of(norm.weight)} does not fit x {shape_of(x)}",
+    )
+    check(
+        branch.outer.out_features == (hidden,),
+        lambda: f"the block's output {branch.outer.out_features} does not fit x {shape_of(x)}",
+    )
+
 
 def products(
     x: Tensor, norm: PreNorm, branch: Branch, impl: str | None
 ) -> tuple[AugmentedProduct, AugmentedProduct]:
     """The branch's inner and outer product for rows x [..., H]; ValueError where shapes differ."""
-    hidden = x.shape[-1]
-    check(
-        norm.weight.shape == (hidden,) and norm.weight.dtype == x.dtype,
-        f"the block's norm {shape_of(norm.weight)} does not fit x {shape_of(x)}",
-    )
-    check(
-        branch.outer.out_features == (hidden,),
-        f"the block's output {branch.outer.out_features} does not fit x {shape_of(x)}",
-    )
+    check_branch(x, norm, branch)
     between = x[..., :1].expand(*x.shape[:-1], branch.outer.in_features)
     inner = make_product(x, branch.inner, branch.dropouts[0], branch.routes, impl)
     outer = make_product(between, branch.outer, branch.dropouts[1], branch.routes, impl)

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lora_engine import backends, reference
-from lora_engine.ops import augmented, launchers
+from lora_engine.ops import augmented, few_rows, launchers
 from lora_engine.ops.augmented_product import AugmentedProduct
 from lora_engine.ops.augmented_weight import AugmentedWeight
 from lora_engine.ops.tensors import as_rows, not_a_view, shape_of, without_autocast
@@ -35,6 +35,10 @@ def lora_linear(
 
     Raises ValueError where x or routes do not fit the weight.
     """
+    _check(x, weight, routes)
+    if dropout is None and routes is None and few_rows.suits(x, weight, impl=impl):
+        y = few_rows.lora_linear(as_rows(x), weight)
+        return _outputs(y, x.shape, weight)
     product = make_product(x, weight, dropout, routes, impl)
     if product is None:
         return _reference(augmented.operand(x), weight, dropout, routes)
@@ -55,6 +59,18 @@ def make_product(
 
     None: the reference is to run.
     """
+    _check(x, weight, routes)
+    impl = backends.select("lora_linear", x.device, x.dtype, impl)
+    if impl == "reference":
+        return None
+    columns = None
+    if routes is not None and weight.tail:
+        columns = weight.adapters.route(routes.reshape(-1), weight.tail)
+    kernels = launchers.lora_linear(impl)
+    return AugmentedProduct(weight, weight.fill(), kernels, dropout, columns)
+
+
+def _check(x: Tensor, weight: AugmentedWeight, routes: Tensor | None) -> None:
     if x.shape[-1] != weight.in_features or x.dtype != weight.buffer.dtype:
         raise ValueError(
             f"lora_linear: x {shape_of(x)} does not fit weight {shape_of(weight.base)}"
@@ -65,14 +81,6 @@ def make_product(
         block.factors.bias is not None for block in weight.adapters.blocks
     ):
         raise ValueError("lora_linear: rows cannot be routed to adapters that have a bias")
-    impl = backends.select("lora_linear", x.device, x.dtype, impl)
-    if impl == "reference":
-        return None
-    columns = None
-    if routes is not None and weight.tail:
-        columns = weight.adapters.route(routes.reshape(-1), weight.tail)
-    kernels = launchers.lora_linear(impl)
-    return AugmentedProduct(weight, weight.fill(), kernels, dropout, columns)
 
 
 def _reference(
@@ -130,9 +138,13 @@ def _forward(x: Tensor, product: AugmentedProduct) -> tuple[tuple[Tensor, ...], 
         rows = as_rows(augmented.operand(x))
         low_rank = rows.new_empty(rows.shape[0], weight.tail)
         y, unscaled = product.forward_apart(rows, low_rank)
+    return _outputs(y, x.shape, weight), _Saved(rows, low_rank, unscaled)
+
+
+def _outputs(y: Tensor, shape: torch.Size, weight: AugmentedWeight) -> tuple[Tensor, ...]:
+    """Every linear's part [..., N_i] of y [M, N]."""
     parts = (y,) if len(weight.out_features) == 1 else y.split(weight.out_features, dim=1)
-    outputs = tuple(part.view(*x.shape[:-1], part.shape[1]) for part in parts)
-    return outputs, _Saved(rows, low_rank, unscaled)
+    return tuple(part.view(*shape[:-1], part.shape[1]) for part in parts)
 
 
 class _LoraLinear(torch.autograd.Function):

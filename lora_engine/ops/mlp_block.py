@@ -6,9 +6,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lora_engine.ops import augmented, launchers
-from lora_engine.ops.blocks import Branch, Call, PreNorm, products
-from lora_engine.ops.tensors import as_rows, check, empty_rows, without_autocast
+from lora_engine.ops import augmented, few_rows, launchers
+from lora_engine.ops.blocks import Branch, Call, PreNorm, check_branch, products
+from lora_engine.ops.tensors import (
+    accumulate_dtype,
+    as_rows,
+    check,
+    empty_rows,
+    without_autocast,
+)
 
 
 @without_autocast
@@ -27,16 +33,33 @@ def mlp_block(
 
     Raises ValueError where shapes or dtypes do not fit.
     """
-    inner, outer = products(x, norm, branch, impl)
+    inner_weight, outer_weight = branch.inner, branch.outer
     check(
-        len(inner.weight.out_features) == 2
-        and set(inner.weight.out_features) == {outer.weight.in_features},
-        f"mlp_block: gate and up {inner.weight.out_features} do not fit down's "
-        f"{outer.weight.in_features} inputs",
+        len(inner_weight.out_features) == 2
+        and set(inner_weight.out_features) == {outer_weight.in_features},
+        f"mlp_block: gate and up {inner_weight.out_features} do not fit down's "
+        f"{outer_weight.in_features} inputs",
     )
+    if branch.is_plain and few_rows.suits(x, inner_weight, outer_weight, impl=impl):
+        check_branch(x, norm, branch)
+        return _of_few_rows(x, norm, branch, activation)
+    inner, outer = products(x, norm, branch, impl)
     call = Call(norm, inner, outer, branch.grad_tail, {"activation": activation}, impl)
     out: Tensor = _MlpBlock.apply(x, norm.weight, call, *call.tensors())
     return out
+
+
+def _of_few_rows(x: Tensor, norm: PreNorm, branch: Branch, activation: str) -> Tensor:
+    rows = as_rows(x)
+    normed = torch.empty_like(rows)
+    rstd = torch.empty(rows.shape[0], dtype=accumulate_dtype(x.dtype), device=x.device)
+    launchers.rms_norm("cpu").rms_norm_fwd(
+        rows, None, norm.weight, normed, None, rstd, norm.eps, norm.offset
+    )
+    gate, up = few_rows.lora_linear(normed, branch.inner).split(branch.inner.out_features, dim=1)
+    hidden = x.new_empty(rows.shape[0], branch.outer.in_features)
+    launchers.glu("cpu").glu_fwd(gate, up, hidden, activation=activation)
+    return few_rows.lora_linear(hidden, branch.outer, rows).view(x.shape)
 
 
 class _Inputs(NamedTuple):
