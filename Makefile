@@ -46,7 +46,7 @@ test: $(STAMPS)/test
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 test-machines: $(STAMPS)/test
-	$(PY) tests/machines.py -n $(JOBS) --dist worksteal $(ARGS)
+	$(PY) tests/support/machines.py -n $(JOBS) --dist worksteal $(ARGS)
 
 test-shared: $(STAMPS)/test
 	$(BIN)/pytest tests/test_shared_machine.py $(ARGS)
@@ -63,17 +63,17 @@ format: $(STAMPS)/lint
 	$(BIN)/clang-format -i $(CSRC)
 
 bench: $(STAMPS)/bench $(STAMPS)/model
-	$(PY) benchmarks/train_step.py $(ARGS)
+	$(PY) -m benchmarks.train.train_step $(ARGS)
 
 kernels-check: $(STAMPS)/test
 	$(PY) kernels/check.py $(ARGS)
 
 same-bits: $(STAMPS)/test
-	$(PY) benchmarks/same_bits.py $(ARGS)
+	$(PY) -m benchmarks.train.same_bits $(ARGS)
 
 # Neither VENV nor the network: the machine's own torch is what is measured.
 gpu-check:
-	$(PYTHON) benchmarks/gpu_check.py --out $(OUT) --minutes $(MINUTES) $(ARGS)
+	$(PYTHON) -m benchmarks.gpu.gpu_check --out $(OUT) --minutes $(MINUTES) $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info lora_engine/_C*.so

@@ -329,7 +329,7 @@ PYBIND11_MODULE(_C, m) {
       });
 
 #ifdef LORA_ENGINE_CUDA_ARCHITECTURES
-  cuda::bind(m.def_submodule("cuda", "CUDA kernels, called through lora_engine.cuda"));
+  cuda::bind(m.def_submodule("cuda", "CUDA kernels, called through lora_engine.backends.cuda"));
 #endif
   m.def(
       "cuda_architectures",

@@ -114,7 +114,7 @@ def written_kernels() -> set[tuple[str, str]]:
                 continue
             jitted = any("jit" in ast.unparse(decorator) for decorator in node.decorator_list)
             if jitted and node.name.startswith("_") and node.name.endswith("_kernel"):
-                found.add((f"lora_engine.kernels.{path.stem}", node.name))
+                found.add((f"lora_engine.backends.triton.{path.stem}", node.name))
     return found
 
 

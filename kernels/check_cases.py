@@ -83,7 +83,7 @@ def _text(value: Any) -> str:
 
 @operation
 def glu(dtype: torch.dtype) -> Iterator[Call]:
-    from lora_engine.kernels import glu
+    from lora_engine.backends.triton import glu
 
     for cols in sizes("glu_fwd", "glu_bwd"):
         x = empty(ROWS, cols, dtype=dtype)
@@ -95,7 +95,7 @@ def glu(dtype: torch.dtype) -> Iterator[Call]:
 
 @operation
 def rope(dtype: torch.dtype) -> Iterator[Call]:
-    from lora_engine.kernels import rope
+    from lora_engine.backends.triton import rope
 
     positions = empty(ROWS, dtype=torch.int64)
     for heads, kv_heads, dim, rotary in ((9, 3, 64, 64), (32, 8, 128, 128), (16, 16, 80, 32)):
@@ -111,7 +111,7 @@ def rope(dtype: torch.dtype) -> Iterator[Call]:
 
 @operation
 def rms_norm(dtype: torch.dtype) -> Iterator[Call]:
-    from lora_engine.kernels import rms_norm
+    from lora_engine.backends.triton import rms_norm
 
     for cols in sizes("rms_norm_fwd", "rms_norm_bwd", "rms_norm_bwd_dw"):
         if cols * dtype.itemsize > WIDEST_NORM:
@@ -133,7 +133,7 @@ def rms_norm(dtype: torch.dtype) -> Iterator[Call]:
 
 @operation
 def layer_norm(dtype: torch.dtype) -> Iterator[Call]:
-    from lora_engine.kernels import layer_norm
+    from lora_engine.backends.triton import layer_norm
 
     for cols in sizes("layer_norm_fwd", "layer_norm_bwd", "layer_norm_bwd_dw"):
         if cols * dtype.itemsize > WIDEST_NORM:
@@ -149,7 +149,7 @@ def layer_norm(dtype: torch.dtype) -> Iterator[Call]:
 
 @operation
 def cross_entropy(dtype: torch.dtype) -> Iterator[Call]:
-    from lora_engine.kernels import cross_entropy
+    from lora_engine.backends.triton import cross_entropy
 
     rows = 2048
     row, target = empty(rows, dtype=torch.float32), empty(rows, dtype=torch.int64)
@@ -170,7 +170,7 @@ def cross_entropy(dtype: torch.dtype) -> Iterator[Call]:
 @operation
 def adamw(dtype: torch.dtype) -> Iterator[Call]:
     """float32 whatever the dtype, so once is enough."""
-    from lora_engine.kernels import adamw, adamw_8bit
+    from lora_engine.backends.triton import adamw, adamw_8bit
 
     from lora_engine.backends.contracts import AdamWHyper
 
@@ -200,7 +200,7 @@ def adamw(dtype: torch.dtype) -> Iterator[Call]:
 @operation
 def lora_linear(dtype: torch.dtype) -> Iterator[Call]:
     """A group of three linears, aligned and not, with few ranks and many, masked and not."""
-    from lora_engine.kernels import lora_linear as lora
+    from lora_engine.backends.triton import lora_linear as lora
 
     from lora_engine.reference import Dropout
 

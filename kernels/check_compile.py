@@ -45,13 +45,13 @@ UNPRINTED = {"enable_fp_fusion"}
 
 
 def load_kernels() -> Any:
-    """`lora_engine.kernels` of this tree, whatever is installed; its module of launch parameters.
+    """`lora_engine.backends.triton` of this tree, whatever is installed: its launch parameters.
 
     The package is found where pyproject.toml maps it, so that no installation is needed.
     """
     if knobs.runtime.interpret:
         raise RuntimeError("triton is interpreting in this process; kernels are compiled here")
-    name = "lora_engine.kernels"
+    name = "lora_engine.backends.triton"
     if str(ROOT) not in sys.path:
         sys.path.insert(0, str(ROOT))
     if name not in sys.modules:

@@ -13,11 +13,11 @@ openmp.settle()  # before anything below imports torch, which loads the OpenMP r
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "accelerate": "lora_engine.models.accelerate",
-    "restore": "lora_engine.models.accelerate",
-    "route_adapters": "lora_engine.models.routing",
-    "load_model": "lora_engine.models.load",
-    "preflight": "lora_engine.training.preflight",
+    "accelerate": "lora_engine.models.attach.accelerate",
+    "restore": "lora_engine.models.attach.accelerate",
+    "route_adapters": "lora_engine.models.peft.routing",
+    "load_model": "lora_engine.models.load.load",
+    "preflight": "lora_engine.training.preflight.preflight",
     "Trainer": "lora_engine.training.trainer",
     "TrainConfig": "lora_engine.training.config",
     "UserError": "lora_engine.errors",
@@ -28,12 +28,12 @@ __all__ = ["__version__", *_PUBLIC, *_MODULES]
 
 if TYPE_CHECKING:
     from lora_engine.errors import UserError as UserError
-    from lora_engine.models.accelerate import accelerate as accelerate
-    from lora_engine.models.accelerate import restore as restore
-    from lora_engine.models.load import load_model as load_model
-    from lora_engine.models.routing import route_adapters as route_adapters
+    from lora_engine.models.attach.accelerate import accelerate as accelerate
+    from lora_engine.models.attach.accelerate import restore as restore
+    from lora_engine.models.load.load import load_model as load_model
+    from lora_engine.models.peft.routing import route_adapters as route_adapters
     from lora_engine.training.config import TrainConfig as TrainConfig
-    from lora_engine.training.preflight import preflight as preflight
+    from lora_engine.training.preflight.preflight import preflight as preflight
     from lora_engine.training.trainer import Trainer as Trainer
 
 

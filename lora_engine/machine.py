@@ -65,7 +65,7 @@ def installed_version(package: str) -> str | None:
 def machine_facts() -> dict[str, dict[str, str]]:
     """What a report says about where a run happened: {"hardware": …, "software": …}."""
     from lora_engine import __version__
-    from lora_engine.evaluation.text import bytes_text
+    from lora_engine.text import bytes_text
 
     vector = [f for f in VECTOR_FEATURES if f in cpu_features()]
     hardware = {

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from lora_engine import backends, doctor, openmp
+from lora_engine import backends, openmp
+from lora_engine.app import doctor
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 TWO_CORES = pytest.mark.skipif(
@@ -52,7 +53,7 @@ def new_process(monkeypatch):
     monkeypatch.setattr(openmp, "loaded_runtimes", list)
 
 
-@pytest.mark.parametrize("module", ["lora_engine", "lora_engine.errors", "lora_engine.cli"])
+@pytest.mark.parametrize("module", ["lora_engine", "lora_engine.errors", "lora_engine.app.cli"])
 def test_an_import_sets_the_policy_before_torch_is_there(module) -> None:
     code = f"import os, sys, {module}; print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
     assert run_python(code) == "passive False"

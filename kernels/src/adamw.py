@@ -3,7 +3,7 @@
 import torch
 import triton
 import triton.language as tl
-from lora_engine.kernels import launch
+from lora_engine.backends.triton import launch
 from torch import Tensor
 
 from lora_engine.backends.contracts import AdamWHyper

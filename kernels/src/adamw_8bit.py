@@ -9,8 +9,8 @@ from functools import cache
 import torch
 import triton
 import triton.language as tl
-from lora_engine.kernels import launch
-from lora_engine.kernels.adamw import adamw_step, clipped_scale
+from lora_engine.backends.triton import launch
+from lora_engine.backends.triton.adamw import adamw_step, clipped_scale
 from torch import Tensor
 
 from lora_engine.backends.contracts import AdamWHyper

@@ -7,7 +7,7 @@ block to the first, finds what the first read last still in the L2 cache.
 
 import triton
 import triton.language as tl
-from lora_engine.kernels import launch
+from lora_engine.backends.triton import launch
 from torch import Tensor
 
 # Stands for -inf where two of them would be subtracted.

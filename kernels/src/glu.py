@@ -2,7 +2,7 @@
 
 import triton
 import triton.language as tl
-from lora_engine.kernels import launch
+from lora_engine.backends.triton import launch
 from torch import Tensor
 
 

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
-from lora_engine.kernels import launch
-from lora_engine.kernels.lora_sums import sum_blocks, sum_chunks
-from lora_engine.kernels.lora_tiles import (
+from lora_engine.backends.triton import launch
+from lora_engine.backends.triton.lora_sums import sum_blocks, sum_chunks
+from lora_engine.backends.triton.lora_tiles import (
     Span,
     aligned,
     by_rank,
@@ -21,7 +21,7 @@ from lora_engine.kernels.lora_tiles import (
     rank_tiles,
     split_rows,
 )
-from lora_engine.kernels.philox import keep_mask, signed_words
+from lora_engine.backends.triton.philox import keep_mask, signed_words
 from torch import Tensor
 
 from lora_engine.reference.dropout import Dropout

@@ -11,10 +11,10 @@ from typing import Any
 
 import triton
 import triton.language as tl
-from lora_engine.kernels import launch
-from lora_engine.kernels.lora_factors import PRECISION, lora_a_bwd, lora_a_fwd, lora_b_bwd
-from lora_engine.kernels.lora_tiles import Span, aligned, choose, padded, rank_runs
-from lora_engine.kernels.philox import keep_mask, signed_words
+from lora_engine.backends.triton import launch
+from lora_engine.backends.triton.lora_factors import PRECISION, lora_a_bwd, lora_a_fwd, lora_b_bwd
+from lora_engine.backends.triton.lora_tiles import Span, aligned, choose, padded, rank_runs
+from lora_engine.backends.triton.philox import keep_mask, signed_words
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 

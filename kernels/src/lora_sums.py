@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 import torch
 import triton
 import triton.language as tl
-from lora_engine.kernels import launch
-from lora_engine.kernels.lora_tiles import Span, choose, rank_tiles
+from lora_engine.backends.triton import launch
+from lora_engine.backends.triton.lora_tiles import Span, choose, rank_tiles
 from torch import Tensor
 
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 import triton
-from lora_engine.kernels import launch
+from lora_engine.backends.triton import launch
 from torch import Tensor
 
 from lora_engine.backends.hardware import multiprocessors

@@ -10,7 +10,7 @@ Rows may stand HEADS side by side: [tokens, heads, cols] with a stride for each 
 import torch
 import triton
 import triton.language as tl
-from lora_engine.kernels.norm_rows import blocks, rows_per_program
+from lora_engine.backends.triton.norm_rows import blocks, rows_per_program
 from torch import Tensor
 
 

@@ -46,7 +46,7 @@ FORMATS = ("dense",)
 
 # How the wide products of a LoRA group are taken.
 # augmented    one product of the vendor library over [X | S] (in the backward pass [dY | dS]) and
-#              the buffer W̃; see ops/lora_linear.py
+#              the buffer W̃; see ops/lora/linear.py
 # two_segment  our kernel: one accumulator over two stretches of the inner dimension, the second
 #              masked where there is dropout
 # base_add     the base product, then each linear's share masked and added

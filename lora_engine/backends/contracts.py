@@ -1,8 +1,8 @@
 """What the modules that launch an operation's kernels have to offer, one protocol an operation.
 
-lora_engine.cpu, lora_engine.kernels (Triton) and lora_engine.cuda keep them, each by a module of
-functions with these names and arguments. Callers in `ops` have checked shapes and dtypes; results
-are written into tensors that they made. Rows may be any stride apart, columns are one apart.
+backends/cpu, backends/triton and backends/cuda keep them, each by a module of functions with these
+names and arguments. Callers in `ops` have checked shapes and dtypes; results are written into
+tensors that they made. Rows may be any stride apart, columns are one apart.
 "float32" of a result is the arithmetic's dtype: float64 for float64 operands.
 """
 

@@ -51,7 +51,7 @@ def _fits(when: Mapping[str, Any], values: Mapping[str, Any], dtype: str) -> boo
 @cache
 def launch_table() -> LaunchTable:
     """launch_table.json."""
-    text = resources.files("lora_engine.kernels").joinpath("launch_table.json").read_text()
+    text = resources.files("lora_engine.backends.triton").joinpath("launch_table.json").read_text()
     table: LaunchTable = json.loads(text)
     return table
 

@@ -6,16 +6,16 @@ Each takes `impl` ("reference", "cpu", "triton" or "cuda") to force one implemen
 
 from lora_engine.ops.adamw import adamw_, grad_norm
 from lora_engine.ops.adamw_8bit import ADAMW_8BIT_BLOCK, adamw_8bit_
-from lora_engine.ops.adapter_set import LoraFactors
 from lora_engine.ops.attention import attention
-from lora_engine.ops.augmented_weight import AugmentedWeight
 from lora_engine.ops.cross_entropy import cross_entropy
-from lora_engine.ops.few_rows import linear as linear_few_rows
 from lora_engine.ops.glu import glu, swiglu
+from lora_engine.ops.head.linear_cross_entropy import LinearCrossEntropy, linear_cross_entropy
 from lora_engine.ops.layer_norm import layer_norm
-from lora_engine.ops.linear_cross_entropy import LinearCrossEntropy, linear_cross_entropy
-from lora_engine.ops.lora_embedding import lora_embedding
-from lora_engine.ops.lora_linear import lora_linear
+from lora_engine.ops.lora.adapters import LoraFactors
+from lora_engine.ops.lora.embedding import lora_embedding
+from lora_engine.ops.lora.few_rows import linear as linear_few_rows
+from lora_engine.ops.lora.linear import lora_linear
+from lora_engine.ops.lora.weight import AugmentedWeight
 from lora_engine.ops.rms_norm import rms_norm
 from lora_engine.ops.rope import rope, rope_
 

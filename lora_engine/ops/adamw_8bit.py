@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from lora_engine import backends, reference
+from lora_engine.backends import launchers
 from lora_engine.backends.contracts import AdamWHyper
-from lora_engine.ops import launchers
 from lora_engine.ops.adamw import check_step
 from lora_engine.ops.tensors import check, shape_of
 from lora_engine.reference import dynamic_code

@@ -9,8 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lora_engine import backends, reference
-from lora_engine.backends import contracts
-from lora_engine.ops import launchers
+from lora_engine.backends import contracts, launchers
 from lora_engine.ops.tensors import accumulate_dtype, as_rows, check, shape_of
 
 

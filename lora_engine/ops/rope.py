@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from lora_engine import backends, reference
-from lora_engine.backends import contracts
-from lora_engine.ops import launchers
+from lora_engine.backends import contracts, launchers
 from lora_engine.ops.tensors import check, shape_of
 
 POSITION_DTYPES = (torch.int64, torch.int32)

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from lora_engine.errors import UserError
 from lora_engine.training.config import TrainConfig
-from lora_engine.training.run_folder import Loaded
-from lora_engine.training.schedule import Schedule
+from lora_engine.training.optimizer.schedule import Schedule
+from lora_engine.training.run.folder import Loaded
 from lora_engine.training.stream import BatchStream
 
 logger = logging.getLogger(__name__)

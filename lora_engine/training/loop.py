@@ -10,13 +10,13 @@ from torch import nn
 from lora_engine.data.batch import PackedBatch
 from lora_engine.training import random_state
 from lora_engine.training.config import TrainConfig
-from lora_engine.training.flat import FlatParameters
 from lora_engine.training.heldout import evaluate
 from lora_engine.training.metrics import MetricsLog, StepMetrics, peak_memory_bytes
 from lora_engine.training.nonfinite import NonFiniteError
-from lora_engine.training.optimizer import FlatAdamW
-from lora_engine.training.run_folder import Loaded, RunFolder
-from lora_engine.training.schedule import Schedule
+from lora_engine.training.optimizer.flat import FlatParameters
+from lora_engine.training.optimizer.optimizer import FlatAdamW
+from lora_engine.training.optimizer.schedule import Schedule
+from lora_engine.training.run.folder import Loaded, RunFolder
 from lora_engine.training.signals import Interrupted
 from lora_engine.training.state import Stopped, TrainState
 from lora_engine.training.step import TrainStep

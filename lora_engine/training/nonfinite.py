@@ -9,10 +9,10 @@ from torch import nn
 
 from lora_engine.data.batch import PackedBatch
 from lora_engine.errors import UserError
-from lora_engine.models.head import transformers_model
-from lora_engine.models.lora_state import is_lora
-from lora_engine.training.flat import FlatParameters
+from lora_engine.models.attach.head import transformers_model
+from lora_engine.models.peft.lora_state import is_lora
 from lora_engine.training.objective import is_routed, supervised_loss
+from lora_engine.training.optimizer.flat import FlatParameters
 
 _SHOWN_SAMPLES = 8
 

@@ -7,12 +7,12 @@ import torch
 from torch import nn
 
 from lora_engine.data.batch import PackedBatch
-from lora_engine.models.head import output_head
-from lora_engine.models.packed import packed_hidden_states
-from lora_engine.models.routing import active_adapters, route_adapters
+from lora_engine.models.attach.head import output_head
+from lora_engine.models.attach.packed import packed_hidden_states
+from lora_engine.models.peft.routing import active_adapters, route_adapters
 
 if TYPE_CHECKING:
-    from lora_engine.ops.linear_cross_entropy import LinearCrossEntropy
+    from lora_engine.ops.head.linear_cross_entropy import LinearCrossEntropy
 
 
 def supervised_loss(model: nn.Module, batch: PackedBatch) -> "LinearCrossEntropy":

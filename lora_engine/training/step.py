@@ -15,7 +15,7 @@ from lora_engine.training.nonfinite import (
     last_nonfinite_gradient,
 )
 from lora_engine.training.objective import adapters_of, supervised_loss
-from lora_engine.training.optimizer import FlatAdamW
+from lora_engine.training.optimizer.optimizer import FlatAdamW
 
 RandomState = tuple[dict[str, torch.Tensor], dict[str, object]]
 

@@ -11,26 +11,26 @@ from lora_engine.data.adapters import check_adapters
 from lora_engine.data.dataset import TokenizedDataset, prepare
 from lora_engine.data.vocabulary import check_vocabulary
 from lora_engine.errors import UserError
-from lora_engine.models.accelerate import is_accelerated
-from lora_engine.models.packed import can_share_prefixes
-from lora_engine.models.packed_proof import check_packed_training
-from lora_engine.models.routing import active_adapters
-from lora_engine.training.card import CardFacts
+from lora_engine.models.attach.accelerate import is_accelerated
+from lora_engine.models.attach.packed import can_share_prefixes
+from lora_engine.models.peft.routing import active_adapters
+from lora_engine.models.proof.packed_proof import check_packed_training
 from lora_engine.training.config import TrainConfig
-from lora_engine.training.export import export_model
-from lora_engine.training.flat import FlatParameters
-from lora_engine.training.identity import run_identity, tell_rounding
 from lora_engine.training.length import check_length, tell_extension
 from lora_engine.training.loop import TrainingLoop
 from lora_engine.training.metrics import peak_memory_bytes, reset_peak_memory
-from lora_engine.training.optimizer import check_rates, rate_of
-from lora_engine.training.preflight import PreflightReport, preflight
-from lora_engine.training.run_folder import RunFolder
-from lora_engine.training.schedule import Schedule
+from lora_engine.training.optimizer.flat import FlatParameters
+from lora_engine.training.optimizer.optimizer import check_rates, rate_of
+from lora_engine.training.optimizer.schedule import Schedule
+from lora_engine.training.preflight.preflight import PreflightReport, preflight
+from lora_engine.training.preflight.trial import with_values
+from lora_engine.training.run.card import CardFacts
+from lora_engine.training.run.export import export_model
+from lora_engine.training.run.folder import RunFolder
+from lora_engine.training.run.identity import run_identity, tell_rounding
 from lora_engine.training.signals import InterruptGuard
 from lora_engine.training.state import Stopped, TrainResult, TrainState
 from lora_engine.training.stream import BatchStream, fingerprint
-from lora_engine.training.trial import with_values
 
 logger = logging.getLogger(__name__)
 

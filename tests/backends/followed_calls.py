@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from lora_engine.backends import launchers
 from lora_engine.backends.contracts import AdamWHyper
-from lora_engine.ops import launchers
 
 if TYPE_CHECKING:
 

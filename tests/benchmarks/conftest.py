@@ -1,11 +1,5 @@
-import sys
-from pathlib import Path
-
 import pytest
 from tiny_model import save_tiny_model
-
-# The benchmarks are scripts beside each other, not a package.
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 
 @pytest.fixture(scope="session")

@@ -3,14 +3,13 @@
 import json
 from typing import Any
 
-import drop_in_grid
-import drop_in_table
 import pytest
 import torch
-from drop_in_cells import CELLS, TOLERANCE, distance
-from drop_in_models import Configuration, small_config
 
-from lora_engine.models.coverage import CoverageReport
+from benchmarks.drop_in import drop_in_grid, drop_in_table
+from benchmarks.drop_in.drop_in_cells import CELLS, TOLERANCE, distance
+from benchmarks.drop_in.drop_in_models import Configuration, small_config
+from lora_engine.models.attach.coverage import CoverageReport
 
 LLAMA = Configuration("llama", "llama", "LlamaForCausalLM")
 RESULTS = json.loads(drop_in_table.RESULTS.read_text())

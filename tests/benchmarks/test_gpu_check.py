@@ -4,17 +4,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import gpu_report
-import journal
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu_check.py"
+from benchmarks.common import journal
+from benchmarks.gpu import gpu_report
+
+ROOT = Path(__file__).parents[2]
 FILES = {"environment.json", "check.log", "tests.xml", "results.jsonl", "report.md"}
 
 
 def check(out: Path, *options: object) -> tuple[int, dict[str, str], str]:
     """Exit status, outcomes by stage, report."""
-    command = [sys.executable, SCRIPT, "--out", out, *options]
+    command = [sys.executable, "-m", "benchmarks.gpu.gpu_check", "--out", out, *options]
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
     assert done.stderr == ""
     stages = json.loads((out / "environment.json").read_text())["stages"]

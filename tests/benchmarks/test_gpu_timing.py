@@ -1,9 +1,10 @@
 import time
 
-import gpu_timing
-import measure
 import pytest
 import torch
+
+from benchmarks.common import measure
+from benchmarks.gpu import gpu_timing
 
 
 class Event:

@@ -2,10 +2,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import head_memory
 import pytest
 
-BENCHMARKS = Path(head_memory.__file__).parent
+from benchmarks.kernels import head_memory
+
+ROOT = Path(head_memory.__file__).parents[2]
 # Logits of all rows take 64 MiB in half precision, a chunk's 4, and its sums in float32 8.
 SIZES = {"rows": 128, "hidden": 64, "vocab": 262144, "chunk-rows": 8}
 OPTIONS = [text for name, size in SIZES.items() for text in (f"--{name}", str(size))]
@@ -19,9 +20,9 @@ ops.linear_cross_entropy = lambda *inputs, chunk_rows: loss(*inputs)
 
 def run(preparation: str = "") -> "subprocess.CompletedProcess[str]":
     """In a process of its own: this one's allocator may keep what was freed, and hide a peak."""
-    code = f"{preparation}\nimport head_memory\nhead_memory.main()"
+    code = f"{preparation}\nfrom benchmarks.kernels import head_memory\nhead_memory.main()"
     command = [sys.executable, "-c", code, *OPTIONS]
-    return subprocess.run(command, cwd=BENCHMARKS, capture_output=True, text=True)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
 def test_a_chunk_of_logits_is_all_it_takes() -> None:

@@ -1,12 +1,14 @@
 """Liger-Kernel's functions compute what our cases ask; here in Triton's interpreter."""
 
-import cases  # noqa: F401  (registers the cases)
-import liger
 import pytest
 import torch
-from registry import CASES, SIZES, Problem, Work
-from verify import verify
 
+from benchmarks.common.registry import CASES, SIZES, Problem, Work
+from benchmarks.common.verify import verify
+from benchmarks.kernels import (
+    cases,  # noqa: F401  (registers the cases)
+    liger,
+)
 from lora_engine import backends
 
 pytest.importorskip("liger_kernel")

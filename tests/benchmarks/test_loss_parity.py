@@ -2,11 +2,11 @@ import copy
 import math
 import random
 
-import loss_parity
 import pytest
 import torch
-from train_contenders import train_ours
 
+from benchmarks.train import loss_parity
+from benchmarks.train.train_contenders import train_ours
 from lora_engine.data.render import Example
 from lora_engine.testing import tiny_llama, with_lora
 

@@ -1,8 +1,9 @@
 import time
 
-import measure
 import pytest
 import torch
+
+from benchmarks.common import measure
 
 CPU = torch.device("cpu")
 MIB = 2**20

@@ -1,7 +1,10 @@
-import cases  # noqa: F401  (registers the cases)
-import plans
 import torch
-from registry import CASES, SIZES
+
+from benchmarks.common.registry import CASES, SIZES
+from benchmarks.kernels import (
+    cases,  # noqa: F401  (registers the cases)
+    plans,
+)
 
 
 def test_the_gpu_plan_is_runnable_and_complete() -> None:

@@ -2,12 +2,12 @@ import json
 import sys
 from dataclasses import replace
 
-import journal
 import pytest
-import run
 import torch
-from registry import CASES, SIZES, Contender
 
+from benchmarks.common import journal
+from benchmarks.common.registry import CASES, SIZES, Contender
+from benchmarks.kernels import run
 from lora_engine import backends
 
 CPU = torch.device("cpu")

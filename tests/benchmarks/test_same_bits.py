@@ -3,11 +3,11 @@ import os
 import subprocess
 
 import pytest
-import same_bits
-import short_trainings
 import torch
 from safetensors.torch import save_file
-from same_bits import Difference, compare, compare_folders, compare_tensors
+
+from benchmarks.train import same_bits, short_trainings
+from benchmarks.train.same_bits import Difference, compare, compare_folders, compare_tensors
 
 
 def test_the_same_bits_are_the_same():

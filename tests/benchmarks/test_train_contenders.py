@@ -3,9 +3,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-import train_contenders
-import train_step
-import train_workload
+
+from benchmarks.train import train_contenders, train_step, train_workload
 
 
 @pytest.fixture(scope="module")

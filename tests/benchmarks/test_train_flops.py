@@ -1,5 +1,6 @@
 import pytest
-from train_flops import ModelShape, head_matmuls, layer_matmuls, step_flops
+
+from benchmarks.train.train_flops import ModelShape, head_matmuls, layer_matmuls, step_flops
 
 SHAPE = ModelShape(layers=3, hidden=8, intermediate=20, heads=4, kv_heads=2, head_dim=2, vocab=50)
 

@@ -1,6 +1,7 @@
 import pytest
-import train_report
-from train_flops import ModelShape, step_flops
+
+from benchmarks.train import train_report
+from benchmarks.train.train_flops import ModelShape, step_flops
 
 SHAPE = ModelShape(1, 4, 8, 2, 1, 2, 10)
 

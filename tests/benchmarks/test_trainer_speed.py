@@ -1,13 +1,14 @@
-"""benchmarks/trainer_speed.py: what is made of its runs, and the table of docs/drop-in.md."""
+"""trainer_speed.py: what is made of its runs, and the table of docs/drop-in.md."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-import trainer_speed
 
-RESULTS = Path(trainer_speed.__file__).parent / "results"
+from benchmarks.drop_in import trainer_speed
+
+RESULTS = Path(trainer_speed.__file__).parents[1] / "results"
 
 
 def a_run(when: str, seconds: list[float], peak: int, losses: list[float]) -> dict[str, Any]:
@@ -47,7 +48,7 @@ def test_the_page_shows_the_committed_result() -> None:
     source = trainer_speed.PART.source(page)
     result = RESULTS / Path(source).name
     assert page == trainer_speed.with_table(page, result), (
-        f"docs/drop-in.md is out of date: python benchmarks/trainer_speed.py --page {source}"
+        f"docs/drop-in.md is old: python -m benchmarks.drop_in.trainer_speed --page {source}"
     )
     rows = {row["trainer"]: row for row in trainer_speed.summary(json.loads(result.read_text()))}
     assert rows.keys() == set(trainer_speed.TRAINERS)

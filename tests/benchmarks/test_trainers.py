@@ -1,4 +1,4 @@
-"""benchmarks/trainers.py: what counts as the same, and the table of docs/drop-in.md."""
+"""benchmarks/drop_in/trainers.py: what counts as the same, and the table of docs/drop-in.md."""
 
 import json
 import math
@@ -7,11 +7,19 @@ from typing import Any
 
 import pytest
 import torch
-import trainers
-from trainer_cases import TOLERANCE, Run, log_difference, moved, run, weight_difference
-from trainer_setups import HUGGING_FACE
 
-RESULTS = Path(trainers.__file__).parent / "results"
+from benchmarks.drop_in import trainers
+from benchmarks.drop_in.trainer_cases import (
+    TOLERANCE,
+    Run,
+    log_difference,
+    moved,
+    run,
+    weight_difference,
+)
+from benchmarks.drop_in.trainer_setups import HUGGING_FACE
+
+RESULTS = Path(trainers.__file__).parents[1] / "results"
 
 
 def a_run(loss: float = 2.0, weight: float = 1.0, **logged: float) -> Run:
@@ -88,7 +96,7 @@ def test_the_page_shows_the_committed_result() -> None:
     source = trainers.PART.source(page)
     result = RESULTS / Path(source).name
     assert page == trainers.with_table(page, result), (
-        f"docs/drop-in.md is out of date: python benchmarks/trainers.py --page {source}"
+        f"docs/drop-in.md is out of date: python -m benchmarks.drop_in.trainers --page {source}"
     )
     measured = json.loads(result.read_text())["trainers"]
     assert measured.keys() == trainers.CASES.keys()

@@ -34,7 +34,7 @@ def test_kernels_of_the_tree_pass() -> None:
 
 @pytest.fixture(scope="module")
 def outcomes() -> dict[str, Any]:
-    done = run(ROOT / "tests/kernels/faulty_kernels.py")
+    done = run(ROOT / "tests/support/faulty_kernels.py")
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout)
     return found
@@ -53,7 +53,7 @@ def test_a_kernel_that_fits_passes(outcomes: dict[str, Any]) -> None:
         ("no matrix", "no matrix instructions (wgmma.mma_async or mma.sync) [glu_fwd("),
         ("no wgmma", "no matrix instructions (wgmma.mma_async) [product(bfloat16[16, 4096])]"),
         ("dead line", "glu_fwd, capability *, dtype *, size <= 96: no case in check_cases.py"),
-        ("uncompiled", "lora_engine.kernels.glu._glu_bwd_kernel: no case compiled it"),
+        ("uncompiled", "lora_engine.backends.triton.glu._glu_bwd_kernel: no case compiled it"),
         ("grid", "grid dimension 1 is 65536, the limit is 65535"),
         ("raises", "product(bfloat16[300, 4096]), capability 90: ValueError: product: no launch"),
     ],

@@ -1,4 +1,4 @@
-"""bfloat16 in Triton's interpreter, as tests/triton_interpreter.py mends it."""
+"""bfloat16 in Triton's interpreter, as tests/support/triton_interpreter.py mends it."""
 
 import pytest
 import torch

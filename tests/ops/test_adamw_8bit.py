@@ -7,8 +7,8 @@ from implementations import Backend
 from torch import Tensor, nn
 
 from lora_engine import ops
+from lora_engine.backends import launchers
 from lora_engine.backends.contracts import AdamWHyper
-from lora_engine.ops import launchers
 from lora_engine.reference.dynamic_code import (
     dequantize_blockwise,
     dynamic_code,

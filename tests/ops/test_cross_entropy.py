@@ -10,7 +10,7 @@ from oracle import TOLERANCE, check
 from torch import Tensor
 
 from lora_engine import ops
-from lora_engine.ops import launchers
+from lora_engine.backends import launchers
 from lora_engine.reference.cross_entropy import token_losses
 from lora_engine.testing import assert_as_good_as
 

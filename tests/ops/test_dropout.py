@@ -5,7 +5,7 @@ import torch
 from implementations import Backend
 
 from lora_engine import backends
-from lora_engine.cpu.dropout import dropout_fwd
+from lora_engine.backends.cpu.dropout import dropout_fwd
 from lora_engine.reference.dropout import WORD, Dropout, drop, dropout_mask, philox
 
 OPERATION = "lora_linear"
@@ -46,7 +46,7 @@ def from_triton(
     backend: Backend, dropout: Dropout, stream: int, rows: int, cols: int
 ) -> torch.Tensor:
     """The mask of `lora_linear_dx` whose only share is all ones."""
-    from lora_engine.kernels.lora_linear import lora_linear_dx
+    from lora_engine.backends.triton.lora_linear import lora_linear_dx
 
     dy, weight, ds, lora_a, dx = backend.put(
         torch.zeros(rows, 1),

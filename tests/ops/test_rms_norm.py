@@ -7,9 +7,10 @@ from oracle import check
 from torch import Tensor
 
 from lora_engine import ops, reference
+from lora_engine.backends import launchers
 from lora_engine.backends.choice import launch_parameters
 from lora_engine.errors import UnavailableError
-from lora_engine.ops import augmented, launchers
+from lora_engine.ops import augmented
 
 OPERATION = "rms_norm"
 EPS = 1e-5
@@ -222,7 +223,7 @@ def test_gradcheck(impl: str) -> None:
 
 
 def test_triton_shares_rows_without_leaving_one() -> None:
-    from lora_engine.kernels import norm_rows
+    from lora_engine.backends.triton import norm_rows
 
     for rows in (1, 5, 31, 32, 33, 1000):
         for block_m in (1, 2, 8):

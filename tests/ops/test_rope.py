@@ -7,7 +7,7 @@ from oracle import TOLERANCE, check
 from torch import Tensor
 
 from lora_engine import ops, reference
-from lora_engine.ops import launchers
+from lora_engine.backends import launchers
 from lora_engine.testing import error
 
 OPERATION = "rope"

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lora_engine import ops
-from lora_engine.cpu import rms_norm
+from lora_engine.backends.cpu import rms_norm
 
 COLS = 4096
 ROWS = 4096  # 32 MiB of bfloat16: as much as it takes

@@ -1,13 +1,9 @@
 import socket
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
-
-# The builders are those of benchmarks/trainers.py, a script beside others, not a package.
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +30,7 @@ def compare(tmp_path: Path, plain_runs: dict[Any, Any]) -> Callable[..., None]:
 
     compare(case, when, tolerance=…, **settings): the settings are those of `trainer_cases.run`.
     """
-    import trainer_cases
+    from benchmarks.drop_in import trainer_cases
 
     def asserts(
         case: Any,

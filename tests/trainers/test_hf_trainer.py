@@ -3,8 +3,9 @@
 from collections.abc import Callable
 
 import pytest
-from trainer_cases import WHEN
-from trainer_setups import HUGGING_FACE
+
+from benchmarks.drop_in.trainer_cases import WHEN
+from benchmarks.drop_in.trainer_setups import HUGGING_FACE
 
 
 @pytest.mark.parametrize("when", WHEN)

@@ -7,7 +7,7 @@ import torch
 from trl.trainer.utils import add_fused_lm_head
 
 import lora_engine
-from lora_engine.models.trl_head import TrlHeadForward
+from lora_engine.models.attach.trl_head import TrlHeadForward
 from lora_engine.testing import error, tiny_llama, with_lora
 
 ALL = ("log_probs", "entropy", "mean_logits", "is_top1")

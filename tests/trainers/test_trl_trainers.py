@@ -10,9 +10,9 @@ import peft
 import pytest
 import torch
 import trl
-from trainer_cases import WHEN, Case, log_difference, run, weight_difference
-from trainer_setups import GOOD, PAIRS, PROMPTS, TRL, offline
 
+from benchmarks.drop_in.trainer_cases import WHEN, Case, log_difference, run, weight_difference
+from benchmarks.drop_in.trainer_setups import GOOD, PAIRS, PROMPTS, TRL, offline
 from lora_engine.testing import byte_tokenizer
 
 Compare = Callable[..., None]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lora_engine.training.checkpoint import CheckpointStore
+from lora_engine.training.run.checkpoint import CheckpointStore
 
 # One server imports what takes seconds; every run is then a quick fork of it.
 PROCESSES = multiprocessing.get_context("forkserver")

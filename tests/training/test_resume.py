@@ -22,8 +22,8 @@ from training_helpers import (
 
 from lora_engine.errors import UserError
 from lora_engine.training import loop, random_state
-from lora_engine.training.checkpoint import CheckpointStore
 from lora_engine.training.nonfinite import NonFiniteError
+from lora_engine.training.run.checkpoint import CheckpointStore
 
 
 @pytest.mark.parametrize(

@@ -15,12 +15,12 @@ from training_helpers import (
 )
 
 from lora_engine.data.render import Example
-from lora_engine.models.accelerate import accelerate
+from lora_engine.models.attach.accelerate import accelerate
 from lora_engine.training import random_state
 from lora_engine.training.config import TrainConfig
-from lora_engine.training.flat import FlatParameters
 from lora_engine.training.nonfinite import NonFiniteError
-from lora_engine.training.optimizer import FlatAdamW
+from lora_engine.training.optimizer.flat import FlatParameters
+from lora_engine.training.optimizer.optimizer import FlatAdamW
 from lora_engine.training.signals import Interrupted
 from lora_engine.training.step import TrainStep
 

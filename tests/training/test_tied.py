@@ -25,7 +25,7 @@ from training_helpers import (
     trainable,
 )
 
-from lora_engine.models.accelerate import accelerate
+from lora_engine.models.attach.accelerate import accelerate
 
 STEPS, RATE, EPS = 4, 1e-2, 1e-3
 DATA = make_dataset(12)

@@ -22,7 +22,7 @@ from training_helpers import (
 from lora_engine.data.dataset import TokenizedDataset
 from lora_engine.data.render import Example
 from lora_engine.errors import UserError
-from lora_engine.models.accelerate import restore
+from lora_engine.models.attach.accelerate import restore
 from lora_engine.training.heldout import HeldoutResult, evaluate
 from lora_engine.training.metrics import StepMetrics
 

@@ -1,0 +1,81 @@
+"""The report of gpu_check.py, from whatever it left. Needs nothing but Python."""
+
+import json
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import journal
+from benchmarks.common.text_table import table
+from benchmarks.kernels import kernel_report
+
+LOG_LINES = 15
+
+
+def render(out: Path) -> str:
+    """report.md for a folder with environment.json, tests.xml, results.jsonl and check.log."""
+    environment = _environment(out / "environment.json")
+    stages = environment.get("stages", [])
+    parts = ["# GPU check", _facts(environment)]
+    lines = [[s["name"], s["outcome"], f"{s['seconds']:.0f}"] for s in stages]
+    parts.append(table(("stage", "outcome", "seconds"), lines, left=2))
+    parts += ["## Tests", _tests(out / "tests.xml")]
+    parts += ["## Kernels", _results(out / "results.jsonl")]
+    if any(stage["outcome"] != "passed" for stage in stages):
+        parts += ["## End of check.log", _tail(out / "check.log")]
+    return "\n\n".join(parts) + "\n"
+
+
+def _environment(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    return found
+
+
+def _facts(environment: dict[str, Any]) -> str:
+    lines = [f"- {name}: {value}" for name, value in environment.get("versions", {}).items()]
+    for moment, values in environment.get("nvidia-smi", {}).items():
+        if values:
+            text = ", ".join(f"{name} {value}" for name, value in values.items())
+            lines.append(f"- nvidia-smi {moment}: {text}")
+    return "\n".join(lines)
+
+
+def _tests(path: Path) -> str:
+    try:
+        cases = list(ElementTree.parse(path).getroot().iter("testcase"))
+    except (OSError, ElementTree.ParseError) as error:
+        return f"No results: {error}; check.log has what ran."
+    kinds = {"failed": ("failure", "error"), "skipped": ("skipped",)}
+    found = {
+        kind: [case for case in cases if any(case.find(tag) is not None for tag in tags)]
+        for kind, tags in kinds.items()
+    }
+    passed = len(cases) - sum(map(len, found.values()))
+    lines = [f"{passed} passed, {len(found['failed'])} failed, {len(found['skipped'])} skipped."]
+    for case in found["failed"]:
+        problem = next(x for tag in kinds["failed"] if (x := case.find(tag)) is not None)
+        message = " ".join((problem.get("message") or "").split())[:200]
+        lines.append(f"- {case.get('classname')}::{case.get('name')}: {message}")
+    return "\n".join(lines)
+
+
+def _results(path: Path) -> str:
+    lines = journal.read(path)
+    rows = [line for line in lines if line["event"] == "row"]
+    parts = [kernel_report.rows_table(rows), kernel_report.choices(rows)] if rows else ["None."]
+    notes = [line for line in lines if line["event"] in ("failure", "skipped", "note")]
+    if notes:
+        parts.append("\n".join(dict.fromkeys(f"- {x['event']}: {x['message']}" for x in notes)))
+    ended = [line["item"] for line in lines if line["event"] in ("end", "failure")]
+    torn = [x["item"] for x in lines if x["event"] == "start" and x["item"] not in ended]
+    if torn:
+        names = "\n".join(f"- {x['case']}, {x['size']}, {x['dtype']}" for x in torn)
+        parts.append("Begun and not finished:\n" + names)
+    return "\n\n".join(parts)
+
+
+def _tail(path: Path) -> str:
+    if not path.is_file():
+        return "There is none."
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES:]
+    return "```\n" + "\n".join(lines) + "\n```"

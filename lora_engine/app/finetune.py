@@ -1,0 +1,344 @@
+"""One fine-tuning run from configuration to report: what `lora-engine train` and `demo` do.
+
+The run's folder ends up with
+
+    config.yaml     the whole configuration; `train` it again with --resume to continue
+    metrics.jsonl   a line per step and per evaluation
+    checkpoints/    from which an interrupted run continues
+    adapter/        in PEFT's format, or the whole model where all weights were trained; with the
+                    tokenizer and a model card (see training/run/export.py); of several adapters one
+                    folder each
+    summary.json    the result in numbers, the samples, the machine
+    report.html     the same for people
+"""
+
+import json
+import math
+import shlex
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Protocol
+
+from lora_engine.app.config import DataConfig, RunConfig, dump_config, load_config
+from lora_engine.data import TokenizedDataset, prepare, read_records, split_heldout
+from lora_engine.data.account import account, lines
+from lora_engine.data.adapters import check_adapters
+from lora_engine.data.inspect import DataReport, report
+from lora_engine.data.vocabulary import check_rows, check_vocabulary
+from lora_engine.errors import UserError
+from lora_engine.evaluation.samples import Prompt, choose_prompts, generate
+from lora_engine.files import naming, write_text
+from lora_engine.machine import machine_facts
+from lora_engine.models.attach.accelerate import accelerate, restore
+from lora_engine.models.load.load import (
+    DTYPES,
+    configured_vocabulary,
+    load_model,
+    load_tokenizer,
+    resolve_device,
+    resolve_dtype,
+)
+from lora_engine.models.peft.adapters import LoraConfig, add_adapters
+from lora_engine.report.page import write_report
+from lora_engine.training.run.folder import RunFolder
+from lora_engine.training.run.identity import model_weights_sha256
+from lora_engine.training.run.lock import locked
+from lora_engine.training.trainer import Trainer, TrainResult
+
+# The files of a run besides the Trainer's own.
+_FILES = ("config.yaml", "samples_before.json", "summary.json", "report.html")
+
+SMOLLM2_NAME = "SmolLM2-135M-Instruct"
+
+
+class Observer(Protocol):
+    """Is told what a run is doing; its further methods are callbacks of the Trainer.
+
+    It may have a method on_data(lines), told before training what of the data was dropped, cut or
+    not read, where there is any of that.
+    """
+
+    def stage(self, text: str) -> None:
+        """Something that takes a while begins: "loading the model"."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """result: of the training loop. summary: what summary.json holds; None if interrupted."""
+
+    folder: Path
+    result: TrainResult
+    summary: dict[str, Any] | None
+
+
+def finetune(
+    config: RunConfig, *, resume: bool = False, observer: Observer | None = None
+) -> Outcome:
+    """Run `config` to its end, or until SIGINT, SIGTERM or SIGHUP.
+
+    resume: continue the run in `config.train.output_dir` from its newest checkpoint.
+    Raises UserError for whatever in the configuration or the data cannot be used, and OSError for
+    a file that cannot be written; the last checkpoint is whole then.
+    """
+    folder = config.train.output_dir
+    with naming(folder):
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"{folder}: is a file, train.output_dir must be a folder")
+    with locked(folder):
+        _check_room(config, resume)
+        return _finetune(config, resume, observer)
+
+
+def _finetune(config: RunConfig, resume: bool, observer: Observer | None) -> Outcome:
+    tell = observer.stage if observer else _ignore
+    folder = config.train.output_dir
+    config = _with_dtype(config, resume)
+    tell(f"loading {model_name(config)}")
+    model, tokenizer = load_model(
+        config.model.path, dtype=config.model.dtype, device=config.model.device
+    )
+    origin = _origin(config, model)
+    tell(f"reading {config.data.train}")
+    train_data, eval_data = _examples(config, tokenizer)
+    for dataset in (train_data, eval_data):
+        check_vocabulary(dataset, model, tokenizer)
+    accounts = [account(train_data), account(eval_data)]
+    if said := lines(accounts):
+        getattr(observer, "on_data", _ignore)(said)
+    if config.lora is not None:
+        model = add_adapters(model, config.lora)
+    callbacks = () if observer is None else (observer,)
+    train = config.train_with_rates()
+    trainer = Trainer(
+        model, tokenizer, train_data, eval_data, train, callbacks=callbacks, origin=origin
+    )
+    trainer.folder.reserve(*_FILES)
+    step = trainer.check_folder(resume)
+    coverage = None
+    if config.accelerate:
+        coverage = accelerate(model, strict=config.accelerate == "strict")
+    preflight = trainer.preflight(step)
+    if preflight is not None:
+        tell(f"preflight: {preflight}")
+    prompts = choose_prompts(eval_data, tokenizer, config.samples.count)
+    before = _samples_before(config, model, tokenizer, prompts, step is not None, tell)
+    trainer.open_folder(step)
+    for name in ("summary.json", "report.html"):  # of an earlier end of a run that goes on
+        (folder / name).unlink(missing_ok=True)
+    write_text(folder / "config.yaml", dump_config(config))
+    write_text(folder / "samples_before.json", json.dumps(before))
+    if step is None:
+        held_out = len(eval_data)
+        tell(f"measuring {held_out:,} held-out example{'s' * (held_out != 1)}, then training")
+    elif step == trainer.total_steps:
+        tell(f"all {step:,} steps are done; the results are written again")
+    result = trainer.fit(resume=resume)
+    if coverage is not None:
+        restore(model)
+    if result.stopped == "interrupted":
+        return Outcome(folder, result, None)
+    if prompts:
+        tell(f"writing {_samples(len(prompts))}")
+    after = generate(model, tokenizer, prompts, max_new_tokens=config.samples.max_new_tokens)
+    summary = {
+        **result.summary(),
+        "peak_memory_bytes": max(result.peak_memory_bytes, _earlier_peak(folder)),
+        "heldout_perplexity_before": _perplexity(result.heldout_loss_before),
+        "heldout_perplexity_after": _perplexity(result.heldout_loss_after),
+        **_description(config, model, train_data, eval_data),
+        "data_accounts": accounts,
+        "preflight": None if preflight is None else asdict(preflight),
+        "samples": [
+            {
+                "origin": p.origin,
+                "prompt": p.text,
+                "before": b,
+                "after": a,
+                "reference": p.reference,
+            }
+            for p, b, a in zip(prompts, before["texts"], after, strict=True)
+        ],
+        "coverage": str(coverage) if coverage is not None else None,
+        "config": config.model_dump(mode="json"),
+        "machine": machine_facts(),
+    }
+    write_text(folder / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+    write_report(folder)
+    return Outcome(folder, result, summary)
+
+
+def prepare_data(data: DataConfig, tokenizer: Any) -> tuple[TokenizedDataset, TokenizedDataset]:
+    """The training and the held-out examples that `data` describes."""
+    options: dict[str, Any] = {
+        "max_length": data.max_length,
+        "loss_on": data.loss_on,
+        "on_too_long": data.on_too_long,
+    }
+    if data.eval is not None:
+        train_data = prepare(data.train, tokenizer, split=data.split, **options)
+        eval_data = prepare(
+            data.eval, tokenizer, split=data.eval_split, limit=data.eval_limit, **options
+        )
+    else:
+        records = read_records(data.train, split=data.split)
+        try:
+            training, heldout = split_heldout(records, data.eval_fraction, seed=data.seed)
+        except UserError as error:
+            raise UserError(f"{data.train}: {error}") from error
+        train_data = prepare(training, tokenizer, **options)
+        eval_data = prepare(heldout, tokenizer, limit=data.eval_limit, **options)
+    return (
+        replace(train_data, name=f"{data.train}, training"),
+        replace(eval_data, name=f"{data.eval or data.train}, held out"),
+    )
+
+
+def examine_data(config: RunConfig) -> list[DataReport]:
+    """What is in the training and in the held-out data; reads the tokenizer, not the model."""
+    tokenizer = load_tokenizer(config.model.path)
+    train_data, eval_data = _examples(config, tokenizer)
+    for dataset in (train_data, eval_data):
+        check_rows(dataset, configured_vocabulary(config.model.path), tokenizer)
+    return [report(train_data, tokenizer), report(eval_data, tokenizer, train=train_data)]
+
+
+def _examples(config: RunConfig, tokenizer: Any) -> tuple[TokenizedDataset, TokenizedDataset]:
+    """`prepare_data`, with the adapters that the records name checked."""
+    found = prepare_data(config.data, tokenizer)
+    for dataset in found:
+        check_adapters(dataset, list(config.lora.of_adapters()) if config.lora else [])
+    return found
+
+
+def model_name(config: RunConfig) -> str:
+    """The model's name for people: the last part of its path or hub id."""
+    if config.model.path == "smollm2":
+        return SMOLLM2_NAME
+    return Path(config.model.path).name or config.model.path
+
+
+def how_to_resume(folder: Path) -> str:
+    """What to type to go on with the interrupted run in `folder`."""
+    if not RunFolder(folder).is_used():
+        return "there is no checkpoint yet, start again with the same command"
+    return f"continue with: lora-engine train {shlex.quote(str(folder / 'config.yaml'))} --resume"
+
+
+def _check_room(config: RunConfig, resume: bool) -> None:
+    """Stop before any work if the folder holds a run that is not to be touched, or none to resume,
+    or the model that the run begins with."""
+    folder, overwrite = config.train.output_dir, config.train.overwrite
+    run = RunFolder(folder)
+    if resume and not run.holds_run():
+        raise UserError(
+            f"{folder.absolute()}: holds no run to resume; begin one without --resume, or give the "
+            "train.output_dir of the run that is meant"
+        )
+    if run.is_used() and not resume and not overwrite:
+        raise UserError(
+            f"{folder}: already holds a run; continue it with --resume, give another "
+            "train.output_dir, or discard it with train.overwrite=true"
+        )
+    if not resume:
+        if Path(config.model.path).resolve().is_relative_to(run.adapter.resolve()):
+            raise UserError(
+                f"train.output_dir: the run in {folder} holds {config.model.path}, the model to "
+                "begin with, and would be discarded; choose another output_dir"
+            )
+        run.reserve(*_FILES)
+        run.check_foreign()
+
+
+def _with_dtype(config: RunConfig, resume: bool) -> RunConfig:
+    """`config` with the number format that `auto` is here, or was where the run began."""
+    if config.model.dtype != "auto":
+        return config
+    dtype = "auto"
+    if resume:
+        with suppress(UserError):  # a config.yaml that is lost or damaged
+            dtype = load_config(config.train.output_dir / "config.yaml").model.dtype
+    chosen = resolve_dtype(dtype, resolve_device(config.model.device))
+    name = next(name for name, known in DTYPES.items() if known == chosen)
+    return config.model_copy(update={"model": config.model.model_copy(update={"dtype": name})})
+
+
+def _origin(config: RunConfig, model: Any) -> dict[str, Any]:
+    """What the trained model is made from, for the identity of the run."""
+    seed = {} if config.lora is None else {"lora.seed": config.lora.seed}
+    return {"weights": model_weights_sha256(model), **seed}
+
+
+def _samples(count: int) -> str:
+    return "1 sample" if count == 1 else f"{count:,} samples"
+
+
+def _samples_before(
+    config: RunConfig, model: Any, tokenizer: Any, prompts: list[Prompt], resumed: bool, tell: Any
+) -> dict[str, Any]:
+    """What the untrained model writes, "texts", to what is "asked"; a resumed run has kept it."""
+    asked = {
+        "max_new_tokens": config.samples.max_new_tokens,
+        "prompts": [list(prompt.input_ids) for prompt in prompts],
+    }
+    kept = _read_json(config.train.output_dir / "samples_before.json") if resumed else None
+    if kept is not None and kept.get("asked") == asked:
+        texts = kept.get("texts")
+        if isinstance(texts, list) and [type(text) for text in texts] == [str] * len(prompts):
+            return kept
+    if prompts:
+        tell(f"writing {_samples(len(prompts))} before training")
+    texts = generate(model, tokenizer, prompts, max_new_tokens=config.samples.max_new_tokens)
+    return {"asked": asked, "texts": texts}
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a file; None if there is none that can be read."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def _description(
+    config: RunConfig, model: Any, train_data: TokenizedDataset, eval_data: TokenizedDataset
+) -> dict[str, Any]:
+    """What was trained on what."""
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    return {
+        "model": model_name(config),
+        "method": _method(config.lora),
+        "device": next(model.parameters()).device.type,
+        "data": config.data.train,
+        "train_examples": len(train_data),
+        "eval_examples": len(eval_data),
+        "parameters": sum(size for size, _ in sizes),
+        "trainable_parameters": sum(size for size, trained in sizes if trained),
+        "finished": datetime.now().strftime("%Y-%m-%d %H:%M"),
+    }
+
+
+def _method(lora: LoraConfig | None) -> str:
+    if lora is None:
+        return "Full fine-tuning"
+    if lora.adapters is None:
+        return f"LoRA of rank {lora.r}"
+    ranks = ", ".join(f"{name} (rank {own.r})" for name, own in lora.of_adapters().items())
+    return f"LoRA: {ranks}"
+
+
+def _earlier_peak(folder: Path) -> int:
+    """The most memory a step took, in bytes, also in sittings before a resumption."""
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return max((json.loads(line).get("peak_memory_bytes", 0) for line in lines), default=0)
+
+
+def _perplexity(loss: float | None) -> float | None:
+    """exp(loss); None for no loss, or one too large for the exponential."""
+    return math.exp(loss) if loss is not None and loss < 700 else None
+
+
+def _ignore(told: Any) -> None:
+    """Nobody watches."""

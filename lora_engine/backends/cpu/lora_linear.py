@@ -1,0 +1,181 @@
+"""The products of a LoRA group: those with few ranks are ours, the wide ones the vendor's."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from lora_engine.backends.cpu.address import dtype_code, pointer
+from lora_engine.backends.cpu.dropout import dropout_fwd
+from lora_engine.backends.extension import native
+from lora_engine.reference.dropout import Dropout
+
+# A linear's rows of [N, ...] and its columns of [..., R]. A group's columns ascend.
+Span = tuple[slice, slice]
+
+
+def lora_a_fwd(
+    x: Tensor,  # [M, K]
+    lora_a: Tensor,  # [R, K]
+    s: Tensor,  # [M, R]
+    spans: Sequence[Span],
+    dropout: Dropout | None = None,
+) -> None:
+    """Writes s = drop_i(x) lora_aᵀ, and 0 in columns of no span."""
+    for gap in _gaps(spans, s.shape[1]):
+        s[:, gap] = 0
+    for kept, part in _kept(x, spans, dropout):
+        native().lora_a_fwd(
+            dtype_code(x.dtype),
+            kept.data_ptr(),
+            lora_a.data_ptr(),
+            s.data_ptr(),
+            *x.shape,
+            kept.stride(0),
+            lora_a.stride(0),
+            s.stride(0),
+            part,
+        )
+
+
+def lora_b_bwd(
+    dy: Tensor,  # [M, N]
+    lora_b: Tensor,  # [N, R]
+    s: Tensor,  # [M, R]
+    ds: Tensor,  # [M, R]
+    d_lora_b: Tensor | None,  # [N, R], float32 (float64 for float64)
+    spans: Sequence[Span],
+) -> None:
+    """Writes ds = dy lora_b and d_lora_b = dyᵀ s, each linear's block alone.
+
+    Columns of ds in no span become 0; d_lora_b outside the blocks is left as it is.
+    """
+    for gap in _gaps(spans, ds.shape[1]):
+        ds[:, gap] = 0
+    native().lora_b_bwd(
+        dtype_code(dy.dtype),
+        dy.data_ptr(),
+        lora_b.data_ptr(),
+        s.data_ptr(),
+        ds.data_ptr(),
+        pointer(d_lora_b),
+        dy.shape[0],
+        dy.stride(0),
+        lora_b.stride(0),
+        s.stride(0),
+        ds.stride(0),
+        0 if d_lora_b is None else d_lora_b.stride(0),
+        spans,
+    )
+
+
+def lora_a_bwd(
+    ds: Tensor,  # [M, R]
+    x: Tensor,  # [M, K]
+    d_lora_a: Tensor,  # [R, K], float32 (float64 for float64)
+    spans: Sequence[Span],
+    dropout: Dropout | None = None,
+) -> None:
+    """Writes d_lora_a = dsᵀ drop_i(x), and 0 in rows of no span."""
+    for gap in _gaps(spans, d_lora_a.shape[0]):
+        d_lora_a[gap] = 0
+    for kept, part in _kept(x, spans, dropout):
+        native().lora_a_bwd(
+            dtype_code(x.dtype),
+            ds.data_ptr(),
+            kept.data_ptr(),
+            d_lora_a.data_ptr(),
+            *x.shape,
+            ds.stride(0),
+            kept.stride(0),
+            d_lora_a.stride(0),
+            part,
+        )
+
+
+def lora_linear_fwd(
+    x: Tensor,  # [M, K]
+    weight: Tensor,  # [N, K]
+    s: Tensor,  # [M, R]
+    lora_b: Tensor,  # [N, R]
+    y: Tensor,  # [M, N]
+    bias: Tensor | None = None,  # [N]
+) -> None:
+    """Writes y = x weightᵀ + s lora_bᵀ + bias, rounded after each product.
+
+    Every column of s and lora_b is read: those in no span must be zero in one, finite in the other.
+    So must be what stands beside x, within its rows (ops/tensors.py: front_columns).
+    """
+    if bias is None:
+        torch.mm(x, weight.t(), out=y)
+    else:
+        torch.addmm(bias, x, weight.t(), out=y)
+    if s.shape[1]:
+        y.addmm_(s, lora_b.t())
+
+
+def lora_linear_dx(
+    dy: Tensor,  # [M, N]
+    weight: Tensor,  # [N, K]
+    ds: Tensor,  # [M, R]
+    lora_a: Tensor,  # [R, K]
+    dx: Tensor,  # [M, K]
+    spans: Sequence[Span],
+    dropout: Dropout | None = None,
+) -> None:
+    """Writes dx = dy weight + ds lora_a, each linear's share of the second under its mask.
+
+    Rounded after each product. Rows of lora_a in no span are not read; columns of ds in no span,
+    and what else stands beside dy and ds within their rows, must be finite.
+    """
+    torch.mm(dy, weight, out=dx)
+    for stream, columns in _products(spans, merge=dropout is None):
+        if dropout is None:
+            dx.addmm_(ds[:, columns], lora_a[columns])
+        else:
+            share = torch.mm(ds[:, columns], lora_a[columns])
+            dropout_fwd(share, share, dropout, stream)
+            dx += share
+
+
+def _kept(
+    x: Tensor, spans: Sequence[Span], dropout: Dropout | None
+) -> Iterator[tuple[Tensor, Sequence[Span]]]:
+    """What of x goes into the adapters of which spans."""
+    if dropout is None:
+        yield x, spans
+        return
+    for stream, span in enumerate(spans):
+        if span[1].stop > span[1].start:
+            yield _dropped(x, dropout, stream), [span]
+
+
+def _dropped(x: Tensor, dropout: Dropout, stream: int) -> Tensor:
+    kept = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    dropout_fwd(x, kept, dropout, stream)
+    return kept
+
+
+def _products(spans: Sequence[Span], *, merge: bool) -> list[tuple[int, slice]]:
+    """(stream, columns) of each product; `merge` joins adjacent columns: dx is read once."""
+    runs: list[tuple[int, slice]] = []
+    for stream, (_, columns) in enumerate(spans):
+        if columns.stop == columns.start:
+            continue
+        if merge and runs and runs[-1][1].stop == columns.start:
+            runs[-1] = (runs[-1][0], slice(runs[-1][1].start, columns.stop))
+        else:
+            runs.append((stream, columns))
+    return runs
+
+
+def _gaps(spans: Sequence[Span], ranks: int) -> list[slice]:
+    """The columns of [.., ranks] in no span."""
+    done, found = 0, []
+    for _, columns in spans:
+        if columns.start > done:
+            found.append(slice(done, columns.start))
+        done = columns.stop
+    if done < ranks:
+        found.append(slice(done, ranks))
+    return found

@@ -1,7 +1,0 @@
-"""The CUDA C++ kernels of lora_engine._C, called with tensors.
-
-One module for each operation, with the same functions as `lora_engine.cpu` and
-`lora_engine.kernels` have. The callers in `lora_engine.ops` have checked shapes and dtypes; results
-are written into tensors that they made. Kernels run on the current stream of the tensors' device,
-and nothing here waits for them.
-"""

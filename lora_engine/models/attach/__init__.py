@@ -1,0 +1,1 @@
+"""Attach kernels to a model of transformers, and take them off again."""

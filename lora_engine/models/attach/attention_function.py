@@ -1,0 +1,356 @@
+"""Attention as transformers' interfaces want it: an implementation's function, and its masks."""
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from lora_engine import ops
+from lora_engine.errors import UserError
+from lora_engine.models.attach.masks import causal_mask, dense_mask, has_holes
+from lora_engine.models.attach.sequences import SequenceFinder, of_mask
+from lora_engine.reference.numeric import accumulate_dtype
+
+IMPLEMENTATION = "lora_engine"
+
+# What changes attention's result in a way that it is not served here.
+_REFUSED = frozenset({"cache", "head_mask", "position_bias", "s_aux", "sinks", "softcap"})
+# What a layer hands to attention that is served, or does not change its result. A user's arguments
+# for other parts of the model come along with it.
+_KNOWN = frozenset(
+    {
+        "cache_position",
+        "cu_seq_lens_k",
+        "cu_seq_lens_q",
+        "is_causal",
+        "logits_to_keep",
+        "max_length_k",
+        "max_length_q",
+        "num_items_in_batch",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "output_rows",
+        "position_embeddings",
+        "position_ids",
+        "return_dict",
+        "sequence_parents",
+        "sliding_window",
+        "use_cache",
+    }
+)
+
+# Masks of `padding_mask` within `proving`, and their windows; None outside.
+_masks: ContextVar[list[tuple[Tensor, int]] | None] = ContextVar("masks", default=None)
+
+
+@contextmanager
+def proving() -> Iterator[None]:
+    """Within this context attention refuses what it serves, elsewhere, on trust.
+
+    Every argument that it does not know by name; and a layer whose window is not that of the mask
+    that it is given, which transformers' own attention goes by.
+    """
+    token = _masks.set([])
+    try:
+        yield
+    finally:
+        _masks.reset(token)
+
+
+def check_window(module: nn.Module, mask: Tensor | None, window: int) -> None:
+    masks = _masks.get()
+    if masks is None or (mask is not None and mask.dim() != 2):
+        return
+    windows = [of_mask for known, of_mask in masks if known is mask] if mask is not None else [0]
+    if windows != [window]:
+        raise UserError(
+            f"attention of {type(module).__name__} has a window of {window}, "
+            f"its mask {windows[0] if windows else 'an unknown one'}"
+        )
+
+
+# Whose masks `padding_mask` makes within `whole_masks`; None outside.
+_whole: ContextVar[str | None] = ContextVar("whole_masks", default=None)
+# Whether `attend` hands on to the layers' own plain attention (`weights_if_asked`).
+_weights: ContextVar[bool] = ContextVar("weights", default=False)
+# On masks made then: a checkpointed layer runs again when that context is gone.
+_OF_WEIGHTS = "_lora_engine_weights"
+
+
+@contextmanager
+def whole_masks(implementation: str) -> Iterator[None]:
+    """Within this context masks are those of one of transformers' own implementations.
+
+    Rows of padding are then computed as they are with it.
+    """
+    token = _whole.set(implementation)
+    try:
+        yield
+    finally:
+        _whole.reset(token)
+
+
+@contextmanager
+def weights_if_asked(config: Any, own: str | None, given: Mapping[str, Any]) -> Iterator[None]:
+    """A context for a call of a model that is `given` arguments, and attends by itself as `own`.
+
+    Where they, or its configuration, ask for attentions, its layers run their plain attention: no
+    other implementation has any.
+    """
+    asked = given.get("output_attentions")
+    if asked is None:
+        asked = getattr(config, "output_attentions", False)
+    if own != "eager" or not asked:
+        yield
+        return
+    token = _weights.set(True)
+    try:
+        with whole_masks(own):
+            yield
+    finally:
+        _weights.reset(token)
+
+
+def computes_padding() -> bool:
+    """Whether a caller wants rows of padding computed (`whole_masks`)."""
+    return _whole.get() is not None
+
+
+def register() -> None:
+    """Makes `attn_implementation="lora_engine"` known to transformers."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(IMPLEMENTATION, attend)
+    AttentionMaskInterface.register(IMPLEMENTATION, padding_mask)
+
+
+def padding_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    *,
+    mask_function: Callable[..., Any] | None = None,
+    attention_mask: Tensor | None = None,
+    **kwargs: Any,
+) -> Tensor | None:
+    """The tokens' mask [B, L], or None where every row is one sequence; or sdpa's [B, 1, Q, K].
+
+    In [B, L] padding is 0, and tokens of a row that see each other have the same number. sdpa's
+    with a filled cache, and where the mask is more than causal with windows and packing.
+    """
+    from transformers import AttentionMaskInterface
+    from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+    function = mask_function or causal_mask_function
+    if (whole := _whole.get()) is not None:
+        kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+        made: Tensor | None = AttentionMaskInterface()[whole](
+            batch_size,
+            q_length,
+            kv_length,
+            mask_function=function,
+            attention_mask=attention_mask,
+            **kwargs,
+        )
+        if made is not None and _weights.get():
+            setattr(made, _OF_WEIGHTS, True)
+        return made
+    known = causal_mask(function)
+    # Rows of padding between tokens see some of them, and windows count their places. What a mask
+    # of another shape means (checkpointed layers leave a cache empty) is transformers' to say.
+    if attention_mask is not None and (
+        (q_length == kv_length and attention_mask.shape != (batch_size, kv_length))
+        or has_holes(attention_mask.bool())
+    ):
+        known = None
+    if q_length == kv_length and known is not None:
+        if attention_mask is not None and bool(attention_mask.all()):
+            attention_mask = None
+        if known.sequences is not None:
+            numbers = known.sequences.to(torch.int64) + 1
+            attention_mask = numbers if attention_mask is None else numbers * attention_mask
+        masks = _masks.get()
+        if masks is not None:
+            if attention_mask is None:
+                attention_mask = torch.ones(batch_size, q_length, device=kwargs.get("device"))
+            attention_mask = attention_mask.clone()
+            masks.append((attention_mask, known.window))
+        return attention_mask
+    if known is None:  # sdpa would take "no mask" for a causal one
+        kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+    return sdpa_mask(
+        batch_size,
+        q_length,
+        kv_length,
+        mask_function=function,
+        attention_mask=attention_mask,
+        **kwargs,
+    )
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,  # [B, Hq, Q, D]
+    key: Tensor,  # [B, Hkv, K, D]
+    value: Tensor,  # [B, Hkv, K, D]
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention as transformers' AttentionInterface wants it, [B, Q, Hq, D].
+
+    Whole causal sequences run on `ops.attention`. New tokens against a filled cache, other masks,
+    dropout and values of another width go to transformers' sdpa, with the same mask. The weights
+    [B, Hq, Q, K] come along where they are asked for (`weights_if_asked`). Raises UserError for
+    what neither knows, a soft-cap or sinks.
+    """
+    refused = [
+        name
+        for name, given in kwargs.items()
+        if given is not None
+        and (name in _REFUSED or (_masks.get() is not None and name not in _KNOWN))
+    ]
+    if refused:
+        raise UserError(
+            f"attention of {type(module).__name__} is given {', '.join(refused)}, which "
+            "lora_engine's does not know: call lora_engine.restore(model)"
+        )
+    causal = kwargs.get("is_causal")
+    causal = bool(getattr(module, "is_causal", True) if causal is None else causal)
+    batch, heads, length, head_dim = query.shape
+    if _weights.get() or hasattr(attention_mask, _OF_WEIGHTS):
+        plain = sys.modules[type(module).__module__].eager_attention_forward
+        mask = _added(attention_mask, query, key.shape[2], causal, kwargs.get("sliding_window"))
+        given = {"scaling": scaling, "dropout": dropout, **kwargs}
+        both: tuple[Tensor, Tensor] = plain(module, query, key, value, mask, **given)
+        return both
+    whole = length == key.shape[2] and (attention_mask is None or attention_mask.dim() == 2)
+    if not whole:
+        return _sdpa(module, query, key, value, attention_mask, scaling, dropout, **kwargs)
+    no_rotation = query.new_zeros(1, length, 0)
+    found = SequenceFinder()(
+        (batch, length),
+        (no_rotation, no_rotation),
+        attention_mask,
+        kwargs.get("cu_seq_lens_q"),
+        kwargs.get("sequence_parents"),
+    )
+    window = kwargs.get("sliding_window") or 0
+    check_window(module, attention_mask, window)
+    if dropout or not causal or value.shape[-1] != head_dim:
+        if found.parents is not None:
+            raise UserError("sequences cannot share prefixes with dropout or other masks")
+        mask = dense_mask(
+            found.cu_seqlens, found.token_index, batch, length, causal=causal, window=window
+        )
+        return _sdpa(module, query, key, value, mask.to(query.device), scaling, dropout, **kwargs)
+    q, k, v = (x.transpose(1, 2).reshape(batch * length, -1) for x in (query, key, value))
+    if found.token_index is not None:
+        q, k, v = (x[found.token_index] for x in (q, k, v))
+    out = ops.attention(
+        q,
+        k,
+        v,
+        found.cu_seqlens,
+        head_dim=head_dim,
+        softmax_scale=scaling,
+        window=window,
+        parents=found.parents,
+    )
+    return unpad(out, found.token_index, batch * length).view(batch, length, heads, head_dim), None
+
+
+def _added(
+    mask: Tensor | None, query: Tensor, keys: int, causal: bool, window: int | None
+) -> Tensor | None:
+    """A mask as plain attention adds it to the scores, [B, 1, Q, K] in the query's dtype.
+
+    `generate` makes those of a static cache itself, as `padding_mask` has them.
+    """
+    batch, _, length, _ = query.shape
+    if mask is None and causal and length > 1:  # of tokens that are first in their cache
+        mask = query.new_ones(1, 1, length, keys, dtype=torch.bool).tril()
+        mask = mask.triu(1 - window) if window else mask
+    elif mask is not None and mask.dim() == 2:
+        bounds, index = of_mask(mask)
+        seen = dense_mask(bounds, index, batch, length, causal=causal, window=window or 0)
+        mask = seen & (mask != 0)[:, None, :, None]
+    if mask is None or mask.dtype != torch.bool:
+        return mask
+    lowest = torch.finfo(query.dtype).min
+    return query.new_zeros(mask.shape).masked_fill(~mask.to(query.device), lowest)
+
+
+def _sdpa(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
+    dropout: float,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    additive = mask is not None and mask.is_floating_point()
+    one = query.shape[2] == 1 and query.device.type == "cpu" and dropout == 0
+    blind = mask is not None and (one or additive) and _blinds(mask)
+    # Masks of some heads alone, and what a query is given that sees nothing, are PyTorch's to say.
+    if one and not blind and (mask is None or mask.shape[1] == 1):
+        return _of_one_query(query, key, value, mask, scaling), None
+    # A query that an additive mask lets see nothing attends to all alike; only the plain backward
+    # pass is right about it, as others subtract a logarithm from a number that swallows it.
+    with sdpa_kernel(SDPBackend.MATH) if additive and blind else nullcontext():
+        result: tuple[Tensor, None] = sdpa_attention_forward(
+            module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    return result
+
+
+def _of_one_query(
+    query: Tensor,  # [B, Hq, 1, D]
+    key: Tensor,  # [B, Hkv, K, D]
+    value: Tensor,  # [B, Hkv, K, Dv]
+    mask: Tensor | None,  # [B or 1, 1, 1, K], bool or added to the scores
+    scaling: float | None,
+) -> Tensor:
+    """Attention of one new token, [B, 1, Hq, Dv]; the query heads of a key's head are one product.
+
+    PyTorch's kernel for a CPU takes five times as long for a single query.
+    """
+    batch, heads, _, head_dim = query.shape
+    number = accumulate_dtype(query.dtype)
+    scaling = head_dim**-0.5 if scaling is None else scaling
+    grouped = query.reshape(batch, key.shape[1], -1, head_dim).to(number) * scaling
+    scores = grouped @ key.to(number).transpose(2, 3)
+    if mask is not None:
+        allowed = mask.dtype == torch.bool
+        scores = scores.masked_fill(~mask, -torch.inf) if allowed else scores + mask
+    out = scores.softmax(-1) @ value.to(number)
+    return out.view(batch, 1, heads, -1).to(query.dtype)
+
+
+def _blinds(mask: Tensor) -> bool:
+    """Whether a mask [B, 1, Q, K], bool or added to the scores, takes every key from a query."""
+    if mask.dtype == torch.bool:
+        return not bool(mask.any(-1).all())
+    return bool((mask <= torch.finfo(mask.dtype).min).all(-1).any())
+
+
+def unpad(
+    out: Tensor,  # [T, N]
+    index: Tensor | None,  # [T]
+    rows: int,
+) -> Tensor:
+    """`out` at the places `index` of [rows, N], zeros elsewhere; `out` itself without an index."""
+    if index is None:
+        return out
+    return out.new_zeros(rows, out.shape[-1]).index_copy(0, index, out)

@@ -1,0 +1,45 @@
+"""Which attention a model's layers run: lora_engine's in the place of the model's own."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from lora_engine.models.attach import attention_function
+from lora_engine.models.attach.patches import Patches
+
+
+def use_attention(model: Any, patches: Patches) -> str | None:
+    """Puts lora_engine's attention under a transformers model.
+
+    Returns the name of the model's own, or None where its class takes no other.
+    """
+    before: str = model.config._attn_implementation
+    attention_function.register()
+    model.set_attn_implementation(attention_function.IMPLEMENTATION)
+    if model.config._attn_implementation != attention_function.IMPLEMENTATION:
+        return None
+    patches.on_undo(model.set_attn_implementation, before)
+    for config in list(_copied_configs(model, before)):
+        config._attn_implementation = attention_function.IMPLEMENTATION
+        patches.on_undo(setattr, config, "_attn_implementation", before)
+    return before
+
+
+def _copied_configs(model: Any, implementation: str) -> Iterator[Any]:
+    """Configurations that layers have to themselves: PEFT copies layers with theirs."""
+    from transformers import PreTrainedModel
+
+    models = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+    shared = {id(part.config) for part in models}
+    kinds = {
+        type(part.config)
+        for part in models
+        if _runs(part.config, attention_function.IMPLEMENTATION)
+    }
+    for part in model.modules():
+        config = getattr(part, "config", None)
+        if type(config) in kinds and id(config) not in shared and _runs(config, implementation):
+            yield config
+
+
+def _runs(config: Any, implementation: str) -> bool:
+    return bool(config._attn_implementation == implementation)

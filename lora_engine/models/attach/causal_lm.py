@@ -1,0 +1,124 @@
+"""The forward of a causal language model in training: a loss, and no logits."""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_engine.models.attach.attachment import attachment
+from lora_engine.models.attach.backbone import takes_read_rows
+from lora_engine.models.attach.head import Head, output_head, why_no_head
+from lora_engine.models.attach.supervised_padding import computes_supervised_padding
+from lora_engine.models.peft.lora_state import hooks_everywhere
+
+# Arguments of transformers' losses that this loss does not take.
+_OF_OTHER_LOSSES = ("shift_labels", "ignore_index", "weight")
+_OPTIONS = ("logits_to_keep", "output_router_logits")
+
+
+def why_no_loss(model: Any) -> str | None:
+    """Why the loss of a causal language model is not that of its head alone, or None."""
+    from transformers.loss.loss_utils import ForCausalLMLoss
+
+    problem = why_no_head(model)
+    if problem is None and getattr(model, "loss_function", None) is not ForCausalLMLoss:
+        problem = "the model has another loss than the causal language models'"
+    if problem is None and getattr(model.config, "output_router_logits", False):
+        problem = "the model adds its routers' loss (config.output_router_logits)"
+    return problem
+
+
+class CausalLmForward:
+    """The forward of a causal language model that, given labels in training, makes no logits."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.original = model.forward
+
+    @computes_supervised_padding
+    def __call__(
+        self,
+        *args: Any,
+        labels: Tensor | None = None,  # [B, L] int64
+        num_items_in_batch: Tensor | int | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As the model's own; with `labels` in training `logits` are made when they are read.
+
+        A head in a state that the loss does not cover (several adapters at once, say), a loss of
+        the user's and arguments for one run as the model's own too.
+        """
+        if labels is None or args or self._asks_more(kwargs) or return_dict is False:
+            given = {"num_items_in_batch": num_items_in_batch, "return_dict": return_dict}
+            kwargs.update({key: value for key, value in given.items() if value is not None})
+            return self.original(*args, labels=labels, **kwargs)
+        from lora_engine.models.attach.lazy_logits import CausalLmOutput, LazyLogits
+
+        attached = attachment(self.model)
+        routed = attached is not None and attached.router.rows is not None  # not with a cache
+        if routed or _means_the_same_without_cache(labels, kwargs):
+            kwargs.setdefault("use_cache", False)
+        targets, rows = shifted_targets(labels)
+        backbone = self.model.base_model
+        output = backbone(**kwargs | ({"read_rows": rows} if takes_read_rows(backbone) else {}))
+        hidden, head = output.last_hidden_state, output_head(self.model)
+        supervised = hidden.flatten(0, 1).index_select(0, rows)
+        loss = mean_loss(supervised, head, targets, num_items_in_batch)
+        logits = LazyLogits(partial(head.logits, hidden))
+        if head.is_trained and loss.requires_grad:
+            loss.register_hook(lambda _: logits.expire())
+        return CausalLmOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=output.past_key_values,
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
+        )
+
+    def _asks_more(self, kwargs: dict[str, Any]) -> bool:
+        """Whether a call with these arguments is for the model's own loss."""
+        return (
+            not self.model.training
+            or any(kwargs.get(name) not in (None, False, 0) for name in _OPTIONS)
+            or any(kwargs.get(name) is not None for name in _OF_OTHER_LOSSES)
+            or hooks_everywhere()
+            or attachment(self.model) is None  # restored, but somebody holds this forward
+            or why_no_loss(self.model) is not None
+        )
+
+
+def _means_the_same_without_cache(labels: Tensor, kwargs: dict[str, Any]) -> bool:
+    """Whether transformers' mask is the same when no cache is made.
+
+    By their positions it tells packed sequences apart only without a cache and without a mask; of
+    a mask longer than the tokens it takes their part only with a cache.
+    """
+    mask = kwargs.get("attention_mask")
+    if mask is None:
+        return kwargs.get("position_ids") is None
+    return bool(mask.shape[-1] == labels.shape[-1])
+
+
+def shifted_targets(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Of labels [B, L]: those that a position before them predicts [U], and these rows [U]."""
+    supervised = labels[:, 1:] != -100
+    rows = nn.functional.pad(supervised, (0, 1)).flatten().nonzero()[:, 0]
+    return labels[:, 1:][supervised], rows
+
+
+def mean_loss(
+    hidden: Tensor,  # [U, H]
+    head: Head,
+    targets: Tensor,  # [U] int64
+    num_items_in_batch: Tensor | int | None = None,
+) -> Tensor:
+    """Mean cross-entropy, or the sum over `num_items_in_batch` (transformers' accumulation).
+
+    Without targets the mean is nan with gradients of zero, as PyTorch's is.
+    """
+    out = head.cross_entropy(hidden, targets, reduction="sum")
+    if num_items_in_batch is None:
+        return out.loss / targets.numel() if targets.numel() else out.loss + torch.nan
+    return out.loss / torch.as_tensor(num_items_in_batch, device=out.loss.device)

@@ -1,0 +1,164 @@
+"""Decoder layers whose halves are single functions: norm, linears, core and residual together."""
+
+from contextvars import copy_context
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from lora_engine import backends
+from lora_engine.models.attach.attention import AttentionForward
+from lora_engine.models.attach.mlp import MlpForward
+from lora_engine.models.attach.norm import RmsNormForward
+from lora_engine.models.peft.lora_state import has_hooks
+from lora_engine.models.peft.router import AdapterRouter
+from lora_engine.ops.layer.attention_block import attention_block
+from lora_engine.ops.layer.blocks import Branch
+from lora_engine.ops.layer.mlp_block import mlp_block
+
+# Layers whose forward is x + self_attn(input_layernorm(x)), then the same with
+# post_attention_layernorm and mlp.
+DECODER_CLASSES = frozenset(
+    {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"}
+)
+
+
+class DecoderLayerForward:
+    """The forward of a layer of DECODER_CLASSES; a half that cannot be fused runs its modules.
+
+    The last layer takes `output_rows` [U], places in its rows: its MLP runs on these alone, and
+    its result is [1, U, H]. Under gradient checkpointing a layer keeps its input alone and runs
+    again in the backward pass.
+    """
+
+    def __init__(self, module: Any, router: AdapterRouter, *, last: bool) -> None:
+        self.module, self.router, self.last = module, router, last
+
+    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """As the layer's own forward."""
+        module = self.module
+        # transformers 5 checkpoints in the class's forward, which an instance's own replaces; its
+        # first releases in __call__.
+        if (
+            module.gradient_checkpointing
+            and module.training
+            and type(module).__call__ is nn.Module.__call__
+        ):
+            kwargs |= {"past_key_values": None, "use_cache": False}  # a cache would be filled twice
+            # What the call asks for stands in context variables, which are gone when it runs again.
+            run = partial(copy_context().run, self._run, **kwargs)
+            result: Tensor = module._gradient_checkpointing_func(run, hidden_states, *args)
+            return result
+        return self._run(hidden_states, *args, **kwargs)
+
+    def _run(
+        self,
+        hidden_states: Tensor,  # [B, L, H]
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = False,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        module = self.module
+        given = {
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+            "position_embeddings": position_embeddings,
+            **kwargs,
+        }
+        x = self._attention(hidden_states, given)
+        if x is None:
+            normed = module.input_layernorm(hidden_states)
+            attended, _ = module.self_attn(hidden_states=normed, use_cache=use_cache, **given)
+            x = hidden_states + attended
+        rows = kwargs.get("output_rows") if self.last else None
+        if rows is not None:
+            x = x.flatten(0, 1).index_select(0, rows)[None]
+        with self.router.selecting(rows):
+            y = self._mlp(x)
+            return x + module.mlp(module.post_attention_layernorm(x)) if y is None else y
+
+    def _attention(self, x: Tensor, given: dict[str, Any]) -> Tensor | None:
+        """The attention half as one function; None where it has to be run by its modules."""
+        module = self.module
+        forward, norm = _ours(module.self_attn), _ours(module.input_layernorm)
+        if not isinstance(forward, AttentionForward) or not _fits(norm, x):
+            return None
+        if not (forward.intact() and forward.whole_sequences(**given)):
+            return None
+        if not backends.runs_fused("attention_block", x.device, x.dtype):
+            return None
+        qkv, output = forward.qkv.weight, forward.output.weight
+        if qkv is None or output is None:
+            return None
+        head_norms = None
+        if hasattr(module.self_attn, "q_norm"):
+            q_norm, k_norm = _ours(module.self_attn.q_norm), _ours(module.self_attn.k_norm)
+            if not (_fits(q_norm, x) and _fits(k_norm, x)):
+                return None
+            head_norms = q_norm.prenorm(), k_norm.prenorm()
+        if not (forward.qkv.ready(x) and forward.output.ready(x)):
+            return None
+        found = forward.find_sequences(x, **given)
+        if found.token_index is not None:
+            return None
+        mlp = _ours(module.mlp)
+        branch = Branch(
+            qkv,
+            output,
+            (forward.qkv.dropout(), forward.output.dropout()),
+            forward.qkv.routes(x),
+            # The gradient of x is that of the MLP of the layer before, a layer like this one.
+            grad_tail=mlp.down.tail if isinstance(mlp, MlpForward) else 0,
+        )
+        return attention_block(
+            x,
+            norm.prenorm(),
+            branch,
+            found.cu_seqlens,
+            found.cos,
+            found.sin,
+            head_dim=module.self_attn.head_dim,
+            softmax_scale=module.self_attn.scaling,
+            window=forward.window,
+            parents=found.parents,
+            head_norms=head_norms,
+        )
+
+    def _mlp(self, x: Tensor) -> Tensor | None:
+        """The MLP half as one function; None where it has to be run by its modules."""
+        module = self.module
+        forward, norm = _ours(module.mlp), _ours(module.post_attention_layernorm)
+        if not isinstance(forward, MlpForward) or not _fits(norm, x):
+            return None
+        if not forward.intact():
+            return None
+        gate_up, down = forward.gate_up.weight, forward.down.weight
+        if gate_up is None or down is None:
+            return None
+        if not backends.runs_fused("mlp_block", x.device, x.dtype):
+            return None
+        if not (forward.gate_up.ready(x) and forward.down.ready(x)):
+            return None
+        attention = _ours(module.self_attn)
+        branch = Branch(
+            gate_up,
+            down,
+            (forward.gate_up.dropout(), forward.down.dropout()),
+            forward.gate_up.routes(x),
+            grad_tail=attention.output.tail if isinstance(attention, AttentionForward) else 0,
+        )
+        return mlp_block(x, norm.prenorm(), branch, activation=forward.activation)
+
+
+def _fits(norm: Any, x: Tensor) -> bool:
+    """Whether `norm` is a forward of ours that takes x."""
+    return isinstance(norm, RmsNormForward) and norm.takes(x)
+
+
+def _ours(module: nn.Module) -> Any:
+    """The forward we gave `module`; None if it has its own, or if someone watches its calls."""
+    return None if has_hooks(module) else vars(module).get("forward")

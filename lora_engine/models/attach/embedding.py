@@ -1,0 +1,64 @@
+"""Embeddings with LoRA."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from lora_engine import ops
+from lora_engine.models.attach.linear_group import are_altered
+from lora_engine.models.peft.lora_state import UNROUTED, hooks_everywhere
+from lora_engine.models.peft.router import AdapterRouter
+
+
+class EmbeddingForward:
+    """The forward of PEFT's LoRA layer around an embedding."""
+
+    def __init__(self, module: Any, router: AdapterRouter) -> None:
+        self.module, self.router, self.original = module, router, module.forward
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        module = self.module
+        if args or kwargs or why_not(module) is not None:
+            result: Tensor = self.original(x, *args, **kwargs)
+            return result
+        names = self.router.names
+        adapters = [
+            ops.LoraFactors(
+                module.lora_embedding_A[name],
+                module.lora_embedding_B[name],
+                module.scaling[name],
+                None,
+                names.index(name) if name in names else UNROUTED,
+            )
+            for name in module.active_adapters
+            if name in module.lora_embedding_A and not module.disable_adapters
+        ]
+        routes = self.router.routes(x.shape, x.device)
+        base = module.get_base_layer()
+        return ops.lora_embedding(
+            x, base.weight, adapters, routes=routes, padding_idx=base.padding_idx
+        )
+
+
+def is_lora_embedding(module: nn.Module) -> bool:
+    """Whether `module` is PEFT's LoRA layer around an embedding."""
+    import peft
+
+    return isinstance(module, peft.tuners.lora.layer.Embedding)
+
+
+def why_not(module: Any) -> str | None:
+    """Why the embedding runs as PEFT's own; None if it does not."""
+    base = module.get_base_layer()
+    if type(base) is not nn.Embedding or base.max_norm or base.scale_grad_by_freq or base.sparse:
+        return f"the base layer is {type(base).__name__}, not a plain nn.Embedding"
+    if base.weight.requires_grad:
+        return "the base weight is trained"
+    if module.merged:
+        return "the adapter is merged"
+    inner = (part for part in module.modules() if part is not module)
+    if hooks_everywhere() or are_altered(inner):
+        return "a part of it has hooks or was given another forward"
+    if any(name in module.lora_variant for name in module.active_adapters):
+        return "a variant of LoRA on an embedding"
+    return None

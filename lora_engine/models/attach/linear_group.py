@@ -1,0 +1,204 @@
+"""Linears that share their input, as one augmented weight where PEFT's state allows it."""
+
+import warnings
+from collections.abc import Iterable, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_engine import ops, reference
+from lora_engine.errors import EngineWarning, UserError
+from lora_engine.models.attach.patches import Patches
+from lora_engine.models.peft import lora_state
+from lora_engine.models.peft.lora_state import base_layer, is_lora
+from lora_engine.models.peft.router import AdapterRouter
+
+
+class LinearGroup:
+    """Calls linears that share their input, as `ops.lora_linear` or, failing that, one by one.
+
+    `reason` says why there is no augmented weight, or is None. PEFT's state is looked at on every
+    call: adapters may be switched, disabled or merged, and those that are active are in the
+    augmented weight. What that cannot hold runs as the layers' own forward: hooks, forwards that
+    others replaced, inputs of another dtype (under autocast), autocast to another half precision
+    than the weights', and base weights that were unfrozen, exchanged
+    (`load_state_dict(assign=True)`, `functional_call`) or given other storage (`model.to(...)`),
+    these with one warning.
+    """
+
+    def __init__(
+        self, modules: Sequence[nn.Module], patches: Patches, router: AdapterRouter
+    ) -> None:
+        self.modules, self.router = tuple(modules), router
+        self.forwards = [module.forward for module in modules]
+        self.inside = False  # whether it is called by the forward of its one module
+        self.reason = lora_state.why_not(modules) or _why_not_placed(modules, patches)
+        self.weight: ops.AugmentedWeight | None = None
+        if self.reason is not None:
+            return
+        self._adapted = [module for module in modules if is_lora(module)]
+        bases = [base_layer(module) for module in modules]
+        self.weight = ops.AugmentedWeight(
+            [base.weight for base in bases], [None] * len(bases), room=lora_state.room(modules)
+        )
+        self._bases = [(base, base.weight, self.weight.weight(i)) for i, base in enumerate(bases)]
+        for _, parameter, view in self._bases:
+            patches.set_storage(parameter, view)
+        self._state: tuple[Any, ...] | None = None
+        self._problem: str | None = None
+        self._watched: list[nn.Module] = []
+
+    @property
+    def tail(self) -> int:
+        """Spare columns the group's input wants behind each row."""
+        return self.weight.tail if self.weight is not None else 0
+
+    @property
+    def has_lora(self) -> bool:
+        """Whether the augmented weight holds adapters."""
+        return self.weight is not None and bool(self._adapted)
+
+    def ready(self, x: Tensor) -> bool:
+        """Whether the augmented weight stands for what the layers would compute of `x` now."""
+        if self.weight is None:
+            return False
+        for base, parameter, view in self._bases:
+            if base.weight is not parameter or parameter.data_ptr() != view.data_ptr():
+                _warn_moved()
+                return False
+            if parameter.requires_grad:
+                return False
+        state = (self.router.names, *map(lora_state.adapter_state, self._adapted))
+        if state != self._state:
+            self._problem = self._take_adapters(self.weight)
+            parts = (part for module in self.modules for part in module.modules())
+            self._watched = [p for p in parts if not (self.inside and p in self.modules)]
+            self._state = state
+        if self._problem is not None or x.dtype != self.weight.buffer.dtype:
+            return False
+        if lora_state.hooks_everywhere() or are_altered(self._watched):
+            return False
+        if lora_state.autocast_to_another_half(self.weight.buffer):
+            return False
+        self.weight.biases = tuple(base.bias for base, _, _ in self._bases)
+        return True
+
+    def stands_for(self, *modules: nn.Module) -> bool:
+        """Whether `modules` are still those that the group was made of, with one warning if not.
+
+        PEFT exchanges them when it is put around an accelerated model, or unloaded.
+        """
+        same = self.modules == modules
+        if not same:
+            _warn_exchanged()
+        return same
+
+    def dropout(self) -> reference.Dropout | None:
+        """The dropout of the next call, with a seed drawn from torch's generator; None for none."""
+        p = max((lora_state.dropout_now(module) for module in self._adapted), default=0.0)
+        if p == 0.0:
+            return None
+        return reference.Dropout(p, int(torch.randint(2**62, ()).item()))
+
+    def routes(self, x: Tensor) -> Tensor | None:
+        """The adapter of each of x's rows [...], if rows are routed."""
+        return self.router.routes(x.shape[:-1], x.device)
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
+        if self.weight is not None and self.ready(x):
+            return ops.lora_linear(x, self.weight, dropout=self.dropout(), routes=self.routes(x))
+        if self.router.rows is not None:
+            problem = self.reason or self._problem or "its weights were changed, or it has hooks"
+            raise UserError(f"rows cannot be routed by adapter through a layer on PEFT: {problem}")
+        return tuple(self._own(i, x) for i in range(len(self.modules)))
+
+    def _own(self, i: int, x: Tensor) -> Tensor:
+        # Hooks run in a module's call.
+        result: Tensor = self.forwards[i](x) if self.inside else self.modules[i](x)
+        return result
+
+    def _take_adapters(self, weight: ops.AugmentedWeight) -> str | None:
+        """Puts the active adapters into the weight; the reason if that is not possible."""
+        for module in self._adapted:
+            problem = lora_state.why_not_active(module)
+            if problem is not None:
+                return problem
+        adapters = [lora_state.active_factors(m, self.router.names) for m in self.modules]
+        if sum(f.lora_a.shape[0] for found in adapters for f in found) > weight.tail:
+            return "the active adapters have more ranks than there is room for: accelerate anew"
+        if self.router.names and any(f.bias is not None for found in adapters for f in found):
+            return "lora_bias=True"
+        weight.set_adapters(adapters)
+        return None
+
+
+def _why_not_placed(modules: Iterable[nn.Module], patches: Patches) -> str | None:
+    """Why the weights cannot move into a buffer of their own, None if they can."""
+    if any(patches.places(base_layer(module).weight) for module in modules):
+        return "it shares its weight with another layer"
+    return None
+
+
+class SingleLinear:
+    """The forward of a LoRA layer that stands alone."""
+
+    def __init__(self, group: LinearGroup) -> None:
+        self.group = group
+        group.inside = True
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if args or kwargs:  # PEFT's options for this call, such as adapter_names
+            result: Tensor = self.group.forwards[0](x, *args, **kwargs)
+            return result
+        return self.group(x)[0]
+
+
+class ContiguousInput:
+    """The forward of a plain linear on parts of a tensor, as of the last token of each row.
+
+    Of an input that is no whole tensor PyTorch makes a batch of products, each with a copy of the
+    weight; of few rows, one product that packs the weight.
+    """
+
+    def __init__(self, module: nn.Linear) -> None:
+        self.module, self.original = module, module.forward
+
+    def __call__(self, x: Tensor) -> Tensor:
+        found = ops.linear_few_rows(x, self.module.weight, self.module.bias)
+        return self.original(x.contiguous()) if found is None else found
+
+
+def are_altered(modules: Iterable[nn.Module]) -> bool:
+    """Whether a call of one of `modules` may do other than its class and its parameters say.
+
+    It has hooks, or someone but us gave it another forward.
+    """
+    return any(not _is_ours(module) for module in filter(lora_state.is_altered, modules))
+
+
+def _is_ours(module: nn.Module) -> bool:
+    """Whether all that is altered about `module` is that its forward is one of this module's."""
+    forward = vars(module).get("forward")
+    return isinstance(forward, SingleLinear | ContiguousInput) and not lora_state.has_hooks(module)
+
+
+@cache
+def _warn_exchanged() -> None:
+    warnings.warn(
+        "the model's linears were exchanged after lora_engine.accelerate(model); its layers run as "
+        "transformers' own until accelerate(model) is called again",
+        EngineWarning,
+        stacklevel=4,
+    )
+
+
+@cache
+def _warn_moved() -> None:
+    warnings.warn(
+        "the model's weights were moved or exchanged after lora_engine.accelerate(model); its "
+        "linears run as PEFT's own until accelerate(model) is called again",
+        EngineWarning,
+        stacklevel=3,
+    )

@@ -1,0 +1,70 @@
+"""Gated MLPs: gate and up as one product, the activation writing where the next product reads."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_engine import ops, reference
+from lora_engine.models.attach.linear_group import LinearGroup, are_altered
+from lora_engine.models.peft.lora_state import hooks_everywhere
+from lora_engine.reference.glu import ACTIVATIONS
+
+
+class MlpForward:
+    """The forward of a module with gate_proj, up_proj, down_proj, by `ops.glu`."""
+
+    def __init__(
+        self, module: Any, gate_up: LinearGroup, down: LinearGroup, activation: str
+    ) -> None:
+        self.module, self.gate_up, self.down, self.activation = module, gate_up, down, activation
+        self.original, self.act_fn = module.forward, module.act_fn
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if not self.intact():
+            result: Tensor = self.original(x)
+            return result
+        gate, up = self.gate_up(x)
+        hidden = ops.glu(
+            gate,
+            up,
+            activation=self.activation,
+            tail=self.down.tail,
+            grad_tail=self.gate_up.tail,
+        )
+        (y,) = self.down(hidden)
+        return y
+
+    def intact(self) -> bool:
+        """Whether the module's parts are those that this forward was made of."""
+        module = self.module
+        if module.act_fn is not self.act_fn:
+            return False
+        if isinstance(self.act_fn, nn.Module) and (
+            hooks_everywhere() or are_altered(self.act_fn.modules())
+        ):
+            return False
+        return self.gate_up.stands_for(module.gate_proj, module.up_proj) and self.down.stands_for(
+            module.down_proj
+        )
+
+
+def is_gated_mlp(module: Any) -> bool:
+    """Whether `module` has the parts of a gated MLP."""
+    return all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn"))
+
+
+def activation_name(activation: Any) -> str | None:
+    """Which of `ops.glu`'s activations `activation` computes, by trying it; None if none."""
+    x = torch.linspace(-6.0, 6.0, 33)
+    try:
+        y = activation(x)
+    except (TypeError, ValueError, RuntimeError):
+        return None
+    if not isinstance(y, Tensor) or y.shape != x.shape:
+        return None
+    one = torch.ones_like(x)
+    for name in ACTIVATIONS:
+        if torch.allclose(y, reference.glu(x, one, activation=name), atol=1e-6):
+            return name
+    return None

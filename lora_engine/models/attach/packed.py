@@ -1,0 +1,115 @@
+"""Hidden states of packed batches: no logits, and in the last layer no rows that nobody reads."""
+
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
+
+from lora_engine.models.attach.attention import AttentionForward
+from lora_engine.models.attach.backbone import takes_read_rows
+from lora_engine.models.attach.decoder_layer import DecoderLayerForward
+from lora_engine.models.attach.head import transformers_model
+from lora_engine.models.peft.lora_state import has_hooks
+
+
+class PackedTokens(Protocol):
+    """What of a batch the model sees (`lora_engine.data.batch.PackedBatch` has it)."""
+
+    @property
+    def input_ids(self) -> Tensor: ...  # [T] int64
+    @property
+    def position_ids(self) -> Tensor: ...  # [T] int64
+    @property
+    def cu_seqlens(self) -> Tensor: ...  # [S + 1] int32
+    @property
+    def parents(self) -> Tensor | None: ...  # [S] int32
+    @property
+    def max_seqlen(self) -> int: ...
+
+
+def packed_hidden_states(model: Any, batch: PackedTokens, rows: Tensor | None = None) -> Tensor:
+    """The last hidden states [T, H] of a packed batch, after the final norm; no logits.
+
+    `model` is a transformers causal language model, plain, with PEFT adapters, or accelerated.
+    Sequences do not see each other, but for what they continue (`parents`). With `rows` [U] int64
+    only those, [U, H]; where the last layer is ours, its MLP runs on them alone.
+
+    Raises ValueError for a batch with `parents` on a model of which `can_share_prefixes` is false.
+    """
+    backbone = transformers_model(model).base_model
+    options: dict[str, Any] = {}
+    if batch.parents is not None:
+        if not can_share_prefixes(model):
+            raise ValueError(
+                "sequences share prefixes, but the model's attention is not lora_engine's, or it "
+                "has dropout: accelerate(model), or collate(examples, share_prefixes=False)"
+            )
+        options["sequence_parents"] = batch.parents
+    pruned = rows is not None and selects_rows(backbone)
+    if pruned:
+        options["output_rows"] = rows
+    output = backbone(
+        input_ids=batch.input_ids[None],
+        position_ids=batch.position_ids[None],
+        use_cache=False,
+        cu_seq_lens_q=batch.cu_seqlens,
+        cu_seq_lens_k=batch.cu_seqlens,
+        max_length_q=batch.max_seqlen,
+        max_length_k=batch.max_seqlen,
+        **options,
+    )
+    hidden: Tensor = output.last_hidden_state[0]
+    return hidden if rows is None or pruned else hidden.index_select(0, rows)
+
+
+def hidden_rows(
+    backbone: Any,
+    rows: Tensor,  # [U] int64
+    kwargs: dict[str, Any],
+) -> tuple[Tensor, Any]:
+    """The last hidden states [U, H] of `rows` of the batch [B * L], and the backbone's result."""
+    wants_states = kwargs.get("output_hidden_states") or backbone.config.output_hidden_states
+    pruned = selects_rows(backbone) and not wants_states
+    if pruned or takes_read_rows(backbone):
+        kwargs = {**kwargs, "output_rows" if pruned else "read_rows": rows}
+    output = backbone(**kwargs)
+    hidden: Tensor = output.last_hidden_state.flatten(0, 1)
+    return hidden if pruned else hidden.index_select(0, rows), output
+
+
+def selects_rows(backbone: Any) -> bool:
+    """Whether the backbone's last layer takes `output_rows`.
+
+    Not where somebody watches it or what comes after it: they would see some rows only.
+    """
+    layers = getattr(backbone, "layers", None)
+    if not layers:
+        return False
+    forward = vars(layers[-1]).get("forward")
+    if not isinstance(forward, DecoderLayerForward) or not forward.last:
+        return False
+    before = backbone.get_input_embeddings()
+    after = [module for module in backbone.children() if module is not before]
+    return not any(map(has_hooks, (backbone, *after, *layers[-1].modules())))
+
+
+def can_share_prefixes(model: nn.Module, *, training: bool | None = None) -> bool:
+    """Whether sequences of a batch may share the rows of a common prefix.
+
+    Attention has to be ours in every layer. In training (as the model is, unless given) dropout
+    would draw one mask for all that share.
+    """
+    layers = getattr(transformers_model(model).base_model, "layers", None) or []
+    attention = [getattr(layer, "self_attn", layer) for layer in layers]
+    ours = [isinstance(vars(module).get("forward"), AttentionForward) for module in attention]
+    if not ours or not all(ours):
+        return False
+    training = model.training if training is None else training
+    return not (training and _has_dropout(model))
+
+
+def _has_dropout(model: nn.Module) -> bool:
+    config = transformers_model(model).config
+    return getattr(config, "attention_dropout", 0.0) > 0 or any(
+        isinstance(module, _DropoutNd) and module.p > 0 for module in model.modules()
+    )

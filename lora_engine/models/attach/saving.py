@@ -1,0 +1,46 @@
+"""Ways out of an accelerated model whose callers expect weights in storage of their own.
+
+Frozen weights are parts of larger buffers there, and not contiguous.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from lora_engine.models.attach.attachment import detach
+from lora_engine.models.attach.patches import Patches
+
+
+def patch_ways_out(model: Any, tuner: Any, patches: Patches) -> None:
+    """Makes saving and unloading work as before.
+
+    model: a transformers model. tuner: PEFT's model around it, or None.
+    """
+    patches.set_attribute(model, "save_pretrained", _SaveContiguous(model))
+    for name in ("unload", "merge_and_unload"):
+        if hasattr(tuner, name):
+            patches.set_attribute(tuner, name, _RestoreFirst(model, getattr(tuner, name)))
+
+
+class _RestoreFirst:
+    """Takes back what `accelerate` did, then calls the original: it changes the model's modules."""
+
+    def __init__(self, model: nn.Module, original: Callable[..., Any]) -> None:
+        self.model, self.original = model, original
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        detach(self.model)
+        return self.original(*args, **kwargs)
+
+
+class _SaveContiguous:
+    """`save_pretrained` of a copy of each weight that is not contiguous."""
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.original = model, model.save_pretrained
+
+    def __call__(self, *args: Any, state_dict: dict[str, Any] | None = None, **kwargs: Any) -> Any:
+        tensors = self.model.state_dict() if state_dict is None else state_dict
+        whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        return self.original(*args, state_dict=whole, **kwargs)

@@ -1,0 +1,122 @@
+"""Rows of padding that a model's head reads: they are computed as the model itself would.
+
+Attention leaves rows of padding out. Where a loss is taken of them (labels that go on over padding,
+padding between virtual tokens and a text), that would be another loss than the model's own; so
+would the class of a sequence that is read off one of them, or what is generated behind one.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_engine.models.attach.attachment import attachment
+from lora_engine.models.attach.attention_function import weights_if_asked, whole_masks
+
+
+def computes_supervised_padding(call: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes the `__call__` of a model's replaced forward compute padding that its head reads.
+
+    Its object has the transformers model as `model`.
+    """
+
+    @functools.wraps(call)
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with _computing_supervised_padding(self.model, args, kwargs):
+            return call(self, *args, **kwargs)
+
+    return run
+
+
+class LabelledForward:
+    """The forward of a model whose loss, if it has one, is its own."""
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.original = model, model.forward
+
+    @computes_supervised_padding
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As the model's own."""
+        return self.original(*args, **kwargs)
+
+
+def _has_head(model: Any) -> bool:
+    """Whether a model does something with hidden states: it is more than its layers."""
+    labels = "labels" in inspect.signature(model.forward).parameters
+    return labels or model.base_model is not model
+
+
+@contextmanager
+def _computing_supervised_padding(
+    model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Iterator[None]:
+    attached = attachment(model)
+    own = None if attached is None else attached.own_attention
+    if args:
+        kwargs = dict(zip(inspect.signature(model.forward).parameters, args, strict=False)) | kwargs
+    with weights_if_asked(model.config, own, kwargs):
+        if own is None or not _has_read_padding(model, own, kwargs):
+            yield
+            return
+        with whole_masks("eager" if own == "eager" else "sdpa"):
+            yield
+
+
+def _has_read_padding(model: Any, own: str, given: dict[str, Any]) -> bool:
+    mask = given.get("attention_mask")  # [B, L]
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        return False
+    padding = mask == 0
+    if own == "sdpa":  # of a row that sees nothing it makes zeros, as lora_engine's attention does
+        padding &= mask.cumsum(1) > 0
+    read = _read(model, given, mask)
+    return read is not None and bool((padding & read).any())
+
+
+def _read(model: Any, given: dict[str, Any], mask: Tensor) -> Tensor | None:
+    """[B, L] bool, the rows of which a model's head makes something; None for none."""
+    if not _has_head(model):
+        return None
+    kind = next(c.__name__ for c in type(model).__mro__ if "forward" in vars(c))
+    if model.get_output_embeddings() is not None or kind.endswith("ForTokenClassification"):
+        return _supervised(model, given, mask)
+    if kind.endswith("ForSequenceClassification"):
+        return _classified(model, given, mask)
+    return torch.ones_like(mask, dtype=torch.bool)
+
+
+def _classified(model: Any, given: dict[str, Any], mask: Tensor) -> Tensor:
+    """[B, L] bool, the row of each sequence's class: transformers goes by ids, not by the mask."""
+    ids, padding = given.get("input_ids"), model.config.get_text_config().pad_token_id
+    last = torch.full((len(mask),), mask.shape[1] - 1, device=mask.device)
+    if ids is not None and padding is not None and ids.shape == mask.shape:
+        places = torch.arange(ids.shape[1], device=ids.device)
+        last = ((ids != padding) * places).argmax(1).to(mask.device)
+    read: Tensor = nn.functional.one_hot(last, mask.shape[1]).bool()
+    return read
+
+
+def _supervised(model: Any, given: dict[str, Any], mask: Tensor) -> Tensor | None:
+    """[B, L] bool, the rows of which a loss may be taken, or a next token; None for none."""
+    from transformers.loss.loss_utils import ForCausalLMLoss
+
+    labels, shifted = given.get("labels"), given.get("shift_labels")
+    ignored = given.get("ignore_index")
+    ignored = -100 if ignored is None else ignored
+    supervised = None
+    kept = given.get("logits_to_keep")
+    if isinstance(kept, int) and kept == 1:  # generation goes on behind each row's last token
+        supervised = torch.zeros_like(mask, dtype=torch.bool)
+        supervised[:, -1] = True
+    for targets, shift in ((labels, 1), (shifted, 0)):
+        if isinstance(targets, Tensor) and targets.shape == mask.shape:
+            counted = (targets != ignored).to(mask.device)
+            rows = nn.functional.pad(counted, (0, shift))[:, shift:]
+            if shift and getattr(model, "loss_function", None) is not ForCausalLMLoss:
+                rows = rows | counted
+            supervised = rows if supervised is None else supervised | rows
+    return supervised

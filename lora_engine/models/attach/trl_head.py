@@ -1,0 +1,163 @@
+"""The fused head that TRL's trainers put on a model, on lora_engine's.
+
+TRL gives the model another forward, which with `fused_lm_head=True` returns log-probabilities and
+what else of each label its trainer asked for. What it asked for stands in the function's closure.
+"""
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_engine.models.attach.attachment import attachment
+from lora_engine.models.attach.head import output_head, why_no_head
+from lora_engine.models.attach.packed import hidden_rows
+from lora_engine.models.attach.patches import Patches
+from lora_engine.models.attach.supervised_padding import (
+    LabelledForward,
+    computes_supervised_padding,
+)
+from lora_engine.models.peft.lora_state import hooks_everywhere
+
+_MODULE, _FUNCTION = "trl.trainer.utils", "_fused_forward"
+_SERVED = frozenset({"log_probs", "entropy", "mean_logits", "is_top1"})
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What a trainer asked of its fused head."""
+
+    outputs: tuple[str, ...]
+    temperature: float
+    in_float32: bool
+    changes_logits: bool  # by a factor
+    result: Any  # the class of results
+
+
+class TrlHeadForward:
+    """A forward like TRL's whose log-probabilities are lora_engine's."""
+
+    def __init__(self, model: Any, theirs: Any, asked: _Asked) -> None:
+        self.model, self.theirs, self.asked = model, theirs, asked
+
+    @computes_supervised_padding
+    def __call__(
+        self,
+        *args: Any,
+        fused_lm_head: bool = False,
+        labels: Tensor | None = None,  # [B, L] int64
+        shift_labels: Tensor | None = None,  # [B, L] int64
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As TRL's; what lora_engine's head does not compute runs as TRL's own."""
+        given = labels if shift_labels is None else shift_labels
+        if not fused_lm_head or args or given is None or not self._serves(kwargs):
+            options = {
+                "fused_lm_head": fused_lm_head or None,
+                "labels": labels,
+                "shift_labels": shift_labels,
+                "num_items_in_batch": num_items_in_batch,
+            }
+            kwargs |= {name: value for name, value in options.items() if value is not None}
+            return self.theirs(*args, **kwargs)
+        kwargs["use_cache"] = False
+        targets = given[:, 1:] if shift_labels is None else given
+        mask = targets != -100
+        of_row = mask if shift_labels is not None else nn.functional.pad(mask, (0, 1))
+        hidden, _ = hidden_rows(self.model.base_model, of_row.flatten().nonzero()[:, 0], kwargs)
+        asked = self.asked
+        out = output_head(self.model).cross_entropy(
+            hidden,
+            targets[mask],
+            reduction="none",
+            temperature=asked.temperature,
+            entropy="entropy" in asked.outputs,
+            mean_logit="mean_logits" in asked.outputs,
+        )
+        log_probs = _spread(-out.loss, mask)
+        count = mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+        return asked.result(
+            loss=-log_probs.sum() / count,
+            log_probs=log_probs,
+            entropy=None if out.entropy is None else _spread(out.entropy, mask),
+            mean_logits=None if out.mean_logit is None else _spread(out.mean_logit, mask),
+            is_top1=_spread(out.correct, mask) if "is_top1" in asked.outputs else None,
+            label_mask=mask,
+        )
+
+    def _serves(self, kwargs: dict[str, Any]) -> bool:
+        config, asked = self.model.config.get_text_config(), self.asked
+        return not (
+            asked.changes_logits
+            or not set(asked.outputs) <= _SERVED
+            or (asked.in_float32 and self.model.get_output_embeddings().weight.itemsize < 4)
+            or (asked.temperature != 1 and getattr(config, "final_logit_softcapping", None))
+            or kwargs.get("output_router_logits")
+            or getattr(config, "output_router_logits", False)
+            or kwargs.get("return_dict") is False
+            or hooks_everywhere()
+            or attachment(self.model) is None
+            or why_no_head(self.model) is not None
+        )
+
+
+def adopt(model: Any, patches: Patches) -> bool:
+    """Serves TRL's fused head if there is one on the model; whether there is."""
+    forward = vars(model).get("forward")
+    asked = _asked(forward)
+    if asked is not None:
+        patches.set_forward(model, TrlHeadForward(model, forward, asked))
+    return asked is not None
+
+
+class ModeSetter:
+    """A model's `train`, which `eval` calls too: takes note of a forward that has come since.
+
+    A trainer puts its forward on the model when it is made, and sets the mode before each step.
+    TRL's fused head is served from then on; what labels another's forward is given on rows of
+    padding is seen.
+    """
+
+    def __init__(self, model: Any, patches: Patches) -> None:
+        self.model, self.patches, self.original = model, patches, model.train
+
+    def __call__(self, mode: bool = True) -> Any:
+        if not adopt(self.model, self.patches) and is_foreign(self.model):
+            self.patches.set_forward(self.model, LabelledForward(self.model))
+        return self.original(mode)
+
+
+def is_foreign(model: Any) -> bool:
+    """Whether somebody gave the model a forward that is neither lora_engine's nor TRL's."""
+    forward = vars(model).get("forward")
+    ours = type(forward).__module__.startswith("lora_engine.")
+    return forward is not None and not ours and _asked(forward) is None
+
+
+def _asked(forward: Any) -> _Asked | None:
+    """What a forward's trainer asked for; None for one that is not TRL's as we know it."""
+    function: Any = getattr(forward, "__func__", None)
+    code = getattr(function, "__code__", None)
+    if code is None or code.co_name != _FUNCTION or function.__globals__["__name__"] != _MODULE:
+        return None
+    held = inspect.getclosurevars(function).nonlocals
+    result = function.__globals__.get("FusedCausalLMOutput")
+    names = {"outputs", "temperature", "cast_lm_head_to_fp32", "logit_scale"}
+    if result is None or not names <= set(held):
+        return None
+    return _Asked(
+        tuple(held["outputs"]),
+        held["temperature"],
+        held["cast_lm_head_to_fp32"],
+        held["logit_scale"] != 1,
+        result,
+    )
+
+
+def _spread(values: Tensor, mask: Tensor) -> Tensor:
+    """`values` [U] where the mask [B, L] is true, and zero elsewhere."""
+    spread: Tensor = torch.zeros_like(mask, dtype=values.dtype).masked_scatter(mask, values)
+    return spread

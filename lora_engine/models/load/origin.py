@@ -1,0 +1,91 @@
+"""Where a model's weights came from, in names that other people can look up."""
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lora_engine.models.attach.head import transformers_model
+
+# In a converted model's folder: what it was converted from.
+CONVERTED_FROM = "converted_from.json"
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+
+
+@dataclass(frozen=True)
+class Base:
+    """A model as others know it.
+
+    name: its hub id, else the name of its file or folder; "" if it has none.
+    hub_id, revision: of the Hugging Face hub, where known.
+    files: SHA-256 of the files its weights were read from, by name, "" for one that cannot be read
+        any more; none for what came from the hub, whose revision says as much.
+    """
+
+    name: str
+    hub_id: str | None = None
+    revision: str | None = None
+    files: dict[str, str] = field(default_factory=dict)
+
+
+def base_of(model: Any) -> Base:
+    """The model that `model`, or the PeftModel around it, was loaded from.
+
+    Reads the files of a local model to hash them.
+    """
+    inner = transformers_model(model)
+    given = str(getattr(inner, "name_or_path", "") or "")
+    revision = getattr(inner.config, "_commit_hash", None)
+    path = Path(given)
+    if given and path.is_dir():
+        return _converted(path) or _in_hub_cache(path) or _local_folder(path)
+    if _HUB_ID.fullmatch(given):
+        return Base(given, given, revision)
+    return Base(path.name)
+
+
+def sha256_of(path: Path) -> str:
+    """Of a file's content, as `sha256sum` prints it."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_converted_from(folder: Path, source: Path, hub_id: str | None) -> None:
+    """Note in the `folder` of a converted model which file it is, and which model on the hub."""
+    content = {"file": source.name, "sha256": sha256_of(source), "hub_id": hub_id}
+    (folder / CONVERTED_FROM).write_text(json.dumps(content), encoding="utf-8")
+
+
+def _converted(folder: Path) -> Base | None:
+    note = folder / CONVERTED_FROM
+    if not note.is_file():
+        return None
+    known = json.loads(note.read_text(encoding="utf-8"))
+    name, hub_id = known["file"], known["hub_id"]
+    return Base(hub_id or name, hub_id, files={name: known["sha256"]})
+
+
+def _in_hub_cache(folder: Path) -> Base | None:
+    """A snapshot in the hub's cache: …/models--ORGANISATION--NAME/snapshots/REVISION."""
+    repository, snapshots = folder.parent.parent.name, folder.parent.name
+    if snapshots != "snapshots" or not repository.startswith("models--"):
+        return None
+    hub_id = repository.removeprefix("models--").replace("--", "/")
+    return Base(hub_id, hub_id, folder.name)
+
+
+def _local_folder(folder: Path) -> Base:
+    weights = sorted(folder.glob("*.safetensors"))
+    files = {}
+    for path in weights:
+        try:
+            files[path.name] = sha256_of(path)
+        except OSError:
+            files[path.name] = ""
+    return Base(folder.resolve().name, files=files)

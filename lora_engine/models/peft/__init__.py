@@ -1,0 +1,1 @@
+"""What PEFT's layers are, and what they are doing at the moment."""

@@ -1,0 +1,195 @@
+"""What PEFT's LoRA layers are doing at the moment, and whether the augmented weight can do it."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_engine import ops
+from lora_engine.models.attach.capture import is_idle
+
+# The number of an adapter that no row is routed to; rows without an adapter have -1.
+UNROUTED = -2
+
+
+def is_lora(module: nn.Module) -> bool:
+    """Whether `module` is PEFT's LoRA layer around a plain linear."""
+    import peft
+
+    return isinstance(module, peft.tuners.lora.Linear)
+
+
+def is_linear(module: Any) -> bool:
+    """Whether `module` is a plain linear or PEFT's LoRA layer."""
+    return type(module) is nn.Linear or (isinstance(module, nn.Module) and is_lora(module))
+
+
+def base_layer(module: Any) -> Any:
+    """The linear inside a LoRA layer, or `module` itself."""
+    base: nn.Linear = module.get_base_layer() if is_lora(module) else module
+    return base
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether someone watches or changes the module's calls (PEFT does, for `adapter_names`)."""
+    return _has_own_hooks(module) or hooks_everywhere()
+
+
+def hooks_everywhere() -> bool:
+    """Whether someone watches the calls of all modules (`register_module_forward_hook`)."""
+    return torch.nn.modules.module._has_any_global_hook()
+
+
+def is_altered(module: nn.Module) -> bool:
+    """Whether a call of this module may do other than its class and its parameters say.
+
+    It has hooks, or somebody gave it a forward of its own.
+    """
+    own = vars(module)  # read so, as every product asks it of some twenty modules
+    return bool(
+        "forward" in own
+        or own["_forward_pre_hooks"]
+        or own["_forward_hooks"]
+        or own["_backward_pre_hooks"]
+        or own["_backward_hooks"]
+    )
+
+
+def _has_own_hooks(module: nn.Module) -> bool:
+    if module._forward_pre_hooks or module._backward_pre_hooks or module._backward_hooks:
+        return True
+    return not all(map(is_idle, module._forward_hooks.values()))
+
+
+def autocast_to_another_half(weight: torch.Tensor) -> bool:
+    """Whether `torch.autocast` makes float16 where weights are bfloat16, or the reverse.
+
+    Parts that are left hand on autocast's type then, which products with the weights do not take.
+    """
+    device = weight.device.type
+    if not torch.is_autocast_enabled(device):
+        return False
+    return {weight.dtype, torch.get_autocast_dtype(device)} == {torch.float16, torch.bfloat16}
+
+
+def adapter_state(module: Any) -> tuple[Any, ...]:
+    """What decides which of a LoRA layer's adapters run, and how."""
+    running = _running(module)
+    state = [module.disable_adapters, bool(module.merged), _dropout_of(module, running)]
+    for name in running:
+        scaling, magnitude = module.scaling[name], _magnitude(module, name)
+        lora_b, bias = _lora_b(module, name)
+        tensors = (module.lora_A[name].weight, lora_b, bias, magnitude)
+        state += [name, id(scaling) if isinstance(scaling, torch.Tensor) else scaling]
+        state += map(id, tensors)
+    return tuple(state)
+
+
+def room(modules: Sequence[nn.Module]) -> int:
+    """The ranks to leave space for: of all active adapters, or of the largest other one."""
+    adapted: list[Any] = [module for module in modules if is_lora(module)]
+    names = {name for module in adapted for name in module.r}
+    each = [sum(module.r.get(name, 0) for module in adapted) for name in names]
+    active = sum(module.r[name] for module in adapted for name in _active(module))
+    return max([active, *each])
+
+
+def active_factors(module: Any, names: Sequence[str]) -> list[ops.LoraFactors]:
+    """The adapters of a linear that run now, numbered by their place in `names`."""
+    if not is_lora(module):
+        return []
+    found = []
+    for name in _running(module):
+        lora_b, bias = _lora_b(module, name)
+        found.append(
+            ops.LoraFactors(
+                module.lora_A[name].weight,
+                lora_b,
+                module.scaling[name],
+                _magnitude(module, name),
+                names.index(name) if name in names else UNROUTED,
+                bias,
+            )
+        )
+    return found
+
+
+def dropout_now(module: Any) -> float:
+    """The probability with which the active adapters' inputs are dropped at this moment."""
+    return _dropout_of(module, _running(module))
+
+
+def why_not(modules: Sequence[nn.Module]) -> str | None:
+    """Why linears cannot share an augmented weight; None if they can."""
+    for module in modules:
+        if not is_linear(module):
+            return f"{type(module).__name__} is not a linear layer"
+        base = base_layer(module)
+        if type(base) is not nn.Linear:
+            return f"the base layer is {type(base).__name__}, not nn.Linear"
+        if base.weight.requires_grad:
+            return "the base weight is trained"
+        if not base.weight.dtype.is_floating_point or base.weight.dtype.itemsize < 2:
+            return f"the base weight is {base.weight.dtype}"
+        if any("forward" in vars(part) for part in module.modules()):
+            return "someone gave it, or a part of it, another forward"
+        if is_lora(module):
+            problem = why_not_active(module)
+            if problem is not None:
+                return problem
+    probabilities = {
+        getattr(module.lora_dropout[name], "p", 0.0)  # type: ignore[index]
+        for module in modules
+        if is_lora(module)
+        for name in _active(module)
+    }
+    if len(probabilities) > 1:
+        return f"adapters of the group have different dropout: {sorted(probabilities)}"
+    return None
+
+
+def why_not_active(module: Any) -> str | None:
+    """Why the active adapters of a LoRA layer cannot be part of an augmented weight."""
+    if module.disable_adapters and module.merged:
+        return "the adapter is disabled but merged: PEFT takes it out of the weight"
+    active = _running(module)
+    for name in active:
+        if name in module.lora_variant:
+            variant = type(module.lora_variant[name]).__name__
+            if variant != "DoraLinearVariant":
+                return f"the variant {variant} of LoRA"
+            if getattr(module.lora_dropout[name], "p", 0.0) > 0:
+                return "DoRA with lora_dropout > 0"
+            if len(active) > 1:
+                return "several adapters are active at once, one of them DoRA"
+    if module.fan_in_fan_out:
+        return "fan_in_fan_out=True"
+    return None
+
+
+def _lora_b(module: Any, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """An adapter's B, and its bias where PEFT's `lora_bias` gives it one."""
+    return module.lora_B[name].weight, module.lora_B[name].bias
+
+
+def _magnitude(module: Any, name: str) -> torch.Tensor | None:
+    """An adapter's magnitudes where it is DoRA."""
+    if name not in module.lora_variant:
+        return None
+    magnitude: torch.Tensor = module.lora_magnitude_vector[name].weight
+    return magnitude
+
+
+def _active(module: Any) -> list[str]:
+    return [name for name in module.active_adapters if name in module.lora_A]
+
+
+def _running(module: Any) -> list[str]:
+    """The adapters whose product is computed; merged ones are in the base weight already."""
+    return [] if module.disable_adapters or module.merged else _active(module)
+
+
+def _dropout_of(module: Any, names: Sequence[str]) -> float:
+    layers = [module.lora_dropout[name] for name in names]
+    return max([0.0, *(getattr(layer, "p", 0.0) for layer in layers if layer.training)])

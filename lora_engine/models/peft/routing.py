@@ -1,0 +1,84 @@
+"""Several adapters over one base in one batch: which rows use which."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_engine.errors import UserError
+from lora_engine.models.attach.attachment import attachment
+from lora_engine.models.attach.head import transformers_model
+from lora_engine.models.peft.lora_state import is_lora
+
+
+def active_adapters(model: Any) -> tuple[str, ...]:
+    """The adapters of a PeftModel that are active; none for other models."""
+    from peft import PeftModel
+
+    return tuple(model.active_adapters) if isinstance(model, PeftModel) else ()
+
+
+def _why_not(model: Any) -> str | None:
+    """What of the model is one for all adapters, so that rows cannot choose."""
+    from peft.utils.other import ModulesToSaveWrapper
+
+    if is_lora(model.get_base_model().get_output_embeddings()):
+        return "LoRA on the output head"
+    if any(isinstance(module, ModulesToSaveWrapper) for module in model.modules()):
+        return "a module trained in full (modules_to_save)"
+    return None
+
+
+def _checked(rows: Tensor, count: int) -> Tensor:
+    """`rows` [tokens], each from -1 to count - 1."""
+    if rows.dtype != torch.int64:
+        raise UserError(f"route_adapters: rows are {rows.dtype}, expected torch.int64")
+    if rows.numel():
+        least, most = (value.item() for value in torch.aminmax(rows))
+        if least < -1 or most >= count:
+            raise UserError(
+                f"route_adapters: rows go from {least} to {most}; expected 0 to {count - 1}, "
+                "the adapters by their place in names, or -1 for none"
+            )
+    return rows.reshape(-1)
+
+
+@contextmanager
+def route_adapters(model: Any, names: Sequence[str], rows: Tensor) -> Iterator[None]:
+    """Within this context row i of a batch uses the adapter `names[rows[i]]` of PEFT, and no other.
+
+    `rows` [B, L] or [B * L] int64, one for each token; -1 for the base model alone. The adapters
+    may have any ranks and scalings; each gets the gradients it would get if its rows were trained
+    alone, so long as no sequence mixes adapters. All of them have to be active
+    (`model.base_model.set_adapter([...])`) when `accelerate(model)` is called, which makes room
+    for their ranks. The backward pass may run outside the context,
+    unless layers are checkpointed: then they run again in it.
+
+    Raises UserError for models that are not accelerated, for adapters that are unknown or not
+    active, for rows that are no numbers of `names`, for LoRA on the output head and
+    `modules_to_save` and, when the model is called, for a batch of more or fewer tokens and for
+    layers that the augmented weight does not cover.
+    """
+    attached = attachment(transformers_model(model))
+    if attached is None:
+        raise UserError("route_adapters: call lora_engine.accelerate(model) first")
+    known, active = list(getattr(model, "peft_config", {})), list(model.active_adapters)
+    for name in names:
+        if name not in known:
+            raise UserError(f"route_adapters: no adapter {name!r}; there are {', '.join(known)}")
+        if name not in active:
+            raise UserError(
+                f"route_adapters: adapter {name!r} is not active; "
+                f"model.base_model.set_adapter({list(names)!r}) activates several"
+            )
+    if (problem := _why_not(model)) is not None:
+        raise UserError(f"route_adapters: {problem} cannot be routed by row")
+    router = attached.router
+    before = router.names, router.rows
+    router.names, router.rows = tuple(names), _checked(rows, len(names))
+    try:
+        yield
+    finally:
+        router.names, router.rows = before

@@ -1,0 +1,1 @@
+"""Proof that an accelerated model computes what it computed before."""

@@ -1,0 +1,51 @@
+"""Whether training on packed batches is training of the model: tried once, before it begins."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lora_engine.errors import UserError
+from lora_engine.models.attach.head import output_head, transformers_model
+from lora_engine.models.attach.packed import packed_hidden_states
+from lora_engine.models.proof.closeness import coarsest_dtype, typical
+from lora_engine.models.proof.proof import measuring, probe_tokens
+
+_LENGTHS = (4, 5)
+# Of the typical token's logits, what rounding in all layers may come to.
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.2}
+
+
+class _Probe(NamedTuple):
+    input_ids: Tensor
+    position_ids: Tensor
+    cu_seqlens: Tensor
+    max_seqlen: int = max(_LENGTHS)
+    parents: Tensor | None = None
+
+
+def check_packed_training(model: Any) -> None:
+    """Raises UserError where packed hidden states and the head do not give the model's own logits.
+
+    That is where the model does something before or after its head's product, and where it would
+    let packed sequences see each other. Two short sequences are tried.
+    """
+    inner = transformers_model(model)
+    ids = probe_tokens(inner, 1, sum(_LENGTHS))[0]
+    bounds = torch.tensor([0, *_LENGTHS], device=ids.device).cumsum(0)
+    positions = torch.cat([torch.arange(n, device=ids.device) for n in _LENGTHS])
+    with measuring(model):
+        alone = [model(input_ids=part[None]).logits[0] for part in ids.split(_LENGTHS)]
+        hidden = packed_hidden_states(model, _Probe(ids, positions, bounds.to(torch.int32)))
+        head = output_head(model)
+        packed = head.logits(hidden) if hidden.shape[-1] == head.weight.shape[1] else hidden
+    tolerance = _TOLERANCE[coarsest_dtype(inner)]
+    for theirs, ours in zip(alone, packed.split(_LENGTHS), strict=True):
+        if ours.shape != theirs.shape or typical((ours - theirs).float()) > tolerance * typical(
+            theirs.float()
+        ):
+            raise UserError(
+                f"{type(inner).__name__}: its logits are not its head's product with the hidden "
+                "states of packed sequences, so the loss would not be its own: train it with "
+                "transformers' Trainer, which lora_engine.accelerate(model) leaves its loss"
+            )

@@ -1,0 +1,253 @@
+"""A model's repeated layers while it is tried: the same input for their own forwards and ours.
+
+Of layers that differ in nothing but their weights and their place the first runs and the others
+hand their input on; the last layer of a list always runs. While transformers' own forward is run,
+what goes into each layer and what comes out is recorded. With ours, each layer is given the
+recorded input, so that its output can be compared by itself, and the layers behind it are given the
+recorded output: rounding does not add up from layer to layer.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial, wraps
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_engine.models.proof.closeness import HALF, coarsest_dtype, excess, noise_of
+
+_MOST_PARAMETERS = 2**28  # of a layer that is also run in float32
+
+
+@dataclass
+class _Call:
+    given: Tensor  # hidden states
+    result: Tensor  # hidden states
+    exact: Tensor | None  # the result in float32, where the layer computes in less
+
+
+@dataclass
+class _Layer:
+    name: str
+    module: nn.Module
+    stands_in: "_Layer | None"  # the layer of its kind that runs in its place; None: it runs
+    first: "_Layer | None"  # of its kind, if it is another
+    noise: float | None = None  # what half precision costs its own forward
+    calls: list[_Call] = field(default_factory=list)
+    replayed: int = 0
+    running: bool = False  # its own forward, for `exact`
+
+
+class ProbedLayers:
+    """The layers of a model's lists, and what their own forwards made of the tries' batches.
+
+    problem: the first difference that a replay found, or None.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.layers = list(_layers(model))
+        self.dtype = coarsest_dtype(model)
+        self.problem: str | None = None
+        self._mask: Tensor | None = None
+        self._exact = False
+
+    @contextmanager
+    def recording(self, *, exact: bool = False) -> Iterator[None]:
+        """Within: records what the layers' forwards do with one batch.
+
+        `exact`: the first of each kind runs in float32 too, if it computes in half precision.
+        """
+        self._exact = exact
+        with self._forwards(self._record):
+            yield
+
+    @contextmanager
+    def replaying(self, mask: Tensor | None = None) -> Iterator[None]:
+        """Within: compares the layers' forwards with the next batch recorded, but for padding."""
+        self._mask = mask
+        with self._forwards(self._replay):
+            yield
+
+    def rewind(self) -> None:
+        """The next replay is of the first batch again, and nothing is wrong yet."""
+        self.problem = None
+        for layer in self.layers:
+            layer.replayed = 0
+
+    @contextmanager
+    def _forwards(self, run: Callable[..., Any]) -> Iterator[None]:
+        before = [vars(layer.module).get("forward") for layer in self.layers]
+        for layer in self.layers:
+            own = layer.module.forward
+            object.__setattr__(layer.module, "forward", wraps(own)(partial(run, layer, own)))
+        try:
+            yield
+        finally:
+            for layer, forward in zip(self.layers, before, strict=True):
+                if forward is None:
+                    object.__delattr__(layer.module, "forward")
+                else:
+                    object.__setattr__(layer.module, "forward", forward)
+
+    def _record(self, layer: _Layer, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        hidden = _hidden(args, kwargs)
+        if layer.running or hidden is None:
+            return own(*args, **kwargs)
+        if layer.stands_in is not None and layer.stands_in.calls:
+            return hidden
+        given = hidden.detach().clone()
+        exact = (
+            self._in_float32(layer, args, kwargs) if self._exact and layer.first is None else None
+        )
+        result = own(*args, **kwargs)
+        out = _output(result)
+        if out is not None and out.shape == given.shape:
+            if not isinstance(result, Tensor):  # nothing is known of the rest of a tuple
+                for other in self.layers:
+                    other.stands_in = None if other.stands_in is layer else other.stands_in
+            if exact is not None:
+                layer.noise = noise_of(out, exact)
+            layer.calls.append(_Call(given, out.detach().clone(), exact))
+        return result
+
+    def _replay(self, layer: _Layer, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        hidden = _hidden(args, kwargs)
+        if layer.stands_in is not None and layer.stands_in.calls and hidden is not None:
+            return hidden
+        if hidden is None or layer.replayed >= len(layer.calls):
+            return own(*args, **kwargs)
+        call = layer.calls[layer.replayed]
+        layer.replayed += 1
+        self._note(
+            f"what {layer.name} is given", excess(hidden, call.given, self._mask, self.dtype)
+        )
+        args, kwargs = _with_hidden(_Forced.apply(hidden, call.given), args, kwargs)
+        result = own(*args, **kwargs)
+        out = _output(result)
+        if out is None or out.shape != call.result.shape:  # the rows that the loss reads, say
+            return result
+        found = excess(
+            out,
+            call.result,
+            self._mask,
+            self.dtype,
+            exact=call.exact,
+            given=call.given,
+            noise=(layer.first or layer).noise,
+        )
+        self._note(layer.name, found)
+        out = _Forced.apply(out, call.result)
+        return out if isinstance(result, Tensor) else (out, *result[1:])
+
+    def _note(self, what: str, found: float) -> None:
+        if not found <= 1 and self.problem is None:
+            self.problem = f"a try: {what} differs {found:.2g} times as much as rounding explains"
+
+    def _in_float32(
+        self, layer: _Layer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Tensor | None:
+        """The layer's output by its own forward in float32; None where it has none such."""
+        hidden = _hidden(args, kwargs)
+        parameters = list(layer.module.parameters())
+        if hidden is None or self.dtype not in HALF:
+            return None
+        if sum(p.numel() for p in parameters) > _MOST_PARAMETERS:
+            return None
+        named = (*layer.module.named_parameters(), *layer.module.named_buffers())
+        state = {name: _wide(value) for name, value in named}
+        args, kwargs = (_widened(x) for x in (args, kwargs))
+        layer.running = True
+        try:
+            with torch.no_grad():
+                out = _output(torch.func.functional_call(layer.module, state, args, kwargs))
+        except Exception:  # a class that insists on its own type is compared in that
+            return None
+        finally:
+            layer.running = False
+        return out if out is not None and out.dtype == torch.float32 else None
+
+
+def _layers(model: nn.Module) -> Iterator[_Layer]:
+    """The layers of the model's outermost lists of modules with parts."""
+    inside: tuple[str, ...] = ()
+    for name, found in model.named_modules():
+        if not isinstance(found, nn.ModuleList) or name.startswith(inside or ("\n",)):
+            continue
+        inside += (f"{name}.",)
+        types = _layer_types(model, len(found))
+        kinds: dict[Any, _Layer] = {}
+        for i, module in enumerate(found):
+            if not list(module.children()):
+                continue
+            kind = (types[i], *kind_of(module))
+            stands_in = None if i + 1 == len(found) else kinds.get(kind)
+            layer = _Layer(f"{name}.{i}", module, stands_in, kinds.get(kind))
+            kinds.setdefault(kind, layer)
+            yield layer
+
+
+def _layer_types(model: Any, count: int) -> list[Any]:
+    """What the configuration says of each layer of a list as long as its own."""
+    config = getattr(model, "config", None)
+    types = getattr(config.get_text_config(), "layer_types", None) if config is not None else None
+    return list(types) if types is not None and len(types) == count else [None] * count
+
+
+def kind_of(module: nn.Module) -> tuple[Any, ...]:
+    """All that two modules of one kind have in common: everything but weights and place."""
+    parts: list[Any] = []
+    for name, part in module.named_modules():
+        settings = tuple(
+            (key, value)
+            for key, value in sorted(vars(part).items())
+            if isinstance(value, str | int | float | bool | None)
+            and key not in ("layer_idx", "layer_id", "layer_number", "training")
+        )
+        own = (*part.named_parameters(recurse=False), *part.named_buffers(recurse=False))
+        shapes = tuple((n, tuple(x.shape), x.dtype, x.requires_grad) for n, x in own)
+        altered = len(part._forward_hooks) + len(part._forward_pre_hooks)
+        forward = vars(part).get("forward")
+        parts.append((name, type(part), settings, shapes, altered, type(forward)))
+    return tuple(parts)
+
+
+def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    given = args[0] if args else kwargs.get("hidden_states")
+    return given if isinstance(given, Tensor) and given.is_floating_point() else None
+
+
+def _with_hidden(
+    hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
+
+
+def _output(result: Any) -> Tensor | None:
+    out = result[0] if isinstance(result, tuple) and result else result
+    return out if isinstance(out, Tensor) else None
+
+
+class _Forced(torch.autograd.Function):
+    """The values of one tensor with the gradient of another."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, value: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
+def _wide(x: Any) -> Any:
+    return x.detach().float() if isinstance(x, Tensor) and x.is_floating_point() else x
+
+
+def _widened(given: Any) -> Any:
+    if isinstance(given, dict):
+        return {key: _widened(value) for key, value in given.items()}
+    if isinstance(given, tuple):
+        return tuple(_widened(value) for value in given)
+    return _wide(given)

@@ -1,0 +1,1 @@
+"""Losses of a linear head that never holds the logits of all rows."""

@@ -1,0 +1,1 @@
+"""The halves of a decoder layer, each as one autograd function."""

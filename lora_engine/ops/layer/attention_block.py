@@ -1,0 +1,291 @@
+"""The attention half of a decoder layer as one autograd function; see ops/layer/blocks.py."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lora_engine.backends import launchers
+from lora_engine.ops import augmented
+from lora_engine.ops.attention import check_parents
+from lora_engine.ops.layer.blocks import Branch, Call, PreNorm, products
+from lora_engine.ops.tensors import (
+    accumulate_dtype,
+    as_rows,
+    check,
+    empty_rows,
+    shape_of,
+    without_autocast,
+)
+
+
+@without_autocast
+def attention_block(
+    x: Tensor,  # [..., H]
+    norm: PreNorm,
+    branch: Branch,
+    cu_seqlens: Tensor,  # [S + 1] int32
+    cos: Tensor,  # [T, D]
+    sin: Tensor,  # [T, D]
+    *,
+    head_dim: int,
+    softmax_scale: float | None = None,
+    window: int = 0,
+    parents: Tensor | None = None,  # [S] int32
+    head_norms: tuple[PreNorm, PreNorm] | None = None,
+    impl: str | None = None,
+) -> Tensor:
+    """`x + out(attention(q, k, v))` for `q, k, v = qkv(norm(x))`, in x's dtype.
+
+    Causal attention with rotation as `ops.attention`; `branch.inner` is the group (q, k, v) and
+    `branch.outer` the output projection, as for `ops.lora_linear`. With `head_norms`, of q and of
+    k, each of their heads is normed before it is rotated; the weights [D] get gradients.
+
+    Raises ValueError where shapes or dtypes do not fit.
+    """
+    inner, outer = products(x, norm, branch, impl)
+    widths = inner.weight.out_features
+    check(
+        len(widths) == 3
+        and widths[0] == outer.weight.in_features
+        and all(width % head_dim == 0 for width in widths),
+        f"attention_block: q, k, v {widths} do not fit heads of {head_dim} and the output "
+        f"projection's {outer.weight.in_features} inputs",
+    )
+    scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
+    accumulate = accumulate_dtype(x.dtype)
+    if parents is not None:
+        check_parents(parents, cu_seqlens.numel() - 1, causal=True)
+    options = {
+        "head_dim": head_dim,
+        "scale": scale,
+        "causal": True,
+        "window": window,
+        "parents": parents,
+    }
+    for head_norm in head_norms or ():
+        check(
+            head_norm.weight.shape == (head_dim,) and head_norm.weight.dtype == x.dtype,
+            f"attention_block: the heads' norm {shape_of(head_norm.weight)} does not fit heads of "
+            f"{head_dim} in {shape_of(x)}",
+        )
+    call = Call(norm, inner, outer, branch.grad_tail, options, impl)
+    out: Tensor = _AttentionBlock.apply(
+        x,
+        norm.weight,
+        call,
+        head_norms,
+        *((None, None) if head_norms is None else (norm.weight for norm in head_norms)),
+        cu_seqlens.contiguous(),
+        cos.to(accumulate).contiguous(),
+        sin.to(accumulate).contiguous(),
+        *call.tensors(),
+    )
+    return out
+
+
+class _Inputs(NamedTuple):
+    """The function's inputs before the adapters' tensors: which need gradients, or these."""
+
+    x: Any = None
+    norm_weight: Any = None
+    call: Any = None
+    head_norms: Any = None
+    q_weight: Any = None
+    k_weight: Any = None
+    cu_seqlens: Any = None
+    cos: Any = None
+    sin: Any = None
+
+
+class _Saved(NamedTuple):
+    """What the backward pass reads."""
+
+    x: Tensor  # [M, H]
+    rstd: Tensor  # [M]
+    s: Tensor  # [M, R]
+    qkv: Tensor  # [M, Nq + Nk + Nv]
+    os: Tensor  # [M, Nq + R]: attention's output with the outer S behind it
+    lse: Tensor  # [heads, M]
+    unscaled: Tensor | None  # as qkv, before DoRA's scale
+    outer_unscaled: Tensor | None  # [M, H], likewise
+    cu_seqlens: Tensor
+    cos: Tensor
+    sin: Tensor
+
+
+class _AttentionBlock(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        norm_weight: Tensor,
+        call: Call,
+        head_norms: tuple[PreNorm, PreNorm] | None,
+        q_weight: Tensor | None,
+        k_weight: Tensor | None,
+        cu_seqlens: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        *tensors: Tensor | None,
+    ) -> Tensor:
+        rows = as_rows(x)
+        inner, outer = call.inner.weight, call.outer.weight
+        xs, rstd = call.normed(rows)
+        qkv, unscaled = call.inner.forward(xs)
+        q, k, v = qkv.split(list(inner.out_features), dim=1)
+        if head_norms is not None:
+            q, k, _ = _norm_heads(call, head_norms, q, k)
+        width = outer.in_features
+        os = empty_rows(rows.shape[0], width + outer.tail, dtype=x.dtype, device=x.device)
+        heads = width // call.options["head_dim"]
+        lse = torch.empty(heads, rows.shape[0], dtype=rstd.dtype, device=x.device)
+        launchers.attention(call.implementation("attention", x)).attention_fwd(
+            q, k, v, cu_seqlens, cos, sin, os[:, :width], lse, **call.options
+        )
+        y, outer_unscaled = call.outer.forward(os, residual=rows)
+        ctx.call, ctx.head_norms, ctx.shape = call, head_norms, x.shape
+        saved = _Saved(
+            x=rows,
+            rstd=rstd,
+            s=xs[:, inner.in_features :].clone(),
+            qkv=qkv,
+            os=os,
+            lse=lse,
+            unscaled=unscaled,
+            outer_unscaled=outer_unscaled,
+            cu_seqlens=cu_seqlens,
+            cos=cos,
+            sin=sin,
+        )
+        # The parameters too, so that autograd notices where one was changed in between.
+        ctx.save_for_backward(*saved, norm_weight, q_weight, k_weight, *tensors)
+        return y.view(x.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        call: Call = ctx.call
+        saved = _Saved(*ctx.saved_tensors[: len(_Saved._fields)])
+        asked = _Inputs(*ctx.needs_input_grad[: len(_Inputs._fields)])
+        x, os = saved.x, saved.os
+        inner, outer = call.inner, call.outer
+        inner.begin_backward()
+        outer.begin_backward()
+        width = outer.weight.in_features
+        needs, outer_needs = call.split(ctx.needs_input_grad[len(asked) :])
+        wants_a, wants_b = inner.wants(needs)
+        outer_wants_a, outer_wants_b = outer.wants(outer_needs)
+
+        d_out = outer.claim_gradient([dy])
+        outer_ds, outer_d_b = outer.fill_ds(d_out, os[:, width:], wanted=outer_wants_b)
+        d_o = outer.input_gradient(d_out)
+        outer_d_a = outer.lora_a_gradient(outer_ds, os[:, :width], wanted=outer_wants_a)
+        raw_q, raw_k, v = saved.qkv.split(list(inner.weight.out_features), dim=1)
+        q, k, rstd_heads = raw_q, raw_k, None
+        if ctx.head_norms is not None:
+            q, k, rstd_heads = _norm_heads(call, ctx.head_norms, q, k)
+        parts = augmented.empty(
+            x.shape[0],
+            list(inner.weight.out_features),
+            inner.weight.tail,
+            dtype=x.dtype,
+            device=x.device,
+            zeros=False,
+        )
+        launchers.attention(call.implementation("attention", x)).attention_bwd(
+            d_o,
+            q,
+            k,
+            v,
+            saved.cu_seqlens,
+            saved.cos,
+            saved.sin,
+            os[:, :width],
+            saved.lse,
+            *parts,
+            **call.options,
+        )
+        del d_o, q, k
+        d_head_norms: list[Tensor | None] = [None, None]
+        if rstd_heads is not None:
+            d_head_norms = _norm_heads_backward(
+                call,
+                ctx.head_norms,
+                (raw_q, raw_k),
+                rstd_heads,
+                parts[:2],
+                (asked.q_weight, asked.k_weight),
+            )
+
+        dys = inner.claim_gradient(parts)
+        ds, d_b = inner.fill_ds(dys, saved.s, wanted=wants_b)
+        dx, dweight, d_a = call.inner_gradients(
+            as_rows(dy),
+            dys,
+            ds,
+            x,
+            saved.rstd,
+            (asked.x, asked.norm_weight),
+            wants_a=wants_a,
+        )
+        grads = _Inputs(
+            x=None if dx is None else augmented.keep_room(dx, dx.view(ctx.shape)),
+            norm_weight=dweight,
+            q_weight=d_head_norms[0],
+            k_weight=d_head_norms[1],
+        )
+        return (
+            *grads,
+            *inner.factor_gradients(needs, d_a, d_b, parts, saved.unscaled),
+            *outer.factor_gradients(outer_needs, outer_d_a, outer_d_b, [dy], saved.outer_unscaled),
+        )
+
+
+def _norm_heads(
+    call: Call,
+    norms: tuple[PreNorm, PreNorm],
+    q: Tensor,  # [T, Hq D]
+    k: Tensor,  # [T, Hkv D]
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """q and k with every head normed, and each head's 1 / rms [T Hq], [T Hkv]."""
+    width = q.shape[1] + k.shape[1]
+    buffer = empty_rows(q.shape[0], width, dtype=q.dtype, device=q.device)
+    results = buffer.split([q.shape[1], k.shape[1]], dim=1)
+    found = []
+    for norm, x, y in zip(norms, (q, k), results, strict=True):
+        heads = _heads(x, norm)
+        rstd = torch.empty(
+            heads.shape[0] * heads.shape[1], dtype=accumulate_dtype(x.dtype), device=x.device
+        )
+        call.norm_kernels(x).rms_norm_fwd(
+            heads, None, norm.weight, _heads(y, norm), None, rstd, norm.eps, norm.offset
+        )
+        found.append(rstd)
+    return results[0], results[1], found
+
+
+def _norm_heads_backward(
+    call: Call,
+    norms: tuple[PreNorm, PreNorm],
+    inputs: Sequence[Tensor],  # [T, Hq D], [T, Hkv D]
+    rstd: Sequence[Tensor],
+    grads: Sequence[Tensor],  # of the normed heads; those of `inputs` take their place
+    needs_weight: Sequence[bool],
+) -> list[Tensor | None]:
+    """The gradients of both norms' weights, where they are needed."""
+    found: list[Tensor | None] = []
+    for norm, x, scale, grad, needed in zip(norms, inputs, rstd, grads, needs_weight, strict=True):
+        dweight = scale.new_empty(norm.weight.shape) if needed else None
+        dx = _heads(grad, norm)
+        call.norm_kernels(x).rms_norm_bwd(
+            dx, None, _heads(x, norm), norm.weight, scale, dx, dweight, norm.offset
+        )
+        found.append(None if dweight is None else dweight.to(x.dtype))
+    return found
+
+
+def _heads(x: Tensor, norm: PreNorm) -> Tensor:
+    return x.unflatten(1, (-1, norm.weight.shape[0]))

@@ -1,0 +1,156 @@
+"""What the two halves of a decoder layer, each one autograd function, have in common.
+
+    attention_block:  x + out(attention(qkv(norm(x))))      ops/layer/attention_block.py
+    mlp_block:        x + down(glu(gate_up(norm(x))))       ops/layer/mlp_block.py
+
+Between the products nothing is saved that one pointwise pass gives again. For a token: x and the
+norm's 1 / rms, S of both groups, q, k, v and attention's output (or gate and up). The norm's
+output, normed heads and the activation are made again in the backward pass, where their gradients
+are being read anyway.
+The residual is added by the product that makes the branch's output, and its gradient by the norm's
+backward pass.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_engine import backends
+from lora_engine.backends import contracts, launchers
+from lora_engine.ops import augmented
+from lora_engine.ops.lora.linear import make_product
+from lora_engine.ops.lora.product import AugmentedProduct
+from lora_engine.ops.lora.weight import AugmentedWeight
+from lora_engine.ops.tensors import accumulate_dtype, check, empty_rows, shape_of
+from lora_engine.reference import Dropout
+
+
+@dataclass(frozen=True)
+class PreNorm:
+    """The RMSNorm before a block, or of a head: `x / rms(x) * (offset + weight)`."""
+
+    weight: Tensor  # [H] or [D]
+    eps: float
+    offset: float = 0.0
+
+
+@dataclass(frozen=True)
+class Branch:
+    """The linears of a block, and what varies from call to call.
+
+    dropouts: of the two groups' adapters; None: no dropout.
+    routes: each row's adapter, [...]; None: rows use all.
+    grad_tail: spare columns to leave behind the gradient of x, which the block before reads.
+    """
+
+    inner: AugmentedWeight
+    outer: AugmentedWeight
+    dropouts: tuple[Dropout | None, Dropout | None] = (None, None)
+    routes: Tensor | None = None
+    grad_tail: int = 0
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether rows use all adapters, without dropout."""
+        return self.routes is None and all(dropout is None for dropout in self.dropouts)
+
+
+def check_branch(x: Tensor, norm: PreNorm, branch: Branch) -> None:
+    """ValueError where the branch does not fit rows x [..., H]."""
+    hidden = x.shape[-1]
+    check(
+        norm.weight.shape == (hidden,) and norm.weight.dtype == x.dtype,
+        lambda: f"the block's norm {shape_of(norm.weight)} does not fit x {shape_of(x)}",
+    )
+    check(
+        branch.outer.out_features == (hidden,),
+        lambda: f"the block's output {branch.outer.out_features} does not fit x {shape_of(x)}",
+    )
+
+
+def products(
+    x: Tensor, norm: PreNorm, branch: Branch, impl: str | None
+) -> tuple[AugmentedProduct, AugmentedProduct]:
+    """The branch's inner and outer product for rows x [..., H]; ValueError where shapes differ."""
+    check_branch(x, norm, branch)
+    between = x[..., :1].expand(*x.shape[:-1], branch.outer.in_features)
+    inner = make_product(x, branch.inner, branch.dropouts[0], branch.routes, impl)
+    outer = make_product(between, branch.outer, branch.dropouts[1], branch.routes, impl)
+    check(inner is not None and outer is not None, "a block has no reference")
+    assert inner is not None and outer is not None
+    return inner, outer
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a block's function needs besides tensors that get gradients."""
+
+    norm: PreNorm
+    inner: AugmentedProduct
+    outer: AugmentedProduct
+    grad_tail: int
+    options: dict[str, Any]
+    impl: str | None
+
+    def tensors(self) -> list[Tensor | None]:
+        """The function's last inputs: what the products' adapters are made of."""
+        return [*self.inner.filling.tensors(), *self.outer.filling.tensors()]
+
+    def split(self, needs: Sequence[bool]) -> tuple[Sequence[bool], Sequence[bool]]:
+        """`needs` of the factors, of the inner group and of the outer."""
+        count = len(self.inner.filling.tensors())
+        return needs[:count], needs[count:]
+
+    def implementation(self, operation: str, x: Tensor) -> str:
+        """What runs the operation for tensors like x."""
+        return backends.select(operation, x.device, x.dtype, self.impl)
+
+    def norm_kernels(self, x: Tensor) -> contracts.RmsNorm:
+        """What norms tensors like x."""
+        return launchers.rms_norm(self.implementation("rms_norm", x))
+
+    def normed(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """norm(x) with room for S behind it, and 1 / rms."""
+        rows, cols = x.shape
+        width = cols + self.inner.weight.tail
+        buffer = empty_rows(rows, width, dtype=x.dtype, device=x.device)
+        rstd = torch.empty(rows, dtype=accumulate_dtype(x.dtype), device=x.device)
+        self._norm_into(buffer[:, :cols], x, rstd)
+        return buffer, rstd
+
+    def _norm_into(self, y: Tensor, x: Tensor, rstd: Tensor) -> None:
+        norm = self.norm
+        self.norm_kernels(x).rms_norm_fwd(
+            x, None, norm.weight, y, None, rstd, norm.eps, norm.offset
+        )
+
+    def inner_gradients(
+        self,
+        dy: Tensor,  # [M, H]: of the block's output, that is of the residual too
+        dys: Tensor,  # [M, N + R]: of the inner products, with dS filled in
+        ds: Tensor | None,  # [M, R]: that dS
+        x: Tensor,
+        rstd: Tensor,
+        needs: Sequence[bool],  # of x, of the norm's weight
+        *,
+        wants_a: bool,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Gradients of x, of the norm's weight, and of the inner A."""
+        rows, cols = x.shape
+        if not any(needs):
+            normed = torch.empty_like(x)
+            self._norm_into(normed, x, rstd)
+            return None, None, self.inner.lora_a_gradient(ds, normed, wanted=wants_a)
+        d_normed = self.inner.input_gradient(dys)
+        (dx,) = augmented.empty(rows, [cols], self.grad_tail, dtype=x.dtype, device=x.device)
+        dweight = rstd.new_empty(cols) if needs[1] else None
+        self.norm_kernels(x).rms_norm_bwd(
+            d_normed, dy, x, self.norm.weight, rstd, dx, dweight, self.norm.offset
+        )
+        normed = d_normed  # its gradient is used up; 1 / rms is written again as it was
+        self._norm_into(normed, x, rstd)
+        d_lora_a = self.inner.lora_a_gradient(ds, normed, wanted=wants_a)
+        return dx, None if dweight is None else dweight.to(x.dtype), d_lora_a

@@ -1,0 +1,167 @@
+"""The MLP half of a decoder layer as one autograd function; see ops/blocks.py."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lora_engine.backends import launchers
+from lora_engine.ops import augmented
+from lora_engine.ops.layer.blocks import Branch, Call, PreNorm, check_branch, products
+from lora_engine.ops.lora import few_rows
+from lora_engine.ops.tensors import (
+    accumulate_dtype,
+    as_rows,
+    check,
+    empty_rows,
+    without_autocast,
+)
+
+
+@without_autocast
+def mlp_block(
+    x: Tensor,  # [..., H]
+    norm: PreNorm,
+    branch: Branch,
+    *,
+    activation: str = "silu",
+    impl: str | None = None,
+) -> Tensor:
+    """`x + down(act(gate) * up)` for `gate, up = gate_up(norm(x))`, in x's dtype.
+
+    `branch.inner` is the group (gate, up) and `branch.outer` the down projection, as for
+    `ops.lora_linear`; gradients as there, and the norm's weight's.
+
+    Raises ValueError where shapes or dtypes do not fit.
+    """
+    inner_weight, outer_weight = branch.inner, branch.outer
+    check(
+        len(inner_weight.out_features) == 2
+        and set(inner_weight.out_features) == {outer_weight.in_features},
+        f"mlp_block: gate and up {inner_weight.out_features} do not fit down's "
+        f"{outer_weight.in_features} inputs",
+    )
+    if branch.is_plain and few_rows.suits(x, inner_weight, outer_weight, impl=impl):
+        check_branch(x, norm, branch)
+        return _of_few_rows(x, norm, branch, activation)
+    inner, outer = products(x, norm, branch, impl)
+    call = Call(norm, inner, outer, branch.grad_tail, {"activation": activation}, impl)
+    out: Tensor = _MlpBlock.apply(x, norm.weight, call, *call.tensors())
+    return out
+
+
+def _of_few_rows(x: Tensor, norm: PreNorm, branch: Branch, activation: str) -> Tensor:
+    rows = as_rows(x)
+    normed = torch.empty_like(rows)
+    rstd = torch.empty(rows.shape[0], dtype=accumulate_dtype(x.dtype), device=x.device)
+    launchers.rms_norm("cpu").rms_norm_fwd(
+        rows, None, norm.weight, normed, None, rstd, norm.eps, norm.offset
+    )
+    gate, up = few_rows.lora_linear(normed, branch.inner).split(branch.inner.out_features, dim=1)
+    hidden = x.new_empty(rows.shape[0], branch.outer.in_features)
+    launchers.glu("cpu").glu_fwd(gate, up, hidden, activation=activation)
+    return few_rows.lora_linear(hidden, branch.outer, rows).view(x.shape)
+
+
+class _Inputs(NamedTuple):
+    """The function's inputs before the adapters' tensors: which need gradients, or these."""
+
+    x: Any = None
+    norm_weight: Any = None
+    call: Any = None
+
+
+class _Saved(NamedTuple):
+    """What the backward pass reads."""
+
+    x: Tensor  # [M, H]
+    rstd: Tensor  # [M]
+    s: Tensor  # [M, R]
+    gate_up: Tensor  # [M, 2 I]
+    outer_s: Tensor  # [M, R] of the down projection
+    unscaled: Tensor | None  # as gate_up, before DoRA's scale
+    outer_unscaled: Tensor | None  # [M, H], likewise
+
+
+class _MlpBlock(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, norm_weight: Tensor, call: Call, *tensors: Tensor | None
+    ) -> Tensor:
+        rows = as_rows(x)
+        inner, outer = call.inner.weight, call.outer.weight
+        xs, rstd = call.normed(rows)
+        gate_up, unscaled = call.inner.forward(xs)
+        gate, up = gate_up.split(list(inner.out_features), dim=1)
+        width = outer.in_features
+        hs = empty_rows(rows.shape[0], width + outer.tail, dtype=x.dtype, device=x.device)
+        kernels = launchers.glu(call.implementation("glu", x))
+        kernels.glu_fwd(gate, up, hs[:, :width], **call.options)
+        y, outer_unscaled = call.outer.forward(hs, residual=rows)
+        ctx.call, ctx.shape = call, x.shape
+        saved = _Saved(
+            x=rows,
+            rstd=rstd,
+            s=xs[:, inner.in_features :].clone(),
+            gate_up=gate_up,
+            outer_s=hs[:, width:].clone(),
+            unscaled=unscaled,
+            outer_unscaled=outer_unscaled,
+        )
+        # The parameters too, so that autograd notices where one was changed in between.
+        ctx.save_for_backward(*saved, norm_weight, *tensors)
+        return y.view(x.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        call: Call = ctx.call
+        saved = _Saved(*ctx.saved_tensors[: len(_Saved._fields)])
+        asked = _Inputs(*ctx.needs_input_grad[: len(_Inputs._fields)])
+        x = saved.x
+        inner, outer = call.inner, call.outer
+        inner.begin_backward()
+        outer.begin_backward()
+        needs, outer_needs = call.split(ctx.needs_input_grad[len(asked) :])
+        wants_a, wants_b = inner.wants(needs)
+        outer_wants_a, outer_wants_b = outer.wants(outer_needs)
+
+        d_out = outer.claim_gradient([dy])
+        outer_ds, outer_d_b = outer.fill_ds(d_out, saved.outer_s, wanted=outer_wants_b)
+        dh = outer.input_gradient(d_out)
+        gate, up = saved.gate_up.split(list(inner.weight.out_features), dim=1)
+        parts = dgate, dup = augmented.empty(
+            x.shape[0],
+            list(inner.weight.out_features),
+            inner.weight.tail,
+            dtype=x.dtype,
+            device=x.device,
+            zeros=False,
+        )
+        h = dh  # the activation takes the place of its gradient
+        kernels = launchers.glu(call.implementation("glu", x))
+        kernels.glu_bwd(dh, gate, up, dgate, dup, h, **call.options)
+        outer_d_a = outer.lora_a_gradient(outer_ds, h, wanted=outer_wants_a)
+        del dh, h
+
+        dys = inner.claim_gradient(parts)
+        ds, d_b = inner.fill_ds(dys, saved.s, wanted=wants_b)
+        dx, dweight, d_a = call.inner_gradients(
+            as_rows(dy),
+            dys,
+            ds,
+            x,
+            saved.rstd,
+            (asked.x, asked.norm_weight),
+            wants_a=wants_a,
+        )
+        grads = _Inputs(
+            x=None if dx is None else augmented.keep_room(dx, dx.view(ctx.shape)),
+            norm_weight=dweight,
+        )
+        return (
+            *grads,
+            *inner.factor_gradients(needs, d_a, d_b, parts, saved.unscaled),
+            *outer.factor_gradients(outer_needs, outer_d_a, outer_d_b, [dy], saved.outer_unscaled),
+        )

@@ -1,0 +1,178 @@
+"""Linear layers with LoRA: a group that shares its input as one augmented matrix product."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lora_engine import backends, reference
+from lora_engine.backends import launchers
+from lora_engine.ops import augmented
+from lora_engine.ops.lora import few_rows
+from lora_engine.ops.lora.product import AugmentedProduct
+from lora_engine.ops.lora.weight import AugmentedWeight
+from lora_engine.ops.tensors import as_rows, not_a_view, shape_of, without_autocast
+
+
+@without_autocast
+def lora_linear(
+    x: Tensor,
+    weight: AugmentedWeight,
+    *,
+    dropout: reference.Dropout | None = None,
+    routes: Tensor | None = None,
+    impl: str | None = None,
+) -> tuple[Tensor, ...]:
+    """The outputs [..., N_i] of every linear of the group for `x` [..., K], in x's dtype.
+
+    LoRA as in arXiv:2106.09685; DoRA where a magnitude is given. `dropout`
+    (`reference.Dropout`) drops entries of x on their way into each linear's adapter.
+    `routes` [...] int64 gives each row the adapter with that number (`LoraFactors.adapter`) and no
+    other; -1 none. Adapters with a bias cannot be routed.
+
+    Gradients: x, every lora_a, lora_b, magnitude and bias (in their own dtype), and biases of the
+    linears that require one; the base weight is frozen. x and the gradients are used without a
+    copy where their maker left room behind each row (`tail=` of `rms_norm`, `glu`, `attention`).
+
+    Raises ValueError where x or routes do not fit the weight.
+    """
+    _check(x, weight, routes)
+    if dropout is None and routes is None and few_rows.suits(x, weight, impl=impl):
+        y = few_rows.lora_linear(as_rows(x), weight)
+        return _outputs(y, x.shape, weight)
+    product = make_product(x, weight, dropout, routes, impl)
+    if product is None:
+        return _reference(augmented.operand(x), weight, dropout, routes)
+    if not torch.is_grad_enabled():
+        return _forward(x, product)[0]
+    outputs: tuple[Tensor, ...] = _LoraLinear.apply(x, product, *product.filling.tensors())
+    return outputs
+
+
+def make_product(
+    x: Tensor,
+    weight: AugmentedWeight,
+    dropout: reference.Dropout | None = None,
+    routes: Tensor | None = None,
+    impl: str | None = None,
+) -> AugmentedProduct | None:
+    """The checked product for rows `x` [..., K]; with the adapters as they are now.
+
+    None: the reference is to run.
+    """
+    _check(x, weight, routes)
+    impl = backends.select("lora_linear", x.device, x.dtype, impl)
+    if impl == "reference":
+        return None
+    columns = None
+    if routes is not None and weight.tail:
+        columns = weight.adapters.route(routes.reshape(-1), weight.tail)
+    kernels = launchers.lora_linear(impl)
+    return AugmentedProduct(weight, weight.fill(), kernels, dropout, columns)
+
+
+def _check(x: Tensor, weight: AugmentedWeight, routes: Tensor | None) -> None:
+    if x.shape[-1] != weight.in_features or x.dtype != weight.buffer.dtype:
+        raise ValueError(
+            f"lora_linear: x {shape_of(x)} does not fit weight {shape_of(weight.base)}"
+        )
+    if routes is not None and routes.shape != x.shape[:-1]:
+        raise ValueError(f"lora_linear: routes {shape_of(routes)} do not fit x {shape_of(x)}")
+    if routes is not None and any(
+        block.factors.bias is not None for block in weight.adapters.blocks
+    ):
+        raise ValueError("lora_linear: rows cannot be routed to adapters that have a bias")
+
+
+def _reference(
+    x: Tensor, weight: AugmentedWeight, dropout: reference.Dropout | None, routes: Tensor | None
+) -> tuple[Tensor, ...]:
+    outputs = []
+    for i, bias in enumerate(weight.biases):
+        base = weight.weight(i)
+        y = torch.nn.functional.linear(x, base)
+        for factors in (block.factors for block in weight.adapters.blocks if block.linear == i):
+            given = x
+            if dropout is not None:
+                given = reference.drop(x, dropout, stream=i)
+            if routes is not None:
+                given = given * (routes == factors.adapter)[..., None]
+            y = y + reference.lora_delta(given, factors.lora_a, factors.lora_b, factors.scaling)
+            if factors.bias is not None:
+                y = y + factors.scaling * factors.bias.to(y.dtype)
+            if factors.magnitude is not None:
+                whole = reference.merged_weight(
+                    base, factors.lora_a, factors.lora_b, factors.scaling
+                )
+                y = y * reference.dora_scale(whole, factors.magnitude).to(y.dtype)
+        y = y if bias is None else y + bias
+        if y.requires_grad:
+            y.register_hook(lambda dy: dy if dy is None else augmented.operand(dy))
+        outputs.append(y)
+    return tuple(outputs)
+
+
+class _Inputs(NamedTuple):
+    """The function's inputs before the adapters' tensors: which need gradients, or these."""
+
+    x: Any = None
+    product: Any = None
+
+
+class _Saved(NamedTuple):
+    """What the backward pass reads."""
+
+    x: Tensor  # [M, K]
+    s: Tensor  # [M, R]
+    unscaled: Tensor | None  # [M, N], Y before DoRA's scale
+
+
+def _forward(x: Tensor, product: AugmentedProduct) -> tuple[tuple[Tensor, ...], _Saved]:
+    """The outputs, and what the backward pass reads."""
+    weight = product.weight
+    n, k = weight.base.shape
+    if product.strategy(x.numel() // k, n, k, masked=False) == "augmented":
+        xs = augmented.claim([x], weight.tail)
+        rows, low_rank = xs[:, :k], xs[:, k:]
+        y, unscaled = product.forward(xs)
+    else:
+        rows = as_rows(augmented.operand(x))
+        low_rank = rows.new_empty(rows.shape[0], weight.tail)
+        y, unscaled = product.forward_apart(rows, low_rank)
+    return _outputs(y, x.shape, weight), _Saved(rows, low_rank, unscaled)
+
+
+def _outputs(y: Tensor, shape: torch.Size, weight: AugmentedWeight) -> tuple[Tensor, ...]:
+    """Every linear's part [..., N_i] of y [M, N]."""
+    parts = (y,) if len(weight.out_features) == 1 else y.split(weight.out_features, dim=1)
+    return tuple(part.view(*shape[:-1], part.shape[1]) for part in parts)
+
+
+class _LoraLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, product: AugmentedProduct, *factors: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        outputs, saved = _forward(x, product)
+        ctx.product, ctx.shape = product, x.shape
+        ctx.save_for_backward(*saved, *factors)
+        return (not_a_view(outputs[0]),) if len(outputs) == 1 else outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        product: AugmentedProduct = ctx.product
+        saved = _Saved(*ctx.saved_tensors[: len(_Saved._fields)])
+        asked = _Inputs(*ctx.needs_input_grad[: len(_Inputs._fields)])
+        needs = ctx.needs_input_grad[len(asked) :]
+        product.begin_backward()
+        wants_a, wants_b = product.wants(needs)
+        dys = product.claim_gradient(grads)
+        ds, d_lora_b = product.fill_ds(dys, saved.s, wanted=wants_b)
+        dx = product.input_gradient(dys).view(ctx.shape) if asked.x else None
+        d_lora_a = product.lora_a_gradient(ds, saved.x, wanted=wants_a)
+        return (
+            *_Inputs(x=dx),
+            *product.factor_gradients(needs, d_lora_a, d_lora_b, grads, saved.unscaled),
+        )

@@ -1,0 +1,215 @@
+"""report.html: one self-contained page about a run, made from the files in its folder."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_engine.data.account import finding_lines
+from lora_engine.errors import UserError
+from lora_engine.evaluation.samples import differing_parts
+from lora_engine.files import write_text
+from lora_engine.report.charts import Chart, Point, Series, line_chart, smoothed
+from lora_engine.text import bytes_text, duration_text
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One measure before and after training. better: the change is in the right direction."""
+
+    name: str
+    before: str
+    after: str
+    change: str
+    better: bool | None
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write report.html from summary.json, metrics.jsonl and the configuration in `run_dir`.
+
+    Raises UserError if `run_dir` is not the folder of a finished run.
+    """
+    try:
+        summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
+        lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").split("\n")
+    except FileNotFoundError as error:
+        raise UserError(f"{run_dir}: is not a finished run, it has no {error.filename}") from error
+    path = run_dir / "report.html"
+    write_text(path, render_report(summary, [json.loads(line) for line in lines if line.strip()]))
+    return path
+
+
+def render_report(summary: Row, metrics: Sequence[Row]) -> str:
+    """The page as a string.
+
+    summary: what summary.json holds. metrics: the lines of metrics.jsonl; of a step that was
+    run twice (after a resume) the last line counts.
+    """
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("lora_engine.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    template = environment.get_template("report.html.j2")
+    return template.render(
+        summary=summary,
+        headline=headline(summary),
+        comparisons=comparisons(summary),
+        charts=[asdict(chart) for chart in charts(metrics)],
+        peeks=differing_parts([sample["prompt"] for sample in summary["samples"]]),
+        accounts=[
+            {**about, "lines": finding_lines(about)} for about in summary.get("data_accounts", ())
+        ],
+        config=config_sections(summary["config"]),
+    )
+
+
+def headline(summary: Row) -> list[tuple[str, str, str]]:
+    """The tiles at the top: label, value, and a line of explanation."""
+    seconds = summary["train_seconds"]
+    where = "of the whole process" if summary["device"] == "cpu" else "on the GPU"
+    tokens = f"{summary['train_tokens']:,} tokens"
+    return [
+        ("Throughput", f"{summary['tokens_per_second']:,.0f}", "tokens per second"),
+        ("Training time", duration_text(seconds), f"{summary['steps']:,} steps, {tokens}"),
+        ("Peak memory", bytes_text(summary["peak_memory_bytes"]), where),
+        (
+            "Trained weights",
+            _count_text(summary["trainable_parameters"]),
+            f"of {_count_text(summary['parameters'])}, "
+            f"{summary['trainable_parameters'] / summary['parameters']:.2%}",
+        ),
+    ]
+
+
+def comparisons(summary: Row) -> list[Comparison]:
+    """Held-out loss, perplexity and token accuracy, before and after."""
+    losses = (summary["heldout_loss_before"], summary["heldout_loss_after"])
+    accuracies = (summary["heldout_accuracy_before"], summary["heldout_accuracy_after"])
+    if None in losses or None in accuracies:
+        return []
+    perplexities = tuple(map(perplexity, losses))
+    return [
+        _comparison("Held-out loss", losses, "{:.3f}", lower_is_better=True),
+        _comparison("Perplexity", perplexities, "{:,.2f}", lower_is_better=True),
+        _comparison("Token accuracy", accuracies, "{:.1%}", lower_is_better=False, points=True),
+    ]
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), loss in nats per token; infinite where that overflows."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def charts(metrics: Sequence[Row]) -> list[Chart]:
+    """Loss, learning rate, gradient norm, throughput and memory over the steps."""
+    loss = _points(metrics, "loss")
+    heldout = _points(metrics, "heldout_loss")
+    accuracy = [(x, 100 * y) for x, y in _points(metrics, "heldout_accuracy")]
+    memory = [(x, y / 1e9) for x, y in _points(metrics, "peak_memory_bytes")]
+    last = max((float(row["step"]) for row in metrics), default=0.0)
+
+    def single(
+        title: str, points: list[Point], note: str, style: str = "plain", **options: Any
+    ) -> Chart | None:
+        series = [Series(title.lower(), points, style)]
+        options = {"from_zero": True, "label": lambda y: f"{y:,g}", **options}
+        return line_chart(title, series, note=note, last_step=last, **options)
+
+    drawn = [
+        line_chart(
+            "Loss",
+            [
+                Series("each step", loss, "raw"),
+                Series("training, smoothed", smoothed(loss), "smooth"),
+                Series("held-out", heldout, "heldout"),
+            ],
+            note="nats per supervised token",
+            last_step=last,
+            label=_loss_label,
+        ),
+        single("Token accuracy", accuracy, "held-out, %", "heldout", from_zero=False),
+        single("Learning rate", _points(metrics, "learning_rate"), "", label=_scientific),
+        single("Gradient norm", _points(metrics, "grad_norm"), "before clipping"),
+        single("Throughput", _points(metrics, "tokens_per_second"), "tokens per second"),
+        single("Peak memory", memory, "GB"),
+    ]
+    return [chart for chart in drawn if chart is not None]
+
+
+def config_sections(config: Row) -> list[tuple[str, list[tuple[str, str]]]]:
+    """The configuration as (section, [(key, value)]); single keys come in a section "run"."""
+    sections = [
+        (name, [(key, _value_text(value)) for key, value in section.items()])
+        for name, section in config.items()
+        if isinstance(section, Mapping)
+    ]
+    single = [(k, _value_text(v)) for k, v in config.items() if not isinstance(v, Mapping)]
+    return [*sections, ("run", single)] if single else sections
+
+
+def _points(metrics: Sequence[Row], key: str) -> list[Point]:
+    by_step = {row["step"]: row[key] for row in metrics if row.get(key) is not None}
+    return sorted(by_step.items())
+
+
+def _comparison(
+    name: str,
+    values: tuple[float, ...],
+    form: str,
+    *,
+    lower_is_better: bool,
+    points: bool = False,
+) -> Comparison:
+    """points: the change of a share is told in percentage points, not relative."""
+    before, after = values
+    if points:
+        change = f"{100 * (after - before):+.1f} points"
+    elif before and math.isfinite(before) and math.isfinite(after):
+        change = f"{(after - before) / before:+.0%}"
+    else:
+        change = ""
+    equal = form.format(before) == form.format(after)
+    return Comparison(
+        name=name,
+        before=form.format(before),
+        after=form.format(after),
+        change=change.replace("-", "\u2212"),
+        better=None if equal else (after < before) == lower_is_better,
+    )
+
+
+def _loss_label(value: float) -> str:
+    return f"{value:.4g}"
+
+
+def _scientific(value: float) -> str:
+    if value == 0:
+        return "0"
+    mantissa, exponent = f"{value:.2e}".split("e")
+    return f"{float(mantissa):g}e{int(exponent)}"
+
+
+def _count_text(count: int) -> str:
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return str(count)
+
+
+def _value_text(value: Any) -> str:
+    if value is None:
+        return "\u2013"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,218 @@
+"""All trainable parameters in one buffer, their gradients in another.
+
+One optimiser launch and one reduction for the norm then serve any number of parameters.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_engine.errors import UserError
+from lora_engine.training.optimizer.shared_memory import compact_strides, groups_of_memory
+
+ALIGNMENT = 64  # bytes; every parameter starts on a cache line, as a tensor of its own would
+RATE_ALIGNMENT = 1024  # bytes; a block of 256 moments in 8 bits belongs to one learning rate
+
+
+@dataclasses.dataclass(frozen=True)
+class FlatEntry:
+    """Where one parameter lies in the flat buffers.
+
+    parameters: the tensors that are this memory, usually one; the first gives name and shape.
+    strides: of each of them in the buffers. Tied tensors may be transposes of each other.
+    offset: index of its first element in the buffers.
+    """
+
+    name: str
+    parameters: tuple[nn.Parameter, ...]
+    strides: tuple[tuple[int, ...], ...]
+    offset: int
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.parameters[0].shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.parameters[0].dtype
+
+    @property
+    def numel(self) -> int:
+        return self.shape.numel()
+
+    def view(self, buffer: torch.Tensor) -> torch.Tensor:
+        """The first parameter's part of a flat buffer, in its shape."""
+        return next(self.views(buffer))[1]
+
+    def views(self, buffer: torch.Tensor) -> Iterator[tuple[nn.Parameter, torch.Tensor]]:
+        """Each parameter with its part of a flat buffer, all of the same elements."""
+        start = buffer.storage_offset() + self.offset
+        for parameter, stride in zip(self.parameters, self.strides, strict=True):
+            yield parameter, buffer.as_strided(parameter.shape, stride, start)
+
+
+class FlatParameters:
+    """Owns the storage of trainable parameters while they are trained.
+
+    data [P] float32: float32 parameters are views into it; for another dtype it holds a float32
+        master copy, which `publish` rounds into the parameter.
+    grad [P] float32: the `.grad` of float32 parameters are views into it, and autograd adds to
+        them in place. Gradients of other dtypes are added to it in float32 after every backward
+        pass, so that accumulation over micro-batches does not round to 16 bits.
+    P counts a few unused elements, always 0, that align every parameter to 64 bytes.
+
+    rates: the parts of the buffers in order, as slices, and what multiplies the learning rate.
+
+    Parameters that are the same memory are held once, under the first one's name, and stay the
+    same memory, here and after `release`: tied weights, PEFT's tied adapters (one the transpose of
+    the other), a frozen parameter that views a trained one. Their gradients add up.
+    `release` gives the parameters storage of their own again.
+    """
+
+    def __init__(
+        self,
+        named_parameters: Iterable[tuple[str, nn.Parameter]],
+        rate_of: Callable[[str], float] = lambda name: 1.0,
+    ) -> None:
+        """Takes those that require gradients. `rate_of` a name multiplies its learning rate.
+
+        Raises UserError if there are none, if they are on several devices, or if one of them
+        shares a part of its memory with another.
+        """
+        named = list(named_parameters)
+        trainable = [(name, p) for name, p in named if p.requires_grad]
+        if not trainable:
+            raise UserError(
+                "the model has no trainable parameters: add an adapter with peft.get_peft_model, "
+                "or set requires_grad on what should be trained"
+            )
+        devices = {p.device for _, p in trainable}
+        if len(devices) > 1:
+            raise UserError(
+                "the trainable parameters are on several devices "
+                f"({', '.join(sorted(map(str, devices)))}): move the model to one"
+            )
+        self.device = devices.pop()
+        self.entries, self.rates, size = _layout(named, rate_of)
+        self.data = torch.zeros(size, dtype=torch.float32, device=self.device)
+        self.grad = torch.zeros_like(self.data)
+        self._hooks: list[Any] = []
+        self._attach()
+
+    @property
+    def numel(self) -> int:
+        """Number of trained values, without the padding."""
+        return sum(entry.numel for entry in self.entries)
+
+    def zero_grad(self) -> None:
+        """Set all gradients to zero and the `.grad` of float32 parameters to views of `grad`."""
+        self.grad.zero_()
+        for entry in self.entries:
+            for parameter, grad in entry.views(self.grad):
+                is_view = entry.dtype == torch.float32 and parameter.requires_grad
+                parameter.grad = grad if is_view else None
+
+    def publish(self) -> None:
+        """Tell the parameters that `data` changed: round masters into parameters of other dtypes
+        and bump every parameter's version counter, on which caches are keyed."""
+        with torch.no_grad():
+            for entry in self.entries:
+                if entry.dtype == torch.float32:
+                    torch.autograd.graph.increment_version(entry.parameters)
+                else:
+                    for parameter, master in entry.views(self.data):
+                        parameter.copy_(master)
+
+    def named_copies(self, buffer: torch.Tensor) -> dict[str, torch.Tensor]:
+        """A flat buffer [P] as one CPU tensor of its own per parameter, as files want it."""
+        copies = {e.name: e.view(buffer).detach().to("cpu", copy=True) for e in self.entries}
+        return {name: copy.contiguous() for name, copy in copies.items()}
+
+    @torch.no_grad()
+    def load_named(self, buffer: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> None:
+        """The inverse of `named_copies`. Raises UserError on other names or shapes."""
+        self._check_names_and_shapes(tensors)
+        for entry in self.entries:
+            entry.view(buffer).copy_(tensors[entry.name])
+
+    def release(self) -> None:
+        """Give every parameter storage of its own, with its current values, and drop gradients.
+
+        Saving, merging and other libraries then meet ordinary parameters.
+        """
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        for entry in self.entries:
+            own = self.data[entry.offset : entry.offset + entry.numel].clone()
+            for parameter, values in dataclasses.replace(entry, offset=0).views(own):
+                parameter.grad = None
+                if entry.dtype == torch.float32:
+                    parameter.data = values
+            torch.autograd.graph.increment_version(entry.parameters)
+
+    def _attach(self) -> None:
+        for entry in self.entries:
+            entry.view(self.data).copy_(entry.parameters[0].data)
+            views = zip(entry.views(self.data), entry.views(self.grad), strict=True)
+            for (parameter, values), (_, grad) in views:
+                parameter.grad = None
+                if entry.dtype == torch.float32:
+                    parameter.data = values
+                elif parameter.requires_grad:
+                    self._hooks.append(_accumulate_in_float32(parameter, grad))
+            torch.autograd.graph.increment_version(entry.parameters)
+        self.zero_grad()
+
+    def _check_names_and_shapes(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        expected = {entry.name: tuple(entry.shape) for entry in self.entries}
+        given = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        if expected == given:
+            return
+        problems = [f"{name} is missing" for name in expected.keys() - given.keys()]
+        problems += [f"{name} is not a parameter" for name in given.keys() - expected.keys()]
+        problems += [
+            f"{name} has shape {list(given[name])}, not {list(expected[name])}"
+            for name in expected.keys() & given.keys()
+            if expected[name] != given[name]
+        ]
+        shown = "; ".join(sorted(problems)[:3])
+        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+        raise UserError(f"not the tensors of this model's trainable parameters: {shown}{more}")
+
+
+def _accumulate_in_float32(parameter: nn.Parameter, grad: torch.Tensor) -> Any:
+    def add_to_flat(p: torch.Tensor) -> None:
+        assert p.grad is not None
+        grad.add_(p.grad)
+        p.grad = None
+
+    return parameter.register_post_accumulate_grad_hook(add_to_flat)
+
+
+def _layout(
+    named: list[tuple[str, nn.Parameter]], rate_of: Callable[[str], float]
+) -> tuple[tuple[FlatEntry, ...], tuple[tuple[slice, float], ...], int]:
+    """Aligned offsets for distinct memories, one stretch for each rate, and the buffers' size."""
+    by_rate: dict[float, list[list[tuple[str, nn.Parameter]]]] = {}
+    for group in groups_of_memory(named):
+        name, first = group[0]
+        if not first.dtype.is_floating_point:
+            raise UserError(f"{name}: cannot train parameters of type {first.dtype}")
+        by_rate.setdefault(rate_of(name), []).append(group)
+    entries, rates, offset = [], [], 0
+    step, rate_step = (a // torch.float32.itemsize for a in (ALIGNMENT, RATE_ALIGNMENT))
+    for rate, members in by_rate.items():
+        start = offset
+        for group in members:
+            parameters = tuple(parameter for _, parameter in group)
+            strides = tuple(map(compact_strides, parameters))
+            entries.append(FlatEntry(group[0][0], parameters, strides, offset))
+            offset += -(-parameters[0].numel() // step) * step
+        if len(by_rate) > 1:
+            offset = -(-offset // rate_step) * rate_step
+        rates.append((slice(start, offset), rate))
+    return tuple(entries), tuple(rates), offset

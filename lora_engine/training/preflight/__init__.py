@@ -1,0 +1,1 @@
+"""Does a model learn anything? Tried on one batch before a run."""

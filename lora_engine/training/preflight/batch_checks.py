@@ -1,0 +1,109 @@
+"""Batches that teach nothing, or that the model cannot take: told before `preflight` tries them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from lora_engine.data.batch import PackedBatch
+from lora_engine.errors import UserError
+from lora_engine.models.attach.head import transformers_model
+
+_IGNORED = -100
+
+
+def check_batch(model: nn.Module, batch: Any) -> None:
+    """Raises UserError where no token of a batch is supervised, and where its token ids or labels
+    are not the model's.
+
+    Labels are checked of causal language models with a loss of transformers' own. Others may
+    take labels of any kind.
+    """
+    inner: Any = transformers_model(model)
+    ids: Tensor | None
+    labels: Tensor | None
+    if isinstance(batch, PackedBatch):
+        ids, labels, ignored = batch.input_ids, batch.target_ids, None
+    else:
+        ids, labels, ignored = _tokens(batch), _labels(inner, batch), _ignored(batch)
+    if ids is not None and getattr(inner, "loss_type", None) == "ForCausalLM":
+        _check_ids("input_ids", ids, inner, "get_input_embeddings", None)
+    if labels is None:
+        return
+    _check_ids("labels", labels, inner, "get_output_embeddings", ignored)
+    if labels.numel() == 0 or (ignored is not None and bool((labels == ignored).all())):
+        why = "" if ignored is None else f" (every label is {ignored})"
+        raise UserError(
+            f"preflight: no token of the batch is supervised{why}, so that it teaches nothing; "
+            "look at what cuts or masks the examples, or give another batch"
+        )
+
+
+def _tokens(batch: Mapping[str, Any]) -> Tensor | None:
+    for name in ("input_ids", "labels"):
+        if isinstance(batch.get(name), list | tuple):
+            raise UserError(
+                f"preflight: {name} of the batch is a {type(batch[name]).__name__}; give a tensor, "
+                "as the data collator of the trainer makes it"
+            )
+    ids = batch.get("input_ids")
+    empty = isinstance(ids, Tensor) and ids.numel() == 0
+    if empty or not batch:
+        raise UserError("preflight: the batch is empty; give one with tokens")
+    return ids if isinstance(ids, Tensor) else None
+
+
+def _labels(model: Any, batch: Mapping[str, Any]) -> Tensor | None:
+    """Those that a causal language model compares with its predictions."""
+    own_loss = "_loss_function" in vars(model)  # the property `loss_function` was assigned to
+    if getattr(model, "loss_type", None) != "ForCausalLM" or own_loss:
+        return None
+    shifted, labels, ids = (batch.get(name) for name in ("shift_labels", "labels", "input_ids"))
+    if isinstance(shifted, Tensor):
+        return shifted
+    if not isinstance(labels, Tensor):
+        return None
+    if isinstance(ids, Tensor) and ids.shape != labels.shape:
+        raise UserError(
+            f"preflight: labels have shape {list(labels.shape)} and input_ids "
+            f"{list(ids.shape)}; give each token its label, -100 where nothing is learned"
+        )
+    return labels[..., 1:]  # nothing predicts the first one
+
+
+def _ignored(batch: Mapping[str, Any]) -> int:
+    """The label that stands for none."""
+    given = batch.get("ignore_index")
+    return given if isinstance(given, int) else _IGNORED
+
+
+def _check_ids(name: str, ids: Tensor, model: Any, layer: str, ignored: int | None) -> None:
+    if ids.is_floating_point() or ids.is_complex():
+        raise UserError(
+            f"preflight: {name} of the batch are {str(ids.dtype).removeprefix('torch.')}; give "
+            "token ids, int64"
+        )
+    rows = _rows(getattr(model, layer)())
+    if rows is None or not ids.numel():
+        return
+    wrong = (ids < 0) | (ids >= rows)
+    if ignored is not None:
+        wrong &= ids != ignored
+    if bool(wrong.any()):
+        allowed = "" if ignored is None else f", or {ignored} where nothing is learned"
+        raise UserError(
+            f"preflight: {name} of the batch hold {int(ids[wrong][0])}, and the model's vocabulary "
+            f"has {rows:,} rows; give ids from 0 to {rows - 1:,}{allowed}"
+        )
+
+
+def _rows(layer: Any) -> int | None:
+    """Tokens of an embedding or a head; None if it does not say."""
+    weight = getattr(layer, "weight", None)
+    if isinstance(weight, Tensor) and weight.ndim == 2 and weight.is_floating_point():
+        return weight.shape[0]
+    layer = getattr(layer, "base_layer", layer)
+    for name in ("num_embeddings", "out_features"):  # packed weights have another shape
+        if isinstance(rows := getattr(layer, name, None), int):
+            return rows
+    return None

@@ -1,0 +1,232 @@
+"""Why a model would learn nothing: what `preflight` says of what it finds."""
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lora_engine.data.batch import PackedBatch
+from lora_engine.errors import UserError
+from lora_engine.models.attach.head import transformers_model
+from lora_engine.training.nonfinite import first_nonfinite, first_nonfinite_layer
+from lora_engine.training.objective import is_routed
+from lora_engine.training.preflight.trial import Trial
+
+
+class Place(NamedTuple):
+    """Where a parameter stands.
+
+    adapter: of PEFT, or None. kind: the container of PEFT that holds it (lora_A, …), or "weights".
+    layer: name of the adapted layer; of other parameters that of their module.
+    """
+
+    adapter: str | None
+    kind: str
+    layer: str
+
+
+def place_of(model: Any, name: str) -> Place:
+    adapters = getattr(model, "peft_config", {})
+    parts = name.split(".")
+    for index in range(len(parts) - 1, 0, -1):
+        if parts[index] in adapters:
+            return Place(parts[index], parts[index - 1], ".".join(parts[: index - 1]))
+    return Place(None, "weights", ".".join(parts[:-1]))
+
+
+def check_trained(model: nn.Module) -> None:
+    """Raises UserError if no parameter requires a gradient."""
+    if any(p.requires_grad for p in model.parameters()):
+        return
+    layers = [module for module in model.modules() if hasattr(module, "disable_adapters")]
+    if any(layer.disable_adapters is True for layer in layers):
+        mend = "its adapters are disabled: call model.enable_adapter_layers()"
+    elif layers:
+        mend = (
+            "its adapters are frozen: load them with PeftModel.from_pretrained(…, "
+            "is_trainable=True), or choose one with model.set_adapter(name)"
+        )
+    else:
+        mend = "add an adapter with peft.get_peft_model, or set requires_grad on what to train"
+    raise UserError(f"preflight: the model has no trainable parameters; {mend}")
+
+
+def why_nonfinite(model: nn.Module, trial: Trial, loss: float) -> str:
+    """What to say of a loss that is not finite."""
+    if isinstance(trial.batch, PackedBatch):
+        layer = first_nonfinite_layer(model, trial.batch)
+    else:
+        layer = first_nonfinite(model, lambda: torch.tensor(trial.loss()))
+    where = "" if layer is None else f"; first bad layer {layer}"
+    return f"preflight: the loss is {loss}{where}; {_mend_numbers(model)}"
+
+
+def why_nonfinite_gradient(model: nn.Module, names: Sequence[str]) -> str:
+    """What to say of gradients that are not finite, given in the model's order."""
+    # Backpropagation runs against it: in the last one it first went wrong.
+    return (
+        f"preflight: the gradient of {names[-1]}{_and_more(len(names) - 1)} is not finite; "
+        + _mend_numbers(model)
+    )
+
+
+def why_no_gradient(model: Any, name: str, more: int, gradient: Tensor | None) -> str:
+    """What to say of a parameter on which the loss depends, and its gradient None or zero."""
+    what = "no gradient" if gradient is None else "a gradient of zero"
+    reason = _why_out_of_use(model, place_of(model, name))
+    if reason is None:
+        reason = _why_disconnected(model) if gradient is None else _why_zero(model, name)
+    return f"preflight: {name}{_and_more(more)} gets {what}, so that it learns nothing; {reason}"
+
+
+def why_idle(
+    model: Any, trial: Trial, layers: Sequence[list[str]], groups: Sequence[list[str]]
+) -> str | None:
+    """What to say of parameters that have no gradient and on which the loss does not depend.
+
+    layers: all of these, those of a layer together. groups: of these all that belong to an
+    adapter, or to none. None if it is the batch's doing: it may not reach all layers.
+    """
+    # Where tokens are trained, they may not be in the batch.
+    asked = [at for at in layers if place_of(model, at[0]).kind != "trainable_tokens_delta"]
+    own, shaken = _outputs(model, trial, asked)
+    for names in asked:
+        place = place_of(model, names[0])
+        if place.adapter and place.layer in own and own[place.layer] == shaken[place.layer]:
+            return (
+                f"preflight: adapter {place.adapter!r} changes nothing in the output of "
+                f"{place.layer}, so that it learns nothing there; look for another forward"
+            )
+    reached = {name for names in asked for name in names if place_of(model, name).layer in own}
+    for names in groups:
+        if reached.intersection(names):
+            adapter = place_of(model, names[0]).adapter
+            more = _and_more(len(names) - 1)
+            what = f"{names[0]}{more}" if adapter is None else f"adapter {adapter!r}"
+            return (
+                f"preflight: {what} changes nothing in the loss, so that it learns nothing; look "
+                "for a mask or a factor of zero behind its layers"
+            )
+    return None
+
+
+def why_out_of_use(model: Any, names: Sequence[str]) -> str | None:
+    """What to say if PEFT leaves the adapter of one of these parameters out; None if of none."""
+    for name in names:
+        reason = _why_out_of_use(model, place_of(model, name))
+        if reason is not None:
+            more = _and_more(len(names) - 1)
+            return f"preflight: {name}{more} changes nothing in the output; {reason}"
+    return None
+
+
+def _why_out_of_use(model: Any, place: Place) -> str | None:
+    if place.adapter is None:
+        return None
+    layer: Any = model.get_submodule(place.layer)
+    if getattr(layer, "merged", False):
+        return "the adapter is merged into the base weight: call model.unmerge_adapter()"
+    if getattr(layer, "disable_adapters", False) is True:
+        return "the adapter is disabled: call model.enable_adapter_layers()"
+    if place.adapter not in getattr(layer, "active_adapters", [place.adapter]):
+        return f"its adapter is not active: call model.set_adapter({place.adapter!r})"
+    scaling = getattr(layer, "scaling", None)
+    if isinstance(scaling, dict) and scaling.get(place.adapter) == 0:
+        return "its scaling is 0: give lora_alpha another value"
+    return None
+
+
+def _why_disconnected(model: nn.Module) -> str:
+    if any(map(_checkpoints_reentrantly, model.modules())):
+        return (
+            "gradient checkpointing is reentrant and its inputs require no gradient: call "
+            "model.enable_input_require_grads(), or pass use_reentrant=False"
+        )
+    return (
+        "something between it and the loss cuts it off: look for detach(), .data, no_grad or "
+        "inference_mode"
+    )
+
+
+def _checkpoints_reentrantly(module: Any) -> bool:
+    function = getattr(module, "_gradient_checkpointing_func", None)
+    if not getattr(module, "gradient_checkpointing", False) or function is None:
+        return False
+    given = function.keywords if isinstance(function, functools.partial) else {}
+    return bool(given.get("use_reentrant", True))
+
+
+def _why_zero(model: nn.Module, name: str) -> str:
+    place = place_of(model, name)
+    if place.kind.startswith("lora_"):
+        factors = [
+            p
+            for other, p in model.named_parameters()
+            if (at := place_of(model, other))[::2] == place[::2]
+            and at.kind.startswith("lora_")
+            and "magnitude" not in at.kind
+        ]
+        if len(factors) > 1 and not any(bool(p.detach().any()) for p in factors):
+            return "A and B of its layer are both zero: initialise one of them"
+    if any(p.dtype == torch.float16 for p in model.parameters()):
+        return "it vanishes in float16: load the model in bfloat16 or float32"
+    return "look for a factor of zero, or rounding, between it and the loss"
+
+
+def _outputs(
+    model: Any, trial: Trial, parameters: Sequence[list[str]]
+) -> tuple[dict[str, float], dict[str, float]]:
+    """A figure of what the parameters' layers make of the rows that they are given, if any: with
+    their own values, and with what is trained of them shaken."""
+    at = {place_of(model, together[0]).layer for together in parameters}
+    layers = {name: model.get_submodule(name) for name in at}
+    names = [name for name in trial.trained if place_of(model, name).layer in at]
+    batch = trial.batch
+    if isinstance(batch, PackedBatch):
+        # Neither may be watched; see `first_nonfinite_layer`.
+        if is_routed(model, batch):
+            return {}, {}
+        head = set(transformers_model(model).get_output_embeddings().modules())
+        layers = {name: module for name, module in layers.items() if module not in head}
+    figures = []
+    for changed in ([], names):
+        trial.shake(changed)
+        with _watched(layers) as found:
+            trial.loss()
+        figures.append(found)
+    trial.reset()
+    return figures[0], figures[1]
+
+
+@contextmanager
+def _watched(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, float]]:
+    """Collects a sum over each layer's output, where that has any elements."""
+    found: dict[str, float] = {}
+
+    def watch(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def note(module: nn.Module, args: Any, output: Any) -> None:
+            tensor = output[0] if isinstance(output, tuple) else output
+            if isinstance(tensor, Tensor) and tensor.numel():
+                found[name] = found.get(name, 0.0) + float(tensor.detach().double().abs().sum())
+
+        return note
+
+    handles = [layer.register_forward_hook(watch(name)) for name, layer in layers.items()]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _mend_numbers(model: nn.Module) -> str:
+    if any(p.dtype == torch.float16 for p in model.parameters()):
+        return "float16 ends at 65,504: load the model in bfloat16 or float32"
+    return "look at the weights before it and at the batch"
+
+
+def _and_more(count: int) -> str:
+    return f" (and {count:,} more)" if count else ""

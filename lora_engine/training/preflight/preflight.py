@@ -1,0 +1,245 @@
+"""`preflight`: whether a model learns anything, tried on one batch before a run."""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_engine.errors import UserError
+from lora_engine.training.optimizer.shared_memory import groups_of_memory
+from lora_engine.training.preflight.batch_checks import check_batch
+from lora_engine.training.preflight.causes import (
+    Place,
+    check_trained,
+    place_of,
+    why_idle,
+    why_no_gradient,
+    why_nonfinite,
+    why_nonfinite_gradient,
+    why_out_of_use,
+)
+from lora_engine.training.preflight.descent import descend, rounding
+from lora_engine.training.preflight.slopes import check_slopes
+from lora_engine.training.preflight.trial import Gradients, Trial, on_device, trial
+
+
+@dataclass(frozen=True)
+class PreflightReport:
+    """What `preflight` measured.
+
+    loss_before: the batch's mean loss, in nats. loss_after: after a trial step; equal to
+        loss_before where the batch is learned as far as it can be, so that no step shows.
+    parameters: tensors that are trained. unreached: how many of them have nothing to do with this
+        batch (experts that no token is routed to, say).
+    gradient_norms: Euclidean, by kind of parameter (lora_A, lora_B, weights, …), of several
+        adapters by "adapter.kind". What has no gradient yet, as A where B is 0, is measured after
+        the trial step.
+    seconds: that all of it took.
+    """
+
+    loss_before: float
+    loss_after: float
+    parameters: int
+    unreached: int
+    gradient_norms: Mapping[str, float]
+    seconds: float
+
+    def __str__(self) -> str:
+        falls = self.loss_after < self.loss_before
+        if self.unreached == self.parameters:
+            return f"loss {self.loss_before:.4g}; the batch reaches nothing that is trained"
+        loss = (
+            f"loss {self.loss_before:.4g} falls to {self.loss_after:.4g} on one batch"
+            if falls
+            else f"loss {self.loss_before:.4g}, one batch is learned already"
+        )
+        norm = math.sqrt(sum(value**2 for value in self.gradient_norms.values()))
+        reached = f"{self.parameters - self.unreached:,} of {self.parameters:,} trained tensors"
+        return f"{loss}; gradients (norm {norm:.3g}) reach {reached}; {self.seconds:.1f} s"
+
+
+def preflight(model: nn.Module, batch: Any) -> PreflightReport:
+    """Try one training step of `model` on `batch`, and put everything back.
+
+    model: a transformers model, plain, with PEFT adapters, or accelerated.
+    batch: what the model takes, with labels, as a mapping of tensors on any device; or a
+        PackedBatch.
+
+    The model is tried in training mode, with the dropout of one draw. On return, and after any
+    exception, its values, gradients, modes and buffers and all random generators are bit for bit
+    as before. It costs up to two training steps, and memory for what is trained twice over.
+
+    Raises UserError, of one line, where the run would learn nothing or not what it should: where
+    nothing is trained or supervised; a trained parameter has no gradient though the loss depends
+    on it; loss or gradients are not finite; an adapter changes nothing in the output; the loss does
+    not fall along its gradient; or a frozen parameter changes.
+    """
+    started = time.perf_counter()
+    check_trained(model)
+    batch = on_device(model, batch)
+    check_batch(model, batch)
+    frozen = _frozen(model)
+    sums = {name: _checksum(p) for name, p in frozen.items()}
+    with trial(model, batch) as tried:
+        result = _Preflight(model, tried).run()
+        for name, parameter in frozen.items():
+            if _checksum(parameter) != sums[name]:
+                raise UserError(
+                    f"preflight: {name} is frozen, yet a training step changes it; something "
+                    "writes into it in the forward pass, or it shares memory with what is "
+                    "trained: train it too, or give it memory of its own"
+                )
+    return PreflightReport(**result, seconds=time.perf_counter() - started)
+
+
+class _Preflight:
+    """The checks; each raises UserError with what is wrong and how to mend it."""
+
+    def __init__(self, model: nn.Module, tried: Trial) -> None:
+        self.model, self.trial = model, tried
+        self.places = {name: place_of(model, name) for name in tried.trained}
+        self.before = tried.loss()
+
+    def run(self) -> dict[str, Any]:
+        if not math.isfinite(self.before):
+            raise UserError(why_nonfinite(self.model, self.trial, self.before))
+        if not self.trial.reaches_parameters():
+            names = list(self.trial.trained)
+            self._check_missing(dict.fromkeys(names), names)
+            raise UserError(why_no_gradient(self.model, names[0], len(names) - 1, None))
+        gradients = self._checked(self.trial.gradients())
+        missing = [name for name, gradient in gradients.items() if _largest(gradient) == 0]
+        if len(missing) == len(gradients) and abs(self.before) <= rounding(self.model, 0.0)[0]:
+            return self._report(self.before, gradients, [])  # all is learned to the last bit
+        after = self.before
+        if len(missing) < len(gradients):
+            given = _without(gradients, missing)
+            noise, ratio = check_slopes(self.trial, self.before, given, self._kind)
+            after = descend(self.trial, self.before, given, noise, ratio)
+        if missing and len(missing) < len(gradients):
+            gradients, missing = self._after_the_step(gradients, missing)
+        if missing:
+            self._check_missing(gradients, missing)
+        return self._report(after, gradients, missing)
+
+    def _report(self, after: float, gradients: Gradients, missing: list[str]) -> dict[str, Any]:
+        norms: dict[str, float] = {}
+        for name, gradient in gradients.items():
+            group = self._group(name)
+            norms[group] = math.hypot(norms.get(group, 0.0), _norm(gradient))
+        return {
+            "loss_before": self.before,
+            "loss_after": after,
+            "parameters": len(gradients),
+            "unreached": len(missing),
+            "gradient_norms": norms,
+        }
+
+    def _checked(self, gradients: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
+        """The gradients, all of them finite."""
+        bad = [name for name, g in gradients.items() if not math.isfinite(_largest(g))]
+        if bad:
+            raise UserError(why_nonfinite_gradient(self.model, bad))
+        return gradients
+
+    def _after_the_step(
+        self, gradients: Gradients, missing: list[str]
+    ) -> tuple[dict[str, Tensor | None], list[str]]:
+        """The gradients, those `missing` from where the trial step led (A's, once B is not 0), and
+        which are still missing."""
+        later = self._checked(self.trial.gradients())
+        still = [name for name in missing if _largest(later[name]) == 0]
+        if len(still) < len(missing):
+            self.trial.stay()
+            found = {name: later[name] for name in missing}
+            here = self.trial.loss()
+            check_slopes(self.trial, here, _without(found, still), self._kind)
+        return {**gradients, **{name: later[name] for name in missing}}, still
+
+    def _kind(self, name: str) -> object:
+        """What parameters of other layers have in common with this one."""
+        place = self.places[name]
+        return place.adapter or "", place.kind, place.layer.rpartition(".")[2]
+
+    def _group(self, name: str) -> str:
+        place = self.places[name]
+        adapters = {other.adapter for other in self.places.values()} - {None}
+        several = place.adapter is not None and len(adapters) > 1
+        return f"{place.adapter}.{place.kind}" if several else place.kind
+
+    def _check_missing(self, gradients: Gradients, missing: list[str]) -> None:
+        """Raises UserError if the loss depends on a parameter without a gradient, if PEFT leaves
+        it out, or if none of an adapter's parameters has a gradient."""
+        self.trial.reset()
+        own, again = self.trial.loss(), self.trial.loss()
+        tolerance = 10 * abs(own - again)
+
+        def matters(layers: list[list[str]]) -> bool:
+            self.trial.shake([name for names in layers for name in names])
+            return not abs(self.trial.loss() - own) <= tolerance  # also where it is not finite
+
+        layers = self._together(missing, lambda place: (place.layer, place.adapter))
+        if matters(layers):
+            while len(layers) > 1:
+                half = len(layers) // 2
+                layers = layers[:half] if matters(layers[:half]) else layers[half:]
+            name = layers[0][0]
+            self.trial.reset()
+            raise UserError(why_no_gradient(self.model, name, len(missing) - 1, gradients[name]))
+        self.trial.reset()
+        if (problem := why_out_of_use(self.model, missing)) is not None:
+            raise UserError(problem)
+        groups = self._together(gradients, lambda place: place.adapter)
+        idle = [members for members in groups if set(members) <= set(missing)]
+        if (problem := why_idle(self.model, self.trial, layers, idle)) is not None:
+            raise UserError(problem)
+
+    def _together(self, names: Iterable[str], key: Callable[[Place], object]) -> list[list[str]]:
+        """The names by what `key` makes of their places."""
+        found: dict[object, list[str]] = {}
+        for name in names:
+            found.setdefault(key(self.places[name]), []).append(name)
+        return list(found.values())
+
+
+def _largest(gradient: Tensor | None) -> float:
+    if gradient is None or gradient.numel() == 0:
+        return 0.0
+    return float(torch.linalg.vector_norm(gradient, math.inf))
+
+
+def _without(gradients: Gradients, missing: list[str]) -> dict[str, Tensor]:
+    return {n: g for n, g in gradients.items() if g is not None and n not in missing}
+
+
+def _norm(gradient: Tensor | None) -> float:
+    if gradient is None:
+        return 0.0
+    return float(torch.linalg.vector_norm(gradient, dtype=torch.float64))
+
+
+def _frozen(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The frozen parameters, but for those that are the same memory as a trained one."""
+    named = list(model.named_parameters())
+    tied = {id(p) for group in groups_of_memory(named) for _, p in group}
+    return {
+        name: p
+        for name, p in named
+        if not p.requires_grad and id(p) not in tied and p.device.type != "meta"
+    }
+
+
+@torch.no_grad()
+def _checksum(parameter: nn.Parameter) -> int:
+    """The sum of its bits as numbers, of 64 bits where they lie so, which is fastest."""
+    words = parameter.detach()
+    narrow = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    try:
+        words = words.view(torch.int64)
+    except RuntimeError:
+        words = words.view(narrow[words.dtype.itemsize])
+    return int(words.sum(dtype=torch.int64))

@@ -1,0 +1,260 @@
+"""Are the gradients those of the loss? Told from rounding, curvature and a choice of scale.
+
+The loss's change along a gradient, by a central difference, is compared with what the gradient
+says. One such probe moves all tensors together, each by as much as takes an equal share c off the
+loss to first order: where one tensor's gradient is wrong, the loss misses c or more of it. c is
+made large against rounding, and the tensors probed in groups where one probe cannot hold so many.
+A group that misses something is halved until one tensor is left. What is wrong there has to be
+wrong in steps of several lengths.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lora_engine.errors import UserError
+from lora_engine.training.preflight.descent import rounding
+from lora_engine.training.preflight.trial import PARTS, Trial, unit_of
+
+# Of a tensor's share to rounding; probes are split up to reach it, to so many at most.
+_SHARP = 16.0
+_MOST_PROBES = 6
+# A probe takes this share off the loss at most; the next of several lengths is a quarter of it.
+_FALL = 0.04
+_SHORTER = 0.25
+_LENGTHS = 5
+# A tensor moves by this share of its values at most (root mean squares; of _USUAL if smaller).
+_REACH = 0.2
+_USUAL = 0.02
+# Changes count from this many times the rounding on.
+_VISIBLE = 10.0
+# What a probe may find, of what the gradient says, …
+_LEAST, _MOST = 0.3, 3.0
+# … and what a gradient may be of the loss's own, if it points the right way: optimisers like Adam
+# do not mind, and people scale by parameter.
+_SCALE = 1000.0
+
+
+@dataclass(frozen=True)
+class _Probe:
+    """How far the loss falls in a step on, and rises in one back: asked for, expected to first
+    order of the values as they are rounded, and actual, half of the difference.
+
+    bend: what both changes have in common.
+    """
+
+    asked: float
+    expected: float
+    actual: float
+    bend: float
+
+    @property
+    def ratio(self) -> float:
+        return self.actual / self.expected if self.expected else math.inf
+
+    @property
+    def missing(self) -> float:
+        return self.expected - self.actual
+
+    @property
+    def is_right(self) -> bool:
+        return _LEAST <= self.ratio <= _MOST
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether the steps are too short for the values' number format."""
+        return self.expected < self.asked / 2
+
+
+def check_slopes(
+    trial: Trial, here: float, gradients: Mapping[str, Tensor], together: Callable[[str], object]
+) -> tuple[float, float]:
+    """Raises UserError where a gradient is not the loss's where the trial stays.
+
+    here: the loss there. gradients: without those that are zero. together: of a parameter's name;
+    those with the same are probed together. Returns what rounding comes to in the
+    loss, and its slope over what the gradients say where they are of another scale.
+    """
+    slopes = _Slopes(trial, here, gradients)
+    slopes.check(sorted(gradients, key=lambda name: str(together(name))))
+    return slopes.noise, slopes.ratio
+
+
+class _Slopes:
+    def __init__(self, trial: Trial, here: float, gradients: Mapping[str, Tensor]) -> None:
+        self.trial, self.here, self.gradients = trial, here, gradients
+        self.slope: dict[str, float] = {}
+        self.reach: dict[str, float] = {}
+        for name, gradient in gradients.items():
+            unit, largest = unit_of(gradient)
+            size = _norm(unit)
+            values = _norm(trial.trained[name]) / math.sqrt(unit.numel())
+            self.slope[name] = largest * size**2
+            self.reach[name] = _REACH * max(values, _USUAL) * math.sqrt(unit.numel()) / size
+        self.ratio = 1.0
+        self.most, self.usual = rounding(trial.model, here)
+        self.noise = self._noise()
+        self.fall = max(_FALL * abs(here), 4 * _VISIBLE * self.noise)
+
+    def check(self, names: Sequence[str]) -> None:
+        wanted = _SHARP * self.noise * len(names)
+        probes = min(math.ceil(wanted / self.fall), _MOST_PROBES, len(names))
+        size = math.ceil(len(names) / probes)
+        for start in range(0, len(names), size):
+            self._check_group(names[start : start + size])
+
+    def _check_group(self, names: Sequence[str]) -> None:
+        probe = self._probe_together(names)
+        if not probe.is_right and self._is_visible(probe):
+            self.ratio = 1 / self._judge(names)
+        elif len(names) > 1 and self._misses(names, probe):
+            # What is wrong in a gradient grows like the step, unlike what the loss bends, or jumps
+            # by where tokens come to be routed to other experts.
+            twice = self._probe_together(names, 2.0)
+            if 1.4 < twice.missing / probe.missing < 3:
+                self._look_into(names)
+
+    def _look_into(self, names: Sequence[str]) -> None:
+        """Halve a group that misses something until one tensor is left that does."""
+        while len(names) > 1:
+            half = len(names) // 2
+            for part in (names[:half], names[half:]):
+                if self._misses(part, self._probe_together(part)):
+                    names = part
+                    break
+            else:
+                return
+        self._judge(names)
+
+    def _probe_together(self, names: Sequence[str], scale: float = 1.0) -> _Probe:
+        return self._probe(names, self._fall_of(names), scale)
+
+    def _fall_of(self, names: Sequence[str]) -> float:
+        return min(self.fall, _SHARP * self.noise * len(names))
+
+    def _misses(self, names: Sequence[str], probe: _Probe) -> bool:
+        """Whether the loss misses half a tensor's share, or more."""
+        share = self._fall_of(names) / len(names)
+        return not abs(probe.missing) <= max(share / 2, 4 * self.noise)
+
+    def _is_visible(self, probe: _Probe) -> bool:
+        return max(probe.asked, abs(probe.actual)) > _VISIBLE * self.noise
+
+    def _judge(self, names: Sequence[str]) -> float:
+        """The gradients' scale: 1, or another that people choose.
+
+        Raises UserError if what the gradients of `names` say is not so in steps of any length that
+        can be told from rounding.
+        """
+        seen = []
+        for shorter in _shorter():
+            probe = self._probe(names, self.fall, shorter)
+            if shorter == 1 and probe.is_lost:
+                return self._other_scale(names, probe)
+            if not math.isfinite(probe.actual) or not self._is_visible(probe):
+                continue
+            if probe.is_right:
+                return 1.0
+            seen.append(probe)
+        ratios = [p.ratio for p in seen if p.ratio < _LEAST and self._is_straight(p)]
+        if len(ratios) >= 2 and _agree(ratios):
+            return self._other_scale(names, seen[0])
+        # A slope that is there, and not in the gradient: it stays the same in shorter steps.
+        ratios = [p.ratio for p in seen[-2:]]
+        if len(ratios) == 2 and min(p.ratio for p in seen) > _MOST and _agree(ratios):
+            return self._other_scale(names, seen[-1])
+        return 1.0
+
+    def _is_straight(self, probe: _Probe) -> bool:
+        """Whether the gradient says more than can be rounding, and the loss is not bent more."""
+        return probe.expected > 3 * self.most and abs(probe.bend) < 0.5 * probe.expected
+
+    def _other_scale(self, names: Sequence[str], probe: _Probe) -> float:
+        scale = self._scale(names)
+        if scale is None and probe.ratio > _MOST:
+            return 1.0  # there is a slope besides the gradient's: of jumps, say
+        if scale is None or not 1 / _SCALE < scale < _SCALE:
+            raise UserError(self._problem(names, probe, scale))
+        return scale
+
+    def _scale(self, names: Sequence[str]) -> float | None:
+        """The gradients over the loss's own, if they point where those do: their parts, of every
+        eighth element, then have to be multiples of the loss's own alike."""
+        shorter = 1.0
+        for _ in range(20):  # to where the change can be seen and is not large
+            probe = self._probe(names, math.inf, shorter)
+            if self._is_visible(probe) and abs(probe.actual) <= self.fall:
+                break
+            shorter *= _SHORTER
+        parts = [self._probe(names, math.inf, shorter, part) for part in range(PARTS)]
+        ratios = [part.ratio for part in parts if part.expected > 0]
+        visible = all(abs(part.actual) > 2 * self.noise for part in parts)
+        if not visible or not ratios or min(ratios) <= 0 or max(ratios) > 4 * min(ratios):
+            return None
+        return sum(part.expected for part in parts) / sum(part.actual for part in parts)
+
+    def _probe(
+        self, names: Sequence[str], fall: float, scale: float = 1.0, part: int | None = None
+    ) -> _Probe:
+        share = fall / len(names)
+        lengths = {name: scale * min(share / self.slope[name], self.reach[name]) for name in names}
+        sides = []
+        for sign in (1, -1):
+            steps = {name: sign * length for name, length in lengths.items()}
+            change = self.trial.move(self.gradients, steps, part=part)
+            sides.append((change, self.trial.loss() - self.here))
+        (said_on, on), (said_back, back) = sides
+        asked = sum(length * self.slope[name] for name, length in lengths.items())
+        return _Probe(asked, (said_back - said_on) / 2, (back - on) / 2, (on + back) / 2)
+
+    def _noise(self) -> float:
+        """How far the loss moves by rounding alone, in steps too short to show."""
+        lengths = {name: 1e-6 * reach for name, reach in self.reach.items()}
+        found = []
+        for sign in (1, -1):
+            self.trial.move(self.gradients, {n: sign * x for n, x in lengths.items()})
+            found.append(abs(self.trial.loss() - self.here))
+        return max(self.usual / 3, *found)
+
+    def _problem(self, names: Sequence[str], probe: _Probe, scale: float | None) -> str:
+        after = self.here - probe.actual
+        if scale is not None:
+            times = (
+                f"{scale:.0e} times too large" if scale > 1 else f"{1 / scale:.0e} times too small"
+            )
+            return (
+                f"preflight: {_of(names)} {times} for the loss; look for a scale of the loss that "
+                "is not divided out again, or hooks on gradients"
+            )
+        if len(names) > 1 and probe.actual == probe.bend == 0:
+            return (
+                f"preflight: the loss stays {self.here:.6g} whatever the trained parameters are: "
+                "the forward pass computes with other values; look for cached, merged or exported "
+                "weights"
+            )
+        return (
+            f"preflight: the loss does not fall on a repeated batch: {self.here:.6g} before, "
+            f"{after:.6g} after a step that should take {probe.expected:.2g} off it; "
+            f"{_of(names)} wrong: look for a backward pass, or hooks on gradients, of your own"
+        )
+
+
+def _agree(ratios: Sequence[float]) -> bool:
+    return max(ratios) - min(ratios) < 0.3 * (1 + max(map(abs, ratios)))
+
+
+def _of(names: Sequence[str]) -> str:
+    if len(names) == 1:
+        return f"the gradient of {names[0]} is"
+    return f"its gradients ({names[0]} and {len(names) - 1:,} more) are"
+
+
+def _shorter() -> Iterator[float]:
+    return (_SHORTER**power for power in range(_LENGTHS))
+
+
+def _norm(values: Tensor) -> float:
+    return float(torch.linalg.vector_norm(values.detach(), dtype=torch.float64))

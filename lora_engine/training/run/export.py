@@ -1,0 +1,76 @@
+"""The trained model as files that other libraries read.
+
+A PeftModel becomes its adapter:
+
+    adapter_config.json          names the base by its hub id, or by its file's or folder's name
+    adapter_model.safetensors    in PEFT's format
+    tokenizer.json, tokenizer_config.json, chat_template.jinja    what the run used
+    README.md                    the model card: base (with the SHA-256 of its files), how to load
+                                 it, data, settings, figures
+
+Adapters with names of their own (all but `default`) have such a folder each. Another model becomes
+all its weights, config.json, and the same tokenizer and card.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from lora_engine.models.load.origin import Base, base_of
+from lora_engine.models.load.transformers_files import quiet_transformers
+from lora_engine.models.peft.routing import active_adapters
+from lora_engine.training.run.atomic import new_folder
+from lora_engine.training.run.card import CardFacts, adapter_card, index_card, model_card
+
+
+def export_model(model: Any, tokenizer: Any, target: Path, facts: CardFacts) -> None:
+    """Write `model` into the folder `target`, replacing it.
+
+    tokenizer: None leaves it out. The parameters must own their storage
+    (`FlatParameters.release`).
+    """
+    from peft import PeftModel
+
+    base = base_of(model)
+    with new_folder(target) as folder, quiet_transformers():
+        model.save_pretrained(folder)
+        if isinstance(model, PeftModel):
+            _complete_adapters(model, tokenizer, folder, base, facts)
+        else:
+            _save_tokenizer(tokenizer, folder)
+            card = model_card(base, facts, tokenizer=tokenizer is not None)
+            _write(folder / "README.md", card)
+
+
+def _complete_adapters(
+    model: Any, tokenizer: Any, folder: Path, base: Base, facts: CardFacts
+) -> None:
+    """What PEFT leaves out of its folders, or writes for this machine alone."""
+    active = active_adapters(model)
+    for name, peft_config in model.peft_config.items():
+        own = folder if name == "default" else folder / name
+        _name_base(own / "adapter_config.json", base)
+        _save_tokenizer(tokenizer, own)
+        beside = [other for other in active if other != name]
+        card = adapter_card(
+            base, facts, peft_config, name=name, beside=beside, tokenizer=tokenizer is not None
+        )
+        _write(own / "README.md", card)
+    if "default" not in model.peft_config:
+        _write(folder / "README.md", index_card(base, list(model.peft_config)))
+
+
+def _name_base(path: Path, base: Base) -> None:
+    values = json.loads(path.read_text(encoding="utf-8"))
+    values["base_model_name_or_path"] = base.name or None
+    values["revision"] = base.revision
+    _write(path, json.dumps(values, indent=2, sort_keys=True) + "\n")
+
+
+def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")

@@ -1,0 +1,202 @@
+"""The run's folder, and what of a run a checkpoint holds."""
+
+import errno
+import logging
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_engine.errors import UserError
+from lora_engine.files import naming
+from lora_engine.training import random_state
+from lora_engine.training.metrics import Written
+from lora_engine.training.optimizer.flat import FlatParameters
+from lora_engine.training.optimizer.optimizer import FlatAdamW
+from lora_engine.training.run.atomic import remove_folder, remove_leftovers
+from lora_engine.training.run.checkpoint import CheckpointStore
+from lora_engine.training.run.identity import Identity, check_identity
+from lora_engine.training.run.lock import locked
+from lora_engine.training.run.manifest import MANIFEST, Manifest
+from lora_engine.training.state import TrainState
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a checkpoint says besides weights and moments. of_run: as given to `save`."""
+
+    state: TrainState
+    metrics: Written
+    of_run: dict[str, Any]
+
+
+class RunFolder:
+    """output_dir: metrics.jsonl, checkpoints/ and adapter/, and what else `reserve` names.
+
+    Nothing is ever replaced or deleted but what a run wrote.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.metrics = path / "metrics.jsonl"
+        self.adapter = path / "adapter"
+        self.checkpoints = CheckpointStore(path / "checkpoints")
+        self._names = [self.metrics.name]
+
+    def locked(self) -> AbstractContextManager[None]:
+        """Keeps other runs out; see `lock.locked`."""
+        return locked(self.path)
+
+    def reserve(self, *names: str) -> None:
+        """Further files of the run, which their writers write; a new run begins without them."""
+        self._names += names
+
+    def holds_run(self) -> bool:
+        """Whether a run has begun here, however far it came."""
+        return self._manifest().exists or self.is_used()
+
+    def is_used(self, resume: bool = False) -> bool:
+        """Whether a run left something here that is worth keeping.
+
+        resume: what a run leaves that ended before its first checkpoint is not.
+        """
+        metrics = os.path.isfile(self.metrics) and self.metrics.stat().st_size > 0
+        return self.checkpoints.any() or self.adapter.exists() or (metrics and not resume)
+
+    def check_foreign(self) -> None:
+        """Raises UserError if a new run would replace files that no run wrote."""
+        with naming(self.path):
+            self.checkpoints.check_removable()
+            manifest = self._manifest()
+            manifest.check_files(self._names)
+            manifest.check_adapter()
+
+    def check(self, identity: Identity, *, resume: bool, overwrite: bool) -> int | None:
+        """Step of the checkpoint to go on from, or None for a new run; touches nothing.
+
+        Raises UserError if the folder holds another run, or a run that is neither to be resumed
+        nor overwritten, or if the run would replace files that no run wrote.
+        """
+        with naming(self.path):
+            if self.path.exists() and not self.path.is_dir():
+                raise UserError(f"{self.path}: is a file, output_dir must be a folder")
+            self.checkpoints.check_removable()
+            step = self.checkpoints.newest_sound() if resume else None
+            if step is not None:
+                folder = self.checkpoints.path(step)
+                check_identity(folder, self._content(step)["of_run"]["identity"], identity)
+                self._manifest().check_adapter()
+                return step
+            if self.is_used(resume) and not overwrite:
+                raise UserError(
+                    f"{self.path} already holds a run{', but no checkpoint' if resume else ''}: "
+                    f"{'' if resume else 'resume it, '}choose another output_dir, or set "
+                    "overwrite to discard it"
+                )
+            self.check_foreign()
+            if resume:
+                begun = "ended before its first checkpoint" if self.holds_run() else "is not there"
+                logger.warning(
+                    "%s: the run to resume %s; starting from the beginning", self.path, begun
+                )
+            return None
+
+    def begin(self, step: int | None) -> None:
+        """Make room for a new run, or for one that goes on from a checkpoint, as `check` said."""
+        with naming(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.checkpoints.remove_leftovers()
+            names = (self.adapter.name, MANIFEST, *self._names)
+            remove_leftovers(self.path, "|".join(map(re.escape, names)))
+            manifest = self._manifest()
+            if step is None:
+                # In this order a kill in between never leaves checkpoints without their metrics.
+                if self.adapter.exists():
+                    remove_folder(self.adapter)
+                self.checkpoints.clear()
+                for name in reversed(self._names):
+                    (self.path / name).unlink(missing_ok=True)
+            manifest.add_files(self._names)
+
+    def save(
+        self,
+        flat: FlatParameters,
+        optimizer: FlatAdamW,
+        state: TrainState,
+        metrics: Written,
+        of_run: Mapping[str, Any],
+    ) -> Path:
+        """Write a checkpoint of everything that decides how the run goes on.
+
+        of_run: what it says of the run as a whole: "identity", "length" and "rounding".
+        """
+        if not self.path.is_dir():
+            gone = "the folder is gone, it was removed during the run"
+            raise FileNotFoundError(errno.ENOENT, gone, str(self.path))
+        random_tensors, random_rest = random_state.capture()
+        tensors = {
+            "weights": flat.named_copies(flat.data),
+            **optimizer.tensors(),
+            "random": random_tensors,
+        }
+        content = {
+            "of_run": of_run,
+            "train": state.to_json(),
+            "updates": optimizer.updates,
+            "random": random_rest,
+            "metrics": metrics,
+        }
+        return self.checkpoints.save(state.step, tensors, content)
+
+    def load(self, step: int, flat: FlatParameters, optimizer: FlatAdamW) -> Loaded:
+        """Bring back what `save` wrote, random state included."""
+        content, folder = self._content(step), self.checkpoints.path(step)
+        try:
+            flat.load_named(flat.data, self.checkpoints.tensors(step, "weights"))
+            optimizer.load(lambda stem: self.checkpoints.tensors(step, stem))
+        except UserError as error:
+            raise UserError(f"{folder}: {error}") from error
+        flat.publish()
+        optimizer.updates = content["updates"]
+        random_state.restore(self.checkpoints.tensors(step, "random"), content["random"])
+        state = TrainState.from_json(content["train"])
+        if state.best_step is not None and (problem := self.checkpoints.problem(state.best_step)):
+            logger.warning(
+                "%s: it was the best so far (step %d); looking for a new best",
+                problem,
+                state.best_step,
+            )
+            state.best = state.best_step = None
+        return Loaded(state, Written(*content["metrics"]), content["of_run"])
+
+    def load_weights(self, step: int, flat: FlatParameters) -> None:
+        """Bring back the weights of a checkpoint. Raises UserError if it is damaged."""
+        if problem := self.checkpoints.problem(step):
+            raise UserError(f"{problem}: resume to end with other weights, or set final_weights")
+        flat.load_named(flat.data, self.checkpoints.tensors(step, "weights"))
+        flat.publish()
+
+    @contextmanager
+    def writing_adapter(self) -> Iterator[None]:
+        """Within, the adapter's folder is written, or replaced."""
+        with naming(self.adapter):
+            manifest = self._manifest()
+            manifest.adapter_begins()
+            try:
+                yield
+            except BaseException:
+                with suppress(OSError):
+                    manifest.adapter_ends()
+                raise
+            manifest.adapter_ends()
+
+    def _content(self, step: int) -> dict[str, Any]:
+        return self.checkpoints.state(step)
+
+    def _manifest(self) -> Manifest:
+        return Manifest(self.path, self.adapter)

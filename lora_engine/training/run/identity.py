@@ -1,0 +1,192 @@
+"""What decides a run's weights, as JSON values: what a checkpoint and its continuation share.
+
+Left out is what only changes how numbers are rounded (the device, the kernels); it is told of,
+and the run goes on.
+"""
+
+import json
+import logging
+from collections.abc import Mapping
+from typing import Any, cast
+
+from lora_engine.errors import UserError
+from lora_engine.models.peft.routing import active_adapters
+from lora_engine.training.run.fingerprint import json_sha256, tensors_sha256, tokenizer_sha256
+
+logger = logging.getLogger(__name__)
+
+Identity = dict[str, dict[str, Any]]
+
+_HASH = "sha256:"  # before values that a message should not show
+_SHOWN = 3
+_LONGEST_VALUE = 80
+
+# How a message calls what has changed.
+_HASHED = {
+    "weights": "other model weights",
+    "vocabulary": "another vocabulary of the tokenizer",
+    "chat template": "another chat template",
+    "training data": "other training data",
+    "held-out data": "other held-out data",
+}
+
+# Of the model's and PEFT's configurations: what moves, and what no gradient depends on.
+_NOT_COMPARED = frozenset(
+    {
+        "architectures",
+        "auto_mapping",
+        "base_model_name_or_path",
+        "dtype",  # compared as the parameters have it
+        "inference_mode",
+        "output_attentions",
+        "output_hidden_states",
+        "peft_version",
+        "return_dict",
+        "revision",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+    }
+)
+
+
+def run_identity(
+    model: Any,
+    tokenizer: Any,
+    settings: Mapping[str, Any],
+    data: Mapping[str, str | None],
+    origin: Mapping[str, Any] | None,
+) -> Identity:
+    """The identity of a run that trains `model`.
+
+    settings: of the training. data: hashes, by what they are of. origin: what the model was made
+    from, by name; without its "weights", the fingerprint of the model before adapters and
+    training, the parameters that are not trained are taken.
+    """
+    if origin is None or "weights" not in origin:
+        frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+        origin = {**(origin or {}), "weights": _weights_sha256(model, frozen)}
+    identity: Identity = {
+        "settings": dict(settings),
+        **_adapters(model),
+        "model": {
+            "dtype": _dtypes(model),
+            **origin,
+            "weights": _HASH + origin["weights"],
+            "_name": getattr(model.config, "_name_or_path", ""),
+        },
+        "model's config": _compared(model.config.to_dict()),
+        "tokenizer": {
+            "vocabulary": _vocabulary(tokenizer),
+            "chat template": _hashed(getattr(tokenizer, "chat_template", None)),
+        },
+        "data": {what: sha256 and _HASH + sha256 for what, sha256 in data.items()},
+    }
+    text = json.dumps(identity, default=_as_json)
+    return cast(Identity, json.loads(text, parse_constant=str))
+
+
+def model_weights_sha256(model: Any) -> str:
+    """The fingerprint of all of a model's weights, before adapters and training."""
+    return _weights_sha256(model, {name for name, _ in model.named_parameters()})
+
+
+def check_identity(where: Any, saved: Mapping[str, Any], ours: Identity) -> None:
+    """Raises UserError that names what differs if a checkpoint, at `where`, is of another run."""
+    changes = [f"{section}, now without" for section in saved if section not in ours]
+    changes += [f"no {section}, now with one" for section in ours if section not in saved]
+    for section in ours:
+        if section in saved:
+            changes += _changes(section, saved[section], ours[section])
+    if changes:
+        shown = "; ".join(changes[:_SHOWN])
+        more = f"; and {len(changes) - _SHOWN} more" if len(changes) > _SHOWN else ""
+        raise UserError(
+            f"{where}: made with {shown}{more}: change it back to continue, or choose another "
+            "output_dir"
+        )
+
+
+def tell_rounding(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Log what differs of that which changes nothing but how numbers are rounded."""
+    changed = [
+        f"{name}={before.get(name)}, now {name}={now[name]}"
+        for name in now
+        if before.get(name) != now[name]
+    ]
+    if changed:
+        logger.warning("the same run, but for rounding: made with %s", "; ".join(changed))
+
+
+def _changes(section: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    # Other versions of the libraries have more fields, or fewer.
+    names = before.keys() & now.keys() if _is_library(section) else before.keys() | now.keys()
+    place = "" if section == "settings" else f" ({section})"
+    changes = []
+    for name in sorted(names):
+        values = [before.get(name), now.get(name)]
+        if values[0] == values[1] or name.startswith("_"):
+            continue
+        if name == "weights" and before.get("dtype") != now.get("dtype"):
+            continue  # they are hashed as they are held: the dtype is what differs
+        if any(str(value).startswith(_HASH) for value in values):
+            models = [f"{side['_name']}" for side in (before, now) if side.get("_name")]
+            changes.append(_HASHED[name] + (f" ({', now '.join(models)})" if models else ""))
+        else:
+            changes.append(f"{name}={_short(values[0])}, now {name}={_short(values[1])}{place}")
+    return changes
+
+
+def _is_library(section: str) -> bool:
+    return section == "model's config" or section.startswith("adapter ")
+
+
+def _adapters(model: Any) -> Identity:
+    configs = getattr(model, "peft_config", {})
+    return {f"adapter {n}": _compared(configs[n].to_dict()) for n in active_adapters(model)}
+
+
+def _compared(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: value
+        for name, value in config.items()
+        if name not in _NOT_COMPARED and not name.startswith("_")
+    }
+
+
+def _weights_sha256(model: Any, parameters: set[str]) -> str:
+    """Of these parameters and of the buffers that belong to a model's files."""
+    saved = model.state_dict().keys()
+    buffers = [(name, b) for name, b in model.named_buffers() if name in saved]
+    chosen = [
+        (name.replace(".base_layer.", "."), p)  # with or without an adapter around it
+        for name, p in model.named_parameters()
+        if name in parameters
+    ]
+    return tensors_sha256([*buffers, *chosen])
+
+
+def _vocabulary(tokenizer: Any) -> str | None:
+    return _HASH + tokenizer_sha256(tokenizer) if hasattr(tokenizer, "get_vocab") else None
+
+
+def _dtypes(model: Any) -> str:
+    """The number formats of the floating-point parameters: "bfloat16, float32"."""
+    dtypes = {str(p.dtype).removeprefix("torch.") for p in model.parameters()}
+    return ", ".join(sorted(dtypes))
+
+
+def _hashed(value: Any) -> str | None:
+    return None if value is None else _HASH + json_sha256(value)
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= _LONGEST_VALUE else text[: _LONGEST_VALUE - 1] + "…"
+
+
+def _as_json(value: Any) -> Any:
+    """What JSON does not know, such as PEFT's sets of names and the types of its adapters."""
+    if isinstance(value, (set, frozenset)):
+        return sorted(value, key=str)
+    return str(value)

@@ -1,0 +1,82 @@
+"""Logits of a training step: not made unless they are read, and then the model's own."""
+
+from typing import Any
+
+import pytest
+import torch
+
+import lora_engine
+from lora_engine.errors import UserError
+from lora_engine.models.attach.lazy_logits import LazyLogits
+from lora_engine.testing import error, tiny_llama, with_lora
+
+
+def given() -> dict[str, torch.Tensor]:
+    ids = torch.randint(0, 97, (2, 9), generator=torch.Generator().manual_seed(0))
+    return {"input_ids": ids, "labels": ids.clone()}
+
+
+def accelerated(**config: Any) -> Any:
+    model = with_lora(tiny_llama(), **config)
+    lora_engine.accelerate(model)
+    return model
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda output: output.logits,
+        lambda output: output["logits"],
+        lambda output: output.get("logits"),
+        lambda output: output[1],
+        lambda output: output[:2][1],
+        lambda output: output.to_tuple()[1],
+        lambda output: type(output)(dict(output.items())).logits,  # as accelerate converts results
+    ],
+    ids=["attribute", "key", "get", "place", "slice", "tuple", "copy"],
+)
+def test_however_they_are_read_they_are_the_models_own(read: Any) -> None:
+    model = with_lora(tiny_llama())
+    expected = model(**given()).logits
+    lora_engine.accelerate(model)
+    assert torch.allclose(read(model(**given())), expected, atol=1e-5)
+
+
+def test_reading_the_loss_does_not_make_them() -> None:
+    output = accelerated()(**given())
+    assert output.loss is output[0] is output["loss"]
+    assert list(output) == ["loss", "logits"]
+    assert isinstance(dict(output.items())["logits"], LazyLogits)
+    assert output.logits is output.logits
+
+
+def test_a_loss_made_of_them_has_the_models_own_gradients() -> None:
+    def gradients(model: Any) -> tuple[torch.Tensor, ...]:
+        output = model(**given())
+        loss = output.loss + output.logits.log_softmax(-1).square().mean()
+        return torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])
+
+    model = with_lora(tiny_llama(), target_modules=["q_proj", "lm_head"])
+    expected = gradients(model)
+    lora_engine.accelerate(model)
+    for ours, theirs in zip(gradients(model), expected, strict=True):
+        assert error(ours, theirs, floor=1e-6) < 1e-4
+
+
+def test_a_frozen_head_makes_them_after_the_backward_pass_too() -> None:
+    model = accelerated()
+    expected = model(**given()).logits
+    output = model(**given())
+    output.loss.backward()
+    assert torch.equal(output.logits, expected)
+
+
+def test_a_trained_head_does_not_make_them_once_it_may_have_been_written() -> None:
+    model = accelerated(target_modules=["lm_head"])
+    early, late = model(**given()), model(**given())
+    assert early.logits.shape == (2, 9, 97)
+    early.loss.backward()
+    late.loss.backward()
+    assert early.logits.shape == (2, 9, 97)
+    with pytest.raises(UserError, match="read them before"):
+        late.logits  # noqa: B018

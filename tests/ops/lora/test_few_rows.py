@@ -1,0 +1,194 @@
+"""Products of few rows without gradients: which are taken so, and that they are right."""
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from lora_engine import backends, ops, reference
+from lora_engine.ops.layer.blocks import Branch, PreNorm
+from lora_engine.ops.layer.mlp_block import mlp_block
+from lora_engine.ops.lora import few_rows
+from lora_engine.testing import error
+
+pytestmark = pytest.mark.skipif(
+    not backends.extension_available(), reason="the C++ kernels cannot run here"
+)
+
+ROWS = (1, 2, 7, 8, 9, 16)
+# K and the linears' N: whole vectors, less than one, and some with a part left over.
+SIZES = ((64, (48,)), (3, (1,)), (65, (49, 17)), (33, (2, 4, 5)), (128, (96, 1)))
+TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}
+
+
+def factors(
+    n: int, k: int, rank: int, dtype: torch.dtype = torch.float32, number: int = 0
+) -> ops.LoraFactors:
+    lora_a, lora_b = torch.randn(rank, k) * k**-0.5, torch.randn(n, rank)
+    return ops.LoraFactors(lora_a.to(dtype), lora_b.to(dtype), 0.37, adapter=number)
+
+
+def weight_of(
+    k: int,
+    outs: tuple[int, ...],
+    dtype: torch.dtype,
+    adapters: list[ops.LoraFactors | list[ops.LoraFactors] | None],
+    *,
+    bias: bool = False,
+) -> ops.AugmentedWeight:
+    weights = [torch.randn(n, k).to(dtype) for n in outs]
+    biases = [torch.randn(n).to(dtype) for n in outs] if bias else None
+    return ops.AugmentedWeight(weights, adapters, biases)
+
+
+def expected(x: Tensor, weight: ops.AugmentedWeight) -> Tensor:
+    """In float64, from the factors as they are."""
+    parts = []
+    for i, bias in enumerate(weight.biases):
+        y = x.double() @ weight.weight(i).double().t()
+        for f in (b.factors for b in weight.adapters.blocks if b.linear == i):
+            y += f.scaling * (x.double() @ f.lora_a.double().t()) @ f.lora_b.double().t()
+        parts.append(y if bias is None else y + bias.double())
+    return torch.cat(parts, -1)
+
+
+def taken(x: Tensor, weight: ops.AugmentedWeight) -> Tensor:
+    """The outputs side by side, from the kernel of few rows."""
+    with torch.no_grad():
+        assert few_rows.suits(x, weight)
+        return torch.cat(ops.lora_linear(x, weight), -1)
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+def test_every_size(dtype: torch.dtype) -> None:
+    for rows, (k, outs) in itertools.product(ROWS, SIZES):
+        torch.manual_seed(rows)
+        weight = weight_of(k, outs, dtype, [factors(n, k, 5 + n % 3) for n in outs])
+        x = torch.randn(rows, k).to(dtype)
+        assert error(taken(x, weight), expected(x, weight)) < TOLERANCES[dtype], (rows, k, outs)
+
+
+@pytest.mark.parametrize("factor_dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+def test_factors_of_any_dtype(dtype: torch.dtype, factor_dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    weight = weight_of(40, (24, 8), dtype, [factors(n, 40, 4, factor_dtype) for n in (24, 8)])
+    x = torch.randn(8, 40).to(dtype)
+    assert error(taken(x, weight), expected(x, weight)) < TOLERANCES[dtype]
+
+
+def test_none_one_and_several_adapters() -> None:
+    torch.manual_seed(0)
+    several = [factors(8, 40, 3), factors(8, 40, 17, number=1)]
+    weight = weight_of(40, (24, 8, 8), torch.float32, [None, several, factors(8, 40, 4)], bias=True)
+    x = torch.randn(2, 3, 40)
+    assert error(taken(x, weight), expected(x, weight)) < 1e-5
+
+
+def test_strided_inputs_and_factors() -> None:
+    torch.manual_seed(0)
+    wide = torch.randn(8, 3, 80)
+    lora = ops.LoraFactors(torch.randn(4, 60)[:, :40], torch.randn(24, 9)[:, 2:6], 0.5)
+    weight = weight_of(40, (24,), torch.float32, [lora])
+    for x in (wide[..., 40:], wide[:, 1, ::2], wide[:2, :, :40].transpose(0, 1)):
+        if x.numel() // 40 <= 16:
+            assert error(taken(x, weight), expected(x, weight)) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_row_does_not_depend_on_others(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    weight = weight_of(65, (49, 17), dtype, [factors(49, 65, 6), None])
+    x = torch.randn(16, 65).to(dtype)
+    whole = taken(x, weight)
+    for rows in range(1, 16):
+        assert torch.equal(taken(x[:rows], weight), whole[:rows])
+
+
+def test_what_stands_beside_operands_is_not_read() -> None:
+    torch.manual_seed(0)
+    around = torch.full((3, 30), torch.nan)
+    around[:, :20] = torch.randn(3, 20)
+    weight = weight_of(20, (9,), torch.float32, [factors(9, 20, 3)])
+    weight.buffer[:, 20:] = torch.nan
+    weight.buffer[9:] = torch.nan
+    assert torch.isfinite(taken(around[:, :20], weight)).all()
+
+
+def test_written_factors_are_seen_at_once() -> None:
+    torch.manual_seed(0)
+    lora = factors(24, 40, 4)
+    weight, x = weight_of(40, (24,), torch.float32, [lora]), torch.randn(1, 40)
+    before = taken(x, weight)
+    lora.lora_b.data.mul_(2)
+    assert error(taken(x, weight), expected(x, weight)) < 1e-5
+    assert not torch.equal(taken(x, weight), before)
+
+
+def test_others_are_left_to_the_augmented_product() -> None:
+    weight = weight_of(40, (24,), torch.float32, [factors(24, 40, 4)])
+    one = torch.randn(1, 40)
+    assert not few_rows.suits(one, weight)  # gradients may be asked for
+    with torch.no_grad():
+        assert few_rows.suits(torch.randn(16, 40), weight)
+        assert not few_rows.suits(torch.randn(17, 40), weight)
+        assert not few_rows.suits(torch.randn(0, 40), weight)
+        assert not few_rows.suits(one, weight, impl="reference")
+        pair = factors(24, 40, 4)
+        dora = ops.LoraFactors(pair.lora_a, pair.lora_b, 0.5, torch.ones(24))
+        biased = ops.LoraFactors(pair.lora_a, pair.lora_b, 0.5, bias=torch.ones(24))
+        columns = ops.LoraFactors(torch.randn(40, 4).t(), pair.lora_b, 0.5)
+        mixed = ops.LoraFactors(pair.lora_a, pair.lora_b.bfloat16(), 0.5)
+        for other in (dora, biased, columns, mixed):
+            assert not few_rows.suits(one, weight_of(40, (24,), torch.float32, [other]))
+            y = ops.lora_linear(one, weight_of(40, (24,), torch.float32, [other]))
+            assert torch.isfinite(y[0]).all()
+
+
+def test_factors_given_another_shape_are_refused() -> None:
+    lora = factors(24, 40, 4)
+    weight = weight_of(40, (24,), torch.float32, [lora])
+    lora.lora_a.data = torch.randn(3, 40)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="size"):
+        ops.lora_linear(torch.randn(1, 40), weight)
+
+
+def test_dropout_drops() -> None:
+    weight = weight_of(40, (24,), torch.float32, [factors(24, 40, 4)])
+    x, dropout = torch.randn(2, 40), reference.Dropout(0.5, 7)
+    with torch.no_grad():
+        kept, dropped = ops.lora_linear(x, weight), ops.lora_linear(x, weight, dropout=dropout)
+    assert error(kept[0], dropped[0]) > 1e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [1, 16])
+def test_mlp_block(dtype: torch.dtype, rows: int) -> None:
+    torch.manual_seed(0)
+    gate_up = weight_of(40, (56, 56), dtype, [factors(56, 40, 4), factors(56, 40, 4)])
+    down = weight_of(56, (40,), dtype, [factors(40, 56, 4)])
+    norm, branch = PreNorm(torch.rand(40).to(dtype), 1e-5), Branch(gate_up, down)
+    x = torch.randn(rows, 1, 40).to(dtype)
+    with torch.no_grad():
+        ours = mlp_block(x, norm, branch)
+    theirs = mlp_block(x, norm, branch)
+    assert ours.shape == x.shape
+    assert error(ours, theirs.detach()) < TOLERANCES[dtype]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_linear(bias: bool) -> None:
+    torch.manual_seed(0)
+    module = torch.nn.Linear(40, 1000, bias=bias)
+    x = torch.randn(3, 5, 40)[:, -1:]
+    with torch.no_grad():
+        ours = ops.linear_few_rows(x, module.weight, module.bias)
+        assert ours is not None and error(ours, module(x)) < 1e-5
+        assert ops.linear_few_rows(torch.randn(5, 41), module.weight, module.bias) is None
+        assert ops.linear_few_rows(torch.randn(17, 40), module.weight, module.bias) is None
+        assert ops.linear_few_rows(x.bfloat16(), module.weight, module.bias) is None
+        with torch.autocast("cpu", torch.bfloat16):
+            assert ops.linear_few_rows(x, module.weight, module.bias) is None
+    assert ops.linear_few_rows(x, module.weight, module.bias) is None
