@@ -34,7 +34,7 @@ from lora_engine.training.stream import BatchStream, fingerprint
 
 logger = logging.getLogger(__name__)
 
-PREFLIGHT_TOKENS = 1024
+PREFLIGHT_TOKENS = 512
 
 
 class Trainer:

@@ -77,6 +77,8 @@ def why_no_gradient(model: Any, name: str, more: int, gradient: Tensor | None) -
     """What to say of a parameter on which the loss depends, and its gradient None or zero."""
     what = "no gradient" if gradient is None else "a gradient of zero"
     reason = _why_out_of_use(model, place_of(model, name))
+    if reason is None and not model.get_parameter(name).requires_grad:
+        reason = "the forward pass sets its requires_grad to False"
     if reason is None:
         reason = _why_disconnected(model) if gradient is None else _why_zero(model, name)
     return f"preflight: {name}{_and_more(more)} gets {what}, so that it learns nothing; {reason}"

@@ -35,8 +35,8 @@ def rounding(model: nn.Module, loss: float) -> tuple[float, float]:
 def descend(trial: Trial, before: float, gradients: Gradients, noise: float, ratio: float) -> float:
     """The loss after a step against the gradients that makes it fall, where the trial is left.
 
-    before: the loss at the own values. It is returned where no step shows: all is learned already;
-    the trial is left a step of _FIRST further then. noise: what rounding comes to in the loss.
+    before: the loss at the own values. Where no step shows, all is learned already: the loss is
+    then that after a step of _FIRST. noise: what rounding comes to in the loss.
     ratio: the loss's slope over what the gradients say.
     gradients: without those that are zero. Steps go against the signs first, as Adam's first one
     does, then against the gradients.
@@ -59,8 +59,7 @@ def descend(trial: Trial, before: float, gradients: Gradients, noise: float, rat
                     return before + change
             fall *= _SHORTER
     trial.move(gradients, dict.fromkeys(gradients, _FIRST), by_sign=True)
-    trial.loss()
-    return before
+    return trial.loss()
 
 
 def _slope(unit: Tensor, largest: float, by_sign: bool) -> float:

@@ -62,29 +62,36 @@ class PreflightReport:
         return f"{loss}; gradients (norm {norm:.3g}) reach {reached}; {self.seconds:.1f} s"
 
 
-def preflight(model: nn.Module, batch: Any) -> PreflightReport:
+def preflight(
+    model: nn.Module, batch: Any, *, loss: Callable[[Any, Any], Tensor] | None = None
+) -> PreflightReport:
     """Try one training step of `model` on `batch`, and put everything back.
 
     model: a transformers model, plain, with PEFT adapters, or accelerated.
     batch: what the model takes, with labels, as a mapping of tensors on any device; or a
         PackedBatch.
+    loss: called as loss(model, batch), in place of the model's own: a scalar or one loss an
+        example, of which the mean is tried. The batch is given to it as it is, of any kind.
 
     The model is tried in training mode, with the dropout of one draw. On return, and after any
     exception, its values, gradients, modes and buffers and all random generators are bit for bit
-    as before. It costs up to two training steps, and memory for what is trained twice over.
+    as before, but for frozen parameters that the forward pass itself
+    writes into. It costs two backward passes, about eight forward passes where all is right, and
+    memory for what is trained three times over.
 
     Raises UserError, of one line, where the run would learn nothing or not what it should: where
     nothing is trained or supervised; a trained parameter has no gradient though the loss depends
-    on it; loss or gradients are not finite; an adapter changes nothing in the output; the loss does
-    not fall along its gradient; or a frozen parameter changes.
+    on it; loss or gradients are not finite; an adapter changes nothing in the output; a gradient is
+    not the loss's own; or a frozen parameter changes.
     """
     started = time.perf_counter()
     check_trained(model)
-    batch = on_device(model, batch)
-    check_batch(model, batch)
+    if loss is None:
+        batch = on_device(model, batch)
+        check_batch(model, batch)
     frozen = _frozen(model)
     sums = {name: _checksum(p) for name, p in frozen.items()}
-    with trial(model, batch) as tried:
+    with trial(model, batch, loss) as tried:
         result = _Preflight(model, tried).run()
         for name, parameter in frozen.items():
             if _checksum(parameter) != sums[name]:
@@ -115,16 +122,17 @@ class _Preflight:
         missing = [name for name, gradient in gradients.items() if _largest(gradient) == 0]
         if len(missing) == len(gradients) and abs(self.before) <= rounding(self.model, 0.0)[0]:
             return self._report(self.before, gradients, [])  # all is learned to the last bit
-        after = self.before
+        after, noise = self.before, 0.0
         if len(missing) < len(gradients):
             given = _without(gradients, missing)
             noise, ratio = check_slopes(self.trial, self.before, given, self._kind)
             after = descend(self.trial, self.before, given, noise, ratio)
         if missing and len(missing) < len(gradients):
-            gradients, missing = self._after_the_step(gradients, missing)
+            gradients, missing = self._after_the_step(gradients, missing, after, noise)
         if missing:
             self._check_missing(gradients, missing)
-        return self._report(after, gradients, missing)
+        falls = after < self.before - 3 * noise
+        return self._report(after if falls else self.before, gradients, missing)
 
     def _report(self, after: float, gradients: Gradients, missing: list[str]) -> dict[str, Any]:
         norms: dict[str, float] = {}
@@ -147,7 +155,7 @@ class _Preflight:
         return gradients
 
     def _after_the_step(
-        self, gradients: Gradients, missing: list[str]
+        self, gradients: Gradients, missing: list[str], here: float, noise: float
     ) -> tuple[dict[str, Tensor | None], list[str]]:
         """The gradients, those `missing` from where the trial step led (A's, once B is not 0), and
         which are still missing."""
@@ -156,8 +164,7 @@ class _Preflight:
         if len(still) < len(missing):
             self.trial.stay()
             found = {name: later[name] for name in missing}
-            here = self.trial.loss()
-            check_slopes(self.trial, here, _without(found, still), self._kind)
+            check_slopes(self.trial, here, _without(found, still), self._kind, noise)
         return {**gradients, **{name: later[name] for name in missing}}, still
 
     def _kind(self, name: str) -> object:
@@ -187,7 +194,7 @@ class _Preflight:
             while len(layers) > 1:
                 half = len(layers) // 2
                 layers = layers[:half] if matters(layers[:half]) else layers[half:]
-            name = layers[0][0]
+            name = min(layers[0], key=lambda name: gradients[name] is not None)
             self.trial.reset()
             raise UserError(why_no_gradient(self.model, name, len(missing) - 1, gradients[name]))
         self.trial.reset()

@@ -70,21 +70,28 @@ class _Probe:
 
 
 def check_slopes(
-    trial: Trial, here: float, gradients: Mapping[str, Tensor], together: Callable[[str], object]
+    trial: Trial,
+    here: float,
+    gradients: Mapping[str, Tensor],
+    together: Callable[[str], object],
+    noise: float | None = None,
 ) -> tuple[float, float]:
     """Raises UserError where a gradient is not the loss's where the trial stays.
 
     here: the loss there. gradients: without those that are zero. together: of a parameter's name;
-    those with the same are probed together. Returns what rounding comes to in the
-    loss, and its slope over what the gradients say where they are of another scale.
+    those with the same are probed together. noise: what rounding comes to in the loss, measured
+    if None. Returns that, and the loss's slope over what the gradients say where they are of
+    another scale.
     """
-    slopes = _Slopes(trial, here, gradients)
+    slopes = _Slopes(trial, here, gradients, noise)
     slopes.check(sorted(gradients, key=lambda name: str(together(name))))
     return slopes.noise, slopes.ratio
 
 
 class _Slopes:
-    def __init__(self, trial: Trial, here: float, gradients: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self, trial: Trial, here: float, gradients: Mapping[str, Tensor], noise: float | None
+    ) -> None:
         self.trial, self.here, self.gradients = trial, here, gradients
         self.slope: dict[str, float] = {}
         self.reach: dict[str, float] = {}
@@ -96,8 +103,8 @@ class _Slopes:
             self.reach[name] = _REACH * max(values, _USUAL) * math.sqrt(unit.numel()) / size
         self.ratio = 1.0
         self.most, self.usual = rounding(trial.model, here)
-        self.noise = self._noise()
-        self.fall = max(_FALL * abs(here), 4 * _VISIBLE * self.noise)
+        self.noise = self._noise() if noise is None else noise
+        self.fall = max(_FALL * abs(here), 32 * _VISIBLE * self.noise)
 
     def check(self, names: Sequence[str]) -> None:
         wanted = _SHARP * self.noise * len(names)

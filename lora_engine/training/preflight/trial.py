@@ -1,7 +1,8 @@
 """Loss and gradients of one batch at values of the trained parameters that are put back later."""
 
+import inspect
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,15 +11,19 @@ from torch import Tensor, nn
 
 from lora_engine.data.batch import PackedBatch
 from lora_engine.errors import UserError
+from lora_engine.models.head import transformers_model
 from lora_engine.training import random_state
 from lora_engine.training.objective import adapters_of, supervised_loss
 
 Gradients = Mapping[str, Tensor | None]
+Loss = Callable[[Any, Any], Tensor]
 
 # As torch.amp.GradScaler begins: small gradients of float16 are zero without.
 _LOSS_SCALES = (2.0**16, 2.0**12, 2.0**8, 2.0**4, 1.0)
 # `Trial.move` can move every eighth element alone.
 PARTS = 8
+# Integers in a buffer that may be counts; more are packed weights, which do not change.
+_SMALL = 65_536
 _PLAIN = (bool, int, float, str, type(None))
 
 
@@ -28,9 +33,10 @@ class Trial:
     trained: the parameters that require gradients, by name.
     """
 
-    def __init__(self, model: nn.Module, batch: Any) -> None:
+    def __init__(self, model: nn.Module, batch: Any, loss: Loss | None = None) -> None:
         self.model = model
         self.batch = batch
+        self._loss_of = _mean_loss if loss is None else _mean_of(loss)
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._values = {name: p.detach().clone() for name, p in self.trained.items()}
         self._base = self._values
@@ -44,7 +50,7 @@ class Trial:
         self._loss = None  # frees what the pass before has saved
         random_state.restore(*self._draws)
         torch.clear_autocast_cache()  # within autocast, of the parameters as they were
-        self._loss = _mean_loss(self.model, self.batch)
+        self._loss = self._loss_of(self.model, self.batch)
         return self._loss.item()
 
     def reaches_parameters(self) -> bool:
@@ -134,14 +140,14 @@ class Trial:
 
 
 @contextmanager
-def trial(model: nn.Module, batch: Any) -> Iterator[Trial]:
+def trial(model: nn.Module, batch: Any, loss: Loss | None = None) -> Iterator[Trial]:
     """A Trial of the model; everything is put back as it was on leaving, by an exception too.
 
     That is: values, gradients and gradient hooks of the trained parameters, buffers, the modes and
     plain attributes of the modules, and the generators of torch, numpy and Python.
     """
     with _kept_random_state(), _kept_modules(model), torch.inference_mode(False):
-        made = Trial(model, batch)
+        made = Trial(model, batch, loss)
         routed = adapters_of(model, batch) if isinstance(batch, PackedBatch) else None
         with torch.enable_grad(), _kept_gradients(made.trained):
             model.train()
@@ -190,14 +196,36 @@ def on_device(model: nn.Module, batch: Any) -> Any:
 def _mean_loss(model: Any, batch: Any) -> Tensor:
     if isinstance(batch, PackedBatch):
         return supervised_loss(model, batch).loss / batch.num_targets
+    taken = inspect.signature(transformers_model(model).forward).parameters
+    some = any(p.kind == inspect.Parameter.VAR_KEYWORD for p in taken.values())
+    if not some and (unknown := [name for name in batch if name not in taken]):
+        raise UserError(
+            f"preflight: {type(model).__name__} takes no {', '.join(unknown)}; leave it out of the "
+            "batch, or give preflight the loss as a function, loss=f(model, batch)"
+        )
     output = model(**batch)
     loss = output[0] if isinstance(output, tuple) else getattr(output, "loss", None)
     if not isinstance(loss, Tensor) or (isinstance(output, tuple) and loss.dim() > 1):
         keys = ", ".join(map(str, batch))
         raise UserError(
-            f"preflight: the model returns no loss for the batch of {keys}; give it labels"
+            f"preflight: the model returns no loss for the batch of {keys}; give it labels, or "
+            "preflight the loss as a function, loss=f(model, batch)"
         )
     return loss.mean()
+
+
+def _mean_of(loss: Loss) -> Loss:
+    def mean(model: Any, batch: Any) -> Tensor:
+        found = loss(model, batch)
+        if not isinstance(found, Tensor) or not found.is_floating_point() or not found.numel():
+            kind = f"{found.dtype} {list(found.shape)}" if isinstance(found, Tensor) else found
+            raise UserError(
+                f"preflight: the loss function returned {kind!r:.60}; let it return a tensor of "
+                "floating-point numbers, a scalar or one an example"
+            )
+        return found.mean()
+
+    return mean
 
 
 def unit_of(gradient: Tensor | None) -> tuple[Tensor, float]:
@@ -258,15 +286,17 @@ def _kept_gradients(trained: Mapping[str, nn.Parameter]) -> Iterator[None]:
 
 @contextmanager
 def _kept_modules(model: nn.Module) -> Iterator[None]:
-    """Modes, plain attributes and buffers, of which packed weights are not copied."""
+    """Modes, plain attributes, buffers, of which packed weights are not copied, and which
+    parameters require gradients."""
     modules = list(model.modules())
     plain = [_plain(module) for module in modules]
+    required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     buffers = [dict(module._buffers) for module in modules]
     values = [
         (buffer, buffer.clone())
         for own in buffers
         for buffer in own.values()
-        if buffer is not None and (buffer.is_floating_point() or buffer.numel() == 1)
+        if buffer is not None and (buffer.is_floating_point() or buffer.numel() <= _SMALL)
     ]
     try:
         yield
@@ -277,6 +307,8 @@ def _kept_modules(model: nn.Module) -> Iterator[None]:
             vars(module).update(before)
             module._buffers.clear()
             module._buffers.update(own)
+        for parameter, wanted in required:
+            parameter.requires_grad_(wanted)
         with torch.no_grad():
             for buffer, value in values:
                 if not torch.equal(buffer, value):

@@ -27,6 +27,7 @@ from training_helpers import (
     tiny_lora,
     trainable,
 )
+from transformers import OlmoeConfig, OlmoeForCausalLM
 
 from lora_engine import UserError, accelerate, preflight
 from lora_engine.data.dataset import TokenizedDataset
@@ -102,8 +103,13 @@ class Norm(nn.BatchNorm1d):
 
     calls = 0
 
+    def __init__(self, size):
+        super().__init__(size)
+        self.register_buffer("counts", torch.zeros(3, dtype=torch.long))
+
     def forward(self, x):
         self.calls += 1
+        self.counts += 1
         return super().forward(x.flatten(0, 1)).view_as(x)
 
 
@@ -145,7 +151,9 @@ def stop_in_pass(model, number, error):
 
 
 @pytest.mark.parametrize("fast", [False, True], ids=["plain", "accelerated"])
-@pytest.mark.parametrize("end", ["passes", "fails", "interrupted", "interrupted late"])
+@pytest.mark.parametrize(
+    "end", ["passes", "fails", "fails late", "interrupted", "interrupted late"]
+)
 def test_the_model_is_left_as_it_was(end, fast):
     model = restless_model()
     if fast:
@@ -153,11 +161,15 @@ def test_the_model_is_left_as_it_was(end, fast):
     batch = rows()
     if end == "fails":
         layer(model).mlp.register_forward_hook(lambda module, args, output: output.detach())
+    elif end == "fails late":
+        layer(model).mlp.up_proj.lora_A["default"].weight.register_hook(torch.neg)
     elif end != "passes":
-        stop_in_pass(model, 1 if end == "interrupted" else 2, KeyboardInterrupt())
+        stop_in_pass(model, 1 if end == "interrupted" else 7, KeyboardInterrupt())
     before, gradients = everything(model), [p.grad for p in model.parameters()]
     tensors = {key: value.clone() for key, value in batch.items()}
-    error = {"passes": None, "fails": UserError}.get(end, KeyboardInterrupt)
+    error = {"passes": None, "fails": UserError, "fails late": UserError}.get(
+        end, KeyboardInterrupt
+    )
     if error is None:
         assert preflight(model, batch).loss_after > 0
     else:
@@ -215,6 +227,61 @@ def test_what_is_learned_already_passes(learned, dtype):
     report = preflight(copy.deepcopy(model).to(dtype), batch)
     assert report.loss_after <= report.loss_before
     assert (report.loss_before < 0.01) == (kind == "learned")
+
+
+def preference(model, batch):
+    """−log σ(chosen − rejected), each the log-probability of its rows' tokens."""
+    logits = model(**batch).logits[:, :-1].log_softmax(-1)
+    taken = logits.gather(-1, batch["input_ids"][:, 1:, None]).sum((1, 2))
+    chosen, rejected = taken.chunk(2)
+    return -nn.functional.logsigmoid(0.1 * (chosen - rejected))
+
+
+@pytest.mark.parametrize("fast", [False, True], ids=["plain", "accelerated"])
+def test_a_loss_of_the_users_own(fast):
+    model = accelerated(tiny_lora()) if fast else tiny_lora()
+    batch = {key: value for key, value in rows(4).items() if key != "labels"}
+    report = preflight(model, batch, loss=preference)
+    expected = preference(model, batch).mean().item()
+    assert report.loss_before == pytest.approx(expected, rel=1e-5)
+    assert report.loss_after < 0.99 * report.loss_before
+    layer(model).mlp.up_proj.lora_B["default"].weight.register_hook(torch.neg)
+    with pytest.raises(UserError, match=r"up_proj\.lora_B\.default\.weight is wrong"):
+        preflight(model, batch, loss=preference)
+    with pytest.raises(UserError, match="the loss function returned"):
+        preflight(model, batch, loss=lambda model, batch: 1.0)
+
+
+def test_a_loss_that_is_zero_where_it_begins_falls():
+    """As GRPO's, whose advantages sum to zero."""
+    advantages = torch.tensor([1.0, -1.0, 0.5, -0.5])[:, None]
+    batch = {key: value for key, value in rows(4).items() if key != "labels"}
+
+    def taken(model, batch):
+        logits = model(**batch).logits[:, :-1].log_softmax(-1)
+        return logits.gather(-1, batch["input_ids"][:, 1:, None])[..., 0]
+
+    def loss(model, batch):
+        return -(taken(model, batch) - old).exp() * advantages
+
+    model = tiny_lora()
+    old = taken(model, batch).detach()
+    report = preflight(model, batch, loss=loss)
+    assert report.loss_after < -5e-5 < report.loss_before < 1e-6
+    layer(model).mlp.up_proj.lora_B["default"].weight.register_hook(torch.neg)
+    with pytest.raises(UserError, match=r"up_proj\.lora_B\.default\.weight is wrong"):
+        preflight(model, batch, loss=loss)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_routed_experts_pass(dtype, seed):
+    """Which experts a token is routed to jumps, and the loss with it, where routers move."""
+    sizes = {"hidden_size": 32, "intermediate_size": 16, "moe_intermediate_size": 16}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
+    config = OlmoeConfig(vocab_size=61, num_experts=8, num_experts_per_tok=2, **sizes, **heads)
+    torch.manual_seed(seed)
+    preflight(OlmoeForCausalLM(config).to(dtype), rows(3, 16))
 
 
 def test_a_loss_of_zero_passes():

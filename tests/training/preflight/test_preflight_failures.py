@@ -161,7 +161,33 @@ def frozen_changes(model):
     return model, rows()
 
 
+def frozen_in_the_forward(model):
+    weight = layer(model).mlp.up_proj.lora_B["default"].weight
+
+    def freeze(module, args):
+        weight.requires_grad_(False)
+
+    layer(model).mlp.register_forward_pre_hook(freeze)
+    return model, rows()
+
+
+def takes_no_labels(model):
+    model = nn.Sequential(nn.Linear(4, 4))
+    return model, {"input": torch.ones(2, 4), "labels": torch.ones(2, 4)}
+
+
+def gives_only_logits(model):
+    class Head(nn.Linear):
+        def forward(self, input):
+            return (super().forward(input),)
+
+    return Head(4, 4), {"input": torch.ones(2, 4)}
+
+
 WRONG = {
+    frozen_in_the_forward: ("up_proj.lora_B.default.weight", "sets its requires_grad to False"),
+    takes_no_labels: ("Sequential takes no labels", "loss=f(model, batch)"),
+    gives_only_logits: ("returns no loss for the batch of input", "loss=f(model, batch)"),
     without_training: ("no trainable parameters", "is_trainable=True"),
     disabled: ("no trainable parameters", "its adapters are disabled", "enable_adapter_layers()"),
     merged: ("(and 27 more)", "merged into the base weight", "unmerge_adapter()"),
@@ -188,6 +214,7 @@ WRONG = {
 
 def check_failure(model, batch, *words):
     before = trainable(model)
+    flags = [p.requires_grad for p in model.parameters()]
     with pytest.raises(UserError) as caught:
         preflight(model, batch)
     line = str(caught.value)
@@ -195,6 +222,7 @@ def check_failure(model, batch, *words):
     for word in words:
         assert word in line
     assert_same_bits(trainable(model), before)
+    assert [p.requires_grad for p in model.parameters()] == flags
 
 
 @pytest.mark.parametrize("case", WRONG, ids=lambda case: case.__name__)
