@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lora_engine.data.batch import PackedBatch
 from lora_engine.errors import UserError
-from lora_engine.models.head import transformers_model
+from lora_engine.models.attach.head import transformers_model
 from lora_engine.training import random_state
 from lora_engine.training.objective import adapters_of, supervised_loss
 
