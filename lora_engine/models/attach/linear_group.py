@@ -97,7 +97,9 @@ class LinearGroup:
 
     def dropout(self) -> reference.Dropout | None:
         """The dropout of the next call, with a seed drawn from torch's generator; None for none."""
-        p = max((lora_state.dropout_now(module) for module in self._adapted), default=0.0)
+        p = 0.0
+        for module in self._adapted:
+            p = max(p, lora_state.dropout_now(module))
         if p == 0.0:
             return None
         return reference.Dropout(p, int(torch.randint(2**62, ()).item()))

@@ -77,13 +77,26 @@ def adapter_state(module: Any) -> tuple[Any, ...]:
     """What decides which of a LoRA layer's adapters run, and how."""
     running = _running(module)
     state = [module.disable_adapters, bool(module.merged), _dropout_of(module, running)]
+    # Read past nn.Module's __getattr__, as every product asks this of up to three layers.
+    parts: dict[str, Any] = vars(module)["_modules"]
+    lora_a, lora_b = vars(parts["lora_A"])["_modules"], vars(parts["lora_B"])["_modules"]
     for name in running:
         scaling, magnitude = module.scaling[name], _magnitude(module, name)
-        lora_b, bias = _lora_b(module, name)
-        tensors = (module.lora_A[name].weight, lora_b, bias, magnitude)
-        state += [name, id(scaling) if isinstance(scaling, torch.Tensor) else scaling]
-        state += map(id, tensors)
+        state += [
+            name,
+            id(scaling) if isinstance(scaling, torch.Tensor) else scaling,
+            id(_tensor(lora_a[name], "weight")),
+            id(_tensor(lora_b[name], "weight")),
+            id(_tensor(lora_b[name], "bias")),
+            id(magnitude),
+        ]
     return tuple(state)
+
+
+def _tensor(layer: Any, name: str) -> Any:
+    """The layer's tensor of this name, a parameter or what stands for one."""
+    parameters: dict[str, Any] = vars(layer)["_parameters"]
+    return parameters[name] if name in parameters else getattr(layer, name)
 
 
 def room(modules: Sequence[nn.Module]) -> int:
@@ -182,7 +195,8 @@ def _magnitude(module: Any, name: str) -> torch.Tensor | None:
 
 
 def _active(module: Any) -> list[str]:
-    return [name for name in module.active_adapters if name in module.lora_A]
+    known = vars(vars(module)["_modules"]["lora_A"])["_modules"]
+    return [name for name in module.active_adapters if name in known]
 
 
 def _running(module: Any) -> list[str]:
@@ -191,5 +205,10 @@ def _running(module: Any) -> list[str]:
 
 
 def _dropout_of(module: Any, names: Sequence[str]) -> float:
-    layers = [module.lora_dropout[name] for name in names]
-    return max([0.0, *(getattr(layer, "p", 0.0) for layer in layers if layer.training)])
+    layers = vars(vars(module)["_modules"]["lora_dropout"])["_modules"]
+    found = 0.0
+    for name in names:
+        own = vars(layers[name])
+        if own["training"] and own.get("p", 0.0) > found:
+            found = own["p"]
+    return found

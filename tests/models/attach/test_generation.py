@@ -1,5 +1,6 @@
 """Generation with a cache: token for token, and logit for logit, what the model does without."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -8,6 +9,8 @@ import torch
 import transformers
 
 import lora_engine
+from lora_engine import ops
+from lora_engine.backends.cpu import few_rows
 from lora_engine.testing import tiny_llama, with_lora
 
 SMALL = {
@@ -160,3 +163,31 @@ def test_behind_padding_on_the_right_as_without() -> None:
     lora_engine.accelerate(model)
     for ours, theirs in zip(model.generate(ids, **given).scores, expected, strict=True):
         assert torch.allclose(ours, theirs, atol=1e-4)
+
+
+def test_a_token_reads_weights_and_adapters_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = with_lora(transformers.AutoModelForCausalLM.from_config(MODELS["llama"]())).eval()
+    lora_engine.accelerate(model)
+    calls: list[int] = []
+    run = few_rows.lora_linear_few_rows
+    monkeypatch.setattr(
+        few_rows, "lora_linear_few_rows", lambda x, *rest: (calls.append(len(x)), run(x, *rest))[1]
+    )
+    given = prompts("none")
+    with torch.no_grad():
+        cache = model(**given, use_cache=True).past_key_values
+        again = copy.deepcopy(cache)
+        calls.clear()
+        monkeypatch.setattr(ops.AugmentedWeight, "fill", lambda self: pytest.fail("W̃ is filled"))
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.data.mul_(3)
+        token = given["input_ids"][:, :1]
+        found = model(token, past_key_values=cache, use_cache=True).logits
+    assert calls == [3] * (4 * 2 + 1)  # four groups of each layer, and the head
+    monkeypatch.undo()
+    lora_engine.restore(model)
+    with torch.no_grad():
+        expected = model(token, past_key_values=again).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
