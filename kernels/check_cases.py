@@ -202,7 +202,7 @@ def lora_linear(dtype: torch.dtype) -> Iterator[Call]:
     """A group of three linears, aligned and not, with few ranks and many, masked and not."""
     from lora_engine.backends.triton import lora_linear as lora
 
-    from lora_engine.reference import Dropout
+    from lora_engine.values import Dropout
 
     dropout = Dropout(0.1, 2**40 + 5)
     for r, pad, rows in ((16, 0, ROWS), (16, 0, 512), (64, 0, 512), (3, 1, ROWS), (256, 0, ROWS)):

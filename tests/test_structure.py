@@ -14,8 +14,9 @@ PACKAGE = Path(lora_engine.__file__).parent
 # The layers from the bottom up: a module imports from its own layer and from the lines before.
 # A part of a package may have a layer of its own; the longest name counts.
 LAYERS: list[set[str]] = [
-    {"errors", "openmp", "text"},
+    {"errors", "openmp", "text", "values"},
     {"files"},
+    {"quantization"},
     {"reference"},
     {"backends"},
     {"backends.cpu", "backends.cuda", "backends.triton"},
@@ -68,6 +69,16 @@ def test_imports_go_one_way(path: Path) -> None:
     assert place is not None, f"{module_name(path)} has no place in LAYERS; give it one"
     above = {name for name in imported_names(path) if (place_of(name) or 0) > place}
     assert not above
+
+
+def test_only_operations_call_the_reference() -> None:
+    """Others ask an operation, with impl="reference" where they want its arithmetic."""
+    callers = {
+        module_name(path).split(".")[0]
+        for path in FILES
+        if any(name.split(".")[0] == "reference" for name in imported_names(path))
+    }
+    assert callers == {"ops", "reference"}
 
 
 def run_python(code: str) -> str:

@@ -1,7 +1,7 @@
 // The 8-bit dynamic codes of block-wise quantisation (arXiv:2110.02861), by arithmetic: seven
 // decades, each cut into twice as many equal parts as the one below. All by arithmetic, which
 // vectorises; a GPU fills tables with what the codes mean. The same by a table, as the reference:
-// lora_engine/reference/dynamic_code.py.
+// lora_engine/quantization/dynamic_code.py.
 #pragma once
 
 #include <cstdint>

@@ -14,7 +14,7 @@ from lora_engine.backends.triton.adamw import adamw_step, clipped_scale
 from torch import Tensor
 
 from lora_engine.backends.contracts import AdamWHyper
-from lora_engine.reference import dynamic_code
+from lora_engine.quantization import dynamic_code
 
 QUANT_BLOCK = dynamic_code.BLOCK
 

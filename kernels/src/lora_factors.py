@@ -24,7 +24,7 @@ from lora_engine.backends.triton.lora_tiles import (
 from lora_engine.backends.triton.philox import keep_mask, signed_words
 from torch import Tensor
 
-from lora_engine.reference.dropout import Dropout
+from lora_engine.values import Dropout
 
 # float32 products take no tf32 short cut. They run on the ordinary arithmetic units.
 PRECISION = "ieee"

@@ -18,7 +18,7 @@ from lora_engine.backends.triton.philox import keep_mask, signed_words
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from lora_engine.reference.dropout import Dropout
+from lora_engine.values import Dropout
 
 __all__ = ["lora_a_bwd", "lora_a_fwd", "lora_b_bwd", "lora_linear_dx", "lora_linear_fwd"]
 

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from lora_engine.reference.dropout import WORD, Dropout
+from lora_engine.values import Dropout
 
 
 @triton.jit
@@ -36,6 +36,6 @@ def signed_words(dropout: Dropout | None) -> tuple[int, int, int]:
     """The seed's low and high word and the threshold as int32: one kernel for every value."""
     if dropout is None:
         return 0, 0, 0
-    words = dropout.seed & WORD, dropout.seed >> 32, dropout.threshold
+    words = *dropout.key, dropout.threshold
     low, high, threshold = (word - 2**32 if word >= 2**31 else word for word in words)
     return low, high, threshold

@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol, TypeAlias
 
 from torch import Tensor
 
-from lora_engine.reference.dropout import Dropout
+from lora_engine.values import Dropout
 
 # A linear's rows of [N, ...] and its columns of [..., R]. A group's columns ascend.
 Span: TypeAlias = tuple[slice, slice]

@@ -10,7 +10,7 @@ from lora_engine import backends, reference
 from lora_engine.backends import contracts, launchers
 from lora_engine.ops import augmented
 from lora_engine.ops.tensors import as_rows, check, shape_of
-from lora_engine.reference.glu import ACTIVATIONS
+from lora_engine.values import ACTIVATIONS
 
 
 def glu(

@@ -7,7 +7,7 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from lora_engine.reference.numeric import accumulate_dtype as accumulate_dtype
+from lora_engine.values import accumulate_dtype as accumulate_dtype
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -1,4 +1,4 @@
-"""Plain PyTorch, imports nothing else of lora_engine: what says which answer is right.
+"""Plain PyTorch, made of nothing but values: what says which answer is right.
 
 Arithmetic is float32 (float64 for float64 inputs), rounded once to the input's dtype at the end.
 Every function is differentiable by autograd.
@@ -8,7 +8,7 @@ from lora_engine.reference.adamw import adamw_, grad_norm
 from lora_engine.reference.adamw_8bit import adamw_8bit_
 from lora_engine.reference.attention import attention
 from lora_engine.reference.cross_entropy import cross_entropy
-from lora_engine.reference.dropout import Dropout, drop, dropout_mask
+from lora_engine.reference.dropout import drop, dropout_mask
 from lora_engine.reference.glu import glu
 from lora_engine.reference.layer_norm import layer_norm
 from lora_engine.reference.linear_cross_entropy import linear_cross_entropy
@@ -22,7 +22,6 @@ from lora_engine.reference.rms_norm import rms_norm
 from lora_engine.reference.rope import rope
 
 __all__ = [
-    "Dropout",
     "adamw_",
     "adamw_8bit_",
     "attention",

@@ -4,44 +4,15 @@ Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 
 and a counter into four words. Every implementation of ours gives the same mask, bit for bit.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from lora_engine.reference.numeric import upcast
+from lora_engine.values import WORD, Dropout
 
 ROUNDS = 10
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
-WORD = 0xFFFFFFFF
-
-
-@dataclass(frozen=True)
-class Dropout:
-    """The probability `p` of dropping an element, and the seed that says which are dropped.
-
-    Raises ValueError unless 0 <= p < 1 and 0 <= seed < 2^64.
-    """
-
-    p: float
-    seed: int
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.p < 1:
-            raise ValueError(f"dropout: p={self.p} is not in [0, 1)")
-        if not 0 <= self.seed < 2**64:
-            raise ValueError(f"dropout: seed={self.seed} is not in [0, 2^64)")
-
-    @property
-    def threshold(self) -> int:
-        """An element is kept if its word is at least this."""
-        return min(round(self.p * 2**32), WORD)
-
-    @property
-    def scale(self) -> float:
-        """What kept elements are multiplied by."""
-        return 1 / (1 - self.p)
 
 
 def philox(
@@ -77,7 +48,7 @@ def dropout_mask(
     c0 = torch.arange(groups, device=device).expand(rows, groups)
     c1 = torch.arange(rows, device=device)[:, None].expand(rows, groups)
     c2 = torch.full_like(c0, stream)
-    words = philox((c0, c1, c2, torch.zeros_like(c0)), (dropout.seed & WORD, dropout.seed >> 32))
+    words = philox((c0, c1, c2, torch.zeros_like(c0)), dropout.key)
     interleaved = torch.stack(words, dim=-1).reshape(rows, 4 * groups)
     return interleaved[:, :cols] >= dropout.threshold
 

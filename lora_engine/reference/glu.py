@@ -4,8 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_engine.reference.numeric import upcast
-
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
+from lora_engine.values import ACTIVATIONS
 
 
 def glu(

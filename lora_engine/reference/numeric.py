@@ -1,12 +1,8 @@
 """The type arithmetic is done in."""
 
-import torch
 from torch import Tensor
 
-
-def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float32, except for float64."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+from lora_engine.values import accumulate_dtype
 
 
 def upcast(x: Tensor) -> Tensor:

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from lora_engine.reference.numeric import accumulate_dtype, upcast
+from lora_engine.reference.numeric import upcast
+from lora_engine.values import accumulate_dtype
 
 
 def rope(

@@ -6,7 +6,8 @@ from implementations import Backend
 
 from lora_engine import backends
 from lora_engine.backends.cpu.dropout import dropout_fwd
-from lora_engine.reference.dropout import WORD, Dropout, drop, dropout_mask, philox
+from lora_engine.reference.dropout import drop, dropout_mask, philox
+from lora_engine.values import WORD, Dropout
 
 OPERATION = "lora_linear"
 

@@ -9,8 +9,9 @@ from implementations import Backend
 from oracle import TOLERANCE
 from torch import Tensor
 
-from lora_engine.reference.dropout import Dropout, drop
+from lora_engine.reference.dropout import drop
 from lora_engine.testing import assert_as_good_as
+from lora_engine.values import Dropout
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from lora_engine.backends.cpu.address import dtype_code
 from lora_engine.backends.extension import native
-from lora_engine.reference.dropout import Dropout
+from lora_engine.values import Dropout
 
 
 def dropout_fwd(

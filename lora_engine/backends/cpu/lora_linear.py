@@ -8,7 +8,7 @@ from torch import Tensor
 from lora_engine.backends.cpu.address import dtype_code, pointer
 from lora_engine.backends.cpu.dropout import dropout_fwd
 from lora_engine.backends.extension import native
-from lora_engine.reference.dropout import Dropout
+from lora_engine.values import Dropout
 
 # A linear's rows of [N, ...] and its columns of [..., R]. A group's columns ascend.
 Span = tuple[slice, slice]

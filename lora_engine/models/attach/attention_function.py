@@ -14,7 +14,7 @@ from lora_engine import ops
 from lora_engine.errors import UserError
 from lora_engine.models.attach.masks import causal_mask, dense_mask, has_holes
 from lora_engine.models.attach.sequences import SequenceFinder, of_mask
-from lora_engine.reference.numeric import accumulate_dtype
+from lora_engine.values import accumulate_dtype
 
 IMPLEMENTATION = "lora_engine"
 

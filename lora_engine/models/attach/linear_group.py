@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_engine import ops, reference
+from lora_engine import ops
 from lora_engine.errors import EngineWarning, UserError
 from lora_engine.models.attach.patches import Patches
 from lora_engine.models.peft import lora_state
@@ -95,14 +95,14 @@ class LinearGroup:
             _warn_exchanged()
         return same
 
-    def dropout(self) -> reference.Dropout | None:
+    def dropout(self) -> ops.Dropout | None:
         """The dropout of the next call, with a seed drawn from torch's generator; None for none."""
         p = 0.0
         for module in self._adapted:
             p = max(p, lora_state.dropout_now(module))
         if p == 0.0:
             return None
-        return reference.Dropout(p, int(torch.randint(2**62, ()).item()))
+        return ops.Dropout(p, int(torch.randint(2**62, ()).item()))
 
     def routes(self, x: Tensor) -> Tensor | None:
         """The adapter of each of x's rows [...], if rows are routed."""

@@ -5,10 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_engine import ops, reference
+from lora_engine import ops
 from lora_engine.models.attach.linear_group import LinearGroup, are_altered
 from lora_engine.models.peft.lora_state import hooks_everywhere
-from lora_engine.reference.glu import ACTIVATIONS
+from lora_engine.values import ACTIVATIONS
 
 
 class MlpForward:
@@ -65,6 +65,6 @@ def activation_name(activation: Any) -> str | None:
         return None
     one = torch.ones_like(x)
     for name in ACTIVATIONS:
-        if torch.allclose(y, reference.glu(x, one, activation=name), atol=1e-6):
+        if torch.allclose(y, ops.glu(x, one, activation=name, impl="reference"), atol=1e-6):
             return name
     return None

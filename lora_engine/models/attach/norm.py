@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_engine import ops, reference
-from lora_engine.ops.layer.blocks import PreNorm
+from lora_engine import ops
+from lora_engine.values import PreNorm
 
 
 class RmsNormForward:
@@ -98,7 +98,7 @@ def _rms_norm_offset(module: Any, eps: float) -> float | None:
         expected = module(probe).float()
         tolerance = 1e-5 if weight.dtype == torch.float32 else 2e-2
         for offset in (0.0, 1.0):
-            actual = reference.rms_norm(probe, weight, eps, offset=offset).float()
+            actual = ops.rms_norm(probe, weight, eps, offset=offset, impl="reference").float()
             if torch.allclose(actual, expected, rtol=tolerance, atol=tolerance):
                 return offset
     return None

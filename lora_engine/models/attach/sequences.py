@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lora_engine.reference.numeric import accumulate_dtype
+from lora_engine.values import accumulate_dtype
 
 
 class Sequences(NamedTuple):

@@ -23,8 +23,8 @@ from lora_engine.ops.cross_entropy import LossOptions, RowResults, check_targets
 from lora_engine.ops.head.head_gradients import HeadGradients, scaled
 from lora_engine.ops.head.linear_head import LinearHead
 from lora_engine.ops.head.logits_again import LogitsAgain
-from lora_engine.ops.lora.adapters import LoraFactors
 from lora_engine.ops.tensors import accumulate_dtype, check, shape_of, without_autocast
+from lora_engine.values import LoraFactors
 
 
 class LinearCrossEntropy(NamedTuple):

@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 from lora_engine.backends import launchers
 from lora_engine.ops import augmented
 from lora_engine.ops.attention import check_parents
-from lora_engine.ops.layer.blocks import Branch, Call, PreNorm, products
+from lora_engine.ops.layer.blocks import Branch, Call, products
 from lora_engine.ops.tensors import (
     accumulate_dtype,
     as_rows,
@@ -19,6 +19,7 @@ from lora_engine.ops.tensors import (
     shape_of,
     without_autocast,
 )
+from lora_engine.values import PreNorm
 
 
 @without_autocast

@@ -25,16 +25,7 @@ from lora_engine.ops.lora.linear import make_product
 from lora_engine.ops.lora.product import AugmentedProduct
 from lora_engine.ops.lora.weight import AugmentedWeight
 from lora_engine.ops.tensors import accumulate_dtype, check, empty_rows, shape_of
-from lora_engine.reference import Dropout
-
-
-@dataclass(frozen=True)
-class PreNorm:
-    """The RMSNorm before a block, or of a head: `x / rms(x) * (offset + weight)`."""
-
-    weight: Tensor  # [H] or [D]
-    eps: float
-    offset: float = 0.0
+from lora_engine.values import Dropout, PreNorm
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from torch.autograd.function import once_differentiable
 
 from lora_engine.backends import launchers
 from lora_engine.ops import augmented
-from lora_engine.ops.layer.blocks import Branch, Call, PreNorm, check_branch, products
+from lora_engine.ops.layer.blocks import Branch, Call, check_branch, products
 from lora_engine.ops.lora import few_rows
 from lora_engine.ops.tensors import (
     accumulate_dtype,
@@ -17,6 +17,7 @@ from lora_engine.ops.tensors import (
     empty_rows,
     without_autocast,
 )
+from lora_engine.values import PreNorm
 
 
 @without_autocast

@@ -9,26 +9,7 @@ import torch
 from torch import Tensor
 
 from lora_engine.ops.tensors import check, shape_of
-
-
-@dataclass(frozen=True)
-class LoraFactors:
-    """One adapter of one linear: `y += scaling * (x lora_aᵀ) lora_bᵀ`.
-
-    magnitude: DoRA's (arXiv:2402.09353): the linear's whole output before its bias is multiplied by
-        `magnitude / norm`, norm [N] being the length of each row of W + scaling B A, through which
-        no gradient goes.
-    adapter: which adapter this is, for rows that are routed by adapter.
-    bias: lora_b's: `scaling * bias` is added too.
-    """
-
-    lora_a: Tensor  # [r, K]
-    lora_b: Tensor  # [N, r]
-    scaling: float
-    magnitude: Tensor | None = None  # [N]
-    adapter: int = 0
-    bias: Tensor | None = None  # [N]
-
+from lora_engine.values import LoraFactors
 
 Adapters: TypeAlias = LoraFactors | Sequence[LoraFactors] | None
 

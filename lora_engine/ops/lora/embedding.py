@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_engine.ops.augmented import operand
-from lora_engine.ops.lora.adapters import LoraFactors
 from lora_engine.ops.tensors import check, shape_of, without_autocast
+from lora_engine.values import LoraFactors
 
 
 @without_autocast

@@ -13,6 +13,7 @@ from lora_engine.ops.lora import few_rows
 from lora_engine.ops.lora.product import AugmentedProduct
 from lora_engine.ops.lora.weight import AugmentedWeight
 from lora_engine.ops.tensors import as_rows, not_a_view, shape_of, without_autocast
+from lora_engine.values import Dropout
 
 
 @without_autocast
@@ -20,16 +21,16 @@ def lora_linear(
     x: Tensor,
     weight: AugmentedWeight,
     *,
-    dropout: reference.Dropout | None = None,
+    dropout: Dropout | None = None,
     routes: Tensor | None = None,
     impl: str | None = None,
 ) -> tuple[Tensor, ...]:
     """The outputs [..., N_i] of every linear of the group for `x` [..., K], in x's dtype.
 
     LoRA as in arXiv:2106.09685; DoRA where a magnitude is given. `dropout`
-    (`reference.Dropout`) drops entries of x on their way into each linear's adapter.
-    `routes` [...] int64 gives each row the adapter with that number (`LoraFactors.adapter`) and no
-    other; -1 none. Adapters with a bias cannot be routed.
+    drops entries of x on their way into each linear's adapter. `routes` [...] int64 gives each row
+    the adapter with that number (`LoraFactors.adapter`) and no other; -1 none. Adapters with a bias
+    cannot be routed.
 
     Gradients: x, every lora_a, lora_b, magnitude and bias (in their own dtype), and biases of the
     linears that require one; the base weight is frozen. x and the gradients are used without a
@@ -53,7 +54,7 @@ def lora_linear(
 def make_product(
     x: Tensor,
     weight: AugmentedWeight,
-    dropout: reference.Dropout | None = None,
+    dropout: Dropout | None = None,
     routes: Tensor | None = None,
     impl: str | None = None,
 ) -> AugmentedProduct | None:
@@ -86,7 +87,7 @@ def _check(x: Tensor, weight: AugmentedWeight, routes: Tensor | None) -> None:
 
 
 def _reference(
-    x: Tensor, weight: AugmentedWeight, dropout: reference.Dropout | None, routes: Tensor | None
+    x: Tensor, weight: AugmentedWeight, dropout: Dropout | None, routes: Tensor | None
 ) -> tuple[Tensor, ...]:
     outputs = []
     for i, bias in enumerate(weight.biases):

@@ -21,7 +21,7 @@ from lora_engine.backends import contracts
 from lora_engine.ops import augmented
 from lora_engine.ops.lora.weight import AugmentedWeight, Filling
 from lora_engine.ops.tensors import accumulate_dtype, empty_rows, matmul
-from lora_engine.reference import Dropout
+from lora_engine.values import Dropout
 
 
 @dataclass(frozen=True)

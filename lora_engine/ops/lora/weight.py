@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from lora_engine.ops.augmented import operand
-from lora_engine.ops.lora.adapters import Adapters, AdapterSet, LoraFactors, total_rank
+from lora_engine.ops.lora.adapters import Adapters, AdapterSet, total_rank
 from lora_engine.ops.tensors import accumulate_dtype, check, shape_of
+from lora_engine.values import LoraFactors
 
 ROW_ALIGNMENT_BYTES = 16
 NORM_CHUNK_ROWS = 1024

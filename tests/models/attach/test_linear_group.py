@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lora_engine import reference
+from lora_engine import ops, reference
 from lora_engine.models.attach.linear_group import LinearGroup
 from lora_engine.models.attach.patches import Patches
 from lora_engine.models.peft.router import AdapterRouter
@@ -67,7 +67,7 @@ def adapted(outs: dict[str, int], variant: str, rank: int) -> list[Any]:
 def drop_as_the_engine_does(modules: list[Any], seed: int) -> None:
     """Gives PEFT's dropout layers the masks that a group draws after `torch.manual_seed(seed)`."""
     torch.manual_seed(seed)
-    dropout = reference.Dropout(DROPOUT, int(torch.randint(2**62, ()).item()))
+    dropout = ops.Dropout(DROPOUT, int(torch.randint(2**62, ()).item()))
     for stream, module in enumerate(modules):
         layer = module.lora_dropout["default"]
         layer.forward = lambda x, stream=stream: reference.drop(x, dropout, stream)

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from lora_engine import ops, reference
 from lora_engine.ops.layer.attention_block import attention_block
-from lora_engine.ops.layer.blocks import Branch, PreNorm
+from lora_engine.ops.layer.blocks import Branch
 from lora_engine.ops.layer.mlp_block import mlp_block
 from lora_engine.testing import cu_seqlens, error
+from lora_engine.values import PreNorm
 
 HIDDEN, WIDTH, HEAD_DIM, EPS = 32, 48, 8, 1e-5
 LENGTHS = (5, 9, 3)

@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from lora_engine import backends, ops, reference
-from lora_engine.ops.layer.blocks import Branch, PreNorm
+from lora_engine import backends, ops
+from lora_engine.ops.layer.blocks import Branch
 from lora_engine.ops.layer.mlp_block import mlp_block
 from lora_engine.ops.lora import few_rows
 from lora_engine.testing import error
+from lora_engine.values import PreNorm
 
 pytestmark = pytest.mark.skipif(
     not backends.extension_available(), reason="the C++ kernels cannot run here"
@@ -157,7 +158,7 @@ def test_factors_given_another_shape_are_refused() -> None:
 
 def test_dropout_drops() -> None:
     weight = weight_of(40, (24,), torch.float32, [factors(24, 40, 4)])
-    x, dropout = torch.randn(2, 40), reference.Dropout(0.5, 7)
+    x, dropout = torch.randn(2, 40), ops.Dropout(0.5, 7)
     with torch.no_grad():
         kept, dropped = ops.lora_linear(x, weight), ops.lora_linear(x, weight, dropout=dropout)
     assert error(kept[0], dropped[0]) > 1e-2

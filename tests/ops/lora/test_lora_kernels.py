@@ -22,7 +22,8 @@ from torch import Tensor
 
 from lora_engine import backends
 from lora_engine.backends import contracts, launchers
-from lora_engine.reference.dropout import Dropout, drop, dropout_mask
+from lora_engine.reference.dropout import drop, dropout_mask
+from lora_engine.values import Dropout
 
 OPERATION = "lora_linear"
 SMALL_TILES = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "BLOCK_R": 16, "GROUP_M": 2}

@@ -7,7 +7,7 @@ import torch
 from implementations import Backend
 from torch import Tensor
 
-from lora_engine import backends, ops, reference
+from lora_engine import backends, ops
 from lora_engine.testing import error
 
 OPERATION = "lora_linear"
@@ -48,7 +48,7 @@ def check_variant(backend: Backend, kind: str) -> None:
     weight, x = group(backend, kind), leaf(backend, ROWS, FEATURES)
     options: dict[str, Any] = {}
     if kind == "dropout":
-        options["dropout"] = reference.Dropout(0.3, 1234567890123)
+        options["dropout"] = ops.Dropout(0.3, 1234567890123)
     if kind == "routes":
         options["routes"] = torch.arange(ROWS, device=backend.device) % 3 - 1
     leaves = [x, *(t for t in weight.factors() if t is not None)]
@@ -77,7 +77,7 @@ def test_strategies_agree(
 def test_dropout_of_the_same_seed_is_the_same(backend: Backend) -> None:
     weight, x = group(backend, "plain"), leaf(backend, ROWS, FEATURES)
     results = [
-        ops.lora_linear(x, weight, dropout=reference.Dropout(0.5, seed), impl=backend.impl)[0]
+        ops.lora_linear(x, weight, dropout=ops.Dropout(0.5, seed), impl=backend.impl)[0]
         for seed in (7, 7, 8)
     ]
     assert torch.equal(results[0], results[1]) and not torch.equal(results[0], results[2])

@@ -1,0 +1,1 @@
+"""Formats of packed bits: what their codes stand for."""

@@ -1,0 +1,74 @@
+"""Values that say what is to be computed, for operations, kernels and the reference alike."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
+WORD = 0xFFFFFFFF
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """The probability `p` of dropping an element, and the seed that says which are dropped.
+
+    Raises ValueError unless 0 <= p < 1 and 0 <= seed < 2^64.
+    """
+
+    p: float
+    seed: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.p < 1:
+            raise ValueError(f"dropout: p={self.p} is not in [0, 1)")
+        if not 0 <= self.seed < 2**64:
+            raise ValueError(f"dropout: seed={self.seed} is not in [0, 2^64)")
+
+    @property
+    def key(self) -> tuple[int, int]:
+        """The seed's low and high word, of 32 bits each."""
+        return self.seed & WORD, self.seed >> 32
+
+    @property
+    def threshold(self) -> int:
+        """An element is kept if its word is at least this."""
+        return min(round(self.p * 2**32), WORD)
+
+    @property
+    def scale(self) -> float:
+        """What kept elements are multiplied by."""
+        return 1 / (1 - self.p)
+
+
+@dataclass(frozen=True)
+class LoraFactors:
+    """One adapter of one linear: `y += scaling * (x lora_aᵀ) lora_bᵀ`.
+
+    magnitude: DoRA's (arXiv:2402.09353): the linear's whole output before its bias is multiplied by
+        `magnitude / norm`, norm [N] being the length of each row of W + scaling B A, through which
+        no gradient goes.
+    adapter: which adapter this is, for rows that are routed by adapter.
+    bias: lora_b's: `scaling * bias` is added too.
+    """
+
+    lora_a: Tensor  # [r, K]
+    lora_b: Tensor  # [N, r]
+    scaling: float
+    magnitude: Tensor | None = None  # [N]
+    adapter: int = 0
+    bias: Tensor | None = None  # [N]
+
+
+@dataclass(frozen=True)
+class PreNorm:
+    """The RMSNorm before half a decoder layer, or of a head: `x / rms(x) * (offset + weight)`."""
+
+    weight: Tensor  # [H] or [D]
+    eps: float
+    offset: float = 0.0
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type arithmetic on operands of `dtype` is done in: float32, except for float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
