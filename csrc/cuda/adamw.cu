@@ -15,8 +15,14 @@ __device__ void step4(const AdamWStep& step, float scale, const float4& g, float
   step(g.w * scale, p.w, m.w, v.w);
 }
 
-// Four elements a thread, 64 bytes in flight; kVector: the buffers are 16-byte aligned. Asked for
-// six blocks a multiprocessor; left to choose, ptxas takes 32 registers on sm_100 and spills.
+// With c the gradient's scale after clipping:
+//
+//   g = c grad    m = m + (1 - beta1) (g - m)    v = beta2 v + (1 - beta2) g^2
+//   p = (1 - lr weight_decay) p - lr / bias1 * m / (sqrt(v / bias2) + eps)
+//
+// Four elements a thread, 64 bytes in flight; kVector: the buffers are 16-byte aligned. The launch
+// bounds ask for six blocks a multiprocessor: without, ptxas takes 32 registers on sm_100 and
+// spills.
 template <bool kVector>
 __global__ void __launch_bounds__(kThreads, 6)
     adamw_kernel(float* __restrict__ params,       // [count]
@@ -53,9 +59,10 @@ __device__ float block_sum(float x) {
   return sum;
 }
 
-// As many blocks on every GPU, so that the order of the sum is the same on every one.
+// The number of blocks does not depend on the GPU, so that the order of the sum does not either.
 constexpr int kPartials = 1024;
 
+// partials[block] = the sum of grads^2 over every gridDim.x-th block of elements.
 template <bool kVector>
 __global__ void __launch_bounds__(kThreads)
     square_sum_kernel(const float* __restrict__ grads,  // [count]
@@ -85,6 +92,7 @@ __global__ void __launch_bounds__(kThreads)
   if (threadIdx.x == 0) partials[blockIdx.x] = total;
 }
 
+// norm = sqrt(sum of partials), by one block.
 __global__ void __launch_bounds__(kThreads)
     norm_kernel(const float* __restrict__ partials,  // [count]
                 float* __restrict__ norm,            // []

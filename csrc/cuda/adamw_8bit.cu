@@ -94,6 +94,11 @@ __device__ void step_block(float* __restrict__ params, const float* __restrict__
   }
 }
 
+// For each block of 256 values, whose moments are codes with one absmax a block:
+//
+//   m = value(m_code) * m_absmax                v likewise
+//   p, m, v = step(scale * grad, p, m, v)       AdamWStep
+//   m_absmax = max |m| over the block           m_code = nearest code to m / m_absmax
 __global__ void __launch_bounds__(kThreads)
     adamw_8bit_kernel(float* __restrict__ params,             // [count]
                       const float* __restrict__ grads,        // [count]

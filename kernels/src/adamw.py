@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lora_engine.backends.contracts import AdamWHyper
 
-# As many on every GPU, so that the order of the sum is the same on every one.
+# The number of partial sums does not depend on the GPU, so that the order of the sum does not.
 NORM_PARTIALS = 1024
 
 
@@ -51,6 +51,11 @@ def _adamw_kernel(
     CLIP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """One AdamW step of BLOCK elements, with c the gradient's scale after clipping:
+
+    g = c grad    m = m + (1 - beta1) (g - m)    v = beta2 v + (1 - beta2) g^2
+    p = (1 - lr weight_decay) p - lr / bias1 * m / (sqrt(v / bias2) + eps)
+    """
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < count
     scale = clipped_scale(grad_scale, grad_norm_ptr, max_grad_norm, CLIP)
@@ -73,6 +78,7 @@ def _square_sum_kernel(
     count,
     BLOCK: tl.constexpr,
 ):
+    """partials[pid] = sum of grads^2 over every num_programs-th block, in a fixed order."""
     pid = tl.program_id(0).to(tl.int64)
     stride = tl.num_programs(0).to(tl.int64) * BLOCK
     offs = pid * BLOCK + tl.arange(0, BLOCK)
@@ -90,6 +96,7 @@ def _norm_kernel(
     count,
     BLOCK: tl.constexpr,
 ):
+    """norm = sqrt(sum of partials), in one program."""
     offs = tl.arange(0, BLOCK)
     partials = tl.load(partials_ptr + offs, mask=offs < count, other=0.0)
     tl.store(norm_ptr, tl.sqrt(tl.sum(partials, axis=0)))

@@ -81,6 +81,12 @@ def _adamw_8bit_kernel(
     QUANT_BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
+    """One AdamW step of BLOCKS blocks of 256 values; moments are codes, with one absmax a block:
+
+    m = code[m_code] * m_absmax                 v likewise
+    p, m, v = adamw_step(scale * grad, p, m, v)
+    m_absmax = max |m| over the block           m_code = nearest code to m / m_absmax
+    """
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     offs = block[:, None] * QUANT_BLOCK + tl.arange(0, QUANT_BLOCK)[None, :]
     block_mask = block < blocks

@@ -14,7 +14,7 @@ from torch import Tensor
 _LOWEST = tl.constexpr(-3.4028234e38)
 
 # Triton knows of a stride only that it is, or is not, a multiple of 16 elements. Rows that are not
-# are read element by element, by a thread from everywhere in the block.
+# are read one element at a time, and a thread's elements lie apart.
 _ALIGNED_STRIDE = 16
 
 
@@ -54,34 +54,41 @@ def _add_block(
     columns,
     cols,
     cap,
-    top,
-    shift,
-    total,
-    spread,
-    level,
+    highest_x,
+    running_max,
+    running_sum,
+    sum_pd,
+    sum_z,
     count,
     HAS_CAP: tl.constexpr,
     ENTROPY: tl.constexpr,
     SMOOTH: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """The lanes' maxima and sums with one block more."""
+    """The lanes' running values after one more block.
+
+    Of each lane: the running maximum of z and the running sum of exp(z - maximum), as in online
+    softmax; the maximum of x before the cap; the sum of p d, d = z - maximum, for the entropy; and
+    the sum and number of z above -inf, for label smoothing.
+    """
     _, x, z = _block(row_ptr, start, lanes, columns, cols, cap, HAS_CAP, MASKED)
     if HAS_CAP:
-        top = tl.maximum(top, tl.max(x, axis=1))
-    higher = tl.maximum(shift, tl.max(z, axis=1))
-    fall = shift - higher
-    d = z - higher[:, None]
+        highest_x = tl.maximum(highest_x, tl.max(x, axis=1))
+    new_max = tl.maximum(running_max, tl.max(z, axis=1))
+    max_change = running_max - new_max
+    d = z - new_max[:, None]
     p = tl.exp(d)
-    keep = tl.exp(fall)
+    rescale = tl.exp(max_change)
     if ENTROPY:
-        spread = keep * (spread + total * fall) + tl.sum(tl.where(p == 0, 0.0, p * d), axis=1)
+        sum_pd = rescale * (sum_pd + running_sum * max_change) + tl.sum(
+            tl.where(p == 0, 0.0, p * d), axis=1
+        )
     if SMOOTH:
         present = z > float("-inf")
-        level += tl.sum(tl.where(present, z, 0.0), axis=1)
+        sum_z += tl.sum(tl.where(present, z, 0.0), axis=1)
         count += tl.sum(present.to(tl.int32), axis=1)
-    total = keep * total + tl.sum(p, axis=1)
-    return top, higher, total, spread, level, count
+    running_sum = rescale * running_sum + tl.sum(p, axis=1)
+    return highest_x, new_max, running_sum, sum_pd, sum_z, count
 
 
 @triton.jit
@@ -95,19 +102,19 @@ def _gradient_block(
     target,
     cap,
     lse,
-    of_p,
-    of_target,
-    everywhere,
+    scale_p,
+    scale_target,
+    smoothing_share,
     HAS_CAP: tl.constexpr,
     SMOOTH: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     """Writes the gradient of one block."""
     offs, _, z = _block(row_ptr, start, lanes, columns, cols, cap, HAS_CAP, MASKED)
-    grad = of_p * tl.exp(z - lse)
+    grad = scale_p * tl.exp(z - lse)
     if SMOOTH:
-        grad = tl.where(z > float("-inf"), grad - everywhere, 0.0)
-    grad = tl.where(offs == target, grad - of_target, grad)
+        grad = tl.where(z > float("-inf"), grad - smoothing_share, 0.0)
+    grad = tl.where(offs == target, grad - scale_target, grad)
     if HAS_CAP:
         ratio = z / cap
         grad = grad * (1 - ratio * ratio)
@@ -145,6 +152,14 @@ def _cross_entropy_kernel(
     VECTOR: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    """A row's loss and gradient, with z = cap tanh(x / cap) over the K columns that are not -inf:
+
+        lse = log sum exp z    p = exp(z - lse)    logprob = z_t - lse    entropy = lse - sum p z
+        loss = lse - (1 - s) z_t - s / K sum z + w lse^2
+        dx_j = ((1 + 2 w lse) p_j - (1 - s) [j = t] - s / K) (1 - (z_j / cap)^2) * grad_scale
+
+    t is the target, s the label smoothing, w the z-loss.
+    """
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * stride_logits
     lanes = tl.arange(0, BLOCK_N // VECTOR)
@@ -176,65 +191,65 @@ def _cross_entropy_kernel(
         if LSE_GIVEN:
             lse = tl.load(lse_ptr + row)
         if (not LSE_GIVEN) or SMOOTH:
-            shift = tl.full((BLOCK_N // VECTOR,), _LOWEST, tl.float32)
-            top = shift
-            total = tl.zeros((BLOCK_N // VECTOR,), tl.float32)
-            spread = total
-            level = total
+            running_max = tl.full((BLOCK_N // VECTOR,), _LOWEST, tl.float32)
+            highest_x = running_max
+            running_sum = tl.zeros((BLOCK_N // VECTOR,), tl.float32)
+            sum_pd = running_sum
+            sum_z = running_sum
             count = tl.zeros((BLOCK_N // VECTOR,), tl.int32)
             for block in range(whole):
-                top, shift, total, spread, level, count = _add_block(
+                highest_x, running_max, running_sum, sum_pd, sum_z, count = _add_block(
                     row_ptr, block * BLOCK_N, lanes, columns, cols, cap,
-                    top, shift, total, spread, level, count,
+                    highest_x, running_max, running_sum, sum_pd, sum_z, count,
                     HAS_CAP, ENTROPY, SMOOTH, False,
                 )  # fmt: skip
             if ragged:
-                top, shift, total, spread, level, count = _add_block(
+                highest_x, running_max, running_sum, sum_pd, sum_z, count = _add_block(
                     row_ptr, whole * BLOCK_N, lanes, columns, cols, cap,
-                    top, shift, total, spread, level, count,
+                    highest_x, running_max, running_sum, sum_pd, sum_z, count,
                     HAS_CAP, ENTROPY, SMOOTH, True,
                 )  # fmt: skip
             if SMOOTH:
                 classes = tl.sum(count, axis=0).to(tl.float32)
         if not LSE_GIVEN:
             chosen = tl.load(row_ptr + target).to(tl.float32)
-            highest = tl.max(shift, axis=0)
-            fall = shift - highest
-            keep = tl.exp(fall)
-            weight = tl.sum(keep * total, axis=0)
-            lse = highest + tl.log(weight)
+            highest = tl.max(running_max, axis=0)
+            max_change = running_max - highest
+            rescale = tl.exp(max_change)
+            sum_exp = tl.sum(rescale * running_sum, axis=0)
+            lse = highest + tl.log(sum_exp)
             logprob = _logit(chosen, cap, HAS_CAP) - lse
             loss = -logprob
             if SMOOTH:
-                mean = tl.sum(level, axis=0) / classes - lse
+                mean = tl.sum(sum_z, axis=0) / classes - lse
                 loss = (1 - label_smoothing) * loss - label_smoothing * mean
             loss += z_loss * lse * lse
-            largest = tl.max(top, axis=0) if HAS_CAP else highest
+            largest = tl.max(highest_x, axis=0) if HAS_CAP else highest
             tl.store(loss_ptr + row, loss)
             tl.store(logprob_ptr + row, logprob)
             tl.store(correct_ptr + row, (chosen == largest).to(tl.int8))
             if HAS_LSE:
                 tl.store(lse_ptr + row, lse)
             if ENTROPY:
-                mean_d = tl.sum(keep * (spread + total * fall), axis=0) / weight
-                tl.store(entropy_ptr + row, tl.log(weight) - mean_d)
+                mean_d = tl.sum(rescale * (sum_pd + running_sum * max_change), axis=0) / sum_exp
+                tl.store(entropy_ptr + row, tl.log(sum_exp) - mean_d)
         if GRADIENT:
             scale = 1.0
             if HAS_GRAD_SCALE:
                 scale = tl.load(grad_scale_ptr + row)
-            of_p = scale * (1 + 2 * z_loss * lse)
-            of_target = scale * (1 - label_smoothing)
-            everywhere = scale * label_smoothing / classes
+            scale_p = scale * (1 + 2 * z_loss * lse)
+            scale_target = scale * (1 - label_smoothing)
+            smoothing_share = scale * label_smoothing / classes
             out_ptr = grad_ptr + row * stride_grad
             if ragged:
                 _gradient_block(
                     row_ptr, out_ptr, whole * BLOCK_N, lanes, columns, cols, target, cap,
-                    lse, of_p, of_target, everywhere, HAS_CAP, SMOOTH, True,
+                    lse, scale_p, scale_target, smoothing_share, HAS_CAP, SMOOTH, True,
                 )  # fmt: skip
             for block in range(whole):
                 _gradient_block(
                     row_ptr, out_ptr, (whole - 1 - block) * BLOCK_N, lanes, columns, cols, target,
-                    cap, lse, of_p, of_target, everywhere, HAS_CAP, SMOOTH, False,
+                    cap, lse, scale_p, scale_target, smoothing_share, HAS_CAP, SMOOTH, False,
                 )  # fmt: skip
 
 

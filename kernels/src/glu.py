@@ -64,6 +64,7 @@ def _glu_fwd_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    """y = act(gate) * up."""
     offs_m, offs_n, mask = _tile(rows, vec_cols * VEC, BLOCK_M, BLOCK_N)
     gate = tl.load(gate_ptr + offs_m * (stride_gate * VEC) + offs_n, mask=mask, other=0.0)
     up = tl.load(up_ptr + offs_m * (stride_up * VEC) + offs_n, mask=mask, other=0.0)
@@ -93,6 +94,7 @@ def _glu_bwd_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    """dgate = dy up act'(gate), dup = dy act(gate) and, if asked for, h = act(gate) up."""
     offs_m, offs_n, mask = _tile(rows, vec_cols * VEC, BLOCK_M, BLOCK_N)
     dy = tl.load(dy_ptr + offs_m * (stride_dy * VEC) + offs_n, mask=mask, other=0.0)
     gate = tl.load(gate_ptr + offs_m * (stride_gate * VEC) + offs_n, mask=mask, other=0.0)

@@ -26,6 +26,7 @@ def _layer_norm_fwd_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    """y = (x - mean) rstd weight + bias, with rstd = 1 / sqrt(mean((x - mean)^2) + eps)."""
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_m = offs_m < rows
     x_ptr += tl.multiple_of(offs_m * stride_x, ALIGN)[:, None]
@@ -90,6 +91,10 @@ def _layer_norm_bwd_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    """With n = (x - mean) rstd and g = dy weight, means over the row:
+
+    dx = rstd (g - mean(g) - n mean(g n))       dweight = sum of dy n    dbias = sum of dy
+    """
     first = tl.program_id(0) * rows_per_program
     last = tl.minimum(first + rows_per_program, rows)
     if HAS_DW:

@@ -51,6 +51,7 @@ def _lora_a_fwd_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    """S = drop(X) A^T; drop multiplies by keep / (1 - p), a mask of its own for each linear."""
     # The tiles of the same rows are neighbours: all but the first find X in the cache.
     tile = tl.program_id(0) % len(TILES)
     offs_m = (tl.program_id(0) // len(TILES)) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -100,6 +101,10 @@ def _lora_b_bwd_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
+    """dS = dY B and dB = dY^T S of one reading of dY.
+
+    Written are partial sums: of dS for each block of columns of dY, of dB for each chunk of rows.
+    """
     block = tl.program_id(1)
     span = 0
     for i in tl.static_range(1, len(SPANS)):
@@ -166,6 +171,7 @@ def _lora_a_bwd_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    """dA = dS^T drop(X), a partial sum for each chunk of rows."""
     tile = tl.program_id(0)
     first_k = tl.program_id(1) * BLOCK_K
     offs_k = first_k + tl.arange(0, BLOCK_K)

@@ -69,6 +69,10 @@ def _two_segment_kernel(
     BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
+    """Y = X W^T + S L^T + bias if ROWS_ARE_OUT, else Y = X W + sum_i mask_i * (S_i L_i) / (1 - p).
+
+    L is the low-rank factor (B forward, A backward), i a linear of the group, p the dropout.
+    """
     # Programs that run together share rows of X and of the weight: groups of GROUP_M tiles down.
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = tl.cdiv(N, BLOCK_N)

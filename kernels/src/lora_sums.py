@@ -21,6 +21,7 @@ def _sum_blocks_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
+    """dS = sum of part over the blocks of columns of dY of each linear, in their order."""
     tile = tl.program_id(0)
     offs_m = (tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     offs_r = choose(TILES, tile, 0) + tl.arange(0, BLOCK_R)
@@ -50,6 +51,7 @@ def _sum_chunks_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    """out = sum of part over the chunks of rows, in their order."""
     offs_m = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     offs_p = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     first = tl.zeros([BLOCK_M], dtype=tl.int32)

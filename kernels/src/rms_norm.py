@@ -35,6 +35,7 @@ def _rms_norm_fwd_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    """h = x + residual, rounded; rstd = 1 / sqrt(mean(h^2) + eps); y = h rstd (weight + offset)."""
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_m = offs_m < rows
     token = offs_m // HEADS if HEADS > 1 else offs_m
@@ -101,6 +102,10 @@ def _rms_norm_bwd_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    """With n = h rstd and g = dy (weight + offset), means over the row:
+
+    dx = rstd (g - n mean(g n)) + dh            dweight = sum over rows of dy n
+    """
     first = tl.program_id(0) * rows_per_program
     last = tl.minimum(first + rows_per_program, rows)
     if HAS_DW:

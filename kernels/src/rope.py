@@ -123,6 +123,12 @@ def _rope_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
+    """Rotates the pairs (x1, x2) of every head by its token's angle:
+
+        y1 = x1 cos1 - x2 sin1      y2 = x2 cos2 + x1 sin2
+
+    INVERSE applies the transposed map, which takes the gradient of y to that of x.
+    """
     offs_t = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
     row = offs_t
     if position_ptr is not None:
