@@ -16,11 +16,13 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import check_cases
 import check_compile
 import torch
+import triton
 from check_cases import Call
 from check_compile import ROOT, SHARED_LIMITS, SOURCES, Launch, Row, recorded
 
@@ -37,6 +39,17 @@ COLUMNS = (
 )
 QUICK_CAPABILITIES = (80, 90)
 CUDA_SOURCES = ROOT / "csrc" / "cuda"
+CUDA_MODULE = "csrc/cuda"
+PAGE_HEAD = """\
+# What the Triton kernels take
+
+Made by `make kernels-check ARGS="--quick --page kernels/notes/registers.md"`, which compiles them
+ahead of time with Triton {version}: every flag and every line of the launch table once. Registers
+and the widest load from global memory in bytes are a thread's, shared memory in bytes a program's.
+
+| kernel | capability | configurations | registers | stack | shared memory | widest load |
+| --- | ---: | ---: | ---: | ---: | ---: | ---: |
+"""
 
 
 @dataclass(frozen=True)
@@ -210,7 +223,7 @@ def cuda_rows(capabilities: Sequence[int]) -> tuple[list[Row], list[str], str]:
             key, stack = f"{row.kernel} {row.architecture}", row.stack + row.spilled
             problems = (row.problem,) if row.problem else ()
             rows.append(
-                Row("csrc/cuda", row.kernel, capability, "CUDA C++", key, row.registers, stack,
+                Row(CUDA_MODULE, row.kernel, capability, "CUDA C++", key, row.registers, stack,
                     row.shared, False, 0, problems)
             )  # fmt: skip
     except check_cuda.CompileError as error:
@@ -254,6 +267,21 @@ def table(rows: Iterable[Row]) -> str:
     )
 
 
+def page(rows: Iterable[Row]) -> str:
+    """A page in Markdown: one line for each Triton kernel and capability, with ranges."""
+    groups: dict[tuple[str, int], list[Row]] = {}
+    for row in rows:
+        if row.module != CUDA_MODULE:
+            groups.setdefault((row.kernel, row.capability), []).append(row)
+    lines = [PAGE_HEAD.format(version=triton.__version__)]
+    for (kernel, capability), members in sorted(groups.items()):
+        numbers = ("registers", "stack", "shared", "load_bytes")
+        ranges = [_range(getattr(row, name) for row in members) for name in numbers]
+        configurations = len({row.configuration for row in members})
+        lines.append(f"| `{kernel}` | {capability} | {configurations} | {' | '.join(ranges)} |\n")
+    return "".join(lines)
+
+
 def _range(values: Iterator[int]) -> str:
     found = sorted(set(values))
     return str(found[0]) if len(found) == 1 else f"{found[0]}-{found[-1]}"
@@ -272,6 +300,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         action="store_true",
         help=f"capabilities {QUICK_CAPABILITIES}; every flag, and every line of the table, once",
     )
+    parser.add_argument("--page", type=Path, metavar="FILE", help="write the page of notes/ there")
     parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
     return parser.parse_args(argv)
 
@@ -297,6 +326,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows += cuda
         problems += failed
     problems += faults(rows)
+    if args.page is not None:
+        args.page.write_text(page(rows))
     print(table(rows))
     print(f"\n{len(rows)} kernels compiled\n{note}")
     for problem in problems:

@@ -3,5 +3,5 @@
 One module for each operation, with the functions that `lora_engine.backends.cpu` has for the C++
 kernels. The callers in `lora_engine.ops` have checked shapes and dtypes; results are written into
 tensors that they made. Rows may be any stride apart, columns are one apart. Derivations and what
-was tried are in kernels/README.md.
+was tried are in kernels/notes.
 """

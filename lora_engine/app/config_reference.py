@@ -11,7 +11,7 @@ _INTRODUCTION = """\
 
 A run is one YAML file. `lora-engine train CONFIG.yaml` runs it, `lora-engine data CONFIG.yaml`
 shows its data first. A config that comes with the package is named by its stem: `demo` is
-[lora_engine/app/configs/demo.yaml](../lora_engine/configs/demo.yaml), a good start for your own.
+[app/configs/demo.yaml](../lora_engine/app/configs/demo.yaml), a good start for your own.
 
 Any key can be set on the command line too, by its dotted name; the value is read as YAML:
 
