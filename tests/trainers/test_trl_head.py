@@ -1,5 +1,6 @@
 """TRL's fused head on lora_engine's: what a trainer reads from it, and its gradients."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,6 +8,8 @@ import torch
 from trl.trainer.utils import add_fused_lm_head
 
 import lora_engine
+from benchmarks.drop_in.trainer_cases import SETTINGS, make_model
+from benchmarks.drop_in.trainer_setups import TRL
 from lora_engine.models.attach.trl_head import TrlHeadForward
 from lora_engine.testing import error, tiny_llama, with_lora
 
@@ -99,6 +102,44 @@ def test_a_trained_head_gets_its_gradient() -> None:
     expected = results(trl_model(None, adapted()), batch())
     assert any("lm_head" in name for name in expected)
     assert_same(results(trl_model("after", adapted()), batch()), expected)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_lora_on_the_head_counts_and_is_trained(order: str) -> None:
+    """TRL's own reads the head's weight past the adapter, for which its trainers refuse it."""
+
+    def adapted() -> Any:
+        return with_lora(tiny_llama(), target_modules=["q_proj", "lm_head"])
+
+    given = batch()
+    model, plain = trl_model(order, adapted()), adapted()
+    targets, mask = given["labels"][:, 1:], given["labels"][:, 1:] != -100
+    logits = plain(given["input_ids"], attention_mask=given["attention_mask"]).logits[:, :-1]
+    log_probs = logits.log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None])[..., 0]
+    expected = log_probs.masked_fill(~mask, 0)
+    found = model(**given, fused_lm_head=True).log_probs
+    assert is_served(model)
+    assert error(found, expected) < 1e-5
+    assert error(trl_model(None, adapted())(**given, fused_lm_head=True).log_probs, expected) > 1e-3
+    pairs = ((model, found), (plain, expected))
+    for ours, theirs in zip(*(gradients(m, x) for m, x in pairs), strict=True):
+        assert error(ours, theirs) < 1e-4
+
+
+def gradients(model: Any, values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return torch.autograd.grad(values.sum(), [p for p in model.parameters() if p.requires_grad])
+
+
+@pytest.mark.parametrize("accelerated", [False, True])
+@pytest.mark.parametrize("name", ["DPO", "KTO", "GRPO", "RLOO"])
+def test_trainers_refuse_lora_on_the_head_as_without(
+    name: str, accelerated: bool, tmp_path: Path
+) -> None:
+    model = with_lora(make_model("Llama", "ForCausalLM"), target_modules=["q_proj", "lm_head"])
+    if accelerated:
+        lora_engine.accelerate(model)
+    with pytest.raises(ValueError, match="adapter to `lm_head` is not supported"):
+        TRL[name].build(model, tmp_path, **SETTINGS)
 
 
 def test_a_batch_without_labels_is_a_zero_with_gradients() -> None:

@@ -66,7 +66,7 @@ class CausalLmForward:
         hidden, head = output.last_hidden_state, output_head(self.model)
         supervised = hidden.flatten(0, 1).index_select(0, rows)
         loss = mean_loss(supervised, head, targets, num_items_in_batch)
-        logits = LazyLogits(partial(head.logits, hidden))
+        logits = LazyLogits(partial(head.logits, hidden), hidden.dtype)
         if head.is_trained and loss.requires_grad:
             loss.register_hook(lambda _: logits.expire())
         return CausalLmOutput(

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -10,11 +11,16 @@ from lora_engine.errors import UserError
 
 
 class LazyLogits:
-    """Logits, made at the first `value()`."""
+    """Logits of type `dtype`, made at the first `value()`."""
 
-    def __init__(self, make: Callable[[], Tensor]) -> None:
+    def __init__(self, make: Callable[[], Tensor], dtype: torch.dtype) -> None:
+        self.dtype = dtype
         self._make: Callable[[], Tensor] | None = make
         self._made: Tensor | None = None
+
+    def float(self) -> "LazyLogits":
+        """The same in float32, made when they are read: accelerate converts results so."""
+        return LazyLogits(lambda: self.value().float(), torch.float32)
 
     def value(self) -> Tensor:
         """The logits. Raises UserError after `expire()`, unless they were made before."""

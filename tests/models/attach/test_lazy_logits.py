@@ -80,3 +80,27 @@ def test_a_trained_head_does_not_make_them_once_it_may_have_been_written() -> No
     assert early.logits.shape == (2, 9, 97)
     with pytest.raises(UserError, match="read them before"):
         late.logits  # noqa: B018
+
+
+@pytest.mark.parametrize("weights", [torch.bfloat16, torch.float32], ids=str)
+def test_converted_with_all_of_the_result_they_are_float32(weights: torch.dtype) -> None:
+    """Under mixed precision accelerate hands on every result in float32."""
+    from accelerate.utils.operations import convert_to_fp32
+
+    model = with_lora(tiny_llama(dtype=weights))
+    lora_engine.accelerate(model)
+    exact = model(**given()).logits.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(**given())
+    logits = convert_to_fp32(output).logits
+    assert logits.dtype == torch.float32 and logits.requires_grad
+    assert error(logits, exact) < 2e-2
+
+
+def test_converted_they_cannot_be_made_of_another_head_either() -> None:
+    model = accelerated(target_modules=["q_proj", "lm_head"])
+    output = model(**given())
+    converted = dict(output.items())["logits"].float()
+    output.loss.backward()
+    with pytest.raises(UserError, match="logits are read after backward"):
+        converted.value()
