@@ -29,17 +29,12 @@ from benchmarks.drop_in.trainer_cases import (
     weight_difference,
 )
 from benchmarks.drop_in.trainer_setups import HUGGING_FACE, TRL
-from benchmarks.drop_in.trainer_variants import VARIANTS
 
 PAGE = Path(__file__).parents[2] / "docs/drop-in.md"
 PART = GeneratedPart("python -m benchmarks.drop_in.trainers --page", "the trainers' table")
 CASES = {
     **{f"TRL {name}": case for name, case in TRL.items()},
     **{f"transformers Trainer, {name}": case for name, case in HUGGING_FACE.items()},
-    **{
-        ("transformers " if name.startswith("Trainer") else "TRL ") + name: case
-        for name, case in VARIANTS.items()
-    },
 }
 
 

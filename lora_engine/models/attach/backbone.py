@@ -81,7 +81,7 @@ class BackboneForward:
         )
 
     def _serves(self, layer: Any) -> bool:
-        attention = getattr(layer, "self_attn", layer)
+        attention = attention_of(layer)
         return isinstance(vars(attention).get("forward"), AttentionForward) and not (
             attention.training and attention.attention_dropout > 0
         )
@@ -100,6 +100,12 @@ class PaddedBatch:
         """Of packed rows [T, H] the batch's, [B, L, H], with zeros for padding."""
         rows = hidden.new_zeros(len(self.place), hidden.shape[-1])
         return rows.index_copy(0, self.index, hidden).view(*self.shape, -1)
+
+
+def attention_of(layer: Any) -> Any:
+    """A decoder layer's attention; the layer where it has none, as some layers of hybrids."""
+    attention = getattr(layer, "self_attn", None)
+    return layer if attention is None else attention
 
 
 def takes_read_rows(backbone: Any) -> bool:

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from lora_engine.models.attach.attention import AttentionForward
-from lora_engine.models.attach.backbone import takes_read_rows
+from lora_engine.models.attach.backbone import attention_of, takes_read_rows
 from lora_engine.models.attach.decoder_layer import DecoderLayerForward
 from lora_engine.models.attach.head import transformers_model
 from lora_engine.models.peft.lora_state import has_hooks
@@ -100,7 +100,7 @@ def can_share_prefixes(model: nn.Module, *, training: bool | None = None) -> boo
     would draw one mask for all that share.
     """
     layers = getattr(transformers_model(model).base_model, "layers", None) or []
-    attention = [getattr(layer, "self_attn", layer) for layer in layers]
+    attention = [attention_of(layer) for layer in layers]
     ours = [isinstance(vars(module).get("forward"), AttentionForward) for module in attention]
     if not ours or not all(ours):
         return False

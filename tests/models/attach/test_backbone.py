@@ -9,6 +9,7 @@ import transformers
 
 import lora_engine
 from lora_engine.models.attach import decoder_layer
+from lora_engine.models.attach.packed import can_share_prefixes
 from lora_engine.testing import error, tiny_llama, with_lora
 
 SMALL = {
@@ -180,3 +181,16 @@ def test_adapters_of_rows_follow_their_tokens() -> None:
         with lora_engine.route_adapters(model, ["default", "other"], rows):
             got = model(**batch, use_cache=False).logits[mask]
     assert torch.allclose(got, expected, atol=1e-4)
+
+
+def test_a_hybrid_s_layers_without_attention_keep_batches_padded() -> None:
+    model = tiny_llama().eval()
+    lora_engine.accelerate(model)
+    model.model.layers[1].self_attn = None
+    model.model.layers[1].forward = lambda x, **kwargs: x
+    ids = torch.arange(3, 15).view(2, 6)
+    mask = torch.ones_like(ids)
+    mask[1, -2:] = 0
+    given = {"attention_mask": mask, "use_cache": False}
+    assert model(ids, **given).logits.isfinite().all()
+    assert not can_share_prefixes(model)
