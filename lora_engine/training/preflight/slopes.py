@@ -21,7 +21,7 @@ from lora_engine.training.preflight.trial import PARTS, Trial, unit_of
 
 # Of a tensor's share to rounding; probes are split up to reach it, to so many at most.
 _SHARP = 16.0
-_MOST_PROBES = 6
+_MOST_PROBES = 2
 # A probe takes this share off the loss at most; the next of several lengths is a quarter of it.
 _FALL = 0.04
 _SHORTER = 0.25
@@ -104,7 +104,8 @@ class _Slopes:
         self.ratio = 1.0
         self.most, self.usual = rounding(trial.model, here)
         self.noise = self._noise() if noise is None else noise
-        self.fall = max(_FALL * abs(here), 32 * _VISIBLE * self.noise)
+        # Losses may begin at 0 and have a slope.
+        self.fall = max(_FALL * abs(here), min(32 * _VISIBLE * self.noise, _FALL))
 
     def check(self, names: Sequence[str]) -> None:
         wanted = _SHARP * self.noise * len(names)
@@ -125,7 +126,8 @@ class _Slopes:
                 self._look_into(names)
 
     def _look_into(self, names: Sequence[str]) -> None:
-        """Halve a group that misses something until one tensor is left that does."""
+        """Halve a group that misses something until one tensor is left that does, or several that
+        do only together."""
         while len(names) > 1:
             half = len(names) // 2
             for part in (names[:half], names[half:]):
@@ -133,7 +135,7 @@ class _Slopes:
                     names = part
                     break
             else:
-                return
+                break
         self._judge(names)
 
     def _probe_together(self, names: Sequence[str], scale: float = 1.0) -> _Probe:

@@ -95,6 +95,11 @@ def test_all_are_wrong_in_bfloat16(change, kind):
     assert "does not fall" in line
 
 
+def test_a_part_is_wrong_in_bfloat16():
+    line = problem_of(change_gradients(tiny_llama(torch.bfloat16), torch.neg, "mlp"), rows())
+    assert "does not fall" in line and "mlp" in line
+
+
 @pytest.mark.parametrize("factor", [1e30, 1e6, 1e-6, 1e-30])
 @pytest.mark.parametrize("kind", MODELS)
 def test_a_scale_that_is_not_divided_out(kind, factor):
