@@ -126,7 +126,7 @@ class ControlTokens:
         return frozenset(text[:3] for text in self.texts)
 
     def _may_be_in(self, text: str) -> bool:
-        """A look that is much faster than the pattern's, which most texts end at."""
+        """Whether `text` may hold one: a fast test, after which few texts need the pattern."""
         return any(beginning in text for beginning in self._beginnings)
 
     def _stand_in(self, match: re.Match[str]) -> str:

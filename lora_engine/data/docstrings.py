@@ -1,4 +1,4 @@
-"""Data that every Python brings along: the standard library's functions and their docstrings.
+"""Data that ships with every Python: the standard library's functions and their docstrings.
 
 Each function or method with a docstring becomes a chat: the user shows the function without its
 docstring and asks for one line, the assistant answers with the docstring's first line.

@@ -64,10 +64,10 @@ class Encoder:
         return ids
 
     def _pieces(self, text: str) -> Iterator[tuple[str, bool]]:
-        """`text` cut at its control tokens around what holds stand-ins, and what comes first.
+        """Pieces of `text`: stretches between control tokens that hold stand-ins, and the rest.
 
-        Yields (piece, whether it is an inner one). A token that swallows white space does so
-        here, where the tokenizer does not see it beside the text.
+        Yields (piece, whether text precedes it). Where a control token strips the white space
+        beside it, it is stripped here: the tokenizer sees the token and the text apart.
         """
         parts = self.control.pattern.split(text)  # plain, token, plain, ..., token, plain
         whole = ""

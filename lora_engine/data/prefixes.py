@@ -5,7 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-# Fewer tokens are not worth a sequence of their own: every sequence is a block of queries.
+# A shorter common beginning is not shared: attention works a whole tile of queries for every
+# sequence, so that a sequence of a few tokens would cost more than it saves.
 MIN_SHARED = 8
 
 
@@ -40,8 +41,8 @@ def shared_segments(
     alike: dict[str, list[int]] = {}
     for member in range(len(tokens)):
         alike.setdefault("" if kinds is None else kinds[member], []).append(member)
-    # Of the members of a group all tokens before `seen` are the same, and those before `start`
-    # stand in `parent` and its parents.
+    # A group is (members, start, seen, parent): all its members have the same tokens before `seen`;
+    # those before `start` are already in the segment `parent` and its parents.
     groups = [(tuple(members), 0, 0, -1) for members in reversed(alike.values())]
     while groups:
         members, start, seen, parent = groups.pop()

@@ -75,7 +75,7 @@ def read_json(path: Path) -> Iterator[Row | RowError]:
     while text[position : position + 1] != "]":
         line, counted = line + text.count("\n", counted, position), position
         origin = f"{path}:{line}"
-        # What follows a broken record cannot be told apart from it: that one is the last.
+        # JSON has no mark to resume at: reading ends with the first broken record.
         try:
             value, position = _decoder.raw_decode(text, position)
         except json.JSONDecodeError as error:

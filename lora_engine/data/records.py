@@ -59,7 +59,7 @@ class Record:
     ignored: tuple[str, ...] = ()
 
     def has_answer(self) -> bool:
-        """Whether there is anything to learn from before the tokenizer has its say."""
+        """Whether the record has text to learn from; tokenization may still leave no target."""
         if self.kind == "messages":
             return any(
                 message["role"] == "assistant"

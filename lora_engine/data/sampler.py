@@ -36,7 +36,7 @@ def pack_best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 class PackedSampler:
-    """Batches of example indices, each example exactly once per epoch, nearly no room left over.
+    """Batches of example indices: each example once per epoch, batches nearly full.
 
     lengths: tokens per example, each at least 1.
     tokens_per_batch: most tokens in a batch; a longer example is a batch of its own.

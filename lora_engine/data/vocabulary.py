@@ -10,8 +10,8 @@ from lora_engine.data.template import Tokenizer
 def check_vocabulary(dataset: TokenizedDataset, model: Any, tokenizer: Tokenizer) -> None:
     """Raises UserError, with their places, for examples with ids that `model` has no row for.
 
-    So it is where a token was added to the tokenizer and the embedding not resized. Examples
-    tokenised elsewhere may also have no tokens, or another number of marks than of tokens.
+    This happens where a token was added to the tokenizer and the embedding was not resized.
+    Examples tokenised elsewhere may also be empty, or have a mask of another length.
     """
     check_rows(dataset, vocabulary_rows(model), tokenizer)
 

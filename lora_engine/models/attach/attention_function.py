@@ -18,10 +18,10 @@ from lora_engine.values import accumulate_dtype
 
 IMPLEMENTATION = "lora_engine"
 
-# What changes attention's result in a way that it is not served here.
+# Arguments that change attention's result and that are not supported here.
 _REFUSED = frozenset({"cache", "head_mask", "position_bias", "s_aux", "sinks", "softcap"})
-# What a layer hands to attention that is served, or does not change its result. A user's arguments
-# for other parts of the model come along with it.
+# Arguments that are supported or do not change attention's result. Layers also pass on a caller's
+# arguments for other parts of the model.
 _KNOWN = frozenset(
     {
         "cache_position",
@@ -51,10 +51,10 @@ _masks: ContextVar[list[tuple[Tensor, int]] | None] = ContextVar("masks", defaul
 
 @contextmanager
 def proving() -> Iterator[None]:
-    """Within this context attention refuses what it serves, elsewhere, on trust.
+    """Within this context attention also refuses what it accepts unchecked elsewhere.
 
-    Every argument that it does not know by name; and a layer whose window is not that of the mask
-    that it is given, which transformers' own attention goes by.
+    That is arguments that it does not know by name, and a layer whose window differs from that of
+    its mask, which is what transformers' own attention follows.
     """
     token = _masks.set([])
     try:
@@ -75,11 +75,11 @@ def check_window(module: nn.Module, mask: Tensor | None, window: int) -> None:
         )
 
 
-# Whose masks `padding_mask` makes within `whole_masks`; None outside.
+# The implementation of transformers whose masks `padding_mask` makes, within `whole_masks`.
 _whole: ContextVar[str | None] = ContextVar("whole_masks", default=None)
-# Whether `attend` hands on to the layers' own plain attention (`weights_if_asked`).
+# Whether `attend` calls the layers' own eager attention (`weights_if_asked`).
 _weights: ContextVar[bool] = ContextVar("weights", default=False)
-# On masks made then: a checkpointed layer runs again when that context is gone.
+# Attribute of masks made then: a checkpointed layer runs again after that context has ended.
 _OF_WEIGHTS = "_lora_engine_weights"
 
 
@@ -87,7 +87,7 @@ _OF_WEIGHTS = "_lora_engine_weights"
 def whole_masks(implementation: str) -> Iterator[None]:
     """Within this context masks are those of one of transformers' own implementations.
 
-    Rows of padding are then computed as they are with it.
+    Rows of padding are then computed as that implementation computes them.
     """
     token = _whole.set(implementation)
     try:
@@ -98,10 +98,10 @@ def whole_masks(implementation: str) -> Iterator[None]:
 
 @contextmanager
 def weights_if_asked(config: Any, own: str | None, given: Mapping[str, Any]) -> Iterator[None]:
-    """A context for a call of a model that is `given` arguments, and attends by itself as `own`.
+    """A context for a call of a model: `own` is its own attention, `given` the call's arguments.
 
-    Where they, or its configuration, ask for attentions, its layers run their plain attention: no
-    other implementation has any.
+    Where these or the configuration ask for attention weights, the layers run their eager
+    attention, the only implementation that returns them.
     """
     asked = given.get("output_attentions")
     if asked is None:
@@ -141,8 +141,8 @@ def padding_mask(
 ) -> Tensor | None:
     """The tokens' mask [B, L], or None where every row is one sequence; or sdpa's [B, 1, Q, K].
 
-    In [B, L] padding is 0, and tokens of a row that see each other have the same number. sdpa's
-    with a filled cache, and where the mask is more than causal with windows and packing.
+    In [B, L] padding is 0, and each packed sequence of a row has a number of its own. sdpa's mask
+    is returned with a filled cache, and where a mask is not causal with a window and packing.
     """
     from transformers import AttentionMaskInterface
     from transformers.masking_utils import causal_mask_function, sdpa_mask
@@ -162,8 +162,8 @@ def padding_mask(
             setattr(made, _OF_WEIGHTS, True)
         return made
     known = causal_mask(function)
-    # Rows of padding between tokens see some of them, and windows count their places. What a mask
-    # of another shape means (checkpointed layers leave a cache empty) is transformers' to say.
+    # Left to transformers: padding between tokens, since it attends to some of them and counts in
+    # windows; and masks of another shape, as where checkpointed layers leave a cache empty.
     if attention_mask is not None and (
         (q_length == kv_length and attention_mask.shape != (batch_size, kv_length))
         or has_holes(attention_mask.bool())
@@ -270,9 +270,9 @@ def attend(
 def _added(
     mask: Tensor | None, query: Tensor, keys: int, causal: bool, window: int | None
 ) -> Tensor | None:
-    """A mask as plain attention adds it to the scores, [B, 1, Q, K] in the query's dtype.
+    """A mask as eager attention adds it to the scores, [B, 1, Q, K] in the query's dtype.
 
-    `generate` makes those of a static cache itself, as `padding_mask` has them.
+    For a static cache `generate` has called `padding_mask` itself.
     """
     batch, _, length, _ = query.shape
     if mask is None and causal and length > 1:  # of tokens that are first in their cache
@@ -303,11 +303,11 @@ def _sdpa(
     additive = mask is not None and mask.is_floating_point()
     one = query.shape[2] == 1 and query.device.type == "cpu" and dropout == 0
     blind = mask is not None and (one or additive) and _blinds(mask)
-    # Masks of some heads alone, and what a query is given that sees nothing, are PyTorch's to say.
+    # PyTorch's kernel where a mask differs by head, or leaves a query without a key.
     if one and not blind and (mask is None or mask.shape[1] == 1):
         return _of_one_query(query, key, value, mask, scaling), None
-    # A query that an additive mask lets see nothing attends to all alike; only the plain backward
-    # pass is right about it, as others subtract a logarithm from a number that swallows it.
+    # Under an additive mask a query without a key has equal probabilities. Only the MATH backward
+    # gives them: the others subtract lse from scores so low that it is lost in rounding.
     with sdpa_kernel(SDPBackend.MATH) if additive and blind else nullcontext():
         result: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs

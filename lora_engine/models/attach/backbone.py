@@ -16,7 +16,7 @@ from lora_engine.models.peft.router import AdapterRouter
 # Arguments with which the layers see each token by itself or by its place in a sequence.
 _PER_TOKEN = frozenset({"input_ids", "inputs_embeds", "attention_mask", "position_ids"})
 _HARMLESS = frozenset({"logits_to_keep", "num_items_in_batch", "output_rows", "use_cache"})
-# Of transformers' own, on the embedding: lets gradients reach checkpointed layers.
+# transformers' own hook on the embedding, with which gradients reach checkpointed layers.
 _REQUIRES_GRAD = "PreTrainedModel.enable_input_require_grads.<locals>.make_inputs_require_grads"
 
 
@@ -28,9 +28,9 @@ class BackboneForward:
     `last_hidden_state` is [B, L, H] with zeros in the rows of padding; with `output_rows` [U],
     places in the rows of the padded batch, [1, U, H].
 
-    Who reads which rows may say so, in `output_rows` or `read_rows` [U]. Then a batch in which a
-    row of padding is read is not packed, and otherwise none with padding on its left: a label of a
-    row's first token is predicted there.
+    A caller that reads some rows only passes them as `output_rows` or `read_rows` [U]: the batch
+    is then packed unless one of them is padding. Otherwise a batch with padding on the left is not
+    packed: the label of a row's first token is predicted at the padding before it.
     """
 
     def __init__(self, backbone: Any, router: AdapterRouter, own_attention: str | None) -> None:
@@ -53,7 +53,7 @@ class BackboneForward:
         return output
 
     def _packs(self, kwargs: dict[str, Any]) -> bool:
-        """Whether the layers, as they are at the moment, would give packed sequences the same."""
+        """Whether the layers, in their present state, compute the same for packed sequences."""
         config = self.backbone.config
         unknown = {
             name
@@ -155,7 +155,7 @@ def _padded_batch(
 
 
 def _is_watched(module: nn.Module) -> bool:
-    """Whether somebody else would see a module's packed rows, or gave it a forward of theirs."""
+    """Whether a foreign hook would see the module's packed rows, or its forward was replaced."""
     forward = vars(module).get("forward")
     if forward is not None and not type(forward).__module__.startswith("lora_engine."):
         return True

@@ -84,7 +84,7 @@ class CausalLmForward:
             or any(kwargs.get(name) not in (None, False, 0) for name in _OPTIONS)
             or any(kwargs.get(name) is not None for name in _OF_OTHER_LOSSES)
             or hooks_everywhere()
-            or attachment(self.model) is None  # restored, but somebody holds this forward
+            or attachment(self.model) is None  # after restore(), by a caller that kept this forward
             or why_no_loss(self.model) is not None
         )
 

@@ -12,7 +12,8 @@ from lora_engine.models.attach.linear_group import are_altered
 from lora_engine.models.peft import lora_state
 from lora_engine.models.peft.lora_state import is_lora
 
-# What some models do to their logits, or to what their head reads, that the loss does not do.
+# Configuration fields by which some models scale their logits or their head's input; the loss here
+# does not.
 _LOGIT_CHANGES = ("logits_scaling", "logit_scale", "lm_head_multiplier")
 
 

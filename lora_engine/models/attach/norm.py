@@ -11,7 +11,7 @@ from lora_engine.values import PreNorm
 
 
 class RmsNormForward:
-    """The forward of an RMSNorm module; `tail` columns are left for the linears that read it.
+    """The forward of an RMSNorm module, with `tail` padding columns for the linears that read it.
 
     `offset` is 1 where the module keeps its weight as the difference from one, as Gemma's do.
     """
@@ -46,7 +46,7 @@ class RmsNormForward:
 
 
 class LayerNormForward:
-    """The forward of an nn.LayerNorm; `tail` columns are left for the linears that read it."""
+    """The forward of an nn.LayerNorm, with `tail` padding columns for the linears that read it."""
 
     operation = "layer_norm"
 

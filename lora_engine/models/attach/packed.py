@@ -1,4 +1,4 @@
-"""Hidden states of packed batches: no logits, and in the last layer no rows that nobody reads."""
+"""Hidden states of packed batches: no logits, and the last MLP on the rows that are read only."""
 
 from typing import Any, Protocol
 
@@ -80,7 +80,7 @@ def hidden_rows(
 def selects_rows(backbone: Any) -> bool:
     """Whether the backbone's last layer takes `output_rows`.
 
-    Not where somebody watches it or what comes after it: they would see some rows only.
+    Not where a hook watches it or a module after it: the hook would see some rows only.
     """
     layers = getattr(backbone, "layers", None)
     if not layers:

@@ -1,7 +1,7 @@
-"""The fused head that TRL's trainers put on a model, on lora_engine's.
+"""TRL's fused output head, computed by lora_engine's.
 
-TRL gives the model another forward, which with `fused_lm_head=True` returns log-probabilities and
-what else of each label its trainer asked for. What it asked for stands in the function's closure.
+With `fused_lm_head=True` TRL's trainers give the model a forward that returns log-probabilities and
+other figures of each label. Which ones a trainer asked for is read from that function's closure.
 """
 
 import inspect
@@ -116,9 +116,9 @@ def adopt(model: Any, patches: Patches) -> bool:
 class ModeSetter:
     """A model's `train`, which `eval` calls too: takes note of a forward that has come since.
 
-    A trainer puts its forward on the model when it is made, and sets the mode before each step.
-    TRL's fused head is served from then on; what labels another's forward is given on rows of
-    padding is seen.
+    A trainer replaces the model's forward when it is made, after `accelerate` perhaps, and sets the
+    mode before each step: a convenient moment to notice. A fused head of TRL's is then adopted;
+    behind any other forward, labels on rows of padding make these be computed.
     """
 
     def __init__(self, model: Any, patches: Patches) -> None:

@@ -98,7 +98,7 @@ def _convert(path: Path, dtype: torch.dtype, target: Path) -> None:
     import transformers
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    # Newer releases may keep the weights in their blocks, unless told to unpack them.
+    # Newer releases of transformers may keep weights in GGUF's packed blocks unless told otherwise.
     unpack = (
         {"quantization_config": transformers.GgufConfig(dequantize=True)}
         if hasattr(transformers, "GgufConfig")
@@ -117,7 +117,8 @@ def _convert(path: Path, dtype: torch.dtype, target: Path) -> None:
             **unpack,
         )
     check_weights(str(path), model, info)
-    # The weights are plain numbers now. What still says otherwise would forbid to save and train.
+    # The weights are unpacked; attributes that still mark them as quantised would forbid saving and
+    # training.
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config

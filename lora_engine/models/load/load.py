@@ -235,8 +235,8 @@ def _model(source: str, resolved: str, dtype: torch.dtype) -> Any:
 def _leave_the_file(model: Any) -> None:
     """Moves weights out of the mapped safetensors file into memory of their own.
 
-    `accelerate` copies most of them once more into shared buffers; what it frees then really goes,
-    where pages of a mapping would stay resident as long as one tensor is left in it.
+    `accelerate` copies most weights into larger buffers and frees the originals. Memory of their
+    own is then returned; pages of the mapped file would stay resident while any tensor uses it.
     """
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = tensor.data.clone()
