@@ -75,12 +75,12 @@ def _failure(error: BaseException) -> Failure:
 
 
 def _tell(line: str, status: int) -> int:
-    with suppress(OSError):  # where nobody can be told, the status still says it
+    with suppress(OSError):  # standard error is closed: the exit status still tells
         print(f"lora-engine: {one_line(line)}", file=sys.stderr, flush=True)
     return status
 
 
 def _give_up_standard_output() -> None:
-    """What is still buffered goes nowhere, instead of failing again when Python ends."""
+    """Points it at the null device, so that flushing its buffer does not fail again at exit."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, sys.stdout.fileno())

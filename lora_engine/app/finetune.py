@@ -227,8 +227,8 @@ def how_to_resume(folder: Path) -> str:
 
 
 def _check_room(config: RunConfig, resume: bool) -> None:
-    """Stop before any work if the folder holds a run that is not to be touched, or none to resume,
-    or the model that the run begins with."""
+    """Raises UserError, before any work, if the folder holds a run that may not be replaced, no run
+    to resume, or the model that the run begins with."""
     folder, overwrite = config.train.output_dir, config.train.overwrite
     run = RunFolder(folder)
     if resume and not run.holds_run():
@@ -341,4 +341,4 @@ def _perplexity(loss: float | None) -> float | None:
 
 
 def _ignore(told: Any) -> None:
-    """Nobody watches."""
+    """An observer's method where there is no observer."""

@@ -119,7 +119,7 @@ class _Lines(logging.Handler):
 
 
 def _warn(text: str) -> None:
-    with suppress(OSError):  # where nobody can be told, the run goes on
+    with suppress(OSError):  # standard error is closed: the run goes on without the line
         print(f"lora-engine: warning: {one_line(text)}", file=sys.stderr, flush=True)
 
 

@@ -59,7 +59,7 @@ def reset_peak_memory(device: torch.device) -> None:
 
 def _peak_resident_bytes() -> int:
     status = Path("/proc/self/status")
-    if status.exists():  # ru_maxrss would start from the parent's size at the time of the fork
+    if status.exists():  # not ru_maxrss, which a forked process begins with its parent's size
         for line in status.read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024

@@ -13,7 +13,7 @@ from lora_engine.training.state import Position
 class BatchStream:
     """Micro-batches of packed examples, epoch after epoch, each epoch in its own order.
 
-    Holds no position: `take` is a function of where it is asked to start.
+    It keeps no position of its own: `take` is a pure function of the position that it is given.
 
     share_prefixes: as for `collate`.
     """

@@ -36,7 +36,9 @@ TYPICAL_ROWS = 4096
 VERIFY_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
 
-@torch.inference_mode(False)  # what is allocated here, training writes later
+@torch.inference_mode(
+    False
+)  # buffers made here are written in training, which inference tensors forbid
 def accelerate(
     model: nn.Module,
     *,
@@ -83,9 +85,9 @@ def accelerate(
 
 
 def _replace_kept_forward(model: nn.Module, inner: nn.Module, patches: Patches) -> None:
-    """Gives what is around the model its forward of today where it has kept that of before.
+    """Replaces the model's own forward where a wrapper around it has kept that.
 
-    PEFT's AdaptionPromptModel takes the forward along when it is made.
+    PEFT's AdaptionPromptModel copies the forward when it is made.
     """
     for around in (model, getattr(model, "base_model", None)):
         kept = vars(around).get("forward") if isinstance(around, nn.Module) else None
@@ -151,14 +153,14 @@ class _Accelerator:
         self.report = CoverageReport()
         self.finder = SequenceFinder()
         self.covered: set[nn.Module] = set()  # linears inside a replaced layer
-        self.served: set[nn.Module] = set()  # with whose parameters our kernels compute
+        self.served: set[nn.Module] = set()  # modules whose parameters our kernels read
         self.agrees: dict[Any, bool] = {}  # kind of MLP -> whether ours computes what it does
         weight = next(model.parameters())
         self.device, self.dtype = weight.device, weight.dtype
 
     def run(self) -> CoverageReport:
         has_attention = self._attention_interface()
-        tails: dict[nn.Module, int] = {}  # norm -> room for the linears that read it
+        tails: dict[nn.Module, int] = {}  # norm -> padding columns for the linears that read it
         for name, module in self.model.named_modules():
             if name and "forward" in vars(module):
                 self.report.add(name, type(module).__name__, False, "someone replaced its forward")
@@ -271,7 +273,7 @@ class _Accelerator:
     def _note_tail(
         self, name: str, norm: str, group: LinearGroup, tails: dict[nn.Module, int]
     ) -> None:
-        """The norm beside a layer feeds it in the models we know; elsewhere the room is unused."""
+        """In known models the norm beside a layer feeds it; elsewhere the columns are unused."""
         parent = self.model.get_submodule(name.rpartition(".")[0])
         if hasattr(parent, norm):
             tails[getattr(parent, norm)] = group.tail

@@ -63,9 +63,10 @@ def _has_own_hooks(module: nn.Module) -> bool:
 
 
 def autocast_to_another_half(weight: torch.Tensor) -> bool:
-    """Whether `torch.autocast` makes float16 where weights are bfloat16, or the reverse.
+    """Whether `torch.autocast` computes in float16 where weights are bfloat16, or the reverse.
 
-    Parts that are left hand on autocast's type then, which products with the weights do not take.
+    Modules that are left as they were then produce autocast's dtype, which our products with the
+    weights cannot take.
     """
     device = weight.device.type
     if not torch.is_autocast_enabled(device):

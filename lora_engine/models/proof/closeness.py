@@ -1,9 +1,9 @@
 """How far two results for the same tokens are apart, next to what rounding explains.
 
-In float32 and float64 by the root mean square of the difference. In half precision a token whose
-router is nearly undecided goes to another expert for a rounding's sake, and its result is then
-another one altogether: there the typical token of a stretch is judged, and as sharply as the
-model's own forward in float32 allows.
+In float32 and float64 by the root mean square of the difference. In half precision rounding may
+send a token whose router scores are nearly equal to another expert, with an unrelated result: there
+the median token of a stretch is compared, next to what the model's own forward loses against
+float32.
 """
 
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-# What rounding in one layer, or in the head, may come to, of the result.
+# The relative difference that rounding in one layer, or in the head, may make.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 5e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
 HALF = (torch.float16, torch.bfloat16)
 
@@ -40,7 +40,7 @@ def excess(
     given: Tensor | None = None,  # what `exact` was made of
     noise: float | None = None,  # without `exact`: see `noise_of`
 ) -> float:
-    """The difference over what rounding explains: at most 1 if that is all."""
+    """The difference divided by what rounding may make: at most 1 if there is no other cause."""
     if not ours.isfinite().all() or ours.dtype != theirs.dtype:
         return float("inf")
     stretches = (list(_stretches(x, mask)) for x in (ours, theirs))
@@ -62,12 +62,12 @@ def excess(
 
 
 def noise_of(result: Tensor, exact: Tensor) -> float:
-    """What half precision costs the typical row of a layer's own result, of the result."""
+    """The relative error of a layer's own half-precision result, medians over rows."""
     return typical((result.float() - exact).flatten(0, -2)) / typical(exact.flatten(0, -2))
 
 
 def typical(rows: Tensor) -> float:
-    """The root mean square of the middle one of rows [R, H]; not quite 0 of zeros."""
+    """The median over rows [R, H] of their root mean square; at least 1e-12, to divide by."""
     return max(float(rows.square().mean(1).sqrt().median()), 1e-12)
 
 

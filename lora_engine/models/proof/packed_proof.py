@@ -12,7 +12,7 @@ from lora_engine.models.proof.closeness import coarsest_dtype, typical
 from lora_engine.models.proof.proof import measuring, probe_tokens
 
 _LENGTHS = (4, 5)
-# Of the typical token's logits, what rounding in all layers may come to.
+# The relative difference of the median token's logits that rounding in all layers may make.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.2}
 
 

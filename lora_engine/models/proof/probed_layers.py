@@ -1,10 +1,10 @@
 """A model's repeated layers while it is tried: the same input for their own forwards and ours.
 
-Of layers that differ in nothing but their weights and their place the first runs and the others
-hand their input on; the last layer of a list always runs. While transformers' own forward is run,
-what goes into each layer and what comes out is recorded. With ours, each layer is given the
-recorded input, so that its output can be compared by itself, and the layers behind it are given the
-recorded output: rounding does not add up from layer to layer.
+Layers that differ only in their weights and their place are of one kind. The first of a kind runs
+and the others return their input; the last layer of a list always runs. While transformers' own
+forward is run, what goes into each layer and what comes out is recorded. With ours, each layer is
+given the recorded input, so that its output can be compared by itself, and the layers behind it are
+given the recorded output: rounding does not add up from layer to layer.
 """
 
 from collections.abc import Callable, Iterator

@@ -20,7 +20,7 @@ from lora_engine.models.attach.head import Head, output_head, why_no_head
 from lora_engine.models.proof.closeness import HALF, TOLERANCE, distance, rms, typical
 from lora_engine.models.proof.probed_layers import ProbedLayers
 
-# Of the loss; and of gradients, which every layer's rounding adds to.
+# Relative tolerances: of the loss, and of gradients, in which the rounding of all layers adds up.
 _LOSS = {torch.float64: 1e-9, torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 6e-3}
 _GRADIENT = {torch.float64: 1e-8, torch.float32: 2e-3, torch.float16: 5e-2, torch.bfloat16: 0.2}
 EMBEDDINGS = "the embeddings' output"
@@ -32,7 +32,7 @@ _SPANS = ("sliding_window", "attention_chunk_size", "local_attention", "attentio
 
 @dataclass
 class Results:
-    """What a model makes of the probes: an error instead where it makes nothing of them.
+    """A model's results for the probe batches, or the error that it raised.
 
     logits: of the rows that are no padding, a tensor a batch; hidden states where the model has no
         logits of tokens.
@@ -107,7 +107,9 @@ def same_training(model: Any, own: Results) -> str | None:
         return "the model's logits are more than its head's product with the hidden states"
     try:
         with measuring(model), own.layers.replaying():
-            model.training = True  # the model alone: its parts drop nothing out
+            model.training = (
+                True  # the model alone is in training: its parts stay in eval mode, without dropout
+            )
             loss, gradients = _train(model)
     except Exception as error:
         return f"a try raises {type(error).__name__}: {error}".partition("\n")[0]
@@ -117,7 +119,9 @@ def same_training(model: Any, own: Results) -> str | None:
     largest = max(map(rms, own.gradients.values()), default=0.0)
     for name, expected in own.gradients.items():
         if own.dtype in HALF:
-            if name != EMBEDDINGS:  # nearly undecided routers make others of the parameters
+            if (
+                name != EMBEDDINGS
+            ):  # rounding may route tokens to other experts, and so change these altogether
                 continue
             tokens = (gradients[name] - expected).flatten(0, -2), expected.flatten(0, -2)
             off, allowed = (typical(x.float()) for x in tokens)

@@ -14,7 +14,7 @@ from lora_engine.errors import UserError
 from lora_engine.training.optimizer.shared_memory import compact_strides, groups_of_memory
 
 ALIGNMENT = 64  # bytes; every parameter starts on a cache line, as a tensor of its own would
-RATE_ALIGNMENT = 1024  # bytes; a block of 256 moments in 8 bits belongs to one learning rate
+RATE_ALIGNMENT = 1024  # bytes, 256 values: a block of 8-bit moments never spans two learning rates
 
 
 @dataclasses.dataclass(frozen=True)

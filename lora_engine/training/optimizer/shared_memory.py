@@ -32,7 +32,7 @@ def groups_of_memory(named: Sequence[NamedParameter]) -> list[list[NamedParamete
 
 
 def compact_strides(p: torch.Tensor) -> tuple[int, ...]:
-    """Strides of `p` once the gaps between its elements in memory are closed.
+    """Strides of `p` copied to memory without gaps between its elements.
 
     The order of the elements stays. [3, 4] in row-major order has (4, 1), its transpose (1, 4), a
     column slice of a wider matrix those of a matrix of its own.
@@ -83,7 +83,10 @@ def _memory_key(name: str, p: nn.Parameter) -> object:
 
 
 def _refuse_partial_overlap(named: list[NamedParameter]) -> None:
-    """Two windows on one memory cannot both move into a flat buffer and stay the same values."""
+    """Raises UserError for tensors that share only a part of their memory.
+
+    Both cannot move into a flat buffer and still share it.
+    """
     placed = sorted(((p.data_ptr(), name, p) for name, p in named if p.numel()), key=lambda x: x[0])
     before: list[tuple[int, str, nn.Parameter]] = []  # those that reach beyond the current start
     for start, name, p in placed:

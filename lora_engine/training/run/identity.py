@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 Identity = dict[str, dict[str, Any]]
 
-_HASH = "sha256:"  # before values that a message should not show
+_HASH = "sha256:"  # begins values that are hashes; messages do not show these
 _SHOWN = 3
 _LONGEST_VALUE = 80
 
@@ -30,13 +30,14 @@ _HASHED = {
     "held-out data": "other held-out data",
 }
 
-# Of the model's and PEFT's configurations: what moves, and what no gradient depends on.
+# Fields of the model's and PEFT's configurations that differ by place or library version, or that
+# no gradient depends on.
 _NOT_COMPARED = frozenset(
     {
         "architectures",
         "auto_mapping",
         "base_model_name_or_path",
-        "dtype",  # compared as the parameters have it
+        "dtype",  # the parameters' own dtypes are compared
         "inference_mode",
         "output_attentions",
         "output_hidden_states",
