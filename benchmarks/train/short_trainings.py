@@ -204,10 +204,18 @@ def train(training: Training, dtype: torch.dtype, device: str) -> dict[str, torc
 
 
 def is_within(folder: Path) -> bool:
-    """Whether lora_engine and all of its parts come from `folder`."""
-    parts = [importlib.util.find_spec(f"lora_engine.{name}") for name in ("_C", "kernels", "ops")]
-    origins = [Path(part.origin) for part in parts if part is not None and part.origin]
-    return all(origin.is_relative_to(folder) for origin in origins)
+    """Whether lora_engine and all of its parts come from `folder`.
+
+    The Triton kernels are mapped into the package, as `kernels` in its first revisions; an editable
+    installation answers for the name that the revision has not.
+    """
+
+    def comes_from_folder(name: str) -> bool:
+        part = importlib.util.find_spec(f"lora_engine.{name}")
+        return bool(part and part.origin and Path(part.origin).is_relative_to(folder))
+
+    triton = comes_from_folder("backends.triton") or comes_from_folder("kernels")
+    return triton and comes_from_folder("_C") and comes_from_folder("ops")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
