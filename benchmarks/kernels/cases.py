@@ -180,7 +180,7 @@ def lora_linear(size: Size, dtype: torch.dtype, device: torch.device) -> Problem
         factors.append(_normal(n, rank, dtype=torch.float32, device=device, std=0.02))
     pairs = zip(factors[::2], factors[1::2], strict=True)
     adapters = [ops.LoraFactors(a, b, SCALING) for a, b in pairs]
-    augmented = ops.AugmentedWeight(weights, adapters)
+    group = ops.LoraGroup.dense(weights, adapters)
 
     def plain(x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         count = len(weights)
@@ -195,7 +195,7 @@ def lora_linear(size: Size, dtype: torch.dtype, device: torch.device) -> Problem
     forward, both = _matmul_work(matmuls, extra_forward=extra, extra_both=3 * extra)
     return Problem(
         (x, *weights, *factors),
-        ours=lambda x, *_: ops.lora_linear(x, augmented),
+        ours=lambda x, *_: ops.lora_linear(x, group),
         eager=plain,
         oracle=plain,
         forward=forward,

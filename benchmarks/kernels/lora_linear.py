@@ -93,21 +93,21 @@ def base(case: Case) -> Strategy:
     return Strategy(lambda: torch.mm(case.x, case.weight.t(), out=out), both)
 
 
-def _augmented_weight(case: Case) -> ops.AugmentedWeight:
+def _group(case: Case) -> ops.LoraGroup:
     factors = ops.LoraFactors(case.lora_a, case.lora_b, SCALING)
-    return ops.AugmentedWeight([case.weight], [factors])
+    return ops.LoraGroup.dense([case.weight], [factors])
 
 
 def augmented(case: Case) -> Strategy:
     """The products of a block: x and dY lie in buffers whose rows have room for S and dS."""
-    weight = _augmented_weight(case)
-    product = make_product(case.x, weight)
+    group = _group(case)
+    product = make_product(case.x, group)
     assert product is not None
     (m, n), k = case.dy.shape, case.x.shape[1]
-    xs = case.x.new_empty(m, k + weight.tail)
-    dys = case.x.new_empty(m, n + weight.tail)
+    xs = case.x.new_empty(m, k + group.padded_rank)
+    dys = case.x.new_empty(m, n + group.padded_rank)
     xs[:, :k], dys[:, :n] = case.x, case.dy
-    needs = [factor is case.lora_a or factor is case.lora_b for factor in weight.factors()]
+    needs = [factor is case.lora_a or factor is case.lora_b for factor in group.tensors()]
 
     def both() -> Sequence[Tensor | None]:
         y, _ = product.forward(xs)
@@ -136,7 +136,7 @@ def _differentiated(case: Case, function: Callable[[Tensor, Tensor, Tensor], Ten
 
 def op(case: Case) -> Strategy:
     def function(x: Tensor, lora_a: Tensor, lora_b: Tensor) -> Tensor:
-        return ops.lora_linear(x, weight)[0]
+        return ops.lora_linear(x, group)[0]
 
     leaves_case = Case(
         case.x,
@@ -145,7 +145,7 @@ def op(case: Case) -> Strategy:
         case.lora_a.detach().requires_grad_(),
         case.lora_b.detach().requires_grad_(),
     )
-    weight = _augmented_weight(leaves_case)
+    group = _group(leaves_case)
     x = case.x.detach().requires_grad_()
 
     def forward() -> object:
@@ -252,13 +252,13 @@ def measure_case(case: Case, device: torch.device, samples: int) -> list[dict[st
 def dispatch_seconds(device: torch.device, calls: int = 300) -> float:
     """Time of one forward call on a tiny input, where nothing but overhead is left."""
     case = make_case(1, 16, 16, 4, torch.float32, device)
-    weight = _augmented_weight(case)
+    group = _group(case)
     with torch.no_grad():
         best = float("inf")
         for _ in range(20):
             start = time.perf_counter()
             for _ in range(calls):
-                ops.lora_linear(case.x, weight)
+                ops.lora_linear(case.x, group)
             best = min(best, (time.perf_counter() - start) / calls)
     return best
 

@@ -46,7 +46,7 @@ FORMATS = ("dense",)
 
 # How the wide products of a LoRA group are taken.
 # augmented    one product of the vendor library over [X | S] (in the backward pass [dY | dS]) and
-#              the buffer W̃; see ops/lora/linear.py
+#              the base weight lent with the factors; see ops/lora/product.py
 # two_segment  our kernel: one accumulator over two stretches of the inner dimension, the second
 #              masked where there is dropout
 # base_add     the base product, then each linear's share masked and added
@@ -69,6 +69,7 @@ class Product(NamedTuple):
 
     dropout: the product itself is masked: that of dX with p > 0. The forward product never is,
         since there only S changes.
+    augmentable: the base weight can be lent together with the adapters' factors, as one operand.
     aligned: rows of the operands start at multiples of 16 bytes.
     """
 
@@ -77,6 +78,7 @@ class Product(NamedTuple):
     k: int
     r: int
     dropout: bool = False
+    augmentable: bool = True
     aligned: bool = True
 
 
@@ -362,11 +364,11 @@ def _warn_once(operation: str, reason: str) -> None:
 
 @lru_cache(4096)
 def product_strategy(
-    device: torch.device, dtype: torch.dtype, m: int, n: int, k: int, r: int, masked: bool
+    device: torch.device, dtype: torch.dtype, sizes: Product, format: str = "dense"
 ) -> str:
-    """The strategy's name for W̃, whose rows are aligned, and operands made to go with it."""
-    sizes = Product(m, n, k, r, dropout=masked)
-    plan = choose(Request.on(device, "lora_linear", dtype, sizes), present()).plan
+    """The strategy's name for a base weight of this format."""
+    request = Request.on(device, "lora_linear", dtype, sizes)
+    plan = choose(replace(request, format=format), present()).plan
     assert isinstance(plan, Strategy)
     return plan.name
 

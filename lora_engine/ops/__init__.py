@@ -11,20 +11,23 @@ from lora_engine.ops.cross_entropy import cross_entropy
 from lora_engine.ops.glu import glu, swiglu
 from lora_engine.ops.head.linear_cross_entropy import LinearCrossEntropy, linear_cross_entropy
 from lora_engine.ops.layer_norm import layer_norm
+from lora_engine.ops.lora.base import BaseWeight, DenseBase
 from lora_engine.ops.lora.embedding import lora_embedding
 from lora_engine.ops.lora.few_rows import linear as linear_few_rows
+from lora_engine.ops.lora.group import LoraGroup
 from lora_engine.ops.lora.linear import lora_linear
-from lora_engine.ops.lora.weight import AugmentedWeight
 from lora_engine.ops.rms_norm import rms_norm
 from lora_engine.ops.rope import rope, rope_
 from lora_engine.values import Dropout, LoraFactors, PreNorm
 
 __all__ = [
     "ADAMW_8BIT_BLOCK",
-    "AugmentedWeight",
+    "BaseWeight",
+    "DenseBase",
     "Dropout",
     "LinearCrossEntropy",
     "LoraFactors",
+    "LoraGroup",
     "PreNorm",
     "adamw_",
     "adamw_8bit_",

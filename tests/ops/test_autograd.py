@@ -17,7 +17,7 @@ BOUNDS, IDS = cu_seqlens([2, 4]), torch.arange(ROWS)
 
 def linear(x: Tensor) -> Tensor:
     factors = LoraFactors(A, B, 0.5, torch.ones(COLS))
-    return ops.lora_linear(x, ops.AugmentedWeight([WEIGHT], [factors]))[0]
+    return ops.lora_linear(x, ops.LoraGroup.dense([WEIGHT], [factors]))[0]
 
 
 def head(x: Tensor) -> Tensor:

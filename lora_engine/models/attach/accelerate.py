@@ -236,10 +236,9 @@ class _Accelerator:
 
     def _strategy(self, group: LinearGroup) -> str:
         """How the group's products are taken for a batch of TYPICAL_ROWS."""
-        if group.weight is None:
+        if group.lora is None:
             return ""
-        (n, k), rank = group.weight.base.shape, group.tail
-        return backends.product_strategy(self.device, self.dtype, TYPICAL_ROWS, n, k, rank, False)
+        return group.lora.forward_strategy(TYPICAL_ROWS)
 
     def _attention(self, name: str, module: Any, tails: dict[nn.Module, int]) -> None:
         qkv = self._group(f"{name}.qkv", [module.q_proj, module.k_proj, module.v_proj])
@@ -285,7 +284,7 @@ class _Accelerator:
 
     def _single_linear(self, name: str, module: nn.Module) -> None:
         group = self._group(name, [module])
-        if group.weight is not None:
+        if group.lora is not None:
             self.patches.set_forward(module, SingleLinear(group))
 
     def _embedding(self, name: str, module: Any) -> None:

@@ -91,7 +91,7 @@ class DecoderLayerForward:
             return None
         if not backends.runs_fused("attention_block", x.device, x.dtype):
             return None
-        qkv, output = forward.qkv.weight, forward.output.weight
+        qkv, output = forward.qkv.lora, forward.output.lora
         if qkv is None or output is None:
             return None
         head_norms = None
@@ -136,7 +136,7 @@ class DecoderLayerForward:
             return None
         if not forward.intact():
             return None
-        gate_up, down = forward.gate_up.weight, forward.down.weight
+        gate_up, down = forward.gate_up.lora, forward.down.lora
         if gate_up is None or down is None:
             return None
         if not backends.runs_fused("mlp_block", x.device, x.dtype):

@@ -1,4 +1,4 @@
-"""Linears that share their input, as one augmented weight where PEFT's state allows it."""
+"""Linears that share their input, as one group of LoRA linears where PEFT's state allows it."""
 
 import warnings
 from collections.abc import Iterable, Sequence
@@ -19,13 +19,13 @@ from lora_engine.models.peft.router import AdapterRouter
 class LinearGroup:
     """Calls linears that share their input, as `ops.lora_linear` or, failing that, one by one.
 
-    `reason` says why there is no augmented weight, or is None. PEFT's state is looked at on every
-    call: adapters may be switched, disabled or merged, and those that are active are in the
-    augmented weight. What that cannot hold runs as the layers' own forward: hooks, forwards that
-    others replaced, inputs of another dtype (under autocast), autocast to another half precision
-    than the weights', and base weights that were unfrozen, exchanged
-    (`load_state_dict(assign=True)`, `functional_call`) or given other storage (`model.to(...)`),
-    these with one warning.
+    `lora` is the group that `ops.lora_linear` takes; None, and `reason` says why, where the linears
+    cannot be one. PEFT's state is looked at on every call: adapters may be switched, disabled or
+    merged, and the group takes those that are active. What it cannot stand for runs as the layers'
+    own forward: hooks, forwards that others replaced, inputs of another dtype (under autocast),
+    autocast to another half precision than the weights', and base weights that were unfrozen,
+    exchanged (`load_state_dict(assign=True)`, `functional_call`) or given other storage
+    (`model.to(...)`), these with one warning.
     """
 
     def __init__(
@@ -35,16 +35,15 @@ class LinearGroup:
         self.forwards = [module.forward for module in modules]
         self.inside = False  # whether it is called by the forward of its one module
         self.reason = lora_state.why_not(modules) or _why_not_placed(modules, patches)
-        self.weight: ops.AugmentedWeight | None = None
+        self.lora: ops.LoraGroup | None = None
         if self.reason is not None:
             return
         self._adapted = [module for module in modules if is_lora(module)]
-        bases = [base_layer(module) for module in modules]
-        self.weight = ops.AugmentedWeight(
-            [base.weight for base in bases], [None] * len(bases), room=lora_state.room(modules)
-        )
-        self._bases = [(base, base.weight, self.weight.weight(i)) for i, base in enumerate(bases)]
-        for _, parameter, view in self._bases:
+        layers = [base_layer(module) for module in modules]
+        base = ops.DenseBase([layer.weight for layer in layers], lora_state.rank_capacity(modules))
+        self.lora = ops.LoraGroup(base, [None] * len(layers))
+        self._placed = [(layer, layer.weight, base.weight(i)) for i, layer in enumerate(layers)]
+        for _, parameter, view in self._placed:
             patches.set_storage(parameter, view)
         self._state: tuple[Any, ...] | None = None
         self._problem: str | None = None
@@ -53,36 +52,36 @@ class LinearGroup:
     @property
     def tail(self) -> int:
         """Spare columns the group's input wants behind each row."""
-        return self.weight.tail if self.weight is not None else 0
+        return self.lora.padded_rank if self.lora is not None else 0
 
     @property
     def has_lora(self) -> bool:
-        """Whether the augmented weight holds adapters."""
-        return self.weight is not None and bool(self._adapted)
+        """Whether any of the group's linears has adapters."""
+        return self.lora is not None and bool(self._adapted)
 
     def ready(self, x: Tensor) -> bool:
-        """Whether the augmented weight stands for what the layers would compute of `x` now."""
-        if self.weight is None:
+        """Whether `lora` stands for what the layers would compute of `x` now."""
+        if self.lora is None:
             return False
-        for base, parameter, view in self._bases:
-            if base.weight is not parameter or parameter.data_ptr() != view.data_ptr():
+        for layer, parameter, view in self._placed:
+            if layer.weight is not parameter or parameter.data_ptr() != view.data_ptr():
                 _warn_moved()
                 return False
             if parameter.requires_grad:
                 return False
         state = (self.router.names, *map(lora_state.adapter_state, self._adapted))
         if state != self._state:
-            self._problem = self._take_adapters(self.weight)
+            self._problem = self._take_adapters(self.lora)
             parts = (part for module in self.modules for part in module.modules())
             self._watched = [p for p in parts if not (self.inside and p in self.modules)]
             self._state = state
-        if self._problem is not None or x.dtype != self.weight.buffer.dtype:
+        if self._problem is not None or x.dtype != self.lora.base.dtype:
             return False
         if lora_state.hooks_everywhere() or are_altered(self._watched):
             return False
-        if lora_state.autocast_to_another_half(self.weight.buffer):
+        if lora_state.autocast_to_another_half(self.lora.base):
             return False
-        self.weight.biases = tuple(base.bias for base, _, _ in self._bases)
+        self.lora.biases = tuple(layer.bias for layer, _, _ in self._placed)
         return True
 
     def stands_for(self, *modules: nn.Module) -> bool:
@@ -109,8 +108,8 @@ class LinearGroup:
         return self.router.routes(x.shape[:-1], x.device)
 
     def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
-        if self.weight is not None and self.ready(x):
-            return ops.lora_linear(x, self.weight, dropout=self.dropout(), routes=self.routes(x))
+        if self.lora is not None and self.ready(x):
+            return ops.lora_linear(x, self.lora, dropout=self.dropout(), routes=self.routes(x))
         if self.router.rows is not None:
             problem = self.reason or self._problem or "its weights were changed, or it has hooks"
             raise UserError(f"rows cannot be routed by adapter through a layer on PEFT: {problem}")
@@ -121,23 +120,23 @@ class LinearGroup:
         result: Tensor = self.forwards[i](x) if self.inside else self.modules[i](x)
         return result
 
-    def _take_adapters(self, weight: ops.AugmentedWeight) -> str | None:
-        """Puts the active adapters into the weight; the reason if that is not possible."""
+    def _take_adapters(self, lora: ops.LoraGroup) -> str | None:
+        """Gives the active adapters to the group; the reason if that is not possible."""
         for module in self._adapted:
             problem = lora_state.why_not_active(module)
             if problem is not None:
                 return problem
         adapters = [lora_state.active_factors(m, self.router.names) for m in self.modules]
-        if sum(f.lora_a.shape[0] for found in adapters for f in found) > weight.tail:
+        if sum(f.lora_a.shape[0] for found in adapters for f in found) > lora.padded_rank:
             return "the active adapters have more ranks than there is room for: accelerate anew"
         if self.router.names and any(f.bias is not None for found in adapters for f in found):
             return "lora_bias=True"
-        weight.set_adapters(adapters)
+        lora.set_adapters(adapters)
         return None
 
 
 def _why_not_placed(modules: Iterable[nn.Module], patches: Patches) -> str | None:
-    """Why the weights cannot move into a buffer of their own, None if they can."""
+    """Why the weights cannot move into a buffer of the group's own, None if they can."""
     if any(patches.places(base_layer(module).weight) for module in modules):
         return "it shares its weight with another layer"
     return None

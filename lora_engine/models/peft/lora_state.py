@@ -1,4 +1,4 @@
-"""What PEFT's LoRA layers are doing at the moment, and whether the augmented weight can do it."""
+"""What PEFT's LoRA layers are doing at the moment, and whether a group of ours can do it."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -62,16 +62,16 @@ def _has_own_hooks(module: nn.Module) -> bool:
     return not all(map(is_idle, module._forward_hooks.values()))
 
 
-def autocast_to_another_half(weight: torch.Tensor) -> bool:
+def autocast_to_another_half(base: ops.BaseWeight) -> bool:
     """Whether `torch.autocast` computes in float16 where weights are bfloat16, or the reverse.
 
     Modules that are left as they were then produce autocast's dtype, which our products with the
     weights cannot take.
     """
-    device = weight.device.type
+    device = base.device.type
     if not torch.is_autocast_enabled(device):
         return False
-    return {weight.dtype, torch.get_autocast_dtype(device)} == {torch.float16, torch.bfloat16}
+    return {base.dtype, torch.get_autocast_dtype(device)} == {torch.float16, torch.bfloat16}
 
 
 def adapter_state(module: Any) -> tuple[Any, ...]:
@@ -100,8 +100,8 @@ def _tensor(layer: Any, name: str) -> Any:
     return parameters[name] if name in parameters else getattr(layer, name)
 
 
-def room(modules: Sequence[nn.Module]) -> int:
-    """The ranks to leave space for: of all active adapters, or of the largest other one."""
+def rank_capacity(modules: Sequence[nn.Module]) -> int:
+    """The ranks to keep place for: of all active adapters, or of the largest other one."""
     adapted: list[Any] = [module for module in modules if is_lora(module)]
     names = {name for module in adapted for name in module.r}
     each = [sum(module.r.get(name, 0) for module in adapted) for name in names]
@@ -135,7 +135,7 @@ def dropout_now(module: Any) -> float:
 
 
 def why_not(modules: Sequence[nn.Module]) -> str | None:
-    """Why linears cannot share an augmented weight; None if they can."""
+    """Why linears cannot be one group; None if they can."""
     for module in modules:
         if not is_linear(module):
             return f"{type(module).__name__} is not a linear layer"
@@ -164,7 +164,7 @@ def why_not(modules: Sequence[nn.Module]) -> str | None:
 
 
 def why_not_active(module: Any) -> str | None:
-    """Why the active adapters of a LoRA layer cannot be part of an augmented weight."""
+    """Why the active adapters of a LoRA layer cannot be part of a group."""
     if module.disable_adapters and module.merged:
         return "the adapter is disabled but merged: PEFT takes it out of the weight"
     active = _running(module)

@@ -59,7 +59,7 @@ def route_adapters(model: Any, names: Sequence[str], rows: Tensor) -> Iterator[N
     Raises UserError for models that are not accelerated, for adapters that are unknown or not
     active, for rows that are no numbers of `names`, for LoRA on the output head and
     `modules_to_save` and, when the model is called, for a batch of more or fewer tokens and for
-    layers that the augmented weight does not cover.
+    layers that run as PEFT's own.
     """
     attached = attachment(transformers_model(model))
     if attached is None:

@@ -47,13 +47,13 @@ def attention_block(
     Raises ValueError where shapes or dtypes do not fit.
     """
     inner, outer = products(x, norm, branch, impl)
-    widths = inner.weight.out_features
+    widths = inner.group.out_features
     check(
         len(widths) == 3
-        and widths[0] == outer.weight.in_features
+        and widths[0] == outer.group.in_features
         and all(width % head_dim == 0 for width in widths),
         f"attention_block: q, k, v {widths} do not fit heads of {head_dim} and the output "
-        f"projection's {outer.weight.in_features} inputs",
+        f"projection's {outer.group.in_features} inputs",
     )
     scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
     accumulate = accumulate_dtype(x.dtype)
@@ -133,14 +133,14 @@ class _AttentionBlock(torch.autograd.Function):
         *tensors: Tensor | None,
     ) -> Tensor:
         rows = as_rows(x)
-        inner, outer = call.inner.weight, call.outer.weight
+        inner, outer = call.inner.group, call.outer.group
         xs, rstd = call.normed(rows)
         qkv, unscaled = call.inner.forward(xs)
         q, k, v = qkv.split(list(inner.out_features), dim=1)
         if head_norms is not None:
             q, k, _ = _norm_heads(call, head_norms, q, k)
         width = outer.in_features
-        os = empty_rows(rows.shape[0], width + outer.tail, dtype=x.dtype, device=x.device)
+        os = empty_rows(rows.shape[0], width + outer.padded_rank, dtype=x.dtype, device=x.device)
         heads = width // call.options["head_dim"]
         lse = torch.empty(heads, rows.shape[0], dtype=rstd.dtype, device=x.device)
         launchers.attention(call.implementation("attention", x)).attention_fwd(
@@ -175,7 +175,7 @@ class _AttentionBlock(torch.autograd.Function):
         inner, outer = call.inner, call.outer
         inner.begin_backward()
         outer.begin_backward()
-        width = outer.weight.in_features
+        width = outer.group.in_features
         needs, outer_needs = call.split(ctx.needs_input_grad[len(asked) :])
         wants_a, wants_b = inner.wants(needs)
         outer_wants_a, outer_wants_b = outer.wants(outer_needs)
@@ -184,14 +184,14 @@ class _AttentionBlock(torch.autograd.Function):
         outer_ds, outer_d_b = outer.fill_ds(d_out, os[:, width:], wanted=outer_wants_b)
         d_o = outer.input_gradient(d_out)
         outer_d_a = outer.lora_a_gradient(outer_ds, os[:, :width], wanted=outer_wants_a)
-        raw_q, raw_k, v = saved.qkv.split(list(inner.weight.out_features), dim=1)
+        raw_q, raw_k, v = saved.qkv.split(list(inner.group.out_features), dim=1)
         q, k, rstd_heads = raw_q, raw_k, None
         if ctx.head_norms is not None:
             q, k, rstd_heads = _norm_heads(call, ctx.head_norms, q, k)
         parts = augmented.empty(
             x.shape[0],
-            list(inner.weight.out_features),
-            inner.weight.tail,
+            list(inner.group.out_features),
+            inner.group.padded_rank,
             dtype=x.dtype,
             device=x.device,
             zeros=False,

@@ -21,9 +21,9 @@ from torch import Tensor
 from lora_engine import backends
 from lora_engine.backends import contracts, launchers
 from lora_engine.ops import augmented
+from lora_engine.ops.lora.group import LoraGroup
 from lora_engine.ops.lora.linear import make_product
-from lora_engine.ops.lora.product import AugmentedProduct
-from lora_engine.ops.lora.weight import AugmentedWeight
+from lora_engine.ops.lora.product import LoraProduct
 from lora_engine.ops.tensors import accumulate_dtype, check, empty_rows, shape_of
 from lora_engine.values import Dropout, PreNorm
 
@@ -37,8 +37,8 @@ class Branch:
     grad_tail: spare columns to leave behind the gradient of x, which the block before reads.
     """
 
-    inner: AugmentedWeight
-    outer: AugmentedWeight
+    inner: LoraGroup
+    outer: LoraGroup
     dropouts: tuple[Dropout | None, Dropout | None] = (None, None)
     routes: Tensor | None = None
     grad_tail: int = 0
@@ -64,7 +64,7 @@ def check_branch(x: Tensor, norm: PreNorm, branch: Branch) -> None:
 
 def products(
     x: Tensor, norm: PreNorm, branch: Branch, impl: str | None
-) -> tuple[AugmentedProduct, AugmentedProduct]:
+) -> tuple[LoraProduct, LoraProduct]:
     """The branch's inner and outer product for rows x [..., H]; ValueError where shapes differ."""
     check_branch(x, norm, branch)
     between = x[..., :1].expand(*x.shape[:-1], branch.outer.in_features)
@@ -80,8 +80,8 @@ class Call:
     """What a block's function needs besides tensors that get gradients."""
 
     norm: PreNorm
-    inner: AugmentedProduct
-    outer: AugmentedProduct
+    inner: LoraProduct
+    outer: LoraProduct
     grad_tail: int
     options: dict[str, Any]
     impl: str | None
@@ -106,7 +106,7 @@ class Call:
     def normed(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """norm(x) with room for S behind it, and 1 / rms."""
         rows, cols = x.shape
-        width = cols + self.inner.weight.tail
+        width = cols + self.inner.group.padded_rank
         buffer = empty_rows(rows, width, dtype=x.dtype, device=x.device)
         rstd = torch.empty(rows, dtype=accumulate_dtype(x.dtype), device=x.device)
         self._norm_into(buffer[:, :cols], x, rstd)

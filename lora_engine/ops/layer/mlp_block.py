@@ -36,14 +36,14 @@ def mlp_block(
 
     Raises ValueError where shapes or dtypes do not fit.
     """
-    inner_weight, outer_weight = branch.inner, branch.outer
+    inner_group, outer_group = branch.inner, branch.outer
     check(
-        len(inner_weight.out_features) == 2
-        and set(inner_weight.out_features) == {outer_weight.in_features},
-        f"mlp_block: gate and up {inner_weight.out_features} do not fit down's "
-        f"{outer_weight.in_features} inputs",
+        len(inner_group.out_features) == 2
+        and set(inner_group.out_features) == {outer_group.in_features},
+        f"mlp_block: gate and up {inner_group.out_features} do not fit down's "
+        f"{outer_group.in_features} inputs",
     )
-    if branch.is_plain and few_rows.suits(x, inner_weight, outer_weight, impl=impl):
+    if branch.is_plain and few_rows.suits(x, inner_group, outer_group, impl=impl):
         check_branch(x, norm, branch)
         return _of_few_rows(x, norm, branch, activation)
     inner, outer = products(x, norm, branch, impl)
@@ -91,12 +91,12 @@ class _MlpBlock(torch.autograd.Function):
         ctx: Any, x: Tensor, norm_weight: Tensor, call: Call, *tensors: Tensor | None
     ) -> Tensor:
         rows = as_rows(x)
-        inner, outer = call.inner.weight, call.outer.weight
+        inner, outer = call.inner.group, call.outer.group
         xs, rstd = call.normed(rows)
         gate_up, unscaled = call.inner.forward(xs)
         gate, up = gate_up.split(list(inner.out_features), dim=1)
         width = outer.in_features
-        hs = empty_rows(rows.shape[0], width + outer.tail, dtype=x.dtype, device=x.device)
+        hs = empty_rows(rows.shape[0], width + outer.padded_rank, dtype=x.dtype, device=x.device)
         kernels = launchers.glu(call.implementation("glu", x))
         kernels.glu_fwd(gate, up, hs[:, :width], **call.options)
         y, outer_unscaled = call.outer.forward(hs, residual=rows)
@@ -131,11 +131,11 @@ class _MlpBlock(torch.autograd.Function):
         d_out = outer.claim_gradient([dy])
         outer_ds, outer_d_b = outer.fill_ds(d_out, saved.outer_s, wanted=outer_wants_b)
         dh = outer.input_gradient(d_out)
-        gate, up = saved.gate_up.split(list(inner.weight.out_features), dim=1)
+        gate, up = saved.gate_up.split(list(inner.group.out_features), dim=1)
         parts = dgate, dup = augmented.empty(
             x.shape[0],
-            list(inner.weight.out_features),
-            inner.weight.tail,
+            list(inner.group.out_features),
+            inner.group.padded_rank,
             dtype=x.dtype,
             device=x.device,
             zeros=False,

@@ -1,4 +1,4 @@
-"""The adapters of a group of linears, and where each stands in the group's buffer W̃."""
+"""The adapters of a group of linears, and which rows and columns of its factors each has."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ Adapters: TypeAlias = LoraFactors | Sequence[LoraFactors] | None
 
 @dataclass(frozen=True)
 class Block:
-    """Where one adapter of one linear stands in W̃: rows of W and B, columns of B (rows of A)."""
+    """One adapter of one linear: its rows of W and B, its columns of B, which are its rows of A."""
 
     factors: LoraFactors
     linear: int
@@ -41,13 +41,13 @@ class AdapterSet:
 
         Raises ValueError where shapes do not fit, or an adapter with a magnitude is not alone.
         """
-        check(len(adapters) == len(rows), "AugmentedWeight: one adapter entry per weight")
+        check(len(adapters) == len(rows), "a group of linears takes one entry of adapters for each")
         blocks, spans, column = [], [], 0
         for i, (entry, span) in enumerate(zip(adapters, rows, strict=True)):
             start, members = column, as_tuple(entry)
             check(
                 len(members) <= 1 or all(f.magnitude is None for f in members),
-                f"AugmentedWeight: linear {i} has several adapters, one of them DoRA",
+                f"linear {i} of the group has several adapters, one of them DoRA",
             )
             for factors in members:
                 _check_factors(factors, span.stop - span.start, in_features)
@@ -101,15 +101,14 @@ def _check_factors(factors: LoraFactors, n: int, k: int) -> None:
     rank = factors.lora_a.shape[0]
     check(
         factors.lora_a.shape == (rank, k) and factors.lora_b.shape == (n, rank),
-        f"AugmentedWeight: lora_a {shape_of(factors.lora_a)} and lora_b "
+        f"lora_a {shape_of(factors.lora_a)} and lora_b "
         f"{shape_of(factors.lora_b)} do not fit weight [{n}, {k}]",
     )
     check(
         factors.magnitude is None or factors.magnitude.shape == (n,),
-        f"AugmentedWeight: magnitude does not fit weight [{n}, {k}]",
+        f"the magnitude does not fit weight [{n}, {k}]",
     )
     check(
         factors.bias is None or (factors.bias.shape == (n,) and factors.magnitude is None),
-        f"AugmentedWeight: the adapter's bias does not fit weight [{n}, {k}], "
-        "or it has a magnitude too",
+        f"the adapter's bias does not fit weight [{n}, {k}], or it has a magnitude too",
     )

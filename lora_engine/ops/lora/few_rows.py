@@ -1,8 +1,8 @@
 """Products of few rows without gradients, as when a model generates: see csrc/cpu/few_rows.cpp.
 
 The vendor's product packs the whole weight at every call, which takes longer than reading it, and
-the buffer W̃ would be filled with the adapters anew. This one reads each weight once, and A and B
-from the tensors that were given to the group.
+the adapters' factors would be placed anew. This kernel reads the weight once, where it is resident,
+and A and B from the tensors that the group was given.
 """
 
 import torch
@@ -10,34 +10,35 @@ from torch import Tensor
 
 from lora_engine import backends
 from lora_engine.backends.cpu import few_rows as kernel
-from lora_engine.ops.lora.weight import AugmentedWeight
+from lora_engine.ops.lora.group import LoraGroup
 from lora_engine.ops.tensors import as_rows
 
 
-def suits(x: Tensor, *weights: AugmentedWeight, impl: str | None = None) -> bool:
-    """Whether `lora_linear` can take rows like x [..., K] of these weights, adapters undropped."""
+def suits(x: Tensor, *groups: LoraGroup, impl: str | None = None) -> bool:
+    """Whether `lora_linear` can take rows like x [..., K] of these groups, without dropout."""
     if torch.is_grad_enabled():
         return False
     rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
-    return backends.takes_few_rows(rows, x.device, x.dtype, impl) and all(map(_is_plain, weights))
+    return backends.takes_few_rows(rows, x.device, x.dtype, impl) and all(map(_is_plain, groups))
 
 
 def lora_linear(
     x: Tensor,  # [M, K]
-    weight: AugmentedWeight,
+    group: LoraGroup,
     residual: Tensor | None = None,  # [M, N]
 ) -> Tensor:
     """The group's outputs [M, N] side by side, `residual` added."""
-    x = as_rows(x)
-    y = x.new_empty(x.shape[0], weight.base.shape[0])
-    blocks = weight.adapters.blocks
-    counts = [0] * len(weight.out_features)
+    x, weight = as_rows(x), group.base.resident
+    assert weight is not None
+    y = x.new_empty(x.shape[0], weight.shape[0])
+    blocks = group.adapters.blocks
+    counts = [0] * len(group.out_features)
     for block in blocks:
         counts[block.linear] += 1
     kernel.lora_linear_few_rows(
         x,
-        weight.base,
-        list(zip(weight.out_features, weight.biases, counts, strict=True)),
+        weight,
+        list(zip(group.out_features, group.biases, counts, strict=True)),
         [(f.lora_a, f.lora_b, f.scaling) for f in (block.factors for block in blocks)],
         y,
         residual,
@@ -65,21 +66,24 @@ def linear(
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
-def _is_plain(weight: AugmentedWeight) -> bool:
-    """Whether the adapters are low-rank products alone, of tensors that the kernel can read."""
-    for block in weight.adapters.blocks:
+def _is_plain(group: LoraGroup) -> bool:
+    """Whether W and the adapters, low-rank products alone, are tensors that the kernel can read."""
+    weight = group.base.resident
+    if weight is None or not _is_readable(weight):
+        return False
+    for block in group.adapters.blocks:
         factors = block.factors
         a, b = factors.lora_a, factors.lora_b
         if factors.magnitude is not None or factors.bias is not None or a.dtype != b.dtype:
             return False
-        # Whoever exchanged a parameter's data may have given it another shape.
-        outer, inner = weight.out_features[block.linear], weight.in_features
+        # A parameter's data may have been exchanged for data of another shape.
+        outer, inner = group.out_features[block.linear], group.in_features
         if a.shape[1] != inner or b.shape != (outer, a.shape[0]):
             return False
         if not (_is_readable(a) and _is_readable(b)):
             return False
-    found = zip(weight.biases, weight.out_features, strict=True)
-    return all(_fits(bias, outer, weight.buffer) for bias, outer in found)
+    biases = zip(group.biases, group.out_features, strict=True)
+    return all(_fits(bias, outer, weight) for bias, outer in biases)
 
 
 def _is_readable(x: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""Linear layers with LoRA: a group that shares its input as one augmented matrix product."""
+"""Linear layers with LoRA: a group that shares its input as one product."""
 
 from typing import Any, NamedTuple
 
@@ -10,8 +10,8 @@ from lora_engine import backends, reference
 from lora_engine.backends import launchers
 from lora_engine.ops import augmented
 from lora_engine.ops.lora import few_rows
-from lora_engine.ops.lora.product import AugmentedProduct
-from lora_engine.ops.lora.weight import AugmentedWeight
+from lora_engine.ops.lora.group import LoraGroup
+from lora_engine.ops.lora.product import LoraProduct
 from lora_engine.ops.tensors import as_rows, not_a_view, shape_of, without_autocast
 from lora_engine.values import Dropout
 
@@ -19,7 +19,7 @@ from lora_engine.values import Dropout
 @without_autocast
 def lora_linear(
     x: Tensor,
-    weight: AugmentedWeight,
+    group: LoraGroup,
     *,
     dropout: Dropout | None = None,
     routes: Tensor | None = None,
@@ -38,13 +38,13 @@ def lora_linear(
 
     Raises ValueError where x or routes do not fit the weight.
     """
-    _check(x, weight, routes)
-    if dropout is None and routes is None and few_rows.suits(x, weight, impl=impl):
-        y = few_rows.lora_linear(as_rows(x), weight)
-        return _outputs(y, x.shape, weight)
-    product = make_product(x, weight, dropout, routes, impl)
+    _check(x, group, routes)
+    if dropout is None and routes is None and few_rows.suits(x, group, impl=impl):
+        y = few_rows.lora_linear(as_rows(x), group)
+        return _outputs(y, x.shape, group)
+    product = make_product(x, group, dropout, routes, impl)
     if product is None:
-        return _reference(augmented.operand(x), weight, dropout, routes)
+        return _reference(augmented.operand(x), group, dropout, routes)
     if not torch.is_grad_enabled():
         return _forward(x, product)[0]
     outputs: tuple[Tensor, ...] = _LoraLinear.apply(x, product, *product.filling.tensors())
@@ -53,47 +53,47 @@ def lora_linear(
 
 def make_product(
     x: Tensor,
-    weight: AugmentedWeight,
+    group: LoraGroup,
     dropout: Dropout | None = None,
     routes: Tensor | None = None,
     impl: str | None = None,
-) -> AugmentedProduct | None:
+) -> LoraProduct | None:
     """The checked product for rows `x` [..., K]; with the adapters as they are now.
 
     None: the reference is to run.
     """
-    _check(x, weight, routes)
+    _check(x, group, routes)
     impl = backends.select("lora_linear", x.device, x.dtype, impl)
     if impl == "reference":
         return None
     columns = None
-    if routes is not None and weight.tail:
-        columns = weight.adapters.route(routes.reshape(-1), weight.tail)
+    if routes is not None and group.padded_rank:
+        columns = group.adapters.route(routes.reshape(-1), group.padded_rank)
     kernels = launchers.lora_linear(impl)
-    return AugmentedProduct(weight, weight.fill(), kernels, dropout, columns)
+    return LoraProduct(group, group.fill(), kernels, dropout, columns)
 
 
-def _check(x: Tensor, weight: AugmentedWeight, routes: Tensor | None) -> None:
-    if x.shape[-1] != weight.in_features or x.dtype != weight.buffer.dtype:
-        raise ValueError(
-            f"lora_linear: x {shape_of(x)} does not fit weight {shape_of(weight.base)}"
-        )
+def _check(x: Tensor, group: LoraGroup, routes: Tensor | None) -> None:
+    if x.shape[-1] != group.in_features or x.dtype != group.base.dtype:
+        dtype = str(group.base.dtype).removeprefix("torch.")
+        weight = f"[{sum(group.out_features)}, {group.in_features}] {dtype}"
+        raise ValueError(f"lora_linear: x {shape_of(x)} does not fit weight {weight}")
     if routes is not None and routes.shape != x.shape[:-1]:
         raise ValueError(f"lora_linear: routes {shape_of(routes)} do not fit x {shape_of(x)}")
     if routes is not None and any(
-        block.factors.bias is not None for block in weight.adapters.blocks
+        block.factors.bias is not None for block in group.adapters.blocks
     ):
         raise ValueError("lora_linear: rows cannot be routed to adapters that have a bias")
 
 
 def _reference(
-    x: Tensor, weight: AugmentedWeight, dropout: Dropout | None, routes: Tensor | None
+    x: Tensor, group: LoraGroup, dropout: Dropout | None, routes: Tensor | None
 ) -> tuple[Tensor, ...]:
     outputs = []
-    for i, bias in enumerate(weight.biases):
-        base = weight.weight(i)
+    for i, bias in enumerate(group.biases):
+        base = group.base.read(group.rows[i])
         y = torch.nn.functional.linear(x, base)
-        for factors in (block.factors for block in weight.adapters.blocks if block.linear == i):
+        for factors in (block.factors for block in group.adapters.blocks if block.linear == i):
             given = x
             if dropout is not None:
                 given = reference.drop(x, dropout, stream=i)
@@ -129,31 +129,31 @@ class _Saved(NamedTuple):
     unscaled: Tensor | None  # [M, N], Y before DoRA's scale
 
 
-def _forward(x: Tensor, product: AugmentedProduct) -> tuple[tuple[Tensor, ...], _Saved]:
+def _forward(x: Tensor, product: LoraProduct) -> tuple[tuple[Tensor, ...], _Saved]:
     """The outputs, and what the backward pass reads."""
-    weight = product.weight
-    n, k = weight.base.shape
-    if product.strategy(x.numel() // k, n, k, masked=False) == "augmented":
-        xs = augmented.claim([x], weight.tail)
+    group = product.group
+    k = group.in_features
+    if group.forward_strategy(x.numel() // k) == "augmented":
+        xs = augmented.claim([x], group.padded_rank)
         rows, low_rank = xs[:, :k], xs[:, k:]
         y, unscaled = product.forward(xs)
     else:
         rows = as_rows(augmented.operand(x))
-        low_rank = rows.new_empty(rows.shape[0], weight.tail)
+        low_rank = rows.new_empty(rows.shape[0], group.padded_rank)
         y, unscaled = product.forward_apart(rows, low_rank)
-    return _outputs(y, x.shape, weight), _Saved(rows, low_rank, unscaled)
+    return _outputs(y, x.shape, group), _Saved(rows, low_rank, unscaled)
 
 
-def _outputs(y: Tensor, shape: torch.Size, weight: AugmentedWeight) -> tuple[Tensor, ...]:
+def _outputs(y: Tensor, shape: torch.Size, group: LoraGroup) -> tuple[Tensor, ...]:
     """Every linear's part [..., N_i] of y [M, N]."""
-    parts = (y,) if len(weight.out_features) == 1 else y.split(weight.out_features, dim=1)
+    parts = (y,) if len(group.out_features) == 1 else y.split(group.out_features, dim=1)
     return tuple(part.view(*shape[:-1], part.shape[1]) for part in parts)
 
 
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, product: AugmentedProduct, *factors: Tensor | None
+        ctx: Any, x: Tensor, product: LoraProduct, *factors: Tensor | None
     ) -> tuple[Tensor, ...]:
         outputs, saved = _forward(x, product)
         ctx.product, ctx.shape = product, x.shape
@@ -163,7 +163,7 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        product: AugmentedProduct = ctx.product
+        product: LoraProduct = ctx.product
         saved = _Saved(*ctx.saved_tensors[: len(_Saved._fields)])
         asked = _Inputs(*ctx.needs_input_grad[: len(_Inputs._fields)])
         needs = ctx.needs_input_grad[len(asked) :]

@@ -1,9 +1,11 @@
-"""The augmented product of a group of linears, forward and backward, on plain tensors.
+"""The products of a group of linears, forward and backward, on plain tensors.
 
-    W̃ = [ W  sB ]        S  = X Aᵀ                  Y  = [X | S] W̃[:N]ᵀ
-        [ A   0 ]        dS = dY (sB)               dX = [dY | dS] W̃[:, :K]
-                         dA = dSᵀ X                 dB = s dYᵀ S
+    S  = X Aᵀ                  Y  = X Wᵀ + S (sB)ᵀ   = [X | S] [W | sB]ᵀ
+    dS = dY (sB)               dX = dY W + dS A      = [dY | dS] [W; A]
+    dA = dSᵀ X                 dB = s dYᵀ S
 
+On the right of Y and dX: the augmented product, where the base weight can be lent with the factors.
+Which way is taken is the group's strategy.
 Variants change S alone, or Y and dY alone, and leave the products as they are:
 dropout masks X on its way into S (and dS A on its way out, so that dX is two products);
 rows routed by adapter have the columns of S and dS of all other adapters zeroed;
@@ -16,24 +18,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lora_engine import backends
 from lora_engine.backends import contracts
 from lora_engine.ops import augmented
-from lora_engine.ops.lora.weight import AugmentedWeight, Filling
+from lora_engine.ops.lora.group import Filling, LoraGroup
 from lora_engine.ops.tensors import accumulate_dtype, empty_rows, matmul
 from lora_engine.values import Dropout
 
 
 @dataclass(frozen=True)
-class AugmentedProduct:
-    """One call of a group: the weight, and what varies from call to call.
+class LoraProduct:
+    """One call of a group, and what varies from call to call.
 
-    filling: the adapters of this call, in the weight's buffer while its forward pass runs.
+    filling: the adapters of this call, whose factors are in place while its forward pass runs.
     kernels: what launches the products.
     columns: which columns of S each row uses, [M, R] bool; None: all.
     """
 
-    weight: AugmentedWeight
+    group: LoraGroup
     filling: Filling
     kernels: contracts.LoraLinear
     dropout: Dropout | None = None
@@ -45,8 +46,8 @@ class AugmentedProduct:
         return self.filling.adapters.spans
 
     def begin_backward(self) -> None:
-        """Brings this call's adapters back into the buffer, where a later call put others."""
-        self.weight.fill_again(self.filling)
+        """Places this call's factors again, if a later call placed others."""
+        self.group.fill_again(self.filling)
 
     def forward(
         self,
@@ -57,7 +58,7 @@ class AugmentedProduct:
 
         X stands in the front columns of `xs`; S is written behind it.
         """
-        k = self.weight.in_features
+        k = self.group.in_features
         return self.forward_apart(xs[:, :k], xs[:, k:], residual, xs)
 
     def forward_apart(
@@ -68,58 +69,58 @@ class AugmentedProduct:
         joined: Tensor | None = None,  # [M, K + R]
     ) -> tuple[Tensor, Tensor | None]:
         """`forward` for an X that stands anywhere; `joined` is x and s as one, if they are."""
-        weight = self.weight
-        if weight.tail:
-            self.kernels.lora_a_fwd(x, weight.lora_a, s, self.spans, self.dropout)
+        placed = self.group.placed
+        if placed.rank:
+            self.kernels.lora_a_fwd(x, placed.lora_a, s, self.spans, self.dropout)
             if self.columns is not None:
                 s.mul_(self.columns)
-        bias, scale = self.filling.bias, self.filling.scale
-        if scale is None:
+        bias, dora = self.filling.bias, self.filling.dora
+        if dora is None:
             first, second = (residual, None) if bias is None else (bias, residual)
             y = self._products(x, s, joined, first)
             return (y if second is None else y.add_(second)), None
         unscaled = self._products(x, s, joined, None)
-        y = torch.mul(unscaled, scale).to(unscaled.dtype)
+        y = torch.mul(unscaled, dora.scale).to(unscaled.dtype)
         for addend in (bias, residual):
             if addend is not None:
                 y += addend
         return y, unscaled
 
-    def strategy(self, rows: int, outer: int, inner: int, *, masked: bool) -> str:
-        """How a product [rows, outer] over `inner` and the ranks is taken: see backends.choice."""
-        buffer = self.weight.buffer
-        return backends.product_strategy(
-            buffer.device, buffer.dtype, rows, outer, inner, self.weight.tail, masked
-        )
-
     def _products(
         self, x: Tensor, s: Tensor, joined: Tensor | None, addend: Tensor | None
     ) -> Tensor:
-        """X Wᵀ + S (sB)ᵀ + addend, for S that is made."""
-        weight = self.weight
-        n, k = weight.base.shape
-        strategy = self.strategy(x.shape[0], n, k, masked=False)
+        """X Wᵀ + S (sB)ᵀ + addend, for S that is made; addend is [N] or [M, N]."""
+        base, placed = self.group.base, self.group.placed
+        strategy = self.group.forward_strategy(x.shape[0])
+        if strategy == "augmented":
+            if joined is None:
+                joined = torch.cat((x, s), dim=1)
+            with base.forward_operand(placed.lora_b) as operand:
+                return _matmul(joined, operand.t(), addend)
+        n = placed.lora_b.shape[0]
+        y = empty_rows(x.shape[0], n, dtype=x.dtype, device=x.device)
         if strategy == "two_segment":
-            y = empty_rows(x.shape[0], n, dtype=x.dtype, device=x.device)
             vector = addend if addend is not None and addend.dim() == 1 else None
-            self.kernels.lora_linear_fwd(x, weight.base, s, weight.lora_b, y, vector)
+            for rows, weight in base.blocks():
+                bias = None if vector is None else vector[rows]
+                self.kernels.lora_linear_fwd(x, weight, s, placed.lora_b[rows], y[:, rows], bias)
             return y if addend is None or vector is not None else y.add_(addend)
-        if strategy == "base_add":
-            y = _matmul(x, weight.base.t(), addend)
-            return y.addmm_(s, weight.lora_b.t()) if weight.tail else y
-        if joined is None:
-            joined = torch.cat((x, s), dim=1)
-        return _matmul(joined, weight.forward_operand, addend)
+        for rows, weight in base.blocks():
+            if addend is None:
+                torch.mm(x, weight.t(), out=y[:, rows])
+            else:
+                torch.addmm(addend[..., rows], x, weight.t(), out=y[:, rows])
+        return y.addmm_(s, placed.lora_b.t()) if placed.rank else y
 
     def claim_gradient(self, grads: Sequence[Tensor]) -> Tensor:
         """The gradients of Y side by side with room for dS behind, [M, N + R], DoRA's scale in."""
-        weight, scale = self.weight, self.filling.scale
-        if scale is None:
-            return augmented.claim(grads, weight.tail)
-        n = weight.base.shape[0]
+        rank, dora = self.group.padded_rank, self.filling.dora
+        if dora is None:
+            return augmented.claim(grads, rank)
         flat = torch.cat([grad.reshape(-1, grad.shape[-1]) for grad in grads], dim=1)
-        buffer = empty_rows(flat.shape[0], n + weight.tail, dtype=flat.dtype, device=flat.device)
-        torch.mul(flat, scale, out=buffer[:, :n])
+        n = flat.shape[1]
+        buffer = empty_rows(flat.shape[0], n + rank, dtype=flat.dtype, device=flat.device)
+        torch.mul(flat, dora.scale, out=buffer[:, :n])
         return buffer
 
     def fill_ds(
@@ -129,46 +130,43 @@ class AugmentedProduct:
 
         None for either without adapters.
         """
-        weight = self.weight
-        n = weight.base.shape[0]
-        if not weight.tail:
+        lora_b = self.group.placed.lora_b
+        n, rank = lora_b.shape
+        if not rank:
             return None, None
-        dy, ds = dys.split((n, weight.tail), dim=1)
+        dy, ds = dys.split((n, rank), dim=1)
         d_lora_b = None
         if wanted:
-            d_lora_b = torch.empty(
-                n, weight.tail, dtype=accumulate_dtype(dys.dtype), device=dys.device
-            )
-        self.kernels.lora_b_bwd(dy, weight.lora_b, s, ds, d_lora_b, self.spans)
+            d_lora_b = torch.empty(n, rank, dtype=accumulate_dtype(dys.dtype), device=dys.device)
+        self.kernels.lora_b_bwd(dy, lora_b, s, ds, d_lora_b, self.spans)
         if self.columns is not None:
             ds.mul_(self.columns)
         return ds, d_lora_b
 
     def input_gradient(self, dys: Tensor) -> Tensor:
         """dX [M, K] from `dys` with dS filled in."""
-        weight = self.weight
-        n, k = weight.base.shape
-        masked = self.dropout is not None and weight.tail > 0
-        if self.strategy(dys.shape[0], k, n, masked=masked) == "augmented":
-            return matmul(dys, weight.backward_operand)
+        base, lora_a = self.group.base, self.group.placed.lora_a
+        rank, k = lora_a.shape
+        n = dys.shape[1] - rank
+        masked = self.dropout is not None and rank > 0
+        if self.group.backward_strategy(dys.shape[0], masked=masked) == "augmented":
+            with base.backward_operand(lora_a) as operand:
+                return matmul(dys, operand)
         dx = empty_rows(dys.shape[0], k, dtype=dys.dtype, device=dys.device)
-        self.kernels.lora_linear_dx(
-            dys[:, :n],
-            weight.base,
-            dys[:, n:],
-            weight.lora_a,
-            dx,
-            self.spans,
-            self.dropout,
-        )
+        for rows, weight in base.blocks():
+            if rows.start == 0:  # with the adapters' share, all of it
+                self.kernels.lora_linear_dx(
+                    dys[:, rows], weight, dys[:, n:], lora_a, dx, self.spans, self.dropout
+                )
+            else:
+                dx.addmm_(dys[:, rows], weight)
         return dx
 
     def lora_a_gradient(self, ds: Tensor | None, x: Tensor, *, wanted: bool) -> Tensor | None:
         """dSᵀ X [R, K], if wanted."""
-        weight = self.weight
         if not wanted or ds is None:
             return None
-        shape = (weight.tail, weight.in_features)
+        shape = self.group.placed.lora_a.shape
         d_lora_a = torch.empty(shape, dtype=accumulate_dtype(ds.dtype), device=ds.device)
         self.kernels.lora_a_bwd(ds, x, d_lora_a, self.spans, self.dropout)
         return d_lora_a
@@ -186,7 +184,7 @@ class AugmentedProduct:
         `grads` are those of Y as they arrived, `unscaled` is Y before DoRA's scale. d_lora_a and
         d_lora_b are used up: the gradients may be parts of them.
         """
-        blocks, norm = self.filling.adapters.blocks, self.filling.norm
+        blocks, dora = self.filling.adapters.blocks, self.filling.dora
         found: list[Tensor | None] = [None] * len(needs)
         for i, block in enumerate(blocks):
             factors = block.factors
@@ -196,9 +194,9 @@ class AugmentedProduct:
             if needs[3 * i + 1] and d_lora_b is not None:
                 d_b = _part(d_lora_b, factors.lora_b, block.rows, block.columns)
                 found[3 * i + 1] = d_b.mul_(factors.scaling).to(factors.lora_b.dtype)
-            if needs[3 * i + 2] and unscaled is not None and norm is not None:
-                dy = grads[block.linear].reshape(unscaled.shape[0], -1).to(norm.dtype)
-                d_scale = (dy * unscaled[:, block.rows]).sum(0) / norm[block.rows]
+            if needs[3 * i + 2] and unscaled is not None and dora is not None:
+                dy = grads[block.linear].reshape(unscaled.shape[0], -1).to(dora.norm.dtype)
+                d_scale = (dy * unscaled[:, block.rows]).sum(0) / dora.norm[block.rows]
                 found[3 * i + 2] = d_scale.to(factors.lora_a.dtype)
         start = 3 * len(blocks)
         of_linears = slice(start, start + len(self.filling.biases))

@@ -179,7 +179,7 @@ def test_a_token_reads_weights_and_adapters_where_they_are(monkeypatch: pytest.M
         cache = model(**given, use_cache=True).past_key_values
         again = copy.deepcopy(cache)
         calls.clear()
-        monkeypatch.setattr(ops.AugmentedWeight, "fill", lambda self: pytest.fail("W̃ is filled"))
+        monkeypatch.setattr(ops.LoraGroup, "fill", lambda self: pytest.fail("factors are placed"))
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.data.mul_(3)

@@ -35,7 +35,7 @@ def make_group(outs: tuple[int, ...], features: int, dtype: torch.dtype, kind: s
         adapters[0] = None  # type: ignore[call-overload]
     weights = [(torch.randn(n, features) * features**-0.5).to(dtype) for n in outs]
     biases = [leaf(n) for n in outs] if kind == "bias" else None
-    return ops.AugmentedWeight(weights, adapters, biases)
+    return ops.LoraGroup.dense(weights, adapters, biases)
 
 
 def rotation(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -114,7 +114,7 @@ BLOCKS: dict[str, Callable[..., Any]] = {
 
 
 def leaves_of(block: Any, x: Tensor, weight: Tensor) -> list[Tensor]:
-    factors = [*block.inner.factors(), *block.outer.factors()]
+    factors = [*block.inner.tensors(), *block.outer.tensors()]
     norms = block.head_norms or ()
     return [x, weight, *(n.weight for n in norms), *(f for f in factors if f is not None)]
 

@@ -37,24 +37,24 @@ def weight_of(
     adapters: list[ops.LoraFactors | list[ops.LoraFactors] | None],
     *,
     bias: bool = False,
-) -> ops.AugmentedWeight:
+) -> ops.LoraGroup:
     weights = [torch.randn(n, k).to(dtype) for n in outs]
     biases = [torch.randn(n).to(dtype) for n in outs] if bias else None
-    return ops.AugmentedWeight(weights, adapters, biases)
+    return ops.LoraGroup.dense(weights, adapters, biases)
 
 
-def expected(x: Tensor, weight: ops.AugmentedWeight) -> Tensor:
+def expected(x: Tensor, weight: ops.LoraGroup) -> Tensor:
     """In float64, from the factors as they are."""
     parts = []
     for i, bias in enumerate(weight.biases):
-        y = x.double() @ weight.weight(i).double().t()
+        y = x.double() @ weight.base.read(weight.rows[i]).double().t()
         for f in (b.factors for b in weight.adapters.blocks if b.linear == i):
             y += f.scaling * (x.double() @ f.lora_a.double().t()) @ f.lora_b.double().t()
         parts.append(y if bias is None else y + bias.double())
     return torch.cat(parts, -1)
 
 
-def taken(x: Tensor, weight: ops.AugmentedWeight) -> Tensor:
+def taken(x: Tensor, weight: ops.LoraGroup) -> Tensor:
     """The outputs side by side, from the kernel of few rows."""
     with torch.no_grad():
         assert few_rows.suits(x, weight)
@@ -113,8 +113,9 @@ def test_what_stands_beside_operands_is_not_read() -> None:
     around = torch.full((3, 30), torch.nan)
     around[:, :20] = torch.randn(3, 20)
     weight = weight_of(20, (9,), torch.float32, [factors(9, 20, 3)])
-    weight.buffer[:, 20:] = torch.nan
-    weight.buffer[9:] = torch.nan
+    assert isinstance(weight.base, ops.DenseBase)
+    weight.base.buffer[:, 20:] = torch.nan
+    weight.base.buffer[9:] = torch.nan
     assert torch.isfinite(taken(around[:, :20], weight)).all()
 
 

@@ -24,7 +24,7 @@ def factors(backend: Backend, n: int, rank: int, adapter: int = 0, dora: bool = 
     return ops.LoraFactors(*pair, 0.5, magnitude, adapter)
 
 
-def group(backend: Backend, kind: str) -> ops.AugmentedWeight:
+def group(backend: Backend, kind: str) -> ops.LoraGroup:
     weights = [(torch.randn(n, FEATURES) * FEATURES**-0.5).to(backend.device) for n in OUTS]
     adapters: list[Any] = [factors(backend, n, 4, dora=kind == "dora") for n in OUTS]
     if kind in ("several", "routes"):
@@ -32,7 +32,7 @@ def group(backend: Backend, kind: str) -> ops.AugmentedWeight:
     if kind == "partial":
         adapters[1] = None
     biases = [leaf(backend, n) for n in OUTS] if kind == "bias" else None
-    return ops.AugmentedWeight(weights, adapters, biases)
+    return ops.LoraGroup.dense(weights, adapters, biases)
 
 
 KINDS = ("plain", "dropout", "dora", "several", "routes", "partial", "bias")
@@ -51,7 +51,7 @@ def check_variant(backend: Backend, kind: str) -> None:
         options["dropout"] = ops.Dropout(0.3, 1234567890123)
     if kind == "routes":
         options["routes"] = torch.arange(ROWS, device=backend.device) % 3 - 1
-    leaves = [x, *(t for t in weight.factors() if t is not None)]
+    leaves = [x, *(t for t in weight.tensors() if t is not None)]
     ours = torch.cat(ops.lora_linear(x, weight, impl=backend.impl, **options), -1)
     theirs = torch.cat(ops.lora_linear(x, weight, impl="reference", **options), -1)
     assert error(ours, theirs) < 1e-5
@@ -90,7 +90,7 @@ def test_room_is_for_other_adapters_too(backend: Backend) -> None:
     ours = torch.cat(ops.lora_linear(x, weight, impl=backend.impl), -1)
     theirs = torch.cat(ops.lora_linear(x, weight, impl="reference"), -1)
     assert error(ours, theirs) < 1e-5
-    with pytest.raises(ValueError, match="exceeds the room of 12"):
+    with pytest.raises(ValueError, match="together exceed the group's capacity of 12"):
         weight.set_adapters([factors(backend, n, 5) for n in OUTS])
 
 
@@ -101,4 +101,4 @@ def test_misuse_is_refused() -> None:
         ops.lora_linear(torch.randn(5, FEATURES), weight, routes=torch.zeros(4, dtype=torch.int64))
     two = [factors(cpu, 24, 2, dora=True), factors(cpu, 24, 2)]
     with pytest.raises(ValueError, match="several adapters, one of them DoRA"):
-        ops.AugmentedWeight([torch.randn(24, FEATURES)], [two])
+        ops.LoraGroup.dense([torch.randn(24, FEATURES)], [two])

@@ -89,7 +89,7 @@ def test_lora_linear_of_a_strangers_columns(
     """Input and incoming gradient are parts of wider tensors."""
     monkeypatch.setattr(backends, "product_strategy", lambda *args: strategy)
     factors = LoraFactors(leaf(rank, COLS), leaf(6, rank), 0.5) if rank else None
-    weight = ops.AugmentedWeight([torch.randn(6, COLS)], [factors])
+    weight = ops.LoraGroup.dense([torch.randn(6, COLS)], [factors])
     x, dy = torch.randn(ROWS, COLS), torch.randn(ROWS, 6)
     results = []
     for given, grad in ((strangers(x), view(dy, 3)), (x.clone().requires_grad_(), dy)):
@@ -138,9 +138,12 @@ def test_rows_of_logits_end_in_zeros(dtype: torch.dtype, classes: int) -> None:
 def test_dora_of_a_strangers_factors() -> None:
     lora_a, lora_b = strangers(torch.randn(3, COLS)), strangers(torch.randn(6, 3))
     factors = LoraFactors(lora_a, lora_b, 0.5, torch.ones(6))
-    weight, x = ops.AugmentedWeight([torch.randn(6, COLS)], [factors]), torch.randn(ROWS, COLS)
+    weight, x = ops.LoraGroup.dense([torch.randn(6, COLS)], [factors]), torch.randn(ROWS, COLS)
     (ours,) = ops.lora_linear(x, weight)
-    whole = weight.weight(0) + 0.5 * lora_b.detach().contiguous() @ lora_a.detach().contiguous()
+    whole = (
+        weight.base.read(slice(0, 6))
+        + 0.5 * lora_b.detach().contiguous() @ lora_a.detach().contiguous()
+    )
     assert error(ours, x @ (whole / whole.norm(dim=1, keepdim=True)).T) < 1e-5
 
 

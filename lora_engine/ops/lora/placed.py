@@ -1,0 +1,42 @@
+"""The adapters' factors as products read them: cast, scaled, and side by side."""
+
+import torch
+from torch import Tensor
+
+from lora_engine.ops.lora.adapters import AdapterSet
+from lora_engine.ops.lora.base import Factors
+from lora_engine.values import LoraFactors
+
+
+class PlacedFactors:
+    """Tensors A [R, K] and sB [N, R] that the factors of a set of adapters are copied into.
+
+    writes: how often they were written.
+    """
+
+    def __init__(self, factors: Factors) -> None:
+        self.lora_a, self.lora_b = factors
+        self.writes = 0
+        self._adapters: AdapterSet | None = None  # whose factors stand in which parts
+        self._parts: list[tuple[LoraFactors, Tensor, Tensor]] = []
+
+    @property
+    def rank(self) -> int:
+        """R, the most ranks that the adapters may have together."""
+        return self.lora_a.shape[0]
+
+    @torch.no_grad()
+    def write(self, adapters: AdapterSet) -> None:
+        """Copies A and scaling * B of every adapter, zeros elsewhere."""
+        if adapters is not self._adapters:
+            self.lora_a.zero_()
+            self.lora_b.zero_()
+            self._adapters = adapters
+            self._parts = [
+                (b.factors, self.lora_a[b.columns], self.lora_b[b.rows, b.columns])
+                for b in adapters.blocks
+            ]
+        for factors, lora_a, lora_b in self._parts:
+            lora_a.copy_(factors.lora_a)
+            torch.mul(factors.lora_b, factors.scaling, out=lora_b)
+        self.writes += 1
