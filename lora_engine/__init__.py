@@ -22,7 +22,16 @@ _PUBLIC = {
     "TrainConfig": "lora_engine.training.config",
     "UserError": "lora_engine.errors",
 }
-_MODULES = ("ops", "reference", "backends", "data", "models", "training", "evaluation")
+_MODULES = (
+    "ops",
+    "reference",
+    "backends",
+    "data",
+    "models",
+    "objectives",
+    "training",
+    "evaluation",
+)
 
 __all__ = ["__version__", *_PUBLIC, *_MODULES]
 

@@ -27,10 +27,11 @@ LAYERS: list[set[str]] = [
     {"ops.__init__"},
     {"testing", "models", "models.peft", "models.proof", "models.attach", "models.load"},
     {"data"},
+    {"objectives"},
+    {"evaluation"},
     {"training.config"},
     {"training", "training.run", "training.optimizer", "training.preflight"},
     {"machine"},
-    {"evaluation"},
     {"report"},
     {"app"},
 ]

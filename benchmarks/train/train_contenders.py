@@ -122,6 +122,7 @@ def train_ours(
     import lora_engine
     from lora_engine.data.batch import collate
     from lora_engine.models.attach.packed import can_share_prefixes
+    from lora_engine.objectives.sft import SFT
     from lora_engine.training.optimizer.flat import FlatParameters
     from lora_engine.training.optimizer.optimizer import FlatAdamW
     from lora_engine.training.step import TrainStep
@@ -129,7 +130,7 @@ def train_ours(
     lora_engine.accelerate(model, strict=True)
     model.train()
     config = lora_engine.TrainConfig(**{"learning_rate": train_workload.LEARNING_RATE, **settings})
-    step = TrainStep(model, FlatAdamW(FlatParameters(model.named_parameters()), config))
+    step = TrainStep(model, SFT(), FlatAdamW(FlatParameters(model.named_parameters()), config))
     share = config.share_prefixes and can_share_prefixes(model)
     for number, examples in enumerate(batches, start=1):
         batch = collate(examples, share_prefixes=share)

@@ -11,10 +11,10 @@ from rich.table import Table
 from rich.text import Text
 
 from lora_engine.app.finetune import Outcome
+from lora_engine.evaluation.heldout import HeldoutResult
 from lora_engine.evaluation.samples import differing_parts
 from lora_engine.report.page import comparisons
 from lora_engine.text import bytes_text, duration_text, visible
-from lora_engine.training.heldout import HeldoutResult
 from lora_engine.training.metrics import StepMetrics
 from lora_engine.training.state import TrainResult
 

@@ -25,6 +25,7 @@ class PackedBatch:
     target_index: int64 [U], by example; positions whose next token, in the same example, is
         supervised. The hidden state there predicts it. A shared position stands once for each.
     target_ids: int64 [U], those next tokens.
+    target_counts: targets of each example, which stand together in target_index.
     origins: where each example comes from.
     num_tokens: tokens of the examples, shared ones counted for each.
     adapters: name of the adapter of each sequence, S of them; none if no example names one.
@@ -37,6 +38,7 @@ class PackedBatch:
     max_seqlen: int
     target_index: Tensor
     target_ids: Tensor
+    target_counts: tuple[int, ...]
     origins: tuple[str, ...]
     num_tokens: int
     adapters: tuple[str, ...] = ()
@@ -103,6 +105,7 @@ def collate(examples: Sequence[Example], *, share_prefixes: bool = False) -> Pac
         max_seqlen=max(lengths),
         target_index=torch.from_numpy(np.concatenate(target_index)),
         target_ids=torch.from_numpy(np.concatenate(target_ids)),
+        target_counts=tuple(map(len, target_ids)),
         origins=tuple(example.origin for example in examples),
         num_tokens=sum(lengths),
         adapters=tuple(adapters[s.members[0]] for s in segments) if any(adapters) else (),

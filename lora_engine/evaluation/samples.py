@@ -1,12 +1,13 @@
 """What the model writes for held-out prompts, beside what it should have written."""
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+
+from lora_engine.evaluation.modes import inference
 
 BATCH_SIZE = 8
 PROMPT_TOKENS_OF_PLAIN_TEXT = 0.5
@@ -109,7 +110,7 @@ def generate(
     by that one alone.
     """
     texts: list[str] = []
-    with _inference_mode(model):
+    with inference(model):
         for first in range(0, len(prompts), BATCH_SIZE):
             texts += _generate_batch(
                 model, tokenizer, prompts[first : first + BATCH_SIZE], max_new_tokens
@@ -165,16 +166,3 @@ def _spread(length: int, count: int) -> list[int]:
     first = [i * length // count for i in range(min(count, length))] if count else []
     chosen = set(first)
     return first + [i for i in range(length) if i not in chosen]
-
-
-@contextmanager
-def _inference_mode(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards every module is in the mode it was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training

@@ -8,11 +8,12 @@ from typing import Any
 from torch import nn
 
 from lora_engine.data.batch import PackedBatch
+from lora_engine.evaluation.heldout import evaluate
+from lora_engine.evaluation.nonfinite import NonFiniteError
+from lora_engine.objectives.base import Objective
 from lora_engine.training import random_state
 from lora_engine.training.config import TrainConfig
-from lora_engine.training.heldout import evaluate
 from lora_engine.training.metrics import MetricsLog, StepMetrics, peak_memory_bytes
-from lora_engine.training.nonfinite import NonFiniteError
 from lora_engine.training.optimizer.flat import FlatParameters
 from lora_engine.training.optimizer.optimizer import FlatAdamW
 from lora_engine.training.optimizer.schedule import Schedule
@@ -36,6 +37,7 @@ class TrainingLoop:
     def __init__(
         self,
         model: nn.Module,
+        objective: Objective,
         flat: FlatParameters,
         train_stream: BatchStream,
         eval_stream: BatchStream | None,
@@ -48,6 +50,7 @@ class TrainingLoop:
         check: Callable[[], None],
     ) -> None:
         self._model = model
+        self._objective = objective
         self._flat = flat
         self._train_stream = train_stream
         self._eval_stream = eval_stream
@@ -58,7 +61,7 @@ class TrainingLoop:
         self._notify = notify
         self._check = check
         self._optimizer = FlatAdamW(flat, config)
-        self._step = TrainStep(model, self._optimizer)
+        self._step = TrainStep(model, objective, self._optimizer)
         self._saved_step: int | None = None
         self._log: MetricsLog | None = None
         self.state = TrainState()
@@ -126,6 +129,7 @@ class TrainingLoop:
             supervised_tokens=result.supervised_tokens,
             tokens_per_second=result.tokens / seconds,
             peak_memory_bytes=peak_memory_bytes(self._flat.device),
+            metrics=result.metrics,
         )
         self._metrics_log.append_step(metrics)
         self._tell("on_step", metrics)
@@ -136,9 +140,10 @@ class TrainingLoop:
         due = at_either_end or (every is not None and state.step % every == 0)
         if self._eval_stream is None or not due or state.latest_step == state.step:
             return
-        result = evaluate(self._model, self._interruptible(self._eval_stream), step=state.step)
+        batches = self._interruptible(self._eval_stream)
+        result = evaluate(self._model, batches, self._objective, step=state.step)
         state.record_heldout(result)
-        self._metrics_log.append_heldout(state.step, result.loss, result.accuracy)
+        self._metrics_log.append_heldout(state.step, result.loss, result.accuracy, result.metrics)
         self._tell("on_eval", state.step, result)
 
     def _tell(self, event: str, *args: Any) -> None:

@@ -5,7 +5,8 @@ import json
 import logging
 import os
 import sys
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,11 +23,12 @@ _LARGEST = 1e300  # not infinite, and no trouble to draw
 class StepMetrics:
     """One optimiser step, one line of metrics.jsonl.
 
-    loss: mean over the step's supervised tokens, in nats.
+    loss: of SFT the mean over the step's supervised tokens, in nats.
     grad_norm: before clipping.
     tokens, supervised_tokens: real tokens of this step; there is no padding to count.
     tokens_per_second: tokens over the step's wall time, evaluation and checkpoints excluded.
     peak_memory_bytes: see `peak_memory_bytes`.
+    metrics: the objective's own, by name; fields of the line beside the others.
     """
 
     step: int
@@ -37,6 +39,7 @@ class StepMetrics:
     supervised_tokens: int
     tokens_per_second: float
     peak_memory_bytes: int
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -79,8 +82,9 @@ class Written(NamedTuple):
 class MetricsLog:
     """metrics.jsonl: one JSON object per line, handed to the system line by line.
 
-    Lines of steps have the fields of StepMetrics; those of evaluations have step, heldout_loss
-    and heldout_accuracy. What cannot be written raises OSError with the file's name.
+    Lines of steps have the fields of StepMetrics; those of evaluations have step, heldout_loss,
+    heldout_accuracy and the objective's metrics as heldout_NAME. What cannot be
+    written raises OSError with the file's name.
     """
 
     def __init__(self, path: Path, written: Written | None = None) -> None:
@@ -110,10 +114,14 @@ class MetricsLog:
         self._sha256 = hashlib.sha256(content)
 
     def append_step(self, metrics: StepMetrics) -> None:
-        self._append(asdict(metrics))
+        own = asdict(metrics)
+        self._append(own, own.pop("metrics"))
 
-    def append_heldout(self, step: int, loss: float, accuracy: float) -> None:
-        self._append({"step": step, "heldout_loss": loss, "heldout_accuracy": accuracy})
+    def append_heldout(
+        self, step: int, loss: float, accuracy: float, metrics: Mapping[str, float]
+    ) -> None:
+        own = {"step": step, "heldout_loss": loss, "heldout_accuracy": accuracy}
+        self._append(own, {f"heldout_{name}": value for name, value in metrics.items()})
 
     def sync(self) -> Written:
         """Flush to the disk; returns what is there now."""
@@ -124,8 +132,11 @@ class MetricsLog:
     def close(self) -> None:
         self._file.close()
 
-    def _append(self, line: dict[str, Any]) -> None:
-        content = json.dumps(line, allow_nan=False).encode() + b"\n"
+    def _append(self, own: dict[str, Any], metrics: Mapping[str, float]) -> None:
+        """metrics: an objective's; ValueError for a name that is taken."""
+        if taken := own.keys() & metrics.keys():
+            raise ValueError(f"metrics named {', '.join(taken)}: every line has its own of these")
+        content = json.dumps({**own, **metrics}, allow_nan=False).encode() + b"\n"
         self._sha256.update(content)
         with naming(self._path):
             while content:  # the system may take a part of it, such as what is left of the disk

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from lora_engine.training.heldout import HeldoutResult
+from lora_engine.evaluation.heldout import HeldoutResult
 
 Stopped = Literal["finished", "early_stopping", "interrupted"]
 

@@ -1,20 +1,22 @@
 """One optimiser step: accumulate gradients over micro-batches, check them, apply them."""
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
 from lora_engine.data.batch import PackedBatch
-from lora_engine.training import random_state
-from lora_engine.training.nonfinite import (
+from lora_engine.evaluation.batch_loss import batch_loss
+from lora_engine.evaluation.nonfinite import (
     NonFiniteError,
     first_nonfinite_layer,
     last_nonfinite_gradient,
 )
-from lora_engine.training.objective import adapters_of, supervised_loss
+from lora_engine.models.peft.routing import adapters_of
+from lora_engine.objectives.base import Mean, Objective
+from lora_engine.training import random_state
 from lora_engine.training.optimizer.optimizer import FlatAdamW
 
 RandomState = tuple[dict[str, torch.Tensor], dict[str, object]]
@@ -22,13 +24,15 @@ RandomState = tuple[dict[str, torch.Tensor], dict[str, object]]
 
 @dataclass(frozen=True)
 class StepResult:
-    """loss: mean over the step's supervised tokens. grad_norm: of that mean's gradient, before
-    clipping. tokens, supervised_tokens: over all micro-batches."""
+    """loss: the objective's sum over its weight; of SFT the mean over the step's supervised tokens.
+    grad_norm: of the loss's gradient, before clipping. tokens, supervised_tokens: over all
+    micro-batches. metrics: the objective's own, means over all micro-batches."""
 
     loss: float
     grad_norm: float
     tokens: int
     supervised_tokens: int
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -36,13 +40,15 @@ class _MicroResult:
     batch: PackedBatch
     random_before: RandomState
     loss_sum: torch.Tensor
+    metrics: Mapping[str, Mean]
 
 
 class TrainStep:
     """Applies optimiser steps, each of them wholly or not at all."""
 
-    def __init__(self, model: nn.Module, optimizer: FlatAdamW) -> None:
+    def __init__(self, model: nn.Module, objective: Objective, optimizer: FlatAdamW) -> None:
         self.model = model
+        self.objective = objective
         self.optimizer = optimizer
 
     def __call__(
@@ -52,58 +58,78 @@ class TrainStep:
         learning_rate: float,
         check: Callable[[], None],
     ) -> StepResult:
-        """One step over `batches`, with the gradient of the mean loss of all their targets.
+        """One step over `batches`, with the gradient of the loss over all their weight.
 
         check: called before every micro-batch; whatever it raises leaves the step unapplied and
             the random state as it was.
-        Raises NonFiniteError, likewise without a trace, if a loss or gradient is not finite.
-        Without any target no update is made; loss and norm are then 0.
+        Raises NonFiniteError, likewise without a trace, if a loss, gradient or metric is not
+        finite. Without any weight no update is made; loss and norm are then 0.
         """
         before = random_state.capture()
-        targets = sum(batch.num_targets for batch in batches)
+        weights = [self.objective.weight(batch) for batch in batches]
+        weight = sum(weights)
         try:
-            micro = self._accumulate(batches, targets, check)
-            loss, grad_norm = self._read(step, micro, targets)
+            micro = self._accumulate(batches, weights, check)
+            loss, grad_norm, metrics = self._read(step, micro, weight)
         except BaseException:
             random_state.restore(*before)
             raise
-        if targets:
+        if weight:
             self.optimizer.step(learning_rate, grad_norm)
         tokens = sum(batch.num_tokens for batch in batches)
-        return StepResult(loss, grad_norm, tokens, targets)
+        targets = sum(batch.num_targets for batch in batches)
+        return StepResult(loss, grad_norm, tokens, targets, metrics)
 
     def _accumulate(
-        self, batches: Sequence[PackedBatch], targets: int, check: Callable[[], None]
+        self, batches: Sequence[PackedBatch], weights: Sequence[float], check: Callable[[], None]
     ) -> list[_MicroResult]:
-        flat = self.optimizer.flat
+        flat, weight = self.optimizer.flat, sum(weights)
         flat.zero_grad()
         micro = []
-        for batch in batches:
+        for batch, of_batch in zip(batches, weights, strict=True):
             check()
-            if not batch.num_targets:
+            if not of_batch:
                 continue
             random_before = random_state.capture()
             on_device = batch.to(flat.device)
-            loss_sum = supervised_loss(self.model, on_device).loss
+            loss = batch_loss(self.model, on_device, self.objective)
             with adapters_of(self.model, on_device):  # checkpointed layers run again
-                # Dividing by the step's targets, not the micro-batch's, weights every token alike.
-                (loss_sum / targets).backward()
-            micro.append(_MicroResult(on_device, random_before, loss_sum.detach()))
+                # Dividing by the step's weight, not the micro-batch's, weights every token alike.
+                (loss.total / weight).backward()
+            metrics = {n: Mean(m.total.detach(), m.count) for n, m in loss.metrics.items()}
+            micro.append(_MicroResult(on_device, random_before, loss.total.detach(), metrics))
         return micro
 
-    def _read(self, step: int, micro: Sequence[_MicroResult], targets: int) -> tuple[float, float]:
-        """Loss and gradient norm on the host, with the step's only wait for the device."""
+    def _read(
+        self, step: int, micro: Sequence[_MicroResult], weight: float
+    ) -> tuple[float, float, dict[str, float]]:
+        """Loss, gradient norm and metrics on the host, with the step's only wait for the device."""
         if not micro:
-            return 0.0, 0.0
-        values = [*(m.loss_sum.float() for m in micro), self.optimizer.grad_norm()]
-        *loss_sums, grad_norm = torch.stack(values).tolist()
+            return 0.0, 0.0, {}
+        named = [(name, mean) for result in micro for name, mean in result.metrics.items()]
+        values = [
+            self.optimizer.grad_norm(),
+            *(result.loss_sum.float() for result in micro),
+            *(mean.total.float() for _, mean in named),
+        ]
+        grad_norm, *sums = torch.stack(values).tolist()
+        loss_sums, totals = sums[: len(micro)], sums[len(micro) :]
         for result, value in zip(micro, loss_sums, strict=True):
             if not math.isfinite(value):
                 random_state.restore(*result.random_before)
-                layer = first_nonfinite_layer(self.model, result.batch)
+                layer = first_nonfinite_layer(self.model, result.batch, self.objective)
                 raise NonFiniteError(f"the loss is {value}", step, result.batch.origins, layer)
+        origins = [origin for result in micro for origin in result.batch.origins]
         if not math.isfinite(grad_norm):
-            origins = [origin for result in micro for origin in result.batch.origins]
-            layer = last_nonfinite_gradient(self.optimizer.flat)
+            flat = self.optimizer.flat
+            layer = last_nonfinite_gradient((e.name, e.view(flat.grad)) for e in flat.entries)
             raise NonFiniteError(f"the gradient's norm is {grad_norm}", step, origins, layer)
-        return math.fsum(loss_sums) / targets, grad_norm
+        metrics: dict[str, float] = {}
+        for name in dict(named):
+            of_name = [(x, m.count) for (n, m), x in zip(named, totals, strict=True) if n == name]
+            total, count = (math.fsum(column) for column in zip(*of_name, strict=True))
+            if not math.isfinite(total):
+                raise NonFiniteError(f"{name} is {total}", step, origins, None)
+            if count:
+                metrics[name] = total / count
+        return math.fsum(loss_sums) / weight, grad_norm, metrics

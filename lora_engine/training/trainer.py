@@ -2,12 +2,14 @@
 
 import logging
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
 
 from lora_engine.data.account import account, lines
 from lora_engine.data.adapters import check_adapters
+from lora_engine.data.batch import PackedBatch
 from lora_engine.data.dataset import TokenizedDataset, prepare
 from lora_engine.data.vocabulary import check_vocabulary
 from lora_engine.errors import UserError
@@ -15,6 +17,8 @@ from lora_engine.models.attach.accelerate import is_accelerated
 from lora_engine.models.attach.packed import can_share_prefixes
 from lora_engine.models.peft.routing import active_adapters
 from lora_engine.models.proof.packed_proof import check_packed_training
+from lora_engine.objectives.base import Objective
+from lora_engine.objectives.sft import SFT
 from lora_engine.training.config import TrainConfig
 from lora_engine.training.length import check_length, tell_extension
 from lora_engine.training.loop import TrainingLoop
@@ -46,6 +50,8 @@ class Trainer:
     tokenizer: renders and tokenises data that are not tokenised yet; saved with the weights.
     train_data, eval_data: whatever `data.prepare` takes, or a TokenizedDataset. With eval_data
         None nothing is measured, and the last weights are the final ones.
+    objective: what is minimised; supervised fine-tuning unless given. A run is resumed with the
+        same one.
     callbacks: objects with any of the methods on_start(trainer), on_step(StepMetrics),
         on_eval(step, HeldoutResult), on_end(TrainResult).
     origin: what the model was made from, JSON values by name that a run must share to be resumed.
@@ -65,12 +71,14 @@ class Trainer:
         eval_data: Any,
         config: TrainConfig,
         *,
+        objective: Objective = SFT(),
         callbacks: Sequence[object] = (),
         origin: Mapping[str, Any] | None = None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.config = config
+        self.objective = objective
         self.callbacks = tuple(callbacks)
         self.train_dataset = _tokenized(train_data, tokenizer, config, "train_data")
         self.eval_dataset = (
@@ -100,7 +108,12 @@ class Trainer:
         data = {"training data": fingerprint(self.train_dataset), "held-out data": heldout}
         self._of_run = {
             "identity": run_identity(
-                self.model, self.tokenizer, config.trajectory(), data, self._origin
+                self.model,
+                self.tokenizer,
+                config.trajectory(),
+                self.objective,
+                data,
+                self._origin,
             ),
             "length": {
                 "total_steps": self.total_steps,
@@ -128,7 +141,7 @@ class Trainer:
         tokens = min(self.config.tokens_per_batch, PREFLIGHT_TOKENS)
         weights = {} if step is None else self.folder.checkpoints.tensors(step, "weights")
         with with_values(self.model, weights):
-            report = preflight(self.model, self._train_stream.first(tokens))
+            report = preflight(self.model, self._first_batch(tokens), objective=self.objective)
         logger.info("preflight: %s", report)
         return report
 
@@ -193,6 +206,7 @@ class Trainer:
         }
         loop = TrainingLoop(
             self.model,
+            self.objective,
             flat,
             train_stream,
             eval_stream,
@@ -216,6 +230,13 @@ class Trainer:
             return stopped
         finally:
             loop.close()
+
+    def _first_batch(self, tokens: int) -> PackedBatch:
+        """The first examples, up to `tokens`, or batch of the run that the objective gives weight;
+        the first examples that have targets where it gives weight to none."""
+        first = self._train_stream.first(tokens)
+        batches = chain([first], self._train_stream.one_epoch())
+        return next((batch for batch in batches if self.objective.weight(batch)), first)
 
     def _plan_steps(self) -> tuple[BatchStream, int]:
         """The training micro-batches and the number of optimiser steps."""

@@ -10,8 +10,9 @@ from training_helpers import TRAIN, accelerated, make_examples, make_trainer, ti
 from lora_engine.data.batch import collate
 from lora_engine.data.dataset import TokenizedDataset
 from lora_engine.errors import UserError
-from lora_engine.training.heldout import evaluate
-from lora_engine.training.nonfinite import first_nonfinite_layer
+from lora_engine.evaluation.heldout import evaluate
+from lora_engine.evaluation.nonfinite import first_nonfinite_layer
+from lora_engine.objectives.sft import SFT
 from lora_engine.training.stream import fingerprint
 
 NAMES = ("default", "other")
@@ -62,8 +63,8 @@ def test_each_adapter_learns_as_if_alone(tmp_path, checkpointing):
 
 
 def test_evaluation_runs_each_example_through_its_adapter():
-    both = evaluate(two_adapters(), [collate(BOTH.examples, share_prefixes=True)])
-    alone = [evaluate(two_adapters([name]), [collate(part)]) for name, part in PARTS.items()]
+    both = evaluate(two_adapters(), [collate(BOTH.examples, share_prefixes=True)], SFT())
+    alone = [evaluate(two_adapters([name]), [collate(part)], SFT()) for name, part in PARTS.items()]
     targets = sum(result.targets for result in alone)
     assert both.targets == targets
     expected = sum(result.loss * result.targets for result in alone) / targets
@@ -83,7 +84,7 @@ def test_the_bad_layer_is_found_under_routing():
     model = two_adapters()
     with torch.no_grad():
         model.base_model.model.model.norm.weight[0] = torch.nan
-    assert "norm" in first_nonfinite_layer(model, collate(BOTH.examples))
+    assert "norm" in first_nonfinite_layer(model, collate(BOTH.examples), SFT())
 
 
 def test_another_adapter_is_other_data():

@@ -28,7 +28,7 @@ def lines(path):
 def test_lines_have_exactly_these_fields(tmp_path):
     log = MetricsLog(tmp_path / "deep" / "metrics.jsonl")
     log.append_step(STEP)
-    log.append_heldout(1, 2.0, 0.5)
+    log.append_heldout(1, 2.0, 0.5, {})
     log.close()
     step, heldout = lines(tmp_path / "deep" / "metrics.jsonl")
     assert set(step) == {

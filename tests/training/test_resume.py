@@ -21,8 +21,8 @@ from training_helpers import (
 )
 
 from lora_engine.errors import UserError
+from lora_engine.evaluation.nonfinite import NonFiniteError
 from lora_engine.training import loop, random_state
-from lora_engine.training.nonfinite import NonFiniteError
 from lora_engine.training.run.checkpoint import CheckpointStore
 
 
@@ -274,17 +274,17 @@ def test_adapter_without_checkpoints_is_not_lost_by_resuming(tmp_path):
 
 
 def test_interruption_during_evaluation_is_evaluated_on_resumption(tmp_path, monkeypatch):
-    from lora_engine.training import heldout
+    from lora_engine.evaluation import heldout
 
-    compute, calls = heldout.supervised_loss, []
+    compute, calls = heldout.target_scores, []
 
-    def interrupting(model, batch):
+    def interrupting(*given):
         calls.append(1)
         if len(calls) == 3:  # the evaluation at step 0 is one call of two batches
             signal.raise_signal(signal.SIGTERM)
-        return compute(model, batch)
+        return compute(*given)
 
-    monkeypatch.setattr(heldout, "supervised_loss", interrupting)
+    monkeypatch.setattr(heldout, "target_scores", interrupting)
     config = {"held_out": make_dataset(12, seed=1), "eval_every": 3}
     first = make_trainer(tmp_path, **config).fit()
     assert (first.stopped, first.steps) == ("interrupted", 3)

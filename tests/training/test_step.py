@@ -15,10 +15,11 @@ from training_helpers import (
 )
 
 from lora_engine.data.render import Example
+from lora_engine.evaluation.nonfinite import NonFiniteError
 from lora_engine.models.attach.accelerate import accelerate
+from lora_engine.objectives.sft import SFT
 from lora_engine.training import random_state
 from lora_engine.training.config import TrainConfig
-from lora_engine.training.nonfinite import NonFiniteError
 from lora_engine.training.optimizer.flat import FlatParameters
 from lora_engine.training.optimizer.optimizer import FlatAdamW
 from lora_engine.training.signals import Interrupted
@@ -32,7 +33,7 @@ def make_step(model=None, **config):
     model = tiny_lora(init_lora_weights=False) if model is None else model
     model.train()
     flat = FlatParameters(model.named_parameters())
-    return TrainStep(model, FlatAdamW(flat, TrainConfig(**config)))
+    return TrainStep(model, SFT(), FlatAdamW(flat, TrainConfig(**config)))
 
 
 def no_check():

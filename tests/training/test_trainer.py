@@ -22,13 +22,14 @@ from training_helpers import (
 from lora_engine.data.dataset import TokenizedDataset
 from lora_engine.data.render import Example
 from lora_engine.errors import UserError
+from lora_engine.evaluation.heldout import HeldoutResult, evaluate
 from lora_engine.models.attach.accelerate import restore
-from lora_engine.training.heldout import HeldoutResult, evaluate
+from lora_engine.objectives.sft import SFT
 from lora_engine.training.metrics import StepMetrics
 
 
 def heldout_loss(model):
-    return evaluate(model, [one_batch(EVAL.examples)]).loss
+    return evaluate(model, [one_batch(EVAL.examples)], SFT()).loss
 
 
 class Recorder:

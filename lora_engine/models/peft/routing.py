@@ -1,8 +1,8 @@
 """Several adapters over one base in one batch: which rows use which."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +18,33 @@ def active_adapters(model: Any) -> tuple[str, ...]:
     from peft import PeftModel
 
     return tuple(model.active_adapters) if isinstance(model, PeftModel) else ()
+
+
+class RoutedTokens(Protocol):
+    """What of a batch says which adapter its rows use (`data.batch.PackedBatch` has it)."""
+
+    @property
+    def cu_seqlens(self) -> Tensor: ...  # [S + 1] int32
+    @property
+    def num_rows(self) -> int: ...  # T
+    @property
+    def adapters(self) -> Sequence[str]: ...  # S names, or none
+
+
+def is_routed(model: Any, batch: RoutedTokens) -> bool:
+    """Whether the batch's rows run through different adapters."""
+    return bool(batch.adapters) and len(active_adapters(model)) > 1
+
+
+def adapters_of(model: Any, batch: RoutedTokens) -> AbstractContextManager[None]:
+    """Within this context the model runs each of the batch's rows through its adapter."""
+    if not is_routed(model, batch):
+        return nullcontext()
+    names = active_adapters(model)
+    numbers = torch.tensor([names.index(adapter) for adapter in batch.adapters])
+    lengths = batch.cu_seqlens.diff()
+    rows = torch.repeat_interleave(numbers.to(lengths.device), lengths, output_size=batch.num_rows)
+    return route_adapters(model, names, rows)
 
 
 def _why_not(model: Any) -> str | None:

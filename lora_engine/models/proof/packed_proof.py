@@ -27,6 +27,7 @@ class _Probe(NamedTuple):
 def check_packed_training(model: Any) -> None:
     """Raises UserError where packed hidden states and the head do not give the model's own logits.
 
+    Every objective is a function of log-probabilities that are made of these.
     That is where the model does something before or after its head's product, and where it would
     let packed sequences see each other. Two short sequences are tried.
     """

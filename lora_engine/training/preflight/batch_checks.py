@@ -8,12 +8,14 @@ from torch import Tensor, nn
 from lora_engine.data.batch import PackedBatch
 from lora_engine.errors import UserError
 from lora_engine.models.attach.head import transformers_model
+from lora_engine.objectives.base import Objective
 
 _IGNORED = -100
 
 
-def check_batch(model: nn.Module, batch: Any) -> None:
-    """Raises UserError where no token of a batch is supervised, and where its token ids or labels
+def check_batch(model: nn.Module, batch: Any, objective: Objective) -> None:
+    """Raises UserError where no token of a batch is supervised or the objective does not learn
+    from a packed one, and where its token ids or labels
     are not the model's.
 
     Labels are checked of causal language models with a loss of transformers' own. Others may
@@ -36,6 +38,11 @@ def check_batch(model: nn.Module, batch: Any) -> None:
         raise UserError(
             f"preflight: no token of the batch is supervised{why}, so that it teaches nothing; "
             "look at what cuts or masks the examples, or give another batch"
+        )
+    if isinstance(batch, PackedBatch) and not objective.weight(batch.to("cpu")):
+        raise UserError(
+            f"preflight: {objective.name} has nothing to learn from in the batch; give one to "
+            "which it gives weight"
         )
 
 

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from lora_engine.data.batch import PackedBatch
 from lora_engine.errors import UserError
+from lora_engine.evaluation.nonfinite import first_nonfinite, first_nonfinite_layer
 from lora_engine.models.attach.head import transformers_model
-from lora_engine.training.nonfinite import first_nonfinite, first_nonfinite_layer
-from lora_engine.training.objective import is_routed
+from lora_engine.models.peft.routing import is_routed
 from lora_engine.training.preflight.trial import Trial
 
 
@@ -57,7 +57,7 @@ def check_trained(model: nn.Module) -> None:
 def why_nonfinite(model: nn.Module, trial: Trial, loss: float) -> str:
     """What to say of a loss that is not finite."""
     if isinstance(trial.batch, PackedBatch):
-        layer = first_nonfinite_layer(model, trial.batch)
+        layer = first_nonfinite_layer(model, trial.batch, trial.objective)
     else:
         layer = first_nonfinite(model, lambda: torch.tensor(trial.loss()))
     where = "" if layer is None else f"; first bad layer {layer}"

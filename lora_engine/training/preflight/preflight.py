@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lora_engine.errors import UserError
+from lora_engine.objectives.base import Objective
+from lora_engine.objectives.sft import SFT
 from lora_engine.training.optimizer.shared_memory import groups_of_memory
 from lora_engine.training.preflight.batch_checks import check_batch
 from lora_engine.training.preflight.causes import (
@@ -63,7 +65,11 @@ class PreflightReport:
 
 
 def preflight(
-    model: nn.Module, batch: Any, *, loss: Callable[[Any, Any], Tensor] | None = None
+    model: nn.Module,
+    batch: Any,
+    *,
+    loss: Callable[[Any, Any], Tensor] | None = None,
+    objective: Objective = SFT(),
 ) -> PreflightReport:
     """Try one training step of `model` on `batch`, and put everything back.
 
@@ -72,6 +78,8 @@ def preflight(
         PackedBatch.
     loss: called as loss(model, batch), in place of the model's own: a scalar or one loss an
         example, of which the mean is tried. The batch is given to it as it is, of any kind.
+
+    objective: what a PackedBatch is tried with, as in training.
 
     The model is tried in training mode, with the dropout of one draw. On return, and after any
     exception, its values, gradients, modes and buffers and all random generators are bit for bit
@@ -88,10 +96,10 @@ def preflight(
     check_trained(model)
     if loss is None:
         batch = on_device(model, batch)
-        check_batch(model, batch)
+        check_batch(model, batch, objective)
     frozen = _frozen(model)
     sums = {name: _checksum(p) for name, p in frozen.items()}
-    with trial(model, batch, loss) as tried:
+    with trial(model, batch, objective, loss) as tried:
         result = _Preflight(model, tried).run()
         for name, parameter in frozen.items():
             if _checksum(parameter) != sums[name]:

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from lora_engine.data.batch import PackedBatch
 from lora_engine.errors import UserError
+from lora_engine.evaluation.batch_loss import batch_loss
 from lora_engine.models.attach.head import transformers_model
+from lora_engine.models.peft.routing import adapters_of
+from lora_engine.objectives.base import Objective
 from lora_engine.training import random_state
-from lora_engine.training.objective import adapters_of, supervised_loss
 
 Gradients = Mapping[str, Tensor | None]
 Loss = Callable[[Any, Any], Tensor]
@@ -30,13 +32,22 @@ _PLAIN = (bool, int, float, str, type(None))
 class Trial:
     """A model in training on one batch, which draws the same random numbers in every pass.
 
-    trained: the parameters that require gradients, by name.
+    trained: the parameters that require gradients, by name. objective: of packed batches. loss: a
+    function that stands for the model's, or the objective's, own.
     """
 
-    def __init__(self, model: nn.Module, batch: Any, loss: Loss | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, batch: Any, objective: Objective, loss: Loss | None = None
+    ) -> None:
         self.model = model
         self.batch = batch
-        self._loss_of = _mean_loss if loss is None else _mean_of(loss)
+        self.objective = objective
+        if loss is not None:
+            self._loss_of = _mean_of(loss)
+        elif isinstance(batch, PackedBatch):
+            self._loss_of = _of_objective(objective, batch)
+        else:
+            self._loss_of = _own_loss
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._values = {name: p.detach().clone() for name, p in self.trained.items()}
         self._base = self._values
@@ -140,14 +151,16 @@ class Trial:
 
 
 @contextmanager
-def trial(model: nn.Module, batch: Any, loss: Loss | None = None) -> Iterator[Trial]:
+def trial(
+    model: nn.Module, batch: Any, objective: Objective, loss: Loss | None = None
+) -> Iterator[Trial]:
     """A Trial of the model; everything is put back as it was on leaving, by an exception too.
 
     That is: values, gradients and gradient hooks of the trained parameters, buffers, the modes and
     plain attributes of the modules, and the generators of torch, numpy and Python.
     """
     with _kept_random_state(), _kept_modules(model), torch.inference_mode(False):
-        made = Trial(model, batch, loss)
+        made = Trial(model, batch, objective, loss)
         routed = adapters_of(model, batch) if isinstance(batch, PackedBatch) else None
         with torch.enable_grad(), _kept_gradients(made.trained):
             model.train()
@@ -193,9 +206,12 @@ def on_device(model: nn.Module, batch: Any) -> Any:
     return {key: x.to(device) if isinstance(x, Tensor) else x for key, x in batch.items()}
 
 
-def _mean_loss(model: Any, batch: Any) -> Tensor:
-    if isinstance(batch, PackedBatch):
-        return supervised_loss(model, batch).loss / batch.num_targets
+def _of_objective(objective: Objective, batch: PackedBatch) -> Loss:
+    weight = objective.weight(batch.to("cpu"))
+    return lambda model, batch: batch_loss(model, batch, objective).total / weight
+
+
+def _own_loss(model: Any, batch: Any) -> Tensor:
     taken = inspect.signature(transformers_model(model).forward).parameters
     some = any(p.kind == inspect.Parameter.VAR_KEYWORD for p in taken.values())
     if not some and (unknown := [name for name in batch if name not in taken]):

@@ -11,6 +11,8 @@ from typing import Any, cast
 
 from lora_engine.errors import UserError
 from lora_engine.models.peft.routing import active_adapters
+from lora_engine.objectives.base import Objective, settings_of
+from lora_engine.objectives.sft import SFT
 from lora_engine.training.run.fingerprint import json_sha256, tensors_sha256, tokenizer_sha256
 
 logger = logging.getLogger(__name__)
@@ -55,6 +57,7 @@ def run_identity(
     model: Any,
     tokenizer: Any,
     settings: Mapping[str, Any],
+    objective: Objective,
     data: Mapping[str, str | None],
     origin: Mapping[str, Any] | None,
 ) -> Identity:
@@ -69,6 +72,7 @@ def run_identity(
         origin = {**(origin or {}), "weights": _weights_sha256(model, frozen)}
     identity: Identity = {
         "settings": dict(settings),
+        "objective": settings_of(objective),
         **_adapters(model),
         "model": {
             "dtype": _dtypes(model),
@@ -93,7 +97,11 @@ def model_weights_sha256(model: Any) -> str:
 
 
 def check_identity(where: Any, saved: Mapping[str, Any], ours: Identity) -> None:
-    """Raises UserError that names what differs if a checkpoint, at `where`, is of another run."""
+    """Raises UserError that names what differs if a checkpoint, at `where`, is of another run.
+
+    A checkpoint that names no objective was made with SFT.
+    """
+    saved = {"objective": settings_of(SFT()), **saved}
     changes = [f"{section}, now without" for section in saved if section not in ours]
     changes += [f"no {section}, now with one" for section in ours if section not in saved]
     for section in ours:

@@ -5,10 +5,11 @@ import transformers
 import lora_engine
 from lora_engine.data.batch import collate
 from lora_engine.data.render import Example
+from lora_engine.evaluation.batch_loss import batch_loss
 from lora_engine.models.attach import decoder_layer
 from lora_engine.models.attach.packed import can_share_prefixes, packed_hidden_states
+from lora_engine.objectives.sft import SFT
 from lora_engine.testing import tiny_llama, with_lora
-from lora_engine.training.objective import supervised_loss
 
 SIZES = {
     "vocab_size": 97,
@@ -48,7 +49,7 @@ def examples(*, shared: int = 20) -> list[Example]:
 def loss_and_gradients(model: torch.nn.Module, *, share: bool) -> list[torch.Tensor]:
     batch = collate(examples(), share_prefixes=share)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    loss = supervised_loss(model, batch).loss
+    loss = batch_loss(model, batch, SFT()).total
     return [loss, *torch.autograd.grad(loss, parameters)]
 
 

@@ -31,6 +31,7 @@ from transformers import OlmoeConfig, OlmoeForCausalLM
 
 from lora_engine import UserError, accelerate, preflight
 from lora_engine.data.dataset import TokenizedDataset
+from lora_engine.objectives.sft import SFT
 from lora_engine.training.preflight.trial import trial
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -187,7 +188,7 @@ def test_dropout_draws_the_same_in_every_pass(fast):
         if isinstance(module, peft.tuners.lora.LoraLayer):
             module.lora_dropout["default"] = nn.Dropout(0.5)
             nn.init.normal_(module.lora_B["default"].weight)
-    with trial(model, rows()) as tried:
+    with trial(model, rows(), SFT()) as tried:
         first = tried.loss()
         assert tried.loss() == first
     torch.manual_seed(1)  # other draws give another loss
@@ -405,9 +406,9 @@ def test_a_run_that_fails_leaves_the_one_before(tmp_path):
 def test_it_runs_before_each_sitting_with_steps_left(tmp_path, monkeypatch):
     tried = []
 
-    def noted(model, batch):
+    def noted(model, batch, **options):
         tried.append(batch)
-        return preflight(model, batch)
+        return preflight(model, batch, **options)
 
     monkeypatch.setattr("lora_engine.training.trainer.preflight", noted)
     make_trainer(tmp_path, max_steps=2).fit()
@@ -421,8 +422,8 @@ def test_it_runs_before_each_sitting_with_steps_left(tmp_path, monkeypatch):
 def test_a_run_that_goes_on_tries_the_weights_of_its_checkpoint(tmp_path, monkeypatch):
     seen = []
 
-    def noted(model, batch):
-        seen.append((trainable(model), preflight(model, batch)))
+    def noted(model, batch, **options):
+        seen.append((trainable(model), preflight(model, batch, **options)))
 
     first = make_trainer(tmp_path, max_steps=4)
     first.fit()

@@ -9,6 +9,7 @@ import torch
 from training_helpers import tiny_llama, tiny_lora
 
 from lora_engine.errors import UserError
+from lora_engine.objectives.sft import SFT
 from lora_engine.training.run.identity import (
     check_identity,
     model_weights_sha256,
@@ -28,7 +29,7 @@ def tokenizer(words=("a", "b"), template="{{ messages }}"):
 
 
 def identity(model=None, tokenizer=tokenizer(), settings=SETTINGS, data=DATA, origin=None):  # noqa: B008
-    return run_identity(model or tiny_lora(), tokenizer, settings, data, origin)
+    return run_identity(model or tiny_lora(), tokenizer, settings, SFT(), data, origin)
 
 
 def scaled(model, names, factor):

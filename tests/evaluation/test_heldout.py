@@ -12,10 +12,15 @@ from training_helpers import (
 
 from lora_engine.data.render import Example
 from lora_engine.errors import UserError
-from lora_engine.training.heldout import evaluate
-from lora_engine.training.nonfinite import NonFiniteError
+from lora_engine.evaluation import heldout
+from lora_engine.evaluation.nonfinite import NonFiniteError
+from lora_engine.objectives.sft import SFT
 
 NO_TARGETS = Example([1, 2, 3], [True, False, False], "none.jsonl:1")
+
+
+def evaluate(model, batches, **options):
+    return heldout.evaluate(model, batches, SFT(), **options)
 
 
 def packed(examples, per_batch):

@@ -1,6 +1,6 @@
 """Where a NaN or an infinity came from."""
 
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Iterable, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +9,11 @@ from torch import nn
 
 from lora_engine.data.batch import PackedBatch
 from lora_engine.errors import UserError
+from lora_engine.evaluation.batch_loss import target_scores
 from lora_engine.models.attach.head import transformers_model
 from lora_engine.models.peft.lora_state import is_lora
-from lora_engine.training.objective import is_routed, supervised_loss
-from lora_engine.training.optimizer.flat import FlatParameters
+from lora_engine.models.peft.routing import is_routed
+from lora_engine.objectives.base import Objective, TargetScores
 
 _SHOWN_SAMPLES = 8
 
@@ -51,24 +52,38 @@ class NonFiniteError(UserError):
         return "; ".join(parts)
 
 
-def first_nonfinite_layer(model: nn.Module, batch: PackedBatch) -> str | None:
-    """`first_nonfinite` of a packed batch's loss."""
+def first_nonfinite_layer(model: nn.Module, batch: PackedBatch, objective: Objective) -> str | None:
+    """`first_nonfinite` of a packed batch's loss; "objective NAME" if the log-probabilities that
+    it is made of are finite."""
     # The loss reads the head's weights and would refuse a head that is watched. Rows are routed
     # inside the LoRA layers, which could not run fused if they were.
     unseen = set(transformers_model(model).get_output_embeddings().modules())
     if is_routed(model, batch):
         unseen |= {part for m in model.modules() if is_lora(m) for part in m.modules()}
-    return first_nonfinite(model, lambda: supervised_loss(model, batch).loss, unseen)
+    scored: list[TargetScores] = []
+
+    def results() -> tuple[torch.Tensor | None, ...]:
+        scores = target_scores(model, batch, objective.reads)
+        scored.append(scores)
+        return scores.logprobs, scores.total, scores.entropy, scores.reference
+
+    layer = first_nonfinite(model, results, unseen)
+    if layer is not None:
+        return layer
+    with torch.no_grad():
+        total = objective(scored[0], batch).total
+    return None if _is_finite(total) else f"objective {objective.name}"
 
 
 def first_nonfinite(
-    model: nn.Module, loss_of: Callable[[], torch.Tensor], unseen: Set[nn.Module] = frozenset()
+    model: nn.Module, results_of: Callable[[], Any], unseen: Set[nn.Module] = frozenset()
 ) -> str | None:
     """Name of the first module, in order of execution, whose output is not finite.
 
-    Runs one forward pass, `loss_of`. "output head" if the hidden states are finite and the loss is
-    not; None if all is finite. Modules that a fused kernel runs without calling them are seen
-    through the module around them. unseen: modules that are not to be watched.
+    Runs one forward pass, `results_of`, which returns tensors, alone or in tuples. "output head" if
+    the hidden states are finite and one of these is not; None if all is finite. Modules that a
+    fused kernel runs without calling them are seen through the module around them. unseen: modules
+    that are not to be watched.
     """
     found: list[str] = []
 
@@ -86,24 +101,22 @@ def first_nonfinite(
     ]
     try:
         with torch.no_grad():
-            loss = loss_of()
+            results = results_of()
     finally:
         for handle in handles:
             handle.remove()
-    if not found and not _is_finite(loss):
+    if not found and not _is_finite(results):
         return "output head"
     return found[0] if found else None
 
 
-def last_nonfinite_gradient(flat: FlatParameters) -> str | None:
+def last_nonfinite_gradient(gradients: Iterable[tuple[str, torch.Tensor]]) -> str | None:
     """Name of the last parameter, in the model's order, whose gradient is not finite.
 
     Backpropagation runs in the opposite order, so this is where it first went wrong.
     """
-    for entry in reversed(flat.entries):
-        if not _is_finite(entry.view(flat.grad)):
-            return entry.name
-    return None
+    bad = [name for name, gradient in gradients if not _is_finite(gradient)]
+    return bad[-1] if bad else None
 
 
 def _is_finite(value: Any) -> bool:

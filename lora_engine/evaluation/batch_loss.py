@@ -1,0 +1,52 @@
+"""An objective's loss of one packed batch: the model runs, the objective judges its results."""
+
+from typing import Any
+
+from torch import Tensor
+
+from lora_engine.data.batch import PackedBatch
+from lora_engine.errors import UserError
+from lora_engine.evaluation.modes import inference, without_adapters
+from lora_engine.models.attach.head import output_head
+from lora_engine.models.attach.packed import packed_hidden_states
+from lora_engine.models.peft.routing import active_adapters, adapters_of
+from lora_engine.objectives.base import Loss, Objective, Reads, TargetScores
+
+
+def batch_loss(model: Any, batch: PackedBatch, objective: Objective) -> Loss:
+    """The objective's loss; batch as for `target_scores`."""
+    return objective(target_scores(model, batch, objective.reads), batch)
+
+
+def target_scores(model: Any, batch: PackedBatch, reads: Reads) -> TargetScores:
+    """What the model says of the batch's U targets.
+
+    batch must have targets (U > 0) and be on the model's device. The head sees only the U rows
+    that have a target. Where examples name adapters and several are active, each example runs
+    through its own. Raises UserError for a reference of a model without adapters.
+    """
+    reference = reference_logprobs(model, batch) if reads.reference else None
+    with adapters_of(model, batch):
+        hidden = packed_hidden_states(model, batch, batch.target_index)
+    reduction = "none" if reads.each_logprob else "sum"
+    found = output_head(model).cross_entropy(
+        hidden, batch.target_ids, reduction=reduction, entropy=reads.entropy
+    )
+    logprobs = -found.loss if reads.each_logprob else found.logprobs
+    total = logprobs.sum() if reads.each_logprob else -found.loss
+    return TargetScores(logprobs, total, found.correct, found.entropy, reference)
+
+
+def reference_logprobs(model: Any, batch: PackedBatch) -> Tensor:
+    """[U] float32: the targets' log-probabilities under the model without its adapters.
+
+    In evaluation mode and without gradients. Draws no random number.
+    """
+    if not active_adapters(model):
+        raise UserError(
+            "the objective compares the model with itself without adapters, and it has none: "
+            "add an adapter with peft.get_peft_model"
+        )
+    with inference(model), without_adapters(model):
+        hidden = packed_hidden_states(model, batch, batch.target_index)
+        return output_head(model).cross_entropy(hidden, batch.target_ids, reduction="sum").logprobs

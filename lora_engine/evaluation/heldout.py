@@ -1,0 +1,80 @@
+"""Loss and token accuracy on held-out data."""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from lora_engine.data.batch import PackedBatch
+from lora_engine.errors import UserError
+from lora_engine.evaluation.batch_loss import target_scores
+from lora_engine.evaluation.modes import inference
+from lora_engine.evaluation.nonfinite import NonFiniteError, first_nonfinite_layer
+from lora_engine.objectives.base import Objective
+
+
+@dataclass(frozen=True)
+class HeldoutResult:
+    """loss: the objective's, over its weight; of SFT the mean over targets of −log p, in nats.
+    accuracy: share of targets that are the most likely token. tokens: real tokens read. targets:
+    supervised tokens among them. metrics: the objective's own."""
+
+    loss: float
+    accuracy: float
+    tokens: int
+    targets: int
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[PackedBatch],
+    objective: Objective,
+    *,
+    step: int | None = None,
+) -> HeldoutResult:
+    """The objective's loss, and token accuracy, over `batches`, without dropout.
+
+    The result of SFT does not depend on how the examples are packed, beyond rounding. `step` is
+    named in the NonFiniteError raised if a batch's loss or a metric is not finite. UserError if
+    `batches` have nothing that the objective measures.
+    """
+    device = next(model.parameters()).device
+    loss = torch.zeros((), dtype=torch.float64, device=device)
+    correct = torch.zeros((), dtype=torch.int64, device=device)
+    sums: dict[str, tuple[float, float]] = {}
+    tokens = targets = 0
+    weight = 0.0
+    with inference(model):
+        for batch in batches:
+            tokens += batch.num_tokens
+            if not (of_batch := objective.weight(batch)):
+                continue
+            weight += of_batch
+            targets += batch.num_targets
+            on_device = batch.to(device)
+            scores = target_scores(model, on_device, objective.reads)
+            judged = objective(scores.double(), on_device)
+            values = {"loss": judged.total.item()}
+            values |= {name: mean.total.item() for name, mean in judged.metrics.items()}
+            for name, value in values.items():
+                if not math.isfinite(value):
+                    raise NonFiniteError(
+                        f"the held-out {name} is {value}",
+                        step,
+                        batch.origins,
+                        first_nonfinite_layer(model, on_device, objective),
+                    )
+            loss += judged.total
+            correct += scores.correct.sum()
+            for name, mean in judged.metrics.items():
+                total, count = sums.get(name, (0.0, 0.0))
+                sums[name] = total + values[name], count + mean.count
+    if not weight:
+        raise UserError(
+            f"the held-out data have no supervised tokens to measure a loss on ({objective.name})"
+        )
+    metrics = {name: total / count for name, (total, count) in sums.items() if count}
+    return HeldoutResult(loss.item() / weight, correct.item() / targets, tokens, targets, metrics)

@@ -1,0 +1,33 @@
+"""A model while it is looked at, not trained."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@contextmanager
+def inference(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; afterwards every module is in the mode it was in."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def without_adapters(model: Any) -> Iterator[None]:
+    """The PeftModel computes as its base model does; which parameters are trained stays as is."""
+    trained = [(p, p.requires_grad) for p in model.parameters()]  # PEFT switches them off and on
+    try:
+        with model.disable_adapter():
+            yield
+    finally:
+        for parameter, requires_grad in trained:
+            parameter.requires_grad_(requires_grad)

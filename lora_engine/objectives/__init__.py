@@ -1,0 +1,1 @@
+"""What training minimises: one file an objective, each a pure function of log-probabilities."""
