@@ -87,12 +87,12 @@ def plan(capabilities: Sequence[int]) -> tuple[list[Planned], list[str]]:
                 for index, call in enumerate(cases(dtype)):
                     job = Job(name, dtype, index, capability)
                     try:
-                        with recorded(capability, compile=False) as found:
+                        with recorded(capability, compile=False) as recording:
                             call.launcher(*call.args, **call.kwargs)
                     except Exception as error:
                         problems.append(f"{job}: {type(error).__name__}: {error}")
                         continue
-                    launches, entries = tuple(found.launches), frozenset(found.entries)
+                    launches, entries = tuple(recording.launches), frozenset(recording.entries)
                     planned.append(Planned(job, launches, entries))
     return planned, problems
 
@@ -120,15 +120,15 @@ def unused_entries(planned: Iterable[Planned], capabilities: Sequence[int]) -> l
 
 def written_kernels() -> set[tuple[str, str]]:
     """(module, name) of every Triton kernel in kernels/src: `_*_kernel` with a jit decorator."""
-    found = set()
+    kernels = set()
     for path in SOURCES.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if not isinstance(node, ast.FunctionDef):
                 continue
             jitted = any("jit" in ast.unparse(decorator) for decorator in node.decorator_list)
             if jitted and node.name.startswith("_") and node.name.endswith("_kernel"):
-                found.add((f"lora_engine.backends.triton.{path.stem}", node.name))
-    return found
+                kernels.add((f"lora_engine.backends.triton.{path.stem}", node.name))
+    return kernels
 
 
 def uncompiled_kernels(rows: Iterable[Row]) -> list[str]:
@@ -169,9 +169,9 @@ def compile_jobs(jobs: Sequence[Job]) -> tuple[list[Row], list[str]]:
     for job in jobs:
         call = job.call()
         try:
-            with recorded(job.capability, compile=True) as found:
+            with recorded(job.capability, compile=True) as recording:
                 call.launcher(*call.args, **call.kwargs)
-            for launch in found.launches:
+            for launch in recording.launches:
                 matrix = "native" if launch.kernel in call.matrix else None
                 matrix = "any" if launch.kernel in call.any_matrix else matrix
                 row = check_compile.examine(launch, job.capability, matrix=matrix)
@@ -179,7 +179,7 @@ def compile_jobs(jobs: Sequence[Job]) -> tuple[list[Row], list[str]]:
                 rows.setdefault(
                     (row.key, row.capability, row.configuration, bool(row.problems)), row
                 )
-            unknown = {*call.matrix, *call.any_matrix} - {x.kernel for x in found.launches}
+            unknown = {*call.matrix, *call.any_matrix} - {x.kernel for x in recording.launches}
             problems += [f"{job}: launches no {name}" for name in sorted(unknown)]
         except Exception as error:
             problems.append(f"{job}: {type(error).__name__}: {error}")
@@ -195,8 +195,8 @@ def compile_all(jobs: Sequence[Job], processes: int) -> tuple[list[Row], list[st
     # Forked: the children keep what has been imported, and what a test has replaced.
     context = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(processes, mp_context=context) as pool:
-        for found, failed in pool.map(compile_jobs, batches.values()):
-            rows += found
+        for compiled, failed in pool.map(compile_jobs, batches.values()):
+            rows += compiled
             problems += failed
     return list({identity(row): row for row in rows}.values()), problems
 
@@ -283,8 +283,8 @@ def page(rows: Iterable[Row]) -> str:
 
 
 def _range(values: Iterator[int]) -> str:
-    found = sorted(set(values))
-    return str(found[0]) if len(found) == 1 else f"{found[0]}-{found[-1]}"
+    different = sorted(set(values))
+    return str(different[0]) if len(different) == 1 else f"{different[0]}-{different[-1]}"
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -130,8 +130,8 @@ def recorded(capability: int, *, compile: bool) -> Iterator[Recording]:
         compiled = None
         if compile:
             compiled = run(function, *args, grid=grid, warmup=True, **options)
-        found = recording.parameters
-        recording.launches.append(_launch(function, args, grid, options, found, compiled))
+        parameters = recording.parameters
+        recording.launches.append(_launch(function, args, grid, options, parameters, compiled))
         return compiled
 
     triton.runtime.driver.set_active(FakeDriver(capability))
@@ -224,11 +224,11 @@ def examine(launch: Launch, capability: int, *, matrix: str | None) -> Row:
 def resource_usage(cubin: bytes) -> dict[str, int]:
     """REG, STACK, SHARED and LOCAL of the machine code, as ptxas settled them."""
     output = _cuobjdump(cubin, "--dump-resource-usage")
-    found = {name: int(value) for name, value in re.findall(r"\b([A-Z]+):(\d+)", output)}
-    missing = {"REG", "STACK", "SHARED", "LOCAL"} - set(found)
+    used = {name: int(value) for name, value in re.findall(r"\b([A-Z]+):(\d+)", output)}
+    missing = {"REG", "STACK", "SHARED", "LOCAL"} - set(used)
     if missing:
         raise RuntimeError(f"cuobjdump does not say {', '.join(sorted(missing))}: {output!r}")
-    return found
+    return used
 
 
 def touches_local_memory(cubin: bytes) -> bool:

@@ -73,13 +73,13 @@ def rows(
     jobs = [(file, architecture) for file in files for architecture in architectures]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         printed = pool.map(lambda job: _compile(nvcc, *job, flags), jobs)
-        found = [parse(text, job[1]) for text, job in zip(printed, jobs, strict=True)]
-    return [row for part in found for row in part]
+        parts = [parse(text, job[1]) for text, job in zip(printed, jobs, strict=True)]
+    return [row for part in parts for row in part]
 
 
 def parse(printed: str, architecture: str) -> list[Row]:
     """The kernels in what `ptxas -v` printed."""
-    found = []
+    rows = []
     entries = re.split(r"Compiling entry function '", printed)[1:]
     for entry, name in zip(entries, _demangled([e.split("'")[0] for e in entries]), strict=True):
         used = re.search(r"Used (\d+) registers", entry)
@@ -94,8 +94,8 @@ def parse(printed: str, architecture: str) -> list[Row]:
         spilled = sum(int(frame[1]) + int(frame[2]) for frame in frames)
         taken = int(shared[1]) if shared else 0
         problem = _problem(architecture, stack, spilled, taken)
-        found.append(Row(name, architecture, int(used[1]), stack, spilled, taken, problem))
-    return found
+        rows.append(Row(name, architecture, int(used[1]), stack, spilled, taken, problem))
+    return rows
 
 
 def _problem(architecture: str, stack: int, spilled: int, shared: int) -> str | None:
@@ -136,10 +136,10 @@ def _short(name: str) -> str:
     return name.removeprefix("void ").strip()
 
 
-def table(found: Sequence[Row]) -> str:
+def table(rows: Sequence[Row]) -> str:
     """The rows for a terminal."""
     head = ("kernel", "sm", "registers", "stack", "spilled", "shared", "problem")
-    lines = [head, *((*(str(v) for v in vars(r).values()),) for r in found)]
+    lines = [head, *((*(str(v) for v in vars(r).values()),) for r in rows)]
     lines = [(*line[:-1], "" if line[-1] == "None" else line[-1]) for line in lines]
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     return "\n".join(
@@ -150,12 +150,12 @@ def table(found: Sequence[Row]) -> str:
 
 def main() -> int:
     try:
-        found = rows()
+        compiled = rows()
     except CompileError as error:
         print(error, file=sys.stderr)
         return 2
-    print(table(found))
-    return 1 if any(row.problem for row in found) else 0
+    print(table(compiled))
+    return 1 if any(row.problem for row in compiled) else 0
 
 
 if __name__ == "__main__":

@@ -14,12 +14,12 @@ from lora_engine.text import one_line
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 1 failed, 2 the user's mistake, 130 interrupted."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    debug = "--debug" in given  # wherever it stands, not only before the command
-    given = [argument for argument in given if argument != "--debug"]
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words  # wherever it stands, not only before the command
+    words = [argument for argument in words if argument != "--debug"]
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (open to the end of the process)
-    status = _run(given or ["--help"], debug)
+    status = _run(words or ["--help"], debug)
     if arguments is None:  # a Ctrl-C while Python shuts down would end in a traceback
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     sys.exit(status)

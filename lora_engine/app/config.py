@@ -185,8 +185,8 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     name, text = read_config(source)
     values, lines = parse_mapping(name, text)
     overridden = [_override(values, override) for override in overrides]
-    if found := find_switch_for_number(RunConfig, values):
-        path, message = found
+    if problem := find_switch_for_number(RunConfig, values):
+        path, message = problem
         raise UserError(f"{_where(name, lines, overridden, path)}: {message}")
     try:
         return RunConfig.model_validate(values)

@@ -181,13 +181,13 @@ def _nvcc_fact() -> Fact:
 
 
 def _extension_facts() -> list[Fact]:
-    found = backends.extension.loaded()
-    module = found.module
+    extension = backends.extension.loaded()
+    module = extension.module
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
     if module is None:
         first = f"compiler: {compiler}" if compiler else "first a C++ compiler (apt install g++)"
         hint = f"`pip install -e .` in the source folder builds it; {first}"
-        return [Fact("lora_engine._C", found.problem or "not built", "problem", hint)]
+        return [Fact("lora_engine._C", extension.problem or "not built", "problem", hint)]
     variants = ", ".join(
         isa if runs else f"{isa} (not on this processor)" for isa, runs in module.built_isas()
     )
@@ -209,8 +209,8 @@ def _cuda_kernels_fact() -> Fact:
     for gpu in machine.gpus():
         if not any(backends.runs_on(name, gpu.capability) for name in built):
             hint = "build again with a newer CUDA toolkit; until then Triton's kernels serve it"
-            found = backends.capability_text(gpu.capability)
-            return Fact("CUDA kernels", f"{value}, not {found}", "absent", hint)
+            capability = backends.capability_text(gpu.capability)
+            return Fact("CUDA kernels", f"{value}, not {capability}", "absent", hint)
     return Fact("CUDA kernels", value, "ok")
 
 

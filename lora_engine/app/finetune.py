@@ -206,10 +206,10 @@ def examine_data(config: RunConfig) -> list[DataReport]:
 
 def _examples(config: RunConfig, tokenizer: Any) -> tuple[TokenizedDataset, TokenizedDataset]:
     """`prepare_data`, with the adapters that the records name checked."""
-    found = prepare_data(config.data, tokenizer)
-    for dataset in found:
+    datasets = prepare_data(config.data, tokenizer)
+    for dataset in datasets:
         check_adapters(dataset, list(config.lora.of_adapters()) if config.lora else [])
-    return found
+    return datasets
 
 
 def model_name(config: RunConfig) -> str:

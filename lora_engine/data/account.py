@@ -45,17 +45,17 @@ def lines(accounts: Iterable[Mapping[str, Any]]) -> list[str]:
     """The accounts that tell of something, as lines of text."""
     said: list[str] = []
     for about in accounts:
-        found = finding_lines(about)
-        if found:
+        findings = finding_lines(about)
+        if findings:
             counts = f"{about['examples']:,} of {about['records']:,} records are learned from"
-            said += [f"{about['name']}: {counts}", *(f"  {line}" for line in found)]
+            said += [f"{about['name']}: {counts}", *(f"  {line}" for line in findings)]
     return said
 
 
 def finding_lines(about: Mapping[str, Any]) -> list[str]:
     """One line for each finding of an account, and one for all fields that nothing reads."""
-    found = [Finding(**finding) for finding in about["findings"]]
-    said = [f"{finding.text}: {finding.count:,} ({finding.places()})" for finding in found]
+    findings = [Finding(**finding) for finding in about["findings"]]
+    said = [f"{finding.text}: {finding.count:,} ({finding.places()})" for finding in findings]
     return said + ([ignored_line(about["ignored"].items())] if about["ignored"] else [])
 
 

@@ -85,14 +85,14 @@ class ControlTokens:
 
         White space behind an end token goes with it.
         """
-        found: list[str] = []
+        ends: list[str] = []
         while True:
             stripped = text.rstrip()
             end = next((token for token in self.ends if stripped.endswith(token)), None)
             if end is None:
-                return text, tuple(dict.fromkeys(reversed(found)))
+                return text, tuple(dict.fromkeys(reversed(ends)))
             text = stripped.removesuffix(end)
-            found.append(end)
+            ends.append(end)
 
     def mark(self, value: Any) -> Any:
         """`value` with stand-ins for the control tokens that its strings spell."""

@@ -166,8 +166,8 @@ def prepare(
     )
     if not examples:
         reasons = "; ".join(
-            f"{found.count:,} times {found.text} ({found.places()})"
-            for found in group((drop.origin, drop.reason) for drop in dropped)
+            f"{drops.count:,} times {drops.text} ({drops.places()})"
+            for drops in group((drop.origin, drop.reason) for drop in dropped)
         )
         raise UserError(f"{name}: no example is left to learn from, give other data: {reasons}")
     return dataset

@@ -101,9 +101,9 @@ class Encoder:
                 pieces.append(part[half:])
         ids = self._encode_plain(pieces, inner)
         if self._has_control(ids) or self._decode(ids).strip() != text.strip():
-            found = ", ".join(map(repr, self.control.found_in(text)))
+            tokens = ", ".join(map(repr, self.control.found_in(text)))
             raise UserError(
-                f"{origin}: the text holds {found}, a control token that this tokenizer cannot "
+                f"{origin}: the text holds {tokens}, a control token that this tokenizer cannot "
                 "write as plain text; take it out of the text"
             )
         return ids

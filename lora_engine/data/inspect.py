@@ -206,27 +206,25 @@ def _histogram(data: DataReport) -> "Table":
 def _findings(data: DataReport) -> "list[Text]":
     from rich.text import Text
 
-    found = [_finding("truncated to max_length", data.truncated)]
+    rows = [_finding("truncated to max_length", data.truncated)]
     reasons = dict.fromkeys(dropped.reason for dropped in data.dropped)
     for reason in reasons:
         origins = [dropped.origin for dropped in data.dropped if dropped.reason == reason]
-        found.append(_finding(f"dropped, {reason}", origins))
+        rows.append(_finding(f"dropped, {reason}", origins))
     if not reasons:
-        found.append(_finding("dropped", ()))
-    found.append(
+        rows.append(_finding("dropped", ()))
+    rows.append(
         _finding("duplicates (kept)", [f"{d.origin} repeats {d.first}" for d in data.duplicates])
     )
-    found += [_titled(note.text, note.count, note.origins) for note in data.notes]
+    rows += [_titled(note.text, note.count, note.origins) for note in data.notes]
     if data.ignored:
-        found.append(Text(ignored_line(data.ignored), style="yellow"))
+        rows.append(Text(ignored_line(data.ignored), style="yellow"))
     if data.leakage is not None:
         pairs = data.leakage.examples
-        found.append(_finding("also in the training data", [f"{a} is {b}" for a, b in pairs]))
+        rows.append(_finding("also in the training data", [f"{a} is {b}" for a, b in pairs]))
         pairs = data.leakage.prompts
-        found.append(
-            _finding("prompt also in the training data", [f"{a} as {b}" for a, b in pairs])
-        )
-    return found
+        rows.append(_finding("prompt also in the training data", [f"{a} as {b}" for a, b in pairs]))
+    return rows
 
 
 def _finding(title: str, entries: Sequence[str]) -> "Text":

@@ -23,11 +23,11 @@ class Finding:
         return ", ".join(self.origins) + (f" and {more:,} more" if more else "")
 
 
-def group(found: Iterable[tuple[str, str]]) -> tuple[Finding, ...]:
+def group(pairs: Iterable[tuple[str, str]]) -> tuple[Finding, ...]:
     """(origin, text) pairs by their text, in the order of first appearance."""
     places: dict[str, list[str]] = {}
     counts: dict[str, int] = {}
-    for origin, text in found:
+    for origin, text in pairs:
         counts[text] = counts.get(text, 0) + 1
         if counts[text] <= PLACES:
             places.setdefault(text, []).append(origin)

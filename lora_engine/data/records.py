@@ -140,11 +140,11 @@ def parse_record(row: Any, origin: str) -> Record:
     fields = [repr(field) for field in row if row[field] is not None]
     empty = [repr(field) for field in FIELDS if field in row and row[field] is None]
     more = f" and {len(fields) - NAMED} more" if len(fields) > NAMED else ""
-    found = [f"{', '.join(fields[:NAMED])}{more}"] if fields else []
-    found += [f"nothing in {', '.join(empty)}"] if empty else []
+    holds = [f"{', '.join(fields[:NAMED])}{more}"] if fields else []
+    holds += [f"nothing in {', '.join(empty)}"] if empty else []
     raise UserError(
         f"{origin}: needs 'messages', 'prompt' and 'completion', or 'text'; "
-        f"has {', but '.join(found) or 'no fields'}"
+        f"has {', but '.join(holds) or 'no fields'}"
     )
 
 

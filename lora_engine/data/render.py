@@ -120,10 +120,10 @@ def _chat(
     whole = render(messages, tokenizer, origin)
     if marked is not None:
         rendered = render(marked, tokenizer, origin)
-        found = control.marked_in(rendered)
-        if found and not _takes_out_control(whole, rendered, control):
+        spelled = control.marked_in(rendered)
+        if spelled and not _takes_out_control(whole, rendered, control):
             messages, whole = marked, rendered
-            notes = (*notes, _spelled_note(found))
+            notes = (*notes, _spelled_note(spelled))
     return Text(
         _chat_segments(messages, whole, tokenizer, control, loss_on, origin),
         notes,
@@ -184,12 +184,14 @@ def _unread_keys(messages: Sequence[Message], whole: str, tokenizer: Tokenizer) 
     return tuple(f"messages.{field_name(key)}" for key in unread)
 
 
-def _spelled_note(found: Sequence[str]) -> str:
-    return f"{', '.join(map(repr, found))} in its text encoded as plain text, not as control tokens"
+def _spelled_note(tokens: Sequence[str]) -> str:
+    return (
+        f"{', '.join(map(repr, tokens))} in its text encoded as plain text, not as control tokens"
+    )
 
 
-def _ended_note(found: Sequence[str]) -> str:
-    return f"already ends in {' '.join(map(repr, found))}, gets no second end"
+def _ended_note(tokens: Sequence[str]) -> str:
+    return f"already ends in {' '.join(map(repr, tokens))}, gets no second end"
 
 
 def _chat_segments(
@@ -248,9 +250,9 @@ def _completion(
     prompt = record.prompt.removeprefix(bos)
     completion, ends = control.split_end(record.completion)
     notes = [_ended_note(ends)] if ends else []
-    if found := control.found_in([prompt, completion]):
+    if spelled := control.found_in([prompt, completion]):
         rendered = "; a conversation rendered already belongs in 'messages' or 'text'"
-        notes.append(_spelled_note(found) + rendered)
+        notes.append(_spelled_note(spelled) + rendered)
     segments = [Segment(prompt, loss_on == "all"), Segment(completion, True)]
     marked = [replace(part, text=control.mark(part.text)) for part in segments if part.text]
     return Text(marked, tuple(notes)), list(ends or [eos])
@@ -260,8 +262,8 @@ def _text(record: Record, control: ControlTokens, eos: str, bos: str) -> tuple[T
     """A text as it stands, and the token that ends it if it does not say so itself."""
     body, ends = control.split_end(record.text)
     notes = [_ended_note(ends)] if ends else []
-    if found := control.found_in(body.removeprefix(bos)):
-        notes.append(f"{', '.join(map(repr, found))} in its text kept as control tokens")
+    if spelled := control.found_in(body.removeprefix(bos)):
+        notes.append(f"{', '.join(map(repr, spelled))} in its text kept as control tokens")
     segments = [Segment(record.text, True)] if record.text else []
     return Text(segments, tuple(notes)), [] if ends else [eos]
 

@@ -27,8 +27,8 @@ class Attachment:
 
 def attachment(model: nn.Module) -> Attachment | None:
     """The attachment of an accelerated transformers model; None for other models."""
-    found: Attachment | None = vars(model).get(_ATTRIBUTE)
-    return found
+    attached: Attachment | None = vars(model).get(_ATTRIBUTE)
+    return attached
 
 
 def attach(model: nn.Module) -> Attachment:
@@ -40,7 +40,7 @@ def attach(model: nn.Module) -> Attachment:
 
 def detach(model: nn.Module) -> None:
     """Takes back all that was done to the model, if anything was."""
-    found = attachment(model)
-    if found is not None:
+    attached = attachment(model)
+    if attached is not None:
         object.__delattr__(model, _ATTRIBUTE)
-        found.patches.undo()
+        attached.patches.undo()

@@ -40,48 +40,48 @@ class AttentionForward:
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         module = self.module
-        given = {
+        arguments = {
             "position_embeddings": position_embeddings,
             "attention_mask": attention_mask,
             "past_key_values": past_key_values,
             **kwargs,
         }
         if not self.intact():
-            left: tuple[Tensor, Tensor | None] = self.original(hidden_states, **given)
+            left: tuple[Tensor, Tensor | None] = self.original(hidden_states, **arguments)
             return left
-        if not self.whole_sequences(**given):
+        if not self.whole_sequences(**arguments):
             if self.qkv.router.rows is not None:
                 raise UserError("rows cannot be routed by adapter with a cache: use_cache=False")
             if kwargs.get("sequence_parents") is not None:
                 raise UserError("sequences cannot share prefixes with a cache or dropout")
             if past_key_values is not None and position_embeddings is not None:
-                return self._with_cache(hidden_states, **given)
+                return self._with_cache(hidden_states, **arguments)
             # PyTorch's linear copies the weight for each row of a batch that is not contiguous.
             result: tuple[Tensor, Tensor | None] = self.original(
-                hidden_states.contiguous(), **given
+                hidden_states.contiguous(), **arguments
             )
             return result
         batch, length = hidden_states.shape[:2]
-        found = self.find_sequences(hidden_states, **given)
+        sequences = self.find_sequences(hidden_states, **arguments)
         q, k, v = self._project(hidden_states)
-        if found.token_index is not None:
-            q, k, v = (x.reshape(batch * length, -1)[found.token_index] for x in (q, k, v))
+        if sequences.token_index is not None:
+            q, k, v = (x.reshape(batch * length, -1)[sequences.token_index] for x in (q, k, v))
         out = ops.attention(
             q,
             k,
             v,
-            found.cu_seqlens,
+            sequences.cu_seqlens,
             head_dim=module.head_dim,
-            cos=found.cos,
-            sin=found.sin,
+            cos=sequences.cos,
+            sin=sequences.sin,
             softmax_scale=module.scaling,
             window=self.window,
-            parents=found.parents,
+            parents=sequences.parents,
             tail=self.output.tail,
             grad_tail=self.qkv.tail,
         )
-        if found.token_index is not None:
-            out = unpad(out, found.token_index, batch * length).view(batch, length, -1)
+        if sequences.token_index is not None:
+            out = unpad(out, sequences.token_index, batch * length).view(batch, length, -1)
         (y,) = self.output(out)
         return y, None
 

@@ -228,14 +228,14 @@ def attend(
     if _weights.get() or hasattr(attention_mask, _OF_WEIGHTS):
         plain = sys.modules[type(module).__module__].eager_attention_forward
         mask = _added(attention_mask, query, key.shape[2], causal, kwargs.get("sliding_window"))
-        given = {"scaling": scaling, "dropout": dropout, **kwargs}
-        both: tuple[Tensor, Tensor] = plain(module, query, key, value, mask, **given)
+        options = {"scaling": scaling, "dropout": dropout, **kwargs}
+        both: tuple[Tensor, Tensor] = plain(module, query, key, value, mask, **options)
         return both
     whole = length == key.shape[2] and (attention_mask is None or attention_mask.dim() == 2)
     if not whole:
         return _sdpa(module, query, key, value, attention_mask, scaling, dropout, **kwargs)
     no_rotation = query.new_zeros(1, length, 0)
-    found = SequenceFinder()(
+    sequences = SequenceFinder()(
         (batch, length),
         (no_rotation, no_rotation),
         attention_mask,
@@ -245,26 +245,28 @@ def attend(
     window = kwargs.get("sliding_window") or 0
     check_window(module, attention_mask, window)
     if dropout or not causal or value.shape[-1] != head_dim:
-        if found.parents is not None:
+        if sequences.parents is not None:
             raise UserError("sequences cannot share prefixes with dropout or other masks")
         mask = dense_mask(
-            found.cu_seqlens, found.token_index, batch, length, causal=causal, window=window
+            sequences.cu_seqlens, sequences.token_index, batch, length, causal=causal, window=window
         )
         return _sdpa(module, query, key, value, mask.to(query.device), scaling, dropout, **kwargs)
     q, k, v = (x.transpose(1, 2).reshape(batch * length, -1) for x in (query, key, value))
-    if found.token_index is not None:
-        q, k, v = (x[found.token_index] for x in (q, k, v))
+    if sequences.token_index is not None:
+        q, k, v = (x[sequences.token_index] for x in (q, k, v))
     out = ops.attention(
         q,
         k,
         v,
-        found.cu_seqlens,
+        sequences.cu_seqlens,
         head_dim=head_dim,
         softmax_scale=scaling,
         window=window,
-        parents=found.parents,
+        parents=sequences.parents,
     )
-    return unpad(out, found.token_index, batch * length).view(batch, length, heads, head_dim), None
+    return unpad(out, sequences.token_index, batch * length).view(
+        batch, length, heads, head_dim
+    ), None
 
 
 def _added(

@@ -131,7 +131,7 @@ def _why_not_lora(head: Any) -> str | None:
     factors = lora_state.active_factors(head, ())
     if len(factors) > 1:
         return "several adapters are active at once"
-    if any(found.magnitude is not None for found in factors):
+    if any(one.magnitude is not None for one in factors):
         return "DoRA"
     if lora_state.dropout_now(head) > 0:
         return "lora_dropout > 0"

@@ -41,8 +41,8 @@ class SequenceFinder:
         """
         key = (shape, *position_embeddings, attention_mask, cu_seqlens, parents)
         if self._found is None or not _same(key, self._key):
-            found = _find(shape, position_embeddings, attention_mask, cu_seqlens)
-            self._found = found._replace(parents=parents)
+            sequences = _find(shape, position_embeddings, attention_mask, cu_seqlens)
+            self._found = sequences._replace(parents=parents)
             self._key = key
         return self._found
 

@@ -190,10 +190,10 @@ def gguf_value(path: Path, key: str) -> str | int | None:
     """
     start = struct.pack("<Q", len(key)) + key.encode()
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        found = content.find(start)
-        if found < 0:
+        place = content.find(start)
+        if place < 0:
             return None
-        offset = found + len(start)
+        offset = place + len(start)
         kind, number = struct.unpack_from("<II", content, offset)
         if kind == _GGUF_UINT32:
             return number

@@ -50,15 +50,15 @@ def excess(
     if exact is None or given is None:
         pairs = zip(*stretches, strict=True)
         allowed = TOLERANCE[dtype] if noise is None else 6 * noise + torch.finfo(dtype).eps
-        found = [typical(a - b) / (allowed * typical(b)) for a, b in pairs]
+        ratios = [typical(a - b) / (allowed * typical(b)) for a, b in pairs]
     else:
         more = (list(_stretches(x, mask)) for x in (exact, given))
         eps = torch.finfo(dtype).eps
-        found = [
+        ratios = [
             typical(a - truth) / (3 * typical(b - truth) + eps / 4 * typical(truth - before))
             for a, b, truth, before in zip(*stretches, *more, strict=True)
         ]
-    return max(found, default=0.0)
+    return max(ratios, default=0.0)
 
 
 def noise_of(result: Tensor, exact: Tensor) -> float:

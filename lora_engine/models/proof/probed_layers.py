@@ -128,7 +128,7 @@ class ProbedLayers:
         out = _output(result)
         if out is None or out.shape != call.result.shape:  # the rows that the loss reads, say
             return result
-        found = excess(
+        ratio = excess(
             out,
             call.result,
             self._mask,
@@ -137,13 +137,13 @@ class ProbedLayers:
             given=call.given,
             noise=(layer.first or layer).noise,
         )
-        self._note(layer.name, found)
+        self._note(layer.name, ratio)
         out = _Forced.apply(out, call.result)
         return out if isinstance(result, Tensor) else (out, *result[1:])
 
-    def _note(self, what: str, found: float) -> None:
-        if not found <= 1 and self.problem is None:
-            self.problem = f"a try: {what} differs {found:.2g} times as much as rounding explains"
+    def _note(self, what: str, ratio: float) -> None:
+        if not ratio <= 1 and self.problem is None:
+            self.problem = f"a try: {what} differs {ratio:.2g} times as much as rounding explains"
 
     def _in_float32(
         self, layer: _Layer, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -172,17 +172,17 @@ class ProbedLayers:
 def _layers(model: nn.Module) -> Iterator[_Layer]:
     """The layers of the model's outermost lists of modules with parts."""
     inside: tuple[str, ...] = ()
-    for name, found in model.named_modules():
-        if not isinstance(found, nn.ModuleList) or name.startswith(inside or ("\n",)):
+    for name, layers in model.named_modules():
+        if not isinstance(layers, nn.ModuleList) or name.startswith(inside or ("\n",)):
             continue
         inside += (f"{name}.",)
-        types = _layer_types(model, len(found))
+        types = _layer_types(model, len(layers))
         kinds: dict[Any, _Layer] = {}
-        for i, module in enumerate(found):
+        for i, module in enumerate(layers):
             if not list(module.children()):
                 continue
             kind = (types[i], *kind_of(module))
-            stands_in = None if i + 1 == len(found) else kinds.get(kind)
+            stands_in = None if i + 1 == len(layers) else kinds.get(kind)
             layer = _Layer(f"{name}.{i}", module, stands_in, kinds.get(kind))
             kinds.setdefault(kind, layer)
             yield layer

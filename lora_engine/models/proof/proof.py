@@ -170,14 +170,14 @@ def _without_padding(rows: Tensor, batch: dict[str, Tensor]) -> Tensor:
 @contextmanager
 def _last_hidden(model: Any) -> Iterator[list[Tensor]]:
     """The last hidden states of the backbone's calls within."""
-    found: list[Tensor] = []
+    outputs: list[Tensor] = []
     backbone = model.base_model
     if backbone is model:
-        yield found
+        yield outputs
         return
-    watch = backbone.register_forward_hook(lambda module, args, output: found.append(output[0]))
+    watch = backbone.register_forward_hook(lambda module, args, output: outputs.append(output[0]))
     try:
-        yield found
+        yield outputs
     finally:
         watch.remove()
 

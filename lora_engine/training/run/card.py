@@ -177,13 +177,13 @@ def _versions() -> list[str]:
 
     from lora_engine import __version__
 
-    found = [f"lora_engine {__version__}"]
+    versions = [f"lora_engine {__version__}"]
     for package in ("torch", "transformers", "peft"):
         try:
-            found.append(f"{package} {version(package)}")
+            versions.append(f"{package} {version(package)}")
         except PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def _plain(value: Any) -> str:
