@@ -67,8 +67,8 @@ def _lora_a_fwd_kernel(
         x = tl.load(x_ptrs + k, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
         a = tl.load(a_ptrs + k, mask=mask_r[:, None] & mask_k[None, :], other=0.0)
         if DROPOUT:
-            stream = choose(TILES, tile, 4)
-            keep = keep_mask(seed_low, seed_high, threshold, stream, offs_m, k, BLOCK_K)
+            substream = choose(TILES, tile, 4)
+            keep = keep_mask(seed_low, seed_high, threshold, substream, offs_m, k, BLOCK_K)
             x = tl.where(keep, x, tl.zeros_like(x))
         acc = tl.dot(x, tl.trans(a), acc, input_precision=PRECISION)
     if DROPOUT:
@@ -196,8 +196,8 @@ def _lora_a_bwd_kernel(
             other=0.0,
         )
         if DROPOUT:
-            stream = choose(TILES, tile, 4)
-            keep = keep_mask(seed_low, seed_high, threshold, stream, offs_m, first_k, BLOCK_K)
+            substream = choose(TILES, tile, 4)
+            keep = keep_mask(seed_low, seed_high, threshold, substream, offs_m, first_k, BLOCK_K)
             x = tl.where(keep, x, tl.zeros_like(x))
         acc = tl.dot(tl.trans(x), ds, acc, input_precision=PRECISION)
     if DROPOUT:

@@ -57,7 +57,7 @@ def _two_segment_kernel(
     stride_ym: tl.constexpr,
     stride_sm: tl.constexpr,
     stride_low: tl.constexpr,
-    SPANS: tl.constexpr,  # (first column, end column, stream) of R
+    SPANS: tl.constexpr,  # (first column, end column, substream) of R
     ROWS_ARE_OUT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     DROPOUT: tl.constexpr,
@@ -112,8 +112,8 @@ def _two_segment_kernel(
             b = _load_columns(low_ptr, stride_low, offs_n, offs_r, N, end, ROWS_ARE_OUT)
             share = tl.dot(a, b, share, input_precision=PRECISION)
         if DROPOUT:
-            stream = choose(SPANS, i, 2)
-            keep = keep_mask(seed_low, seed_high, threshold, stream, offs_m, first_n, BLOCK_N)
+            substream = choose(SPANS, i, 2)
+            keep = keep_mask(seed_low, seed_high, threshold, substream, offs_m, first_n, BLOCK_N)
             acc += tl.where(keep, share * scale, 0.0)
         else:
             acc = share

@@ -43,24 +43,25 @@ def has_ranks(spans: Sequence[Span]) -> bool:
 
 
 def rank_runs(spans: Sequence[Span], *, merge: bool) -> list[tuple[int, int, int]]:
-    """(start, end, stream) of the adapters' columns in their order; a stream is a linear's index.
+    """(start, end, substream) of the linears' columns of [..., R], ascending.
 
-    `merge` joins adjacent ones, for when it does not matter whose they are.
+    A linear's index is the substream of its dropout mask. `merge` joins adjacent runs, where no
+    mask makes a difference between them.
     """
     runs: list[tuple[int, int, int]] = []
     columns = [(c.start, c.stop, i) for i, (_, c) in enumerate(spans) if c.stop > c.start]
-    for start, end, stream in sorted(columns):
+    for start, end, substream in sorted(columns):
         if merge and runs and runs[-1][1] == start:
             runs[-1] = (runs[-1][0], end, runs[-1][2])
         else:
-            runs.append((start, end, stream))
+            runs.append((start, end, substream))
     return runs
 
 
 def rank_tiles(
     spans: Sequence[Span], total: int, widest: int, *, merge: bool
 ) -> tuple[int, tuple[tuple[int, ...], ...]]:
-    """A block size and the tiles (first, start, end, stop, stream) that cover columns [0, total).
+    """A width and the tiles (first, start, end, stop, substream) that cover columns [0, total).
 
     A tile works the columns from `first` that lie in [start, end), and writes zeros to its others
     before `stop`: each of `rank_runs` owns the padding up to the next.
@@ -70,8 +71,8 @@ def rank_tiles(
     stops = [*firsts[1:], total]
     block = min(widest, padded(max(b - a for a, b in zip(firsts, stops, strict=True))))
     tiles = [
-        (first, start, end, stop, stream)
-        for (start, end, stream), begin, stop in zip(runs, firsts, stops, strict=True)
+        (first, start, end, stop, substream)
+        for (start, end, substream), begin, stop in zip(runs, firsts, stops, strict=True)
         for first in range(begin, stop, block)
     ]
     return block, tuple(tiles)

@@ -11,7 +11,7 @@ def keep_mask(
     seed_low,
     seed_high,
     threshold,
-    stream,
+    substream,  # index of the linear whose mask it is
     rows,  # [BLOCK_M] row numbers
     first_col,  # a multiple of 4
     BLOCK_N: tl.constexpr,
@@ -24,7 +24,7 @@ def keep_mask(
     zeros = tl.zeros([rows.shape[0], BLOCK_N // 4], dtype=tl.int32)
     seed = (seed_high.to(tl.int64) << 32) | (seed_low.to(tl.int64) & 0xFFFFFFFF)
     w0, w1, w2, w3 = tl.philox(
-        seed, zeros + groups[None, :], zeros + rows.to(tl.int32)[:, None], zeros + stream, zeros
+        seed, zeros + groups[None, :], zeros + rows.to(tl.int32)[:, None], zeros + substream, zeros
     )
     least = threshold.to(tl.uint32, bitcast=True)
     even = tl.join(w0 >= least, w2 >= least)
