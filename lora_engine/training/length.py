@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from lora_engine.errors import UserError
+from lora_engine.training.batches import BatchSource
 from lora_engine.training.config import TrainConfig
 from lora_engine.training.optimizer.schedule import Schedule
 from lora_engine.training.run.folder import Loaded
-from lora_engine.training.stream import BatchStream
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ def check_length(checkpoint: Path, before: Length, now: Length) -> None:
 
 
 def tell_extension(
-    loaded: Loaded, config: TrainConfig, schedule: Schedule, stream: BatchStream
+    loaded: Loaded, config: TrainConfig, schedule: Schedule, source: BatchSource
 ) -> None:
     """Log what it means if the run has become longer."""
     total, step = _total(loaded.of_run["length"]), loaded.state.step
@@ -54,7 +54,7 @@ def tell_extension(
             f"{total} steps (now at {before(step):.3g}), from here on it follows that of "
             f"{schedule.total_steps} (next {schedule(step + 1):.3g})"
         )
-    elif step == total and epochs is not None and stream.count(epochs) % per_step:
+    elif step == total and epochs is not None and source.count(epochs) % per_step:
         message += f"; step {step}, the last of its epoch, had fewer micro-batches than {per_step}"
     else:
         message += ", to the same weights as in one go"

@@ -12,6 +12,7 @@ from lora_engine.evaluation.heldout import evaluate
 from lora_engine.evaluation.nonfinite import NonFiniteError
 from lora_engine.objectives.base import Objective
 from lora_engine.training import random_state
+from lora_engine.training.batches import BatchSource
 from lora_engine.training.config import TrainConfig
 from lora_engine.training.metrics import MetricsLog, StepMetrics, peak_memory_bytes
 from lora_engine.training.optimizer.flat import FlatParameters
@@ -21,7 +22,6 @@ from lora_engine.training.run.folder import Loaded, RunFolder
 from lora_engine.training.signals import Interrupted
 from lora_engine.training.state import Stopped, TrainState
 from lora_engine.training.step import TrainStep
-from lora_engine.training.stream import BatchStream
 
 logger = logging.getLogger(__name__)
 
@@ -39,8 +39,8 @@ class TrainingLoop:
         model: nn.Module,
         objective: Objective,
         flat: FlatParameters,
-        train_stream: BatchStream,
-        eval_stream: BatchStream | None,
+        train_source: BatchSource,
+        eval_source: BatchSource | None,
         config: TrainConfig,
         schedule: Schedule,
         folder: RunFolder,
@@ -52,8 +52,8 @@ class TrainingLoop:
         self._model = model
         self._objective = objective
         self._flat = flat
-        self._train_stream = train_stream
-        self._eval_stream = eval_stream
+        self._train_source = train_source
+        self._eval_source = eval_source
         self._config = config
         self._schedule = schedule
         self._folder = folder
@@ -111,7 +111,7 @@ class TrainingLoop:
         state = self.state
         started = time.perf_counter()
         step = state.step + 1
-        batches, position = self._train_stream.take(
+        batches, position = self._train_source.take(
             state.position, self._config.gradient_accumulation_steps
         )
         learning_rate = self._schedule(step)
@@ -138,9 +138,9 @@ class TrainingLoop:
         state, every = self.state, self._config.eval_every
         at_either_end = state.step in (0, self._schedule.total_steps)
         due = at_either_end or (every is not None and state.step % every == 0)
-        if self._eval_stream is None or not due or state.latest_step == state.step:
+        if self._eval_source is None or not due or state.latest_step == state.step:
             return
-        batches = self._interruptible(self._eval_stream)
+        batches = self._interruptible(self._eval_source)
         result = evaluate(self._model, batches, self._objective, step=state.step)
         state.record_heldout(result)
         self._metrics_log.append_heldout(state.step, result.loss, result.accuracy, result.metrics)
@@ -155,8 +155,8 @@ class TrainingLoop:
             self._save()
             raise
 
-    def _interruptible(self, stream: BatchStream) -> Iterator[PackedBatch]:
-        for batch in stream.one_epoch():
+    def _interruptible(self, source: BatchSource) -> Iterator[PackedBatch]:
+        for batch in source.one_epoch():
             self._check()
             yield batch
 

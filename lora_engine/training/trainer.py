@@ -19,6 +19,7 @@ from lora_engine.models.peft.routing import active_adapters
 from lora_engine.models.proof.packed_proof import check_packed_training
 from lora_engine.objectives.base import Objective
 from lora_engine.objectives.sft import SFT
+from lora_engine.training.batches import BatchSource, fingerprint
 from lora_engine.training.config import TrainConfig
 from lora_engine.training.length import check_length, tell_extension
 from lora_engine.training.loop import TrainingLoop
@@ -34,7 +35,6 @@ from lora_engine.training.run.folder import RunFolder
 from lora_engine.training.run.identity import run_identity, tell_rounding
 from lora_engine.training.signals import InterruptGuard
 from lora_engine.training.state import Stopped, TrainResult, TrainState
-from lora_engine.training.stream import BatchStream, fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +90,7 @@ class Trainer:
                 check_vocabulary(dataset, model, tokenizer)
         check_packed_training(model)
         check_rates(config, active_adapters(model))
-        self._train_stream, self.total_steps = self._plan_steps()
+        self._train_source, self.total_steps = self._plan_steps()
         self.schedule = Schedule.from_config(config, self.total_steps)
         self.folder = RunFolder(config.output_dir)
         self._origin = origin
@@ -137,7 +137,7 @@ class Trainer:
         """
         if not self.config.preflight or step == self.total_steps:
             return None
-        self._train_stream.share_prefixes = self._shares_prefixes(training=True)
+        self._train_source.share_prefixes = self._shares_prefixes(training=True)
         tokens = min(self.config.tokens_per_batch, PREFLIGHT_TOKENS)
         weights = {} if step is None else self.folder.checkpoints.tensors(step, "weights")
         with with_values(self.model, weights):
@@ -196,10 +196,10 @@ class Trainer:
 
     def _train(self, flat: FlatParameters, guard: InterruptGuard, step: int | None) -> Stopped:
         reset_peak_memory(flat.device)
-        train_stream, eval_stream = self._train_stream, self._eval_stream()
-        train_stream.share_prefixes = self._shares_prefixes(training=True)
-        if eval_stream is not None:
-            eval_stream.share_prefixes = self._shares_prefixes(training=False)
+        train_source, eval_source = self._train_source, self._eval_source()
+        train_source.share_prefixes = self._shares_prefixes(training=True)
+        if eval_source is not None:
+            eval_source.share_prefixes = self._shares_prefixes(training=False)
         self._of_run["rounding"] = {
             "device": flat.device.type,
             "accelerated": is_accelerated(self.model),
@@ -208,8 +208,8 @@ class Trainer:
             self.model,
             self.objective,
             flat,
-            train_stream,
-            eval_stream,
+            train_source,
+            eval_source,
             self.config,
             self.schedule,
             self.folder,
@@ -221,7 +221,7 @@ class Trainer:
             loaded = loop.start(step)
             if loaded is not None:
                 tell_rounding(loaded.of_run["rounding"], self._of_run["rounding"])
-                tell_extension(loaded, self.config, self.schedule, self._train_stream)
+                tell_extension(loaded, self.config, self.schedule, self._train_source)
             self.state = loop.state
             self._notify("on_start", self)
             self.model.train()
@@ -234,26 +234,26 @@ class Trainer:
     def _first_batch(self, tokens: int) -> PackedBatch:
         """The first examples, up to `tokens`, or batch of the run that the objective gives weight;
         the first examples that have targets where it gives weight to none."""
-        first = self._train_stream.first(tokens)
-        batches = chain([first], self._train_stream.one_epoch())
+        first = self._train_source.first(tokens)
+        batches = chain([first], self._train_source.one_epoch())
         return next((batch for batch in batches if self.objective.weight(batch)), first)
 
-    def _plan_steps(self) -> tuple[BatchStream, int]:
+    def _plan_steps(self) -> tuple[BatchSource, int]:
         """The training micro-batches and the number of optimiser steps."""
         config = self.config
         epochs = None if config.max_steps is not None else config.epochs or 1
-        stream = BatchStream(
+        source = BatchSource(
             self.train_dataset, config.tokens_per_batch, seed=config.seed, epochs=epochs
         )
         if epochs is None:
             assert config.max_steps is not None
-            return stream, config.max_steps
-        return stream, -(-stream.count(epochs) // config.gradient_accumulation_steps)
+            return source, config.max_steps
+        return source, -(-source.count(epochs) // config.gradient_accumulation_steps)
 
-    def _eval_stream(self) -> BatchStream | None:
+    def _eval_source(self) -> BatchSource | None:
         if self.eval_dataset is None:
             return None
-        return BatchStream(self.eval_dataset, self.config.tokens_per_batch, shuffle=False)
+        return BatchSource(self.eval_dataset, self.config.tokens_per_batch, shuffle=False)
 
     def _shares_prefixes(self, *, training: bool) -> bool:
         return self.config.share_prefixes and can_share_prefixes(self.model, training=training)

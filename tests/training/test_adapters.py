@@ -13,7 +13,7 @@ from lora_engine.errors import UserError
 from lora_engine.evaluation.heldout import evaluate
 from lora_engine.evaluation.nonfinite import first_nonfinite_layer
 from lora_engine.objectives.sft import SFT
-from lora_engine.training.stream import fingerprint
+from lora_engine.training.batches import fingerprint
 
 NAMES = ("default", "other")
 

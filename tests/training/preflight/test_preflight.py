@@ -435,7 +435,7 @@ def test_a_run_that_goes_on_tries_the_weights_of_its_checkpoint(tmp_path, monkey
     trainer.preflight(trainer.check_folder(resume=True))
     [(tried, report)] = seen
     assert_same_bits(tried, reached)
-    assert report.loss_before < 0.98 * preflight(model, trainer._train_stream.first(64)).loss_before
+    assert report.loss_before < 0.98 * preflight(model, trainer._train_source.first(64)).loss_before
     assert_same_bits(trainable(model), before)
 
 

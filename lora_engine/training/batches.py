@@ -10,7 +10,7 @@ from lora_engine.data.sampler import PackedSampler
 from lora_engine.training.state import Position
 
 
-class BatchStream:
+class BatchSource:
     """Micro-batches of packed examples, epoch after epoch, each epoch in its own order.
 
     It keeps no position of its own: `take` is a pure function of the position that it is given.
@@ -29,7 +29,7 @@ class BatchStream:
         shuffle: bool = True,
         epochs: int | None = None,
     ) -> None:
-        """epochs: where the stream ends; None never ends."""
+        """epochs: where the source ends; None never ends."""
         self._examples = examples
         self._epochs = epochs
         self._sampler = PackedSampler(
