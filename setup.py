@@ -44,8 +44,8 @@ CUDA_ARCHITECTURES = ("80", "86", "89", "90a", "100", "120")
 NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-Xptxas", "-v"]
 NVCC_FLAGS += ["--threads", "0"]  # the architectures in parallel
 
-SHARED_SOURCES = ["csrc/bindings.cpp", "csrc/cpu/dispatch.cpp", "csrc/cpu/memory.cpp"]
-SHARED_SOURCES += ["csrc/cpu/openmp_crowd.cpp"]
+SHARED_SOURCES = ["csrc/bindings.cpp", "csrc/cpu/bindings.cpp", "csrc/cpu/dispatch.cpp"]
+SHARED_SOURCES += ["csrc/cpu/memory.cpp", "csrc/cpu/openmp_crowd.cpp"]
 KERNEL_SOURCES = sorted(
     {str(path.relative_to(ROOT)) for path in (ROOT / "csrc/cpu").glob("*.cpp")} - {*SHARED_SOURCES}
 )

@@ -4,8 +4,8 @@
 // results; -inf gives NaN (0 * inf), both infinities have NaN slopes, and NaN stays NaN.
 #pragma once
 
-#include "exponential.hpp"
-#include "numeric.hpp"
+#include "simd/exponential.hpp"
+#include "simd/numeric.hpp"
 
 namespace lora_engine {
 namespace {

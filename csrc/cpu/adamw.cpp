@@ -1,8 +1,8 @@
 // AdamW over one flat buffer, and the norm of the gradients.
 #include "adamw_step.hpp"
 #include "isa.hpp"
-#include "numeric.hpp"
 #include "scratch.hpp"
+#include "simd/numeric.hpp"
 
 namespace lora_engine {
 namespace {
@@ -15,7 +15,7 @@ void step(const AdamWArgs& a) {
   A* exp_avg_sq = static_cast<A*>(a.exp_avg_sq);
   const AdamWStep<A> one(a);
 #pragma omp parallel for simd schedule(static)
-  for (int64_t i = 0; i < a.count; ++i) one(grads[i], params[i], exp_avg[i], exp_avg_sq[i]);
+  for (int64_t i = 0; i < a.size; ++i) one(grads[i], params[i], exp_avg[i], exp_avg_sq[i]);
 }
 
 // Chunks of a fixed size, their sums added in order: the same bits for any number of threads.
@@ -23,13 +23,13 @@ template <class A>
 void norm(const GradNormArgs& a) {
   constexpr int64_t kChunk = 16384;
   const A* grads = static_cast<const A*>(a.grads);
-  const int64_t chunks = (a.count + kChunk - 1) / kChunk;
+  const int64_t chunks = (a.size + kChunk - 1) / kChunk;
   Scratch scratch;
   A* sums = scratch.allocate<A>(chunks);
 #pragma omp parallel for schedule(static)
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
     const int64_t begin = chunk * kChunk;
-    const int64_t end = begin + kChunk < a.count ? begin + kChunk : a.count;
+    const int64_t end = begin + kChunk < a.size ? begin + kChunk : a.size;
     A sum = 0;
 #pragma omp simd reduction(+ : sum)
     for (int64_t i = begin; i < end; ++i) sum += grads[i] * grads[i];

@@ -2,7 +2,7 @@
 #include "../common/dynamic_code.hpp"
 #include "adamw_step.hpp"
 #include "isa.hpp"
-#include "numeric.hpp"
+#include "simd/numeric.hpp"
 
 namespace lora_engine {
 namespace {
@@ -42,10 +42,10 @@ namespace LORA_ENGINE_ISA {
 void adamw_8bit(const AdamW8bitArgs& args) {
   const AdamWArgs& a = args.adamw;
   const AdamWStep<float> one(a);
-  const int64_t blocks = (a.count + kQuantBlock - 1) / kQuantBlock;
+  const int64_t blocks = (a.size + kQuantBlock - 1) / kQuantBlock;
 #pragma omp parallel for schedule(static)
   for (int64_t block = 0; block < blocks; ++block) {
-    const int64_t begin = block * kQuantBlock, rest = a.count - begin;
+    const int64_t begin = block * kQuantBlock, rest = a.size - begin;
     step(one, rest < kQuantBlock ? rest : kQuantBlock, static_cast<const float*>(a.grads) + begin,
          static_cast<float*>(a.params) + begin, static_cast<uint8_t*>(a.exp_avg) + begin,
          static_cast<uint8_t*>(a.exp_avg_sq) + begin, args.exp_avg_absmax[block],

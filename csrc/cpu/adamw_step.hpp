@@ -1,7 +1,7 @@
 // One element's AdamW step (Loshchilov and Hutter, 2019), as torch.optim.AdamW computes it.
 #pragma once
 
-#include "numeric.hpp"
+#include "simd/numeric.hpp"
 
 namespace lora_engine {
 namespace {
@@ -21,8 +21,9 @@ struct AdamWStep {
         step_size(A(a.lr / a.bias_correction1)),
         root_correction(A(1 / std::sqrt(a.bias_correction2))) {
     if (!a.grad_norm) return;
-    const A factor = A(a.max_grad_norm) / (*static_cast<const A*>(a.grad_norm) * grad_scale);
-    grad_scale *= factor >= A(1) ? A(1) : factor;  // a NaN stays
+    const double norm = static_cast<double>(*static_cast<const A*>(a.grad_norm));
+    const double factor = a.max_grad_norm / (norm * a.grad_scale);
+    grad_scale *= factor >= 1 ? A(1) : A(factor);  // a NaN stays
   }
 
   void operator()(A grad, A& param, A& m, A& v) const {

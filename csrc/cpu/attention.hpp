@@ -6,10 +6,10 @@
 // dQ' = K' dS'.
 #pragma once
 
-#include "numeric.hpp"
+#include "gemm/tile_gemm.hpp"
 #include "rotate.hpp"
 #include "scratch.hpp"
-#include "tile_gemm.hpp"
+#include "simd/numeric.hpp"
 
 namespace lora_engine {
 namespace {

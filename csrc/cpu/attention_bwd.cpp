@@ -3,9 +3,9 @@
 // heads, so dk and dv are summed in a fixed order without atomics; those of tokens that several
 // sequences share are summed afterwards.
 #include "attention.hpp"
-#include "chunk.hpp"
 #include "isa.hpp"
 #include "shared_gradients.hpp"
+#include "simd/chunk.hpp"
 
 namespace lora_engine {
 namespace {

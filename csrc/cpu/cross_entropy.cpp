@@ -4,9 +4,9 @@
 //
 // for label smoothing s and z-loss w. Columns of -inf are no classes: they take no part in mean(z).
 // The gradient needs nothing of the first pass but lse (and with smoothing the number of classes).
-#include "chunk.hpp"
-#include "exponential.hpp"
 #include "isa.hpp"
+#include "simd/chunk.hpp"
+#include "simd/exponential.hpp"
 
 namespace lora_engine {
 namespace {

@@ -2,7 +2,7 @@
 // (row, k) has word k % 4 of the counter (k / 4, row, stream, 0) and is kept if it is at least
 // round(p 2^32).
 #include "isa.hpp"
-#include "numeric.hpp"
+#include "simd/numeric.hpp"
 
 namespace lora_engine {
 namespace {

@@ -6,9 +6,9 @@
 // are kept in. Elements are multiplied in vectors along the rows of X and W, for up to kOuter rows
 // of W and kRows of X at a time, whose sums stay in registers. A sum adds its terms in an order
 // that K alone decides: other rows beside one, and other threads, change no bit of it.
+#include "gemm/tile_gemm.hpp"
 #include "isa.hpp"
 #include "scratch.hpp"
-#include "tile_gemm.hpp"
 
 namespace lora_engine {
 namespace {

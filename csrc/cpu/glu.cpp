@@ -1,7 +1,7 @@
 // Gated linear units (Shazeer, 2020): y = act(gate) * up.
 #include "activation.hpp"
-#include "chunk.hpp"
 #include "isa.hpp"
+#include "simd/chunk.hpp"
 
 namespace lora_engine {
 namespace {

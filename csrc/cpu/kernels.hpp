@@ -132,26 +132,26 @@ struct AttentionBwdArgs {
 };
 
 struct AdamWArgs {
-  void* params;       // [count] float32 (or float64), as are the others
-  const void* grads;  // [count]
-  void* exp_avg;      // [count]
-  void* exp_avg_sq;   // [count]
-  int64_t count;
+  void* params;       // [size] float32 (or float64), as are the others
+  const void* grads;  // [size]
+  void* exp_avg;      // [size]
+  void* exp_avg_sq;   // [size]
+  int64_t size;
   double lr, beta1, beta2, eps, weight_decay, bias_correction1, bias_correction2, grad_scale;
   const void* grad_norm;  // [] of grads, which are clipped to max_grad_norm; null: no clipping
   double max_grad_norm;
 };
 
 struct AdamW8bitArgs {
-  AdamWArgs adamw;           // with exp_avg and exp_avg_sq [count] uint8
-  float* exp_avg_absmax;     // [ceil(count / 256)]
-  float* exp_avg_sq_absmax;  // [ceil(count / 256)]
+  AdamWArgs adamw;           // with exp_avg and exp_avg_sq [size] uint8
+  float* exp_avg_absmax;     // [ceil(size / 256)]
+  float* exp_avg_sq_absmax;  // [ceil(size / 256)]
 };
 
 struct GradNormArgs {
-  const void* grads;  // [count] float32 (or float64)
+  const void* grads;  // [size] float32 (or float64)
   void* norm;         // [], as grads
-  int64_t count;
+  int64_t size;
 };
 
 struct DropoutArgs {

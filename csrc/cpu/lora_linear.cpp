@@ -1,9 +1,9 @@
 // The products of a LoRA adapter that have few ranks (see thin_gemm.hpp).
 #include <omp.h>
 
+#include "gemm/thin_gemm.hpp"
 #include "isa.hpp"
 #include "scratch.hpp"
-#include "thin_gemm.hpp"
 
 namespace lora_engine {
 namespace {

@@ -1,8 +1,8 @@
 // What the norms share: their parameters, and gradients that are sums over all rows.
 #pragma once
 
-#include "chunk.hpp"
 #include "scratch.hpp"
+#include "simd/chunk.hpp"
 
 namespace lora_engine {
 namespace {

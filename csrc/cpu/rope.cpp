@@ -3,9 +3,9 @@
 // or, interleaved, (2i, 2i + 1); y1 = x1 cos1 - x2 sin1 and y2 = x2 cos2 + x1 sin2. The inverse is
 // the transposed map.
 #include "isa.hpp"
-#include "numeric.hpp"
 #include "rotate.hpp"
 #include "scratch.hpp"
+#include "simd/numeric.hpp"
 
 namespace lora_engine {
 namespace {

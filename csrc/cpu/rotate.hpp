@@ -1,7 +1,7 @@
 // One head's rotary rotation, shared by rope and by attention, which rotates as it loads.
 #pragma once
 
-#include "numeric.hpp"
+#include "simd/numeric.hpp"
 
 namespace lora_engine {
 namespace {

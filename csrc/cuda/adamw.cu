@@ -106,20 +106,20 @@ __global__ void __launch_bounds__(kThreads)
 }  // namespace
 
 void adamw(const AdamWArgs& a, void* stream) {
-  if (!a.count) return;
+  if (!a.size) return;
   const bool vector = aligned(a.params, 16) && aligned(a.grads, 16) && aligned(a.exp_avg, 16) &&
                       aligned(a.exp_avg_sq, 16);
   launch("adamw", vector ? adamw_kernel<true> : adamw_kernel<false>,
-         static_cast<unsigned>(ceil_div(a.count, 4 * kThreads)), kThreads, 0, stream, a.params,
-         a.grads, a.exp_avg, a.exp_avg_sq, a.count, AdamWStep(a.hyper));
+         static_cast<unsigned>(ceil_div(a.size, 4 * kThreads)), kThreads, 0, stream, a.params,
+         a.grads, a.exp_avg, a.exp_avg_sq, a.size, AdamWStep(a.hyper));
 }
 
 void grad_norm(const GradNormArgs& a, void* stream) {
-  const int64_t wanted = ceil_div(a.count, 16 * kThreads);
+  const int64_t wanted = ceil_div(a.size, 16 * kThreads);
   const int partials = static_cast<int>(wanted < kPartials ? wanted : kPartials);
   if (partials)
     launch("grad_norm", aligned(a.grads, 16) ? square_sum_kernel<true> : square_sum_kernel<false>,
-           static_cast<unsigned>(partials), kThreads, 0, stream, a.grads, a.partials, a.count);
+           static_cast<unsigned>(partials), kThreads, 0, stream, a.grads, a.partials, a.size);
   launch("grad_norm", norm_kernel, 1, kThreads, 0, stream, a.partials, a.norm, partials);
 }
 

@@ -129,15 +129,15 @@ __global__ void __launch_bounds__(kThreads)
 }  // namespace
 
 void adamw_8bit(const AdamW8bitArgs& a, void* stream) {
-  if (!a.count) return;
+  if (!a.size) return;
   const bool is_aligned = aligned(a.params, 16) && aligned(a.grads, 16) && aligned(a.exp_avg, 4) &&
                           aligned(a.exp_avg_sq, 4);
-  const int64_t blocks = ceil_div(a.count, kQuantBlock);
+  const int64_t blocks = ceil_div(a.size, kQuantBlock);
   const int64_t wanted = ceil_div(blocks, kWarps);
   const int64_t most = static_cast<int64_t>(multiprocessors("adamw_8bit")) * 16;
   launch("adamw_8bit", adamw_8bit_kernel, static_cast<unsigned>(wanted < most ? wanted : most),
          kThreads, 0, stream, a.params, a.grads, a.exp_avg, a.exp_avg_sq, a.exp_avg_absmax,
-         a.exp_avg_sq_absmax, a.count, blocks, is_aligned, AdamWStep(a.hyper));
+         a.exp_avg_sq_absmax, a.size, blocks, is_aligned, AdamWStep(a.hyper));
 }
 
 }  // namespace cuda

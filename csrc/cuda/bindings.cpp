@@ -1,69 +1,41 @@
-// The launchers of csrc/cuda for Python: addresses are ints, 0 is null, and so is the stream.
+// The launchers of csrc/cuda for Python: each takes its struct of arguments (csrc/fields.hpp) and
+// the stream's handle.
 #include "bindings.hpp"
 
+#include "../fields.hpp"
 #include "launchers.hpp"
 
-namespace py = pybind11;
-
 namespace lora_engine {
+
+LORA_ENGINE_FIELDS(cuda::AdamWHyper, FIELD(lr), FIELD(beta1), FIELD(beta2), FIELD(eps),
+                   FIELD(weight_decay), FIELD(bias_correction1), FIELD(bias_correction2),
+                   FIELD(grad_scale), FIELD(grad_norm), FIELD(max_grad_norm));
+LORA_ENGINE_FIELDS(cuda::AdamWArgs, FIELD(params), FIELD(grads), FIELD(exp_avg), FIELD(exp_avg_sq),
+                   FIELD(size), FIELD(hyper));
+LORA_ENGINE_FIELDS(cuda::AdamW8bitArgs, FIELD(params), FIELD(grads), FIELD(exp_avg),
+                   FIELD(exp_avg_sq), FIELD(exp_avg_absmax), FIELD(exp_avg_sq_absmax), FIELD(size),
+                   FIELD(hyper));
+LORA_ENGINE_FIELDS(cuda::GradNormArgs, FIELD(grads), FIELD(partials), FIELD(norm), FIELD(size));
+
 namespace cuda {
 namespace {
 
-using Address = uintptr_t;
-
-template <class T>
-T* at(Address address) {
-  return reinterpret_cast<T*>(address);
+template <class Args>
+void define(py::module_& m, const char* name, void (*launch)(const Args&, void*)) {
+  m.def(name, [launch](py::handle given, uintptr_t stream) {
+    Elements elements;
+    const Args args = read_fields<Args>(given, elements);
+    py::gil_scoped_release released;
+    launch(args, reinterpret_cast<void*>(stream));
+  });
 }
 
 }  // namespace
 
 void bind(py::module_ m) {
-  const auto release = py::call_guard<py::gil_scoped_release>();
-
-  m.def(
-      "adamw",
-      [](Address params, Address grads, Address exp_avg, Address exp_avg_sq, int64_t count,
-         double lr, double beta1, double beta2, double eps, double weight_decay,
-         double bias_correction1, double bias_correction2, double grad_scale, Address grad_norm,
-         double max_grad_norm, Address stream) {
-        adamw({at<float>(params),
-               at<const float>(grads),
-               at<float>(exp_avg),
-               at<float>(exp_avg_sq),
-               count,
-               {lr, beta1, beta2, eps, weight_decay, bias_correction1, bias_correction2, grad_scale,
-                at<const float>(grad_norm), max_grad_norm}},
-              at<void>(stream));
-      },
-      release);
-
-  m.def(
-      "adamw_8bit",
-      [](Address params, Address grads, Address exp_avg, Address exp_avg_sq, Address exp_avg_absmax,
-         Address exp_avg_sq_absmax, int64_t count, double lr, double beta1, double beta2,
-         double eps, double weight_decay, double bias_correction1, double bias_correction2,
-         double grad_scale, Address grad_norm, double max_grad_norm, Address stream) {
-        adamw_8bit({at<float>(params),
-                    at<const float>(grads),
-                    at<uint8_t>(exp_avg),
-                    at<uint8_t>(exp_avg_sq),
-                    at<float>(exp_avg_absmax),
-                    at<float>(exp_avg_sq_absmax),
-                    count,
-                    {lr, beta1, beta2, eps, weight_decay, bias_correction1, bias_correction2,
-                     grad_scale, at<const float>(grad_norm), max_grad_norm}},
-                   at<void>(stream));
-      },
-      release);
-
-  m.def(
-      "grad_norm",
-      [](Address grads, Address partials, Address norm, int64_t count, Address stream) {
-        grad_norm({at<const float>(grads), at<float>(partials), at<float>(norm), count},
-                  at<void>(stream));
-      },
-      release);
+  define(m, "adamw", &adamw);
+  define(m, "adamw_8bit", &adamw_8bit);
+  define(m, "grad_norm", &grad_norm);
 }
 
 }  // namespace cuda

@@ -14,30 +14,30 @@ struct AdamWHyper {
 };
 
 struct AdamWArgs {
-  float* params;       // [count]
-  const float* grads;  // [count]
-  float* exp_avg;      // [count]
-  float* exp_avg_sq;   // [count]
-  int64_t count;
+  float* params;       // [size]
+  const float* grads;  // [size]
+  float* exp_avg;      // [size]
+  float* exp_avg_sq;   // [size]
+  int64_t size;
   AdamWHyper hyper;
 };
 
 struct AdamW8bitArgs {
-  float* params;             // [count]
-  const float* grads;        // [count]
-  uint8_t* exp_avg;          // [count]
-  uint8_t* exp_avg_sq;       // [count]
-  float* exp_avg_absmax;     // [ceil(count / 256)]
-  float* exp_avg_sq_absmax;  // [ceil(count / 256)]
-  int64_t count;
+  float* params;             // [size]
+  const float* grads;        // [size]
+  uint8_t* exp_avg;          // [size]
+  uint8_t* exp_avg_sq;       // [size]
+  float* exp_avg_absmax;     // [ceil(size / 256)]
+  float* exp_avg_sq_absmax;  // [ceil(size / 256)]
+  int64_t size;
   AdamWHyper hyper;
 };
 
 struct GradNormArgs {
-  const float* grads;  // [count]
+  const float* grads;  // [size]
   float* partials;     // [1024], work space
   float* norm;         // []
-  int64_t count;
+  int64_t size;
 };
 
 void adamw(const AdamWArgs&, void* stream);

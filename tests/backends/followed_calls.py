@@ -1,7 +1,8 @@
-"""Wrong calls of launchers, which `make lint` has mypy read.
+"""Wrong calls on the way from `ops` to a compiled kernel, which `make lint` has mypy read.
 
 Each is marked as an error, and mypy says so where it finds none: that is, where it does not follow
-a call from `ops` to the launcher because a module of kernels has become an `Any`.
+a call because a module of kernels, or what a launcher calls, has become an `Any`. Every operation
+has a call here, and every kind of its implementations.
 """
 
 from typing import TYPE_CHECKING
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from lora_engine.backends import launchers
 from lora_engine.backends.contracts import AdamWHyper
+from lora_engine.backends.cpu import kernels as cpu
+from lora_engine.backends.cuda import launch as cuda
 
 if TYPE_CHECKING:
 
@@ -26,5 +29,35 @@ if TYPE_CHECKING:
             1e-6,
             0.0,
         )
-        launchers.adamw("cuda").adamw(x, x, x, x, hyper, 1.0)  # type: ignore[arg-type]
+        launchers.layer_norm("cpu").layer_norm_bwd(x, x, x, x, x, x, x)  # type: ignore[call-arg]
+        launchers.rope("triton").rope(
+            x,
+            None,
+            x,
+            None,
+            x,
+            x,
+            None,
+            interleaved="yes",  # type: ignore[arg-type]
+            inverse=False,
+        )
+        launchers.lora_linear("cpu").lora_a_fwd(x, x, x, [slice(1)])  # type: ignore[list-item]
+        launchers.cross_entropy("triton").cross_entropy(
+            x,
+            x,
+            x,
+            x,
+            x,
+            ignored=-100,  # type: ignore[call-arg]
+        )
         launchers.attention("cpu").attention_fwd(x)  # type: ignore[call-arg]
+        launchers.adamw("cuda").adamw(x, x, x, x, hyper, 1.0)  # type: ignore[arg-type]
+        launchers.adamw_8bit("cuda").adamw_8bit(x, x, x, x, x, x, None, x)  # type: ignore[arg-type]
+
+    def wrong_structs(x: Tensor, hyper: AdamWHyper) -> None:
+        norm = cpu.GradNormArgs(x.data_ptr(), x.data_ptr(), x)  # type: ignore[arg-type]
+        cpu.kernels().grad_norm(cpu.dtype_code(x.dtype), norm)
+        cpu.kernels().adamw(cpu.dtype_code(x.dtype), norm)  # type: ignore[arg-type]
+        cpu.kernels().grad_norms(norm)  # type: ignore[attr-defined]
+        cuda.kernels().adamw(norm, 0)  # type: ignore[arg-type]
+        cuda.AdamWArgs(0, 0, 0, 0, 1, hyper)  # type: ignore[arg-type]

@@ -29,6 +29,7 @@ def build(name: str, sources: list[Path]) -> ModuleType:
 
     content = hashlib.sha256(repr((compiler, FLAGS, sysconfig.get_config_var("SOABI"))).encode())
     headers = [*CUDA.glob("*.*h*"), *TESTS.glob("*.hpp"), *(ROOT / "csrc/common").iterdir()]
+    headers.append(ROOT / "csrc" / "fields.hpp")
     for path in sorted([*sources, *headers]):
         content.update(path.read_bytes())
     folder = ROOT / "build" / "emulated-cuda" / f"{name}-{content.hexdigest()[:16]}"

@@ -3,8 +3,7 @@
 from torch import Tensor
 
 from lora_engine.backends.contracts import AdamWHyper
-from lora_engine.backends.cpu.address import dtype_code, pointer
-from lora_engine.backends.extension import native
+from lora_engine.backends.cpu.kernels import AdamWArgs, GradNormArgs, dtype_code, kernels, pointer
 
 
 def adamw(
@@ -16,23 +15,9 @@ def adamw(
     grad_norm: Tensor | None,  # []
 ) -> None:
     """Updates params, exp_avg and exp_avg_sq."""
-    native().adamw(
+    kernels().adamw(
         dtype_code(params.dtype),
-        params.data_ptr(),
-        grads.data_ptr(),
-        exp_avg.data_ptr(),
-        exp_avg_sq.data_ptr(),
-        params.numel(),
-        hyper.lr,
-        hyper.beta1,
-        hyper.beta2,
-        hyper.eps,
-        hyper.weight_decay,
-        hyper.bias_correction1,
-        hyper.bias_correction2,
-        hyper.grad_scale,
-        pointer(grad_norm),
-        hyper.max_grad_norm or 0.0,
+        arguments(params, grads, exp_avg, exp_avg_sq, hyper, grad_norm),
     )
 
 
@@ -41,4 +26,39 @@ def grad_norm(
     norm: Tensor,  # [], as grads
 ) -> None:
     """Writes norm."""
-    native().grad_norm(dtype_code(grads.dtype), grads.data_ptr(), norm.data_ptr(), grads.numel())
+    kernels().grad_norm(
+        dtype_code(grads.dtype),
+        GradNormArgs(
+            grads=grads.data_ptr(),
+            norm=norm.data_ptr(),
+            size=grads.numel(),
+        ),
+    )
+
+
+def arguments(
+    params: Tensor,
+    grads: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    hyper: AdamWHyper,
+    grad_norm: Tensor | None,
+) -> AdamWArgs:
+    """The struct of `adamw`, and the part of `adamw_8bit`'s that it shares."""
+    return AdamWArgs(
+        params=params.data_ptr(),
+        grads=grads.data_ptr(),
+        exp_avg=exp_avg.data_ptr(),
+        exp_avg_sq=exp_avg_sq.data_ptr(),
+        size=params.numel(),
+        lr=hyper.lr,
+        beta1=hyper.beta1,
+        beta2=hyper.beta2,
+        eps=hyper.eps,
+        weight_decay=hyper.weight_decay,
+        bias_correction1=hyper.bias_correction1,
+        bias_correction2=hyper.bias_correction2,
+        grad_scale=hyper.grad_scale,
+        grad_norm=pointer(grad_norm),
+        max_grad_norm=hyper.max_grad_norm or 0.0,
+    )

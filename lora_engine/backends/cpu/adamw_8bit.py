@@ -3,8 +3,8 @@
 from torch import Tensor
 
 from lora_engine.backends.contracts import AdamWHyper
-from lora_engine.backends.cpu.address import pointer
-from lora_engine.backends.extension import native
+from lora_engine.backends.cpu.adamw import arguments
+from lora_engine.backends.cpu.kernels import AdamW8bitArgs, kernels
 
 
 def adamw_8bit(
@@ -18,22 +18,10 @@ def adamw_8bit(
     grad_norm: Tensor | None,  # []
 ) -> None:
     """Updates params, exp_avg, exp_avg_sq and both absmax."""
-    native().adamw_8bit(
-        params.data_ptr(),
-        grads.data_ptr(),
-        exp_avg.data_ptr(),
-        exp_avg_sq.data_ptr(),
-        exp_avg_absmax.data_ptr(),
-        exp_avg_sq_absmax.data_ptr(),
-        params.numel(),
-        hyper.lr,
-        hyper.beta1,
-        hyper.beta2,
-        hyper.eps,
-        hyper.weight_decay,
-        hyper.bias_correction1,
-        hyper.bias_correction2,
-        hyper.grad_scale,
-        pointer(grad_norm),
-        hyper.max_grad_norm or 0.0,
+    kernels().adamw_8bit(
+        AdamW8bitArgs(
+            adamw=arguments(params, grads, exp_avg, exp_avg_sq, hyper, grad_norm),
+            exp_avg_absmax=exp_avg_absmax.data_ptr(),
+            exp_avg_sq_absmax=exp_avg_sq_absmax.data_ptr(),
+        )
     )

@@ -2,8 +2,13 @@
 
 from torch import Tensor
 
-from lora_engine.backends.cpu.address import dtype_code, pointer
-from lora_engine.backends.extension import native
+from lora_engine.backends.cpu.kernels import (
+    AttentionArgs,
+    AttentionBwdArgs,
+    dtype_code,
+    kernels,
+    pointer,
+)
 
 
 def attention_fwd(
@@ -23,11 +28,9 @@ def attention_fwd(
     parents: Tensor | None = None,  # [sequences] int32
 ) -> None:
     """Writes o and lse, the logarithm of each query's sum of exponentials."""
-    native().attention_fwd(
+    kernels().attention_fwd(
         dtype_code(q.dtype),
-        *_arguments(
-            q, k, v, cu_seqlens, parents, cos, sin, o, lse, head_dim, scale, causal, window
-        ),
+        _arguments(q, k, v, cu_seqlens, parents, cos, sin, o, lse, head_dim, scale, causal, window),
     )
 
 
@@ -52,19 +55,21 @@ def attention_bwd(
     parents: Tensor | None = None,
 ) -> None:
     """Writes dq, dk and dv; o and lse are the forward pass's."""
-    native().attention_bwd(
+    kernels().attention_bwd(
         dtype_code(q.dtype),
-        *_arguments(
-            q, k, v, cu_seqlens, parents, cos, sin, o, lse, head_dim, scale, causal, window
+        AttentionBwdArgs(
+            fwd=_arguments(
+                q, k, v, cu_seqlens, parents, cos, sin, o, lse, head_dim, scale, causal, window
+            ),
+            d_o=d_o.data_ptr(),
+            dq=dq.data_ptr(),
+            dk=dk.data_ptr(),
+            dv=dv.data_ptr(),
+            do_stride=d_o.stride(0),
+            dq_stride=dq.stride(0),
+            dk_stride=dk.stride(0),
+            dv_stride=dv.stride(0),
         ),
-        d_o.data_ptr(),
-        dq.data_ptr(),
-        dk.data_ptr(),
-        dv.data_ptr(),
-        d_o.stride(0),
-        dq.stride(0),
-        dk.stride(0),
-        dv.stride(0),
     )
 
 
@@ -82,27 +87,27 @@ def _arguments(
     scale: float,
     causal: bool,
     window: int,
-) -> tuple[int | float | bool, ...]:
-    return (
-        q.data_ptr(),
-        k.data_ptr(),
-        v.data_ptr(),
-        pointer(cos),
-        pointer(sin),
-        cu_seqlens.data_ptr(),
-        pointer(parents),
-        o.data_ptr(),
-        lse.data_ptr(),
-        q.shape[0],
-        cu_seqlens.numel() - 1,
-        q.shape[1] // head_dim,
-        k.shape[1] // head_dim,
-        head_dim,
-        q.stride(0),
-        k.stride(0),
-        v.stride(0),
-        o.stride(0),
-        window,
-        scale,
-        causal,
+) -> AttentionArgs:
+    return AttentionArgs(
+        q=q.data_ptr(),
+        k=k.data_ptr(),
+        v=v.data_ptr(),
+        cos=pointer(cos),
+        sin=pointer(sin),
+        cu_seqlens=cu_seqlens.data_ptr(),
+        parents=pointer(parents),
+        o=o.data_ptr(),
+        lse=lse.data_ptr(),
+        tokens=q.shape[0],
+        sequences=cu_seqlens.numel() - 1,
+        q_heads=q.shape[1] // head_dim,
+        kv_heads=k.shape[1] // head_dim,
+        head_dim=head_dim,
+        q_stride=q.stride(0),
+        k_stride=k.stride(0),
+        v_stride=v.stride(0),
+        o_stride=o.stride(0),
+        window=window,
+        softmax_scale=scale,
+        causal=causal,
     )

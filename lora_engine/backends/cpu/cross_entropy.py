@@ -2,8 +2,7 @@
 
 from torch import Tensor
 
-from lora_engine.backends.cpu.address import dtype_code, pointer
-from lora_engine.backends.extension import native
+from lora_engine.backends.cpu.kernels import CrossEntropyArgs, dtype_code, kernels, pointer
 
 
 def cross_entropy(
@@ -23,25 +22,29 @@ def cross_entropy(
     grad_scale: Tensor | None = None,  # [rows] float32: a factor of each row's gradient
 ) -> None:
     """Writes loss, logprob, correct and what is given of entropy, lse and grad."""
-    native().cross_entropy(
+    rows, cols = logits.shape
+    kernels().cross_entropy(
         dtype_code(logits.dtype),
-        logits.data_ptr(),
-        target.data_ptr(),
-        loss.data_ptr(),
-        logprob.data_ptr(),
-        pointer(entropy),
-        pointer(lse),
-        correct.data_ptr(),
-        pointer(grad),
-        pointer(grad_scale),
-        *logits.shape,
-        logits.stride(0),
-        0 if grad is None else grad.stride(0),
-        ignore_index,
-        label_smoothing,
-        softcap or 0.0,
-        z_loss,
-        False,
+        CrossEntropyArgs(
+            logits=logits.data_ptr(),
+            target=target.data_ptr(),
+            loss=loss.data_ptr(),
+            logprob=logprob.data_ptr(),
+            entropy=pointer(entropy),
+            lse=pointer(lse),
+            correct=correct.data_ptr(),
+            grad=pointer(grad),
+            grad_scale=pointer(grad_scale),
+            rows=rows,
+            cols=cols,
+            stride=logits.stride(0),
+            grad_stride=0 if grad is None else grad.stride(0),
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            softcap=softcap or 0.0,
+            z_loss=z_loss,
+            lse_given=False,
+        ),
     )
 
 
@@ -58,23 +61,27 @@ def cross_entropy_bwd(
     z_loss: float = 0.0,
 ) -> None:
     """Writes grad as `cross_entropy` would, from its lse."""
-    native().cross_entropy(
+    rows, cols = logits.shape
+    kernels().cross_entropy(
         dtype_code(logits.dtype),
-        logits.data_ptr(),
-        target.data_ptr(),
-        0,
-        0,
-        0,
-        lse.data_ptr(),
-        0,
-        grad.data_ptr(),
-        grad_scale.data_ptr(),
-        *logits.shape,
-        logits.stride(0),
-        grad.stride(0),
-        ignore_index,
-        label_smoothing,
-        softcap or 0.0,
-        z_loss,
-        True,
+        CrossEntropyArgs(
+            logits=logits.data_ptr(),
+            target=target.data_ptr(),
+            loss=0,
+            logprob=0,
+            entropy=0,
+            lse=lse.data_ptr(),
+            correct=0,
+            grad=grad.data_ptr(),
+            grad_scale=grad_scale.data_ptr(),
+            rows=rows,
+            cols=cols,
+            stride=logits.stride(0),
+            grad_stride=grad.stride(0),
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            softcap=softcap or 0.0,
+            z_loss=z_loss,
+            lse_given=True,
+        ),
     )

@@ -2,8 +2,7 @@
 
 from torch import Tensor
 
-from lora_engine.backends.cpu.address import dtype_code
-from lora_engine.backends.extension import native
+from lora_engine.backends.cpu.kernels import DropoutArgs, dtype_code, kernels
 from lora_engine.values import Dropout
 
 
@@ -15,15 +14,17 @@ def dropout_fwd(
 ) -> None:
     """Writes y = mask * x / (1 - p), the mask that of `reference.dropout_mask`."""
     rows, cols = x.shape
-    native().dropout(
+    kernels().dropout(
         dtype_code(x.dtype),
-        x.data_ptr(),
-        y.data_ptr(),
-        rows,
-        cols,
-        x.stride(0),
-        y.stride(0),
-        dropout.p,
-        dropout.seed,
-        stream,
+        DropoutArgs(
+            x=x.data_ptr(),
+            y=y.data_ptr(),
+            rows=rows,
+            cols=cols,
+            x_stride=x.stride(0),
+            y_stride=y.stride(0),
+            p=dropout.p,
+            seed=dropout.seed,
+            stream=stream,
+        ),
     )

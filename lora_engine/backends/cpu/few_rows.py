@@ -4,8 +4,14 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from lora_engine.backends.cpu.address import dtype_code, pointer
-from lora_engine.backends.extension import native
+from lora_engine.backends.cpu.kernels import (
+    FewRowsArgs,
+    LoraAdapter,
+    LoraBase,
+    dtype_code,
+    kernels,
+    pointer,
+)
 
 # A linear's outputs, its bias [N_i] and how many of the adapters are its own.
 Linear = tuple[int, Tensor | None, int]
@@ -26,28 +32,34 @@ def lora_linear_few_rows(
     Biases and the residual are of x's dtype, and the factors are rounded to it, as x lora_aᵀ is.
     Adapters stand in the order of their linears.
     """
-    native().lora_linear_few_rows(
+    kernels().lora_linear_few_rows(
         dtype_code(x.dtype),
-        x.data_ptr(),
-        weight.data_ptr(),
-        pointer(residual),
-        y.data_ptr(),
-        *x.shape,
-        x.stride(0),
-        weight.stride(0),
-        0 if residual is None else residual.stride(0),
-        y.stride(0),
-        [(rows, pointer(bias), count) for rows, bias, count in linears],
-        [
-            (
-                a.data_ptr(),
-                b.data_ptr(),
-                dtype_code(a.dtype),
-                a.shape[0],
-                a.stride(0),
-                b.stride(0),
-                scaling,
-            )
-            for a, b, scaling in adapters
-        ],
+        FewRowsArgs(
+            x=x.data_ptr(),
+            weight=weight.data_ptr(),
+            residual=pointer(residual),
+            y=y.data_ptr(),
+            rows=x.shape[0],
+            cols=x.shape[1],
+            x_stride=x.stride(0),
+            w_stride=weight.stride(0),
+            residual_stride=0 if residual is None else residual.stride(0),
+            y_stride=y.stride(0),
+            linears=[
+                LoraBase(rows=rows, bias=pointer(bias), adapters=count)
+                for rows, bias, count in linears
+            ],
+            adapters=[
+                LoraAdapter(
+                    lora_a=a.data_ptr(),
+                    lora_b=b.data_ptr(),
+                    dtype=dtype_code(a.dtype),
+                    ranks=a.shape[0],
+                    a_stride=a.stride(0),
+                    b_stride=b.stride(0),
+                    scaling=scaling,
+                )
+                for a, b, scaling in adapters
+            ],
+        ),
     )

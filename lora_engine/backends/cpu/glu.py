@@ -1,11 +1,15 @@
 """Gated activations."""
 
-from typing import Any
-
 from torch import Tensor
 
-from lora_engine.backends.cpu.address import dtype_code, pointer
-from lora_engine.backends.extension import native
+from lora_engine.backends.cpu.kernels import (
+    GluArgs,
+    GluBwdArgs,
+    activation_code,
+    dtype_code,
+    kernels,
+    pointer,
+)
 
 
 def glu_fwd(
@@ -17,17 +21,19 @@ def glu_fwd(
 ) -> None:
     """Writes y."""
     rows, cols = gate.shape
-    native().glu_fwd(
+    kernels().glu_fwd(
         dtype_code(gate.dtype),
-        _activation_code(activation),
-        gate.data_ptr(),
-        up.data_ptr(),
-        y.data_ptr(),
-        rows,
-        cols,
-        gate.stride(0),
-        up.stride(0),
-        y.stride(0),
+        GluArgs(
+            gate=gate.data_ptr(),
+            up=up.data_ptr(),
+            y=y.data_ptr(),
+            rows=rows,
+            cols=cols,
+            gate_stride=gate.stride(0),
+            up_stride=up.stride(0),
+            y_stride=y.stride(0),
+            activation=activation_code(activation),
+        ),
     )
 
 
@@ -43,25 +49,23 @@ def glu_bwd(
 ) -> None:
     """Writes dgate and dup, and the forward result into h if given."""
     rows, cols = gate.shape
-    native().glu_bwd(
+    kernels().glu_bwd(
         dtype_code(gate.dtype),
-        _activation_code(activation),
-        dy.data_ptr(),
-        gate.data_ptr(),
-        up.data_ptr(),
-        dgate.data_ptr(),
-        dup.data_ptr(),
-        pointer(h),
-        rows,
-        cols,
-        dy.stride(0),
-        gate.stride(0),
-        up.stride(0),
-        dgate.stride(0),
-        dup.stride(0),
-        0 if h is None else h.stride(0),
+        GluBwdArgs(
+            dy=dy.data_ptr(),
+            gate=gate.data_ptr(),
+            up=up.data_ptr(),
+            dgate=dgate.data_ptr(),
+            dup=dup.data_ptr(),
+            h=pointer(h),
+            rows=rows,
+            cols=cols,
+            dy_stride=dy.stride(0),
+            gate_stride=gate.stride(0),
+            up_stride=up.stride(0),
+            dgate_stride=dgate.stride(0),
+            dup_stride=dup.stride(0),
+            h_stride=0 if h is None else h.stride(0),
+            activation=activation_code(activation),
+        ),
     )
-
-
-def _activation_code(activation: str) -> Any:
-    return getattr(native().Activation, activation)

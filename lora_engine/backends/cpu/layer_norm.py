@@ -2,8 +2,13 @@
 
 from torch import Tensor
 
-from lora_engine.backends.cpu.address import dtype_code, pointer
-from lora_engine.backends.extension import native
+from lora_engine.backends.cpu.kernels import (
+    LayerNormArgs,
+    LayerNormBwdArgs,
+    dtype_code,
+    kernels,
+    pointer,
+)
 
 
 def layer_norm_fwd(
@@ -17,19 +22,21 @@ def layer_norm_fwd(
 ) -> None:
     """Writes y, mean and rstd."""
     rows, cols = x.shape
-    native().layer_norm_fwd(
+    kernels().layer_norm_fwd(
         dtype_code(x.dtype),
-        x.data_ptr(),
-        pointer(weight),
-        pointer(bias),
-        y.data_ptr(),
-        mean.data_ptr(),
-        rstd.data_ptr(),
-        rows,
-        cols,
-        x.stride(0),
-        y.stride(0),
-        eps,
+        LayerNormArgs(
+            x=x.data_ptr(),
+            weight=pointer(weight),
+            bias=pointer(bias),
+            y=y.data_ptr(),
+            mean=mean.data_ptr(),
+            rstd=rstd.data_ptr(),
+            rows=rows,
+            cols=cols,
+            x_stride=x.stride(0),
+            y_stride=y.stride(0),
+            eps=eps,
+        ),
     )
 
 
@@ -45,19 +52,21 @@ def layer_norm_bwd(
 ) -> None:
     """Writes dx, and dweight and dbias if given."""
     rows, cols = x.shape
-    native().layer_norm_bwd(
+    kernels().layer_norm_bwd(
         dtype_code(x.dtype),
-        dy.data_ptr(),
-        x.data_ptr(),
-        pointer(weight),
-        mean.data_ptr(),
-        rstd.data_ptr(),
-        dx.data_ptr(),
-        pointer(dweight),
-        pointer(dbias),
-        rows,
-        cols,
-        dy.stride(0),
-        x.stride(0),
-        dx.stride(0),
+        LayerNormBwdArgs(
+            dy=dy.data_ptr(),
+            x=x.data_ptr(),
+            weight=pointer(weight),
+            mean=mean.data_ptr(),
+            rstd=rstd.data_ptr(),
+            dx=dx.data_ptr(),
+            dweight=pointer(dweight),
+            dbias=pointer(dbias),
+            rows=rows,
+            cols=cols,
+            dy_stride=dy.stride(0),
+            x_stride=x.stride(0),
+            dx_stride=dx.stride(0),
+        ),
     )

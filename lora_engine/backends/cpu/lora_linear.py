@@ -5,13 +5,17 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from lora_engine.backends.cpu.address import dtype_code, pointer
+from lora_engine.backends.contracts import Span
 from lora_engine.backends.cpu.dropout import dropout_fwd
-from lora_engine.backends.extension import native
+from lora_engine.backends.cpu.kernels import (
+    LoraABwdArgs,
+    LoraAFwdArgs,
+    LoraBBwdArgs,
+    dtype_code,
+    kernels,
+    pointer,
+)
 from lora_engine.values import Dropout
-
-# A linear's rows of [N, ...] and its columns of [..., R]. A group's columns ascend.
-Span = tuple[slice, slice]
 
 
 def lora_a_fwd(
@@ -25,16 +29,19 @@ def lora_a_fwd(
     for gap in _gaps(spans, s.shape[1]):
         s[:, gap] = 0
     for kept, part in _kept(x, spans, dropout):
-        native().lora_a_fwd(
+        kernels().lora_a_fwd(
             dtype_code(x.dtype),
-            kept.data_ptr(),
-            lora_a.data_ptr(),
-            s.data_ptr(),
-            *x.shape,
-            kept.stride(0),
-            lora_a.stride(0),
-            s.stride(0),
-            part,
+            LoraAFwdArgs(
+                x=kept.data_ptr(),
+                lora_a=lora_a.data_ptr(),
+                s=s.data_ptr(),
+                rows=x.shape[0],
+                cols=x.shape[1],
+                x_stride=kept.stride(0),
+                a_stride=lora_a.stride(0),
+                s_stride=s.stride(0),
+                spans=part,
+            ),
         )
 
 
@@ -52,20 +59,22 @@ def lora_b_bwd(
     """
     for gap in _gaps(spans, ds.shape[1]):
         ds[:, gap] = 0
-    native().lora_b_bwd(
+    kernels().lora_b_bwd(
         dtype_code(dy.dtype),
-        dy.data_ptr(),
-        lora_b.data_ptr(),
-        s.data_ptr(),
-        ds.data_ptr(),
-        pointer(d_lora_b),
-        dy.shape[0],
-        dy.stride(0),
-        lora_b.stride(0),
-        s.stride(0),
-        ds.stride(0),
-        0 if d_lora_b is None else d_lora_b.stride(0),
-        spans,
+        LoraBBwdArgs(
+            dy=dy.data_ptr(),
+            lora_b=lora_b.data_ptr(),
+            s=s.data_ptr(),
+            ds=ds.data_ptr(),
+            d_lora_b=pointer(d_lora_b),
+            rows=dy.shape[0],
+            dy_stride=dy.stride(0),
+            b_stride=lora_b.stride(0),
+            s_stride=s.stride(0),
+            ds_stride=ds.stride(0),
+            d_stride=0 if d_lora_b is None else d_lora_b.stride(0),
+            spans=spans,
+        ),
     )
 
 
@@ -80,16 +89,19 @@ def lora_a_bwd(
     for gap in _gaps(spans, d_lora_a.shape[0]):
         d_lora_a[gap] = 0
     for kept, part in _kept(x, spans, dropout):
-        native().lora_a_bwd(
+        kernels().lora_a_bwd(
             dtype_code(x.dtype),
-            ds.data_ptr(),
-            kept.data_ptr(),
-            d_lora_a.data_ptr(),
-            *x.shape,
-            ds.stride(0),
-            kept.stride(0),
-            d_lora_a.stride(0),
-            part,
+            LoraABwdArgs(
+                ds=ds.data_ptr(),
+                x=kept.data_ptr(),
+                d_lora_a=d_lora_a.data_ptr(),
+                rows=x.shape[0],
+                cols=x.shape[1],
+                ds_stride=ds.stride(0),
+                x_stride=kept.stride(0),
+                d_stride=d_lora_a.stride(0),
+                spans=part,
+            ),
         )
 
 

@@ -6,8 +6,13 @@ side, which have one row of rstd each and no residual (dh).
 
 from torch import Tensor
 
-from lora_engine.backends.cpu.address import dtype_code, pointer
-from lora_engine.backends.extension import native
+from lora_engine.backends.cpu.kernels import (
+    RmsNormArgs,
+    RmsNormBwdArgs,
+    dtype_code,
+    kernels,
+    pointer,
+)
 
 
 def heads(x: Tensor) -> int:
@@ -26,23 +31,24 @@ def rms_norm_fwd(
     offset: float,
 ) -> None:
     """Writes y and rstd, and h = x + residual if there is a residual."""
-    cols = x.shape[-1]
-    native().rms_norm_fwd(
+    kernels().rms_norm_fwd(
         dtype_code(x.dtype),
-        x.data_ptr(),
-        pointer(residual),
-        weight.data_ptr(),
-        y.data_ptr(),
-        pointer(h),
-        rstd.data_ptr(),
-        rstd.numel(),
-        heads(x),
-        cols,
-        x.stride(0),
-        0 if residual is None else residual.stride(0),
-        y.stride(0),
-        eps,
-        offset,
+        RmsNormArgs(
+            x=x.data_ptr(),
+            residual=pointer(residual),
+            weight=weight.data_ptr(),
+            y=y.data_ptr(),
+            h=pointer(h),
+            rstd=rstd.data_ptr(),
+            rows=rstd.numel(),
+            heads=heads(x),
+            cols=x.shape[-1],
+            x_stride=x.stride(0),
+            residual_stride=0 if residual is None else residual.stride(0),
+            y_stride=y.stride(0),
+            eps=eps,
+            offset=offset,
+        ),
     )
 
 
@@ -57,22 +63,23 @@ def rms_norm_bwd(
     offset: float,
 ) -> None:
     """Writes dx, and dweight if given."""
-    cols = h.shape[-1]
-    native().rms_norm_bwd(
+    kernels().rms_norm_bwd(
         dtype_code(h.dtype),
-        dy.data_ptr(),
-        pointer(dh),
-        h.data_ptr(),
-        weight.data_ptr(),
-        rstd.data_ptr(),
-        dx.data_ptr(),
-        pointer(dweight),
-        rstd.numel(),
-        heads(h),
-        cols,
-        dy.stride(0),
-        0 if dh is None else dh.stride(0),
-        h.stride(0),
-        dx.stride(0),
-        offset,
+        RmsNormBwdArgs(
+            dy=dy.data_ptr(),
+            dh=pointer(dh),
+            h=h.data_ptr(),
+            weight=weight.data_ptr(),
+            rstd=rstd.data_ptr(),
+            dx=dx.data_ptr(),
+            dweight=pointer(dweight),
+            rows=rstd.numel(),
+            heads=heads(h),
+            cols=h.shape[-1],
+            dy_stride=dy.stride(0),
+            dh_stride=0 if dh is None else dh.stride(0),
+            h_stride=h.stride(0),
+            dx_stride=dx.stride(0),
+            offset=offset,
+        ),
     )

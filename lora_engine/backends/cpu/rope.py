@@ -1,12 +1,11 @@
 """Rotary position embedding."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from lora_engine.backends.cpu.address import dtype_code, pointer
-from lora_engine.backends.extension import native
+from lora_engine.backends.cpu.kernels import RopeArgs, RopeHeads, dtype_code, kernels, pointer
+
+NO_HEADS = RopeHeads(0, 0, 0, 0, 0, 0, 0)
 
 
 def rope(
@@ -28,27 +27,35 @@ def rope(
     if cos.dtype != sin.dtype or cos.dtype == torch.float16:
         cos, sin = cos.float(), sin.float()
     positions = None if position_ids is None else position_ids.to(torch.int64).contiguous()
-    native().rope(
+    kernels().rope(
         dtype_code(x.dtype),
-        _heads(q, q_out),
-        _heads(k, k_out),
-        dtype_code(cos.dtype),
-        cos.data_ptr(),
-        sin.data_ptr(),
-        pointer(positions),
-        x.shape[0],
-        x.shape[2],
-        cos.shape[1],
-        cos.stride(0),
-        sin.stride(0),
-        interleaved,
-        inverse,
+        RopeArgs(
+            q=_heads(q, q_out),
+            k=_heads(k, k_out),
+            cos=cos.data_ptr(),
+            sin=sin.data_ptr(),
+            position_ids=pointer(positions),
+            table_dtype=dtype_code(cos.dtype),
+            tokens=x.shape[0],
+            head_dim=x.shape[2],
+            rotary_dim=cos.shape[1],
+            cos_stride=cos.stride(0),
+            sin_stride=sin.stride(0),
+            interleaved=interleaved,
+            inverse=inverse,
+        ),
     )
 
 
-def _heads(x: Tensor | None, y: Tensor | None) -> Any:
-    make = native().RopeHeads
+def _heads(x: Tensor | None, y: Tensor | None) -> RopeHeads:
     if x is None or y is None:
-        return make(0, 0, 0, 0, 0, 0, 0)
-    strides = x.stride(0), x.stride(1), y.stride(0), y.stride(1)
-    return make(x.data_ptr(), y.data_ptr(), x.shape[1], *strides)
+        return NO_HEADS
+    return RopeHeads(
+        x=x.data_ptr(),
+        y=y.data_ptr(),
+        heads=x.shape[1],
+        x_stride=x.stride(0),
+        x_head_stride=x.stride(1),
+        y_stride=y.stride(0),
+        y_head_stride=y.stride(1),
+    )

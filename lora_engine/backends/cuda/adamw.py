@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from lora_engine.backends.contracts import AdamWHyper
-from lora_engine.backends.cuda.launch import kernels, pointer, stream_on
+from lora_engine.backends import contracts
+from lora_engine.backends.cuda.launch import AdamWArgs, AdamWHyper, GradNormArgs, kernels, stream_on
 
 NORM_PARTIALS = 1024  # as csrc/cuda/adamw.cu
 
@@ -14,27 +14,20 @@ def adamw(
     grads: Tensor,  # [P]
     exp_avg: Tensor,  # [P]
     exp_avg_sq: Tensor,  # [P]
-    hyper: AdamWHyper,
+    hyper: contracts.AdamWHyper,
     grad_norm: Tensor | None,  # []
 ) -> None:
     """Updates params, exp_avg and exp_avg_sq."""
     with stream_on(params.device) as stream:
         kernels().adamw(
-            params.data_ptr(),
-            grads.data_ptr(),
-            exp_avg.data_ptr(),
-            exp_avg_sq.data_ptr(),
-            params.numel(),
-            hyper.lr,
-            hyper.beta1,
-            hyper.beta2,
-            hyper.eps,
-            hyper.weight_decay,
-            hyper.bias_correction1,
-            hyper.bias_correction2,
-            hyper.grad_scale,
-            pointer(grad_norm),
-            hyper.max_grad_norm or 0.0,
+            AdamWArgs(
+                params=params.data_ptr(),
+                grads=grads.data_ptr(),
+                exp_avg=exp_avg.data_ptr(),
+                exp_avg_sq=exp_avg_sq.data_ptr(),
+                size=params.numel(),
+                hyper=AdamWHyper.of(hyper, grad_norm),
+            ),
             stream,
         )
 
@@ -47,5 +40,11 @@ def grad_norm(
     partials = torch.empty(NORM_PARTIALS, dtype=torch.float32, device=grads.device)
     with stream_on(grads.device) as stream:
         kernels().grad_norm(
-            grads.data_ptr(), partials.data_ptr(), norm.data_ptr(), grads.numel(), stream
+            GradNormArgs(
+                grads=grads.data_ptr(),
+                partials=partials.data_ptr(),
+                norm=norm.data_ptr(),
+                size=grads.numel(),
+            ),
+            stream,
         )

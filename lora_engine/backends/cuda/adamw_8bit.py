@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
-from lora_engine.backends.contracts import AdamWHyper
-from lora_engine.backends.cuda.launch import kernels, pointer, stream_on
+from lora_engine.backends import contracts
+from lora_engine.backends.cuda.launch import AdamW8bitArgs, AdamWHyper, kernels, stream_on
 
 
 def adamw_8bit(
@@ -13,28 +13,21 @@ def adamw_8bit(
     exp_avg_sq: Tensor,  # [P] uint8
     exp_avg_absmax: Tensor,  # [ceil(P / 256)] float32
     exp_avg_sq_absmax: Tensor,  # [ceil(P / 256)] float32
-    hyper: AdamWHyper,
+    hyper: contracts.AdamWHyper,
     grad_norm: Tensor | None,  # []
 ) -> None:
     """Updates params, exp_avg, exp_avg_sq and both absmax."""
     with stream_on(params.device) as stream:
         kernels().adamw_8bit(
-            params.data_ptr(),
-            grads.data_ptr(),
-            exp_avg.data_ptr(),
-            exp_avg_sq.data_ptr(),
-            exp_avg_absmax.data_ptr(),
-            exp_avg_sq_absmax.data_ptr(),
-            params.numel(),
-            hyper.lr,
-            hyper.beta1,
-            hyper.beta2,
-            hyper.eps,
-            hyper.weight_decay,
-            hyper.bias_correction1,
-            hyper.bias_correction2,
-            hyper.grad_scale,
-            pointer(grad_norm),
-            hyper.max_grad_norm or 0.0,
+            AdamW8bitArgs(
+                params=params.data_ptr(),
+                grads=grads.data_ptr(),
+                exp_avg=exp_avg.data_ptr(),
+                exp_avg_sq=exp_avg_sq.data_ptr(),
+                exp_avg_absmax=exp_avg_absmax.data_ptr(),
+                exp_avg_sq_absmax=exp_avg_sq_absmax.data_ptr(),
+                size=params.numel(),
+                hyper=AdamWHyper.of(hyper, grad_norm),
+            ),
             stream,
         )

@@ -1,23 +1,89 @@
-"""What every call of a CUDA kernel needs: the compiled launchers, addresses, the stream."""
+"""What every call of a CUDA kernel needs: its struct of arguments, addresses, the stream.
+
+Structs have the names of csrc/cuda/launchers.hpp, which says what each field is. The extension
+compares a class's fields with its struct when it first sees the class, and raises TypeError where
+a name or the order differs.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import NamedTuple, Protocol, TypeAlias, cast
 
 import torch
 from torch import Tensor
 
-from lora_engine.backends import extension
+from lora_engine.backends import contracts, extension
+
+Address: TypeAlias = int  # as of Tensor.data_ptr(); 0 is null
 
 
-def kernels() -> Any:
-    """The launchers of csrc/cuda."""
-    return extension.cuda_emulation or extension.native().cuda
+class AdamWHyper(NamedTuple):
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    bias_correction1: float
+    bias_correction2: float
+    grad_scale: float
+    grad_norm: Address
+    max_grad_norm: float
+
+    @staticmethod
+    def of(hyper: contracts.AdamWHyper, grad_norm: Tensor | None) -> "AdamWHyper":
+        """The contract's numbers beside the address of the norm that they clip by."""
+        return AdamWHyper(
+            lr=hyper.lr,
+            beta1=hyper.beta1,
+            beta2=hyper.beta2,
+            eps=hyper.eps,
+            weight_decay=hyper.weight_decay,
+            bias_correction1=hyper.bias_correction1,
+            bias_correction2=hyper.bias_correction2,
+            grad_scale=hyper.grad_scale,
+            grad_norm=0 if grad_norm is None else grad_norm.data_ptr(),
+            max_grad_norm=hyper.max_grad_norm or 0.0,
+        )
 
 
-def pointer(x: Tensor | None) -> int:
-    """The address of `x`; 0 for None."""
-    return 0 if x is None else x.data_ptr()
+class AdamWArgs(NamedTuple):
+    params: Address
+    grads: Address
+    exp_avg: Address
+    exp_avg_sq: Address
+    size: int
+    hyper: AdamWHyper
+
+
+class AdamW8bitArgs(NamedTuple):
+    params: Address
+    grads: Address
+    exp_avg: Address
+    exp_avg_sq: Address
+    exp_avg_absmax: Address
+    exp_avg_sq_absmax: Address
+    size: int
+    hyper: AdamWHyper
+
+
+class GradNormArgs(NamedTuple):
+    grads: Address
+    partials: Address
+    norm: Address
+    size: int
+
+
+class Launchers(Protocol):
+    """The launchers of csrc/cuda; `stream` is a CUDA stream's handle."""
+
+    def adamw(self, args: AdamWArgs, stream: int) -> None: ...
+    def adamw_8bit(self, args: AdamW8bitArgs, stream: int) -> None: ...
+    def grad_norm(self, args: GradNormArgs, stream: int) -> None: ...
+
+
+def kernels() -> Launchers:
+    """lora_engine._C.cuda, or the tests' emulation of it."""
+    return cast(Launchers, extension.cuda_emulation or extension.native().cuda)
 
 
 @contextmanager

@@ -7,9 +7,9 @@
 // the other types it is the order in memory.
 #pragma once
 
+#include "../scratch.hpp"
 #include "interleave.hpp"
 #include "numeric.hpp"
-#include "scratch.hpp"
 #include "stream.hpp"
 
 namespace lora_engine {

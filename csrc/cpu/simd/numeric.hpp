@@ -9,8 +9,8 @@
 #include <cstdint>
 #include <cstring>
 
-#include "../common/bf16.hpp"
-#include "kernels.hpp"
+#include "../../common/bf16.hpp"
+#include "../kernels.hpp"
 
 #ifndef LORA_ENGINE_ISA
 #error "compile with -DLORA_ENGINE_ISA=<name>"

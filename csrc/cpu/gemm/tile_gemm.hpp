@@ -8,9 +8,9 @@
 // with zeros to a whole group in k, and n is a multiple of kTileN.
 #pragma once
 
-#include "interleave.hpp"
-#include "numeric.hpp"
-#include "transpose.hpp"
+#include "../simd/interleave.hpp"
+#include "../simd/numeric.hpp"
+#include "../simd/transpose.hpp"
 #ifdef __AVX512BF16__
 #include <immintrin.h>
 #endif
