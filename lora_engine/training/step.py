@@ -70,12 +70,13 @@ class TrainStep:
         weight = sum(weights)
         try:
             micro = self._accumulate(batches, weights, check)
-            loss, grad_norm, metrics = self._read(step, micro, weight)
+            norm = self.optimizer.grad_norm()
+            loss, grad_norm, metrics = self._read(step, micro, weight, norm)
         except BaseException:
             random_state.restore(*before)
             raise
         if weight:
-            self.optimizer.step(learning_rate, grad_norm)
+            self.optimizer.step(learning_rate, norm)
         tokens = sum(batch.num_tokens for batch in batches)
         targets = sum(batch.num_targets for batch in batches)
         return StepResult(loss, grad_norm, tokens, targets, metrics)
@@ -101,14 +102,14 @@ class TrainStep:
         return micro
 
     def _read(
-        self, step: int, micro: Sequence[_MicroResult], weight: float
+        self, step: int, micro: Sequence[_MicroResult], weight: float, norm: torch.Tensor
     ) -> tuple[float, float, dict[str, float]]:
         """Loss, gradient norm and metrics on the host, with the step's only wait for the device."""
         if not micro:
             return 0.0, 0.0, {}
         named = [(name, mean) for result in micro for name, mean in result.metrics.items()]
         values = [
-            self.optimizer.grad_norm(),
+            norm,
             *(result.loss_sum.float() for result in micro),
             *(mean.total.float() for _, mean in named),
         ]

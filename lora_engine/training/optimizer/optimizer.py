@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import TypedDict
 
 import torch
 
@@ -12,6 +12,18 @@ from lora_engine.training.config import TrainConfig
 from lora_engine.training.optimizer.flat import FlatParameters
 
 BLOCK = ops.ADAMW_8BIT_BLOCK
+
+
+class _Step(TypedDict):
+    """What all parameters' steps have in common, as `ops.adamw_` takes it."""
+
+    step: int
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    grad_norm: torch.Tensor | None
+    max_grad_norm: float | None
 
 
 class FlatAdamW:
@@ -41,28 +53,32 @@ class FlatAdamW:
         """Euclidean norm of all gradients, [] float32, on the parameters' device."""
         return ops.grad_norm(self.flat.grad)
 
-    def step(self, learning_rate: float, grad_norm: float) -> None:
-        """Apply the gradients in `flat.grad`, whose norm is `grad_norm`, and publish."""
+    def step(self, learning_rate: float, grad_norm: torch.Tensor) -> None:
+        """Apply the gradients in `flat.grad`, whose norm is `grad_norm` [], and publish.
+
+        The kernel reads the norm that it clips by where it lies: nothing waits for a device.
+        """
         config, flat = self._config, self.flat
         self.updates += 1
-        step: dict[str, Any] = {
+        step: _Step = {
             "step": self.updates,
             "beta1": config.beta1,
             "beta2": config.beta2,
             "eps": config.eps,
             "weight_decay": config.weight_decay,
-            "grad_scale": clip_factor(grad_norm, config.max_grad_norm),
+            "grad_norm": None if config.max_grad_norm is None else grad_norm,
+            "max_grad_norm": config.max_grad_norm,
         }
         for part, rate in flat.rates:
-            step["lr"] = learning_rate * rate
+            lr = learning_rate * rate
             params, grads = flat.data[part], flat.grad[part]
             moments = self.exp_avg[part], self.exp_avg_sq[part]
             if self.quantized:
                 blocks = slice(part.start // BLOCK, -(-part.stop // BLOCK))
                 absmax = self.exp_avg_absmax[blocks], self.exp_avg_sq_absmax[blocks]
-                ops.adamw_8bit_(params, grads, *moments, *absmax, **step)
+                ops.adamw_8bit_(params, grads, *moments, *absmax, lr=lr, **step)
             else:
-                ops.adamw_(params, grads, *moments, **step)
+                ops.adamw_(params, grads, *moments, lr=lr, **step)
         flat.publish()
 
     def tensors(self) -> dict[str, dict[str, torch.Tensor]]:
@@ -127,10 +143,3 @@ def check_rates(config: TrainConfig, adapters: Sequence[str]) -> None:
                 f"adapter_learning_rates: no adapter {name!r}; "
                 + (f"did you mean {close}?" if close else there_is)
             )
-
-
-def clip_factor(grad_norm: float, max_grad_norm: float | None) -> float:
-    """What gradients of norm `grad_norm` are multiplied by so that it is at most the maximum."""
-    if max_grad_norm is None or grad_norm <= max_grad_norm:
-        return 1.0
-    return max_grad_norm / grad_norm
