@@ -1,7 +1,7 @@
 """Attention within each of several packed sequences, with its gradient."""
 
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -90,15 +90,16 @@ def attention(
         cu_seqlens.contiguous(),
         None if cos is None else cos.to(accumulate).contiguous(),
         None if sin is None else sin.to(accumulate).contiguous(),
-        {
-            "head_dim": head_dim,
-            "scale": scale,
-            "causal": causal,
-            "window": window,
-            "parents": parents,
-        },
-        (tail, grad_tail),
-        launchers.attention(impl),
+        _Call(
+            head_dim=head_dim,
+            scale=scale,
+            causal=causal,
+            window=window,
+            parents=parents,
+            tail=tail,
+            grad_tail=grad_tail,
+            kernels=launchers.attention(impl),
+        ),
     )
     return result
 
@@ -167,6 +168,44 @@ def check_parents(parents: Tensor, sequences: int, causal: bool) -> None:
         )
 
 
+class _Call(NamedTuple):
+    """One call of `attention`, besides its differentiable inputs and what the kernels read."""
+
+    head_dim: int
+    scale: float
+    causal: bool
+    window: int
+    parents: Tensor | None  # [S] int32
+    tail: int
+    grad_tail: int
+    kernels: contracts.Attention
+
+
+class _Inputs(NamedTuple):
+    """The function's inputs, as their gradients."""
+
+    q: Any = None
+    k: Any = None
+    v: Any = None
+    cu_seqlens: Any = None
+    cos: Any = None
+    sin: Any = None
+    call: Any = None
+
+
+class _Saved(NamedTuple):
+    """What the backward pass reads."""
+
+    q: Tensor  # [T, Hq D]
+    k: Tensor  # [T, Hkv D]
+    v: Tensor  # [T, Hkv D]
+    cu_seqlens: Tensor  # [S + 1] int32
+    cos: Tensor | None  # [T, D]
+    sin: Tensor | None  # [T, D]
+    o: Tensor  # [T, Hq D]
+    lse: Tensor  # [Hq, T]
+
+
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -177,36 +216,64 @@ class _Attention(torch.autograd.Function):
         cu_seqlens: Tensor,
         cos: Tensor | None,
         sin: Tensor | None,
-        options: dict[str, Any],
-        tails: tuple[int, int],
-        kernels: contracts.Attention,
+        call: _Call,
     ) -> Tensor:
         shape = q.shape
         q, k, v = as_rows(q), as_rows(k), as_rows(v)
         tokens, width = q.shape
-        tail, grad_tail = tails
-        (o,) = augmented.empty(tokens, [width], tail, dtype=q.dtype, device=q.device)
-        lse = torch.empty(
-            width // options["head_dim"],
-            tokens,
-            dtype=accumulate_dtype(q.dtype),
-            device=q.device,
+        (o,) = augmented.empty(tokens, [width], call.tail, dtype=q.dtype, device=q.device)
+        heads, dtype = width // call.head_dim, accumulate_dtype(q.dtype)
+        lse = torch.empty(heads, tokens, dtype=dtype, device=q.device)
+        call.kernels.attention_fwd(
+            q,
+            k,
+            v,
+            cu_seqlens,
+            cos,
+            sin,
+            o,
+            lse,
+            head_dim=call.head_dim,
+            scale=call.scale,
+            causal=call.causal,
+            window=call.window,
+            parents=call.parents,
         )
-        kernels.attention_fwd(q, k, v, cu_seqlens, cos, sin, o, lse, **options)
-        ctx.save_for_backward(q, k, v, cu_seqlens, cos, sin, o, lse)
-        ctx.options, ctx.grad_tail, ctx.kernels = options, grad_tail, kernels
-        ctx.leading = shape[:-1]
+        ctx.save_for_backward(*_Saved(q, k, v, cu_seqlens, cos, sin, o, lse))
+        ctx.call, ctx.leading = call, shape[:-1]
         return augmented.keep_room(o, o.view(shape))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_o: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, *rest = ctx.saved_tensors
+    def backward(ctx: Any, d_o: Tensor) -> _Inputs:
+        call: _Call = ctx.call
+        saved = _Saved(*ctx.saved_tensors)
+        q, k, v = saved.q, saved.k, saved.v
         widths = [q.shape[1], k.shape[1], v.shape[1]]
-        grads = augmented.empty(q.shape[0], widths, ctx.grad_tail, dtype=q.dtype, device=q.device)
-        kernels: contracts.Attention = ctx.kernels
-        kernels.attention_bwd(as_rows(d_o), q, k, v, *rest, *grads, **ctx.options)
-        shaped = (
-            augmented.keep_room(grad, grad.view(*ctx.leading, grad.shape[1])) for grad in grads
+        dq, dk, dv = augmented.empty(
+            q.shape[0], widths, call.grad_tail, dtype=q.dtype, device=q.device
         )
-        return (*shaped, None, None, None, None, None, None)
+        call.kernels.attention_bwd(
+            as_rows(d_o),
+            q,
+            k,
+            v,
+            saved.cu_seqlens,
+            saved.cos,
+            saved.sin,
+            saved.o,
+            saved.lse,
+            dq,
+            dk,
+            dv,
+            head_dim=call.head_dim,
+            scale=call.scale,
+            causal=call.causal,
+            window=call.window,
+            parents=call.parents,
+        )
+
+        def shaped(grad: Tensor) -> Tensor:
+            return augmented.keep_room(grad, grad.view(*ctx.leading, grad.shape[1]))
+
+        return _Inputs(q=shaped(dq), k=shaped(dk), v=shaped(dv))

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
@@ -11,6 +11,15 @@ from torch.autograd.function import once_differentiable
 from lora_engine import backends, reference
 from lora_engine.backends import contracts, launchers
 from lora_engine.ops.tensors import accumulate_dtype, as_rows, check, shape_of
+
+
+class LossKeywords(TypedDict):
+    """`LossOptions` as keyword arguments."""
+
+    ignore_index: int
+    label_smoothing: float
+    softcap: float | None
+    z_loss: float
 
 
 @dataclass(frozen=True)
@@ -37,7 +46,7 @@ class LossOptions:
             f"{operation}: z_loss={self.z_loss} is not a number >= 0",
         )
 
-    def keywords(self) -> dict[str, Any]:
+    def keywords(self) -> LossKeywords:
         """As the kernels and the reference take them."""
         return {
             "ignore_index": self.ignore_index,
@@ -82,6 +91,23 @@ def cross_entropy(
     return out
 
 
+class _Inputs(NamedTuple):
+    """The function's inputs, as their gradients."""
+
+    logits: Any = None
+    target: Any = None
+    options: Any = None
+    kernels: Any = None
+
+
+class _Saved(NamedTuple):
+    """What the backward pass reads."""
+
+    logits: Tensor  # [U, V]
+    target: Tensor  # [U] int64
+    lse: Tensor | None  # [U] float32
+
+
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -94,20 +120,27 @@ class _CrossEntropy(torch.autograd.Function):
         logits = as_rows(logits)
         rows = RowResults(logits.shape[0], logits, lse=True)
         rows.compute(kernels, slice(None), logits, target, options)
-        ctx.save_for_backward(logits, target, rows.lse)
+        ctx.save_for_backward(*_Saved(logits, target, rows.lse))
         ctx.options, ctx.kernels = options, kernels
         return rows.loss
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
-        logits, target, lse = ctx.saved_tensors
-        d_logits = torch.empty_like(logits)
+    def backward(ctx: Any, d_loss: Tensor) -> _Inputs:
+        saved = _Saved(*ctx.saved_tensors)
+        assert saved.lse is not None
+        d_logits = torch.empty_like(saved.logits)
+        options: LossOptions = ctx.options
         kernels: contracts.CrossEntropy = ctx.kernels
         kernels.cross_entropy_bwd(
-            logits, target, lse, d_loss.contiguous(), d_logits, **ctx.options.keywords()
+            saved.logits,
+            saved.target,
+            saved.lse,
+            d_loss.contiguous(),
+            d_logits,
+            **options.keywords(),
         )
-        return d_logits, None, None, None
+        return _Inputs(logits=d_logits)
 
 
 class RowResults:

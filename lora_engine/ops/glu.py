@@ -1,6 +1,6 @@
 """Gated activations with their gradients."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,8 +55,8 @@ def glu(
     if impl == "reference":
         return reference.glu(gate, up, activation=activation)
     overwrite = overwrite and _may_be_overwritten(gate, up)
-    kernels = launchers.glu(impl)
-    out: Tensor = _Glu.apply(gate, up, activation, (tail, grad_tail), overwrite, kernels)
+    call = _Call(activation, tail, grad_tail, overwrite, launchers.glu(impl))
+    out: Tensor = _Glu.apply(gate, up, call)
     return out
 
 
@@ -72,51 +72,60 @@ def swiglu(
     return glu(gate, up, tail=tail, grad_tail=grad_tail, impl=impl)
 
 
+class _Call(NamedTuple):
+    """One call of `glu`, besides its tensors."""
+
+    activation: str
+    tail: int
+    grad_tail: int
+    overwrite: bool
+    kernels: contracts.Glu
+
+
+class _Inputs(NamedTuple):
+    """The function's inputs, as their gradients."""
+
+    gate: Any = None
+    up: Any = None
+    call: Any = None
+
+
+class _Saved(NamedTuple):
+    """What the backward pass reads."""
+
+    gate: Tensor  # [..., I]
+    up: Tensor  # [..., I]
+
+
 class _Glu(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        gate: Tensor,
-        up: Tensor,
-        activation: str,
-        tails: tuple[int, int],
-        overwrite: bool,
-        kernels: contracts.Glu,
-    ) -> Tensor:
+    def forward(ctx: Any, gate: Tensor, up: Tensor, call: _Call) -> Tensor:
         gate_rows, up_rows = as_rows(gate), as_rows(up)
         count, cols = gate_rows.shape
-        (y,) = augmented.empty(count, [cols], tails[0], dtype=gate.dtype, device=gate.device)
-        kernels.glu_fwd(gate_rows, up_rows, y, activation=activation)
-        ctx.save_for_backward(gate, up)
-        ctx.activation, ctx.overwrite = activation, overwrite
-        ctx.grad_tail, ctx.kernels = tails[1], kernels
+        (y,) = augmented.empty(count, [cols], call.tail, dtype=gate.dtype, device=gate.device)
+        call.kernels.glu_fwd(gate_rows, up_rows, y, activation=call.activation)
+        ctx.save_for_backward(*_Saved(gate, up))
+        ctx.call = call
         return augmented.result(y, gate.shape)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        shape = dy.shape
-        inputs = ctx.saved_tensors
-        dy, gate, up = as_rows(dy), *map(as_rows, inputs)
+    def backward(ctx: Any, dy: Tensor) -> _Inputs:
+        call: _Call = ctx.call
+        saved = _Saved(*ctx.saved_tensors)
+        gate, up = as_rows(saved.gate), as_rows(saved.up)
         count, cols = gate.shape
-        if ctx.overwrite:
-            # Whoever saved them as well, or comes a second time, is told so by autograd.
-            torch.autograd.graph.increment_version(inputs)
+        if call.overwrite:
+            # Bumps the version counters: another function that saved gate or up, or a second
+            # backward pass, then raises instead of reading overwritten values.
+            torch.autograd.graph.increment_version(saved)
             dgate, dup = gate.detach(), up.detach()
         else:
             dgate, dup = augmented.empty(
-                count, [cols, cols], ctx.grad_tail, dtype=gate.dtype, device=gate.device
+                count, [cols, cols], call.grad_tail, dtype=gate.dtype, device=gate.device
             )
-        kernels: contracts.Glu = ctx.kernels
-        kernels.glu_bwd(dy, gate, up, dgate, dup, activation=ctx.activation)
-        return (
-            augmented.shaped(dgate, shape),
-            augmented.shaped(dup, shape),
-            None,
-            None,
-            None,
-            None,
-        )
+        call.kernels.glu_bwd(as_rows(dy), gate, up, dgate, dup, activation=call.activation)
+        return _Inputs(gate=augmented.shaped(dgate, dy.shape), up=augmented.shaped(dup, dy.shape))
 
 
 def _may_be_overwritten(gate: Tensor, up: Tensor) -> bool:

@@ -1,7 +1,7 @@
 """Rotary position embedding of queries and keys, with its gradient."""
 
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias, overload
+from typing import Any, NamedTuple, TypeAlias, overload
 
 import torch
 from torch import Tensor
@@ -91,8 +91,8 @@ def rope_(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`rope` in place: writes over q and k, which may be columns of one buffer, and returns them.
 
-    Autograd knows of the change. The backward pass makes new gradients, because whose those are
-    that arrive cannot be known. Views that require a gradient are rotated one by one: autograd
+    Autograd knows of the change. Backward allocates: incoming gradients may be shared with other
+    consumers. Views that require a gradient are rotated one by one: autograd
     takes no function that changes several.
 
     Raises ValueError as `rope` does, and where columns are not one apart or elements overlap.
@@ -168,6 +168,25 @@ class _Rotation:
         return q_out, k_out
 
 
+class _Inputs(NamedTuple):
+    """The function's inputs: which need gradients, or these."""
+
+    q: Any = None
+    k: Any = None
+    cos: Any = None
+    sin: Any = None
+    position_ids: Any = None
+    rotation: Any = None
+
+
+class _Saved(NamedTuple):
+    """What the backward pass reads."""
+
+    cos: Tensor  # [T, R], or [P, R] with position_ids
+    sin: Tensor  # as cos
+    position_ids: Tensor | None  # [T]
+
+
 class _Rope(torch.autograd.Function):
     # A view that is changed in place has to be the first tensor, and its function's one output.
     @staticmethod
@@ -181,7 +200,7 @@ class _Rope(torch.autograd.Function):
         rotation: _Rotation,
     ) -> Tensor | _Pair:
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(cos, sin, position_ids)
+        ctx.save_for_backward(*_Saved(cos, sin, position_ids))
         ctx.rotation = rotation
         if rotation.in_place:
             ctx.mark_dirty(*(x for x in (q, k) if x is not None))
@@ -189,12 +208,14 @@ class _Rope(torch.autograd.Function):
         return outputs[0] if k is None else outputs
 
     @staticmethod
-    def backward(ctx: Any, dq: Tensor | None, dk: Tensor | None = None) -> tuple[Any, ...]:
-        dq, dk = (g if n else None for g, n in zip((dq, dk), ctx.needs_input_grad, strict=False))
+    def backward(ctx: Any, dq: Tensor | None, dk: Tensor | None = None) -> _Inputs:
+        asked = _Inputs(*ctx.needs_input_grad)
+        dq, dk = dq if asked.q else None, dk if asked.k else None
         if dq is not None or dk is not None:
-            back = replace(ctx.rotation, in_place=False, inverse=not ctx.rotation.inverse)
-            dq, dk = back(dq, dk, *ctx.saved_tensors)
-        return dq, dk, None, None, None, None
+            saved, rotation = _Saved(*ctx.saved_tensors), ctx.rotation
+            back = replace(rotation, in_place=False, inverse=not rotation.inverse)
+            dq, dk = back(dq, dk, saved.cos, saved.sin, saved.position_ids)
+        return _Inputs(q=dq, k=dk)
 
 
 def _heads(x: Tensor | None) -> Tensor | None:

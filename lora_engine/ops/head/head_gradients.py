@@ -1,11 +1,10 @@
 """Gradients of a linear head's parameters, summed over chunks of rows."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from lora_engine import backends
+from lora_engine.ops.head.linear_head import HeadParameters, ParameterGradients, Wanted
 from lora_engine.ops.tensors import accumulate_dtype
 
 # A half-precision product is added to its float32 sum in pieces of at most so many bytes, so that
@@ -14,7 +13,7 @@ PIECE_BYTES = 64 * 2**20
 
 
 class HeadGradients:
-    """Sums the gradients of weight [V, H], bias [V], lora_a [r, H], lora_b [V, r] that are wanted.
+    """Sums the gradients of a head's parameters that are wanted.
 
     Sums of several half-precision chunks are float32: each chunk's product rounds once, and the
     result once. One chunk's product is the result.
@@ -22,8 +21,8 @@ class HeadGradients:
 
     def __init__(
         self,
-        parameters: Sequence[Tensor | None],
-        wanted: Sequence[bool],
+        parameters: HeadParameters,
+        wanted: Wanted,
         dtype: torch.dtype,
         chunks: int,
     ) -> None:
@@ -32,10 +31,16 @@ class HeadGradients:
         self.parameters = parameters
         make = torch.empty_like if chunks else torch.zeros_like
         self.begun = False
-        self.sums: list[Tensor | None] = [
-            make(x, dtype=self.dtype) if want and x is not None else None
-            for x, want in zip(parameters, wanted, strict=True)
-        ]
+
+        def begin(parameter: Tensor | None, want: bool) -> Tensor | None:
+            return make(parameter, dtype=self.dtype) if want and parameter is not None else None
+
+        self.sums = ParameterGradients(
+            weight=begin(parameters.weight, wanted.weight),
+            bias=begin(parameters.bias, wanted.bias),
+            lora_a=begin(parameters.lora_a, wanted.lora_a),
+            lora_b=begin(parameters.lora_b, wanted.lora_b),
+        )
 
     def add(
         self,
@@ -70,17 +75,22 @@ class HeadGradients:
             piece = slice(begin, begin + step)
             self._add(total[piece], torch.mm(left[:, piece].t(), right))
 
-    def finish(self, factor: Tensor | None = None) -> tuple[Tensor | None, ...]:
+    def finish(self, factor: Tensor | None = None) -> ParameterGradients:
         """The sums, times `factor` (a scalar) where given, in their parameters' dtypes."""
-        results: list[Tensor | None] = []
-        for parameter, total in zip(self.parameters, self.sums, strict=True):
-            if total is not None and factor is not None:
-                total.mul_(factor)
-            results.append(
-                total.to(parameter.dtype) if total is not None and parameter is not None else None
-            )
-        self.sums = [None] * len(self.sums)
-        return tuple(results)
+
+        def end(parameter: Tensor | None, total: Tensor | None) -> Tensor | None:
+            if parameter is None or total is None:
+                return None
+            return (total if factor is None else total.mul_(factor)).to(parameter.dtype)
+
+        parameters, sums = self.parameters, self.sums
+        self.sums = ParameterGradients()
+        return ParameterGradients(
+            weight=end(parameters.weight, sums.weight),
+            bias=end(parameters.bias, sums.bias),
+            lora_a=end(parameters.lora_a, sums.lora_a),
+            lora_b=end(parameters.lora_b, sums.lora_b),
+        )
 
 
 def scaled(x: Tensor | None, factor: Tensor) -> Tensor | None:

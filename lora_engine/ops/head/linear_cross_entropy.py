@@ -21,7 +21,12 @@ from lora_engine.backends import contracts, launchers
 from lora_engine.ops.augmented import operand
 from lora_engine.ops.cross_entropy import LossOptions, RowResults, check_targets
 from lora_engine.ops.head.head_gradients import HeadGradients, scaled
-from lora_engine.ops.head.linear_head import LinearHead
+from lora_engine.ops.head.linear_head import (
+    HeadParameters,
+    LinearHead,
+    ParameterGradients,
+    Wanted,
+)
 from lora_engine.ops.head.logits_again import LogitsAgain
 from lora_engine.ops.tensors import accumulate_dtype, check, shape_of, without_autocast
 from lora_engine.values import LoraFactors
@@ -111,11 +116,22 @@ def linear_cross_entropy(
             found.mean_logit if mean_logit else None,
         )
     inputs = (hidden, weight, bias, lora_a, lora_b)
-    wanted = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs)
+    wanted = Wanted(
+        hidden=_requires_grad(hidden),
+        weight=_requires_grad(weight),
+        bias=_requires_grad(bias),
+        lora_a=_requires_grad(lora_a),
+        lora_b=_requires_grad(lora_b),
+    )
     extents = hidden.shape[0], weight.shape[0]
     rows = chunk_rows or backends.chunk_rows(hidden.device, hidden.dtype, *extents)
-    job = _Job(options, reduction, entropy, mean_logit, rows, scaling, wanted, impl)
+    kernels = launchers.cross_entropy(impl)
+    job = _Job(options, reduction, entropy, mean_logit, rows, scaling, wanted, kernels)
     return LinearCrossEntropy(*_LinearCrossEntropy.apply(*inputs, target.contiguous(), job))
+
+
+def _requires_grad(x: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and x is not None and x.requires_grad
 
 
 def _check_head(
@@ -169,30 +185,64 @@ class _Job:
     mean_logit: bool
     chunk_rows: int
     scaling: float
-    wanted: tuple[bool, ...]  # gradients of hidden, weight, bias, lora_a, lora_b
-    impl: str
-
-    @property
-    def kernels(self) -> contracts.CrossEntropy:
-        return launchers.cross_entropy(self.impl)
+    wanted: Wanted
+    kernels: contracts.CrossEntropy
 
     def chunks(self, rows: int) -> list[slice]:
         step = self.chunk_rows
         return [slice(begin, min(begin + step, rows)) for begin in range(0, rows, step)]
 
-    def logits_again(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        lora_a: Tensor | None,
-        lora_b: Tensor | None,
-        target: Tensor,
-        lse: Tensor,
-    ) -> LogitsAgain:
-        parameters = (weight, bias, lora_a, lora_b)
-        chunks = self.chunks(hidden.shape[0])
-        return LogitsAgain(parameters, self.wanted, self.scaling, chunks, hidden, target, lse)
+
+class _Inputs(NamedTuple):
+    """The function's inputs, as their gradients."""
+
+    hidden: Any = None
+    weight: Any = None
+    bias: Any = None
+    lora_a: Any = None
+    lora_b: Any = None
+    target: Any = None
+    job: Any = None
+
+
+class _Saved(NamedTuple):
+    """What the backward pass reads."""
+
+    # The gradients of the sum of the losses, but for a factor that is still to come.
+    d_hidden: Tensor | None = None  # [U, H]
+    d_weight: Tensor | None = None  # [V, H]
+    d_bias: Tensor | None = None  # [V]
+    d_lora_a: Tensor | None = None  # [r, H]
+    d_lora_b: Tensor | None = None  # [V, r]
+    factor: Tensor | None = None  # []: 1 / the rows that count, for a mean
+    # What logits are made of again; None where they are not.
+    hidden: Tensor | None = None  # [U, H]
+    weight: Tensor | None = None  # [V, H]
+    bias: Tensor | None = None  # [V]
+    lora_a: Tensor | None = None  # [r, H]
+    lora_b: Tensor | None = None  # [V, r]
+    target: Tensor | None = None  # [U] int64
+    lse: Tensor | None = None  # [U] float32
+    entropy: Tensor | None = None  # [U] float32
+
+    def head_gradients(self) -> ParameterGradients:
+        return ParameterGradients(
+            weight=self.d_weight, bias=self.d_bias, lora_a=self.d_lora_a, lora_b=self.d_lora_b
+        )
+
+    def logits_again(self, job: _Job) -> LogitsAgain:
+        hidden, weight, target, lse = self.hidden, self.weight, self.target, self.lse
+        assert hidden is not None and weight is not None
+        assert target is not None and lse is not None
+        return LogitsAgain(
+            parameters=HeadParameters(weight, self.bias, self.lora_a, self.lora_b),
+            wanted=job.wanted,
+            scaling=job.scaling,
+            chunks=job.chunks(hidden.shape[0]),
+            hidden=hidden,
+            target=target,
+            lse=lse,
+        )
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -207,19 +257,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
         target: Tensor,
         job: _Job,
     ) -> tuple[Tensor | None, ...]:
-        rows, per_row, trains_head = hidden.shape[0], job.reduction == "none", any(job.wanted[1:])
-        head = LinearHead.of(weight, bias, lora_a, lora_b, job.scaling)
+        rows, per_row, trains_head = (
+            hidden.shape[0],
+            job.reduction == "none",
+            job.wanted.trains_head,
+        )
+        parameters = HeadParameters(weight, bias, lora_a, lora_b)
+        head = LinearHead.of(parameters, job.scaling)
         chunks = job.chunks(rows)
         # The backward pass may need logits again: for the head's gradients, or the entropy's.
         again = any(job.wanted) and (job.entropy or (per_row and trains_head))
         results = RowResults(rows, hidden, entropy=job.entropy, lse=again)
         means = results.loss.new_empty(rows) if job.mean_logit else None
-        d_hidden = torch.empty_like(hidden) if job.wanted[0] else None
+        d_hidden = torch.empty_like(hidden) if job.wanted.hidden else None
         sums = None
         if trains_head and not per_row:
-            sums = HeadGradients(
-                (weight, bias, lora_a, lora_b), job.wanted[1:], hidden.dtype, len(chunks)
-            )
+            sums = HeadGradients(parameters, job.wanted, hidden.dtype, len(chunks))
         buffer = head.buffer(min(rows, job.chunk_rows))
         for span in chunks:
             h, z = hidden[span], buffer[: span.stop - span.start]
@@ -239,9 +292,29 @@ class _LinearCrossEntropy(torch.autograd.Function):
             factor = _one_over_count(target, job.options.ignore_index, results.loss)
         # A sum in float32 takes the factor before it is rounded; half precision keeps its range.
         ctx.folded = sums is not None and sums.exact
-        d_head = (None,) * 4 if sums is None else sums.finish(factor if ctx.folded else None)
-        saved = (hidden, weight, bias, lora_a, lora_b, target, results.lse, results.entropy)
-        ctx.save_for_backward(d_hidden, factor, *d_head, *(saved if again else (None,) * 8))
+        d_head = ParameterGradients()
+        if sums is not None:
+            d_head = sums.finish(factor if ctx.folded else None)
+        saved = _Saved(
+            d_hidden=d_hidden,
+            d_weight=d_head.weight,
+            d_bias=d_head.bias,
+            d_lora_a=d_head.lora_a,
+            d_lora_b=d_head.lora_b,
+            factor=factor,
+        )
+        if again:
+            saved = saved._replace(
+                hidden=hidden,
+                weight=weight,
+                bias=bias,
+                lora_a=lora_a,
+                lora_b=lora_b,
+                target=target,
+                lse=results.lse,
+                entropy=results.entropy,
+            )
+        ctx.save_for_backward(*saved)
         loss = _reduce(results.loss, target, job.reduction, job.options.ignore_index)
         if means is not None:
             means.masked_fill_(target == job.options.ignore_index, 0)
@@ -259,23 +332,34 @@ class _LinearCrossEntropy(torch.autograd.Function):
         _correct: None,
         d_entropy: Tensor | None,
         _mean_logit: None,
-    ) -> tuple[Tensor | None, ...]:
+    ) -> _Inputs:
         job: _Job = ctx.job
-        d_hidden, factor, *rest = ctx.saved_tensors
-        d_head, again, entropy = rest[:4], rest[4:-1], rest[-1]
-        gradients: tuple[Tensor | None, ...] = (None,) * 5
+        saved = _Saved(*ctx.saved_tensors)
+        d_hidden: Tensor | None = None
+        d_head = ParameterGradients()
         if d_loss is not None:
-            whole = d_loss if factor is None else d_loss * factor
-            if job.reduction == "none" and any(job.wanted[1:]):
-                logits = job.logits_again(*again)
+            whole = d_loss if saved.factor is None else d_loss * saved.factor
+            d_hidden = scaled(saved.d_hidden, whole)
+            if job.reduction == "none" and job.wanted.trains_head:
+                logits = saved.logits_again(job)
                 d_head = logits.loss_gradients(d_loss.contiguous(), job.kernels, job.options)
             else:
-                d_head = [scaled(x, d_loss if ctx.folded else whole) for x in d_head]
-            gradients = (scaled(d_hidden, whole), *d_head)
+                factor = d_loss if ctx.folded else whole
+                d_head = ParameterGradients(*(scaled(x, factor) for x in saved.head_gradients()))
         if d_entropy is not None:
-            of_entropy = job.logits_again(*again).entropy_gradients(d_entropy, entropy, job.options)
-            gradients = tuple(map(_sum, gradients, of_entropy))
-        return *gradients, None, None
+            assert saved.entropy is not None
+            more_hidden, more_head = saved.logits_again(job).entropy_gradients(
+                d_entropy, saved.entropy, job.options
+            )
+            d_hidden = _sum(d_hidden, more_hidden)
+            d_head = ParameterGradients(*map(_sum, d_head, more_head))
+        return _Inputs(
+            hidden=d_hidden,
+            weight=d_head.weight,
+            bias=d_head.bias,
+            lora_a=d_head.lora_a,
+            lora_b=d_head.lora_b,
+        )
 
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:

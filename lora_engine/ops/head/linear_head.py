@@ -1,6 +1,7 @@
 """The logits of a linear head, made chunk by chunk, and the gradients of what they are made of."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -8,6 +9,38 @@ from torch import Tensor
 from lora_engine.ops.tensors import front_columns
 
 ROW_ALIGNMENT = 16  # elements: what Triton wants of a stride to load 16 bytes at once
+
+
+class HeadParameters(NamedTuple):
+    """What a linear head is made of."""
+
+    weight: Tensor  # [V, H]
+    bias: Tensor | None  # [V]
+    lora_a: Tensor | None  # [r, H]
+    lora_b: Tensor | None  # [V, r]
+
+
+class ParameterGradients(NamedTuple):
+    """The gradients of `HeadParameters`; None for what gets none."""
+
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    lora_a: Tensor | None = None
+    lora_b: Tensor | None = None
+
+
+class Wanted(NamedTuple):
+    """Which of the hidden rows and of the head's parameters get a gradient."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+    lora_a: bool
+    lora_b: bool
+
+    @property
+    def trains_head(self) -> bool:
+        return self.weight or self.bias or self.lora_a or self.lora_b
 
 
 @dataclass(frozen=True)
@@ -21,15 +54,15 @@ class LinearHead:
     scaling: float
 
     @staticmethod
-    def of(
-        weight: Tensor,
-        bias: Tensor | None,
-        lora_a: Tensor | None,
-        lora_b: Tensor | None,
-        scaling: float,
-    ) -> "LinearHead":
-        cast = [None if x is None else x.to(weight.dtype) for x in (lora_a, lora_b)]
-        return LinearHead(weight, bias, cast[0], cast[1], scaling)
+    def of(parameters: HeadParameters, scaling: float) -> "LinearHead":
+        weight, bias, lora_a, lora_b = parameters
+        return LinearHead(
+            weight=weight,
+            bias=bias,
+            lora_a=None if lora_a is None else lora_a.to(weight.dtype),
+            lora_b=None if lora_b is None else lora_b.to(weight.dtype),
+            scaling=scaling,
+        )
 
     def buffer(self, rows: int) -> Tensor:
         """An uninitialised [rows, V] with aligned rows."""

@@ -9,20 +9,21 @@ from torch import Tensor
 from lora_engine.backends.contracts import CrossEntropy
 from lora_engine.ops.cross_entropy import LossOptions
 from lora_engine.ops.head.head_gradients import HeadGradients
-from lora_engine.ops.head.linear_head import LinearHead
+from lora_engine.ops.head.linear_head import (
+    HeadParameters,
+    LinearHead,
+    ParameterGradients,
+    Wanted,
+)
 from lora_engine.ops.tensors import accumulate_dtype
 
 
 @dataclass(frozen=True)
 class LogitsAgain:
-    """Rows whose logits are made a second time, chunk by chunk.
+    """Rows whose logits are made a second time, chunk by chunk."""
 
-    parameters, wanted: weight [V, H], bias [V], lora_a [r, H] and lora_b [V, r], and which of
-        hidden and these get a gradient.
-    """
-
-    parameters: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
-    wanted: tuple[bool, ...]
+    parameters: HeadParameters
+    wanted: Wanted
     scaling: float
     chunks: list[slice]
     hidden: Tensor  # [U, H]
@@ -34,7 +35,7 @@ class LogitsAgain:
         d_losses: Tensor,  # [U] float32
         kernels: CrossEntropy,
         options: LossOptions,
-    ) -> tuple[Tensor | None, ...]:
+    ) -> ParameterGradients:
         """The parameters' gradients of the rows' losses, each row's times its `d_losses`."""
 
         def rewrite(z: Tensor, span: slice) -> None:
@@ -49,7 +50,7 @@ class LogitsAgain:
         d_entropy: Tensor,  # [U] float32
         entropy: Tensor,  # [U] float32
         options: LossOptions,
-    ) -> tuple[Tensor | None, ...]:
+    ) -> tuple[Tensor | None, ParameterGradients]:
         """hidden's and the parameters' gradients of the rows' entropies.
 
         With p = softmax(z): d entropy / dz = -p (log p + entropy).
@@ -64,15 +65,15 @@ class LogitsAgain:
             d = (torch.special.entr(p) - p * entropy[span, None]) * d_entropy[span, None]
             z.copy_(d if cap is None else d * (1 - (x / cap).square()))
 
-        d_hidden = torch.empty_like(self.hidden) if self.wanted[0] else None
-        return d_hidden, *self._gradients(rewrite, d_hidden)
+        d_hidden = torch.empty_like(self.hidden) if self.wanted.hidden else None
+        return d_hidden, self._gradients(rewrite, d_hidden)
 
     def _gradients(
         self, rewrite: Callable[[Tensor, slice], None], d_hidden: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
+    ) -> ParameterGradients:
         """`rewrite` replaces a chunk's logits by their gradient; `d_hidden` is written if given."""
-        head = LinearHead.of(*self.parameters, self.scaling)
-        sums = HeadGradients(self.parameters, self.wanted[1:], self.hidden.dtype, len(self.chunks))
+        head = LinearHead.of(self.parameters, self.scaling)
+        sums = HeadGradients(self.parameters, self.wanted, self.hidden.dtype, len(self.chunks))
         for span, h, z, s in self._logits(head):
             rewrite(z, span)
             ds = head.rank_gradient(z)

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_engine import ops
 from lora_engine.ops import LoraFactors
-from lora_engine.ops.head import linear_cross_entropy as function
+from lora_engine.ops import linear_cross_entropy as function
 
 OPERATION = "linear_cross_entropy"
 SCALING = 1.5
