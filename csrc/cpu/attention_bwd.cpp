@@ -57,7 +57,7 @@ struct Workspace {
   }
 };
 
-// Loads a block of queries and of output gradients in each arrangement the products need.
+// Loads a tile of queries and of output gradients in each layout that a product reads.
 template <class T>
 void load_block(const AttentionBwdArgs& b, int64_t head, int64_t token, int64_t count,
                 Workspace<T>& w) {

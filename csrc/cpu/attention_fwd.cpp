@@ -32,7 +32,8 @@ struct Workspace {
   }
 };
 
-// Folds one block of scores into the running softmax: probs, largest, sum, and out rescaled.
+// Online softmax: folds one block of scores into each query's running maximum m (`largest`) and sum
+// l (`sum`). The scores become exp(score - m), and `out` is rescaled to the new m.
 // Called, not inlined: its callers keep so many pointers alive that the loops spill.
 template <class A>
 __attribute__((noinline)) void online_softmax(A* scores, int64_t keys, A scale, A* largest, A* sum,
@@ -79,7 +80,7 @@ void query_block(const AttentionArgs& a, const HeadTask& task, int64_t head, int
   load_head(static_cast<const T*>(a.q) + token * a.q_stride + head * D, a.q_stride,
             offset_or_null<A>(a.cos, token * D), offset_or_null<A>(a.sin, token * D), count, D,
             w.query);
-  // Queries past the sequence's end are zeros: they cost little and are not stored.
+  // Queries past the sequence's end are zeros; their results are not stored.
   std::memset(w.query + count * D, 0, sizeof(E) * (kQueries - count) * D);
   pack_transposed(D, kQueries, w.query, D, w.query_packed, kQueries);
   std::memset(w.out_t, 0, sizeof(A) * D * kQueries);

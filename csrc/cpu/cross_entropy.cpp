@@ -106,8 +106,8 @@ void row_gradient(const CrossEntropyArgs& a, const T* x, T* grad, int64_t target
   const A of_p = scale * (A(1) + A(2 * a.z_loss) * lse);
   const A of_target = scale * A(1 - a.label_smoothing);
   const A x_target = load(x[target]);  // before grad, which may be x, is written
-  const bool stream =
-      a.grad != a.logits && worth_streaming<T>(a.grad, a.rows, a.cols, a.grad_stride);
+  const bool nontemporal =
+      a.grad != a.logits && worth_nontemporal<T>(a.grad, a.rows, a.cols, a.grad_stride);
   A everywhere = 0;
   if (a.label_smoothing > 0) {
     everywhere = scale * A(a.label_smoothing) / classes;
@@ -116,13 +116,13 @@ void row_gradient(const CrossEntropyArgs& a, const T* x, T* grad, int64_t target
       const A p = of_p * exp_of_difference(value - lse);
       return (value == A(-INFINITY) ? A(0) : p - everywhere) * z.derivative(value);
     };
-    store_row(a.cols, grad, stream, smooth, x);
+    store_row(a.cols, grad, nontemporal, smooth, x);
   } else {
     const auto plain = [=](A logit) {
       const A value = z(logit);
       return of_p * exp_of_difference(value - lse) * z.derivative(value);
     };
-    store_row(a.cols, grad, stream, plain, x);
+    store_row(a.cols, grad, nontemporal, plain, x);
   }
   const A value = z(x_target);
   grad[target] = store<T>((of_p * exp_of_difference(value - lse) - everywhere - of_target) *

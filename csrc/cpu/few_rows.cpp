@@ -254,7 +254,7 @@ void few_rows(const FewRowsArgs& a) {
 #pragma omp for schedule(static) nowait
       for (int64_t begin = 0; begin < linear.rows; begin += kChunk) {
         const int64_t end = smaller(begin + kChunk, linear.rows);
-        // kOuter stretches of rows, so that each is read from its begin to its end.
+        // kOuter stretches of rows, so that each is read from beginning to end.
         const int64_t whole = (end - begin) / kOuter, rest = (end - begin) % kOuter;
         const auto rows_of = [&](int64_t row, int64_t outer, int64_t step) {
           meetings[0] = {a.cols, weight + (start + row) * a.w_stride, step * a.w_stride, xs, ldx};

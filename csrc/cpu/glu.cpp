@@ -9,13 +9,13 @@ namespace {
 template <class T, class Act>
 void forward(const GluArgs& a) {
   using A = acc_t<T>;
-  const bool stream = worth_streaming<T>(a.y, a.rows, a.cols, a.y_stride);
+  const bool nontemporal = worth_nontemporal<T>(a.y, a.rows, a.cols, a.y_stride);
 #pragma omp parallel for schedule(static)
   for (int64_t row = 0; row < a.rows; ++row) {
     const T* gate = static_cast<const T*>(a.gate) + row * a.gate_stride;
     const T* up = static_cast<const T*>(a.up) + row * a.up_stride;
     T* y = static_cast<T*>(a.y) + row * a.y_stride;
-    store_row(a.cols, y, stream, [](A g, A u) { return Act::value(g) * u; }, gate, up);
+    store_row(a.cols, y, nontemporal, [](A g, A u) { return Act::value(g) * u; }, gate, up);
   }
 }
 
@@ -33,7 +33,7 @@ inline void gradients(A d, A g, A u, A& for_gate, A& for_up, A& result) {
 // is written, so dgate may be gate and dup may be up.
 template <class T, class Act, bool kWithH>
 inline void backward_row(const T* dy, const T* gate, const T* up, T* dgate, T* dup, T* h,
-                         int64_t cols, bool stream_gate, bool stream_up) {
+                         int64_t cols, bool nontemporal_gate, bool nontemporal_up) {
   using A = acc_t<T>;
   int64_t i = 0;
   for (; i + kChunk<A> <= cols; i += kChunk<A>) {
@@ -42,11 +42,11 @@ inline void backward_row(const T* dy, const T* gate, const T* up, T* dgate, T* d
 #pragma omp simd
     for (int64_t j = 0; j < kChunk<A>; ++j)
       gradients<Act>(d[j], g[j], u[j], for_gate[j], for_up[j], result[j]);
-    put_chunk(for_gate, dgate + i, stream_gate);
-    put_chunk(for_up, dup + i, stream_up);
+    put_chunk(for_gate, dgate + i, nontemporal_gate);
+    put_chunk(for_up, dup + i, nontemporal_up);
     if (kWithH) put_chunk(result, h + i, false);
   }
-  finish_streaming(stream_gate || stream_up);
+  finish_nontemporal(nontemporal_gate || nontemporal_up);
   for (; i < cols; ++i) {
     A for_gate, for_up, result;
     gradients<Act>(load(dy[i]), load(gate[i]), load(up[i]), for_gate, for_up, result);
@@ -58,10 +58,11 @@ inline void backward_row(const T* dy, const T* gate, const T* up, T* dgate, T* d
 
 template <class T, class Act>
 void backward(const GluBwdArgs& a) {
-  // Not over what was just read.
-  const bool stream_gate =
-      a.dgate != a.gate && worth_streaming<T>(a.dgate, a.rows, a.cols, a.dgate_stride);
-  const bool stream_up = a.dup != a.up && worth_streaming<T>(a.dup, a.rows, a.cols, a.dup_stride);
+  // Not where the result overwrites its input, whose lines are in the cache.
+  const bool nontemporal_gate =
+      a.dgate != a.gate && worth_nontemporal<T>(a.dgate, a.rows, a.cols, a.dgate_stride);
+  const bool nontemporal_up =
+      a.dup != a.up && worth_nontemporal<T>(a.dup, a.rows, a.cols, a.dup_stride);
 #pragma omp parallel for schedule(static)
   for (int64_t row = 0; row < a.rows; ++row) {
     const T* dy = static_cast<const T*>(a.dy) + row * a.dy_stride;
@@ -72,9 +73,10 @@ void backward(const GluBwdArgs& a) {
     T* h = static_cast<T*>(a.h);
     if (h)
       backward_row<T, Act, true>(dy, gate, up, dgate, dup, h + row * a.h_stride, a.cols,
-                                 stream_gate, stream_up);
+                                 nontemporal_gate, nontemporal_up);
     else
-      backward_row<T, Act, false>(dy, gate, up, dgate, dup, h, a.cols, stream_gate, stream_up);
+      backward_row<T, Act, false>(dy, gate, up, dgate, dup, h, a.cols, nontemporal_gate,
+                                  nontemporal_up);
   }
 }
 

@@ -12,7 +12,7 @@ void forward(const LayerNormArgs& a) {
   Scratch scratch;
   const auto weight = parameter_row<T>(scratch, a.weight, A(a.weight ? 0 : 1), a.cols);
   const auto bias = parameter_row<T>(scratch, a.bias, A(0), a.cols);
-  const bool stream = worth_streaming<T>(a.y, a.rows, a.cols, a.y_stride);
+  const bool nontemporal = worth_nontemporal<T>(a.y, a.rows, a.cols, a.y_stride);
 #pragma omp parallel for schedule(static)
   for (int64_t row = 0; row < a.rows; ++row) {
     const T* x = static_cast<const T*>(a.x) + row * a.x_stride;
@@ -24,7 +24,7 @@ void forward(const LayerNormArgs& a) {
     static_cast<A*>(a.mean)[row] = mean;
     static_cast<A*>(a.rstd)[row] = rstd;
     const auto value = [=](A value, A w, A b) { return (value - mean) * rstd * w + b; };
-    store_row(a.cols, y, stream, value, x, weight, bias);
+    store_row(a.cols, y, nontemporal, value, x, weight, bias);
   }
 }
 
@@ -34,7 +34,7 @@ template <class T, bool kSums>
 void backward_rows(const LayerNormBwdArgs& a, LaneRow<T, const acc_t<T>> weight, int64_t begin,
                    int64_t end, LaneRow<T, acc_t<T>> dweight, LaneRow<T, acc_t<T>> dbias) {
   using A = acc_t<T>;
-  const bool stream = worth_streaming<T>(a.dx, a.rows, a.cols, a.dx_stride);
+  const bool nontemporal = worth_nontemporal<T>(a.dx, a.rows, a.cols, a.dx_stride);
   for (int64_t row = begin; row < end; ++row) {
     const T* dy = static_cast<const T*>(a.dy) + row * a.dy_stride;
     const T* x = static_cast<const T*>(a.x) + row * a.x_stride;
@@ -51,7 +51,7 @@ void backward_rows(const LayerNormBwdArgs& a, LaneRow<T, const acc_t<T>> weight,
     };
     if constexpr (kSums)
       store_row(
-          a.cols, dx, stream,
+          a.cols, dx, nontemporal,
           [=](A d, A w, A value, A& weight_sum, A& bias_sum) {
             const A n = (value - mean) * rstd;
             weight_sum += d * n;
@@ -61,7 +61,7 @@ void backward_rows(const LayerNormBwdArgs& a, LaneRow<T, const acc_t<T>> weight,
           dy, weight, x, dweight, dbias);
     else
       store_row(
-          a.cols, dx, stream,
+          a.cols, dx, nontemporal,
           [=](A d, A w, A value) { return gradient(d, w, (value - mean) * rstd); }, dy, weight, x);
   }
 }
@@ -69,7 +69,7 @@ void backward_rows(const LayerNormBwdArgs& a, LaneRow<T, const acc_t<T>> weight,
 template <class T>
 void backward(const LayerNormBwdArgs& a) {
   using A = acc_t<T>;
-  // Whoever wants one of the two sums gets both: they cost next to nothing beside the rows.
+  // Both sums are computed if either is wanted: they cost little beside reading the rows.
   const bool sums = a.dweight || a.dbias;
   const int64_t width = whole_chunks<A>(a.cols);
   Scratch scratch;

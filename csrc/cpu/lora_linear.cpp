@@ -78,8 +78,8 @@ struct Packed {
   }
 };
 
-// Rows a multiple of 2 KiB apart share few lines of the first cache: a tile of them is copied to
-// rows that do not.
+// Rows a multiple of 2 KiB apart map to few sets of the level-1 cache; a tile of such rows is
+// copied to rows at another distance.
 constexpr int64_t kShareLines = 2048;
 
 template <class E>
@@ -173,8 +173,8 @@ void a_fwd(const LoraAFwdArgs& a, int64_t first, int64_t ranks) {
   }
 }
 
-// A thread adds to the same strips in every block of rows, so sums need no barrier between blocks:
-// static loops of equal length are shared out alike.
+// A thread adds to the same strips in every block of rows, so no barrier is needed between blocks:
+// OpenMP divides static loops of equal length in the same way.
 template <class T>
 void b_bwd(const LoraBBwdArgs& a, const LoraSpan& span) {
   using A = acc_t<T>;

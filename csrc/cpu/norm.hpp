@@ -7,8 +7,8 @@
 namespace lora_engine {
 namespace {
 
-// a * b + c, rounded once. Left to itself the compiler contracts d * w - n * p one way or the
-// other, and a gradient's bits would depend on which others are asked for beside it.
+// a * b + c, rounded once. Otherwise the compiler may contract d * w - n * p in two ways, and the
+// bits of one gradient would depend on which other gradients are computed.
 inline float multiply_add(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 inline double multiply_add(double a, double b, double c) { return __builtin_fma(a, b, c); }
 

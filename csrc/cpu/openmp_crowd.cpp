@@ -11,7 +11,7 @@ namespace lora_engine {
 
 namespace {
 
-// On larger machines so many idle threads are no longer a trifle.
+// On larger machines so many idle threads would be a noticeable cost.
 constexpr int kMostThreads = 65;
 
 }  // namespace
@@ -19,7 +19,7 @@ constexpr int kMostThreads = 65;
 bool crowd_openmp() {
   const int wanted = omp_get_num_procs() + 1;
   if (wanted > kMostThreads) return false;
-  // A team belongs to the thread that started it, and lives as long: so that one never ends.
+  // A team lives as long as the thread that started it, so this thread never ends.
   std::promise<int> started;
   std::future<int> threads = started.get_future();
   try {

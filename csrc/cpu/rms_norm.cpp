@@ -6,8 +6,8 @@
 namespace lora_engine {
 namespace {
 
-// Where a row begins. Rows that stand side by side are not stored past the caches: they may begin
-// anywhere in a line.
+// Where a row begins. Heads that are adjacent rows are not stored past the caches, since they may
+// begin anywhere in a cache line.
 inline int64_t row_start(int64_t row, int64_t heads, int64_t cols, int64_t stride) {
   return heads == 1 ? row * stride : row / heads * stride + row % heads * cols;
 }
@@ -18,7 +18,7 @@ void forward(const RmsNormArgs& a) {
   Scratch scratch;
   const auto weight = parameter_row<T>(scratch, a.weight, A(a.offset), a.cols);
   A* rstd = static_cast<A*>(a.rstd);
-  const bool stream = a.heads == 1 && worth_streaming<T>(a.y, a.rows, a.cols, a.y_stride);
+  const bool nontemporal = a.heads == 1 && worth_nontemporal<T>(a.y, a.rows, a.cols, a.y_stride);
 #pragma omp parallel for schedule(static)
   for (int64_t row = 0; row < a.rows; ++row) {
     const T* h = static_cast<const T*>(a.x) + row_start(row, a.heads, a.cols, a.x_stride);
@@ -33,7 +33,7 @@ void forward(const RmsNormArgs& a) {
     const A squares = row_sum<A>(a.cols, [](A value) { return value * value; }, h);
     const A scale = A(1) / std::sqrt(squares / A(a.cols) + A(a.eps));
     rstd[row] = scale;
-    store_row(a.cols, y, stream, [=](A value, A w) { return value * scale * w; }, h, weight);
+    store_row(a.cols, y, nontemporal, [=](A value, A w) { return value * scale * w; }, h, weight);
   }
 }
 
@@ -44,7 +44,7 @@ void backward(const RmsNormBwdArgs& a) {
   using A = acc_t<T>;
   Scratch scratch;
   const auto weight = parameter_row<T>(scratch, a.weight, A(a.offset), a.cols);
-  const bool stream = a.heads == 1 && worth_streaming<T>(a.dx, a.rows, a.cols, a.dx_stride);
+  const bool nontemporal = a.heads == 1 && worth_nontemporal<T>(a.dx, a.rows, a.cols, a.dx_stride);
   const int64_t width = kDweight ? whole_chunks<A>(a.cols) : 0;
   const LaneRow<T, A> total{scratch.allocate<A>(width)};
   for_row_blocks(a.rows, width, total.data, [&](int64_t begin, int64_t end, A* partial) {
@@ -60,7 +60,7 @@ void backward(const RmsNormBwdArgs& a) {
       const auto gradient = [=](A d, A w, A n) { return multiply_add(-n, pull, d * w); };
       if constexpr (kDweight && kDh)
         store_row(
-            a.cols, dx, stream,
+            a.cols, dx, nontemporal,
             [=](A d, A w, A value, A more, A& sum) {
               const A n = value * rstd;
               sum += d * n;
@@ -69,7 +69,7 @@ void backward(const RmsNormBwdArgs& a) {
             dy, weight, h, dh, dweight);
       else if constexpr (kDweight)
         store_row(
-            a.cols, dx, stream,
+            a.cols, dx, nontemporal,
             [=](A d, A w, A value, A& sum) {
               const A n = value * rstd;
               sum += d * n;
@@ -78,14 +78,14 @@ void backward(const RmsNormBwdArgs& a) {
             dy, weight, h, dweight);
       else if constexpr (kDh)
         store_row(
-            a.cols, dx, stream,
+            a.cols, dx, nontemporal,
             [=](A d, A w, A value, A more) {
               return multiply_add(rstd, gradient(d, w, value * rstd), more);
             },
             dy, weight, h, dh);
       else
         store_row(
-            a.cols, dx, stream,
+            a.cols, dx, nontemporal,
             [=](A d, A w, A value) { return rstd * gradient(d, w, value * rstd); }, dy, weight, h);
     }
   });

@@ -1,6 +1,7 @@
-// Gradients of the keys and values of sequences that others continue: every task that saw them
-// leaves its share here, and the shares are added in the order of the sequences. So the result does
-// not depend on the threads, at the price of two rows of float32 for every token of a prefix.
+// Gradients of the keys and values of sequences that others continue. Every task that attends to
+// such keys writes its share here, and the shares are added in the order of the sequences, so that
+// the result does not depend on the threads. This costs two rows of float32 for every token of a
+// prefix and every task that attends to it.
 #pragma once
 
 #include "attention.hpp"
@@ -64,7 +65,7 @@ class SharedGradients {
   }
 
  private:
-  // The heads of a sequence lie behind each other.
+  // The heads of a sequence are adjacent.
   A* row(A* base, const HeadTask& task, int64_t i) const {
     const int64_t head = first_[task.sequence] * a_.kv_heads + rows_[task.sequence] * task.kv_head;
     return base + (head + i) * a_.head_dim;

@@ -1,16 +1,15 @@
 // Rows of elements worked through in chunks of a few vectors of arithmetic values.
 //
-// Between memory and registers bfloat16 costs most where neighbours stay neighbours: widening takes
-// shuffles, of which processors do one where they do two or four other operations. So a chunk of
-// bfloat16 is split into its even and its odd elements, a shift and a mask of 32-bit words, and put
-// together again when it is stored. That order of a chunk's values is called lane order here; for
-// the other types it is the order in memory.
+// Widening bfloat16 to float32 in the order in memory takes shuffles, of which a processor does one
+// in the time of two to four other operations. So a chunk of bfloat16 is split into its even and
+// its odd elements, by a shift and a mask of 32-bit words, and interleaved again when it is stored.
+// This order of a chunk's values is called lane order; for other types it is the order in memory.
 #pragma once
 
 #include "../scratch.hpp"
 #include "interleave.hpp"
+#include "nontemporal.hpp"
 #include "numeric.hpp"
-#include "stream.hpp"
 
 namespace lora_engine {
 namespace {
@@ -49,8 +48,8 @@ constexpr int64_t whole_chunks(int64_t count) {
   return (count + kChunk<A> - 1) / kChunk<A> * kChunk<A>;
 }
 
-// As many float32 or pairs of bfloat16. Loops over so few words compilers unroll before they would
-// vectorise them.
+// One register of 32-bit words: float32, or pairs of bfloat16. A vector type, because GCC unrolls a
+// loop over so few words fully and then does not vectorise it.
 typedef uint32_t Words __attribute__((vector_size(kRegisterBytes)));
 
 // The chunk that begins at element i.
@@ -99,28 +98,28 @@ inline Words round_pairs(const float* even, const float* odd) {
 #endif
 }
 
-// Stores a chunk at `row`; `stream` is as in stream.hpp.
-inline void put_chunk(const Values<float>& values, bf16* row, bool stream) {
+// Stores a chunk at `row`; `nontemporal` is as in nontemporal.hpp.
+inline void put_chunk(const Values<float>& values, bf16* row, bool nontemporal) {
   constexpr int64_t kHalf = kRegisterBytes / sizeof(float);
   for (int64_t j = 0; j < kChunk<float>; j += 2 * kHalf) {
     const Words pairs = round_pairs(values.at + j, values.at + j + kHalf);
-    copy_registers<sizeof pairs>(row + j, &pairs, stream);
+    copy_registers<sizeof pairs>(row + j, &pairs, nontemporal);
   }
 }
 template <class A>
-inline void put_chunk(const Values<A>& values, A* row, bool stream) {
-  copy_registers<sizeof values.at>(row, values.at, stream);
+inline void put_chunk(const Values<A>& values, A* row, bool nontemporal) {
+  copy_registers<sizeof values.at>(row, values.at, nontemporal);
 }
 
 // Whether rows of T at y are to be stored past the caches.
 template <class T>
-inline bool worth_streaming(const void* y, int64_t rows, int64_t cols, int64_t stride) {
+inline bool worth_nontemporal(const void* y, int64_t rows, int64_t cols, int64_t stride) {
   constexpr int64_t kSize = sizeof(T);
-  return worth_streaming(y, rows, cols * kSize, stride * kSize);
+  return worth_nontemporal(y, rows, cols * kSize, stride * kSize);
 }
 
-// The sum of a register's worth of values, by halves: added one after the other they would take
-// longer than a short row.
+// The sum of a register's lanes, by halves: one after the other the additions would take longer
+// than the rest of a short row.
 template <class A, int64_t kCount>
 inline A sum_of_lanes(const A* values) {
   if constexpr (kCount == 1) {
@@ -211,10 +210,10 @@ inline Pair<A> row_sums(int64_t count, Term term, Rows... rows) {
 }
 
 // y[i] = value(elements of the rows at i) for i in [0, count). `value` is called once for every i
-// and may write to the elements of a LaneRow. y may be one of the rows; `stream` is as in
-// stream.hpp.
+// and may write to the elements of a LaneRow. y may be one of the rows; `nontemporal` is as in
+// nontemporal.hpp.
 template <class T, class Value, class... Rows>
-inline void store_row(int64_t count, T* y, bool stream, Value value, Rows... rows) {
+inline void store_row(int64_t count, T* y, bool nontemporal, Value value, Rows... rows) {
   using A = acc_t<T>;
   int64_t i = 0;
   for (; i + kChunk<A> <= count; i += kChunk<A>) {
@@ -223,9 +222,9 @@ inline void store_row(int64_t count, T* y, bool stream, Value value, Rows... row
 #pragma omp simd
       for (int64_t j = 0; j < kChunk<A>; ++j) values.at[j] = value(of[j]...);
     }(chunk_at(rows, i)...);
-    put_chunk(values, y + i, stream);
+    put_chunk(values, y + i, nontemporal);
   }
-  finish_streaming(stream);
+  finish_nontemporal(nontemporal);
   for (; i < count; ++i) y[i] = store<T>(value(element_at(rows, i)...));
 }
 

@@ -6,9 +6,9 @@
 namespace lora_engine {
 namespace {
 
-// Bounds by integer comparison of the bits: one instruction each. From a comparison of floats,
-// which must mind NaN, compilers make branches and then every branch's division. NaN becomes the
-// bound; in the activations it survives in the factor g.
+// Bounds by integer comparison of the bits: one instruction each. A comparison of floats has to
+// treat NaN apart; compilers turn it into branches, with a division in each. Here NaN becomes the
+// bound; the activations' factor g brings it back.
 inline float at_most(float x, float bound) {  // bound > 0
   const int32_t a = static_cast<int32_t>(bits_of(x)), b = static_cast<int32_t>(bits_of(bound));
   return float_of(static_cast<uint32_t>(a < b ? a : b));
@@ -47,8 +47,8 @@ inline float exp2_within(float c) {
 }
 inline float exp2_clamped(float z) { return exp2_within(at_least(at_most(z, 128.0f), -127.0f)); }
 
-// exp(x) with a relative error of 1e-7 + 6e-8 |x|, where that does not matter: a probability that
-// is small is one of many. A NaN stays a NaN.
+// exp(x) with a relative error of 1e-7 + 6e-8 |x|: for probabilities, whose error may grow as they
+// become smaller. A NaN stays a NaN.
 inline float exp_of_difference(float x) {
   const float z = 1.44269504f * x, low = z < -127.0f ? -127.0f : z;
   return exp2_within(low > 128.0f ? 128.0f : low);

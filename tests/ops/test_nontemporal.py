@@ -1,4 +1,4 @@
-"""Results so large that the CPU kernels store them past the caches (csrc/cpu/simd/stream.hpp)."""
+"""Results so large that the CPU kernels store them past the caches: simd/nontemporal.hpp."""
 
 from collections.abc import Callable
 

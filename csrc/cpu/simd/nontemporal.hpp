@@ -1,7 +1,8 @@
-// Stores past the caches, for results larger than they are.
+// Non-temporal stores, which bypass the caches, for results larger than these.
 //
-// An ordinary store reads the line first that it will overwrite. A result that is out of the cache
-// before anybody reads it need not have been there: storing past the cache saves that read.
+// An ordinary store first reads the cache line that it overwrites. A result larger than the last
+// cache is evicted before it is read again, so nothing is lost by bypassing it, and that read is
+// saved.
 #pragma once
 
 #include <cstdint>
@@ -15,9 +16,10 @@ namespace {
 
 constexpr int64_t kLine = 64;  // bytes
 
-// Whether `rows` rows of `row_bytes` at y, `stride_bytes` apart, are to be stored past the caches:
-// whole lines at aligned places, and as much as a last-level cache holds.
-inline bool worth_streaming(const void* y, int64_t rows, int64_t row_bytes, int64_t stride_bytes) {
+// Whether `rows` rows of `row_bytes` at y, `stride_bytes` apart, are to be stored so: their lines
+// are aligned, and they are as large as a last-level cache.
+inline bool worth_nontemporal(const void* y, int64_t rows, int64_t row_bytes,
+                              int64_t stride_bytes) {
 #ifdef __AVX2__
   constexpr int64_t kLeastBytes = int64_t{32} << 20;
   const bool aligned = reinterpret_cast<uintptr_t>(y) % kLine == 0 && stride_bytes % kLine == 0;
@@ -36,35 +38,35 @@ constexpr int64_t kRegisterBytes = 32;
 // A register's worth of anything, anywhere.
 typedef char Register __attribute__((vector_size(kRegisterBytes), aligned(1), may_alias));
 
-// Copies whole registers; with `stream` past the caches, and dst is then aligned to a line. Not by
-// memcpy, which compilers make two copies of half the size or a call.
+// Copies whole registers; with `nontemporal` past the caches, and dst is then aligned to a line.
+// Not by memcpy, which compilers turn into two copies of half the size, or into a call.
 template <int64_t kBytes>
-inline void copy_registers(void* dst, const void* src, bool stream) {
+inline void copy_registers(void* dst, const void* src, bool nontemporal) {
   static_assert(kBytes % kRegisterBytes == 0, "whole registers");
   for (int64_t i = 0; i < kBytes / kRegisterBytes; ++i) {
     Register* to = static_cast<Register*>(dst) + i;
     const Register* from = static_cast<const Register*>(src) + i;
 #if defined(__AVX512F__)
-    if (stream)
+    if (nontemporal)
       _mm512_stream_si512(reinterpret_cast<__m512i*>(to), (__m512i)*from);
     else
 #elif defined(__AVX2__)
-    if (stream)
+    if (nontemporal)
       _mm256_stream_si256(reinterpret_cast<__m256i*>(to), (__m256i)*from);
     else
 #else
-    (void)stream;
+    (void)nontemporal;
 #endif
       *to = *from;
   }
 }
 
-// What was stored past the caches is in memory before anything that this thread stores afterwards.
-inline void finish_streaming(bool stream) {
+// Orders this thread's non-temporal stores before its later stores.
+inline void finish_nontemporal(bool nontemporal) {
 #ifdef __AVX2__
-  if (stream) _mm_sfence();
+  if (nontemporal) _mm_sfence();
 #endif
-  (void)stream;
+  (void)nontemporal;
 }
 
 }  // namespace
