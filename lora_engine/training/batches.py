@@ -3,11 +3,16 @@
 import hashlib
 from array import array
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import islice
 
 from lora_engine.data.batch import PackedBatch, collate
 from lora_engine.data.render import Example
 from lora_engine.data.sampler import PackedSampler
 from lora_engine.training.state import Position
+
+# `BatchStream.first` chooses among so many examples.
+_LOOKED_AT = 32
 
 
 class BatchSource:
@@ -60,18 +65,22 @@ class BatchSource:
             yield self._collate(indices)
 
     def first(self, tokens: int) -> PackedBatch:
-        """The first examples of the first epoch that teach something, one or up to `tokens`.
+        """Of the first examples of the first epoch that teach something, up to `tokens` tokens.
 
-        The first example of all where none does.
+        One of each adapter that they name, cut to its share of the tokens, and what fits beside
+        these. The first example of all where none teaches anything.
         """
         order = (self._examples[i] for plan in self._sampler.epoch_batches(0) for i in plan)
-        teaching = (example for example in order if any(example.supervised[1:]))
-        chosen = [next(teaching, self._examples[0])]
-        for example in teaching:
-            if sum(map(len, chosen)) + len(example) > tokens:
-                break
-            chosen.append(example)
-        return collate(chosen, share_prefixes=self.share_prefixes)
+        taught = (example for example in order if any(example.supervised[1:]))
+        found = list(islice(taught, _LOOKED_AT)) or [self._examples[0]]
+        firsts = {example.adapter: index for index, example in reversed(list(enumerate(found)))}
+        share = max(tokens // len(firsts), 2)
+        chosen = {index: _cut(found[index], share) for index in firsts.values()}
+        for index, example in enumerate(found):
+            if index not in chosen and sum(map(len, chosen.values())) + len(example) <= tokens:
+                chosen[index] = example
+        kept = [example for _, example in sorted(chosen.items())]
+        return collate(kept, share_prefixes=self.share_prefixes)
 
     def count(self, epochs: int) -> int:
         """Number of micro-batches in the first `epochs` epochs; packing may vary per epoch."""
@@ -91,3 +100,13 @@ def fingerprint(examples: Sequence[Example]) -> str:
         digest.update(bytes(example.supervised))
         digest.update(example.adapter.encode())
     return digest.hexdigest()
+
+
+def _cut(example: Example, length: int) -> Example:
+    """At most `length` tokens of an example, at least 2, with some that teach if any do."""
+    if len(example) <= length:
+        return example
+    first = next((at for at, taught in enumerate(example.supervised) if at and taught), 1)
+    begin = max(0, min(first - length // 2, len(example) - length))
+    part = slice(begin, begin + length)
+    return replace(example, input_ids=example.input_ids[part], supervised=example.supervised[part])

@@ -38,7 +38,7 @@ from lora_engine.training.state import Stopped, TrainResult, TrainState
 
 logger = logging.getLogger(__name__)
 
-PREFLIGHT_TOKENS = 512
+PREFLIGHT_TOKENS = 128
 
 
 class Trainer:

@@ -11,6 +11,8 @@ from lora_engine.models.attach.head import transformers_model
 from lora_engine.objectives.base import Objective
 
 _IGNORED = -100
+# Labels that tell whether they are shifted.
+_TELLING = 4
 
 
 def check_batch(model: nn.Module, batch: Any, objective: Objective) -> None:
@@ -34,7 +36,10 @@ def check_batch(model: nn.Module, batch: Any, objective: Objective) -> None:
         return
     _check_ids("labels", labels, inner, "get_output_embeddings", ignored)
     if labels.numel() == 0 or (ignored is not None and bool((labels == ignored).all())):
-        why = "" if ignored is None else f" (every label is {ignored})"
+        if labels.numel() == 0:
+            why = " (its rows hold one token, and none to be predicted from it)"
+        else:
+            why = f" (every label is {ignored})"
         raise UserError(
             f"preflight: no token of the batch is supervised{why}, so that it teaches nothing; "
             "look at what cuts or masks the examples, or give another batch"
@@ -44,6 +49,35 @@ def check_batch(model: nn.Module, batch: Any, objective: Objective) -> None:
             f"preflight: {objective.name} has nothing to learn from in the batch; give one to "
             "which it gives weight"
         )
+    if ignored is not None:
+        _check_shift(batch, ignored)
+
+
+def _check_shift(batch: Mapping[str, Any], ignored: int) -> None:
+    """Raises UserError where labels are those of the token before or after.
+
+    A model shifts `labels` itself, and not `shift_labels`.
+    """
+    shifts_itself = not isinstance(batch.get("shift_labels"), Tensor)
+    name = "labels" if shifts_itself else "shift_labels"
+    ids, labels = batch.get("input_ids"), batch[name]
+    if not isinstance(ids, Tensor) or ids.shape != labels.shape or ids.dim() != 2:
+        return
+    labels, own, following = labels[:, :-1], ids[:, :-1], ids[:, 1:]
+    labelled = labels != ignored
+    right, wrong = (own, following) if shifts_itself else (following, own)
+    are_right, are_wrong = (
+        float((labels == those)[labelled].float().mean()) for those in (right, wrong)
+    )
+    # Few labels may be so by chance.
+    if int(labelled.sum()) >= _TELLING and are_wrong > 0.9 and are_right < 0.5:
+        mend = (
+            "each is the following token, and the model shifts them once more: give labels as "
+            "input_ids are, -100 where nothing is learned"
+            if shifts_itself
+            else "each is the token itself, which the model sees: shift them by one"
+        )
+        raise UserError(f"preflight: {name} of the batch are off by one token; {mend}")
 
 
 def _tokens(batch: Mapping[str, Any]) -> Tensor | None:

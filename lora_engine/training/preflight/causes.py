@@ -1,6 +1,7 @@
 """Why a model would learn nothing: what `preflight` says of what it finds."""
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -14,6 +15,8 @@ from lora_engine.evaluation.nonfinite import first_nonfinite, first_nonfinite_la
 from lora_engine.models.attach.head import transformers_model
 from lora_engine.models.peft.routing import is_routed
 from lora_engine.training.preflight.trial import Trial
+
+_SUMMED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class Place(NamedTuple):
@@ -54,12 +57,60 @@ def check_trained(model: nn.Module) -> None:
     raise UserError(f"preflight: the model has no trainable parameters; {mend}")
 
 
+@torch.no_grad()
+def check_values(model: nn.Module) -> None:
+    """Raises UserError where a parameter holds NaN, which a batch may not come by."""
+    for name, parameter in model.named_parameters():
+        if parameter.dtype not in _SUMMED or parameter.device.type == "meta":
+            continue
+        if not math.isfinite(float(parameter.sum())) and (bad := int(parameter.isnan().sum())):
+            raise UserError(
+                f"preflight: {name} holds {bad:,} NaN, which the batch does not reach; look at "
+                "where its values come from, and set or load them again"
+            )
+
+
+def why_out_of_range(model: nn.Module, trial: Trial) -> str | None:
+    """What to say of an embedding that is asked for rows that it does not have, if one is."""
+    entered: list[str] = []
+
+    def note(name: str) -> Callable[[nn.Module, Any], None]:
+        return lambda module, args: entered.append(name)
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        entered.pop()
+
+    handles = []
+    try:
+        for name, module in model.named_modules():
+            handles.append(module.register_forward_pre_hook(note(name)))
+            handles.append(module.register_forward_hook(leave))
+        trial.loss()
+    except IndexError:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    embedding = model.get_submodule(entered[-1]) if entered else None
+    if not isinstance(embedding, nn.Embedding):
+        return None
+    return (
+        f"preflight: {entered[-1]} has {embedding.num_embeddings:,} rows, and the batch asks for "
+        "one beyond; give shorter sequences if these are positions, else ids that it has"
+    )
+
+
 def why_nonfinite(model: nn.Module, trial: Trial, loss: float) -> str:
     """What to say of a loss that is not finite."""
     if isinstance(trial.batch, PackedBatch):
         layer = first_nonfinite_layer(model, trial.batch, trial.objective)
     else:
         layer = first_nonfinite(model, lambda: torch.tensor(trial.loss()))
+    if trial.has_own_loss and layer in (None, "output head"):
+        return (
+            f"preflight: the loss is {loss}, and what the model makes of the batch is finite; "
+            "look at the loss function"
+        )
     where = "" if layer is None else f"; first bad layer {layer}"
     return f"preflight: the loss is {loss}{where}; {_mend_numbers(model)}"
 
@@ -98,6 +149,12 @@ def why_idle(
     for names in asked:
         place = place_of(model, names[0])
         if place.adapter and place.layer in own and own[place.layer] == shaken[place.layer]:
+            if (factor := _frozen_at_zero(model, place)) is not None:
+                more = _and_more(sum(map(len, layers)) - 1)
+                return (
+                    f"preflight: {names[0]}{more} gets a gradient of zero, so that it learns "
+                    f"nothing; {factor} is zero and frozen: set its requires_grad"
+                )
             return (
                 f"preflight: adapter {place.adapter!r} changes nothing in the output of "
                 f"{place.layer}, so that it learns nothing there; look for another forward"
@@ -113,6 +170,15 @@ def why_idle(
                 "for a mask or a factor of zero behind its layers"
             )
     return None
+
+
+def why_independent(names: Sequence[str]) -> str:
+    """What to say if the loss depends on none of these parameters, all that are trained."""
+    return (
+        f"preflight: the loss depends on nothing that is trained ({names[0]}"
+        f"{_and_more(len(names) - 1)}); look whether these layers are called for such a batch, and "
+        "whether the loss is computed from what the model returns"
+    )
 
 
 def why_out_of_use(model: Any, names: Sequence[str]) -> str | None:
@@ -164,18 +230,31 @@ def _checkpoints_reentrantly(module: Any) -> bool:
 def _why_zero(model: nn.Module, name: str) -> str:
     place = place_of(model, name)
     if place.kind.startswith("lora_"):
-        factors = [
-            p
-            for other, p in model.named_parameters()
-            if (at := place_of(model, other))[::2] == place[::2]
-            and at.kind.startswith("lora_")
-            and "magnitude" not in at.kind
-        ]
+        factors = list(_factors(model, place).values())
         if len(factors) > 1 and not any(bool(p.detach().any()) for p in factors):
             return "A and B of its layer are both zero: initialise one of them"
     if any(p.dtype == torch.float16 for p in model.parameters()):
         return "it vanishes in float16: load the model in bfloat16 or float32"
-    return "look for a factor of zero, or rounding, between it and the loss"
+    return "look for a factor of zero, a hook on gradients, or rounding, between it and the loss"
+
+
+def _factors(model: nn.Module, place: Place) -> dict[str, nn.Parameter]:
+    """A and B of an adapter of LoRA in a layer, by name."""
+    return {
+        name: p
+        for name, p in model.named_parameters()
+        if (at := place_of(model, name))[::2] == place[::2]
+        and at.kind.startswith("lora_")
+        and "magnitude" not in at.kind
+    }
+
+
+def _frozen_at_zero(model: nn.Module, place: Place) -> str | None:
+    """The factor of a layer of LoRA that keeps the other from learning."""
+    for name, factor in _factors(model, place).items():
+        if not factor.requires_grad and not bool(factor.detach().any()):
+            return name
+    return None
 
 
 def _outputs(
@@ -216,8 +295,10 @@ def _watched(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, float]]:
 
         return note
 
-    handles = [layer.register_forward_hook(watch(name)) for name, layer in layers.items()]
+    handles = []
     try:
+        for name, layer in layers.items():
+            handles.append(layer.register_forward_hook(watch(name)))
         yield found
     finally:
         for handle in handles:

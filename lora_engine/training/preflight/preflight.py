@@ -17,11 +17,14 @@ from lora_engine.training.preflight.batch_checks import check_batch
 from lora_engine.training.preflight.causes import (
     Place,
     check_trained,
+    check_values,
     place_of,
     why_idle,
+    why_independent,
     why_no_gradient,
     why_nonfinite,
     why_nonfinite_gradient,
+    why_out_of_range,
     why_out_of_use,
 )
 from lora_engine.training.preflight.descent import descend, rounding
@@ -100,14 +103,10 @@ def preflight(
     frozen = _frozen(model)
     sums = {name: _checksum(p) for name, p in frozen.items()}
     with trial(model, batch, objective, loss) as tried:
-        result = _Preflight(model, tried).run()
-        for name, parameter in frozen.items():
-            if _checksum(parameter) != sums[name]:
-                raise UserError(
-                    f"preflight: {name} is frozen, yet a training step changes it; something "
-                    "writes into it in the forward pass, or it shares memory with what is "
-                    "trained: train it too, or give it memory of its own"
-                )
+        checks = _Preflight(model, tried)
+        _check_unchanged(frozen, sums)  # what follows would have other causes
+        result = checks.run()
+        _check_unchanged(frozen, sums)
     return PreflightReport(**result, seconds=time.perf_counter() - started)
 
 
@@ -117,18 +116,25 @@ class _Preflight:
     def __init__(self, model: nn.Module, tried: Trial) -> None:
         self.model, self.trial = model, tried
         self.places = {name: place_of(model, name) for name in tried.trained}
-        self.before = tried.loss()
+        try:
+            self.before = tried.loss()
+        except IndexError as error:
+            if (problem := why_out_of_range(model, tried)) is None:
+                raise
+            raise UserError(problem) from error
 
     def run(self) -> dict[str, Any]:
         if not math.isfinite(self.before):
             raise UserError(why_nonfinite(self.model, self.trial, self.before))
+        check_values(self.model)
         if not self.trial.reaches_parameters():
             names = list(self.trial.trained)
             self._check_missing(dict.fromkeys(names), names)
-            raise UserError(why_no_gradient(self.model, names[0], len(names) - 1, None))
+            raise UserError(why_independent(names))
         gradients = self._checked(self.trial.gradients())
         missing = [name for name, gradient in gradients.items() if _largest(gradient) == 0]
-        if len(missing) == len(gradients) and abs(self.before) <= rounding(self.model, 0.0)[0]:
+        is_zero = abs(self.before) <= rounding(self.model, 0.0)[0]
+        if len(missing) == len(gradients) and is_zero and self._matters(missing):
             return self._report(self.before, gradients, [])  # all is learned to the last bit
         after, noise = self.before, 0.0
         if len(missing) < len(gradients):
@@ -139,6 +145,8 @@ class _Preflight:
             gradients, missing = self._after_the_step(gradients, missing, after, noise)
         if missing:
             self._check_missing(gradients, missing)
+        if all(gradient is None for gradient in gradients.values()):
+            raise UserError(why_independent(missing))
         falls = after < self.before - 3 * noise
         return self._report(after if falls else self.before, gradients, missing)
 
@@ -190,18 +198,16 @@ class _Preflight:
         """Raises UserError if the loss depends on a parameter without a gradient, if PEFT leaves
         it out, or if none of an adapter's parameters has a gradient."""
         self.trial.reset()
-        own, again = self.trial.loss(), self.trial.loss()
-        tolerance = 10 * abs(own - again)
+        tolerance = 10 * abs(self.before - self.trial.loss())
 
-        def matters(layers: list[list[str]]) -> bool:
-            self.trial.shake([name for names in layers for name in names])
-            return not abs(self.trial.loss() - own) <= tolerance  # also where it is not finite
+        def matter(layers: list[list[str]]) -> bool:
+            return self._matters([name for names in layers for name in names], tolerance)
 
         layers = self._together(missing, lambda place: (place.layer, place.adapter))
-        if matters(layers):
+        if matter(layers):
             while len(layers) > 1:
                 half = len(layers) // 2
-                layers = layers[:half] if matters(layers[:half]) else layers[half:]
+                layers = layers[:half] if matter(layers[:half]) else layers[half:]
             name = min(layers[0], key=lambda name: gradients[name] is not None)
             self.trial.reset()
             raise UserError(why_no_gradient(self.model, name, len(missing) - 1, gradients[name]))
@@ -212,6 +218,13 @@ class _Preflight:
         idle = [members for members in groups if set(members) <= set(missing)]
         if (problem := why_idle(self.model, self.trial, layers, idle)) is not None:
             raise UserError(problem)
+
+    def _matters(self, names: list[str], tolerance: float = 0.0) -> bool:
+        """Whether the loss depends on these parameters."""
+        self.trial.shake(names)
+        changed = abs(self.trial.loss() - self.before)
+        self.trial.reset()
+        return not changed <= tolerance  # also where it is not finite
 
     def _together(self, names: Iterable[str], key: Callable[[Place], object]) -> list[list[str]]:
         """The names by what `key` makes of their places."""
@@ -248,13 +261,27 @@ def _frozen(model: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
+def _check_unchanged(frozen: Mapping[str, nn.Parameter], sums: Mapping[str, int]) -> None:
+    for name, parameter in frozen.items():
+        if _checksum(parameter) != sums[name]:
+            raise UserError(
+                f"preflight: {name} is frozen, yet a training step changes it; something "
+                "writes into it in the forward pass, or it shares memory with what is "
+                "trained: train it too, or give it memory of its own"
+            )
+
+
 @torch.no_grad()
 def _checksum(parameter: nn.Parameter) -> int:
-    """The sum of its bits as numbers, of 64 bits where they lie so, which is fastest."""
+    """The sum of its bits as numbers, of 64 bits where they lie so, which is fastest; of rows by
+    their place."""
     words = parameter.detach()
     narrow = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     try:
         words = words.view(torch.int64)
     except RuntimeError:
         words = words.view(narrow[words.dtype.itemsize])
-    return int(words.sum(dtype=torch.int64))
+    if words.dim() > 1:
+        words = words.sum(-1, dtype=torch.int64).flatten()
+    odd = torch.arange(1, 2 * words.numel(), 2, device=words.device)
+    return int((words * odd).sum(dtype=torch.int64))

@@ -33,7 +33,8 @@ class Trial:
     """A model in training on one batch, which draws the same random numbers in every pass.
 
     trained: the parameters that require gradients, by name. objective: of packed batches. loss: a
-    function that stands for the model's, or the objective's, own.
+    function that stands for the model's, or the objective's, own. has_own_loss: whether there is
+    such a function.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class Trial:
     ) -> None:
         self.model = model
         self.batch = batch
+        self.has_own_loss = loss is not None
         self.objective = objective
         if loss is not None:
             self._loss_of = _mean_of(loss)
@@ -171,7 +173,7 @@ def trial(
                     with routed:
                         yield made
             finally:
-                made.reset()
+                _surely(made.reset)
 
 
 @contextmanager
@@ -190,7 +192,7 @@ def with_values(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None
         put(values)
         yield
     finally:
-        put(own)
+        _surely(lambda: put(own))
 
 
 def on_device(model: nn.Module, batch: Any) -> Any:
@@ -280,7 +282,7 @@ def _kept_random_state() -> Iterator[None]:
     try:
         yield
     finally:
-        random_state.restore(*before)
+        _surely(lambda: random_state.restore(*before))
 
 
 @contextmanager
@@ -289,15 +291,19 @@ def _kept_gradients(trained: Mapping[str, nn.Parameter]) -> Iterator[None]:
     gradients = {name: p.grad for name, p in trained.items()}
     hooks = [h for p in trained.values() if (h := p._post_accumulate_grad_hooks) is not None]
     kept = [dict(found) for found in hooks]
+
+    def put_back() -> None:
+        for found, before in zip(hooks, kept, strict=True):
+            found.update(before)
+        for name, parameter in trained.items():
+            parameter.grad = gradients[name]
+
     try:
         for found in hooks:
             found.clear()
         yield
     finally:
-        for found, before in zip(hooks, kept, strict=True):
-            found.update(before)
-        for name, parameter in trained.items():
-            parameter.grad = gradients[name]
+        _surely(put_back)
 
 
 @contextmanager
@@ -314,9 +320,8 @@ def _kept_modules(model: nn.Module) -> Iterator[None]:
         for buffer in own.values()
         if buffer is not None and (buffer.is_floating_point() or buffer.numel() <= _SMALL)
     ]
-    try:
-        yield
-    finally:
+
+    def put_back() -> None:
         for module, before, own in zip(modules, plain, buffers, strict=True):
             for name in _plain(module).keys() - before.keys():
                 del vars(module)[name]
@@ -329,6 +334,20 @@ def _kept_modules(model: nn.Module) -> Iterator[None]:
             for buffer, value in values:
                 if not torch.equal(buffer, value):
                     buffer.copy_(value)
+
+    try:
+        yield
+    finally:
+        _surely(put_back)
+
+
+def _surely(put_back: Callable[[], None]) -> None:
+    """Calls it, and again where Ctrl-C comes in between."""
+    try:
+        put_back()
+    except KeyboardInterrupt:
+        put_back()
+        raise
 
 
 def _plain(module: nn.Module) -> dict[str, Any]:

@@ -181,6 +181,22 @@ def test_the_model_is_left_as_it_was(end, fast):
     assert_same_bits(batch, tensors)
 
 
+def test_an_interrupt_while_all_is_put_back(monkeypatch):
+    model = restless_model()
+    before = everything(model)
+    with pytest.raises(KeyboardInterrupt), trial(model, rows(), SFT()) as tried:
+        tried.shake(list(tried.trained))
+        put = tried._put
+
+        def interrupted(values):
+            monkeypatch.setattr(tried, "_put", put)
+            next(iter(tried.trained.values())).zero_()
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(tried, "_put", interrupted)
+    assert_same_bits(everything(model), before)
+
+
 @pytest.mark.parametrize("fast", [False, True], ids=["plain", "accelerated"])
 def test_dropout_draws_the_same_in_every_pass(fast):
     model = two_adapters(["default"]) if fast else tiny_lora()

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import transformers
+from torch import nn
 from training_helpers import VOCAB, make_examples, one_batch, rows, tiny_llama, tiny_lora
 
 from lora_engine import UserError, preflight
@@ -17,6 +18,10 @@ def with_labels(change):
 
 def labels_set(index, value):
     return with_labels(lambda labels: labels.__setitem__(index, value))
+
+
+def shifted():
+    return nn.functional.pad(rows()["labels"][:, 1:], (0, 1), value=-100)
 
 
 BEYOND = (f"labels of the batch hold {VOCAB}", f"{VOCAB} rows", f"from 0 to {VOCAB - 1}, or -100")
@@ -52,7 +57,15 @@ WRONG = {
     "no rows": ({key: value[:0] for key, value in rows().items()}, ("the batch is empty",)),
     "no tokens": ({key: value[:, :0] for key, value in rows().items()}, ("the batch is empty",)),
     "nothing": ({}, ("the batch is empty",)),
-    "one token": ({key: value[:, :1] for key, value in rows().items()}, ("no token",)),
+    "one token": ({key: value[:, :1] for key, value in rows().items()}, ("hold one token",)),
+    "labels that are shifted already": (
+        {**rows(), "labels": shifted()},
+        ("labels of the batch are off by one token", "the model shifts them once more"),
+    ),
+    "shift_labels that are not shifted": (
+        {**rows(), "shift_labels": rows()["labels"]},
+        ("shift_labels of the batch are off by one token", "shift them by one"),
+    ),
 }
 
 
@@ -71,6 +84,17 @@ def test_a_packed_batch_beyond_the_vocabulary():
     batch = one_batch([*make_examples(2), Example([1, 2, VOCAB], [False, True, True], "a:3")])
     with pytest.raises(UserError, match=f"hold {VOCAB}, and the model's vocabulary has {VOCAB}"):
         preflight(tiny_lora(), batch)
+
+
+def test_labels_that_are_shifted_for_the_model_pass():
+    report = preflight(tiny_lora(), {**rows(), "shift_labels": shifted()})
+    assert report.loss_before == pytest.approx(preflight(tiny_lora(), rows()).loss_before)
+
+
+def test_repeated_tokens_do_not_look_shifted():
+    batch = rows()
+    batch["input_ids"][:], batch["labels"][:] = 5, 5
+    assert preflight(tiny_lora(), batch).unreached == 0
 
 
 def test_labels_that_another_index_ignores_pass():

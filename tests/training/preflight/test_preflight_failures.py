@@ -5,6 +5,7 @@ from dataclasses import replace
 import peft
 import pytest
 import torch
+import transformers
 from torch import nn
 from training_helpers import (
     accelerated,
@@ -161,6 +162,47 @@ def frozen_changes(model):
     return model, rows()
 
 
+def frozen_rows_change_places(model):
+    def roll(module, args):
+        weight.copy_(weight.roll(1, 0))
+
+    weight = layer(model).mlp.up_proj.base_layer.weight.data
+    layer(model).register_forward_pre_hook(roll)
+    return model, rows()
+
+
+def frozen_changes_to_and_fro(model):
+    def turn(module, args):
+        weight.neg_()
+
+    weight = layer(model).mlp.up_proj.base_layer.weight.data
+    layer(model).register_forward_pre_hook(turn)
+    return model, rows()
+
+
+def other_factor_frozen(model):
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_A" in name)
+    return model, rows()
+
+
+def nan_where_nothing_looks(model):
+    layer(model).expert = nn.Linear(3, 2).requires_grad_(False)
+    nn.init.constant_(layer(model).expert.weight, torch.nan)
+    return model, rows()
+
+
+def too_long(model):
+    sizes = {"n_embd": 8, "n_head": 1, "n_layer": 1, "n_positions": 8}
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=61, **sizes)), rows()
+
+
+def never_called(model):
+    inner = tiny_llama()
+    inner.spare = nn.ModuleDict({"q_proj": nn.Linear(8, 8)})
+    return peft.get_peft_model(inner, peft.LoraConfig(target_modules=["spare.q_proj"])), rows()
+
+
 def frozen_in_the_forward(model):
     weight = layer(model).mlp.up_proj.lora_B["default"].weight
 
@@ -208,6 +250,12 @@ WRONG = {
     nan_weight: ("the loss is nan", "layers.1.mlp.up_proj.base_layer (its weight is not finite)"),
     infinite_gradient: ("the gradient of", "is not finite"),
     overflowing: ("mlp.down_proj", "float16 ends at 65,504"),
+    nan_where_nothing_looks: ("layers.1.expert.weight holds 6 NaN", "load them again"),
+    too_long: ("transformer.wpe has 8 rows", "shorter sequences"),
+    never_called: ("depends on nothing that is trained", "spare.q_proj.lora_A"),
+    other_factor_frozen: ("lora_A.default.weight (and 13 more)", "lora_B", "zero and frozen"),
+    frozen_rows_change_places: ("up_proj.base_layer.weight is frozen", "changes it"),
+    frozen_changes_to_and_fro: ("up_proj.base_layer.weight is frozen", "changes it"),
     frozen_changes: ("layers.1.mlp.up_proj.base_layer.weight is frozen", "changes it"),
 }
 
@@ -248,3 +296,20 @@ def test_gradients_turned_round(kind, dtype):
 def test_wrong_accelerated_models_fail_too(case):
     model, _ = case(accelerated(tiny_lora()))
     check_failure(model, one_batch(make_examples(6)), "preflight: ")
+
+
+LOSSES = {
+    "factor of zero": (lambda model, batch: model(**batch).loss * 0, "changes nothing in the loss"),
+    "constant": (
+        lambda model, batch: torch.zeros((), requires_grad=True),
+        "depends on nothing that is trained",
+    ),
+    "nan": (lambda model, batch: model(**batch).loss * torch.nan, "look at the loss function"),
+}
+
+
+@pytest.mark.parametrize("case", LOSSES)
+def test_wrong_losses_of_the_users_own_fail_in_one_line(case):
+    loss, words = LOSSES[case]
+    with pytest.raises(UserError, match=words):
+        preflight(tiny_lora(), rows(), loss=loss)
