@@ -11,7 +11,7 @@ from lora_engine.data.render import Example
 from lora_engine.data.sampler import PackedSampler
 from lora_engine.training.state import Position
 
-# `BatchStream.first` chooses among so many examples.
+# `BatchSource.first` chooses among so many examples.
 _LOOKED_AT = 32
 
 

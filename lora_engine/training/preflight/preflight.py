@@ -87,7 +87,7 @@ def preflight(
     The model is tried in training mode, with the dropout of one draw. On return, and after any
     exception, its values, gradients, modes and buffers and all random generators are bit for bit
     as before, but for frozen parameters that the forward pass itself
-    writes into. It costs two backward passes, about eight forward passes where all is right, and
+    writes into. It costs two backward passes, six to twelve forward passes where all is right, and
     memory for what is trained three times over.
 
     Raises UserError, of one line, where the run would learn nothing or not what it should: where

@@ -145,9 +145,13 @@ class _Slopes:
         return min(self.fall, _SHARP * self.noise * len(names))
 
     def _misses(self, names: Sequence[str], probe: _Probe) -> bool:
-        """Whether the loss misses half a tensor's share, or more."""
+        """Whether the loss misses half a tensor's share, or more.
+
+        Where it falls further than it should, gradients are too small, which people may choose, or
+        it jumps.
+        """
         share = self._fall_of(names) / len(names)
-        return not abs(probe.missing) <= max(share / 2, 4 * self.noise)
+        return not probe.missing <= max(share / 2, 4 * self.noise)
 
     def _is_visible(self, probe: _Probe) -> bool:
         return max(probe.asked, abs(probe.actual)) > _VISIBLE * self.noise
@@ -247,7 +251,8 @@ class _Slopes:
         return (
             f"preflight: the loss does not fall on a repeated batch: {self.here:.6g} before, "
             f"{after:.6g} after a step that should take {probe.expected:.2g} off it; "
-            f"{_of(names)} wrong: look for a backward pass, or hooks on gradients, of your own"
+            f"{_of(names)} wrong: look for a backward pass, or hooks on gradients, of your own, or "
+            "a forward pass that writes into what is trained"
         )
 
 

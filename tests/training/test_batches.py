@@ -3,11 +3,11 @@
 from training_helpers import make_examples
 
 from lora_engine.data.render import Example
-from lora_engine.training.stream import BatchStream
+from lora_engine.training.batches import BatchSource
 
 
 def first(examples, tokens, tokens_per_batch=4096):
-    return BatchStream(examples, tokens_per_batch, shuffle=False).first(tokens)
+    return BatchSource(examples, tokens_per_batch, shuffle=False).first(tokens)
 
 
 def example(length, taught, adapter="", start=0):
