@@ -147,6 +147,9 @@ def test_a_product_s_plan_is_its_strategy() -> None:
     assert name(on_gpu("lora_linear", sizes=masked)) == "base_add"
     assert name(on_cpu("lora_linear", sizes=masked)) == "base_add"
     assert name(on_cpu("lora_linear", sizes=plain)) == "augmented"
+    in_blocks = plain._replace(augmentable=False)
+    assert name(on_cpu("lora_linear", sizes=in_blocks)) == "base_add"
+    assert name(replace(hopper, sizes=in_blocks)) == "base_add"
 
 
 @pytest.mark.parametrize("dropout", [False, True])

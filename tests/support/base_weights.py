@@ -10,7 +10,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from lora_engine.ops import BaseWeight, DenseBase
+from lora_engine.ops import BaseWeight, DenseBase, LoraGroup
+from lora_engine.ops.lora.adapters import Adapters, total_rank
 from lora_engine.ops.lora.base import Factors
 
 
@@ -90,3 +91,13 @@ BASES: dict[str, Callable[[Sequence[Tensor], int], BaseWeight]] = {
     "blocks": lambda weights, rank: BlockBase(weights),
     "scratch": lambda weights, rank: ScratchBase(weights),
 }
+
+
+def group_over(
+    kind: str,
+    weights: Sequence[Tensor],  # [N_i, K]
+    adapters: Sequence[Adapters],
+    biases: Sequence[Tensor | None] | None = None,  # [N_i]
+) -> LoraGroup:
+    """A group over the base of this kind."""
+    return LoraGroup(BASES[kind](weights, total_rank(adapters)), adapters, biases)

@@ -8,6 +8,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from lora_engine.ops.lora.trained import OfAdapter, OfGroup
 from lora_engine.ops.tensors import check, shape_of
 from lora_engine.values import LoraFactors
 
@@ -67,15 +68,11 @@ class AdapterSet:
         """Whether any adapter is DoRA."""
         return any(block.factors.magnitude is not None for block in self.blocks)
 
-    def tensors(self, biases: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """All that a product's gradients go to, for linears that have `biases` of their own.
-
-        lora_a, lora_b and magnitude of every block, every linear's bias, every block's bias.
-        """
-        found: list[Tensor | None] = []
-        for block in self.blocks:
-            found += (block.factors.lora_a, block.factors.lora_b, block.factors.magnitude)
-        return [*found, *biases, *(block.factors.bias for block in self.blocks)]
+    def tensors(self, biases: Sequence[Tensor | None]) -> OfGroup[Tensor | None]:
+        """All that a product's gradients go to, for linears that have `biases` of their own."""
+        all_factors = [block.factors for block in self.blocks]
+        adapters = [OfAdapter(f.lora_a, f.lora_b, f.magnitude, f.bias) for f in all_factors]
+        return OfGroup(adapters, list(biases))
 
     def route(self, ids: Tensor, columns: int) -> Tensor:
         """Which of S's `columns` each row uses, [M, R] bool, for rows of adapter `ids` [M]."""

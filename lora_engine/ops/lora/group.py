@@ -29,8 +29,8 @@ class Filling:
     dora: MagnitudeScale | None
 
     def tensors(self) -> list[Tensor | None]:
-        """What gradients go to: see `AdapterSet.tensors`."""
-        return self.adapters.tensors(self.biases)
+        """What gradients go to, in a row: see `OfGroup`."""
+        return self.adapters.tensors(self.biases).row()
 
 
 class LoraGroup:
@@ -106,8 +106,8 @@ class LoraGroup:
         self.adapters = chosen
 
     def tensors(self) -> list[Tensor | None]:
-        """What gradients of the next product go to: see `AdapterSet.tensors`."""
-        return self.adapters.tensors(self.biases)
+        """What gradients of the next product go to, in a row: see `OfGroup`."""
+        return self.adapters.tensors(self.biases).row()
 
     @torch.no_grad()
     def fill(self) -> Filling:

@@ -21,6 +21,7 @@ from torch import Tensor
 from lora_engine.backends import contracts
 from lora_engine.ops import augmented
 from lora_engine.ops.lora.group import Filling, LoraGroup
+from lora_engine.ops.lora.trained import OfAdapter, OfGroup
 from lora_engine.ops.tensors import accumulate_dtype, empty_rows, matmul
 from lora_engine.values import Dropout
 
@@ -113,7 +114,7 @@ class LoraProduct:
         return y.addmm_(s, placed.lora_b.t()) if placed.rank else y
 
     def claim_gradient(self, grads: Sequence[Tensor]) -> Tensor:
-        """The gradients of Y side by side with room for dS behind, [M, N + R], DoRA's scale in."""
+        """The gradients of Y side by side, times DoRA's scale, and columns for dS: [M, N + R]."""
         rank, dora = self.group.padded_rank, self.filling.dora
         if dora is None:
             return augmented.claim(grads, rank)
@@ -184,50 +185,44 @@ class LoraProduct:
         `grads` are those of Y as they arrived, `unscaled` is Y before DoRA's scale. d_lora_a and
         d_lora_b are used up: the gradients may be parts of them.
         """
-        blocks, dora = self.filling.adapters.blocks, self.filling.dora
-        found: list[Tensor | None] = [None] * len(needs)
-        for i, block in enumerate(blocks):
-            factors = block.factors
-            if needs[3 * i] and d_lora_a is not None:
-                d_a = _part(d_lora_a, factors.lora_a, block.columns)
-                found[3 * i] = d_a.to(factors.lora_a.dtype)
-            if needs[3 * i + 1] and d_lora_b is not None:
+        named = self._by_name(needs)
+        found = OfGroup[Tensor | None]([], [])
+        sums = self._bias_sums(named, grads)
+        for block, needed in zip(self.filling.adapters.blocks, named.adapters, strict=True):
+            factors, dora = block.factors, self.filling.dora
+            d_a = d_b = d_magnitude = d_bias = None
+            if needed.lora_a and d_lora_a is not None:
+                d_a = _part(d_lora_a, factors.lora_a, block.columns).to(factors.lora_a.dtype)
+            if needed.lora_b and d_lora_b is not None:
                 d_b = _part(d_lora_b, factors.lora_b, block.rows, block.columns)
-                found[3 * i + 1] = d_b.mul_(factors.scaling).to(factors.lora_b.dtype)
-            if needs[3 * i + 2] and unscaled is not None and dora is not None:
+                d_b = d_b.mul_(factors.scaling).to(factors.lora_b.dtype)
+            if needed.magnitude and unscaled is not None and dora is not None:
                 dy = grads[block.linear].reshape(unscaled.shape[0], -1).to(dora.norm.dtype)
                 d_scale = (dy * unscaled[:, block.rows]).sum(0) / dora.norm[block.rows]
-                found[3 * i + 2] = d_scale.to(factors.lora_a.dtype)
-        start = 3 * len(blocks)
-        of_linears = slice(start, start + len(self.filling.biases))
-        found[start:] = self._bias_gradients(needs[of_linears], needs[of_linears.stop :], grads)
-        return found
+                d_magnitude = d_scale.to(factors.lora_a.dtype)
+            if needed.bias and factors.bias is not None:
+                d_bias = (sums[block.linear] * factors.scaling).to(factors.bias.dtype)
+            found.adapters.append(OfAdapter(d_a, d_b, d_magnitude, d_bias))
+        for i, (bias, wanted) in enumerate(zip(self.filling.biases, named.biases, strict=True)):
+            found.biases.append(sums[i].to(bias.dtype) if wanted and bias is not None else None)
+        return found.row()
 
-    def _bias_gradients(
-        self, needs_linear: Sequence[bool], needs_block: Sequence[bool], grads: Sequence[Tensor]
-    ) -> list[Tensor | None]:
-        """Gradients of every linear's bias, then of every block's."""
-        blocks, biases = self.filling.adapters.blocks, self.filling.biases
-        sums: dict[int, Tensor] = {}
-        for i, grad in enumerate(grads):
-            ours = [n for n, b in zip(needs_block, blocks, strict=True) if b.linear == i]
-            if needs_linear[i] or any(ours):
-                flat = grad.reshape(-1, grad.shape[-1])
-                sums[i] = flat.sum(0, dtype=accumulate_dtype(flat.dtype))
-        found: list[Tensor | None] = []
-        for i, (needed, bias) in enumerate(zip(needs_linear, biases, strict=True)):
-            found.append(sums[i].to(bias.dtype) if needed and bias is not None else None)
-        for needed, block in zip(needs_block, blocks, strict=True):
-            d_bias, bias = None, block.factors.bias
-            if needed and bias is not None:
-                d_bias = (sums[block.linear] * block.factors.scaling).to(bias.dtype)
-            found.append(d_bias)
-        return found
+    def _bias_sums(self, needs: OfGroup[bool], grads: Sequence[Tensor]) -> dict[int, Tensor]:
+        """The sums over rows of those linears' gradients whose bias, or an adapter's, needs one."""
+        wanted = {i for i, needed in enumerate(needs.biases) if needed}
+        for block, needed in zip(self.filling.adapters.blocks, needs.adapters, strict=True):
+            if needed.bias:
+                wanted.add(block.linear)
+        rows = {i: grads[i].reshape(-1, grads[i].shape[-1]) for i in wanted}
+        return {i: dy.sum(0, dtype=accumulate_dtype(dy.dtype)) for i, dy in rows.items()}
 
     def wants(self, needs: Sequence[bool]) -> tuple[bool, bool]:
         """Whether any lora_a, and whether any lora_b, needs a gradient."""
-        count = 3 * len(self.filling.adapters.blocks)
-        return any(needs[:count:3]), any(needs[1:count:3])
+        adapters = self._by_name(needs).adapters
+        return any(a.lora_a for a in adapters), any(a.lora_b for a in adapters)
+
+    def _by_name(self, needs: Sequence[bool]) -> OfGroup[bool]:
+        return OfGroup.of_row(needs, len(self.filling.adapters.blocks))
 
 
 def _part(whole: Tensor, factor: Tensor, *place: slice) -> Tensor:
