@@ -18,7 +18,7 @@ def blocks(kernel: str, x: Tensor, *others: Tensor | None) -> tuple[dict[str, An
     Where a kernel sums over rows, PROGRAMS is how many of its programs a multiprocessor has
     registers for: each takes its share of the rows, all at once. ALIGN is what every row of x and
     `others` starts at a multiple of, in elements: a stride that Triton does not find divisible by
-    16 (rows with room behind them, say) may still allow 16-byte accesses.
+    16 (rows with padding columns, say) may still allow 16-byte accesses.
     """
     cols, heads = x.shape[-1], x.shape[1] if x.dim() == 3 else 1
     config = dict(launch.config(kernel, x.device, x.dtype, cols * x.element_size()))

@@ -241,7 +241,7 @@ class _Attention(torch.autograd.Function):
         )
         ctx.save_for_backward(*_Saved(q, k, v, cu_seqlens, cos, sin, o, lse))
         ctx.call, ctx.leading = call, shape[:-1]
-        return augmented.keep_room(o, o.view(shape))
+        return augmented.keep_padding(o, o.view(shape))
 
     @staticmethod
     @once_differentiable
@@ -274,6 +274,6 @@ class _Attention(torch.autograd.Function):
         )
 
         def shaped(grad: Tensor) -> Tensor:
-            return augmented.keep_room(grad, grad.view(*ctx.leading, grad.shape[1]))
+            return augmented.keep_padding(grad, grad.view(*ctx.leading, grad.shape[1]))
 
         return _Inputs(q=shaped(dq), k=shaped(dk), v=shaped(dv))

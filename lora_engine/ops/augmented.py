@@ -1,14 +1,14 @@
-"""Buffers with room at the end of each row, so that a matrix product can be augmented in place.
+"""Buffers whose rows have padding columns, so that a matrix product can be augmented in place.
 
-The augmented product `[X | S] W̃ᵀ` wants S in the columns behind X. Whoever makes X (a norm, a
-gated activation, attention; in the backward pass their gradients) asks `empty` for a buffer with
-that many spare columns and returns the front columns as ordinary tensors. The consumer's `claim`
-gives it the whole buffer, if the tensors it received are still those columns and nobody claimed
-them before; otherwise a copy with room is made. So the room is only ever written by one consumer,
-and a tensor from anywhere else works just as well, one copy dearer.
+The augmented product `[X | S] W̃ᵀ` reads S from the columns behind X. The operation that makes X
+(a norm, a gated activation, attention; in the backward pass their gradients) asks `empty` for a
+buffer with that many padding columns and returns the front columns as ordinary tensors. `claim`
+gives the consumer the whole buffer, if the tensors it received are still those columns and nobody
+claimed them before; otherwise it makes a copy with padding columns. So only one consumer ever
+writes the padding, and a tensor from anywhere else works too, at the cost of a copy.
 
-Whoever else multiplies those tensors may read what is beside them (see `front_columns`). So `empty`
-leaves zeros in the room, and `operand` copies a stranger's tensor that is part of a wider one.
+Other products of these tensors may read what is beside them (see `front_columns`). So `empty`
+zeroes the padding columns, and `operand` copies a foreign tensor that is part of a wider one.
 """
 
 from collections.abc import Sequence
@@ -19,11 +19,11 @@ from torch import Tensor
 
 from lora_engine.ops.tensors import empty_rows, front_columns, not_a_view
 
-_ATTRIBUTE = "_lora_engine_room"
+_ATTRIBUTE = "_lora_engine_padding"
 
 
 @dataclass
-class _Room:
+class _Padding:
     buffer: Tensor  # [rows, sum(widths) + tail]
     widths: tuple[int, ...]
     claimed: bool = False
@@ -47,32 +47,34 @@ def empty(
         return (empty_rows(rows, widths[0], dtype=dtype, device=device),)
     cols = sum(widths)
     buffer = empty_rows(rows, cols + tail, dtype=dtype, device=device)
-    # The room's own version counter: writing it changes no column that autograd may have saved.
-    room = _Room(buffer.data, tuple(widths))
+    # .data has a version counter of its own: writing the padding changes no column that autograd
+    # may have saved.
+    padding = _Padding(buffer.data, tuple(widths))
     front = front_columns(buffer, cols) if zeros else buffer[:, :cols]
     parts = front.split(list(widths), dim=1)
     for part in parts:
-        setattr(part, _ATTRIBUTE, room)
+        setattr(part, _ATTRIBUTE, padding)
     return tuple(parts)
 
 
-def keep_room(source: Tensor, view: Tensor) -> Tensor:
-    """Marks `view`, another shape of the same rows, as having `source`'s room; returns it."""
-    room = getattr(source, _ATTRIBUTE, None)
-    if room is not None:
-        setattr(view, _ATTRIBUTE, room)
+def keep_padding(source: Tensor, view: Tensor) -> Tensor:
+    """Marks `view`, `source` in another shape, as having the same padding columns; returns it."""
+    padding = getattr(source, _ATTRIBUTE, None)
+    if padding is not None:
+        setattr(view, _ATTRIBUTE, padding)
     return view
 
 
 def shaped(rows: Tensor, shape: torch.Size) -> Tensor:
-    """`rows` [rows, cols] as `shape` [..., cols], having its room."""
-    return rows if rows.shape == shape else keep_room(rows, rows.view(shape))
+    """`rows` [rows, cols] as `shape` [..., cols], with its padding columns."""
+    return rows if rows.shape == shape else keep_padding(rows, rows.view(shape))
 
 
 def result(rows: Tensor, shape: torch.Size) -> Tensor:
-    """`shaped` for an autograd function to return: to be changed in place where it has no room.
+    """`shaped` for an autograd function to return: no view where it has no padding columns, so that
+    the caller may change it in place.
 
-    With room, another function may have saved the buffer and would not notice.
+    With padding columns it stays a view: a function that saved the buffer would miss the change.
     """
     made = shaped(rows, shape)
     return made if hasattr(made, _ATTRIBUTE) else not_a_view(made)
@@ -89,10 +91,10 @@ def claim(parts: Sequence[Tensor], tail: int) -> Tensor:
     The last `tail` columns hold anything. The caller may write them, and only them, and writes them
     before the buffer or its front columns go into a product.
     """
-    room: _Room | None = getattr(parts[0], _ATTRIBUTE, None)
-    if room is not None and not room.claimed and _are_columns(parts, room, tail):
-        room.claimed = True
-        return room.buffer
+    padding: _Padding | None = getattr(parts[0], _ATTRIBUTE, None)
+    if padding is not None and not padding.claimed and _are_columns(parts, padding, tail):
+        padding.claimed = True
+        return padding.buffer
     if tail == 0 and len(parts) == 1:
         return operand(parts[0]).reshape(-1, parts[0].shape[-1])
     flat = [part.reshape(-1, part.shape[-1]) for part in parts]
@@ -103,10 +105,10 @@ def claim(parts: Sequence[Tensor], tail: int) -> Tensor:
     return buffer
 
 
-def _are_columns(parts: Sequence[Tensor], room: _Room, tail: int) -> bool:
-    buffer = room.buffer
+def _are_columns(parts: Sequence[Tensor], padding: _Padding, tail: int) -> bool:
+    buffer = padding.buffer
     widths = tuple(part.shape[-1] for part in parts)
-    if widths != room.widths or sum(widths) + tail != buffer.shape[1]:
+    if widths != padding.widths or sum(widths) + tail != buffer.shape[1]:
         return False
     column = 0
     for part in parts:
@@ -114,7 +116,7 @@ def _are_columns(parts: Sequence[Tensor], room: _Room, tail: int) -> bool:
         same_rows = part.numel() == buffer.shape[0] * part.shape[-1] and (
             part.shape[-1] == 0 or part.reshape(-1, part.shape[-1]).data_ptr() == part.data_ptr()
         )
-        if getattr(part, _ATTRIBUTE, None) is not room or not (same_place and same_rows):
+        if getattr(part, _ATTRIBUTE, None) is not padding or not (same_place and same_rows):
             return False
         column += part.shape[-1]
     return True

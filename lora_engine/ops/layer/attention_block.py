@@ -233,7 +233,7 @@ class _AttentionBlock(torch.autograd.Function):
             wants_a=wants_a,
         )
         grads = _Inputs(
-            x=None if dx is None else augmented.keep_room(dx, dx.view(ctx.shape)),
+            x=None if dx is None else augmented.keep_padding(dx, dx.view(ctx.shape)),
             norm_weight=dweight,
             q_weight=d_head_norms[0],
             k_weight=d_head_norms[1],

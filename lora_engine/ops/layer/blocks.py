@@ -104,7 +104,7 @@ class Call:
         return launchers.rms_norm(self.implementation("rms_norm", x))
 
     def normed(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """norm(x) with room for S behind it, and 1 / rms."""
+        """norm(x) with padding columns for S behind it, and 1 / rms."""
         rows, cols = x.shape
         width = cols + self.inner.group.padded_rank
         buffer = empty_rows(rows, width, dtype=x.dtype, device=x.device)
@@ -141,7 +141,7 @@ class Call:
         self.norm_kernels(x).rms_norm_bwd(
             d_normed, dy, x, self.norm.weight, rstd, dx, dweight, self.norm.offset
         )
-        normed = d_normed  # its gradient is used up; 1 / rms is written again as it was
+        normed = d_normed  # not needed any more; the call below rewrites rstd with the same values
         self._norm_into(normed, x, rstd)
         d_lora_a = self.inner.lora_a_gradient(ds, normed, wanted=wants_a)
         return dx, None if dweight is None else dweight.to(x.dtype), d_lora_a

@@ -158,7 +158,7 @@ class _MlpBlock(torch.autograd.Function):
             wants_a=wants_a,
         )
         grads = _Inputs(
-            x=None if dx is None else augmented.keep_room(dx, dx.view(ctx.shape)),
+            x=None if dx is None else augmented.keep_padding(dx, dx.view(ctx.shape)),
             norm_weight=dweight,
         )
         return (
