@@ -1,5 +1,6 @@
 """Values that say what is to be computed, for operations, kernels and the reference alike."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -57,6 +58,15 @@ class LoraFactors:
     scaling: float
     magnitude: Tensor | None = None  # [N]
     adapter: int = 0
+    bias: Tensor | None = None  # [N]
+
+
+@dataclass(frozen=True)
+class AdaptedLinear:
+    """One linear and all the adapters it has, each of them trained or not."""
+
+    weight: Tensor  # [N, K]
+    adapters: Sequence[LoraFactors] = ()
     bias: Tensor | None = None  # [N]
 
 

@@ -82,6 +82,21 @@ def test_only_operations_call_the_reference() -> None:
     assert callers == {"ops", "reference"}
 
 
+@pytest.mark.parametrize("path", sorted((PACKAGE / "ops").rglob("*.py")), ids=lambda p: p.stem)
+def test_an_operation_calls_the_reference_where_it_is_asked_for_alone(path: Path) -> None:
+    """Every use of the reference stands under `if … == "reference"`: ops holds no oracle."""
+    tree = ast.parse(path.read_text())
+    asked = {
+        node
+        for branch in ast.walk(tree)
+        if isinstance(branch, ast.If) and ast.unparse(branch.test).endswith("== 'reference'")
+        for statement in branch.body
+        for node in ast.walk(statement)
+    }
+    names = (node for node in ast.walk(tree) if isinstance(node, ast.Name))
+    assert not [n.lineno for n in names if n.id == "reference" and n not in asked]
+
+
 def run_python(code: str) -> str:
     return subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True

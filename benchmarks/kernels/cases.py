@@ -11,6 +11,7 @@ from benchmarks.common.measure import Matmul, linear_matmuls
 from benchmarks.common.registry import EPS, Function, Problem, Size, Work, case
 from lora_engine import ops, reference
 from lora_engine.testing import cu_seqlens
+from lora_engine.values import AdaptedLinear
 
 SCALING = 2.0
 BETAS = (0.9, 0.999)
@@ -186,7 +187,7 @@ def lora_linear(size: Size, dtype: torch.dtype, device: torch.device) -> Problem
         count = len(weights)
         pairs = zip(tensors[count::2], tensors[count + 1 :: 2], strict=True)
         return tuple(
-            reference.lora_linear(x, w, a, b, SCALING)
+            reference.lora_linear(x, AdaptedLinear(w, [ops.LoraFactors(a, b, SCALING)]))
             for w, (a, b) in zip(tensors[:count], pairs, strict=True)
         )
 

@@ -7,17 +7,21 @@ Every function is differentiable by autograd.
 from lora_engine.reference.adamw import adamw_, grad_norm
 from lora_engine.reference.adamw_8bit import adamw_8bit_
 from lora_engine.reference.attention import attention
+from lora_engine.reference.attention_block import attention_block
 from lora_engine.reference.cross_entropy import cross_entropy
 from lora_engine.reference.dropout import drop, dropout_mask
 from lora_engine.reference.glu import glu
 from lora_engine.reference.layer_norm import layer_norm
-from lora_engine.reference.linear_cross_entropy import linear_cross_entropy
+from lora_engine.reference.linear_cross_entropy import head_gradients, linear_cross_entropy
+from lora_engine.reference.lora_embedding import lora_embedding
 from lora_engine.reference.lora_linear import (
     dora_scale,
     lora_delta,
+    lora_group,
     lora_linear,
     merged_weight,
 )
+from lora_engine.reference.mlp_block import mlp_block
 from lora_engine.reference.rms_norm import rms_norm
 from lora_engine.reference.rope import rope
 
@@ -25,17 +29,22 @@ __all__ = [
     "adamw_",
     "adamw_8bit_",
     "attention",
+    "attention_block",
     "cross_entropy",
     "dora_scale",
     "drop",
     "dropout_mask",
     "glu",
     "grad_norm",
+    "head_gradients",
     "layer_norm",
     "linear_cross_entropy",
     "lora_delta",
+    "lora_embedding",
+    "lora_group",
     "lora_linear",
     "merged_weight",
+    "mlp_block",
     "rms_norm",
     "rope",
 ]

@@ -37,17 +37,17 @@ def _multiply(a: Tensor, factor: int) -> tuple[Tensor, Tensor]:
 
 
 def dropout_mask(
-    dropout: Dropout, stream: int, rows: int, cols: int, device: torch.device | str = "cpu"
+    dropout: Dropout, substream: int, rows: int, cols: int, device: torch.device | str = "cpu"
 ) -> Tensor:
     """True [rows, cols] where an element is kept.
 
     Element (m, k) has word k mod 4 of Philox4x32-10 with the seed's low and high word as key and
-    the counter (k // 4, m, stream, 0). It is kept if its word >= round(p 2^32).
+    the counter (k // 4, m, substream, 0). It is kept if its word >= round(p 2^32).
     """
     groups = -(-cols // 4)
     c0 = torch.arange(groups, device=device).expand(rows, groups)
     c1 = torch.arange(rows, device=device)[:, None].expand(rows, groups)
-    c2 = torch.full_like(c0, stream)
+    c2 = torch.full_like(c0, substream)
     words = philox((c0, c1, c2, torch.zeros_like(c0)), dropout.key)
     interleaved = torch.stack(words, dim=-1).reshape(rows, 4 * groups)
     return interleaved[:, :cols] >= dropout.threshold
@@ -56,10 +56,10 @@ def dropout_mask(
 def drop(
     x: Tensor,  # [..., K]
     dropout: Dropout,
-    stream: int = 0,
+    substream: int = 0,
 ) -> Tensor:
     """`mask * x / (1 - p)` in x's dtype; row m of the mask is the m-th row of x's [M, K]."""
     rows = x.reshape(-1, x.shape[-1])
-    mask = dropout_mask(dropout, stream, rows.shape[0], rows.shape[1], x.device)
+    mask = dropout_mask(dropout, substream, rows.shape[0], rows.shape[1], x.device)
     scaled = upcast(rows) * dropout.scale
     return torch.where(mask, scaled, torch.zeros_like(scaled)).to(x.dtype).view(x.shape)

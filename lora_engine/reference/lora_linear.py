@@ -1,29 +1,67 @@
-"""A linear layer with a low-rank adapter (Hu et al., 2021, arXiv:2106.09685)."""
+"""A linear layer with low-rank adapters (Hu et al., 2021, arXiv:2106.09685), every variant of it.
+
+    y = (x Wᵀ + Σ_j [adapter j is the row's] s_j (drop(x) A_jᵀ) B_jᵀ + s_j b_j) · m / norm + bias
+
+over the linear's adapters j, where
+    drop      is the identity without dropout, else `reference.drop`: one mask for all adapters of
+              a linear, another one for each linear of a group;
+    s_j b_j   is the bias of an adapter's B, where it has one;
+    m / norm  is DoRA's scale of a linear's only adapter (`dora_scale`), where it has a magnitude.
+"""
+
+from collections.abc import Sequence
 
 import torch.nn.functional as F
 from torch import Tensor
 
+from lora_engine.reference.dropout import drop
 from lora_engine.reference.numeric import upcast
+from lora_engine.values import AdaptedLinear, Dropout
 
 
 def lora_linear(
     x: Tensor,  # [..., K]
-    weight: Tensor,  # [N, K]
-    lora_a: Tensor,  # [r, K]
-    lora_b: Tensor,  # [N, r]
-    scaling: float,
-    bias: Tensor | None = None,  # [N]
-    magnitude: Tensor | None = None,  # [N]
+    linear: AdaptedLinear,  # of N outputs
+    *,
+    dropout: Dropout | None = None,
+    substream: int = 0,
+    routes: Tensor | None = None,  # [...] int64
+    residual: Tensor | None = None,  # [..., N]
 ) -> Tensor:
-    """`x Wᵀ + scaling (x Aᵀ) Bᵀ + bias` in x's dtype; the adapter is cast to it.
+    """The formula above, with `residual` added last; [..., N] in x's dtype.
 
-    With `magnitude` the sum before the bias is scaled as DoRA does (`dora_scale`).
+    `substream` is that of `dropout_mask`. `routes` gives each row the adapter with that number and
+    no other (-1: none). Adapters are cast to x's dtype.
     """
-    y = F.linear(x, weight) + lora_delta(x, lora_a, lora_b, scaling)
-    if magnitude is not None:
-        whole = merged_weight(weight, lora_a, lora_b, scaling)
-        y = y * dora_scale(whole, magnitude).to(y.dtype)
-    return y if bias is None else y + bias
+    y = F.linear(x, linear.weight)
+    for factors in linear.adapters:
+        a, b, scaling = factors.lora_a, factors.lora_b, factors.scaling
+        given = x if dropout is None else drop(x, dropout, substream)
+        if routes is not None:
+            given = given * (routes == factors.adapter)[..., None]
+        y = y + lora_delta(given, a, b, scaling)
+        if factors.bias is not None:
+            y = y + scaling * factors.bias.to(y.dtype)
+        if factors.magnitude is not None:
+            whole = merged_weight(linear.weight, a, b, scaling)
+            y = y * dora_scale(whole, factors.magnitude).to(y.dtype)
+    for addend in (linear.bias, residual):
+        y = y if addend is None else y + addend
+    return y
+
+
+def lora_group(
+    x: Tensor,  # [..., K]
+    linears: Sequence[AdaptedLinear],  # of N_i outputs
+    *,
+    dropout: Dropout | None = None,
+    routes: Tensor | None = None,  # [...] int64
+) -> tuple[Tensor, ...]:
+    """The outputs [..., N_i] of linears that share their input; linear i drops by substream i."""
+    return tuple(
+        lora_linear(x, linear, dropout=dropout, substream=i, routes=routes)
+        for i, linear in enumerate(linears)
+    )
 
 
 def lora_delta(

@@ -1,6 +1,8 @@
 """Tests of an operation take `backend` and `dtype`, and run on every implementation it has.
 
-A test module names its operation: OPERATION = "rms_norm".
+A test module names its operation: OPERATION = "rms_norm". An implementation is tested by having
+kernels for it (backends.OPERATIONS); the reference is tested like one by tests that are marked
+`reference`, which ask for results alone and have another formula to compare them with.
 """
 
 import importlib.util
@@ -9,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from emulated_cuda import emulated_kernels
-from implementations import BACKENDS, Backend, runnable_isas
+from implementations import Backend, parameters, runnable_isas
 
 from lora_engine import backends
 
@@ -18,19 +20,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """`backend` becomes each implementation of the module's OPERATION, `dtype` what it takes."""
     if "backend" not in metafunc.fixturenames:
         return
-    impls = backends.OPERATIONS[metafunc.module.OPERATION]
     with_dtype = "dtype" in metafunc.fixturenames
-    params = []
-    for name, found in BACKENDS.items():
-        marks = [pytest.mark.gpu] if found.device.type == "cuda" else []
-        if found.impl not in impls:
-            continue
-        for dtype in backends.DTYPES[found.impl] if with_dtype else [None]:
-            values = (found, dtype) if with_dtype else (found,)
-            label = f"{name}-{str(dtype).removeprefix('torch.')}" if with_dtype else name
-            params.append(pytest.param(*values, id=label, marks=marks))
+    found = parameters(
+        metafunc.module.OPERATION,
+        with_dtype=with_dtype,
+        with_reference=metafunc.definition.get_closest_marker("reference") is not None,
+    )
     names = ("backend", "dtype") if with_dtype else ("backend",)
-    metafunc.parametrize(names, params, indirect=["backend"])
+    metafunc.parametrize(names, found, indirect=["backend"])
 
 
 @pytest.fixture

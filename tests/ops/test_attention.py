@@ -2,12 +2,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from implementations import Backend
 from oracle import check
 from torch import Tensor
 
 from lora_engine import ops, reference
 from lora_engine.testing import cu_seqlens
 
+OPERATION = "attention"
 LENGTHS = {
     "one_token": [1],
     "ragged": [1, 63, 0, 32, 33],
@@ -28,6 +30,10 @@ def tables(tokens: int, dim: int) -> dict[str, Tensor]:
     return {"cos": torch.cat([angle.cos()] * 2, -1), "sin": torch.cat([angle.sin()] * 2, -1)}
 
 
+def on(backend: Backend, named: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: x.to(backend.device) for name, x in named.items()}
+
+
 def peer(lengths: list[int], causal: bool = True):
     """PyTorch's own attention, sequence by sequence."""
 
@@ -44,23 +50,28 @@ def peer(lengths: list[int], causal: bool = True):
     return attend
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.reference
 @pytest.mark.parametrize("name", ["one_token", "ragged", "several_key_blocks", "many_short"])
 @pytest.mark.parametrize("heads,kv_heads,dim", [(6, 2, 64), (2, 2, 80)], ids=str)
 def test_matches_pytorch(
-    isa: str, poisoned: None, name: str, dtype: torch.dtype, heads: int, kv_heads: int, dim: int
+    backend: Backend,
+    dtype: torch.dtype,
+    poisoned: None,
+    name: str,
+    heads: int,
+    kv_heads: int,
+    dim: int,
 ) -> None:
     lengths = LENGTHS[name]
-    bounds = cu_seqlens(lengths)
+    (bounds,) = backend.put(cu_seqlens(lengths))
     check(
-        lambda q, k, v: ops.attention(q, k, v, bounds),
+        lambda q, k, v: ops.attention(q, k, v, bounds, impl=backend.impl),
         peer(lengths),
-        inputs(lengths, heads, kv_heads, dim, dtype),
+        backend.put(*inputs(lengths, heads, kv_heads, dim, dtype)),
         floor=0.3,  # one token's scores have no gradient but rounding's
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize(
     "options",
     [{"causal": False}, {"window": 1}, {"window": 17}, {"window": 150}, {"softmax_scale": 0.3}],
@@ -68,15 +79,15 @@ def test_matches_pytorch(
 )
 @pytest.mark.parametrize("rotated", [False, True], ids=["plain", "rotated"])
 def test_options(
-    isa: str, poisoned: None, dtype: torch.dtype, options: dict, rotated: bool
+    backend: Backend, dtype: torch.dtype, poisoned: None, options: dict, rotated: bool
 ) -> None:
     lengths = [1, 40, 0, 201]
-    bounds = cu_seqlens(lengths)
-    options = options | (tables(sum(lengths), 16) if rotated else {})
+    (bounds,) = backend.put(cu_seqlens(lengths))
+    options = options | (on(backend, tables(sum(lengths), 16)) if rotated else {})
     check(
-        lambda q, k, v: ops.attention(q, k, v, bounds, **options),
+        lambda q, k, v: ops.attention(q, k, v, bounds, impl=backend.impl, **options),
         lambda q, k, v: reference.attention(q, k, v, bounds, **options),
-        inputs(lengths, 4, 2, 16, dtype),
+        backend.put(*inputs(lengths, 4, 2, 16, dtype)),
         tolerance=2e-2 if dtype == torch.bfloat16 else 3e-5,
         floor=0.3,
     )
@@ -108,20 +119,26 @@ def unshared(lengths: list[int], parents: list[int], **options):
     return attend
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.reference
 @pytest.mark.parametrize("tree", list(TREES))
 @pytest.mark.parametrize("window", [0, 25])
 @pytest.mark.parametrize("rotated", [False, True], ids=["plain", "rotated"])
 def test_continued_sequences_are_as_if_written_out(
-    isa: str, poisoned: None, dtype: torch.dtype, tree: str, window: int, rotated: bool
+    backend: Backend,
+    dtype: torch.dtype,
+    poisoned: None,
+    tree: str,
+    window: int,
+    rotated: bool,
 ) -> None:
     lengths, parents = TREES[tree]
-    options = {"window": window} | (tables(sum(lengths), 16) if rotated else {})
-    bounds, continued = cu_seqlens(lengths), torch.tensor(parents, dtype=torch.int32)
+    options = {"window": window} | (on(backend, tables(sum(lengths), 16)) if rotated else {})
+    bounds, continued = backend.put(cu_seqlens(lengths), torch.tensor(parents, dtype=torch.int32))
+    impl = backend.impl
     check(
-        lambda q, k, v: ops.attention(q, k, v, bounds, parents=continued, **options),
+        lambda q, k, v: ops.attention(q, k, v, bounds, parents=continued, impl=impl, **options),
         unshared(lengths, parents, **options),
-        inputs(lengths, 4, 2, 16, dtype),
+        backend.put(*inputs(lengths, 4, 2, 16, dtype)),
         tolerance=2e-2 if dtype == torch.bfloat16 else 3e-5,
         floor=0.3,
     )
@@ -151,37 +168,39 @@ def test_shared_gradients_do_not_depend_on_the_threads(isa: str) -> None:
     assert all(torch.equal(one, three) for one, three in zip(*found, strict=True))
 
 
-def test_sequences_do_not_see_each_other(isa: str) -> None:
-    q, k, v = inputs([20, 30], 4, 2, 16, torch.float32)
-    together = ops.attention(q, k, v, cu_seqlens([20, 30]))
-    alone = ops.attention(q[20:], k[20:], v[20:], cu_seqlens([30]))
+def test_sequences_do_not_see_each_other(backend: Backend) -> None:
+    q, k, v, both, second = backend.put(
+        *inputs([20, 30], 4, 2, 16, torch.float32), cu_seqlens([20, 30]), cu_seqlens([30])
+    )
+    together = ops.attention(q, k, v, both, impl=backend.impl)
+    alone = ops.attention(q[20:], k[20:], v[20:], second, impl=backend.impl)
     assert torch.equal(together[20:], alone)
 
 
-def test_large_scores_do_not_overflow(isa: str) -> None:
-    q, k, v = (x * 100 for x in inputs([40], 2, 1, 16, torch.float32))
+def test_large_scores_do_not_overflow(backend: Backend) -> None:
+    bounds, *qkv = backend.put(cu_seqlens([40]), *inputs([40], 2, 1, 16, torch.float32))
     check(
-        lambda q, k, v: ops.attention(q, k, v, cu_seqlens([40])),
+        lambda q, k, v: ops.attention(q, k, v, bounds, impl=backend.impl),
         peer([40]),
-        [q, k, v],
+        [x * 100 for x in qkv],
         tolerance=1e-4,
     )
 
 
-def test_no_tokens(isa: str) -> None:
-    q, k, v = (x.requires_grad_() for x in inputs(LENGTHS["none"], 4, 2, 16, torch.float32))
-    out = ops.attention(q, k, v, cu_seqlens([]))
+def test_no_tokens(backend: Backend) -> None:
+    qkv = backend.put(*inputs(LENGTHS["none"], 4, 2, 16, torch.float32))
+    q, k, v = (x.requires_grad_() for x in qkv)
+    out = ops.attention(q, k, v, *backend.put(cu_seqlens([])), impl=backend.impl)
     assert out.shape == (0, 4, 16)
     assert torch.autograd.grad(out.sum(), q)[0].shape == q.shape
 
 
-def test_flat_heads_give_the_same(isa: str) -> None:
-    q, k, v = inputs([9, 30], 4, 2, 16, torch.float32)
-    bounds = cu_seqlens([9, 30])
-    flat = ops.attention(
-        *(x.reshape(3, 13, -1) for x in (q, k, v)), bounds, head_dim=16, tail=8, grad_tail=8
-    )
-    assert torch.equal(flat.reshape(39, 4, 16), ops.attention(q, k, v, bounds))
+def test_flat_heads_give_the_same(backend: Backend) -> None:
+    q, k, v, bounds = backend.put(*inputs([9, 30], 4, 2, 16, torch.float32), cu_seqlens([9, 30]))
+    options = {"head_dim": 16, "tail": 8, "grad_tail": 8, "impl": backend.impl}
+    flat = ops.attention(*(x.reshape(3, 13, -1) for x in (q, k, v)), bounds, **options)
+    whole = ops.attention(q, k, v, bounds, impl=backend.impl)
+    assert torch.equal(flat.reshape(39, 4, 16), whole)
 
 
 @settings(max_examples=30, deadline=None)

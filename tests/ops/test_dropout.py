@@ -1,10 +1,11 @@
-"""One mask from a seed: the reference's, the C++ kernel's and Triton's."""
+"""One mask from a seed: every implementation gives the reference's."""
 
 import pytest
 import torch
 from implementations import Backend
 
 from lora_engine import backends
+from lora_engine.backends import launchers
 from lora_engine.backends.cpu.dropout import dropout_fwd
 from lora_engine.reference.dropout import drop, dropout_mask, philox
 from lora_engine.values import WORD, Dropout
@@ -35,20 +36,8 @@ def test_known_answers_of_philox(
 SEEDS = [0, 1, 2**31, 2**32 - 1, 2**32, 2**63 + 12345, 2**64 - 1]
 
 
-def from_cpu(backend: Backend, dropout: Dropout, stream: int, rows: int, cols: int) -> torch.Tensor:
-    x = torch.ones(rows, cols + 3)[:, :cols]
-    y = torch.full((rows, cols + 1), float("nan"))
-    dropout_fwd(x, y[:, :cols], dropout, stream)
-    assert y[:, cols].isnan().all()
-    return y[:, :cols] != 0
-
-
-def from_triton(
-    backend: Backend, dropout: Dropout, stream: int, rows: int, cols: int
-) -> torch.Tensor:
+def mask_of(backend: Backend, dropout: Dropout, stream: int, rows: int, cols: int) -> torch.Tensor:
     """The mask of `lora_linear_dx` whose only share is all ones."""
-    from lora_engine.backends.triton.lora_linear import lora_linear_dx
-
     dy, weight, ds, lora_a, dx = backend.put(
         torch.zeros(rows, 1),
         torch.zeros(1, cols),
@@ -57,24 +46,22 @@ def from_triton(
         torch.full((rows, cols), float("nan")),
     )
     spans = [(slice(0, 0), slice(0, 0))] * stream + [(slice(0, 1), slice(0, 1))]
-    lora_linear_dx(dy, weight, ds, lora_a, dx, spans, dropout)
+    kernels = launchers.lora_linear(backend.impl)
+    kernels.lora_linear_dx(dy, weight, ds, lora_a, dx, spans, dropout)
     return (dx != 0).cpu()
-
-
-MASKS = {"cpu": from_cpu, "triton": from_triton}
 
 
 @pytest.mark.parametrize("seed", SEEDS, ids=str)
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
 def test_the_mask_is_the_references(backend: Backend, seed: int, p: float) -> None:
     dropout = Dropout(p, seed)
-    mask = MASKS[backend.impl](backend, dropout, seed % 3, 37, 131)
+    mask = mask_of(backend, dropout, seed % 3, 37, 131)
     assert torch.equal(mask, dropout_mask(dropout, seed % 3, 37, 131))
 
 
 @pytest.mark.parametrize("p", [0.0, 1e-10, 1 - 1e-10], ids=str)
 def test_extreme_probabilities(backend: Backend, p: float) -> None:
-    mask = MASKS[backend.impl](backend, Dropout(p, 5), 0, 5, 67)
+    mask = mask_of(backend, Dropout(p, 5), 0, 5, 67)
     assert mask.all() if p < 0.5 else not mask.any()
 
 

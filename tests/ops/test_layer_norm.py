@@ -26,6 +26,7 @@ def inputs(dtype: torch.dtype, shape: tuple[int, ...]) -> list[Tensor]:
 SHAPES = [(1, 1), (3, 63), (2, 5, 576), (65, 100), (5, 1000), (3, 1025), (0, 8)]
 
 
+@pytest.mark.reference
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_matches_oracle(
     backend: Backend, dtype: torch.dtype, poisoned: None, shape: tuple[int, ...]

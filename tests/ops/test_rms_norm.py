@@ -31,6 +31,7 @@ def inputs(backend: Backend, dtype: torch.dtype, shape: tuple[int, ...]) -> list
 SHAPES = [(1, 1), (3, 63), (2, 5, 576), (65, 100), (5, 1000), (3, 1025), (0, 8)]
 
 
+@pytest.mark.reference
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_matches_oracle(
     backend: Backend, dtype: torch.dtype, poisoned: None, shape: tuple[int, ...]
@@ -40,6 +41,7 @@ def test_matches_oracle(
     check(ours, peer, [x, weight], floor=0.1)
 
 
+@pytest.mark.reference
 @pytest.mark.parametrize("offset", [0.0, 1.0])
 @pytest.mark.parametrize("shape", [(3, 63), (2, 5, 576), (0, 8)], ids=str)
 def test_residual_matches_oracle(
@@ -91,6 +93,7 @@ def test_one_output_used_alone(backend: Backend, poisoned: None, used: str) -> N
         assert grads[1] is None and torch.equal(grads[0], torch.ones_like(x))
 
 
+@pytest.mark.reference
 def test_a_chain_of_residuals(backend: Backend) -> None:
     """As in a model: h of one norm is the next one's residual, and every weight trains."""
     x, weight, residual = inputs(backend, torch.float32, (6, 64))

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -27,12 +28,47 @@ class Backend:
         """The tensors on this implementation's device."""
         return [x.to(self.device) for x in tensors]
 
+    @property
+    def dtypes(self) -> tuple[torch.dtype, ...]:
+        """What it takes."""
+        return backends.DTYPES.get(self.impl, backends.DTYPES["cpu"])
+
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+REFERENCE = Backend("reference", CPU)
+# Every implementation, in every way that it can be run.
 BACKENDS = {
+    "reference": REFERENCE,
     **{f"cpu-{isa}": Backend("cpu", CPU, isa) for isa in runnable_isas()},
     "triton-interpreter": Backend("triton", CPU),
     "triton": Backend("triton", GPU),
     "cuda-emulated": Backend("cuda", CPU),
     "cuda": Backend("cuda", GPU),
+    "torch": Backend("torch", CPU),
+    "torch-gpu": Backend("torch", GPU),
 }
+
+
+def implementations(operation: str) -> tuple[str, ...]:
+    """Those with kernels for an operation or a block; "torch" where it is made of torch's own."""
+    parts = backends.BLOCKS.get(operation, (operation,))
+    found = [backends.OPERATIONS.get(part, ("torch",)) for part in parts]
+    return tuple(impl for impl in found[0] if all(impl in others for others in found))
+
+
+def parameters(operation: str, *, with_dtype: bool, with_reference: bool = False) -> list[object]:
+    """What a test of the operation is parametrised by: a backend, or a pair of one and a dtype.
+
+    Results of the reference are tested like those of a backend, where the marker asks for it.
+    """
+    impls = [*implementations(operation), *(["reference"] if with_reference else [])]
+    found: list[object] = []
+    for name, backend in BACKENDS.items():
+        if backend.impl not in impls:
+            continue
+        marks = [pytest.mark.gpu] if backend.device.type == "cuda" else []
+        for dtype in backend.dtypes if with_dtype else [None]:
+            label = f"{name}-{str(dtype).removeprefix('torch.')}" if with_dtype else name
+            values = (backend, dtype) if with_dtype else (backend,)
+            found.append(pytest.param(*values, id=label, marks=marks))
+    return found

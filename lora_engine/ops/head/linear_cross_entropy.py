@@ -9,7 +9,7 @@ arrives at the entropy, which is rare.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -94,18 +94,19 @@ def linear_cross_entropy(
         f"linear_cross_entropy: temperature={temperature} is not positive, or there is a softcap",
     )
     check_targets(hidden.shape[0], weight.shape[0], target, ignore_index, "linear_cross_entropy")
-    if temperature != 1:
-        hidden, bias = hidden / temperature, None if bias is None else bias / temperature
     impl = backends.select("linear_cross_entropy", hidden.device, hidden.dtype, impl)
     hidden, weight = operand(hidden), operand(weight)
-    lora_a, lora_b, scaling = None, None, 0.0
     if lora is not None:
-        lora_a, lora_b = operand(lora.lora_a), operand(lora.lora_b)
-        scaling = lora.scaling
+        lora = replace(lora, lora_a=operand(lora.lora_a), lora_b=operand(lora.lora_b))
     if impl == "reference":
-        adapter = None if lora_a is None or lora_b is None else (lora_a, lora_b, scaling)
         found = reference.linear_cross_entropy(
-            hidden, weight, target, bias=bias, lora=adapter, **options.keywords()
+            hidden,
+            weight,
+            target,
+            bias=bias,
+            lora=lora,
+            temperature=temperature,
+            **options.keywords(),
         )
         loss = _reduce(found.loss, target, reduction, ignore_index)
         return LinearCrossEntropy(
@@ -115,6 +116,11 @@ def linear_cross_entropy(
             found.entropy if entropy else None,
             found.mean_logit if mean_logit else None,
         )
+    if temperature != 1:
+        hidden, bias = hidden / temperature, None if bias is None else bias / temperature
+    lora_a, lora_b, scaling = None, None, 0.0
+    if lora is not None:
+        lora_a, lora_b, scaling = lora.lora_a, lora.lora_b, lora.scaling
     inputs = (hidden, weight, bias, lora_a, lora_b)
     wanted = Wanted(
         hidden=_requires_grad(hidden),

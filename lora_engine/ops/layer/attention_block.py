@@ -7,10 +7,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lora_engine import backends, reference
 from lora_engine.backends import launchers
 from lora_engine.ops import augmented
 from lora_engine.ops.attention import check_parents
-from lora_engine.ops.layer.blocks import Branch, Call, products
+from lora_engine.ops.layer.blocks import Branch, Call, check_branch, products
+from lora_engine.ops.lora.linear import adapted_linears
 from lora_engine.ops.tensors import (
     accumulate_dtype,
     as_rows,
@@ -46,32 +48,48 @@ def attention_block(
 
     Raises ValueError where shapes or dtypes do not fit.
     """
-    inner, outer = products(x, norm, branch, impl)
-    widths = inner.group.out_features
+    check_branch(x, norm, branch)
+    widths, width = branch.inner.out_features, branch.outer.in_features
     check(
-        len(widths) == 3
-        and widths[0] == outer.group.in_features
-        and all(width % head_dim == 0 for width in widths),
+        len(widths) == 3 and widths[0] == width and all(width % head_dim == 0 for width in widths),
         f"attention_block: q, k, v {widths} do not fit heads of {head_dim} and the output "
-        f"projection's {outer.group.in_features} inputs",
+        f"projection's {width} inputs",
     )
-    scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
-    accumulate = accumulate_dtype(x.dtype)
     if parents is not None:
         check_parents(parents, cu_seqlens.numel() - 1, causal=True)
-    options = {
-        "head_dim": head_dim,
-        "scale": scale,
-        "causal": True,
-        "window": window,
-        "parents": parents,
-    }
     for head_norm in head_norms or ():
         check(
             head_norm.weight.shape == (head_dim,) and head_norm.weight.dtype == x.dtype,
             f"attention_block: the heads' norm {shape_of(head_norm.weight)} does not fit heads of "
             f"{head_dim} in {shape_of(x)}",
         )
+    if backends.select("attention_block", x.device, x.dtype, impl) == "reference":
+        (out_projection,) = adapted_linears(branch.outer)
+        return reference.attention_block(
+            augmented.operand(x),
+            norm,
+            adapted_linears(branch.inner),
+            out_projection,
+            cu_seqlens,
+            cos,
+            sin,
+            head_dim=head_dim,
+            softmax_scale=softmax_scale,
+            window=window,
+            parents=parents,
+            head_norms=head_norms,
+            dropouts=branch.dropouts,
+            routes=branch.routes,
+        )
+    accumulate = accumulate_dtype(x.dtype)
+    options = {
+        "head_dim": head_dim,
+        "scale": head_dim**-0.5 if softmax_scale is None else softmax_scale,
+        "causal": True,
+        "window": window,
+        "parents": parents,
+    }
+    inner, outer = products(x, branch, impl)
     call = Call(norm, inner, outer, branch.grad_tail, options, impl)
     out: Tensor = _AttentionBlock.apply(
         x,

@@ -62,16 +62,11 @@ def check_branch(x: Tensor, norm: PreNorm, branch: Branch) -> None:
     )
 
 
-def products(
-    x: Tensor, norm: PreNorm, branch: Branch, impl: str | None
-) -> tuple[LoraProduct, LoraProduct]:
-    """The branch's inner and outer product for rows x [..., H]; ValueError where shapes differ."""
-    check_branch(x, norm, branch)
+def products(x: Tensor, branch: Branch, impl: str | None) -> tuple[LoraProduct, LoraProduct]:
+    """The branch's inner and outer product for rows x [..., H]."""
     between = x[..., :1].expand(*x.shape[:-1], branch.outer.in_features)
     inner = make_product(x, branch.inner, branch.dropouts[0], branch.routes, impl)
     outer = make_product(between, branch.outer, branch.dropouts[1], branch.routes, impl)
-    check(inner is not None and outer is not None, "a block has no reference")
-    assert inner is not None and outer is not None
     return inner, outer
 
 

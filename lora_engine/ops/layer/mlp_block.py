@@ -1,4 +1,4 @@
-"""The MLP half of a decoder layer as one autograd function; see ops/blocks.py."""
+"""The MLP half of a decoder layer as one autograd function; see ops/layer/blocks.py."""
 
 from typing import Any, NamedTuple
 
@@ -6,10 +6,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lora_engine import backends, reference
 from lora_engine.backends import launchers
 from lora_engine.ops import augmented
 from lora_engine.ops.layer.blocks import Branch, Call, check_branch, products
 from lora_engine.ops.lora import few_rows
+from lora_engine.ops.lora.linear import adapted_linears
 from lora_engine.ops.tensors import (
     accumulate_dtype,
     as_rows,
@@ -43,10 +45,21 @@ def mlp_block(
         f"mlp_block: gate and up {inner_group.out_features} do not fit down's "
         f"{outer_group.in_features} inputs",
     )
+    check_branch(x, norm, branch)
     if branch.is_plain and few_rows.suits(x, inner_group, outer_group, impl=impl):
-        check_branch(x, norm, branch)
         return _of_few_rows(x, norm, branch, activation)
-    inner, outer = products(x, norm, branch, impl)
+    if backends.select("mlp_block", x.device, x.dtype, impl) == "reference":
+        (down,) = adapted_linears(outer_group)
+        return reference.mlp_block(
+            augmented.operand(x),
+            norm,
+            adapted_linears(inner_group),
+            down,
+            activation=activation,
+            dropouts=branch.dropouts,
+            routes=branch.routes,
+        )
+    inner, outer = products(x, branch, impl)
     call = Call(norm, inner, outer, branch.grad_tail, {"activation": activation}, impl)
     out: Tensor = _MlpBlock.apply(x, norm.weight, call, *call.tensors())
     return out

@@ -13,7 +13,7 @@ from lora_engine.ops.lora import few_rows
 from lora_engine.ops.lora.group import LoraGroup
 from lora_engine.ops.lora.product import LoraProduct
 from lora_engine.ops.tensors import as_rows, not_a_view, shape_of, without_autocast
-from lora_engine.values import Dropout
+from lora_engine.values import AdaptedLinear, Dropout
 
 
 @without_autocast
@@ -42,9 +42,12 @@ def lora_linear(
     if dropout is None and routes is None and few_rows.suits(x, group, impl=impl):
         y = few_rows.lora_linear(as_rows(x), group)
         return _outputs(y, x.shape, group)
+    impl = backends.select("lora_linear", x.device, x.dtype, impl)
+    if impl == "reference":
+        x, linears = augmented.operand(x), adapted_linears(group)
+        parts = reference.lora_group(x, linears, dropout=dropout, routes=routes)
+        return tuple(map(_takes_any_gradient, parts))
     product = make_product(x, group, dropout, routes, impl)
-    if product is None:
-        return _reference(augmented.operand(x), group, dropout, routes)
     if not torch.is_grad_enabled():
         return _forward(x, product)[0]
     outputs: tuple[Tensor, ...] = _LoraLinear.apply(x, product, *product.filling.tensors())
@@ -57,15 +60,13 @@ def make_product(
     dropout: Dropout | None = None,
     routes: Tensor | None = None,
     impl: str | None = None,
-) -> LoraProduct | None:
+) -> LoraProduct:
     """The checked product for rows `x` [..., K]; with the adapters as they are now.
 
-    None: the reference is to run.
+    Raises ValueError where x or routes do not fit the weight, or no kernels can run.
     """
     _check(x, group, routes)
     impl = backends.select("lora_linear", x.device, x.dtype, impl)
-    if impl == "reference":
-        return None
     columns = None
     if routes is not None and group.padded_rank:
         columns = group.adapters.route(routes.reshape(-1), group.padded_rank)
@@ -86,32 +87,20 @@ def _check(x: Tensor, group: LoraGroup, routes: Tensor | None) -> None:
         raise ValueError("lora_linear: rows cannot be routed to adapters that have a bias")
 
 
-def _reference(
-    x: Tensor, group: LoraGroup, dropout: Dropout | None, routes: Tensor | None
-) -> tuple[Tensor, ...]:
-    outputs = []
-    for i, bias in enumerate(group.biases):
-        base = group.base.read(group.rows[i])
-        y = torch.nn.functional.linear(x, base)
-        for factors in (block.factors for block in group.adapters.blocks if block.linear == i):
-            given = x
-            if dropout is not None:
-                given = reference.drop(x, dropout, stream=i)
-            if routes is not None:
-                given = given * (routes == factors.adapter)[..., None]
-            y = y + reference.lora_delta(given, factors.lora_a, factors.lora_b, factors.scaling)
-            if factors.bias is not None:
-                y = y + factors.scaling * factors.bias.to(y.dtype)
-            if factors.magnitude is not None:
-                whole = reference.merged_weight(
-                    base, factors.lora_a, factors.lora_b, factors.scaling
-                )
-                y = y * reference.dora_scale(whole, factors.magnitude).to(y.dtype)
-        y = y if bias is None else y + bias
-        if y.requires_grad:
-            y.register_hook(lambda dy: dy if dy is None else augmented.operand(dy))
-        outputs.append(y)
-    return tuple(outputs)
+def adapted_linears(group: LoraGroup) -> list[AdaptedLinear]:
+    """The group's linears, each by itself, as the reference takes them."""
+    blocks = group.adapters.blocks
+    return [
+        AdaptedLinear(group.base.read(rows), [b.factors for b in blocks if b.linear == i], bias)
+        for i, (rows, bias) in enumerate(zip(group.rows, group.biases, strict=True))
+    ]
+
+
+def _takes_any_gradient(y: Tensor) -> Tensor:
+    """`y`, whose gradient is copied if what stands beside its rows is not known to be finite."""
+    if y.requires_grad:
+        y.register_hook(lambda dy: dy if dy is None else augmented.operand(dy))
+    return y
 
 
 class _Inputs(NamedTuple):

@@ -11,9 +11,10 @@ from oracle import check
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lora_engine import ops
+from lora_engine import ops, reference
 from lora_engine.ops import LoraFactors
 from lora_engine.ops import linear_cross_entropy as function
+from lora_engine.testing import error
 
 OPERATION = "linear_cross_entropy"
 SCALING = 1.5
@@ -86,6 +87,7 @@ def skip_where_products_are_not_exact(backend: Backend, dtype: torch.dtype) -> N
         pytest.skip("float16 products on a CPU are not what a GPU does")
 
 
+@pytest.mark.reference
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
 @pytest.mark.parametrize("rows,classes", [(1, 5), (14, 1000), (26, 97)], ids=str)
 def test_matches_oracle(
@@ -101,6 +103,7 @@ def test_matches_oracle(
     check(ours(target, reduction, backend.impl, chunk_rows=12), peer(target, reduction), inputs)
 
 
+@pytest.mark.reference
 @pytest.mark.parametrize("chunk_rows", [9, 40], ids=["chunks", "one chunk"])
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 @pytest.mark.parametrize("parts", ["bias", "lora", "bias+lora"])
@@ -128,12 +131,12 @@ def test_gradcheck(impl: str, reduction: str, extras: dict[str, Any]) -> None:
     assert torch.autograd.gradcheck(run, inputs)
 
 
-def test_mixed_dtypes_of_adapters(isa: str) -> None:
+def test_mixed_dtypes_of_adapters(backend: Backend) -> None:
     """PEFT keeps adapters in float32 under a bfloat16 model; their gradients are float32 too."""
-    inputs = [x.requires_grad_() for x in case(26, 97, torch.bfloat16, "lora")]
-    inputs[2:] = [x.detach().float().requires_grad_() for x in inputs[2:]]
-    target = targets(26, 97)
-    grads = torch.autograd.grad(ours(target, "mean", chunk_rows=9)(*inputs), inputs)
+    target, *inputs = backend.put(targets(26, 97), *case(26, 97, torch.bfloat16, "lora"))
+    inputs = [leaf(x if i < 2 else x.float()) for i, x in enumerate(inputs)]
+    run = ours(target, "mean", backend.impl, chunk_rows=9)
+    grads = torch.autograd.grad(run(*inputs), inputs)
     exact = [x.detach().double().requires_grad_() for x in inputs]
     oracle = torch.autograd.grad(peer(target, "mean")(*exact), exact)
     for x, grad, expected in zip(inputs, grads, oracle, strict=True):
@@ -159,6 +162,7 @@ def leaf(x: Tensor) -> Tensor:
     return x.detach().clone().requires_grad_()
 
 
+@pytest.mark.reference
 @pytest.mark.parametrize("upstream", [[0.0, 1.0, -2.0, 1e4, 3.0], [0.0] * 5], ids=["any", "zero"])
 def test_rows_take_any_upstream_gradient(backend: Backend, upstream: list[float]) -> None:
     """What DPO and GRPO send back: signed, zero and large factors of each log-probability."""
@@ -175,13 +179,13 @@ def test_rows_take_any_upstream_gradient(backend: Backend, upstream: list[float]
         assert (grad - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
-def test_expanded_and_repeated_upstream_gradients(isa: str) -> None:
-    inputs = [leaf(x) for x in case(26, 97, torch.float32, "lora")]
-    target = targets(26, 97)
-    loss = ours(target, "none", chunk_rows=9)(*inputs)
+def test_expanded_and_repeated_upstream_gradients(backend: Backend) -> None:
+    target, *inputs = backend.put(targets(26, 97), *case(26, 97, torch.float32, "lora"))
+    inputs = [leaf(x) for x in inputs]
+    loss = ours(target, "none", backend.impl, chunk_rows=9)(*inputs)
     first = torch.autograd.grad(loss.sum(), inputs, retain_graph=True)
     second = torch.autograd.grad(loss.sum() * 2, inputs)
-    summed = torch.autograd.grad(ours(target, "sum", chunk_rows=9)(*inputs), inputs)
+    summed = torch.autograd.grad(ours(target, "sum", backend.impl, chunk_rows=9)(*inputs), inputs)
     for a, b, c in zip(first, second, summed, strict=True):
         assert torch.equal(2 * a, b)
         assert torch.allclose(a, c, rtol=1e-4, atol=1e-5)
@@ -195,22 +199,23 @@ def test_a_second_derivative_is_refused() -> None:
         grad.sum().backward()
 
 
-def test_a_tied_embedding_gets_both_gradients(isa: str) -> None:
-    weight = torch.randn(30, 8, requires_grad=True)
-    ids, target = torch.randint(0, 30, (12,)), torch.randint(0, 30, (12,))
-    mixing = torch.randn(8, 8)
+def test_a_tied_embedding_gets_both_gradients(backend: Backend) -> None:
+    ids, target = torch.randint(0, 30, (2, 12), device=backend.device)
+    weight, mixing = backend.put(torch.randn(30, 8), torch.randn(8, 8))
+    weight.requires_grad_()
     grads = []
-    for run in (ours(target, "mean", chunk_rows=5), peer(target, "mean")):
+    for run in (ours(target, "mean", backend.impl, chunk_rows=5), peer(target, "mean")):
         grads += torch.autograd.grad(run(F.embedding(ids, weight) @ mixing, weight), weight)
     assert torch.allclose(*grads, atol=1e-6)
 
 
 @pytest.mark.parametrize("extras", [{}, EXTRAS], ids=["plain", "extras"])
-@pytest.mark.parametrize("impl", ["reference", "cpu"])
-def test_reports_logprobs_correctness_and_entropy(impl: str, extras: dict[str, Any]) -> None:
-    hidden, weight = torch.randn(40, 16), torch.randn(30, 16)
+@pytest.mark.reference
+def test_reports_logprobs_correctness_and_entropy(backend: Backend, extras: dict[str, Any]) -> None:
+    impl = backend.impl
+    hidden, weight = backend.put(torch.randn(40, 16), torch.randn(30, 16))
     logits = hidden @ weight.T
-    target = torch.randint(0, 30, (40,))
+    target = torch.randint(0, 30, (40,), device=backend.device)
     target[:20] = logits.argmax(-1)[:20]
     target[5] = -100
     out = function(
@@ -235,8 +240,9 @@ def test_reports_logprobs_correctness_and_entropy(impl: str, extras: dict[str, A
     assert function(hidden, weight, target, impl=impl).entropy is None
 
 
+@pytest.mark.reference
 @pytest.mark.parametrize("reduction", ["none", "mean"])
-@pytest.mark.parametrize("parts", ["", "bias+lora"])
+@pytest.mark.parametrize("parts", ["bias+lora"])
 @pytest.mark.parametrize("softcap", [None, 6.0])
 def test_gradients_of_the_entropy_match_oracle(
     backend: Backend, poisoned: None, softcap: float | None, parts: str, reduction: str
@@ -277,10 +283,11 @@ def test_gradients_of_the_entropy_match_oracle(
 
         return ours_, theirs
 
-    check(*combined(0.0), inputs, tolerance=1e-5)
-    check(*combined(0.7), inputs, tolerance=1e-5)
+    check(*combined(0.0), inputs, tolerance=1e-5, alone=False)
+    check(*combined(0.7), inputs, tolerance=1e-5, alone=False)
 
 
+@pytest.mark.reference
 @pytest.mark.parametrize("parts", ["", "bias+lora"])
 def test_temperature_divides_the_logits(backend: Backend, poisoned: None, parts: str) -> None:
     target, *inputs = backend.put(targets(14, 97), *case(14, 97, torch.float32, parts))
@@ -292,6 +299,75 @@ def test_temperature_divides_the_logits(backend: Backend, poisoned: None, parts:
     check(ours(target, "none", backend.impl, temperature=0.7), theirs, inputs)
 
 
+HEADS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "extras": EXTRAS,
+    "temperature": {"temperature": 0.7, "label_smoothing": 0.1, "z_loss": 0.01},
+}
+
+
+@pytest.mark.parametrize("with_entropy", [False, True], ids=["loss", "entropy"])
+@pytest.mark.parametrize("options", HEADS)
+def test_head_gradients_are_the_formulas(
+    backend: Backend, poisoned: None, options: str, with_entropy: bool
+) -> None:
+    """dX, dW, dbias, dA and dB, for any gradient of each row's loss and entropy."""
+    torch.manual_seed(0)
+    rows, classes = 26, 97
+    target, d_loss, d_entropy, *inputs = backend.put(
+        targets(rows, classes),
+        torch.randn(rows),
+        torch.randn(rows),
+        *case(rows, classes, torch.float32, "bias+lora"),
+    )
+    leaves = [leaf(x) for x in inputs]
+    hidden, weight, bias, a, b = leaves
+    out = function(
+        hidden,
+        weight,
+        target,
+        bias=bias,
+        lora=LoraFactors(a, b, SCALING),
+        entropy=with_entropy,
+        reduction="none",
+        chunk_rows=9,
+        impl=backend.impl,
+        **HEADS[options],
+    )
+    total = (out.loss * d_loss).sum()
+    if out.entropy is not None:
+        total = total + (out.entropy * d_entropy).sum()
+    grads = torch.autograd.grad(total, leaves)
+    x, w, bias, a, b = (t.double() for t in inputs)
+    exact = reference.head_gradients(
+        x,
+        w,
+        target,
+        d_loss.double(),
+        d_entropy.double() if with_entropy else None,
+        bias=bias,
+        lora=LoraFactors(a, b, SCALING),
+        **HEADS[options],
+    )
+    for name, ours_, oracle in zip(exact._fields, grads, exact, strict=True):
+        assert oracle is not None
+        assert error(ours_, oracle) < 1e-5, name
+
+
+@pytest.mark.parametrize("options", HEADS)
+def test_the_formulas_of_the_gradients_are_autograds(options: str) -> None:
+    target = targets(26, 97)
+    leaves = [leaf(x) for x in case(26, 97, torch.float64, "bias+lora")]
+    hidden, weight, bias, a, b = leaves
+    given = {"bias": bias, "lora": LoraFactors(a, b, SCALING), **HEADS[options]}
+    d_loss, d_entropy = torch.randn(2, 26, dtype=torch.float64)
+    out = reference.linear_cross_entropy(hidden, weight, target, **given)
+    total = (out.loss * d_loss + out.entropy * d_entropy).sum()
+    written = reference.head_gradients(hidden, weight, target, d_loss, d_entropy, **given)
+    for grad, ours_ in zip(torch.autograd.grad(total, leaves), written, strict=True):
+        assert ours_ is not None and torch.allclose(grad, ours_, rtol=1e-10, atol=1e-12)
+
+
 def test_temperature_is_positive_and_without_a_softcap() -> None:
     hidden, weight = torch.randn(2, 4), torch.randn(5, 4)
     for options in ({"temperature": 0.0}, {"temperature": 0.5, "softcap": 3.0}):
@@ -299,6 +375,7 @@ def test_temperature_is_positive_and_without_a_softcap() -> None:
             function(hidden, weight, torch.arange(2), **options)
 
 
+@pytest.mark.reference
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
 def test_nothing_supervised_is_zero_with_zero_gradient(
     backend: Backend, poisoned: None, reduction: str

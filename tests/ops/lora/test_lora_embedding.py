@@ -1,40 +1,60 @@
+"""An embedding with LoRA against its formula in float64, and that against plain indexing."""
+
 import pytest
 import torch
+from implementations import Backend
+from oracle import check
 from torch import Tensor
 
-from lora_engine import ops
+from lora_engine import ops, reference
 
-SCALING = 0.5
-
-
-def plain(ids: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor) -> Tensor:
-    return weight[ids] + SCALING * lora_a.T[ids] @ lora_b.T
+OPERATION = "lora_embedding"
+SCALING, VOCABULARY, WIDTH = 0.5, 11, 6
+KINDS = ("one", "several", "routes", "padding")
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", [(7,), (2, 5), (0,)], ids=str)
-def test_result_and_gradients(shape: tuple[int, ...]) -> None:
+def test_result_and_gradients(
+    backend: Backend, dtype: torch.dtype, shape: tuple[int, ...], kind: str
+) -> None:
     torch.manual_seed(0)
-    ids = torch.randint(0, 11, shape)
-    weight = torch.randn(11, 6)
-    pair = [torch.randn(3, 11, requires_grad=True), torch.randn(6, 3, requires_grad=True)]
-    y = ops.lora_embedding(ids, weight, [ops.LoraFactors(pair[0], pair[1], SCALING)])
-    expected = plain(ids, weight, *pair)
-    assert torch.allclose(y, expected, atol=1e-6)
-    dy = torch.randn(y.shape)
-    grads = zip(
-        torch.autograd.grad(y, pair, dy), torch.autograd.grad(expected, pair, dy), strict=True
+    ranks = (3,) if kind == "one" else (3, 2)
+    ids = torch.randint(0, VOCABULARY, shape, device=backend.device)
+    pairs = [x for r in ranks for x in (torch.randn(r, VOCABULARY), torch.randn(WIDTH, r))]
+    weight, *leaves = backend.put(*(x.to(dtype) for x in (torch.randn(VOCABULARY, WIDTH), *pairs)))
+    options: dict[str, object] = {}
+    if kind == "routes":
+        options["routes"] = torch.arange(ids.numel(), device=backend.device).view(shape) % 3 - 1
+    if kind == "padding":
+        options["padding_idx"] = 4
+
+    def adapters(leaves: tuple[Tensor, ...]) -> list[ops.LoraFactors]:
+        pairs = zip(leaves[::2], leaves[1::2], strict=True)
+        return [ops.LoraFactors(a, b, SCALING, None, i) for i, (a, b) in enumerate(pairs)]
+
+    check(
+        lambda *given: ops.lora_embedding(ids, weight, adapters(given), **options),
+        lambda *given: reference.lora_embedding(
+            ids, weight.to(given[0].dtype), adapters(given), **options
+        ),
+        leaves,
+        tolerance=2e-2 if dtype in (torch.bfloat16, torch.float16) else None,
     )
-    assert all(torch.allclose(ours, theirs, atol=1e-5) for ours, theirs in grads)
 
 
-def test_rows_are_routed() -> None:
-    ids, weight = torch.arange(4), torch.randn(11, 6)
-    pairs = [(torch.randn(r, 11), torch.randn(6, r)) for r in (2, 5)]
+def test_the_formula_is_plain_indexing() -> None:
+    ids, weight = torch.tensor([[3, 0], [4, 3]]), torch.randn(VOCABULARY, WIDTH)
+    pairs = [(torch.randn(r, VOCABULARY), torch.randn(WIDTH, r)) for r in (2, 5)]
     adapters = [ops.LoraFactors(a, b, SCALING, None, i) for i, (a, b) in enumerate(pairs)]
-    y = ops.lora_embedding(ids, weight, adapters, routes=torch.tensor([0, 1, -1, 1]))
-    for row, adapter in enumerate((0, 1, None, 1)):
-        expected = weight[row] if adapter is None else plain(ids, weight, *pairs[adapter])[row]
-        assert torch.allclose(y[row], expected, atol=1e-6)
+    shares = [SCALING * a.T[ids] @ b.T for a, b in pairs]
+    both = reference.lora_embedding(ids, weight, adapters)
+    assert torch.allclose(both, weight[ids] + shares[0] + shares[1], atol=1e-5)
+    routes = torch.tensor([[0, 1], [-1, 0]])
+    routed = reference.lora_embedding(ids, weight, adapters, routes=routes)
+    for place, share in {(0, 0): shares[0], (0, 1): shares[1], (1, 0): 0 * shares[0]}.items():
+        expected = (weight[ids] + share)[place]
+        assert torch.allclose(routed[place], expected, atol=1e-5)
 
 
 def test_gradcheck() -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lora_engine import ops, reference
 from lora_engine.ops import augmented
+from lora_engine.values import AdaptedLinear
 
 
 def factors(
@@ -40,7 +41,7 @@ def linears(x: Tensor, weights: list[Tensor], pairs: list) -> Tensor:
     """The group's outputs side by side, each linear by itself in plain PyTorch."""
     weights = [w.to(x.dtype) for w in weights]
     outputs = [
-        x @ w.T if p is None else reference.lora_linear(x, w, p[0], p[1], 0.5)
+        reference.lora_linear(x, AdaptedLinear(w, [] if p is None else [ops.LoraFactors(*p, 0.5)]))
         for w, p in zip(weights, pairs, strict=True)
     ]
     return torch.cat(outputs, -1)
