@@ -91,10 +91,6 @@ class TokenizedDataset(Sequence[Example]):
         """Origins of the examples that were cut to max_length."""
         return tuple(example.origin for example in self.examples if example.truncated)
 
-    def drop_reasons(self) -> Counter[str]:
-        """How many records were dropped for each reason."""
-        return Counter(dropped.reason for dropped in self.dropped)
-
 
 @dataclass(frozen=True)
 class Leakage:

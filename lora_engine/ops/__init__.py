@@ -8,7 +8,7 @@ from lora_engine.ops.adamw import adamw_, grad_norm
 from lora_engine.ops.adamw_8bit import ADAMW_8BIT_BLOCK, adamw_8bit_
 from lora_engine.ops.attention import attention
 from lora_engine.ops.cross_entropy import cross_entropy
-from lora_engine.ops.glu import glu, swiglu
+from lora_engine.ops.glu import glu
 from lora_engine.ops.head.linear_cross_entropy import LinearCrossEntropy, linear_cross_entropy
 from lora_engine.ops.layer_norm import layer_norm
 from lora_engine.ops.lora.base import BaseWeight, DenseBase
@@ -43,5 +43,4 @@ __all__ = [
     "rms_norm",
     "rope",
     "rope_",
-    "swiglu",
 ]

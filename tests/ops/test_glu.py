@@ -125,74 +125,6 @@ def test_backward_kernel_writes_over_its_inputs_and_h(
         assert error(ours, oracle) <= TOLERANCE[dtype]
 
 
-class TestOverwrite:
-    """Gradients over gate and up, where autograd made them."""
-
-    @staticmethod
-    def layer(x: Tensor, impl: str, overwrite: bool) -> tuple[Tensor, Tensor, Tensor]:
-        gate, up = (x * 2.0)[:, :24], (x * 3.0)[:, 24:48]
-        return ops.glu(gate, up, overwrite=overwrite, impl=impl), gate, up
-
-    def test_gradients_are_the_same_and_lie_there(self, backend: Backend) -> None:
-        (x,) = backend.put(torch.randn(5, 50))
-        grads = []
-        for overwrite in (False, True):
-            leaf = x.clone().requires_grad_()
-            y, gate, _ = self.layer(leaf, backend.impl, overwrite)
-            before = gate.detach().clone()
-            seen: list[Tensor] = []
-            gate.register_hook(seen.append)
-            grads.append(torch.autograd.grad(y.square().sum(), leaf)[0])
-            assert (seen[0].data_ptr() == gate.data_ptr()) is overwrite
-            assert torch.equal(gate, before) is not overwrite
-        assert torch.equal(*grads)
-
-    def test_both_from_one_buffer(self, backend: Backend) -> None:
-        (x,) = backend.put(torch.randn(2, 5, 50))
-        grads = []
-        for overwrite in (False, True):
-            leaf = x.clone().requires_grad_()
-            both = leaf * 2.0
-            gate = both[..., :24]
-            y = ops.glu(gate, both[..., 24:48], overwrite=overwrite, impl=backend.impl)
-            before = gate.detach().clone()
-            grads.append(torch.autograd.grad(y.square().sum(), leaf)[0])
-            assert torch.equal(gate, before) is not overwrite
-        assert torch.equal(*grads)
-
-    def test_a_second_backward_pass_is_an_error(self, backend: Backend) -> None:
-        (x,) = backend.put(torch.randn(5, 50))
-        y, *_ = self.layer(x.requires_grad_(), backend.impl, overwrite=True)
-        y.sum().backward(retain_graph=True)
-        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-            y.sum().backward()
-
-    def test_whoever_saved_them_is_told(self, backend: Backend) -> None:
-        (x,) = backend.put(torch.randn(5, 24))
-        gate = x.requires_grad_().exp()  # its gradient reads its result
-        y = ops.glu(gate, x * 1.0, overwrite=True, impl=backend.impl)
-        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-            y.sum().backward()
-
-    @pytest.mark.parametrize("case", ["leaf", "constant", "same", "overlap", "expanded"])
-    def test_what_is_not_its_own_is_kept(self, backend: Backend, case: str) -> None:
-        (x,) = backend.put(torch.randn(6, 30))
-        leaf = x.clone().requires_grad_()
-        made = leaf * 2.0
-        gate, up = {
-            "leaf": (leaf, made),
-            "constant": (made, x),
-            "same": (made, made),
-            "overlap": (made[:, :16], made[:, 8:24]),
-            "expanded": (made[:1].expand(6, 30), leaf * 3.0),
-        }[case]
-        before = gate.detach().clone(), up.detach().clone()
-        y = ops.glu(gate, up, overwrite=True, impl=backend.impl)
-        expected = torch.autograd.grad(reference.glu(gate, up).sum(), leaf, retain_graph=True)[0]
-        assert torch.allclose(torch.autograd.grad(y.sum(), leaf)[0], expected, atol=1e-5)
-        assert torch.equal(gate, before[0]) and torch.equal(up, before[1])
-
-
 @settings(max_examples=40, deadline=None)
 @given(
     rows=st.integers(0, 70),
@@ -225,11 +157,6 @@ def test_a_second_derivative_is_refused(backend: Backend) -> None:
         grad.sum().backward()
 
 
-def test_swiglu_is_the_default(backend: Backend) -> None:
-    given = backend.put(*inputs((3, 5)))
-    assert torch.equal(ops.swiglu(*given, impl=backend.impl), ops.glu(*given, impl=backend.impl))
-
-
 def test_errors_say_what_does_not_fit() -> None:
     with pytest.raises(ValueError, match=r"gate \[2, 3\] float32 and up \[2, 4\] float32 differ"):
         ops.glu(torch.randn(2, 3), torch.randn(2, 4))
@@ -237,5 +164,3 @@ def test_errors_say_what_does_not_fit() -> None:
         ops.glu(torch.randn(2, 3), torch.randn(2, 3), activation="relu")
     with pytest.raises(ValueError, match="activation 'relu': expected one of"):
         reference.glu(torch.randn(2, 3), torch.randn(2, 3), activation="relu")
-    with pytest.raises(ValueError, match="no room for a grad_tail"):
-        ops.glu(torch.randn(2, 3), torch.randn(2, 3), overwrite=True, grad_tail=8)

@@ -1,6 +1,5 @@
 """The adapters of a run: their section of the configuration, and PEFT's layers made from it."""
 
-import json
 import math
 import os
 import re
@@ -206,18 +205,6 @@ def add_adapters(model: Any, lora: LoraConfig) -> Any:
         wrapped.base_model.set_adapter(list(settings))
     _check_bias(wrapped, lora)
     return wrapped
-
-
-def full_configuration(peft_config: Any) -> dict[str, Any]:
-    """All of a PEFT configuration as JSON values, defaults included, sets as sorted lists."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, set | frozenset):
-            return sorted(value)
-        return getattr(value, "value", None) or str(value)
-
-    values: dict[str, Any] = json.loads(json.dumps(peft_config.to_dict(), default=plain))
-    return values
 
 
 def _peft_config(lora: LoraConfig) -> Any:

@@ -1,6 +1,5 @@
 """The adapters of a run: from their section of the configuration to PEFT's layers."""
 
-import json
 import warnings
 
 import peft
@@ -10,7 +9,7 @@ import torch
 import lora_engine.models.peft.adapters as adapters
 from lora_engine.app.finetune import add_adapters as add_adapters_of_finetune
 from lora_engine.errors import UserError
-from lora_engine.models.peft.adapters import LoraConfig, add_adapters, full_configuration
+from lora_engine.models.peft.adapters import LoraConfig, add_adapters
 from lora_engine.testing import tiny_llama
 
 
@@ -154,11 +153,3 @@ def test_any_other_name_works_from_training_to_peft(tmp_path, name):
         model.set_adapter(adapter)
         loaded = peft.PeftModel.from_pretrained(tiny_llama(), tmp_path / adapter)
         assert torch.equal(loaded(ids).logits, model(ids).logits)
-
-
-def test_full_configuration_is_json():
-    config = peft.LoraConfig(r=3, target_modules={"v_proj", "q_proj"}, task_type="CAUSAL_LM")
-    values = full_configuration(config)
-    assert values["target_modules"] == ["q_proj", "v_proj"]
-    assert (values["r"], values["task_type"], values["peft_type"]) == (3, "CAUSAL_LM", "LORA")
-    assert values == json.loads(json.dumps(values))
