@@ -11,12 +11,12 @@ from lora_engine import backends
 from lora_engine.errors import UserError
 from lora_engine.models.attach import trl_head
 from lora_engine.models.attach.attachment import Attachment, attach, attachment, detach
-from lora_engine.models.attach.attention import ATTENTION_CLASSES, AttentionForward
+from lora_engine.models.attach.attention import AttentionForward
 from lora_engine.models.attach.attention_interface import use_attention
 from lora_engine.models.attach.backbone import BackboneForward
 from lora_engine.models.attach.causal_lm import CausalLmForward, why_no_loss
 from lora_engine.models.attach.coverage import CoverageReport, active_share
-from lora_engine.models.attach.decoder_layer import DECODER_CLASSES, DecoderLayerForward
+from lora_engine.models.attach.decoder_layer import DecoderLayerForward
 from lora_engine.models.attach.embedding import EmbeddingForward, is_lora_embedding
 from lora_engine.models.attach.embedding import why_not as why_no_embedding
 from lora_engine.models.attach.head import peft_tuner, transformers_model
@@ -27,6 +27,12 @@ from lora_engine.models.attach.patches import Patches
 from lora_engine.models.attach.saving import patch_ways_out
 from lora_engine.models.attach.sequences import SequenceFinder
 from lora_engine.models.attach.supervised_padding import LabelledForward
+from lora_engine.models.families.structure import (
+    ATTENTION_CLASSES,
+    DECODER_CLASSES,
+    NORM_OF_ATTENTION,
+    NORM_OF_MLP,
+)
 from lora_engine.models.peft.lora_state import is_linear, is_lora
 from lora_engine.models.proof.closeness import coarsest_dtype
 from lora_engine.models.proof.probed_layers import kind_of
@@ -246,7 +252,7 @@ class _Accelerator:
         forward = AttentionForward(module, qkv, output, self.finder)
         self.patches.set_forward(module, forward)
         self.report.add(name, "attention + rope", True, self._how("attention"))
-        self._note_tail(name, "input_layernorm", qkv, tails)
+        self._note_tail(name, NORM_OF_ATTENTION, qkv, tails)
 
     def _mlp(self, name: str, module: Any, tails: dict[nn.Module, int]) -> None:
         linears = [module.gate_proj, module.up_proj, module.down_proj]
@@ -267,7 +273,7 @@ class _Accelerator:
             return
         self.patches.set_forward(module, forward)
         self.report.add(name, f"glu ({activation})", True, self._how("glu"))
-        self._note_tail(name, "post_attention_layernorm", gate_up, tails)
+        self._note_tail(name, NORM_OF_MLP, gate_up, tails)
 
     def _note_tail(
         self, name: str, norm: str, group: LinearGroup, tails: dict[nn.Module, int]

@@ -15,15 +15,9 @@ from lora_engine.models.attach.attention_function import attend, check_window, u
 from lora_engine.models.attach.linear_group import LinearGroup
 from lora_engine.models.attach.sequences import SequenceFinder, Sequences
 
-# Layers whose forward is: project to q, k, v; normalise heads where there is q_norm; rotate all of
-# each head (half-rotated); attend, with a window where the layer has one; project.
-ATTENTION_CLASSES = frozenset(
-    {"LlamaAttention", "MistralAttention", "Qwen2Attention", "Qwen3Attention"}
-)
-
 
 class AttentionForward:
-    """The forward of one attention layer of ATTENTION_CLASSES."""
+    """The forward of one attention layer of `families.structure.ATTENTION_CLASSES`."""
 
     def __init__(
         self, module: Any, qkv: LinearGroup, output: LinearGroup, finder: SequenceFinder

@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from lora_engine.models.families.structure import EXPERTS_OF_A_TOKEN
+
 
 @dataclass(frozen=True)
 class Coverage:
@@ -78,14 +80,11 @@ class CoverageReport:
         return f"{table}\n{total}"
 
 
-# What configurations call the number of experts that a token is sent to.
-_ACTIVE = ("num_experts_per_tok", "moe_topk", "moe_top_k", "top_k_experts", "num_experts_per_token")
-
-
 def active_share(model: Any, name: str) -> float:
     """The share of a module's weights that one token meets: less than one in experts."""
     config = model.config.get_text_config()
-    active = next((n for key in _ACTIVE if isinstance(n := getattr(config, key, None), int)), None)
+    counts = (getattr(config, key, None) for key in EXPERTS_OF_A_TOKEN)
+    active = next((count for count in counts if isinstance(count, int)), None)
     path = name.split(".")
     if active is None or "experts" not in path:
         return 1.0

@@ -16,15 +16,11 @@ from lora_engine.ops.layer.attention_block import attention_block
 from lora_engine.ops.layer.blocks import Branch
 from lora_engine.ops.layer.mlp_block import mlp_block
 
-# Layers whose forward is x + self_attn(input_layernorm(x)), then the same with
-# post_attention_layernorm and mlp.
-DECODER_CLASSES = frozenset(
-    {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"}
-)
-
 
 class DecoderLayerForward:
-    """The forward of a layer of DECODER_CLASSES; a half that cannot be fused runs its modules.
+    """The forward of a layer of `families.structure.DECODER_CLASSES`.
+
+    A half that cannot be fused runs its modules.
 
     The last layer takes `output_rows` [U], places in its rows: its MLP runs on these alone, and
     its result is [1, U, H]. Under gradient checkpointing a layer keeps its input alone and runs

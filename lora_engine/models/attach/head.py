@@ -9,12 +9,9 @@ from torch import Tensor, nn
 from lora_engine import ops
 from lora_engine.errors import UserError
 from lora_engine.models.attach.linear_group import are_altered
+from lora_engine.models.families.structure import LOGIT_FACTORS
 from lora_engine.models.peft import lora_state
 from lora_engine.models.peft.lora_state import is_lora
-
-# Configuration fields by which some models scale their logits or their head's input; the loss here
-# does not.
-_LOGIT_CHANGES = ("logits_scaling", "logit_scale", "lm_head_multiplier")
 
 
 @dataclass(frozen=True)
@@ -121,7 +118,7 @@ def why_no_head(model: Any) -> str | None:
     if are_altered(inner.get_output_embeddings().modules()):
         return "the output head, or a part of it, has hooks or was given another forward"
     config = inner.config.get_text_config()
-    for name in _LOGIT_CHANGES:
+    for name in LOGIT_FACTORS:  # the loss here does not apply them
         if getattr(config, name, None) not in (None, 1, 1.0):
             return f"the model changes its logits (config.{name})"
     return None

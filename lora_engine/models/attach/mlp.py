@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from lora_engine import ops
 from lora_engine.models.attach.linear_group import LinearGroup, are_altered
+from lora_engine.models.families.structure import GATED_MLP_PARTS
 from lora_engine.models.peft.lora_state import hooks_everywhere
 from lora_engine.values import ACTIVATIONS
 
@@ -51,7 +52,7 @@ class MlpForward:
 
 def is_gated_mlp(module: Any) -> bool:
     """Whether `module` has the parts of a gated MLP."""
-    return all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn"))
+    return all(hasattr(module, name) for name in GATED_MLP_PARTS)
 
 
 def activation_name(activation: Any) -> str | None:

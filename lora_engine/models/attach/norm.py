@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_engine import ops
+from lora_engine.models.families.structure import RMS_NORM, RMS_NORM_EPS
 from lora_engine.values import PreNorm
 
 
@@ -73,13 +74,13 @@ def norm_forward(module: nn.Module, tail: int = 0) -> RmsNormForward | LayerNorm
 
 
 def _eps(module: nn.Module) -> Any:
-    return getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    return next((getattr(module, name) for name in RMS_NORM_EPS if hasattr(module, name)), None)
 
 
 def _rms_norm_eps(module: nn.Module) -> float | None:
     """The eps of a class named RMSNorm with a one-dimensional weight and nothing else."""
     weight = getattr(module, "weight", None)
-    if "RMSNorm" not in type(module).__name__ or not isinstance(weight, nn.Parameter):
+    if RMS_NORM not in type(module).__name__ or not isinstance(weight, nn.Parameter):
         return None
     if weight.dim() != 1 or len(list(module.parameters())) != 1:
         return None

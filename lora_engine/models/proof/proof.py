@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lora_engine.models.attach.attention_function import proving
 from lora_engine.models.attach.causal_lm import CausalLmForward
 from lora_engine.models.attach.head import Head, output_head, why_no_head
+from lora_engine.models.families.structure import ATTENTION_SPANS
 from lora_engine.models.proof.closeness import HALF, TOLERANCE, distance, rms, typical
 from lora_engine.models.proof.probed_layers import ProbedLayers
 
@@ -27,7 +28,6 @@ EMBEDDINGS = "the embeddings' output"
 _MOST_ELEMENTS = 2**20  # of a parameter whose gradient is compared
 LENGTH = 9
 LONGEST = 72  # windows and chunks up to about so long are tried; longer ones would take too long
-_SPANS = ("sliding_window", "attention_chunk_size", "local_attention", "attention_window_size")
 
 
 @dataclass
@@ -229,7 +229,7 @@ def _train(model: Any) -> tuple[Tensor | None, dict[str, Tensor]]:
 
 def _length(model: Any) -> int:
     config = model.config.get_text_config()
-    spans = [getattr(config, name, None) for name in _SPANS]
+    spans = [getattr(config, name, None) for name in ATTENTION_SPANS]
     short = [span for span in spans if isinstance(span, int) and LENGTH <= span + 3 <= LONGEST]
     return max([LENGTH, *(span + 3 for span in short)])
 
