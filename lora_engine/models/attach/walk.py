@@ -1,0 +1,238 @@
+"""The walk over a model that puts our forwards where its modules are recognised."""
+
+from collections.abc import Mapping
+from functools import update_wrapper
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_engine import backends
+from lora_engine.models.attach import trl_head
+from lora_engine.models.attach.attachment import Attachment
+from lora_engine.models.attach.attention import AttentionForward
+from lora_engine.models.attach.attention_interface import use_attention
+from lora_engine.models.attach.backbone import BackboneForward
+from lora_engine.models.attach.causal_lm import CausalLmForward, why_no_loss
+from lora_engine.models.attach.coverage import CoverageReport, active_share
+from lora_engine.models.attach.decoder_layer import DecoderLayerForward
+from lora_engine.models.attach.embedding import EmbeddingForward, is_lora_embedding
+from lora_engine.models.attach.embedding import why_not as why_no_embedding
+from lora_engine.models.attach.linear_group import ContiguousInput, LinearGroup, SingleLinear
+from lora_engine.models.attach.mlp import MlpForward, activation_name, is_gated_mlp
+from lora_engine.models.attach.norm import LayerNormForward, RmsNormForward, norm_forward
+from lora_engine.models.attach.sequences import SequenceFinder
+from lora_engine.models.attach.supervised_padding import LabelledForward
+from lora_engine.models.families.structure import (
+    ATTENTION_CLASSES,
+    DECODER_CLASSES,
+    NORM_OF_ATTENTION,
+    NORM_OF_MLP,
+)
+from lora_engine.models.peft.lora_state import is_linear, is_lora
+from lora_engine.models.proof.probed_layers import kind_of
+
+TYPICAL_ROWS = 4096
+
+
+class Walk:
+    """One walk over a model; `run` replaces what is recognised and says what it did.
+
+    left: why attention, or the loss, are to be left to transformers.
+    """
+
+    def __init__(self, model: Any, attached: Attachment, left: Mapping[str, str]) -> None:
+        self.model, self.attached = model, attached
+        self.patches, self.router = attached.patches, attached.router
+        self.left = left
+        self.report = CoverageReport()
+        self.finder = SequenceFinder()
+        self.covered: set[nn.Module] = set()  # linears inside a replaced layer
+        self.served: set[nn.Module] = set()  # modules whose parameters our kernels read
+        self.agrees: dict[Any, bool] = {}  # kind of MLP -> whether ours computes what it does
+        weight = next(model.parameters())
+        self.device, self.dtype = weight.device, weight.dtype
+
+    def run(self) -> CoverageReport:
+        has_attention = self._attention_interface()
+        tails: dict[nn.Module, int] = {}  # norm -> padding columns for the linears that read it
+        for name, module in self.model.named_modules():
+            if name and "forward" in vars(module):
+                self.report.add(name, type(module).__name__, False, "someone replaced its forward")
+            elif type(module).__name__ in ATTENTION_CLASSES and has_attention:
+                self._attention(name, module, tails)
+            elif is_gated_mlp(module):
+                self._mlp(name, module, tails)
+            elif type(module).__name__ in DECODER_CLASSES:
+                last = module is self._last_layer()
+                layer = DecoderLayerForward(module, self.router, last=last)
+                self.patches.set_forward(module, layer)
+                self.report.add(name, "blocks", True, "attention and MLP, each one function")
+        for name, module in self.model.named_modules():
+            if "forward" in vars(module):
+                continue
+            norm = norm_forward(module, tails.get(module, 0))
+            if norm is not None:
+                self._norm(name, module, norm)
+            elif is_lora(module) and module not in self.covered:
+                self._single_linear(name, module)
+            elif is_lora_embedding(module):
+                self._embedding(name, module)
+        self._loss()
+        self._backbone()
+        self._account()
+        return self.report
+
+    def _account(self) -> None:
+        """Counts weights, and notes each module with parameters that nothing was said of."""
+        told = {part for module in self.covered for part in module.modules()}
+        served = {part for module in self.served for part in module.modules()}
+        for name, module in self.model.named_modules():
+            own = list(module.parameters(recurse=False))
+            if not own or isinstance(module, nn.Embedding):
+                continue
+            size, active = sum(p.numel() for p in own), active_share(self.model, name)
+            self.report.count(size, active, module in served)
+            if module not in told | served:
+                kind = type(module).__name__
+                self.report.add(name, kind, False, "not recognised: runs as transformers has it")
+
+    def _last_layer(self) -> Any:
+        layers = getattr(self.model.base_model, "layers", None)
+        return layers[-1] if layers else None
+
+    def _how(self, operation: str) -> str:
+        return backends.explain(operation, self.device, self.dtype).reason
+
+    def _attention_interface(self) -> bool:
+        """Whether attention is ours from now on; without a kernel it stays transformers'."""
+        choice = backends.explain("attention", self.device, self.dtype)
+        problem = choice.reason if choice.impl == "reference" else self.left.get("attention")
+        if problem is not None:
+            self.report.add(type(self.model).__name__, "attention", False, problem)
+            return False
+        self.attached.own_attention = use_attention(self.model, self.patches)
+        if self.attached.own_attention is None:
+            self.report.add(
+                type(self.model).__name__, "attention", False, "the class takes no interface"
+            )
+            return False
+        return True
+
+    def _group(self, name: str, modules: list[nn.Module]) -> LinearGroup:
+        group = LinearGroup(modules, self.patches, self.router)
+        self.covered.update(modules)
+        if group.reason is None:
+            self.served.update(modules)
+        what = "lora_linear" if group.has_lora else "linear"
+        how = f"{self._strategy(group)} product, {self._how('lora_linear')}"
+        self.report.add(name, what, group.reason is None, group.reason or how)
+        return group
+
+    def _strategy(self, group: LinearGroup) -> str:
+        """How the group's products are taken for a batch of TYPICAL_ROWS."""
+        if group.lora is None:
+            return ""
+        return group.lora.forward_strategy(TYPICAL_ROWS)
+
+    def _attention(self, name: str, module: Any, tails: dict[nn.Module, int]) -> None:
+        qkv = self._group(f"{name}.qkv", [module.q_proj, module.k_proj, module.v_proj])
+        output = self._group(f"{name}.o_proj", [module.o_proj])
+        forward = AttentionForward(module, qkv, output, self.finder)
+        self.patches.set_forward(module, forward)
+        self.report.add(name, "attention + rope", True, self._how("attention"))
+        self._note_tail(name, NORM_OF_ATTENTION, qkv, tails)
+
+    def _mlp(self, name: str, module: Any, tails: dict[nn.Module, int]) -> None:
+        linears = [module.gate_proj, module.up_proj, module.down_proj]
+        activation = activation_name(module.act_fn)
+        if activation is None or not all(map(is_linear, linears)):
+            reason = "its activation is not SiLU or GELU, or its projections are no linear layers"
+            self.report.add(name, "glu", False, reason)
+            return
+        gate_up = self._group(f"{name}.gate_up", linears[:2])
+        down = self._group(f"{name}.down_proj", linears[2:])
+        forward = MlpForward(module, gate_up, down, activation)
+        kind = (activation, *kind_of(module))
+        if kind not in self.agrees:
+            self.agrees[kind] = _agrees(module, forward, linears[0].in_features)
+        if not self.agrees[kind]:
+            self.served.difference_update(linears)
+            self.report.add(name, "glu", False, f"its forward is not down({activation}(gate) * up)")
+            return
+        self.patches.set_forward(module, forward)
+        self.report.add(name, f"glu ({activation})", True, self._how("glu"))
+        self._note_tail(name, NORM_OF_MLP, gate_up, tails)
+
+    def _note_tail(
+        self, name: str, norm: str, group: LinearGroup, tails: dict[nn.Module, int]
+    ) -> None:
+        """In known models the norm beside a layer feeds it; elsewhere the columns are unused."""
+        parent = self.model.get_submodule(name.rpartition(".")[0])
+        if hasattr(parent, norm):
+            tails[getattr(parent, norm)] = group.tail
+
+    def _norm(self, name: str, module: nn.Module, norm: RmsNormForward | LayerNormForward) -> None:
+        self.patches.set_forward(module, norm)
+        self.served.add(module)
+        self.report.add(name, norm.operation, True, self._how(norm.operation))
+
+    def _single_linear(self, name: str, module: nn.Module) -> None:
+        group = self._group(name, [module])
+        if group.lora is not None:
+            self.patches.set_forward(module, SingleLinear(group))
+
+    def _embedding(self, name: str, module: Any) -> None:
+        problem = why_no_embedding(module)
+        self.covered.add(module)
+        if problem is None:
+            self.served.add(module)
+            self.patches.set_forward(module, EmbeddingForward(module, self.router))
+        how = problem or "gathered rows, one product onto them"
+        self.report.add(name, "lora_embedding", problem is None, how)
+
+    def _backbone(self) -> None:
+        """Packs padded batches where the layers allow it."""
+        backbone = self.model.base_model
+        has_layers = isinstance(getattr(backbone, "layers", None), nn.ModuleList)
+        if has_layers and backbone is not self.model and "forward" not in vars(backbone):
+            forward = BackboneForward(backbone, self.router, self.attached.own_attention)
+            self.patches.set_forward(backbone, forward)
+
+    def _loss(self) -> None:
+        name = type(self.model).__name__
+        problem = why_no_loss(self.model) or self.left.get("loss")
+        if problem is None and trl_head.is_foreign(self.model):
+            problem = "someone replaced the model's forward"
+        head = self.model.get_output_embeddings()
+        if head is not None:
+            (self.served if problem is None else self.covered).add(head)
+        if type(head) is nn.Linear and "forward" not in vars(head):
+            self.patches.set_forward(head, ContiguousInput(head))
+        if problem is None:
+            if not trl_head.adopt(self.model, self.patches):
+                self.patches.set_forward(self.model, CausalLmForward(self.model))
+            setter = trl_head.ModeSetter(self.model, self.patches)
+            self.patches.set_attribute(
+                self.model, "train", update_wrapper(setter, setter.original, updated=())
+            )
+        else:
+            self.patches.set_forward(self.model, LabelledForward(self.model))
+        how = problem or self._how("linear_cross_entropy")
+        self.report.add(name, "linear_cross_entropy", problem is None, how)
+
+
+def _agrees(module: nn.Module, forward: Any, features: int) -> bool:
+    """Whether `forward` computes what the module's own forward does, on two tokens."""
+    weight = next(module.parameters())
+    probe = torch.linspace(-1.0, 1.0, 2 * features).view(1, 2, features).to(weight)
+    training = {part: part.training for part in module.modules()}
+    module.eval()  # dropout would make them differ
+    try:
+        with torch.no_grad():
+            expected, actual = module(probe).float(), forward(probe).float()
+    finally:
+        for part, before in training.items():
+            part.training = before
+    scale = expected.abs().max().clamp(min=1e-6)
+    return bool((actual - expected).abs().max() <= 5e-2 * scale)
