@@ -4,8 +4,8 @@ from typing import Any
 
 import torch
 
-from lora_engine.backends.choice import launch_parameters
 from lora_engine.backends.hardware import capability
+from lora_engine.backends.selection import launch_parameters
 
 
 def config(kernel: str, device: torch.device, dtype: torch.dtype, size: int) -> dict[str, Any]:

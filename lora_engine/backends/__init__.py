@@ -11,12 +11,6 @@ from lora_engine.backends.choice import (
     OPERATIONS,
     STRATEGIES,
     Choice,
-    chunk_rows,
-    explain,
-    product_strategy,
-    runs_fused,
-    select,
-    takes_few_rows,
 )
 from lora_engine.backends.extension import (
     Extension,
@@ -34,6 +28,14 @@ from lora_engine.backends.hardware import (
     reads_at_once,
     runs_on,
     triton_interpreted,
+)
+from lora_engine.backends.selection import (
+    chunk_rows,
+    explain,
+    product_strategy,
+    runs_fused,
+    select,
+    takes_few_rows,
 )
 
 __all__ = [

@@ -147,7 +147,7 @@ def test_the_projects_warnings_are_a_line_each_and_libraries_silent(capsys):
 
 
 def test_a_run_says_what_runs_as_the_reference(run_folder, capsys):
-    backends.choice._warn_once.cache_clear()
+    backends.selection._warn_once.cache_clear()
     settings = ["model.dtype=float16", "train.max_steps=1", "samples.count=0"]
     assert run("train", "run.yaml", *settings) == 0
     told = [line for line in capsys.readouterr().err.splitlines() if "rms_norm" in line]

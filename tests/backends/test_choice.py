@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from lora_engine import backends
-from lora_engine.backends import choice
 from lora_engine.backends.choice import (
     CHUNK_BYTES,
     Extent,
@@ -181,38 +180,12 @@ def test_a_gpu_s_chunks_are_larger() -> None:
     assert choose(on_cpu("linear_cross_entropy", sizes=sizes), BARE).plan == 128
 
 
-def test_a_launch_s_line_and_its_parameters() -> None:
+def test_a_launch_s_line() -> None:
     request = Request("rms_norm_bwd", "cuda", 90, torch.bfloat16, Extent(3000))
     key = choose(request, WITH_GPU).launch
     assert key == ("rms_norm_bwd", "90", "*", 4096)
     assert choose(replace(request, capability=86), WITH_GPU).launch == (
         "rms_norm_bwd", "*", "*", 4096,
     )  # fmt: skip
-    found = choice.launch_parameters("rms_norm_bwd", 90, torch.bfloat16, 3000)
-    assert found["enable_fp_fusion"] is True and found["BLOCK_M"] == 1
     with pytest.raises(KeyError, match="pool"):
         choose(replace(request, operation="pool"), WITH_GPU)
-
-
-def test_this_machine_is_asked() -> None:
-    found = backends.explain("rms_norm")
-    assert found.impl == "cpu" and backends.native().isa() in found.reason
-    assert backends.explain("rms_norm", "cpu", torch.float16).impl == "reference"
-    if not torch.cuda.is_available():
-        assert backends.explain("rms_norm", "cuda").reason == "torch finds no CUDA device"
-
-
-def test_the_reference_is_never_silent() -> None:
-    choice._warn_once.cache_clear()
-    with pytest.warns(UserWarning, match="rope runs as the PyTorch reference: .*float16"):
-        assert backends.select("rope", CPU, torch.float16) == "reference"
-
-
-def test_emulated_kernels_count_as_soon_as_they_are_there(monkeypatch) -> None:
-    with pytest.raises(UnavailableError, match="impl='cuda' is not available"):
-        backends.select("adamw", CPU, torch.float32, "cuda")
-    monkeypatch.setattr(backends.extension, "cuda_emulation", object())
-    assert backends.select("adamw", CPU, torch.float32, "cuda") == "cuda"
-    monkeypatch.undo()
-    with pytest.raises(UnavailableError, match="impl='cuda' is not available"):
-        backends.select("adamw", CPU, torch.float32, "cuda")

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lora_engine import ops, reference
 from lora_engine.backends import launchers
-from lora_engine.backends.choice import launch_parameters
+from lora_engine.backends.selection import launch_parameters
 from lora_engine.errors import UnavailableError
 from lora_engine.ops import augmented
 

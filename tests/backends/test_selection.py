@@ -1,0 +1,39 @@
+"""What this machine is said to run, and when that is told."""
+
+import pytest
+import torch
+
+from lora_engine import backends
+from lora_engine.backends import selection
+from lora_engine.errors import UnavailableError
+
+CPU = torch.device("cpu")
+
+
+def test_a_launch_s_parameters_are_those_of_its_line() -> None:
+    found = selection.launch_parameters("rms_norm_bwd", 90, torch.bfloat16, 3000)
+    assert found["enable_fp_fusion"] is True and found["BLOCK_M"] == 1
+
+
+def test_this_machine_is_asked() -> None:
+    found = backends.explain("rms_norm")
+    assert found.impl == "cpu" and backends.native().isa() in found.reason
+    assert backends.explain("rms_norm", "cpu", torch.float16).impl == "reference"
+    if not torch.cuda.is_available():
+        assert backends.explain("rms_norm", "cuda").reason == "torch finds no CUDA device"
+
+
+def test_the_reference_is_never_silent() -> None:
+    selection._warn_once.cache_clear()
+    with pytest.warns(UserWarning, match="rope runs as the PyTorch reference: .*float16"):
+        assert backends.select("rope", CPU, torch.float16) == "reference"
+
+
+def test_emulated_kernels_count_as_soon_as_they_are_there(monkeypatch) -> None:
+    with pytest.raises(UnavailableError, match="impl='cuda' is not available"):
+        backends.select("adamw", CPU, torch.float32, "cuda")
+    monkeypatch.setattr(backends.extension, "cuda_emulation", object())
+    assert backends.select("adamw", CPU, torch.float32, "cuda") == "cuda"
+    monkeypatch.undo()
+    with pytest.raises(UnavailableError, match="impl='cuda' is not available"):
+        backends.select("adamw", CPU, torch.float32, "cuda")
