@@ -3,6 +3,7 @@ import pytest
 from lora_engine.backends import STRATEGIES, tables
 
 VALUES = {"device": "cuda", "capability": 90, "format": "dense", "dropout": False, "aligned": True}
+VALUES |= {"augmentable": True}
 VALUES |= {"m": 8192, "n": 6144, "k": 4096, "r": 48}
 
 
