@@ -37,8 +37,8 @@ class LoraGroup:
     """Linears that share their input, with LoRA: what `lora_linear` multiplies by.
 
     `adapters[i]` is what linear i has: nothing, one adapter, or several that add up. `fill` copies
-    A, B, biases and magnitudes from their tensors before every product: they are never out of date,
-    whoever wrote them.
+    A, B, biases and magnitudes from their tensors before every product, which is so made with their
+    present values.
 
     `capacity` is the least total rank to keep place for: `set_adapters` may put others in later. A
     base that has a place for factors of its own ignores it.
