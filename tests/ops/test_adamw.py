@@ -39,6 +39,7 @@ def assert_close(actual: Tensor, expected: Tensor, tolerance: float = 1e-6) -> N
     torch.testing.assert_close(actual.cpu(), expected, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.reference
 @pytest.mark.parametrize("count", COUNTS)
 def test_equals_torch(backend: Backend, count: int) -> None:
     params, grads = make(count)

@@ -55,6 +55,7 @@ def case(shape: tuple[int, int], dtype: torch.dtype, seed: int = 0) -> list[Tens
     return [(torch.randn(shape, generator=generator) * 4).to(dtype), target]
 
 
+@pytest.mark.reference
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_matches_oracle(

@@ -25,6 +25,7 @@ def inputs(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[T
     return [torch.randn(shape).to(dtype) * 3, torch.randn(shape).to(dtype)]
 
 
+@pytest.mark.reference
 @activations
 @pytest.mark.parametrize(
     "shape", [(1, 1), (3, 63), (2, 3, 1025), (33, 1000), (2, 4100), (0, 8)], ids=str

@@ -40,6 +40,7 @@ SHAPES = {  # tokens, query heads, key heads, head size, rotary size
 }
 
 
+@pytest.mark.reference
 @layouts
 @pytest.mark.parametrize("name", SHAPES)
 def test_matches_oracle(
