@@ -47,9 +47,6 @@ from lora_engine.training.run.identity import model_weights_sha256
 from lora_engine.training.run.lock import locked
 from lora_engine.training.trainer import Trainer, TrainResult
 
-# The files of a run besides the Trainer's own.
-_FILES = ("config.yaml", "samples_before.json", "summary.json", "report.html")
-
 SMOLLM2_NAME = "SmolLM2-135M-Instruct"
 
 
@@ -114,7 +111,8 @@ def _finetune(config: RunConfig, resume: bool, observer: Observer | None) -> Out
     trainer = Trainer(
         model, tokenizer, train_data, eval_data, train, callbacks=callbacks, origin=origin
     )
-    trainer.folder.reserve(*_FILES)
+    files = trainer.folder
+    files.reserve_results()
     step = trainer.check_folder(resume)
     coverage = None
     if config.accelerate:
@@ -123,12 +121,13 @@ def _finetune(config: RunConfig, resume: bool, observer: Observer | None) -> Out
     if preflight is not None:
         tell(f"preflight: {preflight}")
     prompts = choose_prompts(eval_data, tokenizer, config.samples.count)
-    before = _samples_before(config, model, tokenizer, prompts, step is not None, tell)
+    kept = None if step is None else _read_json(files.samples_before)
+    before = _samples_before(config, model, tokenizer, prompts, kept, tell)
     trainer.open_folder(step)
-    for name in ("summary.json", "report.html"):  # of an earlier end of a run that goes on
-        (folder / name).unlink(missing_ok=True)
-    write_text(folder / "config.yaml", dump_config(config))
-    write_text(folder / "samples_before.json", json.dumps(before))
+    for path in (files.summary, files.report):  # of an earlier end of a run that goes on
+        path.unlink(missing_ok=True)
+    write_text(files.config, dump_config(config))
+    write_text(files.samples_before, json.dumps(before))
     if step is None:
         held_out = len(eval_data)
         tell(f"measuring {held_out:,} held-out example{'s' * (held_out != 1)}, then training")
@@ -144,7 +143,7 @@ def _finetune(config: RunConfig, resume: bool, observer: Observer | None) -> Out
     after = generate(model, tokenizer, prompts, max_new_tokens=config.samples.max_new_tokens)
     summary = {
         **result.summary(),
-        "peak_memory_bytes": max(result.peak_memory_bytes, _earlier_peak(folder)),
+        "peak_memory_bytes": max(result.peak_memory_bytes, _earlier_peak(files.metrics)),
         "heldout_perplexity_before": _perplexity(result.heldout_loss_before),
         "heldout_perplexity_after": _perplexity(result.heldout_loss_after),
         **_description(config, model, train_data, eval_data),
@@ -164,8 +163,8 @@ def _finetune(config: RunConfig, resume: bool, observer: Observer | None) -> Out
         "config": config.model_dump(mode="json"),
         "machine": machine_facts(),
     }
-    write_text(folder / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
-    write_report(folder)
+    write_text(files.summary, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+    write_report(files)
     return Outcome(folder, result, summary)
 
 
@@ -221,9 +220,10 @@ def model_name(config: RunConfig) -> str:
 
 def how_to_resume(folder: Path) -> str:
     """What to type to go on with the interrupted run in `folder`."""
-    if not RunFolder(folder).is_used():
+    run = RunFolder(folder)
+    if not run.is_used():
         return "there is no checkpoint yet, start again with the same command"
-    return f"continue with: lora-engine train {shlex.quote(str(folder / 'config.yaml'))} --resume"
+    return f"continue with: lora-engine train {shlex.quote(str(run.config))} --resume"
 
 
 def _check_room(config: RunConfig, resume: bool) -> None:
@@ -247,7 +247,7 @@ def _check_room(config: RunConfig, resume: bool) -> None:
                 f"train.output_dir: the run in {folder} holds {config.model.path}, the model to "
                 "begin with, and would be discarded; choose another output_dir"
             )
-        run.reserve(*_FILES)
+        run.reserve_results()
         run.check_foreign()
 
 
@@ -258,7 +258,7 @@ def _with_dtype(config: RunConfig, resume: bool) -> RunConfig:
     dtype = "auto"
     if resume:
         with suppress(UserError):  # a config.yaml that is lost or damaged
-            dtype = load_config(config.train.output_dir / "config.yaml").model.dtype
+            dtype = load_config(RunFolder(config.train.output_dir).config).model.dtype
     chosen = resolve_dtype(dtype, resolve_device(config.model.device))
     name = next(name for name, known in DTYPES.items() if known == chosen)
     return config.model_copy(update={"model": config.model.model_copy(update={"dtype": name})})
@@ -275,14 +275,18 @@ def _samples(count: int) -> str:
 
 
 def _samples_before(
-    config: RunConfig, model: Any, tokenizer: Any, prompts: list[Prompt], resumed: bool, tell: Any
+    config: RunConfig,
+    model: Any,
+    tokenizer: Any,
+    prompts: list[Prompt],
+    kept: dict[str, Any] | None,
+    tell: Any,
 ) -> dict[str, Any]:
-    """What the untrained model writes, "texts", to what is "asked"; a resumed run has kept it."""
+    """What the untrained model writes, "texts", to what is "asked"; a resumed run has it kept."""
     asked = {
         "max_new_tokens": config.samples.max_new_tokens,
         "prompts": [list(prompt.input_ids) for prompt in prompts],
     }
-    kept = _read_json(config.train.output_dir / "samples_before.json") if resumed else None
     if kept is not None and kept.get("asked") == asked:
         texts = kept.get("texts")
         if isinstance(texts, list) and [type(text) for text in texts] == [str] * len(prompts):
@@ -329,9 +333,9 @@ def _method(lora: LoraConfig | None) -> str:
     return f"LoRA: {ranks}"
 
 
-def _earlier_peak(folder: Path) -> int:
+def _earlier_peak(metrics: Path) -> int:
     """The most memory a step took, in bytes, also in sittings before a resumption."""
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = metrics.read_text(encoding="utf-8").splitlines()
     return max((json.loads(line).get("peak_memory_bytes", 0) for line in lines), default=0)
 
 

@@ -16,6 +16,7 @@ from lora_engine.evaluation.samples import differing_parts
 from lora_engine.report.page import comparisons
 from lora_engine.text import bytes_text, duration_text, visible
 from lora_engine.training.metrics import StepMetrics
+from lora_engine.training.run.folder import RunFolder
 from lora_engine.training.state import TrainResult
 
 PLAIN_LINES = 20
@@ -129,11 +130,12 @@ def render_outcome(outcome: Outcome) -> RenderableType:
         f"peak memory {bytes_text(summary['peak_memory_bytes'])}"
     )
     weights = "adapter" if summary["config"]["lora"] else "model"
+    run = RunFolder(outcome.folder)
     files = Table.grid(padding=(0, 2))
     files.add_column()
     files.add_column(overflow="fold")
-    files.add_row("report", Text(visible(str(outcome.folder / "report.html"))))
-    files.add_row(weights, Text(visible(str(outcome.folder / "adapter"))))
+    files.add_row("report", Text(visible(str(run.report))))
+    files.add_row(weights, Text(visible(str(run.adapter))))
     return Group(*panels, Text(), measures, Text(), Text(facts), Text(), files)
 
 

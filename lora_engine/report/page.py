@@ -13,6 +13,7 @@ from lora_engine.evaluation.samples import differing_parts
 from lora_engine.files import write_text
 from lora_engine.report.charts import Chart, Point, Series, line_chart, smoothed
 from lora_engine.text import bytes_text, duration_text
+from lora_engine.training.run.folder import RunFolder
 
 Row = Mapping[str, Any]
 
@@ -28,19 +29,20 @@ class Comparison:
     better: bool | None
 
 
-def write_report(run_dir: Path) -> Path:
-    """Write report.html from summary.json, metrics.jsonl and the configuration in `run_dir`.
+def write_report(run: RunFolder) -> Path:
+    """Write the run's report from its summary and its metrics; returns the report's path.
 
-    Raises UserError if `run_dir` is not the folder of a finished run.
+    Raises UserError if the run is not finished.
     """
     try:
-        summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
-        lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").split("\n")
+        summary = json.loads(run.summary.read_text(encoding="utf-8"))
+        lines = run.metrics.read_text(encoding="utf-8").split("\n")
     except FileNotFoundError as error:
-        raise UserError(f"{run_dir}: is not a finished run, it has no {error.filename}") from error
-    path = run_dir / "report.html"
-    write_text(path, render_report(summary, [json.loads(line) for line in lines if line.strip()]))
-    return path
+        raise UserError(f"{run.path}: is not a finished run, it has no {error.filename}") from error
+    write_text(
+        run.report, render_report(summary, [json.loads(line) for line in lines if line.strip()])
+    )
+    return run.report
 
 
 def render_report(summary: Row, metrics: Sequence[Row]) -> str:

@@ -1,9 +1,11 @@
 """An empty working folder for every try, and the tiny model that some of them need."""
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_model import save_tiny_model
 from tries import CONFIG, RECORDS
 
@@ -34,3 +36,25 @@ def run_folder(folder: Path, saved_model: Path) -> Path:
     (folder / "rows.jsonl").write_text(RECORDS)
     (folder / "run.yaml").write_text(CONFIG)
     return folder
+
+
+@pytest.fixture
+def settings(tmp_path: Path, saved_model: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the data and the config, run.yaml, of a run of four steps."""
+    torch.set_num_threads(1)  # on a busy machine, threads that wait for each other take minutes
+    monkeypatch.chdir(tmp_path)
+    rows = [
+        {"messages": [{"role": "user", "content": f"double {i}"},
+                      {"role": "assistant", "content": f"{i} {i}"}]}
+        for i in range(60)
+    ]  # fmt: skip
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "run.yaml").write_text(
+        f"model: {{path: {saved_model}, dtype: float32, device: cpu}}\n"
+        "data: {train: rows.jsonl, eval_fraction: 0.2}\n"
+        "lora: {r: 4, alpha: 8}\n"
+        "train: {output_dir: out, max_steps: 4, tokens_per_batch: 128, learning_rate: 0.01,\n"
+        "        eval_every: 2, save_every: 1}\n"
+        "samples: {count: 3, max_new_tokens: 5}\n"
+    )
+    return tmp_path

@@ -10,6 +10,7 @@ from lora_engine.app.config import load_config
 from lora_engine.errors import UserError
 from lora_engine.report.page import charts, comparisons, render_report, write_report
 from lora_engine.text import bytes_text, duration_text
+from lora_engine.training.run.folder import RunFolder
 
 VOID = {"meta", "path", "br", "link"}
 
@@ -214,7 +215,7 @@ def test_comparison_judges_the_direction(summary):
 def test_report_is_made_from_the_run_folder(tmp_path, summary, metrics):
     (tmp_path / "summary.json").write_text(json.dumps(summary))
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics))
-    path = write_report(tmp_path)
+    path = write_report(RunFolder(tmp_path))
     assert path == tmp_path / "report.html"
     assert path.read_text(encoding="utf-8") == render_report(summary, metrics)
     assert sorted(p.name for p in tmp_path.iterdir()) == [
@@ -226,7 +227,7 @@ def test_report_is_made_from_the_run_folder(tmp_path, summary, metrics):
 
 def test_folder_of_no_run(tmp_path):
     with pytest.raises(UserError, match=r"is not a finished run, it has no .*summary\.json"):
-        write_report(tmp_path)
+        write_report(RunFolder(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,8 @@ class Loaded:
 
 
 class RunFolder:
-    """output_dir: metrics.jsonl, checkpoints/ and adapter/, and what else `reserve` names.
+    """output_dir: metrics.jsonl, checkpoints/ and adapter/; after `reserve_results` the other files
+    as well. No other module knows their names.
 
     Nothing is ever replaced or deleted but what a run wrote.
     """
@@ -46,15 +47,21 @@ class RunFolder:
         self.metrics = path / "metrics.jsonl"
         self.adapter = path / "adapter"
         self.checkpoints = CheckpointStore(path / "checkpoints")
+        self.config = path / "config.yaml"
+        self.samples_before = path / "samples_before.json"
+        self.summary = path / "summary.json"
+        self.report = path / "report.html"
         self._names = [self.metrics.name]
 
     def locked(self) -> AbstractContextManager[None]:
         """Keeps other runs out; see `lock.locked`."""
         return locked(self.path)
 
-    def reserve(self, *names: str) -> None:
-        """Further files of the run, which their writers write; a new run begins without them."""
-        self._names += names
+    def reserve_results(self) -> None:
+        """The run writes config, samples_before, summary and report as well: those that are here
+        have to be a run's, and a new one begins without them."""
+        results = (self.config, self.samples_before, self.summary, self.report)
+        self._names += [path.name for path in results]
 
     def holds_run(self) -> bool:
         """Whether a run has begun here, however far it came."""

@@ -1,5 +1,6 @@
 """What a run does to its folder, and what is left when the system refuses to write."""
 
+import ast
 import errno
 import os
 import resource
@@ -15,10 +16,12 @@ from training_helpers import (
     trainable,
 )
 
+import lora_engine
 from lora_engine.errors import UserError
 from lora_engine.files import write_text
 from lora_engine.training import trainer
 from lora_engine.training.run import checkpoint
+from lora_engine.training.run.folder import RunFolder
 from lora_engine.training.run.lock import LOCK, locked
 from lora_engine.training.run.manifest import MANIFEST
 
@@ -214,3 +217,21 @@ def test_what_a_killed_process_left_of_a_file_goes(tmp_path, monkeypatch, name):
     assert [path.name[: -len("12345678")] for path in tmp_path.iterdir()] == [f".tmp-{name}-"]
     make_trainer(tmp_path).fit()
     assert not list(tmp_path.glob(".tmp-*"))
+
+
+def test_no_other_module_names_a_file_of_the_folder():
+    run = RunFolder(Path())
+    names = {path.name for path in vars(run).values() if isinstance(path, Path)} - {""}
+    names.add(run.checkpoints.folder.name)
+    assert names > {"metrics.jsonl", "summary.json", "config.yaml", "adapter", "checkpoints"}
+    package = Path(lora_engine.__file__).parent
+    owner = package / "training/run/folder.py"
+    named = []
+    for source in package.rglob("*.py"):
+        for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
+            # "adapter" has other meanings, but not behind a slash.
+            joined = isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div)
+            text = getattr(node.right if joined else node, "value", None)
+            if text in names and (joined or "." in text) and source != owner:
+                named.append(f"{source.relative_to(package)}:{node.lineno}: {text}")
+    assert named == []
