@@ -1,6 +1,6 @@
 """The output head of a transformers model, with or without PEFT, as the loss sees it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -97,6 +97,7 @@ def output_head(model: Any) -> Head:
     if lora is not None and lora.bias is not None:
         own = (lora.scaling * lora.bias).to(head.weight.dtype)
         bias = own if bias is None else bias + own
+        lora = replace(lora, bias=None)
     softcap = getattr(inner.config.get_text_config(), "final_logit_softcapping", None)
     return Head(head.weight, bias, lora, softcap)
 

@@ -169,6 +169,10 @@ def _check_head(
             f"{name}: lora_a {shape_of(a)} and lora_b {shape_of(b)} do not fit weight "
             f"{shape_of(weight)}",
         )
+        check(
+            lora.magnitude is None and lora.bias is None,
+            f"{name}: an adapter with a magnitude or a bias; add scaling * lora.bias to bias",
+        )
 
 
 def _reduce(losses: Tensor, target: Tensor, reduction: str, ignore_index: int) -> Tensor:
