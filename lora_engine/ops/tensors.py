@@ -6,6 +6,7 @@ from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from lora_engine.values import accumulate_dtype as accumulate_dtype
 
@@ -86,6 +87,20 @@ def without_autocast(operation: Callable[P, R]) -> Callable[P, R]:
             return operation(*args, **kwargs)
 
     return exact
+
+
+def is_observed() -> bool:
+    """Whether gradients may be asked for, or a trace or transform follows torch's calls.
+
+    Operations are `torch.autograd.Function`s then, which these record or refuse. What kernels write
+    outside one they would take for uninitialised memory, or a constant.
+    """
+    return (
+        torch.is_grad_enabled()
+        or torch.jit.is_tracing()
+        or forward_ad._current_level >= 0
+        or torch._C._are_functorch_transforms_active()
+    )
 
 
 def shape_of(x: Tensor) -> str:

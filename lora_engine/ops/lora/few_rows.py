@@ -7,16 +7,17 @@ and A and B from the tensors that the group was given.
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from lora_engine import backends
 from lora_engine.backends.cpu import few_rows as kernel
 from lora_engine.ops.lora.group import LoraGroup
-from lora_engine.ops.tensors import as_rows
+from lora_engine.ops.tensors import as_rows, is_observed
 
 
 def suits(x: Tensor, *groups: LoraGroup, impl: str | None = None) -> bool:
     """Whether `lora_linear` can take rows like x [..., K] of these groups, without dropout."""
-    if torch.is_grad_enabled():
+    if is_observed():
         return False
     rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
     return backends.takes_few_rows(rows, x.device, x.dtype, impl) and all(map(_is_plain, groups))
@@ -54,7 +55,7 @@ def linear(
     """`torch.nn.functional.linear`; None where it is not for this kernel."""
     if torch.is_autocast_enabled("cpu") and x.dtype != torch.get_autocast_dtype("cpu"):
         return None
-    if torch.jit.is_tracing() or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or type(x) is not Tensor:
         return None
     if not (suits(x) and weight.dtype == x.dtype and weight.shape[1] == x.shape[-1]):
         return None
@@ -88,10 +89,20 @@ def _is_plain(group: LoraGroup) -> bool:
 
 def _is_readable(x: Tensor) -> bool:
     """Whether the kernel can read the rows of x [.., cols] where they are."""
-    return x.stride(1) == 1 and x.dtype in backends.DTYPES["cpu"] and x.device.type == "cpu"
+    return (
+        type(x) in (Tensor, Parameter)  # subclasses need not have their elements in memory
+        and x.device.type == "cpu"
+        and x.dtype in backends.DTYPES["cpu"]
+        and x.layout == torch.strided
+        and x.stride(1) == 1
+        and not x.is_neg()
+    )
 
 
 def _fits(bias: Tensor | None, outer: int, like: Tensor) -> bool:
     return bias is None or (
-        bias.dtype == like.dtype and bias.shape == (outer,) and bias.is_contiguous()
+        bias.device == like.device
+        and bias.dtype == like.dtype
+        and bias.shape == (outer,)
+        and bias.is_contiguous()
     )

@@ -12,7 +12,7 @@ from lora_engine.ops import augmented
 from lora_engine.ops.lora import few_rows
 from lora_engine.ops.lora.group import LoraGroup
 from lora_engine.ops.lora.product import LoraProduct
-from lora_engine.ops.tensors import as_rows, not_a_view, shape_of, without_autocast
+from lora_engine.ops.tensors import as_rows, is_observed, not_a_view, shape_of, without_autocast
 from lora_engine.values import AdaptedLinear, Dropout
 
 
@@ -48,7 +48,7 @@ def lora_linear(
         parts = reference.lora_group(x, linears, dropout=dropout, routes=routes)
         return tuple(map(_takes_any_gradient, parts))
     product = make_product(x, group, dropout, routes, impl)
-    if not torch.is_grad_enabled():
+    if not is_observed():
         return _forward(x, product)[0]
     outputs: tuple[Tensor, ...] = _LoraLinear.apply(x, product, *product.filling.tensors())
     return outputs

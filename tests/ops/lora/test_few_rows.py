@@ -212,3 +212,31 @@ def test_linear(bias: bool) -> None:
         with torch.autocast("cpu", torch.bfloat16):
             assert ops.linear_few_rows(x, module.weight, module.bias) is None
     assert ops.linear_few_rows(x, module.weight, module.bias) is None
+
+
+def test_what_follows_torchs_calls_gets_none() -> None:
+    """Outside an autograd function a tracer takes what the kernel writes for a constant."""
+    module, x = torch.nn.Linear(40, 8).requires_grad_(False), torch.randn(3, 40)
+    taken = []
+
+    def product(given: Tensor) -> Tensor:
+        found = ops.linear_few_rows(given, module.weight, module.bias)
+        taken.append(found is not None)
+        return module(given) if found is None else found
+
+    with torch.no_grad():
+        traced = torch.jit.trace(product, x, check_trace=False)
+        assert torch.equal(traced(2 * x), module(2 * x))
+        torch.func.functionalize(product)(x)
+        _, change = torch.func.jvp(product, (x,), (x,))
+        assert error(change, x @ module.weight.t()) < 1e-5
+        assert not any(taken)
+        product(x)
+    assert taken[-1]
+
+
+def test_a_bias_that_is_elsewhere_is_not_left_out() -> None:
+    module = torch.nn.Linear(40, 8)
+    with torch.no_grad():
+        found = ops.linear_few_rows(torch.randn(3, 40), module.weight, module.bias.to("meta"))
+    assert found is None
