@@ -69,7 +69,7 @@ def test_a_run_that_would_learn_nothing_ends_with_its_line(capfd, run_folder):
 
 
 def test_ctrl_c_in_the_middle_leaves_no_run(capfd, run_folder, monkeypatch):
-    def interrupted(model, batch):
+    def interrupted(*args, **options):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("lora_engine.training.trainer.preflight", interrupted)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_engine.errors import UserError
 from lora_engine.models.attach.attention import AttentionForward
 from lora_engine.models.attach.attention_function import computes_padding, weights_if_asked
 from lora_engine.models.attach.capture import is_idle
@@ -38,7 +39,12 @@ class BackboneForward:
         self.original = backbone.forward
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """As the backbone's own."""
+        """As the backbone's own. UserError within torch.jit.trace, which records no kernels."""
+        if torch.jit.is_tracing():
+            raise UserError(
+                "torch.jit.trace cannot record an accelerated model: call "
+                "lora_engine.restore(model) before"
+            )
         read = kwargs.pop("read_rows", kwargs.get("output_rows"))
         padded = None if args or not self._packs(kwargs) else _padded_batch(kwargs, read)
         if padded is None:

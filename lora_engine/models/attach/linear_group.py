@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lora_engine import ops
 from lora_engine.errors import EngineWarning, UserError
-from lora_engine.models.attach.patches import Patches
+from lora_engine.models.attach.patches import Patches, only_argument
 from lora_engine.models.peft import lora_state
 from lora_engine.models.peft.lora_state import base_layer, is_lora
 from lora_engine.models.peft.router import AdapterRouter
@@ -166,7 +166,9 @@ class ContiguousInput:
     def __init__(self, module: nn.Linear) -> None:
         self.module, self.original = module, module.forward
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor | None = None, **named: Tensor) -> Tensor:
+        if x is None:
+            x = only_argument(self.original, named)
         found = ops.linear_few_rows(x, self.module.weight, self.module.bias)
         return self.original(x.contiguous()) if found is None else found
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from lora_engine import ops
 from lora_engine.models.attach.linear_group import LinearGroup, are_altered
+from lora_engine.models.attach.patches import only_argument
 from lora_engine.models.families.structure import GATED_MLP_PARTS
 from lora_engine.models.peft.lora_state import hooks_everywhere
 from lora_engine.values import ACTIVATIONS
@@ -21,7 +22,9 @@ class MlpForward:
         self.module, self.gate_up, self.down, self.activation = module, gate_up, down, activation
         self.original, self.act_fn = module.forward, module.act_fn
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor | None = None, **named: Tensor) -> Tensor:
+        if x is None:
+            x = only_argument(self.original, named)
         if not self.intact():
             result: Tensor = self.original(x)
             return result

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_engine import ops
+from lora_engine.models.attach.patches import only_argument
 from lora_engine.models.families.structure import RMS_NORM, RMS_NORM_EPS
 from lora_engine.values import PreNorm
 
@@ -28,13 +29,13 @@ class RmsNormForward:
         """The module's, as it is now."""
         return _eps(self.module)
 
-    def __call__(self, hidden_states: Tensor) -> Tensor:
-        if not self.takes(hidden_states):
-            result: Tensor = self.original(hidden_states)
+    def __call__(self, x: Tensor | None = None, **named: Tensor) -> Tensor:
+        if x is None:
+            x = only_argument(self.original, named)
+        if not self.takes(x):
+            result: Tensor = self.original(x)
             return result
-        return ops.rms_norm(
-            hidden_states, self.module.weight, self.eps, offset=self.offset, tail=self.tail
-        )
+        return ops.rms_norm(x, self.module.weight, self.eps, offset=self.offset, tail=self.tail)
 
     def takes(self, x: Tensor) -> bool:
         """Whether x has the weight's dtype; else (under autocast, say) the module's own runs."""

@@ -1,7 +1,8 @@
 """Changes of behaviour on instances, and how to take them back."""
 
 import functools
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -52,6 +53,13 @@ class Patches:
         while self._undo:
             action, args = self._undo.pop()
             action(*args)
+
+
+def only_argument(original: Callable[..., Any], named: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The argument of a call by the name that `original` has for it; TypeError as `original`'s."""
+    bound = inspect.signature(original).bind(**named)
+    argument: torch.Tensor = bound.args[0]
+    return argument
 
 
 def _reset_attribute(owner: Any, name: str, value: Any, before: Any) -> None:

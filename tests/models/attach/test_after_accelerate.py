@@ -148,6 +148,20 @@ def test_every_replaced_forward_shows_what_the_original_does() -> None:
     assert replaced > 8
 
 
+def test_a_single_argument_can_be_given_by_its_name() -> None:
+    model = with_lora(tiny_llama(), target_modules=["q_proj", "down_proj"])
+    lora_engine.accelerate(model)
+    x = torch.randn(2, 3, model.config.hidden_size)
+    inner = model.get_base_model()
+    layer = inner.model.layers[0]
+    for module in (inner.lm_head, layer.mlp, layer.input_layernorm):
+        assert "forward" in vars(module)
+        (name, *_) = inspect.signature(module.forward).parameters
+        assert torch.equal(module(**{name: x}), module(x))
+        with pytest.raises(TypeError):
+            module(nothing=x)
+
+
 def test_left_padding_reaches_models_that_need_positions() -> None:
     """generate() asks the forward's signature whether it takes position_ids."""
     torch.manual_seed(0)

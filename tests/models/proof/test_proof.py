@@ -245,7 +245,12 @@ def test_a_wrong_kernel_is_found_and_nothing_replaced(monkeypatch: pytest.Monkey
     rms_norm = norm.ops.rms_norm
     plain = with_lora(tiny_llama())
     model = copy.deepcopy(plain)
-    monkeypatch.setattr(norm.ops, "rms_norm", lambda *a, **k: 1.01 * rms_norm(*a, **k))
+
+    def wrong(*args: Any, impl: str | None = None, **options: Any) -> Any:
+        y = rms_norm(*args, impl=impl, **options)
+        return y if impl == "reference" else 1.01 * y  # the reference recognises norms
+
+    monkeypatch.setattr(norm.ops, "rms_norm", wrong)
     report = lora_engine.accelerate(model)
     assert [entry.operation for entry in report.left] == ["everything"] and not report.replaced
     assert "model.layers.0" in report.left[0].detail
