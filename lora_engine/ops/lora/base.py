@@ -116,13 +116,14 @@ class DenseBase:
         self.dtype, self.device = first.dtype, first.device
         n, k, r = sum(self.out_features), self.in_features, padded_rank(rank, first.dtype)
         self.buffer = torch.empty(n + r, k + r, dtype=first.dtype, device=first.device)
-        # Finite from the start: a vendor's product may read what stands beside its operand.
-        self.buffer[n:].zero_()
-        self.buffer[:n, k:].zero_()
         self.resident = self.buffer[:n, :k]
         self._linears = self.resident.split(self.out_features)
         for weight, place in zip(weights, self._linears, strict=True):
             place.copy_(weight.detach())
+        # Finite from the start: a vendor's product may read what stands beside its operand.
+        # After the copies, which fault the new memory in on every thread.
+        self.buffer[n:].zero_()
+        self.buffer[:n, k:].zero_()
         self.factors = Factors(self.buffer[n:, :k], self.buffer[:n, k:])
         self._blocks = ((slice(0, n), self.resident),)
         self._forward = nullcontext(self.buffer[:n])
