@@ -44,7 +44,6 @@ from lora_engine.models.peft.adapters import LoraConfig, add_adapters
 from lora_engine.report.page import write_report
 from lora_engine.training.run.folder import RunFolder
 from lora_engine.training.run.identity import model_weights_sha256
-from lora_engine.training.run.lock import locked
 from lora_engine.training.trainer import Trainer, TrainResult
 
 SMOLLM2_NAME = "SmolLM2-135M-Instruct"
@@ -83,7 +82,7 @@ def finetune(
     with naming(folder):
         if folder.exists() and not folder.is_dir():
             raise UserError(f"{folder}: is a file, train.output_dir must be a folder")
-    with locked(folder):
+    with RunFolder(folder).locked():
         _check_room(config, resume)
         return _finetune(config, resume, observer)
 

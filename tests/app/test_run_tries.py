@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tries import CONFIG, MISTAKE, Try, check, run, snapshot, tries
 
-from lora_engine.training.run.lock import locked
+from lora_engine.training.run.folder import RunFolder
 
 
 @pytest.fixture(scope="session")
@@ -158,7 +158,7 @@ def test_two_runs_in_one_folder(capfd, run_folder):
     entered, leave = threading.Event(), threading.Event()
 
     def other_run():
-        with locked(run_folder / "run"):
+        with RunFolder(run_folder / "run").locked():
             entered.set()
             leave.wait(60)
 

@@ -20,7 +20,7 @@ from lora_engine.training.run.atomic import remove_folder, remove_leftovers
 from lora_engine.training.run.checkpoint import CheckpointStore
 from lora_engine.training.run.identity import Identity, check_identity
 from lora_engine.training.run.lock import locked
-from lora_engine.training.run.manifest import MANIFEST, Manifest
+from lora_engine.training.run.manifest import Manifest
 from lora_engine.training.state import TrainState
 
 logger = logging.getLogger(__name__)
@@ -39,6 +39,7 @@ class RunFolder:
     """output_dir: metrics.jsonl, checkpoints/ and adapter/; after `reserve_results` the other files
     as well. No other module knows their names.
 
+    lock_file: there while a run is in the folder. manifest: lists the files that the run wrote.
     Nothing is ever replaced or deleted but what a run wrote.
     """
 
@@ -51,11 +52,13 @@ class RunFolder:
         self.samples_before = path / "samples_before.json"
         self.summary = path / "summary.json"
         self.report = path / "report.html"
+        self.lock_file = path / ".lora-engine.lock"
+        self.manifest = path / ".lora-engine.json"
         self._names = [self.metrics.name]
 
     def locked(self) -> AbstractContextManager[None]:
         """Keeps other runs out; see `lock.locked`."""
-        return locked(self.path)
+        return locked(self.lock_file)
 
     def reserve_results(self) -> None:
         """The run writes config, samples_before, summary and report as well: those that are here
@@ -118,7 +121,7 @@ class RunFolder:
         with naming(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             self.checkpoints.remove_leftovers()
-            names = (self.adapter.name, MANIFEST, *self._names)
+            names = (self.adapter.name, self.manifest.name, *self._names)
             remove_leftovers(self.path, "|".join(map(re.escape, names)))
             manifest = self._manifest()
             if step is None:
@@ -206,4 +209,4 @@ class RunFolder:
         return self.checkpoints.state(step)
 
     def _manifest(self) -> Manifest:
-        return Manifest(self.path, self.adapter)
+        return Manifest(self.manifest, self.adapter)

@@ -18,20 +18,22 @@ except ImportError:  # Windows
 
 logger = logging.getLogger(__name__)
 
-LOCK = ".lora-engine.lock"
 _OPEN = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
 
 _holders: dict[str, int] = {}  # folders that this process has locked, and the thread that did
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """No other process, nor another thread of this one, is in here with the same folder.
+def locked(path: Path) -> Iterator[None]:
+    """Within, no other process and no other thread of this one holds the lock of path's folder.
 
-    Makes the folder, and takes away what it made and nothing was put into. The system releases
-    the lock of a process that is killed. A thread that holds it may enter again. On a file system
-    without locks a warning is logged instead. Raises UserError naming the process that is there.
+    path: the file to lock, made here and removed at the end; all who share a folder name the same.
+    Makes the folder where it is missing, and removes the folders it made that are still empty. The
+    system releases the lock of a process that is killed. A thread that holds it may enter again. On
+    a file system without locks a warning is logged instead. Raises UserError naming the process
+    that holds it.
     """
+    folder = path.parent
     key = os.path.realpath(folder)
     holder = _holders.get(key)
     if holder == threading.get_ident():
@@ -39,32 +41,31 @@ def locked(folder: Path) -> Iterator[None]:
         return
     if holder is not None:
         raise UserError(_in_use(folder, "another thread of this process"))
-    made = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
+    made = [parent for parent in path.parents if not os.path.lexists(parent)]
     with naming(folder):
         folder.mkdir(parents=True, exist_ok=True)
     try:
-        descriptor = _acquire(folder)
+        descriptor = _acquire(path)
         _holders[key] = threading.get_ident()
         try:
             yield
         finally:
             del _holders[key]
-            (folder / LOCK).unlink(missing_ok=True)  # before another can have it
+            path.unlink(missing_ok=True)  # before another can have it
             os.close(descriptor)
     finally:
         with contextlib.suppress(OSError):  # not empty
-            for path in made:
-                path.rmdir()
+            for parent in made:
+                parent.rmdir()
 
 
-def _acquire(folder: Path) -> int:
+def _acquire(path: Path) -> int:
     """The descriptor of the locked file."""
-    path = folder / LOCK
     while True:
         with naming(path):
             descriptor = os.open(path, _OPEN, 0o644)
         try:
-            if not _lock(descriptor, folder) or _is_at(descriptor, path):
+            if not _lock(descriptor, path.parent) or _is_at(descriptor, path):
                 holder = f"process {os.getpid()} on {socket.gethostname()}"
                 with naming(path):
                     os.truncate(descriptor, 0)

@@ -7,8 +7,6 @@ from pathlib import Path
 from lora_engine.errors import UserError
 from lora_engine.files import write_text
 
-MANIFEST = ".lora-engine.json"
-
 
 class Manifest:
     """The names of a run's files, in a file of the run's folder.
@@ -16,10 +14,13 @@ class Manifest:
     Checkpoints are not listed: their names and what they hold tell them.
     """
 
-    def __init__(self, folder: Path, adapter: Path) -> None:
-        """Reads it; one that is missing or damaged names nothing. adapter: a folder in `folder`."""
-        self._path = folder / MANIFEST
-        self._folder, self._adapter = folder, adapter
+    def __init__(self, path: Path, adapter: Path) -> None:
+        """Reads `path`; a manifest that is missing or damaged names nothing.
+
+        adapter: the run's folder for its adapter, beside `path`.
+        """
+        self._path = path
+        self._folder, self._adapter = path.parent, adapter
         content = _read(self._path)
         self._files = set(map(str, content.get("files") or ()))
         # None while the adapter is being written: everything in its folder is then the run's.

@@ -3,8 +3,9 @@
 import pytest
 
 from lora_engine.errors import UserError
-from lora_engine.training.run.manifest import MANIFEST, Manifest
+from lora_engine.training.run.manifest import Manifest
 
+NAME = "manifest.json"
 FOREIGN = "was not written by this run: move it away, or choose another output_dir"
 
 
@@ -15,7 +16,7 @@ def adapter(tmp_path):
 
 
 def manifest(adapter):
-    return Manifest(adapter.parent, adapter)
+    return Manifest(adapter.parent / NAME, adapter)
 
 
 def test_files_that_were_there_before_are_not_the_runs(adapter):
@@ -94,7 +95,7 @@ def test_a_link_or_file_in_the_adapters_place_is_not_the_runs(tmp_path, make):
     ids=["empty", "cut", "null", "list", "number", "adapter", "deep", "no UTF-8"],
 )
 def test_a_damaged_manifest_names_nothing(adapter, content):
-    (adapter.parent / MANIFEST).write_bytes(content.encode("utf-8", "surrogateescape"))
+    (adapter.parent / NAME).write_bytes(content.encode("utf-8", "surrogateescape"))
     (adapter.parent / "metrics.jsonl").touch()
     (adapter / "file").touch()
     with pytest.raises(UserError, match=f"metrics.jsonl: {FOREIGN}"):

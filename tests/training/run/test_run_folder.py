@@ -22,8 +22,6 @@ from lora_engine.files import write_text
 from lora_engine.training import trainer
 from lora_engine.training.run import checkpoint
 from lora_engine.training.run.folder import RunFolder
-from lora_engine.training.run.lock import LOCK, locked
-from lora_engine.training.run.manifest import MANIFEST
 
 
 def files_of(folder):
@@ -92,17 +90,17 @@ def test_checkpoints_may_be_a_link_to_another_disk(tmp_path):
 
 
 def test_a_run_keeps_others_out(tmp_path):
-    with locked(tmp_path / "free"):
+    with RunFolder(tmp_path / "free").locked():
         assert make_trainer(tmp_path / "free").fit().stopped == "finished"
     seen = []
 
     class Look:
         def on_step(self, metrics):
-            seen.append((tmp_path / "run" / LOCK).read_text())
+            seen.append(RunFolder(tmp_path / "run").lock_file.read_text())
 
     make_trainer(tmp_path / "run", callbacks=[Look()]).fit()
     assert set(seen) == {f"process {os.getpid()} on {os.uname().nodename}"}
-    assert not (tmp_path / "run" / LOCK).exists()
+    assert not RunFolder(tmp_path / "run").lock_file.exists()
 
 
 def resumed_equals_uninterrupted(folder, **config):
@@ -204,7 +202,7 @@ def test_a_folder_that_cannot_be(tmp_path, path, message):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "loop"]
 
 
-@pytest.mark.parametrize("name", [MANIFEST, "metrics.jsonl"])
+@pytest.mark.parametrize("name", [RunFolder(Path()).manifest.name, "metrics.jsonl"])
 def test_what_a_killed_process_left_of_a_file_goes(tmp_path, monkeypatch, name):
     def killed(*paths, **options):
         raise SystemExit
@@ -224,6 +222,7 @@ def test_no_other_module_names_a_file_of_the_folder():
     names = {path.name for path in vars(run).values() if isinstance(path, Path)} - {""}
     names.add(run.checkpoints.folder.name)
     assert names > {"metrics.jsonl", "summary.json", "config.yaml", "adapter", "checkpoints"}
+    assert names > {".lora-engine.json", ".lora-engine.lock"}
     package = Path(lora_engine.__file__).parent
     owner = package / "training/run/folder.py"
     named = []
