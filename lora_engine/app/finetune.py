@@ -41,6 +41,7 @@ from lora_engine.models.load.load import (
     resolve_dtype,
 )
 from lora_engine.models.peft.adapters import LoraConfig, add_adapters
+from lora_engine.objectives.base import NATS_PER_TARGET
 from lora_engine.report.page import write_report
 from lora_engine.training.run.folder import RunFolder
 from lora_engine.training.run.identity import model_weights_sha256
@@ -140,11 +141,13 @@ def _finetune(config: RunConfig, resume: bool, observer: Observer | None) -> Out
     if prompts:
         tell(f"writing {_samples(len(prompts))}")
     after = generate(model, tokenizer, prompts, max_new_tokens=config.samples.max_new_tokens)
+    unit = trainer.objective.unit
     summary = {
         **result.summary(),
+        "loss_unit": unit,
         "peak_memory_bytes": max(result.peak_memory_bytes, _earlier_peak(files.metrics)),
-        "heldout_perplexity_before": _perplexity(result.heldout_loss_before),
-        "heldout_perplexity_after": _perplexity(result.heldout_loss_after),
+        "heldout_perplexity_before": _perplexity(result.heldout_loss_before, unit),
+        "heldout_perplexity_after": _perplexity(result.heldout_loss_after, unit),
         **_description(config, model, train_data, eval_data),
         "data_accounts": accounts,
         "preflight": None if preflight is None else asdict(preflight),
@@ -338,9 +341,11 @@ def _earlier_peak(metrics: Path) -> int:
     return max((json.loads(line).get("peak_memory_bytes", 0) for line in lines), default=0)
 
 
-def _perplexity(loss: float | None) -> float | None:
-    """exp(loss); None for no loss, or one too large for the exponential."""
-    return math.exp(loss) if loss is not None and loss < 700 else None
+def _perplexity(loss: float | None, unit: str) -> float | None:
+    """exp(loss); None for no loss, one of another unit, or one too large for the exponential."""
+    if loss is None or unit != NATS_PER_TARGET or loss >= 700:
+        return None
+    return math.exp(loss)
 
 
 def _ignore(told: Any) -> None:

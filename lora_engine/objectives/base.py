@@ -8,6 +8,9 @@ from torch import Tensor
 
 from lora_engine.data.batch import PackedBatch
 
+# The unit of a loss whose exponential is the perplexity.
+NATS_PER_TARGET = "nats per supervised token"
+
 
 @dataclass(frozen=True)
 class Reads:
@@ -82,6 +85,10 @@ class Objective(Protocol):
     @property
     def name(self) -> str:
         """As messages and checkpoints have it."""
+
+    @property
+    def unit(self) -> str:
+        """What the loss is counted in, for charts and model cards; "" for a bare number."""
 
     @property
     def reads(self) -> Reads:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from lora_engine.data.batch import PackedBatch
-from lora_engine.objectives.base import Loss, Reads, TargetScores
+from lora_engine.objectives.base import NATS_PER_TARGET, Loss, Reads, TargetScores
 
 
 @dataclass(frozen=True)
@@ -12,6 +12,7 @@ class SFT:
     """−Σ log p(target), over the number of targets: each supervised token counts alike."""
 
     name: ClassVar[str] = "sft"
+    unit: ClassVar[str] = NATS_PER_TARGET
     reads: ClassVar[Reads] = Reads()
 
     def weight(self, batch: PackedBatch) -> int:

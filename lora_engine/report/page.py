@@ -11,6 +11,7 @@ from lora_engine.data.account import finding_lines
 from lora_engine.errors import UserError
 from lora_engine.evaluation.samples import differing_parts
 from lora_engine.files import write_text
+from lora_engine.objectives.base import NATS_PER_TARGET
 from lora_engine.report.charts import Chart, Point, Series, line_chart, smoothed
 from lora_engine.text import bytes_text, duration_text
 from lora_engine.training.run.folder import RunFolder
@@ -65,7 +66,7 @@ def render_report(summary: Row, metrics: Sequence[Row]) -> str:
         summary=summary,
         headline=headline(summary),
         comparisons=comparisons(summary),
-        charts=[asdict(chart) for chart in charts(metrics)],
+        charts=[asdict(chart) for chart in charts(metrics, summary["loss_unit"])],
         peeks=differing_parts([sample["prompt"] for sample in summary["samples"]]),
         accounts=[
             {**about, "lines": finding_lines(about)} for about in summary.get("data_accounts", ())
@@ -93,17 +94,19 @@ def headline(summary: Row) -> list[tuple[str, str, str]]:
 
 
 def comparisons(summary: Row) -> list[Comparison]:
-    """Held-out loss, perplexity and token accuracy, before and after."""
+    """Held-out loss, its perplexity where it has one, and token accuracy, before and after."""
     losses = (summary["heldout_loss_before"], summary["heldout_loss_after"])
     accuracies = (summary["heldout_accuracy_before"], summary["heldout_accuracy_after"])
     if None in losses or None in accuracies:
         return []
-    perplexities = tuple(map(perplexity, losses))
-    return [
-        _comparison("Held-out loss", losses, "{:.3f}", lower_is_better=True),
-        _comparison("Perplexity", perplexities, "{:,.2f}", lower_is_better=True),
-        _comparison("Token accuracy", accuracies, "{:.1%}", lower_is_better=False, points=True),
-    ]
+    rows = [_comparison("Held-out loss", losses, "{:.3f}", lower_is_better=True)]
+    if summary["loss_unit"] == NATS_PER_TARGET:
+        perplexities = tuple(map(perplexity, losses))
+        rows.append(_comparison("Perplexity", perplexities, "{:,.2f}", lower_is_better=True))
+    rows.append(
+        _comparison("Token accuracy", accuracies, "{:.1%}", lower_is_better=False, points=True)
+    )
+    return rows
 
 
 def perplexity(loss: float) -> float:
@@ -111,8 +114,11 @@ def perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
 
 
-def charts(metrics: Sequence[Row]) -> list[Chart]:
-    """Loss, learning rate, gradient norm, throughput and memory over the steps."""
+def charts(metrics: Sequence[Row], loss_unit: str) -> list[Chart]:
+    """Loss, learning rate, gradient norm, throughput and memory over the steps.
+
+    loss_unit: what the objective counts the loss in, "" for a bare number.
+    """
     loss = _points(metrics, "loss")
     heldout = _points(metrics, "heldout_loss")
     accuracy = [(x, 100 * y) for x, y in _points(metrics, "heldout_accuracy")]
@@ -134,7 +140,7 @@ def charts(metrics: Sequence[Row]) -> list[Chart]:
                 Series("training, smoothed", smoothed(loss), "smooth"),
                 Series("held-out", heldout, "heldout"),
             ],
-            note="nats per supervised token",
+            note=loss_unit,
             last_step=last,
             label=_loss_label,
         ),

@@ -23,7 +23,7 @@ _LARGEST = 1e300  # not infinite, and no trouble to draw
 class StepMetrics:
     """One optimiser step, one line of metrics.jsonl.
 
-    loss: of SFT the mean over the step's supervised tokens, in nats.
+    loss: the objective's, over its weight, in its unit; of SFT the mean over supervised tokens.
     grad_norm: before clipping.
     tokens, supervised_tokens: real tokens of this step; there is no padding to count.
     tokens_per_second: tokens over the step's wall time, evaluation and checkpoints excluded.

@@ -281,7 +281,12 @@ class Trainer:
 
     def _card_facts(self, result: TrainResult) -> CardFacts:
         return CardFacts(
-            self.config, result, self.total_steps, self.train_dataset, self.eval_dataset
+            self.config,
+            result,
+            self.total_steps,
+            self.objective.unit,
+            self.train_dataset,
+            self.eval_dataset,
         )
 
     def _notify(self, event: str, *args: Any) -> None:

@@ -26,6 +26,7 @@ def summary():
         "eval_examples": 56,
         "steps": 20,
         "stopped": "finished",
+        "loss_unit": "nats per supervised token",
         "finished": "2026-01-02 03:04",
         "heldout_loss_before": 3.0,
         "heldout_loss_after": 1.5,
@@ -170,7 +171,7 @@ def test_page_needs_no_other_file(summary, metrics):
 
 
 def test_charts_follow_the_metrics(metrics):
-    drawn = {chart.title: chart for chart in charts(metrics)}
+    drawn = {chart.title: chart for chart in charts(metrics, "nats per pair")}
     assert list(drawn) == [
         "Loss",
         "Token accuracy",
@@ -179,6 +180,7 @@ def test_charts_follow_the_metrics(metrics):
         "Throughput",
         "Peak memory",
     ]
+    assert drawn["Loss"].note == "nats per pair"
     raw, smooth, heldout = drawn["Loss"].series
     assert len(raw.points) == len(smooth.points) == 20
     assert list(heldout.points) == [(0, 3.0), (20, 1.5)]
@@ -187,7 +189,7 @@ def test_charts_follow_the_metrics(metrics):
 
 def test_the_later_line_of_a_step_counts(metrics):
     again = {**metrics[5], "loss": 9.0}
-    loss = charts([*metrics, again])[0].series[0]
+    loss = charts([*metrics, again], "")[0].series[0]
     assert dict(loss.points)[5] == 9.0
     assert len(loss.points) == 20
 
@@ -210,6 +212,11 @@ def test_comparison_judges_the_direction(summary):
     assert (loss.better, accuracy.better) == (False, None)
     summary |= {"heldout_loss_before": 800.0}
     assert comparisons(summary)[1].before == "inf"
+
+
+def test_only_the_mean_of_log_probabilities_has_a_perplexity(summary):
+    names = [row.name for row in comparisons({**summary, "loss_unit": "nats per pair"})]
+    assert names == ["Held-out loss", "Token accuracy"]
 
 
 def test_report_is_made_from_the_run_folder(tmp_path, summary, metrics):

@@ -40,6 +40,7 @@ class PreferLarge:
 
     beta: float = 0.5
     name: ClassVar[str] = "prefer_large"
+    unit: ClassVar[str] = "nats per pair"
     reads: ClassVar[Reads] = Reads(each_logprob=True, entropy=True, reference=True)
 
     def weight(self, batch):
@@ -176,6 +177,7 @@ def test_it_is_trained_measured_and_written_down(tmp_path, kind):
     last = written[-1]
     for name, value in told[-1].metrics.items():
         assert last[f"heldout_{name}"] == value
+    assert "held-out loss, nats per pair |" in (tmp_path / "adapter/README.md").read_text()
 
 
 def test_evaluation_adds_up_over_batches_as_one_formula(tmp_path):
@@ -240,6 +242,7 @@ class Broken:
 
     part: str
     name: ClassVar[str] = "broken"
+    unit: ClassVar[str] = ""
     reads: ClassVar[Reads] = Reads()
 
     def weight(self, batch):
@@ -332,6 +335,7 @@ class SequenceRatio:
     """Σ (log p − log p_reference)² over all targets."""
 
     name: ClassVar[str] = "ratio"
+    unit: ClassVar[str] = ""
     reads: ClassVar[Reads] = Reads(each_logprob=True, reference=True)
 
     def weight(self, batch):

@@ -36,8 +36,8 @@ from lora_engine.training.preflight.trial import Gradients, Trial, on_device, tr
 class PreflightReport:
     """What `preflight` measured.
 
-    loss_before: the batch's mean loss, in nats. loss_after: after a trial step; equal to
-        loss_before where the batch is learned as far as it can be, so that no step shows.
+    loss_before: the batch's mean loss, in the objective's unit. loss_after: after a trial step;
+        equal to loss_before where no step lowers the loss, because the batch is learned already.
     parameters: tensors that are trained. unreached: how many of them have nothing to do with this
         batch (experts that no token is routed to, say).
     gradient_norms: Euclidean, by kind of parameter (lora_A, lora_B, weights, …), of several

@@ -29,11 +29,15 @@ _LEFT_OUT = frozenset({"output_dir", "adapter_learning_rates", "share_prefixes"}
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What a card tells of a run. heldout: None if nothing was measured."""
+    """What a card tells of a run.
+
+    loss_unit: of the objective, "" for none. heldout: None if nothing was measured.
+    """
 
     config: TrainConfig
     result: TrainResult
     total_steps: int
+    loss_unit: str
     train: TokenizedDataset
     heldout: TokenizedDataset | None
 
@@ -153,7 +157,8 @@ def _run_sections(facts: CardFacts) -> list[str]:
     lines += ["", "## Figures", "", "| | before | after |", "| --- | --- | --- |"]
     loss = result.heldout_loss_before, result.heldout_loss_after
     accuracy = result.heldout_accuracy_before, result.heldout_accuracy_after
-    lines += [_figures("held-out loss, nats a token", loss, ".4f")]
+    unit = facts.loss_unit and f", {_line(facts.loss_unit)}"
+    lines += [_figures(f"held-out loss{unit}", loss, ".4f")]
     lines += [_figures("held-out token accuracy", accuracy, ".1%")]
     return [*lines, "", f"Made with {', '.join(_versions())}.", ""]
 

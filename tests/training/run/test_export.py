@@ -49,11 +49,11 @@ RESULT = TrainResult(
 )
 
 
-def facts(name="rows.jsonl, training", **config):
+def facts(name="rows.jsonl, training", loss_unit="nats per supervised token", **config):
     train = TokenizedDataset(make_examples(30), name=name)
     heldout = TokenizedDataset(make_examples(8), name="rows.jsonl, held out")
     settings = TrainConfig(output_dir=Path("/home/someone/runs"), max_steps=80, **config)
-    return CardFacts(settings, RESULT, 80, train, heldout)
+    return CardFacts(settings, RESULT, 80, loss_unit, train, heldout)
 
 
 @pytest.fixture(scope="module")
@@ -193,11 +193,19 @@ def test_card_tells_data_settings_and_figures():
         "- tokens: 96,123",
         "- learning_rate: `0.003`",
         "- seed: `7`",
-        "| held-out loss, nats a token | 2.5000 | 1.2500 |",
+        "| held-out loss, nats per supervised token | 2.5000 | 1.2500 |",
         "| held-out token accuracy | 50.0% | not measured |",
     ):
         assert line in card.splitlines()
     assert "someone" not in card
+
+
+@pytest.mark.parametrize(
+    ("unit", "label"), [("nats per pair", "held-out loss, nats per pair"), ("", "held-out loss")]
+)
+def test_card_has_the_unit_of_the_objective(unit, label):
+    card = model_card(Base("tiny"), facts(loss_unit=unit), tokenizer=True)
+    assert f"| {label} | 2.5000 | 1.2500 |" in card.splitlines()
 
 
 @pytest.mark.parametrize(
