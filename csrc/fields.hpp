@@ -95,21 +95,21 @@ py::tuple names() {
                     Fields<Args>::list());
 }
 
-// TypeError unless `given` is of a class with the names of Args' list, in its order.
+// TypeError unless `object` is of a class with the names of Args' list, in its order.
 template <class Args>
-void check_class(py::handle given) {
+void check_class(py::handle object) {
   static py::handle known;  // a class that fits, kept alive
-  const py::handle type = py::type::handle_of(given);
+  const py::handle type = py::type::handle_of(object);
   if (!type.is(known)) {
-    const py::object found = py::getattr(type, "_fields", py::none());
-    if (!PyTuple_Check(given.ptr()) || !found.equal(names<Args>()))
+    const py::object fields = py::getattr(type, "_fields", py::none());
+    if (!PyTuple_Check(object.ptr()) || !fields.equal(names<Args>()))
       throw py::type_error(std::string(Fields<Args>::name) + ": expected the fields " +
                            std::string(py::repr(names<Args>())) + ", got " +
-                           std::string(py::repr(found)) + " of " + std::string(py::repr(type)));
+                           std::string(py::repr(fields)) + " of " + std::string(py::repr(type)));
     type.inc_ref();
     known = type;
   }
-  if (static_cast<size_t>(PyTuple_GET_SIZE(given.ptr())) != list_size<Args>)
+  if (static_cast<size_t>(PyTuple_GET_SIZE(object.ptr())) != list_size<Args>)
     throw py::type_error(std::string(Fields<Args>::name) + ": too few or too many values");
 }
 
@@ -120,61 +120,62 @@ inline void raise_python_error() {
 }  // namespace reading
 
 template <class Args>
-Args read_fields(py::handle given, Elements& elements);
+Args read_fields(py::handle object, Elements& elements);
 
 // One value; an address is an int, as from Tensor.data_ptr(), and 0 is null.
 template <class T>
-T read_value(py::handle given, Elements& elements) {
+T read_value(py::handle object, Elements& elements) {
   if constexpr (std::is_pointer_v<T>) {
-    const unsigned long long address = PyLong_AsUnsignedLongLong(given.ptr());
+    const unsigned long long address = PyLong_AsUnsignedLongLong(object.ptr());
     if (address == ~0ull) reading::raise_python_error();
     return reinterpret_cast<T>(static_cast<uintptr_t>(address));
   } else if constexpr (std::is_same_v<T, bool>) {
-    if (!PyBool_Check(given.ptr())) throw py::type_error("expected True or False");
-    return given.ptr() == Py_True;
+    if (!PyBool_Check(object.ptr())) throw py::type_error("expected True or False");
+    return object.ptr() == Py_True;
   } else if constexpr (std::is_same_v<T, int64_t>) {
-    const long long value = PyLong_AsLongLong(given.ptr());
+    const long long value = PyLong_AsLongLong(object.ptr());
     if (value == -1) reading::raise_python_error();
     return value;
   } else if constexpr (std::is_same_v<T, double>) {
-    const double value = PyFloat_AsDouble(given.ptr());
+    const double value = PyFloat_AsDouble(object.ptr());
     if (value == -1.0) reading::raise_python_error();
     return value;
   } else if constexpr (reading::IsListed<T>::value) {
-    return read_fields<T>(given, elements);
+    return read_fields<T>(object, elements);
   } else {
-    return given.cast<T>();
+    return object.cast<T>();
   }
 }
 
 template <class Args, class Member>
-void read_into(Args& args, const Field<Args, Member>& field, py::handle given, Elements& elements) {
-  args.*field.member = read_value<Member>(given, elements);
+void read_into(Args& args, const Field<Args, Member>& field, py::handle object,
+               Elements& elements) {
+  args.*field.member = read_value<Member>(object, elements);
 }
 
 template <class Args, class Element>
-void read_into(Args& args, const Array<Args, Element>& array, py::handle given,
+void read_into(Args& args, const Array<Args, Element>& array, py::handle object,
                Elements& elements) {
   const auto values = std::make_shared<std::vector<Element>>();
-  for (const py::handle element : given) values->push_back(read_value<Element>(element, elements));
+  for (const py::handle element : object) values->push_back(read_value<Element>(element, elements));
   args.*array.data = values->data();
   args.*array.count = static_cast<int64_t>(values->size());
   elements.push_back(values);
 }
 
-// The struct that `given` has the fields of; its arrays live as long as `elements`.
+// The struct that `object` has the fields of; its arrays live as long as `elements`.
 template <class Args>
-Args read_fields(py::handle given, Elements& elements) {
+Args read_fields(py::handle object, Elements& elements) {
   return std::apply(
       [&](const auto&... field) {
         static_assert(reading::has_exactly<Args, (0 + ... + field.members)>,
                       "a member of the struct is missing from its list");
-        reading::check_class<Args>(given);
+        reading::check_class<Args>(object);
         Args args{};
         Py_ssize_t position = 0;
         const auto read = [&](const auto& each) {
           try {
-            read_into(args, each, PyTuple_GET_ITEM(given.ptr(), position++), elements);
+            read_into(args, each, PyTuple_GET_ITEM(object.ptr(), position++), elements);
           } catch (const std::exception& error) {
             throw py::type_error(std::string(Fields<Args>::name) + "." + each.name + ": " +
                                  error.what());

@@ -1,7 +1,7 @@
-// The 8-bit dynamic codes of block-wise quantisation (arXiv:2110.02861), by arithmetic: seven
-// decades, each cut into twice as many equal parts as the one below. All by arithmetic, which
-// vectorises; a GPU fills tables with what the codes mean. The same by a table, as the reference:
-// lora_engine/quantization/dynamic_code.py.
+// The 8-bit dynamic codes of block-wise quantisation (arXiv:2110.02861): seven decades, each cut
+// into twice as many equal parts as the decade below. Codes are computed by arithmetic, which
+// vectorises; GPU kernels keep tables of the values that codes stand for. The same codes as a
+// table: lora_engine/quantization/dynamic_code.py.
 #pragma once
 
 #include <cstdint>
@@ -17,15 +17,15 @@ namespace lora_engine {
 
 constexpr int kQuantBlock = 256;  // values that share an absmax
 
-// What a block's values are multiplied by. The inverse of a denormal maximum would be infinite: a
-// block of nothing larger than 1e-37 is one of zeros.
+// What a block's values are multiplied by before they are coded. The inverse of a denormal absmax
+// would be infinite: a block whose absmax is 1e-37 or less is coded as zeros.
 static inline LORA_ENGINE_HOST_DEVICE float block_inverse(float absmax) {
   return absmax > 1e-37f ? 1.0f / absmax : 0.0f;
 }
 
 // A magnitude in [0, 1] as a count, where the top decade, [0.1, 1], has kParts parts: those of a
 // decade of n parts are counted n to 2 n - 1, so that counts run on from one decade to the next,
-// and 2 kParts is the magnitude 1. This finds the count nearest to x.
+// and 2 kParts is the magnitude 1. Returns the count nearest to x.
 template <int kParts>
 static inline LORA_ENGINE_HOST_DEVICE int32_t dynamic_count(float x) {
   float y = x, n = kParts;
@@ -39,8 +39,8 @@ static inline LORA_ENGINE_HOST_DEVICE int32_t dynamic_count(float x) {
   y = one ? y * 10.0f : y;
   n = one ? n * 0.5f : n;
   const float w = (y * (1.0f / 0.9f) + 0.8f / 0.9f) * n;
-  // Between the last centre of the decade below and this one's first, and between 0 and the very
-  // first, halfway is not where a part begins. Nor is it before 1.
+  // A part begins halfway between its own value and the one below: w's integer part changes there.
+  // Two do not: a decade's first part, since the parts below it are smaller, and the magnitude 1.
   const float lower = n + (n == 1.0f ? 7.0f / 36 : 0.2f);
   const float count = w < lower ? n - 1.0f : w;
   return w >= 2 * kParts - 0.25f ? 2 * kParts : static_cast<int32_t>(count);
@@ -56,7 +56,7 @@ static inline LORA_ENGINE_HOST_DEVICE float dynamic_magnitude(int32_t count) {
   float n, inverse;  // the power of two at or below count, and 1 over it
   std::memcpy(&n, &n_bits, sizeof n);
   std::memcpy(&inverse, &inverse_bits, sizeof inverse);
-  const uint32_t decade = (n_bits >> 23) - 127;  // its parts are 2 to that
+  const uint32_t decade = (n_bits >> 23) - 127;  // it has 2^decade parts
   const float lowest = kParts == 64 ? 1e-6f : 1e-7f;
   const float scale = ((decade & 1 ? 10.0f : 1.0f) * (decade & 2 ? 100.0f : 1.0f)) *
                       ((decade & 4 ? 10000.0f : 1.0f) * lowest);
@@ -64,7 +64,7 @@ static inline LORA_ENGINE_HOST_DEVICE float dynamic_magnitude(int32_t count) {
   return count == 2 * kParts ? 1.0f : y * scale;
 }
 
-// What the signed and the unsigned code mean.
+// The values that a signed and an unsigned code stand for.
 static inline LORA_ENGINE_HOST_DEVICE float signed_value(uint8_t code) {
   const int32_t from_zero = static_cast<int32_t>(code) - 127;
   const float magnitude = dynamic_magnitude<64>(from_zero < 0 ? -from_zero : from_zero);

@@ -13,9 +13,9 @@ void step(const AdamWArgs& a) {
   const A* grads = static_cast<const A*>(a.grads);
   A* exp_avg = static_cast<A*>(a.exp_avg);
   A* exp_avg_sq = static_cast<A*>(a.exp_avg_sq);
-  const AdamWStep<A> one(a);
+  const AdamWStep<A> update(a);
 #pragma omp parallel for simd schedule(static)
-  for (int64_t i = 0; i < a.size; ++i) one(grads[i], params[i], exp_avg[i], exp_avg_sq[i]);
+  for (int64_t i = 0; i < a.size; ++i) update(grads[i], params[i], exp_avg[i], exp_avg_sq[i]);
 }
 
 // Chunks of a fixed size, their sums added in order: the same bits for any number of threads.

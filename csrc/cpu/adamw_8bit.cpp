@@ -8,7 +8,7 @@ namespace lora_engine {
 namespace {
 
 // One block of `count` values, at most kQuantBlock.
-void step(const AdamWStep<float>& one, int64_t count, const float* grads, float* params,
+void step(const AdamWStep<float>& update, int64_t count, const float* grads, float* params,
           uint8_t* exp_avg, uint8_t* exp_avg_sq, float& exp_avg_absmax, float& exp_avg_sq_absmax) {
   float m[kQuantBlock], v[kQuantBlock];
   const float m_scale = exp_avg_absmax, v_scale = exp_avg_sq_absmax;
@@ -20,7 +20,7 @@ void step(const AdamWStep<float>& one, int64_t count, const float* grads, float*
   }
 #pragma omp simd reduction(max : m_max, v_max)
   for (int64_t i = 0; i < count; ++i) {
-    one(grads[i], params[i], m[i], v[i]);
+    update(grads[i], params[i], m[i], v[i]);
     const float magnitude = std::fabs(m[i]);
     m_max = magnitude > m_max ? magnitude : m_max;
     v_max = v[i] > v_max ? v[i] : v_max;
@@ -41,15 +41,15 @@ namespace LORA_ENGINE_ISA {
 
 void adamw_8bit(const AdamW8bitArgs& args) {
   const AdamWArgs& a = args.adamw;
-  const AdamWStep<float> one(a);
+  const AdamWStep<float> update(a);
   const int64_t blocks = (a.size + kQuantBlock - 1) / kQuantBlock;
 #pragma omp parallel for schedule(static)
   for (int64_t block = 0; block < blocks; ++block) {
     const int64_t begin = block * kQuantBlock, rest = a.size - begin;
-    step(one, rest < kQuantBlock ? rest : kQuantBlock, static_cast<const float*>(a.grads) + begin,
-         static_cast<float*>(a.params) + begin, static_cast<uint8_t*>(a.exp_avg) + begin,
-         static_cast<uint8_t*>(a.exp_avg_sq) + begin, args.exp_avg_absmax[block],
-         args.exp_avg_sq_absmax[block]);
+    step(update, rest < kQuantBlock ? rest : kQuantBlock,
+         static_cast<const float*>(a.grads) + begin, static_cast<float*>(a.params) + begin,
+         static_cast<uint8_t*>(a.exp_avg) + begin, static_cast<uint8_t*>(a.exp_avg_sq) + begin,
+         args.exp_avg_absmax[block], args.exp_avg_sq_absmax[block]);
   }
 }
 

@@ -1,6 +1,6 @@
-// What attention's forward and backward share: blocks, loading with rotation, masking.
+// What attention's forward and backward share: tiles, loading with rotation, masking.
 //
-// Scores are held transposed, keys down and queries across, in blocks of kQueries queries. So the
+// Scores are held transposed, keys down and queries across, in tiles of kQueries queries. So the
 // softmax runs along vectors without horizontal sums, and every operand but one stands as the
 // small matrix product wants it: S' = K Q', O' = V' P', dP' = V dO', dV = P' dO, dK = dS' Q,
 // dQ' = K' dS'.
@@ -63,7 +63,7 @@ inline KeyRange visible_keys(const AttentionArgs& a, int64_t length, int64_t fir
   return {begin / 2 * 2, a.causal ? last : length};
 }
 
-// Puts `masked` where a query of the block that starts at `first` may not see the key.
+// Puts `masked` where a query of the tile that starts at `first` may not see the key.
 template <class A>
 inline void mask_scores(const AttentionArgs& a, int64_t first, int64_t key_begin, int64_t keys,
                         A* scores, A masked) {
@@ -78,7 +78,7 @@ inline void mask_scores(const AttentionArgs& a, int64_t first, int64_t key_begin
   }
 }
 
-// Copies `rows` rows of one head, rotated where cos is given, as elements for multiplication.
+// Copies `rows` rows of one head, rotated unless cos is null, as elements for multiplication.
 template <class T, class E, class A>
 inline void load_head(const T* src, int64_t stride, const A* cos, const A* sin, int64_t rows,
                       int64_t head_dim, E* out) {
@@ -114,7 +114,7 @@ inline void load_seen(const AttentionArgs& a, const HeadTask& task, const void* 
 }
 
 // out [head_dim, ld] = transpose of src [rows, head_dim], ld being rows rounded up to a whole
-// group, and what is beyond rows zero. `work` has room for ld * head_dim elements.
+// group; the padding is zero. `work` holds ld * head_dim elements.
 template <class E>
 inline void transpose_head(const E* src, int64_t rows, int64_t head_dim, E* out, int64_t ld,
                            E* work) {

@@ -59,8 +59,8 @@ struct Workspace {
 
 // Loads a tile of queries and of output gradients in each layout that a product reads.
 template <class T>
-void load_block(const AttentionBwdArgs& b, int64_t head, int64_t token, int64_t count,
-                Workspace<T>& w) {
+void load_tile(const AttentionBwdArgs& b, int64_t head, int64_t token, int64_t count,
+               Workspace<T>& w) {
   using A = acc_t<T>;
   using E = typename Element<T>::type;
   const AttentionArgs& a = b.fwd;
@@ -128,15 +128,15 @@ void store_gradient(const AttentionArgs& a, int64_t token, int64_t rows, const a
 }
 
 template <class T>
-void query_block(const AttentionBwdArgs& b, const HeadTask& task, int64_t head, int64_t first,
-                 Workspace<T>& w) {
+void query_tile(const AttentionBwdArgs& b, const HeadTask& task, int64_t head, int64_t first,
+                Workspace<T>& w) {
   using A = acc_t<T>;
   using E = typename Element<T>::type;
   const AttentionArgs& a = b.fwd;
   const int64_t D = a.head_dim;
   const int64_t count = task.length - first < kQueries ? task.length - first : kQueries;
   const int64_t token = task.token(first);
-  load_block(b, head, token, count, w);
+  load_tile(b, head, token, count, w);
   const KeyRange range = visible_keys(a, task.length, first, first + count);
   for (int64_t key = range.begin; key < range.end; key += kKeys) {
     const int64_t keys = range.end - key < kKeys ? range.end - key : kKeys;
@@ -188,7 +188,7 @@ void backward(const AttentionBwdArgs& b) {
     load_seen<T>(a, task, a.v, a.v_stride, false, w.values);
     for (int64_t h = 0; h < heads_per_kv; ++h)
       for (int64_t first = task.prefix; first < task.length; first += kQueries)
-        query_block(b, task, task.kv_head * heads_per_kv + h, first, w);
+        query_tile(b, task, task.kv_head * heads_per_kv + h, first, w);
     shared.keep(task, w.dk, w.dv, w.padded_dim);
     if (!shared.continued(task)) {
       const int64_t own = task.prefix * w.padded_dim;

@@ -1,4 +1,4 @@
-// Attention within each packed sequence, forward: online softmax over blocks of keys (Milakov and
+// Attention within each packed sequence, forward: online softmax over tiles of keys (Milakov and
 // Gimelshein, 2018; Dao, 2023), nothing of size length x length in memory.
 #include "attention.hpp"
 #include "isa.hpp"
@@ -32,27 +32,27 @@ struct Workspace {
   }
 };
 
-// Online softmax: folds one block of scores into each query's running maximum m (`largest`) and sum
+// Online softmax: folds one tile of scores into each query's running maximum m (`largest`) and sum
 // l (`sum`). The scores become exp(score - m), and `out` is rescaled to the new m.
 // Called, not inlined: its callers keep so many pointers alive that the loops spill.
 template <class A>
 __attribute__((noinline)) void online_softmax(A* scores, int64_t keys, A scale, A* largest, A* sum,
                                               A* out, int64_t head_dim) {
-  A block_largest[kQueries], correction[kQueries], block_sum[kQueries];
-  std::memcpy(block_largest, largest, sizeof block_largest);
+  A new_largest[kQueries], correction[kQueries], new_sum[kQueries];
+  std::memcpy(new_largest, largest, sizeof new_largest);
   for (int64_t j = 0; j < keys; ++j) {
     A* row = scores + j * kQueries;
 #pragma omp simd
     for (int64_t i = 0; i < kQueries; ++i) {
       row[i] *= scale;
-      block_largest[i] = row[i] > block_largest[i] ? row[i] : block_largest[i];
+      new_largest[i] = row[i] > new_largest[i] ? row[i] : new_largest[i];
     }
   }
 #pragma omp simd
   for (int64_t i = 0; i < kQueries; ++i) {
-    correction[i] = exp_acc(largest[i] - block_largest[i]);
-    largest[i] = block_largest[i];
-    block_sum[i] = sum[i] * correction[i];
+    correction[i] = exp_acc(largest[i] - new_largest[i]);
+    largest[i] = new_largest[i];
+    new_sum[i] = sum[i] * correction[i];
   }
   for (int64_t d = 0; d < head_dim; ++d) {
 #pragma omp simd
@@ -62,16 +62,16 @@ __attribute__((noinline)) void online_softmax(A* scores, int64_t keys, A scale, 
     A* row = scores + j * kQueries;
 #pragma omp simd
     for (int64_t i = 0; i < kQueries; ++i) {
-      row[i] = exp_acc(row[i] - block_largest[i]);
-      block_sum[i] += row[i];
+      row[i] = exp_acc(row[i] - new_largest[i]);
+      new_sum[i] += row[i];
     }
   }
-  std::memcpy(sum, block_sum, sizeof block_sum);
+  std::memcpy(sum, new_sum, sizeof new_sum);
 }
 
 template <class T>
-void query_block(const AttentionArgs& a, const HeadTask& task, int64_t head, int64_t first,
-                 Workspace<T>& w) {
+void query_tile(const AttentionArgs& a, const HeadTask& task, int64_t head, int64_t first,
+                Workspace<T>& w) {
   using A = acc_t<T>;
   using E = typename Element<T>::type;
   const int64_t D = a.head_dim;
@@ -125,7 +125,7 @@ void forward(const AttentionArgs& a) {
     load_seen<T>(a, task, a.k, a.k_stride, true, w.keys);
     for (int64_t h = 0; h < heads_per_kv; ++h)
       for (int64_t first = task.prefix; first < task.length; first += kQueries)
-        query_block(a, task, task.kv_head * heads_per_kv + h, first, w);
+        query_tile(a, task, task.kv_head * heads_per_kv + h, first, w);
   }
 }
 

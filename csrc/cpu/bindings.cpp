@@ -55,7 +55,7 @@ LORA_ENGINE_FIELDS(AdamWArgs, FIELD(params), FIELD(grads), FIELD(exp_avg), FIELD
 LORA_ENGINE_FIELDS(AdamW8bitArgs, FIELD(adamw), FIELD(exp_avg_absmax), FIELD(exp_avg_sq_absmax));
 LORA_ENGINE_FIELDS(GradNormArgs, FIELD(grads), FIELD(norm), FIELD(size));
 LORA_ENGINE_FIELDS(DropoutArgs, FIELD(x), FIELD(y), FIELD(rows), FIELD(cols), FIELD(x_stride),
-                   FIELD(y_stride), FIELD(p), FIELD(seed), FIELD(stream));
+                   FIELD(y_stride), FIELD(p), FIELD(seed), FIELD(substream));
 LORA_ENGINE_FIELDS(LoraAFwdArgs, FIELD(x), FIELD(lora_a), FIELD(s), FIELD(rows), FIELD(cols),
                    FIELD(x_stride), FIELD(a_stride), FIELD(s_stride),
                    array("spans", &Args::spans, &Args::span_count));
@@ -76,8 +76,8 @@ LORA_ENGINE_FIELDS(FewRowsArgs, FIELD(x), FIELD(weight), FIELD(residual), FIELD(
 
 // A span is a pair of slices (rows, columns) in Python.
 template <>
-LoraSpan read_value<LoraSpan>(py::handle given, Elements&) {
-  const auto [rows, columns] = given.cast<std::pair<py::slice, py::slice>>();
+LoraSpan read_value<LoraSpan>(py::handle object, Elements&) {
+  const auto [rows, columns] = object.cast<std::pair<py::slice, py::slice>>();
   const auto unpack = [](const py::slice& slice, int64_t& begin, int64_t& count) {
     Py_ssize_t start, stop, step;
     if (PySlice_Unpack(slice.ptr(), &start, &stop, &step) < 0) throw py::error_already_set();
@@ -100,9 +100,9 @@ const Kernels& table() {
 
 template <class Args>
 void define(py::module_& m, const char* name, void (*Kernels::*kernel)(DType, const Args&)) {
-  m.def(name, [kernel](DType dtype, py::handle given) {
+  m.def(name, [kernel](DType dtype, py::handle object) {
     Elements elements;
-    const Args args = read_fields<Args>(given, elements);
+    const Args args = read_fields<Args>(object, elements);
     py::gil_scoped_release released;
     (table().*kernel)(dtype, args);
   });
@@ -151,9 +151,9 @@ void bind_cpu(py::module_ m) {
   define(m, "lora_b_bwd", &Kernels::lora_b_bwd);
   define(m, "lora_a_bwd", &Kernels::lora_a_bwd);
   define(m, "lora_linear_few_rows", &Kernels::lora_linear_few_rows);
-  m.def("adamw_8bit", [](py::handle given) {
+  m.def("adamw_8bit", [](py::handle object) {
     Elements elements;
-    const AdamW8bitArgs args = read_fields<AdamW8bitArgs>(given, elements);
+    const AdamW8bitArgs args = read_fields<AdamW8bitArgs>(object, elements);
     py::gil_scoped_release released;
     table().adamw_8bit(args);
   });

@@ -50,14 +50,14 @@ acc_t<T> largest_of(const T* x, int64_t cols) {
   return largest;
 }
 
-// The sum of term(x[i]), by blocks: one running sum over a quarter million columns would lose the
-// last two digits of what is added to it.
-template <int64_t kBlock, class T, class Term>
+// The sum of term(x[i]), by chunks of kTerms: one running sum over a quarter million columns would
+// lose the last two digits of what is added to it.
+template <int64_t kTerms, class T, class Term>
 acc_t<T> sum_of(const T* x, int64_t cols, Term term) {
   using A = acc_t<T>;
   A total = 0;
-  for (int64_t begin = 0; begin < cols; begin += kBlock) {
-    const int64_t end = begin + kBlock < cols ? begin + kBlock : cols;
+  for (int64_t begin = 0; begin < cols; begin += kTerms) {
+    const int64_t end = begin + kTerms < cols ? begin + kTerms : cols;
     total += row_sum<A>(end - begin, term, x + begin);
   }
   return total;

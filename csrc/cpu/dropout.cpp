@@ -1,5 +1,5 @@
 // Dropout by Philox4x32-10 (Salmon et al., SC 2011), see lora_engine/reference/dropout.py: element
-// (row, k) has word k % 4 of the counter (k / 4, row, stream, 0) and is kept if it is at least
+// (row, k) has word k % 4 of the counter (k / 4, row, substream, 0) and is kept if it is at least
 // round(p 2^32).
 #include "isa.hpp"
 #include "simd/numeric.hpp"
@@ -10,14 +10,15 @@ namespace {
 constexpr uint32_t kMultiplier0 = 0xD2511F53u, kMultiplier1 = 0xCD9E8D57u;
 constexpr uint32_t kKeyStep0 = 0x9E3779B9u, kKeyStep1 = 0xBB67AE85u;
 constexpr int kRounds = 10;
-constexpr int64_t kGroups = 64;  // counters worked together: their words stay in the first cache
+// Counters computed together: their words stay in the level-1 cache.
+constexpr int64_t kGroups = 64;
 
-// words[4 * i + j] = word j of counter (first + i, row, stream, 0).
-inline void philox(uint64_t seed, uint32_t first, uint32_t row, uint32_t stream,
+// words[4 * i + j] = word j of counter (first + i, row, substream, 0).
+inline void philox(uint64_t seed, uint32_t first, uint32_t row, uint32_t substream,
                    uint32_t* __restrict words) {
 #pragma omp simd
   for (int64_t i = 0; i < kGroups; ++i) {
-    uint32_t c0 = first + static_cast<uint32_t>(i), c1 = row, c2 = stream, c3 = 0;
+    uint32_t c0 = first + static_cast<uint32_t>(i), c1 = row, c2 = substream, c3 = 0;
     uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
     for (int round = 0; round < kRounds; ++round) {
       const uint64_t product0 = static_cast<uint64_t>(kMultiplier0) * c0;
@@ -48,7 +49,8 @@ void apply(const DropoutArgs& a) {
     T* y = static_cast<T*>(a.y) + row * a.y_stride;
     uint32_t words[4 * kGroups];
     for (int64_t start = 0; start < a.cols; start += 4 * kGroups) {
-      philox(a.seed, static_cast<uint32_t>(start / 4), static_cast<uint32_t>(row), a.stream, words);
+      philox(a.seed, static_cast<uint32_t>(start / 4), static_cast<uint32_t>(row), a.substream,
+             words);
       const int64_t left = a.cols - start;
       const int64_t count = left < 4 * kGroups ? left : 4 * kGroups;
 #pragma omp simd

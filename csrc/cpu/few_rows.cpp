@@ -2,10 +2,10 @@
 //
 //   S = X A'    Y [M, N] = X W' + S (scaling B)' + bias + residual
 //
-// Every weight is read once, from where it stands, and so are the adapters, in the type that they
-// are kept in. Elements are multiplied in vectors along the rows of X and W, for up to kOuter rows
-// of W and kRows of X at a time, whose sums stay in registers. A sum adds its terms in an order
-// that K alone decides: other rows beside one, and other threads, change no bit of it.
+// Weights and adapters are read once, in place, in the type that the model stores them in. Elements
+// are multiplied in vectors along the rows of X and W, for up to kOuter rows of W and kRows of X at
+// a time, whose sums stay in registers. A sum adds its terms in an order that K alone decides:
+// other rows beside one, and other threads, change no bit of it.
 #include "gemm/tile_gemm.hpp"
 #include "isa.hpp"
 #include "scratch.hpp"
@@ -20,7 +20,7 @@ constexpr int64_t kChunk = 16 * kOuter;        // rows of W that a thread takes 
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// A vector of a row of W, of type T, and how it meets one of X, of type E.
+// How a vector of a row of W, of type T, is multiplied with one of a row of X, of type E.
 template <class T>
 struct Along {
   using E = T;
@@ -106,7 +106,7 @@ inline void along(int64_t k, const T* w, int64_t ldw, const typename Along<T>::E
   std::memcpy(sums, acc, sizeof acc);
 }
 
-// The sum of a vector's elements, Bits being as many integers as wide.
+// The sum of a vector's elements. Bits: a vector of as many integers of the same size.
 template <class Bits, class V>
 inline auto sum_of(V v) {
   constexpr int kCount = sizeof(Bits) / sizeof(Bits{}[0]);
@@ -128,9 +128,9 @@ inline double sum_of(double_vector v) {
   return sum_of<bits>(v);
 }
 
-// Two matrices that meet along k elements: w [.., k], and x [.., k] padded to whole vectors.
+// One product x w' of a sum of products: w [.., k], and x [.., k] padded to whole vectors.
 template <class T>
-struct Meeting {
+struct Term {
   int64_t k;
   const T* w;
   int64_t ldw;
@@ -138,13 +138,13 @@ struct Meeting {
   int64_t ldx;
 };
 
-// out [Rows, Outer] = the sums over all meetings, for Outer rows of w and Rows of x from `row` on.
+// out [Rows, Outer] = the sum of all terms, for Outer rows of w and Rows of x from `row` on.
 template <class T, int Outer, int Rows>
-inline void meet(const Meeting<T>* meetings, int64_t count, int64_t row, acc_t<T>* out, int64_t ldo,
-                 int64_t step) {
+inline void sum_tile(const Term<T>* terms, int64_t count, int64_t row, acc_t<T>* out, int64_t ldo,
+                     int64_t step) {
   typename Along<T>::Vector sums[Outer * Rows] = {};
   for (int64_t i = 0; i < count; ++i) {
-    const Meeting<T>& a = meetings[i];
+    const Term<T>& a = terms[i];
     along<T, Outer, Rows>(a.k, a.w, a.ldw, a.x + row * a.ldx, a.ldx, sums);
   }
 #pragma GCC unroll 3
@@ -154,37 +154,37 @@ inline void meet(const Meeting<T>* meetings, int64_t count, int64_t row, acc_t<T
   }
 }
 
-// `meet` for `rows` <= Rows.
+// `sum_tile` for `rows` <= Rows.
 template <class T, int Outer, int Rows>
-inline void meet_rows(int64_t rows, const Meeting<T>* meetings, int64_t count, int64_t row,
-                      acc_t<T>* out, int64_t ldo, int64_t step) {
+inline void sum_rows(int64_t rows, const Term<T>* terms, int64_t count, int64_t row, acc_t<T>* out,
+                     int64_t ldo, int64_t step) {
   if constexpr (Rows > 0) {
     if (rows == Rows)
-      meet<T, Outer, Rows>(meetings, count, row, out, ldo, step);
+      sum_tile<T, Outer, Rows>(terms, count, row, out, ldo, step);
     else
-      meet_rows<T, Outer, Rows - 1>(rows, meetings, count, row, out, ldo, step);
+      sum_rows<T, Outer, Rows - 1>(rows, terms, count, row, out, ldo, step);
   }
 }
 
-// out [rows, outer] = the sums over all meetings, for `outer` <= Outer; blocks of rows are of even
-// size.
+// out [rows, outer] = the sum of all terms, for `outer` <= Outer; the rows are divided evenly into
+// tiles.
 template <class T, int Outer>
-inline void meet_all(int64_t outer, int64_t rows, const Meeting<T>* meetings, int64_t count,
-                     acc_t<T>* out, int64_t ldo, int64_t step) {
+inline void sum_terms(int64_t outer, int64_t rows, const Term<T>* terms, int64_t count,
+                      acc_t<T>* out, int64_t ldo, int64_t step) {
   if constexpr (Outer > 0) {
     if (outer < Outer) {
-      meet_all<T, Outer - 1>(outer, rows, meetings, count, out, ldo, step);
+      sum_terms<T, Outer - 1>(outer, rows, terms, count, out, ldo, step);
       return;
     }
-    const int64_t blocks = (rows + kRows - 1) / kRows;
-    for (int64_t i = 0; i < blocks; ++i) {
-      const int64_t row = rows * i / blocks, end = rows * (i + 1) / blocks;
-      meet_rows<T, Outer, kRows>(end - row, meetings, count, row, out, ldo, step);
+    const int64_t tiles = (rows + kRows - 1) / kRows;
+    for (int64_t i = 0; i < tiles; ++i) {
+      const int64_t row = rows * i / tiles, end = rows * (i + 1) / tiles;
+      sum_rows<T, Outer, kRows>(end - row, terms, count, row, out, ldo, step);
     }
   }
 }
 
-// dst [padded] = factor * src [n], rounded to T; zeros behind.
+// dst [padded] = factor * src [n], rounded to T; zeros from n on.
 template <class T>
 inline void take_row(DType type, const void* src, int64_t start, int64_t n, double factor, T* dst) {
   using A = acc_t<T>;
@@ -226,7 +226,7 @@ void few_rows(const FewRowsArgs& a) {
     Scratch own;
     T* factors = own.allocate<T>(kOuter * ldx > most * kOuter * widest ? kOuter * ldx
                                                                        : most * kOuter * widest);
-    Meeting<T>* meetings = own.allocate<Meeting<T>>(1 + most);
+    Term<T>* terms = own.allocate<Term<T>>(1 + most);
     acc_t<T>* sums = own.allocate<acc_t<T>>(a.rows * kChunk);
     for (int64_t i = 0; i < a.adapter_count; ++i) {
       const LoraAdapter& adapter = a.adapters[i];
@@ -237,8 +237,8 @@ void few_rows(const FewRowsArgs& a) {
         for (int64_t n = 0; n < outer; ++n)
           take_row(adapter.dtype, adapter.lora_a, (r + n) * adapter.a_stride, a.cols, 1.0,
                    factors + n * ldx);
-        meetings[0] = {ldx, factors, ldx, xs, ldx};
-        meet_all<T, kOuter>(outer, a.rows, meetings, 1, sums, kChunk, 1);
+        terms[0] = {ldx, factors, ldx, xs, ldx};
+        sum_terms<T, kOuter>(outer, a.rows, terms, 1, sums, kChunk, 1);
         for (int64_t m = 0; m < a.rows; ++m) {
           T rounded[kOuter];
           convert_row(outer, sums + m * kChunk, rounded);
@@ -254,10 +254,11 @@ void few_rows(const FewRowsArgs& a) {
 #pragma omp for schedule(static) nowait
       for (int64_t begin = 0; begin < linear.rows; begin += kChunk) {
         const int64_t end = smaller(begin + kChunk, linear.rows);
-        // kOuter stretches of rows, so that each is read from beginning to end.
+        // The rows as kOuter runs of adjacent ones, of each run one row at a time: every run is
+        // read in the order in memory.
         const int64_t whole = (end - begin) / kOuter, rest = (end - begin) % kOuter;
         const auto rows_of = [&](int64_t row, int64_t outer, int64_t step) {
-          meetings[0] = {a.cols, weight + (start + row) * a.w_stride, step * a.w_stride, xs, ldx};
+          terms[0] = {a.cols, weight + (start + row) * a.w_stride, step * a.w_stride, xs, ldx};
           for (int64_t j = 0; j < linear.adapters; ++j) {
             const LoraAdapter& adapter = a.adapters[first + j];
             const int64_t width = padded<T>(adapter.ranks);
@@ -265,10 +266,10 @@ void few_rows(const FewRowsArgs& a) {
             for (int64_t n = 0; n < outer; ++n)
               take_row(adapter.dtype, adapter.lora_b, (row + n * step) * adapter.b_stride,
                        adapter.ranks, adapter.scaling, scaled + n * width);
-            meetings[1 + j] = {width, scaled, width, low_rank[first + j], width};
+            terms[1 + j] = {width, scaled, width, low_rank[first + j], width};
           }
-          meet_all<T, kOuter>(outer, a.rows, meetings, 1 + linear.adapters, sums + row - begin,
-                              kChunk, step);
+          sum_terms<T, kOuter>(outer, a.rows, terms, 1 + linear.adapters, sums + row - begin,
+                               kChunk, step);
         };
         for (int64_t i = 0; i < whole; ++i) rows_of(begin + i, kOuter, whole);
         if (rest) rows_of(end - rest, rest, 1);

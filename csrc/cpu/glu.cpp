@@ -58,7 +58,7 @@ inline void backward_row(const T* dy, const T* gate, const T* up, T* dgate, T* d
 
 template <class T, class Act>
 void backward(const GluBwdArgs& a) {
-  // Not where the result overwrites its input, whose lines are in the cache.
+  // A result that overwrites its input is stored through the caches, which hold its lines.
   const bool nontemporal_gate =
       a.dgate != a.gate && worth_nontemporal<T>(a.dgate, a.rows, a.cols, a.dgate_stride);
   const bool nontemporal_up =

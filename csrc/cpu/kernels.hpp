@@ -10,8 +10,8 @@ namespace lora_engine {
 
 enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat64 = 2 };
 
-// Rows of x and y (dy, h, dx) stand `heads` side by side, with a stride for each `heads` of them.
-// With heads > 1 there is no residual (dh).
+// With heads > 1, `heads` rows of x and y (dy, h, dx) are adjacent and the stride goes from the
+// first of them to the first of the next ones; there is no residual (dh) then.
 struct RmsNormArgs {
   const void* x;         // [rows, cols]
   const void* residual;  // [rows, cols] or null
@@ -160,7 +160,7 @@ struct DropoutArgs {
   int64_t rows, cols, x_stride, y_stride;
   double p;
   uint64_t seed;
-  uint32_t stream;
+  uint32_t substream;  // of the linear whose mask it is
 };
 
 // One linear of a group: its rows of [cols, ..] and its columns of [.., ranks].
@@ -199,7 +199,7 @@ struct LoraABwdArgs {
   int64_t span_count;
 };
 
-// An adapter of a linear, as it is kept.
+// An adapter of a linear, as the model stores it.
 struct LoraAdapter {
   const void* lora_a;  // [ranks, cols]
   const void* lora_b;  // [rows of the linear, ranks]
@@ -208,7 +208,7 @@ struct LoraAdapter {
   double scaling;
 };
 
-// One linear of a group: so many rows of the group's weight, and how many of the adapters.
+// One linear of a group: how many rows of the group's weight are its own, and how many adapters.
 struct LoraBase {
   int64_t rows;
   const void* bias;  // [rows], or null
@@ -218,7 +218,7 @@ struct LoraBase {
 // Adapters stand in the order of their linears.
 struct FewRowsArgs {
   const void* x;         // [rows, cols]
-  const void* weight;    // [outer, cols], the linears' one below the other
+  const void* weight;    // [outer, cols], the linears' weights one below the other
   const void* residual;  // [rows, outer], or null
   void* y;               // [rows, outer]
   int64_t rows, cols, x_stride, w_stride, residual_stride, y_stride;

@@ -8,8 +8,9 @@
 namespace lora_engine {
 namespace {
 
-constexpr int64_t kBlockBytes = 768 * 1024;  // of X that a core goes over twice: its second cache
-constexpr int64_t kPackRows = 64;            // of a thin matrix, packed at a time
+// Of X that one core reads twice in a row: they stay in its level-2 cache.
+constexpr int64_t kBlockBytes = 768 * 1024;
+constexpr int64_t kPackRows = 64;  // of a thin matrix, packed at a time
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -20,8 +21,7 @@ struct Part {
   int64_t ld;
 };
 
-// Copies x [rows, cols] to the front of [padded_rows, padded_cols], rows `ld` apart; what is beyond
-// is zero.
+// Copies x [rows, cols] to `copy` [padded_rows, padded_cols], rows `ld` apart; the padding is zero.
 template <class T, class E>
 inline Part<E> copy_part(const T* x, int64_t ldx, int64_t rows, int64_t cols, int64_t padded_rows,
                          int64_t padded_cols, E* copy, int64_t ld) {
@@ -47,7 +47,8 @@ inline Part<E> part_of(bool may_stay, const E* x, int64_t ldx, int64_t rows, int
   return copy_part(x, ldx, rows, cols, padded_rows, padded_cols, copy, ld);
 }
 
-// A thin matrix [k, ranks] packed to meet X: rows in whole groups, ranks in whole vectors.
+// A thin matrix [k, ranks] packed as the products with X read it: rows in whole groups, ranks in
+// whole vectors.
 template <class T>
 struct Packed {
   using E = typename Element<T>::type;
@@ -69,7 +70,7 @@ struct Packed {
     pack_rows(smaller(k - begin, kPackRows), ranks, p + begin * stride, stride, out, ld);
   }
 
-  // The same of the transpose of p [ranks, k]. `work` has room for kPackRows * ld elements.
+  // The same of the transpose of p [ranks, k]. `work` holds kPackRows * ld elements.
   void pack_transpose(int64_t i, const T* p, int64_t stride, E* work) {
     const int64_t begin = i * kPackRows;
     copy_part(p + begin, stride, ranks, smaller(k - begin, kPackRows), ld, kPackRows, work,
@@ -87,7 +88,7 @@ inline int64_t copied_stride(int64_t k) {
   return round_up(k, kLine<E>) + kLine<E>;
 }
 
-// out [.., ranks] = x p for the tile of rows from `row` on. `copy` has room for kProjectRows rows
+// out [.., ranks] = x p for the tile of rows from `row` on. `copy` holds kProjectRows rows
 // copied_stride apart.
 template <class T>
 inline void project_from(int64_t row, int64_t end, const T* x, int64_t ldx, const Packed<T>& p,
@@ -119,7 +120,8 @@ struct Sums {
   int64_t width(int64_t i) const { return smaller(cols - i * kTileN<E>, kTileN<E>); }
   void clear(int64_t i) { std::memset(strip(i), 0, sizeof(A) * size()); }
 
-  // += s' x in one strip, for rows [begin, end), begin a whole group. `copy` has room for them.
+  // += s' x in one strip, for rows [begin, end), begin a multiple of the group. `copy` holds them
+  // where they have to be copied.
   void add(int64_t i, int64_t begin, int64_t end, const T* x, int64_t ldx, const Packed<T>& s,
            E* copy) {
     const int64_t rows = end - begin, padded = round_up(rows, Dot<E>::kGroup);
@@ -129,15 +131,15 @@ struct Sums {
   }
 };
 
-// Rows of X [.., cols] that are gone over at a time.
+// How many rows of X [.., cols] a core takes at a time, to read them twice from its level-2 cache.
 template <class E>
 inline int64_t block_rows(int64_t cols) {
   const int64_t tiles = kBlockBytes / static_cast<int64_t>(sizeof(E)) / (cols * kProjectRows);
   return (tiles < 2 ? 2 : smaller(tiles, 8)) * kProjectRows;
 }
 
-// Calls body(first, count) for every run of columns that spans cover without a gap: X is read once
-// for all of them.
+// Calls body(first, count) for every run of adjacent columns that the spans cover: X is read once
+// for the whole run.
 template <class Body>
 inline void for_runs(const LoraSpan* spans, int64_t count, Body body) {
   int64_t begin = 0, end = 0;
@@ -182,7 +184,7 @@ void b_bwd(const LoraBBwdArgs& a, const LoraSpan& span) {
   const int64_t cols = span.rows, ranks = span.columns;
   const T* dy = static_cast<const T*>(a.dy) + span.row;
   const T* lora_b = static_cast<const T*>(a.lora_b) + span.row * a.b_stride + span.column;
-  const T* given = static_cast<const T*>(a.s) + span.column;
+  const T* low_rank = static_cast<const T*>(a.s) + span.column;
   T* ds = static_cast<T*>(a.ds) + span.column;
   const bool with_gradient = a.d_lora_b != nullptr;
   const int64_t step = block_rows<E>(cols) * omp_get_max_threads();
@@ -197,7 +199,7 @@ void b_bwd(const LoraBBwdArgs& a, const LoraSpan& span) {
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < p.pieces; ++i) p.pack(i, lora_b, a.b_stride);
 #pragma omp for schedule(static)
-    for (int64_t i = 0; i < s.pieces; ++i) s.pack(i, given, a.s_stride);
+    for (int64_t i = 0; i < s.pieces; ++i) s.pack(i, low_rank, a.s_stride);
 #pragma omp for schedule(static) nowait
     for (int64_t i = 0; i < sums.strips; ++i) sums.clear(i);
     for (int64_t begin = 0; begin < a.rows; begin += step) {

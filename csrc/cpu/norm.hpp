@@ -23,16 +23,16 @@ inline LaneRow<T, const acc_t<T>> parameter_row(Scratch& scratch, const void* we
   return {row};
 }
 
-// A LaneRow's elements in their places.
+// Writes a LaneRow's elements to dst in the order in memory.
 template <class T, class A>
 inline void copy_lanes(LaneRow<T, A> row, int64_t cols, A* dst) {
   for (int64_t i = 0; i < cols; ++i) dst[i] = row.data[lane_of<T>(i)];
 }
 
-// Calls body(begin, end, partial) for blocks of rows in parallel, where partial[width] holds zeros
-// at first and the block's sums afterwards, and writes the sums over the blocks to `total`. Blocks
-// depend on the number of rows alone and are added in order: the same bits for any number of
-// threads. With width 0 there is no partial and nothing is summed.
+// Calls body(begin, end, partial) for row blocks [begin, end) in parallel; body adds the block's
+// sums to partial[width], which holds zeros. The blocks' sums are added in order to `total`. Blocks
+// depend on the number of rows alone: the same bits for any number of threads. With width 0 partial
+// is null and nothing is summed.
 template <class A, class Rows>
 inline void for_row_blocks(int64_t rows, int64_t width, A* total, Rows body) {
   constexpr int64_t kLeastRows = 64, kMostBlocks = 256;

@@ -32,7 +32,8 @@ inline void table_row(const RopeArgs& a, const void* table, int64_t offset, A* d
   });
 }
 
-// Pairs side by side; the tables' halves belong to their first and second elements.
+// Rotates interleaved pairs: a pair's first element uses the tables' first half, its second element
+// the second half.
 template <class T, class A>
 inline void rotate_pairs(const T* x, T* y, const A* cos, const A* sin, int64_t dim, bool inverse) {
   const int64_t half = dim / 2;

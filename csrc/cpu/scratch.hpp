@@ -26,14 +26,14 @@ class Scratch {
   template <class T>
   T* allocate(int64_t count) {
     const size_t bytes = (sizeof(Header) + sizeof(T) * static_cast<size_t>(count) + 63) / 64 * 64;
-    Header* block = static_cast<Header*>(std::aligned_alloc(64, bytes));
-    if (!block) {
+    Header* header = static_cast<Header*>(std::aligned_alloc(64, bytes));
+    if (!header) {
       std::fprintf(stderr, "lora_engine: out of memory for %zu bytes of work space\n", bytes);
       std::abort();
     }
-    block->next = head_;
-    head_ = block;
-    return reinterpret_cast<T*>(block + 1);
+    header->next = head_;
+    head_ = header;
+    return reinterpret_cast<T*>(header + 1);
   }
 
  private:

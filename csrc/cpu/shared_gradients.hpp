@@ -1,7 +1,7 @@
 // Gradients of the keys and values of sequences that others continue. Every task that attends to
-// such keys writes its share here, and the shares are added in the order of the sequences, so that
-// the result does not depend on the threads. This costs two rows of float32 for every token of a
-// prefix and every task that attends to it.
+// such keys keeps its part of their gradients here, and the parts are added in the order of the
+// sequences, so that the result does not depend on the threads. This costs two rows of float32 for
+// every token of a prefix and every task that attends to it.
 #pragma once
 
 #include "attention.hpp"
@@ -35,7 +35,7 @@ class SharedGradients {
   // How many of a task's keys, from the first on, are shared with other tasks.
   int64_t rows(const HeadTask& task) const { return a_.parents ? rows_[task.sequence] : 0; }
 
-  // Keeps a task's share of the shared rows of dk and dv, `ld` values apart.
+  // Copies a task's part of the shared rows of dk and dv, which are `ld` values apart.
   void keep(const HeadTask& task, const A* dk, const A* dv, int64_t ld) {
     for (int64_t i = 0; i < rows(task); ++i) {
       std::memcpy(row(dk_, task, i), dk + i * ld, sizeof(A) * a_.head_dim);
@@ -43,9 +43,10 @@ class SharedGradients {
     }
   }
 
+  // Whether other sequences continue the task's: then its own keys are shared as well.
   bool continued(const HeadTask& task) const { return rows(task) == task.length; }
 
-  // Adds to a continued sequence's share those of all that continue it; returns its own rows of
+  // Adds to a continued sequence's part those of all that continue it; returns its own rows of
   // dk and dv, `head_dim` values apart.
   void sum(const HeadTask& task, A** dk, A** dv) {
     const int64_t count = (task.length - task.prefix) * a_.head_dim;

@@ -21,8 +21,8 @@ __device__ void step4(const AdamWStep& step, float scale, const float4& g, float
 //   p = (1 - lr weight_decay) p - lr / bias1 * m / (sqrt(v / bias2) + eps)
 //
 // Four elements a thread, 64 bytes in flight; kVector: the buffers are 16-byte aligned. The launch
-// bounds ask for six blocks a multiprocessor: without, ptxas takes 32 registers on sm_100 and
-// spills.
+// bounds ask for six thread blocks a multiprocessor: without, ptxas takes 32 registers on sm_100
+// and spills.
 template <bool kVector>
 __global__ void __launch_bounds__(kThreads, 6)
     adamw_kernel(float* __restrict__ params,       // [count]
@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(kThreads, 6)
     step(grads[i] * scale, params[i], exp_avg[i], exp_avg_sq[i]);
 }
 
-// The sum over a block of kThreads, in a fixed order; thread 0 has it.
+// The sum over a thread block of kThreads, in a fixed order; thread 0 has it.
 __device__ float block_sum(float x) {
   __shared__ float warps[kThreads / 32];
   for (int lanes = 16; lanes; lanes /= 2) x += __shfl_xor_sync(kFullWarp, x, lanes);
@@ -59,10 +59,11 @@ __device__ float block_sum(float x) {
   return sum;
 }
 
-// The number of blocks does not depend on the GPU, so that the order of the sum does not either.
+// The number of thread blocks does not depend on the GPU, so that the order of the sum does not
+// either.
 constexpr int kPartials = 1024;
 
-// partials[block] = the sum of grads^2 over every gridDim.x-th block of elements.
+// partials[block] = the sum of grads^2 over every gridDim.x-th chunk of elements.
 template <bool kVector>
 __global__ void __launch_bounds__(kThreads)
     square_sum_kernel(const float* __restrict__ grads,  // [count]
@@ -92,7 +93,7 @@ __global__ void __launch_bounds__(kThreads)
   if (threadIdx.x == 0) partials[blockIdx.x] = total;
 }
 
-// norm = sqrt(sum of partials), by one block.
+// norm = sqrt(sum of partials), by one thread block.
 __global__ void __launch_bounds__(kThreads)
     norm_kernel(const float* __restrict__ partials,  // [count]
                 float* __restrict__ norm,            // []

@@ -52,7 +52,7 @@ __device__ void store(T* into, int64_t rest, int lane, const T (&from)[kPerLane]
   }
 }
 
-// A warp's block, of which `rest` values are there.
+// A warp's block, of which `rest` values exist.
 template <bool kVector>
 __device__ void step_block(float* __restrict__ params, const float* __restrict__ grads,
                            uint8_t* __restrict__ exp_avg, uint8_t* __restrict__ exp_avg_sq,
@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t block = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32; block < blocks;
        block += static_cast<int64_t>(gridDim.x) * kWarps) {
     const int64_t begin = block * kQuantBlock, rest = count - begin;
-    // The branch is the same for the whole warp: its lanes meet in the same shuffles.
+    // The branch is the same for the whole warp: its lanes take part in the same shuffles.
     if (is_aligned && rest >= kQuantBlock)
       step_block<true>(params + begin, grads + begin, exp_avg + begin, exp_avg_sq + begin,
                        exp_avg_absmax + block, exp_avg_sq_absmax + block, codes, rest, scale, step);

@@ -36,7 +36,9 @@ def test_known_answers_of_philox(
 SEEDS = [0, 1, 2**31, 2**32 - 1, 2**32, 2**63 + 12345, 2**64 - 1]
 
 
-def mask_of(backend: Backend, dropout: Dropout, stream: int, rows: int, cols: int) -> torch.Tensor:
+def mask_of(
+    backend: Backend, dropout: Dropout, substream: int, rows: int, cols: int
+) -> torch.Tensor:
     """The mask of `lora_linear_dx` whose only share is all ones."""
     dy, weight, ds, lora_a, dx = backend.put(
         torch.zeros(rows, 1),
@@ -45,7 +47,7 @@ def mask_of(backend: Backend, dropout: Dropout, stream: int, rows: int, cols: in
         torch.ones(1, cols),
         torch.full((rows, cols), float("nan")),
     )
-    spans = [(slice(0, 0), slice(0, 0))] * stream + [(slice(0, 1), slice(0, 1))]
+    spans = [(slice(0, 0), slice(0, 0))] * substream + [(slice(0, 1), slice(0, 1))]
     kernels = launchers.lora_linear(backend.impl)
     kernels.lora_linear_dx(dy, weight, ds, lora_a, dx, spans, dropout)
     return (dx != 0).cpu()
@@ -94,7 +96,7 @@ def test_keep_rate(p: float) -> None:
 
 
 def test_masks_are_independent() -> None:
-    """Of another stream, seed, row or column: equal in half of the places at p = 1/2."""
+    """Of another substream, seed, row or column: equal in half of the places at p = 1/2."""
     mask = dropout_mask(Dropout(0.5, 1), 0, 257, 260)
     others = [
         dropout_mask(Dropout(0.5, 1), 1, 257, 260),

@@ -6,7 +6,7 @@
 // X is read where it stands. Elements are multiplied in groups, as tile_gemm.hpp says: `project`
 // broadcasts groups of X to vectors of P, `collect` broadcasts groups of S to vectors of X, which
 // are made of neighbouring rows as they are loaded. A tile's sums stay in registers, and each adds
-// its terms in the order of the matrices: how rows and columns are shared out changes no bit.
+// its terms in the order of the matrices: how threads divide rows and columns changes no bit.
 #pragma once
 
 #include "tile_gemm.hpp"
@@ -79,7 +79,7 @@ inline void project_tile(int64_t k, const E* x, int64_t ldx, const E* p, int64_t
   constexpr int kGroup = Dot<E>::kGroup;
   typename Dot<E>::Vector acc[Rows][kVectors] = {};
   for (int64_t line = 0; line < k; line += kLine<E>) {
-    // The rows after these, on their way while these are multiplied.
+    // Prefetches the next tile's rows while these are multiplied.
 #pragma GCC unroll 24
     for (int i = 0; i < Rows; ++i) __builtin_prefetch(x + (i + Rows) * ldx + line);
     const int64_t end = line + kLine<E> < k ? line + kLine<E> : k;
@@ -142,7 +142,7 @@ inline void collect_tile(int64_t rows, const E* x, int64_t ldx, const E* s, int6
   for (int64_t m = 0; m < rows; m += kGroup) {
     typename Thin<E>::Operand v[2];
     Thin<E>::load_rows(x + m * ldx, ldx, v);
-    // The same columns of the next block of rows.
+    // Prefetches the same columns of the row block that comes next.
 #pragma GCC unroll 2
     for (int i = 0; i < kGroup; ++i) {
       const E* next = x + (m + i + rows) * ldx;
@@ -176,7 +176,8 @@ template <class E>
 inline void collect(int64_t rows, int64_t ranks, const E* x, int64_t ldx, const E* s, int64_t lds,
                     typename Dot<E>::Acc* out) {
   const int64_t tiles = (ranks + kTileRows - 1) / kTileRows;
-  for (int64_t t = 0; t < tiles; ++t) {  // of even size: a tile of one rank waits for its sums
+  // Tiles of even size: in a tile of one rank each multiply-add would wait for the one before.
+  for (int64_t t = 0; t < tiles; ++t) {
     const int64_t rank = ranks * t / tiles, end = ranks * (t + 1) / tiles;
     collect_ranks<E, kTileRows>(end - rank, rows, x, ldx, s + rank * Dot<E>::kGroup, lds,
                                 out + rank * kTileN<E>);

@@ -3,7 +3,7 @@
 //
 // A is row-major; its elements are broadcast. B is packed in groups of kGroup rows: element
 // (k, n) stands at (k / kGroup) * kGroup * ldb + n * kGroup + k % kGroup, so that one vector holds
-// whole groups and a broadcast of A meets it with one multiply-add. float32 and float64 have
+// whole groups and one multiply-add takes it with a broadcast group of A. float32 and float64 have
 // groups of one; bfloat16 has pairs, which AVX512-BF16's dot product takes. A and B are padded
 // with zeros to a whole group in k, and n is a multiple of kTileN.
 #pragma once
@@ -156,7 +156,7 @@ inline void convert_row(int64_t n, const E* src, E* dst) {
   std::memcpy(dst, src, sizeof(E) * n);
 }
 
-// Two rows as one row of pairs.
+// dst = pairs of the two rows' elements.
 template <class S, class E>
 inline void interleave_rows(int64_t n, const S* even, const S* odd, E* dst) {
 #pragma omp simd

@@ -1,4 +1,4 @@
-// Transposition of small matrices in cache, in 8 x 8 blocks of registers for 4-byte elements.
+// Transposition of small matrices in cache, in tiles of 8 x 8 in registers for 4-byte elements.
 #pragma once
 
 #include <cstdint>
@@ -29,7 +29,7 @@ inline eight_words high_halves(eight_words a, eight_words b) {
 }
 
 // dst[j][i] = src[i][j] for 8 x 8 words, rows src_ld and dst_ld words apart.
-inline void transpose_block(const uint32_t* src, int64_t src_ld, uint32_t* dst, int64_t dst_ld) {
+inline void transpose_tile(const uint32_t* src, int64_t src_ld, uint32_t* dst, int64_t dst_ld) {
   eight_words r[8], s[8];
   for (int i = 0; i < 8; ++i) std::memcpy(&r[i], src + i * src_ld, sizeof r[i]);
   for (int i = 0; i < 8; i += 2) {
@@ -59,8 +59,8 @@ inline void transpose(int64_t rows, int64_t cols, const X* src, int64_t src_ld, 
   if constexpr (kWords) {
     for (int64_t i = 0; i < whole_rows; i += 8)
       for (int64_t j = 0; j < whole_cols; j += 8)
-        transpose_block(reinterpret_cast<const uint32_t*>(src + i * src_ld + j), src_ld,
-                        reinterpret_cast<uint32_t*>(dst + j * dst_ld + i), dst_ld);
+        transpose_tile(reinterpret_cast<const uint32_t*>(src + i * src_ld + j), src_ld,
+                       reinterpret_cast<uint32_t*>(dst + j * dst_ld + i), dst_ld);
   }
   for (int64_t i = 0; i < rows; ++i)
     for (int64_t j = i < whole_rows ? whole_cols : 0; j < cols; ++j)

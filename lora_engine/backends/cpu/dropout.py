@@ -10,7 +10,7 @@ def dropout_fwd(
     x: Tensor,  # [rows, cols]
     y: Tensor,  # [rows, cols]; may be x
     dropout: Dropout,
-    stream: int,
+    substream: int,
 ) -> None:
     """Writes y = mask * x / (1 - p), the mask that of `reference.dropout_mask`."""
     rows, cols = x.shape
@@ -25,6 +25,6 @@ def dropout_fwd(
             y_stride=y.stride(0),
             p=dropout.p,
             seed=dropout.seed,
-            stream=stream,
+            substream=substream,
         ),
     )

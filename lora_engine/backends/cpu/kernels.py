@@ -254,7 +254,7 @@ class DropoutArgs(NamedTuple):
     y_stride: int
     p: float
     seed: int
-    stream: int
+    substream: int
 
 
 class LoraAFwdArgs(NamedTuple):

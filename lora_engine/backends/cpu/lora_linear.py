@@ -141,12 +141,12 @@ def lora_linear_dx(
     and what else stands beside dy and ds within their rows, must be finite.
     """
     torch.mm(dy, weight, out=dx)
-    for stream, columns in _products(spans, merge=dropout is None):
+    for substream, columns in _products(spans, merge=dropout is None):
         if dropout is None:
             dx.addmm_(ds[:, columns], lora_a[columns])
         else:
             share = torch.mm(ds[:, columns], lora_a[columns])
-            dropout_fwd(share, share, dropout, stream)
+            dropout_fwd(share, share, dropout, substream)
             dx += share
 
 
@@ -157,27 +157,27 @@ def _kept(
     if dropout is None:
         yield x, spans
         return
-    for stream, span in enumerate(spans):
+    for substream, span in enumerate(spans):
         if span[1].stop > span[1].start:
-            yield _dropped(x, dropout, stream), [span]
+            yield _dropped(x, dropout, substream), [span]
 
 
-def _dropped(x: Tensor, dropout: Dropout, stream: int) -> Tensor:
+def _dropped(x: Tensor, dropout: Dropout, substream: int) -> Tensor:
     kept = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    dropout_fwd(x, kept, dropout, stream)
+    dropout_fwd(x, kept, dropout, substream)
     return kept
 
 
 def _products(spans: Sequence[Span], *, merge: bool) -> list[tuple[int, slice]]:
-    """(stream, columns) of each product; `merge` joins adjacent columns: dx is read once."""
+    """(substream, columns) of each product; `merge` joins adjacent columns: dx is read once."""
     runs: list[tuple[int, slice]] = []
-    for stream, (_, columns) in enumerate(spans):
+    for substream, (_, columns) in enumerate(spans):
         if columns.stop == columns.start:
             continue
         if merge and runs and runs[-1][1].stop == columns.start:
             runs[-1] = (runs[-1][0], slice(runs[-1][1].start, columns.stop))
         else:
-            runs.append((stream, columns))
+            runs.append((substream, columns))
     return runs
 
 
