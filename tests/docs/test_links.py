@@ -1,4 +1,4 @@
-"""What the pages of the repository name exists: links, anchors, pictures, files and commands."""
+"""What pages of the repository name exists: links, anchors, pictures, files, commands, symbols."""
 
 import re
 import subprocess
@@ -23,6 +23,19 @@ FOLDER = re.compile(r"^(?:lora_engine|csrc|kernels|tests|benchmarks|docs)(?:/[\w
 # Of other projects.
 FOREIGN = {"tests/test_decoder_models.py"}
 MODULE = re.compile(r"python -m ((?:lora_engine|benchmarks)[\w.]*)")
+TARGET = re.compile(r"(?:^|`)make ([a-z][a-z-]*)", re.M)
+# `name`, `part.name`, `name(…)` or `name=…`, and where names stand that are the tree's own or known
+# to it. Instructions and other projects' names are listed.
+SYMBOL = re.compile(r"([A-Za-z_][\w.]*)(?:\(.*\)|=.*)?")
+SOURCES = re.compile(r"\.(?:py|cpp|hpp|cu|cuh|j2|toml|yaml)$|^Makefile$")
+FOREIGN_SYMBOLS = {
+    "AutoPeftModelForCausalLM",
+    "maxnreg",
+    "prefetcht1",
+    "tf32x3",
+    "vdpbf16ps",
+    "vmap",
+}
 
 
 @cache
@@ -84,11 +97,36 @@ def missing_modules(page: Path) -> list[str]:
     return [m for m in modules if f"{m.rstrip('.').replace('.', '/')}.py" not in known]
 
 
+def missing_targets(page: Path) -> list[str]:
+    """Targets of make that the Makefile does not have."""
+    known = set(re.findall(r"^([a-z][a-z-]*):", (ROOT / "Makefile").read_text(), re.M))
+    return [target for target in TARGET.findall(page.read_text()) if target not in known]
+
+
+@cache
+def words() -> set[str]:
+    """The identifiers in all sources but this file, and the parts of the files' names."""
+    known = {part for name in files() for part in re.split(r"[/.]", name)}
+    for name in files():
+        if SOURCES.search(name) and ROOT / name != Path(__file__).resolve():
+            known |= set(re.findall(r"[A-Za-z_]\w*", (ROOT / name).read_text(encoding="utf-8")))
+    return known | FOREIGN_SYMBOLS
+
+
+def missing_symbols(page: Path) -> list[str]:
+    """Code in backticks that looks like a name, with a part that stands in no source."""
+    symbols = (code for code in CODE.findall(prose(page)) if code not in FOREIGN)
+    named = ((code, match[1]) for code in symbols if (match := SYMBOL.fullmatch(code)))
+    return [code for code, name in named if not set(filter(None, name.split("."))) <= words()]
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_what_a_page_names_exists(page: Path) -> None:
     assert broken_links(page) == []
     assert missing_names(page) == []
     assert missing_modules(page) == []
+    assert missing_targets(page) == []
+    assert missing_symbols(page) == []
 
 
 def test_what_does_not_exist_is_found(tmp_path: Path) -> None:
@@ -97,7 +135,11 @@ def test_what_does_not_exist_is_found(tmp_path: Path) -> None:
         '# One\n[a](gone.md) [b](#one) [c](#two) <img src="no.svg">\n'
         "`setup.py` `lora_engine/ops` `ops/lost.py` `lora_engine/lost/`\n"
         "`python -m benchmarks.lost.name`\n"
+        "`make test` `make lostcause`\n"
+        "`ops.rms_norm` `ops.lost_norm(x)` `lost_option=3`\n"
     )
     assert broken_links(page) == ["gone.md", "#two", "no.svg"]
     assert missing_names(page) == ["ops/lost.py", "lora_engine/lost/"]
     assert missing_modules(page) == ["benchmarks.lost.name"]
+    assert missing_targets(page) == ["lostcause"]
+    assert missing_symbols(page) == ["ops.lost_norm(x)", "lost_option=3"]
