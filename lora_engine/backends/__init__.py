@@ -36,6 +36,7 @@ from lora_engine.backends.selection import (
     runs_fused,
     select,
     takes_few_rows,
+    takes_one_query,
 )
 
 __all__ = [
@@ -63,5 +64,6 @@ __all__ = [
     "runs_on",
     "select",
     "takes_few_rows",
+    "takes_one_query",
     "triton_interpreted",
 ]

@@ -37,8 +37,11 @@ DTYPES = {
     "triton": (torch.float32, torch.bfloat16, torch.float16),
     "cuda": (torch.float32, torch.bfloat16, torch.float16),
 }
-# How a base weight is stored.
-FORMATS = ("dense",)
+# How a base weight may be stored that an implementation's products read.
+FORMATS = {
+    "cpu": ("dense",),
+    "triton": ("dense",),
+}
 
 # How the wide products of a LoRA group are taken.
 # augmented    one product of the vendor library over [X | S] (in the backward pass [dY | dS]) and
@@ -54,9 +57,8 @@ STRATEGIES = ("augmented", "two_segment", "base_add")
 CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}
 CHUNK_ROW_STEP = 64
 
-
-# Rows of a product without gradients up to which weights and adapters are read once, where they
-# are, by a kernel of the CPU's own: the vendor's product packs the weight at every call.
+# Rows of a product without gradients up to which a kernel of our own reads weight and adapters
+# once, where they are: the vendor's product packs the weight at every call.
 FEW_ROWS = 16
 
 
@@ -66,7 +68,6 @@ class Product(NamedTuple):
     dropout: the product itself is masked: that of dX with p > 0. The forward product never is,
         since there only S changes.
     augmentable: the base weight can be lent together with the adapters' factors, as one operand.
-    aligned: rows of the operands start at multiples of 16 bytes.
     """
 
     m: int
@@ -75,7 +76,12 @@ class Product(NamedTuple):
     r: int
     dropout: bool = False
     augmentable: bool = True
-    aligned: bool = True
+
+
+class Forward(NamedTuple):
+    """A product of so many rows that no gradient follows."""
+
+    rows: int
 
 
 class Head(NamedTuple):
@@ -85,13 +91,20 @@ class Head(NamedTuple):
     classes: int
 
 
+class Queries(NamedTuple):
+    """Attention of new tokens, so many in each sequence, with all keys of a cache."""
+
+    queries: int
+    dropout: bool
+
+
 class Extent(NamedTuple):
     """What the launch of a Triton kernel is chosen by; what `size` is, its launcher says."""
 
     size: int
 
 
-Sizes: TypeAlias = Product | Head | Extent
+Sizes: TypeAlias = Product | Forward | Head | Queries | Extent
 
 
 @dataclass(frozen=True)
@@ -100,7 +113,8 @@ class Request:
 
     operation: of OPERATIONS or BLOCKS; with an Extent a kernel of launch_table.json.
     device: a torch device's type. capability: of a GPU. dtype: of the operands.
-    sizes: where more than the implementation is asked for. format: how the base weight is stored.
+    sizes: where more than the implementation is asked for.
+    format: how the base weight of a `lora_linear`, alone or in a block, is stored.
     impl: the implementation that a caller forces.
     """
 
@@ -119,11 +133,12 @@ class Request:
         dtype: torch.dtype,
         sizes: Sizes | None = None,
         impl: str | None = None,
+        format: str = "dense",
     ) -> "Request":
         """A request for tensors on `device`, which need not be here."""
         absent = device.type == "cuda" and not torch.cuda.is_available()
         capability = None if absent else hardware.capability(device)
-        return Request(operation, device.type, capability, dtype, sizes, impl=impl)
+        return Request(operation, device.type, capability, dtype, sizes, format, impl)
 
 
 @dataclass(frozen=True)
@@ -146,7 +161,11 @@ class Present:
 
 
 class Strategy(NamedTuple):
-    """How a product is taken: one of STRATEGIES, and why."""
+    """How it is carried out, and why.
+
+    Of a Product one of STRATEGIES; of a Forward "few_rows" or "many_rows"; of Queries "one_query"
+    or "sdpa", PyTorch's.
+    """
 
     name: str
     reason: str
@@ -157,7 +176,8 @@ class Choice:
     """What runs.
 
     impl: the implementation. reason: why that, and why not another one.
-    plan: for a Product its strategy, for a Head the rows of logits that are held at a time.
+    plan: for a Product, a Forward or Queries the strategy; for a Head the rows of logits that are
+        held at a time.
     launch: for an Extent the line of launch_table.json.
     """
 
@@ -185,6 +205,10 @@ def choose(request: Request, present: Present) -> Choice:
     choice = _choose_implementation(request, present)
     if isinstance(sizes, Product):
         return replace(choice, plan=_strategy(request, sizes))
+    if isinstance(sizes, Forward):
+        return replace(choice, plan=_by_rows(choice, sizes))
+    if isinstance(sizes, Queries):
+        return replace(choice, plan=_by_queries(request, sizes))
     if isinstance(sizes, Head):
         return replace(choice, plan=_chunk_rows(request, sizes))
     return choice
@@ -241,8 +265,8 @@ def _why_not(request: Request, impl: str, present: Present) -> str | None:
     if request.dtype not in DTYPES[impl]:
         names = ", ".join(map(_name, DTYPES[impl]))
         return f"the {impl} kernels take {names}, not {request.dtype}"
-    if request.format not in FORMATS:
-        known = ", ".join(FORMATS)
+    if request.operation == "lora_linear" and request.format not in FORMATS[impl]:
+        known = ", ".join(FORMATS[impl])
         return f"the {impl} kernels take weights that are {known}, not {request.format}"
     elsewhere = f"the tensors are on {request.device}"
     if impl == "cpu":
@@ -281,6 +305,18 @@ def _strategy(request: Request, product: Product) -> Strategy:
     if rule is None:
         raise ValueError(f"lora_strategy: no rule fits a {request.device} device")
     return Strategy(rule["strategy"], rule["reason"])
+
+
+def _by_rows(choice: Choice, sizes: Forward) -> Strategy:
+    if choice.impl == "cpu" and 0 < sizes.rows <= FEW_ROWS:
+        return Strategy("few_rows", "the weight is read once, where it is")
+    return Strategy("many_rows", f"not the C++ kernel of up to {FEW_ROWS} rows")
+
+
+def _by_queries(request: Request, sizes: Queries) -> Strategy:
+    if request.device == "cpu" and sizes.queries == 1 and not sizes.dropout:
+        return Strategy("one_query", "PyTorch's kernel for a CPU takes five times as long for one")
+    return Strategy("sdpa", "PyTorch's kernels")
 
 
 def _chunk_rows(request: Request, head: Head) -> int:

@@ -1,7 +1,6 @@
 """What runs on this machine: `choice.choose`, asked with what is present here, and kept."""
 
 import warnings
-from dataclasses import replace
 from functools import cache, lru_cache
 from types import ModuleType
 from typing import Any
@@ -10,13 +9,15 @@ import torch
 
 from lora_engine.backends import extension, hardware, tables
 from lora_engine.backends.choice import (
-    FEW_ROWS,
     Choice,
     Extent,
+    Forward,
     Head,
     Present,
     Product,
+    Queries,
     Request,
+    Sizes,
     Strategy,
     choose,
 )
@@ -43,74 +44,107 @@ def explain(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     impl: str | None = None,
+    format: str = "dense",
 ) -> Choice:
     """Which implementation `operation` runs with on `device` and `dtype`, and why.
 
-    `impl` forces one of IMPLEMENTATIONS; UnavailableError where it cannot run.
+    `impl` forces one of IMPLEMENTATIONS; UnavailableError where it cannot run. `format`: of the
+    base weight, where the operation has one.
     """
-    return choose(Request.on(torch.device(device), operation, dtype, impl=impl), present())
+    request = Request.on(torch.device(device), operation, dtype, impl=impl, format=format)
+    return choose(request, present())
 
 
 def select(
-    operation: str, device: torch.device, dtype: torch.dtype, impl: str | None = None
+    operation: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    impl: str | None = None,
+    format: str = "dense",
 ) -> str:
     """What an operation calls: `explain`, with one warning where the reference is not by choice."""
-    found = extension.loaded(), extension.cuda_emulation
-    choice = _explain_once(operation, device, dtype, impl, *found)
+    choice = _choose_here(operation, device, dtype, None, impl, format)
     if choice.impl == "reference" and impl is None:
         _warn_once(operation, choice.reason)
     return choice.impl
 
 
-def runs_fused(block: str, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether all parts of a block of BLOCKS have kernels."""
-    found = extension.loaded(), extension.cuda_emulation
-    return _explain_once(block, device, dtype, None, *found).impl != "reference"
+def runs_fused(block: str, device: torch.device, dtype: torch.dtype, format: str = "dense") -> bool:
+    """Whether all parts of a block of BLOCKS have kernels, with base weights of this format."""
+    return _choose_here(block, device, dtype, None, None, format).impl != "reference"
 
 
-@cache
-def _explain_once(
+def product_strategy(
+    device: torch.device, dtype: torch.dtype, sizes: Product, format: str = "dense"
+) -> str:
+    """Which of STRATEGIES, for a base weight of this format."""
+    return _strategy(_choose_here("lora_linear", device, dtype, sizes, None, format))
+
+
+def takes_few_rows(
+    rows: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    impl: str | None = None,
+    format: str = "dense",
+) -> bool:
+    """Whether a product of so many rows, without gradients, is one for few rows."""
+    choice = _choose_here("lora_linear", device, dtype, Forward(rows), impl, format)
+    return _strategy(choice) == "few_rows"
+
+
+def takes_one_query(
+    queries: int, device: torch.device, dtype: torch.dtype, *, dropout: bool
+) -> bool:
+    """Whether attention of so many new tokens with a cache is that of one query on a CPU."""
+    sizes = Queries(queries, dropout)
+    return _strategy(_choose_here("attention", device, dtype, sizes)) == "one_query"
+
+
+def chunk_rows(device: torch.device, dtype: torch.dtype, rows: int, classes: int) -> int:
+    """How many of a head's `rows` of logits are held at a time."""
+    plan = _choose_here("linear_cross_entropy", device, dtype, Head(rows, classes)).plan
+    assert isinstance(plan, int)
+    return plan
+
+
+def _strategy(choice: Choice) -> str:
+    assert isinstance(choice.plan, Strategy)
+    return choice.plan.name
+
+
+def _choose_here(
     operation: str,
     device: torch.device,
     dtype: torch.dtype,
+    sizes: Sizes | None = None,
+    impl: str | None = None,
+    format: str = "dense",
+) -> Choice:
+    """`choose` for operations, which ask at every call."""
+    found = extension.loaded(), extension.cuda_emulation
+    return _choose_once(operation, device, dtype, sizes, impl, format, *found)
+
+
+@lru_cache(4096, typed=True)  # sizes of different types may be equal as tuples
+def _choose_once(
+    operation: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    sizes: Sizes | None,
     impl: str | None,
+    format: str,
     found: Extension,
     emulation: ModuleType | None,
 ) -> Choice:
-    """`explain` for operations, which ask at every call: the answer depends on nothing else."""
-    return explain(operation, device, dtype, impl)
+    """The answer depends on nothing else."""
+    return choose(Request.on(device, operation, dtype, sizes, impl, format), present())
 
 
 @cache
 def _warn_once(operation: str, reason: str) -> None:
     message = f"lora_engine.{operation} runs as the PyTorch reference: {reason}"
     warnings.warn(message, EngineWarning, stacklevel=4)
-
-
-@lru_cache(4096)
-def product_strategy(
-    device: torch.device, dtype: torch.dtype, sizes: Product, format: str = "dense"
-) -> str:
-    """The strategy's name for a base weight of this format."""
-    request = Request.on(device, "lora_linear", dtype, sizes)
-    plan = choose(replace(request, format=format), present()).plan
-    assert isinstance(plan, Strategy)
-    return plan.name
-
-
-def takes_few_rows(
-    rows: int, device: torch.device, dtype: torch.dtype, impl: str | None = None
-) -> bool:
-    """Whether a product of so many rows, without gradients, is one for few rows: see FEW_ROWS."""
-    return 0 < rows <= FEW_ROWS and select("lora_linear", device, dtype, impl) == "cpu"
-
-
-def chunk_rows(device: torch.device, dtype: torch.dtype, rows: int, classes: int) -> int:
-    """How many of a head's `rows` of logits are held at a time."""
-    request = Request.on(device, "linear_cross_entropy", dtype, Head(rows, classes))
-    plan = choose(request, present()).plan
-    assert isinstance(plan, int)
-    return plan
 
 
 @cache

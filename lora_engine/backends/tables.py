@@ -1,7 +1,7 @@
 """The shipped tables that choices are made by, and how a line of each is found.
 
 lora_strategy.json: rules for the wide products of a LoRA group, the first that fits decides. A
-rule's `when` may name device ("cpu", "cuda"), format, dropout, augmentable, aligned, dtypes (a
+rule's `when` may name device ("cpu", "cuda"), format, dropout, augmentable, dtypes (a
 list) and ranges [least, most] of capability, m, n, k and r, null for no bound; what it leaves out
 fits anything.
 The rules' figures are to be made anew from `benchmarks` on each kind of GPU.

@@ -16,6 +16,7 @@ from lora_engine.ops.lora.embedding import lora_embedding
 from lora_engine.ops.lora.few_rows import linear as linear_few_rows
 from lora_engine.ops.lora.group import LoraGroup
 from lora_engine.ops.lora.linear import lora_linear
+from lora_engine.ops.lora.storage import base_of, has_base
 from lora_engine.ops.rms_norm import rms_norm
 from lora_engine.ops.rope import rope, rope_
 from lora_engine.values import Dropout, LoraFactors, PreNorm
@@ -32,9 +33,11 @@ __all__ = [
     "adamw_",
     "adamw_8bit_",
     "attention",
+    "base_of",
     "cross_entropy",
     "glu",
     "grad_norm",
+    "has_base",
     "layer_norm",
     "linear_cross_entropy",
     "linear_few_rows",

@@ -35,6 +35,9 @@ class LentBase:
     def nbytes(self) -> int:
         return sum(block.nbytes for block in self._stored)
 
+    def weight(self, i: int) -> Tensor | None:
+        return None
+
     def read(self, rows: slice) -> Tensor:
         return torch.cat(self._stored)[rows].to(self.device, self.dtype)
 
@@ -84,6 +87,16 @@ class ScratchBase(LentBase):
 
     def _whole(self) -> Tensor:
         return self.read(slice(0, sum(self.out_features)))
+
+
+class Pieces(BlockBase):
+    """A storage with a format of its own, for weights that a DenseBase would keep too."""
+
+    format = "pieces"
+    takes = staticmethod(DenseBase.takes)
+
+    def __init__(self, weights: Sequence[Tensor], rank: int) -> None:
+        super().__init__(weights)
 
 
 BASES: dict[str, Callable[[Sequence[Tensor], int], BaseWeight]] = {

@@ -6,14 +6,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lora_engine import backends
 from lora_engine.models.attach.attention import AttentionForward
 from lora_engine.models.attach.mlp import MlpForward
 from lora_engine.models.attach.norm import RmsNormForward
 from lora_engine.models.peft.lora_state import has_hooks
 from lora_engine.models.peft.router import AdapterRouter
 from lora_engine.ops.layer.attention_block import attention_block
-from lora_engine.ops.layer.blocks import Branch
+from lora_engine.ops.layer.blocks import Branch, runs_fused
 from lora_engine.ops.layer.mlp_block import mlp_block
 
 
@@ -85,10 +84,10 @@ class DecoderLayerForward:
             return None
         if not (forward.intact() and forward.whole_sequences(**given)):
             return None
-        if not backends.runs_fused("attention_block", x.device, x.dtype):
-            return None
         qkv, output = forward.qkv.lora, forward.output.lora
         if qkv is None or output is None:
+            return None
+        if not runs_fused("attention_block", x, qkv, output):
             return None
         head_norms = None
         if hasattr(module.self_attn, "q_norm"):
@@ -135,7 +134,7 @@ class DecoderLayerForward:
         gate_up, down = forward.gate_up.lora, forward.down.lora
         if gate_up is None or down is None:
             return None
-        if not backends.runs_fused("mlp_block", x.device, x.dtype):
+        if not runs_fused("mlp_block", x, gate_up, down):
             return None
         if not (forward.gate_up.ready(x) and forward.down.ready(x)):
             return None

@@ -40,11 +40,16 @@ class LinearGroup:
             return
         self._adapted = [module for module in modules if is_lora(module)]
         layers = [base_layer(module) for module in modules]
-        base = ops.DenseBase([layer.weight for layer in layers], lora_state.rank_capacity(modules))
-        self.lora = ops.LoraGroup(base, [None] * len(layers))
-        self._placed = [(layer, layer.weight, base.weight(i)) for i, layer in enumerate(layers)]
-        for _, parameter, view in self._placed:
-            patches.set_storage(parameter, view)
+        capacity = lora_state.rank_capacity(modules)
+        base = ops.base_of([layer.weight for layer in layers], capacity)
+        self.lora = ops.LoraGroup(base, [None] * len(layers), capacity=capacity)
+        self._placed = []
+        for i, layer in enumerate(layers):
+            view = base.weight(i)
+            if view is not None:
+                patches.set_storage(layer.weight, view)
+            held = layer.weight.detach() if view is None else view
+            self._placed.append((layer, layer.weight, held))
         self._state: tuple[Any, ...] | None = None
         self._problem: str | None = None
         self._watched: list[nn.Module] = []
@@ -63,8 +68,8 @@ class LinearGroup:
         """Whether `lora` stands for what the layers would compute of `x` now."""
         if self.lora is None:
             return False
-        for layer, parameter, view in self._placed:
-            if layer.weight is not parameter or parameter.data_ptr() != view.data_ptr():
+        for layer, parameter, held in self._placed:
+            if layer.weight is not parameter or parameter.data_ptr() != held.data_ptr():
                 _warn_moved()
                 return False
             if parameter.requires_grad:

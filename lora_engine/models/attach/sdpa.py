@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lora_engine import backends
 from lora_engine.models.attach.masks import dense_mask
 from lora_engine.models.attach.sequences import of_mask
 from lora_engine.values import accumulate_dtype
@@ -46,7 +47,7 @@ def sdpa(
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     additive = mask is not None and mask.is_floating_point()
-    one = query.shape[2] == 1 and query.device.type == "cpu" and dropout == 0
+    one = backends.takes_one_query(query.shape[2], query.device, query.dtype, dropout=dropout != 0)
     blind = mask is not None and (one or additive) and _blinds(mask)
     # PyTorch's kernel where a mask differs by head, or leaves a query without a key.
     if one and not blind and (mask is None or mask.shape[1] == 1):
@@ -67,10 +68,7 @@ def _of_one_query(
     mask: Tensor | None,  # [B or 1, 1, 1, K], bool or added to the scores
     scaling: float | None,
 ) -> Tensor:
-    """Attention of one new token, [B, 1, Hq, Dv]; the query heads of a key's head are one product.
-
-    PyTorch's kernel for a CPU takes five times as long for a single query.
-    """
+    """Attention of one new token, [B, 1, Hq, Dv]; query heads of one key are one product."""
     batch, heads, _, head_dim = query.shape
     number = accumulate_dtype(query.dtype)
     scaling = head_dim**-0.5 if scaling is None else scaling

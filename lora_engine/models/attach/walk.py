@@ -101,8 +101,8 @@ class Walk:
         layers = getattr(self.model.base_model, "layers", None)
         return layers[-1] if layers else None
 
-    def _how(self, operation: str) -> str:
-        return backends.explain(operation, self.device, self.dtype).reason
+    def _how(self, operation: str, format: str = "dense") -> str:
+        return backends.explain(operation, self.device, self.dtype, format=format).reason
 
     def _attention_interface(self) -> bool:
         """Whether attention is ours from now on; without a kernel it stays transformers'."""
@@ -125,15 +125,15 @@ class Walk:
         if group.reason is None:
             self.served.update(modules)
         what = "lora_linear" if group.has_lora else "linear"
-        how = f"{self._strategy(group)} product, {self._how('lora_linear')}"
-        self.report.add(name, what, group.reason is None, group.reason or how)
+        self.report.add(name, what, group.reason is None, group.reason or self._products(group))
         return group
 
-    def _strategy(self, group: LinearGroup) -> str:
+    def _products(self, group: LinearGroup) -> str:
         """How the group's products are taken for a batch of TYPICAL_ROWS."""
         if group.lora is None:
             return ""
-        return group.lora.forward_strategy(TYPICAL_ROWS)
+        strategy = group.lora.forward_strategy(TYPICAL_ROWS)
+        return f"{strategy} product, {self._how('lora_linear', group.lora.base.format)}"
 
     def _attention(self, name: str, module: Any, tails: dict[nn.Module, int]) -> None:
         qkv = self._group(f"{name}.qkv", [module.q_proj, module.k_proj, module.v_proj])

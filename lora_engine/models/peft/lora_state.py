@@ -144,7 +144,7 @@ def why_not(modules: Sequence[nn.Module]) -> str | None:
             return f"the base layer is {type(base).__name__}, not nn.Linear"
         if base.weight.requires_grad:
             return "the base weight is trained"
-        if not base.weight.dtype.is_floating_point or base.weight.dtype.itemsize < 2:
+        if not ops.has_base([base.weight]):
             return f"the base weight is {base.weight.dtype}"
         if any("forward" in vars(part) for part in module.modules()):
             return "someone gave it, or a part of it, another forward"
@@ -152,6 +152,8 @@ def why_not(modules: Sequence[nn.Module]) -> str | None:
             problem = why_not_active(module)
             if problem is not None:
                 return problem
+    if not ops.has_base([base_layer(module).weight for module in modules]):
+        return "their weights are not stored alike"
     probabilities = {
         getattr(module.lora_dropout[name], "p", 0.0)  # type: ignore[index]
         for module in modules

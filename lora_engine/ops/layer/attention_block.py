@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lora_engine import backends, reference
+from lora_engine import reference
 from lora_engine.backends import launchers
 from lora_engine.ops import augmented
 from lora_engine.ops.attention import check_parents
-from lora_engine.ops.layer.blocks import Branch, Call, check_branch, products
+from lora_engine.ops.layer.blocks import Branch, Call, check_branch, implementation, products
 from lora_engine.ops.lora.linear import adapted_linears
 from lora_engine.ops.tensors import (
     accumulate_dtype,
@@ -63,7 +63,7 @@ def attention_block(
             f"attention_block: the heads' norm {shape_of(head_norm.weight)} does not fit heads of "
             f"{head_dim} in {shape_of(x)}",
         )
-    if backends.select("attention_block", x.device, x.dtype, impl) == "reference":
+    if implementation("attention_block", x, branch, impl) == "reference":
         (out_projection,) = adapted_linears(branch.outer)
         return reference.attention_block(
             augmented.operand(x),

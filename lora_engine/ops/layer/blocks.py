@@ -49,6 +49,22 @@ class Branch:
         return self.routes is None and all(dropout is None for dropout in self.dropouts)
 
 
+def implementation(block: str, x: Tensor, branch: Branch, impl: str | None) -> str:
+    """What computes the block for tensors like x: the reference unless both groups have kernels."""
+    inner, outer = (
+        backends.select(block, x.device, x.dtype, impl, group.base.format)
+        for group in (branch.inner, branch.outer)
+    )
+    return outer if inner != "reference" else inner
+
+
+def runs_fused(block: str, x: Tensor, inner: LoraGroup, outer: LoraGroup) -> bool:
+    """Whether all parts of the block have kernels for tensors like x, over these groups' bases."""
+    return all(
+        backends.runs_fused(block, x.device, x.dtype, group.base.format) for group in (inner, outer)
+    )
+
+
 def check_branch(x: Tensor, norm: PreNorm, branch: Branch) -> None:
     """ValueError where the branch does not fit rows x [..., H]."""
     hidden = x.shape[-1]

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lora_engine import backends, reference
+from lora_engine import reference
 from lora_engine.backends import launchers
 from lora_engine.ops import augmented
-from lora_engine.ops.layer.blocks import Branch, Call, check_branch, products
+from lora_engine.ops.layer.blocks import Branch, Call, check_branch, implementation, products
 from lora_engine.ops.lora import few_rows
 from lora_engine.ops.lora.linear import adapted_linears
 from lora_engine.ops.tensors import (
@@ -48,7 +48,7 @@ def mlp_block(
     check_branch(x, norm, branch)
     if branch.is_plain and few_rows.suits(x, inner_group, outer_group, impl=impl):
         return _of_few_rows(x, norm, branch, activation)
-    if backends.select("mlp_block", x.device, x.dtype, impl) == "reference":
+    if implementation("mlp_block", x, branch, impl) == "reference":
         (down,) = adapted_linears(outer_group)
         return reference.mlp_block(
             augmented.operand(x),

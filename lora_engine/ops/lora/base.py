@@ -48,7 +48,7 @@ class BaseWeight(Protocol):
 
     @property
     def format(self) -> str:
-        """How the weights are stored: one of `backends.FORMATS`."""
+        """How the weights are stored: one of `backends.choice.FORMATS`."""
 
     @property
     def nbytes(self) -> int:
@@ -65,6 +65,12 @@ class BaseWeight(Protocol):
     @property
     def resident(self) -> Tensor | None:
         """W as one tensor [N, K] that outlives any product; None where there is none."""
+
+    def weight(self, i: int) -> Tensor | None:
+        """Linear i's weight [N_i, K] where it is kept, for a module to take as its own.
+
+        None: the base has no such tensor, and the module keeps the one that it has.
+        """
 
     def read(self, rows: slice) -> Tensor:
         """W[rows] for rows with a start and a stop, valid until the base is next asked."""
@@ -88,8 +94,8 @@ class DenseBase:
         W̃ = [ W  sB ]    [N + R, K + R]
             [ A   0 ]
 
-    The weights are copied in. `weight(i)` gives a view that a module may take as its own weight, so
-    that there is one copy only. R is `rank`, rounded up so that rows start aligned.
+    The weights are copied in. Modules may take the views that `weight(i)` gives, so that there is
+    one copy only. R is `rank`, rounded up so that rows start aligned.
 
     Raises ValueError where the weights have not all the same K and dtype.
     """
@@ -128,6 +134,19 @@ class DenseBase:
         self._blocks = ((slice(0, n), self.resident),)
         self._forward = nullcontext(self.buffer[:n])
         self._backward = nullcontext(self.buffer[:, :k])
+
+    @staticmethod
+    def takes(weights: Sequence[Tensor]) -> bool:
+        """Whether these are floating-point weights of 16 bits or more, alike but for their rows."""
+        first = weights[0]
+        return (
+            first.dtype.is_floating_point
+            and first.dtype.itemsize >= 2
+            and all(
+                (w.dtype, w.device, w.shape[1:]) == (first.dtype, first.device, first.shape[1:])
+                for w in weights
+            )
+        )
 
     @property
     def nbytes(self) -> int:

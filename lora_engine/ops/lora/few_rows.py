@@ -19,8 +19,12 @@ def suits(x: Tensor, *groups: LoraGroup, impl: str | None = None) -> bool:
     """Whether `lora_linear` can take rows like x [..., K] of these groups, without dropout."""
     if is_observed():
         return False
-    rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
-    return backends.takes_few_rows(rows, x.device, x.dtype, impl) and all(map(_is_plain, groups))
+    rows = _rows(x)
+    return all(
+        backends.takes_few_rows(rows, x.device, x.dtype, impl, group.base.format)
+        and _is_plain(group, x.device)
+        for group in groups
+    )
 
 
 def lora_linear(
@@ -53,13 +57,16 @@ def linear(
     bias: Tensor | None,  # [N]
 ) -> Tensor | None:
     """`torch.nn.functional.linear`; None where it is not for this kernel."""
-    if torch.is_autocast_enabled("cpu") and x.dtype != torch.get_autocast_dtype("cpu"):
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.get_autocast_dtype(device):
         return None
     if torch.compiler.is_compiling() or type(x) is not Tensor:
         return None
-    if not (suits(x) and weight.dtype == x.dtype and weight.shape[1] == x.shape[-1]):
+    if is_observed() or not (weight.dtype == x.dtype and weight.shape[1] == x.shape[-1]):
         return None
-    if not (_is_readable(weight) and _fits(bias, weight.shape[0], x)):
+    if not backends.takes_few_rows(_rows(x), x.device, x.dtype):
+        return None
+    if not (_is_readable(weight, x.device) and _fits(bias, weight.shape[0], x)):
         return None
     rows = as_rows(x)
     y = x.new_empty(rows.shape[0], weight.shape[0])
@@ -67,10 +74,14 @@ def linear(
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
-def _is_plain(group: LoraGroup) -> bool:
+def _rows(x: Tensor) -> int:
+    return x.numel() // x.shape[-1] if x.shape[-1] else 0
+
+
+def _is_plain(group: LoraGroup, device: torch.device) -> bool:
     """Whether W and the adapters, low-rank products alone, are tensors that the kernel can read."""
     weight = group.base.resident
-    if weight is None or not _is_readable(weight):
+    if weight is None or not _is_readable(weight, device):
         return False
     for block in group.adapters.blocks:
         factors = block.factors
@@ -81,17 +92,17 @@ def _is_plain(group: LoraGroup) -> bool:
         outer, inner = group.out_features[block.linear], group.in_features
         if a.shape[1] != inner or b.shape != (outer, a.shape[0]):
             return False
-        if not (_is_readable(a) and _is_readable(b)):
+        if not (_is_readable(a, device) and _is_readable(b, device)):
             return False
     biases = zip(group.biases, group.out_features, strict=True)
     return all(_fits(bias, outer, weight) for bias, outer in biases)
 
 
-def _is_readable(x: Tensor) -> bool:
+def _is_readable(x: Tensor, device: torch.device) -> bool:
     """Whether the kernel can read the rows of x [.., cols] where they are."""
     return (
         type(x) in (Tensor, Parameter)  # subclasses need not have their elements in memory
-        and x.device.type == "cpu"
+        and x.device == device
         and x.dtype in backends.DTYPES["cpu"]
         and x.layout == torch.strided
         and x.stride(1) == 1

@@ -42,7 +42,7 @@ def lora_linear(
     if dropout is None and routes is None and few_rows.suits(x, group, impl=impl):
         y = few_rows.lora_linear(as_rows(x), group)
         return _outputs(y, x.shape, group)
-    impl = backends.select("lora_linear", x.device, x.dtype, impl)
+    impl = backends.select("lora_linear", x.device, x.dtype, impl, group.base.format)
     if impl == "reference":
         x, linears = augmented.operand(x), adapted_linears(group)
         parts = reference.lora_group(x, linears, dropout=dropout, routes=routes)
@@ -66,7 +66,7 @@ def make_product(
     Raises ValueError where x or routes do not fit the weight, or no kernels can run.
     """
     _check(x, group, routes)
-    impl = backends.select("lora_linear", x.device, x.dtype, impl)
+    impl = backends.select("lora_linear", x.device, x.dtype, impl, group.base.format)
     columns = None
     if routes is not None and group.padded_rank:
         columns = group.adapters.route(routes.reshape(-1), group.padded_rank)

@@ -1,0 +1,40 @@
+"""Which base keeps a group's weights: nothing above names a class of base weights."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from lora_engine.ops.lora.base import BaseWeight, DenseBase
+from lora_engine.ops.tensors import check, shape_of
+
+
+class Storage(Protocol):
+    """A class of base weights."""
+
+    def __call__(self, weights: Sequence[Tensor], rank: int) -> BaseWeight:
+        """The base of these weights, with place for `rank` ranks if it has one for factors."""
+
+    def takes(self, weights: Sequence[Tensor]) -> bool:
+        """Whether it can keep the weights, at least one, as one group."""
+
+
+# The first that takes the weights keeps them.
+STORAGES: list[Storage] = [DenseBase]
+
+
+def has_base(weights: Sequence[Tensor]) -> bool:
+    """Whether there is a base for the weights, at least one, of linears that share their input."""
+    return any(storage.takes(weights) for storage in STORAGES)
+
+
+def base_of(weights: Sequence[Tensor], rank: int) -> BaseWeight:
+    """The base that keeps these weights as they are stored; `rank`: see `LoraGroup`'s capacity.
+
+    Raises ValueError where there is none.
+    """
+    check(len(weights) > 0, "a group of linears needs weights")
+    for storage in STORAGES:
+        if storage.takes(weights):
+            return storage(weights, rank)
+    raise ValueError(f"no base weight keeps {', '.join(map(shape_of, weights))} as one group")
