@@ -8,8 +8,7 @@ from pathlib import Path
 
 import torch
 
-from lora_engine import openmp
-from lora_engine.backends import cpu_features
+from lora_engine import backends, openmp
 
 CPUINFO = Path("/proc/cpuinfo")
 VECTOR_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
@@ -43,14 +42,12 @@ def usable_cores() -> int:
 
 def memory_bytes() -> int:
     """Physical memory of the computer."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return backends.memory(torch.device("cpu")).nbytes
 
 
 def gpus() -> list[Gpu]:
     """The CUDA devices torch can use."""
-    if not torch.cuda.is_available():
-        return []
-    devices = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+    devices = map(torch.cuda.get_device_properties, range(backends.gpu_count()))
     return [Gpu(d.name, d.total_memory, 10 * d.major + d.minor) for d in devices]
 
 
@@ -67,7 +64,7 @@ def machine_facts() -> dict[str, dict[str, str]]:
     from lora_engine import __version__
     from lora_engine.text import bytes_text
 
-    vector = [f for f in VECTOR_FEATURES if f in cpu_features()]
+    vector = [f for f in VECTOR_FEATURES if f in backends.cpu_features()]
     hardware = {
         "processor": processor_name(),
         "cores used": f"{torch.get_num_threads()} of {usable_cores()}",

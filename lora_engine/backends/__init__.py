@@ -12,6 +12,14 @@ from lora_engine.backends.choice import (
     STRATEGIES,
     Choice,
 )
+from lora_engine.backends.devices import (
+    gpu_count,
+    memory,
+    peak_memory_bytes,
+    preferred_device,
+    reset_peak_memory,
+    why_absent,
+)
 from lora_engine.backends.extension import (
     Extension,
     cuda_architectures,
@@ -55,15 +63,21 @@ __all__ = [
     "cuda_architectures",
     "explain",
     "extension_available",
+    "gpu_count",
     "keep_freed_memory",
     "keeps_scalars",
+    "memory",
     "native",
+    "peak_memory_bytes",
+    "preferred_device",
     "product_strategy",
     "reads_at_once",
+    "reset_peak_memory",
     "runs_fused",
     "runs_on",
     "select",
     "takes_few_rows",
     "takes_one_query",
     "triton_interpreted",
+    "why_absent",
 ]

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lora_engine.backends import extension, hardware, tables
+from lora_engine.backends import devices, extension, hardware, tables
 from lora_engine.backends.choice import (
     Choice,
     Extent,
@@ -35,7 +35,7 @@ def present() -> Present:
         interpreted=hardware.triton_interpreted(),
         architectures=extension.cuda_architectures(),
         emulated=extension.cuda_emulation is not None,
-        gpu=torch.cuda.is_available(),
+        gpu=devices.gpu_count() > 0,
     )
 
 

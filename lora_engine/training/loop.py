@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from lora_engine import backends
 from lora_engine.data.batch import PackedBatch
 from lora_engine.evaluation.heldout import evaluate
 from lora_engine.evaluation.nonfinite import NonFiniteError
@@ -14,7 +15,7 @@ from lora_engine.objectives.base import Objective
 from lora_engine.training import random_state
 from lora_engine.training.batches import BatchSource
 from lora_engine.training.config import TrainConfig
-from lora_engine.training.metrics import MetricsLog, StepMetrics, peak_memory_bytes
+from lora_engine.training.metrics import MetricsLog, StepMetrics
 from lora_engine.training.optimizer.flat import FlatParameters
 from lora_engine.training.optimizer.optimizer import FlatAdamW
 from lora_engine.training.optimizer.schedule import Schedule
@@ -128,7 +129,7 @@ class TrainingLoop:
             tokens=result.tokens,
             supervised_tokens=result.supervised_tokens,
             tokens_per_second=result.tokens / seconds,
-            peak_memory_bytes=peak_memory_bytes(self._flat.device),
+            peak_memory_bytes=backends.peak_memory_bytes(self._flat.device),
             metrics=result.metrics,
         )
         self._metrics_log.append_step(metrics)

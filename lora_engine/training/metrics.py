@@ -4,13 +4,10 @@ import hashlib
 import json
 import logging
 import os
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import torch
 
 from lora_engine.files import naming
 
@@ -27,7 +24,7 @@ class StepMetrics:
     grad_norm: before clipping.
     tokens, supervised_tokens: real tokens of this step; there is no padding to count.
     tokens_per_second: tokens over the step's wall time, evaluation and checkpoints excluded.
-    peak_memory_bytes: see `peak_memory_bytes`.
+    peak_memory_bytes: see `backends.peak_memory_bytes`.
     metrics: the objective's own, by name; fields of the line beside the others.
     """
 
@@ -40,36 +37,6 @@ class StepMetrics:
     tokens_per_second: float
     peak_memory_bytes: int
     metrics: Mapping[str, float] = field(default_factory=dict)
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """Since `reset_peak_memory`: on a GPU torch's peak allocation, else the peak resident size."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return _peak_resident_bytes()
-
-
-def reset_peak_memory(device: torch.device) -> None:
-    """Starts the peak anew, so that loading and converting a model do not count as training.
-
-    On a CPU this needs Linux (see proc_pid_clear_refs(5)); elsewhere the peak is the process's.
-    """
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    elif os.access("/proc/self/clear_refs", os.W_OK):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def _peak_resident_bytes() -> int:
-    status = Path("/proc/self/status")
-    if status.exists():  # not ru_maxrss, which a forked process begins with its parent's size
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 class Written(NamedTuple):

@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from lora_engine import backends
+
 _Json = dict[str, Any]
 
 
@@ -19,7 +21,7 @@ def seed_all(seed: int) -> None:
 def capture() -> tuple[dict[str, torch.Tensor], _Json]:
     """The state of all generators: tensors for a safetensors file, and the rest as JSON."""
     tensors = {"torch_cpu": torch.get_rng_state()}
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():
         for index, state in enumerate(torch.cuda.get_rng_state_all()):
             tensors[f"torch_cuda_{index}"] = state
     numpy_state = np.random.get_state(legacy=False)  # noqa: NPY002
@@ -42,10 +44,9 @@ def capture() -> tuple[dict[str, torch.Tensor], _Json]:
 def restore(tensors: dict[str, torch.Tensor], rest: _Json) -> None:
     """Bring back what `capture` returned. States of GPUs that are not here are left out."""
     torch.set_rng_state(tensors["torch_cpu"])
-    if torch.cuda.is_available():
-        for index in range(torch.cuda.device_count()):
-            if (state := tensors.get(f"torch_cuda_{index}")) is not None:
-                torch.cuda.set_rng_state(state, index)
+    for index in range(backends.gpu_count()):
+        if (state := tensors.get(f"torch_cuda_{index}")) is not None:
+            torch.cuda.set_rng_state(state, index)
     numpy_rest = rest["numpy"]
     np.random.set_state(  # noqa: NPY002
         {

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from lora_engine import backends
 from lora_engine.data.account import account, lines
 from lora_engine.data.adapters import check_adapters
 from lora_engine.data.batch import PackedBatch
@@ -23,7 +24,6 @@ from lora_engine.training.batches import BatchSource, fingerprint
 from lora_engine.training.config import TrainConfig
 from lora_engine.training.length import check_length, tell_extension
 from lora_engine.training.loop import TrainingLoop
-from lora_engine.training.metrics import peak_memory_bytes, reset_peak_memory
 from lora_engine.training.optimizer.flat import FlatParameters
 from lora_engine.training.optimizer.optimizer import check_rates, rate_of
 from lora_engine.training.optimizer.schedule import Schedule
@@ -195,7 +195,7 @@ class Trainer:
         return result
 
     def _train(self, flat: FlatParameters, guard: InterruptGuard, step: int | None) -> Stopped:
-        reset_peak_memory(flat.device)
+        backends.reset_peak_memory(flat.device)
         train_source, eval_source = self._train_source, self._eval_source()
         train_source.share_prefixes = self._shares_prefixes(training=True)
         if eval_source is not None:
@@ -269,7 +269,7 @@ class Trainer:
             train_tokens=state.train_tokens,
             train_seconds=seconds,
             tokens_per_second=state.train_tokens / seconds if seconds else 0.0,
-            peak_memory_bytes=peak_memory_bytes(device),
+            peak_memory_bytes=backends.peak_memory_bytes(device),
             heldout_loss_before=before.loss if before else None,
             heldout_loss_after=after.loss if after else None,
             heldout_accuracy_before=before.accuracy if before else None,

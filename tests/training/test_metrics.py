@@ -1,21 +1,13 @@
 import hashlib
 import json
-import mmap
-import os
-import sys
 from dataclasses import replace
-from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 
 from lora_engine.training.metrics import (
     MetricsLog,
     StepMetrics,
     Written,
-    peak_memory_bytes,
-    reset_peak_memory,
 )
 
 STEP = StepMetrics(1, 2.5, 1e-3, 0.7, 100, 40, 321.5, 1 << 30)
@@ -131,25 +123,3 @@ def test_what_is_not_json_is_refused(tmp_path):
     with pytest.raises(ValueError, match="JSON compliant"):
         log.append_step(replace(STEP, loss=float("nan")))
     log.close()
-
-
-def test_peak_memory_is_at_least_what_was_resident():
-    array = np.ones(64 << 17)  # 64 MiB, touched
-    resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    del array
-    counters_may_lag = 1 << 20
-    assert peak_memory_bytes(torch.device("cpu")) >= resident - counters_may_lag
-    assert resident > 64 << 20
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc/self/clear_refs")
-def test_memory_freed_before_the_reset_does_not_count() -> None:
-    cpu, size = torch.device("cpu"), 256 * 2**20
-    reset_peak_memory(cpu)
-    before = peak_memory_bytes(cpu)
-    with mmap.mmap(-1, size) as block:  # not from the heap, which may keep what is freed
-        block[::4096] = b"x" * (size // 4096)
-        assert peak_memory_bytes(cpu) > before + size // 2
-    assert peak_memory_bytes(cpu) > before + size // 2
-    reset_peak_memory(cpu)
-    assert peak_memory_bytes(cpu) < before + size // 2

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from lora_engine.backends import choice
 from lora_engine.backends.cpu.kernels import (
     FewRowsArgs,
     LoraAdapter,
@@ -13,6 +14,7 @@ from lora_engine.backends.cpu.kernels import (
     pointer,
 )
 
+DTYPES = choice.DTYPES["cpu"]  # of weights and adapters
 # A linear's outputs, its bias [N_i] and how many of the adapters are its own.
 Linear = tuple[int, Tensor | None, int]
 # lora_a [r, K] and lora_b [N_i, r], of one dtype and with rows of their own, and scaling.

@@ -80,22 +80,16 @@ def configured_vocabulary(source: str | Path) -> int | None:
 def resolve_device(device: str | torch.device) -> torch.device:
     """The torch device; "auto" is the GPU if there is one. Raises UserError if it is not here."""
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return backends.preferred_device()
     try:
         resolved = torch.device(device)
     except RuntimeError as error:
         raise UserError(f"device {device!r} is unknown; use auto, cpu, cuda or cuda:N") from error
     if resolved.type == "meta":
         raise UserError("device 'meta' holds no numbers to train; use auto, cpu, cuda or cuda:N")
-    if resolved.type == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (resolved.index or 0) >= count:
-            raise UserError(f"device {device!r} is not here: torch sees {count} GPU(s); use auto")
-    elif resolved.type != "cpu":
-        try:
-            torch.empty(1, device=resolved)
-        except Exception as error:  # each of torch's backends has errors of its own
-            raise UserError(f"device {device!r} is not here; use auto or cpu") from error
+    problem = backends.why_absent(resolved)
+    if problem is not None:
+        raise UserError(f"device {device!r} is not here: {problem}")
     return resolved
 
 

@@ -1,7 +1,6 @@
 """The adapters of a run: their section of the configuration, and PEFT's layers made from it."""
 
 import math
-import os
 import re
 import warnings
 from collections.abc import Iterator, Sequence
@@ -253,6 +252,8 @@ def _check_rank(adapted: Sequence[Any], r: int, key: str) -> None:
     """Refuses a rank beyond the layers' own sizes, and one that the memory cannot hold."""
     import torch
 
+    from lora_engine import backends
+
     sizes = [_sizes(module) for module in adapted]
     widest = (
         max(
@@ -268,15 +269,13 @@ def _check_rank(adapted: Sequence[Any], r: int, key: str) -> None:
             "be larger than the layer; ranks from 8 to 256 are usual"
         )
     needed = _BYTES_PER_VALUE * r * sum(map(sum, sizes))
-    device = next((p.device for module in adapted for p in module.parameters()), None)
-    if device is not None and device.type == "cuda":
-        memory, where = torch.cuda.mem_get_info(device)[1], "the GPU"
-    else:
-        memory, where = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "this machine"
-    if needed > memory:
+    devices = (p.device for module in adapted for p in module.parameters())
+    memory = backends.memory(next(devices, torch.device("cpu")))
+    if needed > memory.nbytes:
         raise UserError(
-            f"{key}: adapters of rank {r:,} take {needed / 2**30:,.1f} GiB to train, {where} has "
-            f"{memory / 2**30:,.1f}; take a smaller rank or fewer target_modules"
+            f"{key}: adapters of rank {r:,} take {needed / 2**30:,.1f} GiB to train, "
+            f"{memory.owner} has {memory.nbytes / 2**30:,.1f}; take a smaller rank or "
+            "fewer target_modules"
         )
 
 

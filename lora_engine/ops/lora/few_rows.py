@@ -103,7 +103,7 @@ def _is_readable(x: Tensor, device: torch.device) -> bool:
     return (
         type(x) in (Tensor, Parameter)  # subclasses need not have their elements in memory
         and x.device == device
-        and x.dtype in backends.DTYPES["cpu"]
+        and x.dtype in kernel.DTYPES
         and x.layout == torch.strided
         and x.stride(1) == 1
         and not x.is_neg()

@@ -1,0 +1,76 @@
+"""The devices that tensors may be on: which there are, and their memory."""
+
+import os
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+
+class Memory(NamedTuple):
+    """A device's memory: all of it, and whose that is, as a message says it."""
+
+    nbytes: int
+    owner: str
+
+
+def gpu_count() -> int:
+    """The CUDA devices torch can use."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def preferred_device() -> torch.device:
+    """The GPU if there is one."""
+    return torch.device("cuda" if gpu_count() else "cpu")
+
+
+def why_absent(device: torch.device) -> str | None:
+    """Why no tensor can be on `device`, and what can be done; None where one can."""
+    if device.type == "cuda":
+        count = gpu_count()
+        here = (device.index or 0) < count
+        return None if here else f"torch sees {count} GPU(s); use auto"
+    if device.type != "cpu":
+        try:
+            torch.empty(1, device=device)
+        except Exception:  # each of torch's backends has errors of its own
+            return "use auto or cpu"
+    return None
+
+
+def memory(device: torch.device) -> Memory:
+    """A GPU's own memory, else the computer's."""
+    if device.type == "cuda":
+        return Memory(torch.cuda.mem_get_info(device)[1], "the GPU")
+    return Memory(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "this machine")
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Since `reset_peak_memory`: on a GPU torch's peak allocation, else the peak resident size."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return _peak_resident_bytes()
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Starts the peak anew, so that loading and converting a model do not count as training.
+
+    On a CPU this needs Linux (see proc_pid_clear_refs(5)); elsewhere the peak is the process's.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif os.access("/proc/self/clear_refs", os.W_OK):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak_resident_bytes() -> int:
+    status = Path("/proc/self/status")
+    if status.exists():  # not ru_maxrss, which a forked process begins with its parent's size
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

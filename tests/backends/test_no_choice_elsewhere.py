@@ -1,0 +1,99 @@
+"""What runs is chosen in backends: nothing else asks for devices, capabilities or sizes for it."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import lora_engine
+
+PACKAGE = Path(lora_engine.__file__).parent
+# Attributes that tell a device, or what a GPU can do.
+ASKING = {
+    "is_cpu",
+    "is_cuda",
+    "is_available",
+    "device_count",
+    "get_device_capability",
+    "get_device_name",
+    "get_device_properties",
+    "get_cpu_capability",
+    "mem_get_info",
+}
+DEVICES = ("cpu", "cuda", "mps", "xpu")
+# Where backends keeps its numbers and facts. The rest of it answers requests.
+PRIVATE = ("lora_engine.backends.hardware", "lora_engine.backends.tables")
+SIZES = {"FEW_ROWS", "CHUNK_BYTES", "CHUNK_ROW_STEP", "OLDEST_CAPABILITY"}
+# Files that tell people what the machine has, and choose nothing by it.
+REPORTS = {"machine.py", "app/doctor.py", "report/page.py"}
+
+FILES = [
+    path
+    for path in sorted(PACKAGE.rglob("*.py"))
+    if path.relative_to(PACKAGE).parts[0] != "backends"
+    and str(path.relative_to(PACKAGE)) not in REPORTS
+]
+
+
+def questions(source: str) -> list[str]:
+    """The lines that ask for a device, a capability or a size that choices are made by."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute | ast.Name):
+            name = node.attr if isinstance(node, ast.Attribute) else node.id
+            asks = name in ASKING | SIZES
+        elif isinstance(node, ast.Compare):
+            asks = _compares_a_device(node)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            asks = any(name.startswith(PRIVATE) or name.split(".")[-1] in SIZES for name in names)
+        else:
+            asks = False
+        if asks:
+            found.append(f"{node.lineno}: {ast.unparse(node)}")
+    return found
+
+
+def _compares_a_device(comparison: ast.Compare) -> bool:
+    parts = list(ast.walk(comparison))
+    values = [part.value for part in parts if isinstance(part, ast.Constant)]
+    if any(isinstance(v, str) and v.partition(":")[0] in DEVICES for v in values):
+        return True
+    return any(isinstance(p, ast.Attribute) and p.attr == "capability" for p in parts)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_nothing_else_asks(path: Path) -> None:
+    assert not questions(path.read_text())
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        'x.device.type == "cpu"',
+        'x.device == torch.device("cuda:0")',
+        'device.type not in ("cpu", "cuda")',
+        "x.is_cuda",
+        "torch.cuda.is_available()",
+        "gpu.capability >= 90",
+        "torch.cuda.get_device_capability()",
+        "from lora_engine.backends.choice import FEW_ROWS",
+        "from lora_engine.backends import hardware",
+        "rows <= choice.FEW_ROWS",
+    ],
+)
+def test_questions_are_found(line: str) -> None:
+    assert questions(line)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        'backends.select("rope", x.device, x.dtype) == "reference"',
+        "a.device == b.device",
+        "torch.is_autocast_enabled(x.device.type)",
+        'p.device.type == "meta"',
+    ],
+)
+def test_others_are_let_through(line: str) -> None:
+    assert not questions(line)
