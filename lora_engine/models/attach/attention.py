@@ -1,10 +1,12 @@
 """Attention layers: q, k and v as one product, attention within sequences.
 
 Without a cache, attention rotates q and k itself and the output projection reads its buffer in
-place. With a cache (generation) attention is transformers' (`attention_function.attend`).
+place. With a cache (generation) attention is transformers' (`attention_function.attend`). Where
+attention has no kernel (on a GPU) it is transformers' with and without a cache, and rotation ours.
 """
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -16,14 +18,84 @@ from lora_engine.models.attach.linear_group import LinearGroup
 from lora_engine.models.attach.sequences import SequenceFinder, Sequences
 
 
-class AttentionForward:
-    """The forward of one attention layer of `families.structure.ATTENTION_CLASSES`."""
+class _ProjectedAttention:
+    """A layer of `families.structure.ATTENTION_CLASSES` with q, k and v as one product."""
+
+    def __init__(self, module: Any, qkv: LinearGroup, output: LinearGroup) -> None:
+        self.module, self.qkv, self.output = module, qkv, output
+        self.original = module.forward
+
+    def intact(self) -> bool:
+        """Whether the layer's linears are those that this forward was made of."""
+        module = self.module
+        return self.qkv.stands_for(
+            module.q_proj, module.k_proj, module.v_proj
+        ) and self.output.stands_for(module.o_proj)
+
+    @property
+    def window(self) -> int:
+        """How many tokens a token sees, itself included; 0: all before it."""
+        # Qwen sets the layer's window on the layer; Mistral reads it from the config.
+        holder = self.module if hasattr(self.module, "sliding_window") else self.module.config
+        return getattr(holder, "sliding_window", None) or 0
+
+    def _by_heads(
+        self,
+        hidden_states: Tensor,  # [B, L, H]
+        rotate: Callable[..., tuple[Tensor, Tensor]],
+        interface: Callable[..., tuple[Tensor, Tensor | None]],
+        *,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None,
+        past_key_values: Any,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As the layer's own forward, with q, k and v as one product.
+
+        rotate: takes q [B, Hq, L, D], k [B, Hkv, L, D], cos and sin [B, L, D].
+        interface: attention as transformers' AttentionInterface has it.
+        """
+        module = self.module
+        q, k, v = (
+            x.unflatten(-1, (-1, module.head_dim)).transpose(1, 2)
+            for x in self._project(hidden_states)
+        )
+        q, k = rotate(q, k, *position_embeddings)
+        if past_key_values is not None:
+            k, v = past_key_values.update(k, v, module.layer_idx)
+        out, weights = interface(
+            module,
+            q,
+            k,
+            v,
+            attention_mask,
+            scaling=module.scaling,
+            dropout=module.attention_dropout if module.training else 0.0,
+            sliding_window=self.window or None,
+            **kwargs,
+        )
+        (y,) = self.output(out.flatten(2))
+        return y, weights
+
+    def _project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        module = self.module
+        q, k, v = self.qkv(hidden_states)
+        if hasattr(module, "q_norm"):
+            q, k = (
+                norm(x.unflatten(-1, (-1, module.head_dim))).flatten(-2)
+                for norm, x in ((module.q_norm, q), (module.k_norm, k))
+            )
+        return q, k, v
+
+
+class AttentionForward(_ProjectedAttention):
+    """The forward of an attention layer whose attention is ours."""
 
     def __init__(
         self, module: Any, qkv: LinearGroup, output: LinearGroup, finder: SequenceFinder
     ) -> None:
-        self.module, self.qkv, self.output, self.finder = module, qkv, output, finder
-        self.original = module.forward
+        super().__init__(module, qkv, output)
+        self.finder = finder
 
     def __call__(
         self,
@@ -49,7 +121,8 @@ class AttentionForward:
             if kwargs.get("sequence_parents") is not None:
                 raise UserError("sequences cannot share prefixes with a cache or dropout")
             if past_key_values is not None and position_embeddings is not None:
-                return self._with_cache(hidden_states, **arguments)
+                rotate = _of_module(module, "apply_rotary_pos_emb")
+                return self._by_heads(hidden_states, rotate, attend, **arguments)
             # PyTorch's linear copies the weight for each row of a batch that is not contiguous.
             result: tuple[Tensor, Tensor | None] = self.original(
                 hidden_states.contiguous(), **arguments
@@ -78,52 +151,6 @@ class AttentionForward:
             out = unpad(out, sequences.token_index, batch * length).view(batch, length, -1)
         (y,) = self.output(out)
         return y, None
-
-    def _with_cache(
-        self,
-        hidden_states: Tensor,  # [B, L, H]
-        *,
-        position_embeddings: tuple[Tensor, Tensor],
-        attention_mask: Tensor | None,
-        past_key_values: Any,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        """As the layer's own forward, with q, k and v as one product."""
-        module = self.module
-        q, k, v = (
-            x.unflatten(-1, (-1, module.head_dim)).transpose(1, 2)
-            for x in self._project(hidden_states)
-        )
-        rotate = sys.modules[type(module).__module__].apply_rotary_pos_emb
-        q, k = rotate(q, k, *position_embeddings)
-        k, v = past_key_values.update(k, v, module.layer_idx)
-        out, weights = attend(
-            module,
-            q,
-            k,
-            v,
-            attention_mask,
-            scaling=module.scaling,
-            dropout=module.attention_dropout if module.training else 0.0,
-            sliding_window=self.window or None,
-            **kwargs,
-        )
-        (y,) = self.output(out.flatten(2))
-        return y, weights
-
-    @property
-    def window(self) -> int:
-        """How many tokens a token sees, itself included; 0: all before it."""
-        # Qwen sets the layer's window on the layer; Mistral reads it from the config.
-        holder = self.module if hasattr(self.module, "sliding_window") else self.module.config
-        return getattr(holder, "sliding_window", None) or 0
-
-    def intact(self) -> bool:
-        """Whether the layer's linears are those that this forward was made of."""
-        module = self.module
-        return self.qkv.stands_for(
-            module.q_proj, module.k_proj, module.v_proj
-        ) and self.output.stands_for(module.o_proj)
 
     def find_sequences(
         self,
@@ -161,12 +188,59 @@ class AttentionForward:
             and (attention_mask is None or attention_mask.dim() == 2)
         )
 
-    def _project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        module = self.module
-        q, k, v = self.qkv(hidden_states)
-        if hasattr(module, "q_norm"):
-            q, k = (
-                norm(x.unflatten(-1, (-1, module.head_dim))).flatten(-2)
-                for norm, x in ((module.q_norm, q), (module.k_norm, k))
+
+class RotatedAttention(_ProjectedAttention):
+    """The forward where rotation has a kernel and attention has none."""
+
+    def __call__(
+        self,
+        hidden_states: Tensor,  # [B, L, H]
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        arguments = {"attention_mask": attention_mask, "past_key_values": past_key_values, **kwargs}
+        if position_embeddings is None or not self.intact():
+            left: tuple[Tensor, Tensor | None] = self.original(
+                hidden_states, position_embeddings, **arguments
             )
-        return q, k, v
+            return left
+        return self._by_heads(
+            hidden_states,
+            _rotate,
+            self._interface(),
+            position_embeddings=position_embeddings,
+            **arguments,
+        )
+
+    def _interface(self) -> Callable[..., tuple[Tensor, Tensor | None]]:
+        """The attention that the model's configuration names."""
+        from transformers import AttentionInterface
+
+        name = self.module.config._attn_implementation
+        if name == "eager":
+            return _of_module(self.module, "eager_attention_forward")
+        found: Callable[..., tuple[Tensor, Tensor | None]] = AttentionInterface()[name]
+        return found
+
+
+def _rotate(
+    q: Tensor,  # [B, Hq, L, D]
+    k: Tensor,  # [B, Hkv, L, D]
+    cos: Tensor,  # [B or 1, L, D]
+    sin: Tensor,  # as cos
+) -> tuple[Tensor, Tensor]:
+    batch, _, length, _ = q.shape
+    tables = (x.expand(batch, -1, -1).flatten(0, 1) for x in (cos, sin))
+    heads = (x.transpose(1, 2).flatten(0, 1) for x in (q, k))
+    turned_q, turned_k = (
+        x.unflatten(0, (batch, length)).transpose(1, 2) for x in ops.rope(*heads, *tables)
+    )
+    return turned_q, turned_k
+
+
+def _of_module(module: Any, name: str) -> Callable[..., Any]:
+    """The function of this name in the file of the layer's class."""
+    function: Callable[..., Any] = getattr(sys.modules[type(module).__module__], name)
+    return function

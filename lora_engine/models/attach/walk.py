@@ -10,7 +10,7 @@ from torch import nn
 from lora_engine import backends
 from lora_engine.models.attach import trl_head
 from lora_engine.models.attach.attachment import Attachment
-from lora_engine.models.attach.attention import AttentionForward
+from lora_engine.models.attach.attention import AttentionForward, RotatedAttention
 from lora_engine.models.attach.attention_interface import use_attention
 from lora_engine.models.attach.backbone import BackboneForward
 from lora_engine.models.attach.causal_lm import CausalLmForward, why_no_loss
@@ -54,12 +54,12 @@ class Walk:
         self.device, self.dtype = weight.device, weight.dtype
 
     def run(self) -> CoverageReport:
-        has_attention = self._attention_interface()
+        serves_attention = self._serves_attention()
         tails: dict[nn.Module, int] = {}  # norm -> padding columns for the linears that read it
         for name, module in self.model.named_modules():
             if name and "forward" in vars(module):
                 self.report.add(name, type(module).__name__, False, "someone replaced its forward")
-            elif type(module).__name__ in ATTENTION_CLASSES and has_attention:
+            elif type(module).__name__ in ATTENTION_CLASSES and serves_attention:
                 self._attention(name, module, tails)
             elif is_gated_mlp(module):
                 self._mlp(name, module, tails)
@@ -104,20 +104,23 @@ class Walk:
     def _how(self, operation: str, format: str = "dense") -> str:
         return backends.explain(operation, self.device, self.dtype, format=format).reason
 
-    def _attention_interface(self) -> bool:
-        """Whether attention is ours from now on; without a kernel it stays transformers'."""
+    def _serves_attention(self) -> bool:
+        """Whether known attention layers get a forward of ours.
+
+        Attention is ours from now on if it can be (`own_attention`); without a kernel rotation is.
+        """
         choice = backends.explain("attention", self.device, self.dtype)
-        problem = choice.reason if choice.impl == "reference" else self.left.get("attention")
-        if problem is not None:
-            self.report.add(type(self.model).__name__, "attention", False, problem)
+        has_kernel, left = choice.impl != "reference", self.left.get("attention")
+        problem = left if has_kernel else choice.reason
+        if problem is None:
+            self.attached.own_attention = use_attention(self.model, self.patches)
+            if self.attached.own_attention is not None:
+                return True
+            problem = "the class takes no interface"
+        self.report.add(type(self.model).__name__, "attention", False, problem)
+        if has_kernel or left is not None:
             return False
-        self.attached.own_attention = use_attention(self.model, self.patches)
-        if self.attached.own_attention is None:
-            self.report.add(
-                type(self.model).__name__, "attention", False, "the class takes no interface"
-            )
-            return False
-        return True
+        return backends.explain("rope", self.device, self.dtype).impl != "reference"
 
     def _group(self, name: str, modules: list[nn.Module]) -> LinearGroup:
         group = LinearGroup(modules, self.patches, self.router)
@@ -138,9 +141,13 @@ class Walk:
     def _attention(self, name: str, module: Any, tails: dict[nn.Module, int]) -> None:
         qkv = self._group(f"{name}.qkv", [module.q_proj, module.k_proj, module.v_proj])
         output = self._group(f"{name}.o_proj", [module.o_proj])
-        forward = AttentionForward(module, qkv, output, self.finder)
-        self.patches.set_forward(module, forward)
-        self.report.add(name, "attention + rope", True, self._how("attention"))
+        if self.attached.own_attention is None:
+            self.patches.set_forward(module, RotatedAttention(module, qkv, output))
+            self.report.add(name, "rope", True, self._how("rope"))
+        else:
+            forward = AttentionForward(module, qkv, output, self.finder)
+            self.patches.set_forward(module, forward)
+            self.report.add(name, "attention + rope", True, self._how("attention"))
         self._note_tail(name, NORM_OF_ATTENTION, qkv, tails)
 
     def _mlp(self, name: str, module: Any, tails: dict[nn.Module, int]) -> None:
