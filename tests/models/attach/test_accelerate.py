@@ -118,8 +118,9 @@ def test_the_mlp_half_is_one_function_where_attention_has_no_kernel(
     theirs = loss_and_gradients(with_lora(make("llama")), batch())
     explain, runs_fused = backends.explain, backends.runs_fused
 
-    def without_attention(operation: str, *args: Any) -> Any:
-        return explain(operation, *args, *(["reference"] if operation == "attention" else []))
+    def without_attention(operation: str, *args: Any, **kwargs: Any) -> Any:
+        forced = {"impl": "reference"} if operation == "attention" else {}
+        return explain(operation, *args, **kwargs, **forced)
 
     monkeypatch.setattr(backends, "explain", without_attention)
     monkeypatch.setattr(
