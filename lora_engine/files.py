@@ -30,10 +30,11 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """An OSError in here names `path`, or what stands in that folder: not a temporary file, whose
-    name begins with a dot, and not nothing, as writing does.
+    """Within, an OSError names `path`, or a file in that folder.
 
-    So does the system's error that a library in Rust, such as safetensors, wraps in one of its own.
+    It would name a temporary file otherwise, whose name begins with a dot, or, for a failed write,
+    none. An error of the system that a library in Rust, such as safetensors, wraps in one of its
+    own becomes such an OSError as well.
     """
     try:
         yield
@@ -59,8 +60,8 @@ def _is_visible_below(name: object, folder: Path) -> bool:
 
 def system_error(error: BaseException) -> int | None:
     """The system's error number (see errno) in what a library says; None if it says none."""
-    found = re.search(r"\(os error (\d+)\)", str(error))
-    return int(found[1]) if found else None
+    match = re.search(r"\(os error (\d+)\)", str(error))
+    return int(match[1]) if match else None
 
 
 def user_path(path: str | Path) -> Path:

@@ -7,30 +7,30 @@ import numpy as np
 
 
 def pack_best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Put every index into one batch of at most `capacity` tokens, in the order given.
+    """Puts every index into a batch of at most `capacity` tokens, in the order of `lengths`.
 
-    Each goes to the fullest batch with room for it (best-fit online bin packing): at most one
+    Each goes to the fullest batch that can still take it (best-fit online bin packing): at most one
     batch ends up half empty or emptier. One longer than `capacity` gets a batch of its own.
     """
     batches: list[list[int]] = []
-    rooms: list[int] = []  # ascending, distinct: the room left in batches that are not full
-    batches_with: dict[int, list[int]] = {}  # room -> numbers of the batches with that room
+    free: list[int] = []  # ascending, distinct: the tokens that batches can still take
+    batches_with: dict[int, list[int]] = {}  # free tokens -> indices of the batches with as many
     for index, length in enumerate(lengths):
-        place = bisect_left(rooms, length)
-        if place == len(rooms):
-            number, room = len(batches), capacity
+        place = bisect_left(free, length)
+        if place == len(free):
+            number, tokens = len(batches), capacity
             batches.append([])
         else:
-            room = rooms[place]
-            number = batches_with[room].pop()
-            if not batches_with[room]:
-                del batches_with[room], rooms[place]
+            tokens = free[place]
+            number = batches_with[tokens].pop()
+            if not batches_with[tokens]:
+                del batches_with[tokens], free[place]
         batches[number].append(index)
-        left = room - length
+        left = tokens - length
         if left > 0:
             if left not in batches_with:
                 batches_with[left] = []
-                insort(rooms, left)
+                insort(free, left)
             batches_with[left].append(number)
     return batches
 
@@ -75,10 +75,10 @@ class PackedSampler:
         return len(self.epoch_batches(epoch))
 
     def fill(self, epoch: int = 0) -> float:
-        """Share of the batches' room that holds tokens; batches of one long example are full."""
+        """Tokens over what the batches could hold; a batch of one long example counts as full."""
         planned = self.epoch_batches(epoch)
-        room = sum(max(self.tokens_per_batch, int(self.lengths[b].sum())) for b in planned)
-        return float(self.lengths.sum() / room)
+        capacity = sum(max(self.tokens_per_batch, int(self.lengths[b].sum())) for b in planned)
+        return float(self.lengths.sum() / capacity)
 
     def _plan(self, epoch: int) -> list[list[int]]:
         if not self.shuffle:
@@ -86,5 +86,5 @@ class PackedSampler:
         generator = np.random.default_rng([self.seed, epoch])
         order = generator.permutation(self.lengths.size)
         packed = pack_best_fit(self.lengths[order].tolist(), self.tokens_per_batch)
-        # Packing leaves the emptiest batches for last; shuffled, they come at no special time.
+        # Packing leaves the emptiest batches for last: the batches are shuffled as well.
         return [order[packed[i]].tolist() for i in generator.permutation(len(packed))]

@@ -19,8 +19,8 @@ def quantize_blockwise(
 ) -> tuple[Tensor, Tensor]:
     """Codes [P] uint8 nearest to x / absmax, and absmax [ceil(P / 256)] in x's dtype.
 
-    A positive value never becomes zero in the unsigned code: it is what AdamW divides by. But a
-    block of nothing larger than TINY is one of zeros.
+    A positive value never becomes zero in the unsigned code, since AdamW divides by its root; but a
+    block whose absmax is TINY or less becomes zeros.
     """
     blocks = _in_blocks(x)
     absmax = blocks.abs().amax(dim=1)

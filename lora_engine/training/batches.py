@@ -11,7 +11,7 @@ from lora_engine.data.render import Example
 from lora_engine.data.sampler import PackedSampler
 from lora_engine.training.state import Position
 
-# `BatchSource.first` chooses among so many examples.
+# How many examples with targets `BatchSource.first` chooses among.
 _LOOKED_AT = 32
 
 
@@ -65,18 +65,20 @@ class BatchSource:
             yield self._collate(indices)
 
     def first(self, tokens: int) -> PackedBatch:
-        """Of the first examples of the first epoch that teach something, up to `tokens` tokens.
+        """A micro-batch of up to `tokens` tokens, of the first examples that have targets.
 
-        One of each adapter that they name, cut to its share of the tokens, and what fits beside
-        these. The first example of all where none teaches anything.
+        It has an example of each adapter that they name, cut to an equal share of the tokens, and
+        further ones as long as they fit. Where no example has targets it is the very first one.
         """
         order = (self._examples[i] for plan in self._sampler.epoch_batches(0) for i in plan)
         taught = (example for example in order if any(example.supervised[1:]))
-        found = list(islice(taught, _LOOKED_AT)) or [self._examples[0]]
-        firsts = {example.adapter: index for index, example in reversed(list(enumerate(found)))}
+        candidates = list(islice(taught, _LOOKED_AT)) or [self._examples[0]]
+        firsts = {
+            example.adapter: index for index, example in reversed(list(enumerate(candidates)))
+        }
         share = max(tokens // len(firsts), 2)
-        chosen = {index: _cut(found[index], share) for index in firsts.values()}
-        for index, example in enumerate(found):
+        chosen = {index: _cut(candidates[index], share) for index in firsts.values()}
+        for index, example in enumerate(candidates):
             if index not in chosen and sum(map(len, chosen.values())) + len(example) <= tokens:
                 chosen[index] = example
         kept = [example for _, example in sorted(chosen.items())]
@@ -92,7 +94,7 @@ class BatchSource:
 
 
 def fingerprint(examples: Sequence[Example]) -> str:
-    """SHA-256 of all token ids, of which are supervised, and of the adapters named."""
+    """SHA-256 of all examples' token ids, supervised positions and adapters."""
     digest = hashlib.sha256()
     for example in examples:
         digest.update(len(example).to_bytes(8, "little"))
@@ -103,7 +105,7 @@ def fingerprint(examples: Sequence[Example]) -> str:
 
 
 def _cut(example: Example, length: int) -> Example:
-    """At most `length` tokens of an example, at least 2, with some that teach if any do."""
+    """At most `length` (2 or more) consecutive tokens of an example, with a target if any."""
     if len(example) <= length:
         return example
     first = next((at for at, taught in enumerate(example.supervised) if at and taught), 1)

@@ -148,7 +148,7 @@ class TrainingLoop:
         self._tell("on_eval", state.step, result)
 
     def _tell(self, event: str, *args: Any) -> None:
-        """Notify; what a callback raises ends the run, but not before its step is saved."""
+        """Calls a callback. What it raises ends the run, after the step has been saved."""
         try:
             self._notify(event, *args)
         except Exception:

@@ -1,4 +1,4 @@
-"""The products of a LoRA group: those with few ranks are ours, the wide ones the vendor's."""
+"""The products of a LoRA group: C++ kernels for those of few ranks, torch.mm for wide ones."""
 
 from collections.abc import Iterator, Sequence
 
@@ -26,8 +26,8 @@ def lora_a_fwd(
     dropout: Dropout | None = None,
 ) -> None:
     """Writes s = drop_i(x) lora_aᵀ, and 0 in columns of no span."""
-    for gap in _gaps(spans, s.shape[1]):
-        s[:, gap] = 0
+    for unused in _unused(spans, s.shape[1]):
+        s[:, unused] = 0
     for kept, part in _kept(x, spans, dropout):
         kernels().lora_a_fwd(
             dtype_code(x.dtype),
@@ -53,12 +53,12 @@ def lora_b_bwd(
     d_lora_b: Tensor | None,  # [N, R], float32 (float64 for float64)
     spans: Sequence[Span],
 ) -> None:
-    """Writes ds = dy lora_b and d_lora_b = dyᵀ s, each linear's block alone.
+    """Writes ds = dy lora_b and d_lora_b = dyᵀ s, of each span alone.
 
-    Columns of ds in no span become 0; d_lora_b outside the blocks is left as it is.
+    Columns of ds in no span become 0; d_lora_b outside the spans is left as it is.
     """
-    for gap in _gaps(spans, ds.shape[1]):
-        ds[:, gap] = 0
+    for unused in _unused(spans, ds.shape[1]):
+        ds[:, unused] = 0
     kernels().lora_b_bwd(
         dtype_code(dy.dtype),
         LoraBBwdArgs(
@@ -86,8 +86,8 @@ def lora_a_bwd(
     dropout: Dropout | None = None,
 ) -> None:
     """Writes d_lora_a = dsᵀ drop_i(x), and 0 in rows of no span."""
-    for gap in _gaps(spans, d_lora_a.shape[0]):
-        d_lora_a[gap] = 0
+    for unused in _unused(spans, d_lora_a.shape[0]):
+        d_lora_a[unused] = 0
     for kept, part in _kept(x, spans, dropout):
         kernels().lora_a_bwd(
             dtype_code(x.dtype),
@@ -116,7 +116,7 @@ def lora_linear_fwd(
     """Writes y = x weightᵀ + s lora_bᵀ + bias, rounded after each product.
 
     Every column of s and lora_b is read: those in no span must be zero in one, finite in the other.
-    So must be what stands beside x, within its rows (ops/tensors.py: front_columns).
+    Padding columns of x must be finite (ops/tensors.py: front_columns).
     """
     if bias is None:
         torch.mm(x, weight.t(), out=y)
@@ -135,25 +135,25 @@ def lora_linear_dx(
     spans: Sequence[Span],
     dropout: Dropout | None = None,
 ) -> None:
-    """Writes dx = dy weight + ds lora_a, each linear's share of the second under its mask.
+    """Writes dx = dy weight + ds lora_a, of the second each linear's term under its dropout mask.
 
     Rounded after each product. Rows of lora_a in no span are not read; columns of ds in no span,
-    and what else stands beside dy and ds within their rows, must be finite.
+    and padding columns of dy and ds, must be finite.
     """
     torch.mm(dy, weight, out=dx)
     for substream, columns in _products(spans, merge=dropout is None):
         if dropout is None:
             dx.addmm_(ds[:, columns], lora_a[columns])
         else:
-            share = torch.mm(ds[:, columns], lora_a[columns])
-            dropout_fwd(share, share, dropout, substream)
-            dx += share
+            term = torch.mm(ds[:, columns], lora_a[columns])
+            dropout_fwd(term, term, dropout, substream)
+            dx += term
 
 
 def _kept(
     x: Tensor, spans: Sequence[Span], dropout: Dropout | None
 ) -> Iterator[tuple[Tensor, Sequence[Span]]]:
-    """What of x goes into the adapters of which spans."""
+    """x after dropout, and the spans whose adapters read it: one mask for each linear."""
     if dropout is None:
         yield x, spans
         return
@@ -181,7 +181,7 @@ def _products(spans: Sequence[Span], *, merge: bool) -> list[tuple[int, slice]]:
     return runs
 
 
-def _gaps(spans: Sequence[Span], ranks: int) -> list[slice]:
+def _unused(spans: Sequence[Span], ranks: int) -> list[slice]:
     """The columns of [.., ranks] in no span."""
     done, found = 0, []
     for _, columns in spans:

@@ -37,13 +37,13 @@ def base_of(model: Any) -> Base:
     Reads the files of a local model to hash them.
     """
     inner = transformers_model(model)
-    given = str(getattr(inner, "name_or_path", "") or "")
+    source = str(getattr(inner, "name_or_path", "") or "")
     revision = getattr(inner.config, "_commit_hash", None)
-    path = Path(given)
-    if given and path.is_dir():
+    path = Path(source)
+    if source and path.is_dir():
         return _converted(path) or _in_hub_cache(path) or _local_folder(path)
-    if _HUB_ID.fullmatch(given):
-        return Base(given, given, revision)
+    if _HUB_ID.fullmatch(source):
+        return Base(source, source, revision)
     return Base(path.name)
 
 

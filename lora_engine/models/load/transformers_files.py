@@ -61,10 +61,10 @@ def check_weights(source: str, model: Any, info: Mapping[str, Any]) -> None:
     """
     if mismatched := sorted(info["mismatched_keys"]):
         name, *shapes = mismatched[0]
-        theirs, ours = (_shape(shape) for shape in shapes)
+        in_file, in_config = (_shape(shape) for shape in shapes)
         raise UserError(
             f"{source}: {_count(mismatched)} another shape than config.json says, such as {name}: "
-            f"{theirs}, not {ours}; get the config.json and weights of one model"
+            f"{in_file}, not {in_config}; get the config.json and weights of one model"
         )
     if missing := sorted(info["missing_keys"]):
         raise UserError(

@@ -1,9 +1,9 @@
-"""How far two results for the same tokens are apart, next to what rounding explains.
+"""How far two results for the same tokens differ, in units of what rounding explains.
 
-In float32 and float64 by the root mean square of the difference. In half precision rounding may
-send a token whose router scores are nearly equal to another expert, with an unrelated result: there
-the median token of a stretch is compared, next to what the model's own forward loses against
-float32.
+In float32 and float64 the root mean square of the difference is taken. In half precision rounding
+may send a token whose router scores are nearly equal to another expert, with an unrelated result:
+there the median token of a part of a sequence is taken, and compared with the error of the model's
+own forward against float32.
 """
 
 from collections.abc import Iterator
@@ -22,41 +22,43 @@ def rms(x: Tensor) -> float:
     return float(wide.square().mean().sqrt()) if x.numel() else 0.0
 
 
-def distance(ours: Tensor, theirs: Tensor) -> float:
-    """Root mean square of the difference, of theirs; infinite where a value is not finite."""
-    if ours.shape != theirs.shape or not (ours.isfinite().all() and theirs.isfinite().all()):
+def distance(actual: Tensor, expected: Tensor) -> float:
+    """RMS of the difference over the RMS of `expected`; infinite where a value is not finite."""
+    if actual.shape != expected.shape or not (
+        actual.isfinite().all() and expected.isfinite().all()
+    ):
         return float("inf")
-    wide = torch.promote_types(theirs.dtype, torch.float32)
-    return rms(ours.to(wide) - theirs.to(wide)) / max(rms(theirs), 1e-12)
+    wide = torch.promote_types(expected.dtype, torch.float32)
+    return rms(actual.to(wide) - expected.to(wide)) / max(rms(expected), 1e-12)
 
 
 def excess(
-    ours: Tensor,  # [B, L, H], [A, B, L, H] or [L, H]
-    theirs: Tensor,
+    actual: Tensor,  # [B, L, H], [A, B, L, H] or [L, H]
+    expected: Tensor,
     mask: Tensor | None,  # [B, L], 0 for padding, which does not count
     dtype: torch.dtype,  # what was computed in
     *,
     exact: Tensor | None = None,  # in float32, by the model's own forward
-    given: Tensor | None = None,  # what `exact` was made of
+    inputs: Tensor | None = None,  # of the forward that gave `exact`, shaped as it
     noise: float | None = None,  # without `exact`: see `noise_of`
 ) -> float:
-    """The difference divided by what rounding may make: at most 1 if there is no other cause."""
-    if not ours.isfinite().all() or ours.dtype != theirs.dtype:
+    """The difference over the largest that rounding explains: above 1 there is another cause."""
+    if not actual.isfinite().all() or actual.dtype != expected.dtype:
         return float("inf")
-    stretches = (list(_stretches(x, mask)) for x in (ours, theirs))
+    halves = (list(_halves(x, mask)) for x in (actual, expected))
     if dtype not in HALF:
-        ours, theirs = (torch.cat(each) if each else ours[:0] for each in stretches)
-        return distance(ours, theirs) / TOLERANCE.get(dtype, 1e-9)
-    if exact is None or given is None:
-        pairs = zip(*stretches, strict=True)
+        actual, expected = (torch.cat(each) if each else actual[:0] for each in halves)
+        return distance(actual, expected) / TOLERANCE.get(dtype, 1e-9)
+    if exact is None or inputs is None:
+        pairs = zip(*halves, strict=True)
         allowed = TOLERANCE[dtype] if noise is None else 6 * noise + torch.finfo(dtype).eps
         ratios = [typical(a - b) / (allowed * typical(b)) for a, b in pairs]
     else:
-        more = (list(_stretches(x, mask)) for x in (exact, given))
+        more = (list(_halves(x, mask)) for x in (exact, inputs))
         eps = torch.finfo(dtype).eps
         ratios = [
             typical(a - truth) / (3 * typical(b - truth) + eps / 4 * typical(truth - before))
-            for a, b, truth, before in zip(*stretches, *more, strict=True)
+            for a, b, truth, before in zip(*halves, *more, strict=True)
         ]
     return max(ratios, default=0.0)
 
@@ -67,14 +69,14 @@ def noise_of(result: Tensor, exact: Tensor) -> float:
 
 
 def typical(rows: Tensor) -> float:
-    """The median over rows [R, H] of their root mean square; at least 1e-12, to divide by."""
+    """The median over rows [R, H] of their root mean square; at least 1e-12, as a divisor."""
     return max(float(rows.square().mean(1).sqrt().median()), 1e-12)
 
 
-def _stretches(x: Tensor, mask: Tensor | None) -> Iterator[Tensor]:
-    """The rows [R, H] of either half of each sequence, without padding.
+def _halves(x: Tensor, mask: Tensor | None) -> Iterator[Tensor]:
+    """The rows [R, H] of the first and of the second half of each sequence, without padding.
 
-    Nothing where it cannot be said which rows are padding.
+    Nothing where x is not shaped as the mask, so that its padding is not known.
     """
     x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
     if mask is None:

@@ -25,11 +25,11 @@ class _Probe(NamedTuple):
 
 
 def check_packed_training(model: Any) -> None:
-    """Raises UserError where packed hidden states and the head do not give the model's own logits.
+    """Raises UserError unless the head's product with packed hidden states is the model's logits.
 
-    Every objective is a function of log-probabilities that are made of these.
-    That is where the model does something before or after its head's product, and where it would
-    let packed sequences see each other. Two short sequences are tried.
+    Training computes log-probabilities, and so every objective, from that product. It differs where
+    the model changes hidden states or logits around its head, or where packed sequences would see
+    each other. Two short sequences are tried.
     """
     inner = transformers_model(model)
     ids = probe_tokens(inner, 1, sum(_LENGTHS))[0]
@@ -41,10 +41,10 @@ def check_packed_training(model: Any) -> None:
         head = output_head(model)
         packed = head.logits(hidden) if hidden.shape[-1] == head.weight.shape[1] else hidden
     tolerance = _TOLERANCE[coarsest_dtype(inner)]
-    for theirs, ours in zip(alone, packed.split(_LENGTHS), strict=True):
-        if ours.shape != theirs.shape or typical((ours - theirs).float()) > tolerance * typical(
-            theirs.float()
-        ):
+    for expected, actual in zip(alone, packed.split(_LENGTHS), strict=True):
+        if actual.shape != expected.shape or typical(
+            (actual - expected).float()
+        ) > tolerance * typical(expected.float()):
             raise UserError(
                 f"{type(inner).__name__}: its logits are not its head's product with the hidden "
                 "states of packed sequences, so the loss would not be its own: train it with "

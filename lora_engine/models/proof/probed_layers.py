@@ -1,10 +1,10 @@
-"""A model's repeated layers while it is tried: the same input for their own forwards and ours.
+"""A model's repeated layers while it is tried: each replaced forward gets its own forward's input.
 
 Layers that differ only in their weights and their place are of one kind. The first of a kind runs
-and the others return their input; the last layer of a list always runs. While transformers' own
-forward is run, what goes into each layer and what comes out is recorded. With ours, each layer is
-given the recorded input, so that its output can be compared by itself, and the layers behind it are
-given the recorded output: rounding does not add up from layer to layer.
+and the others return their input; the last layer of a list always runs. A run with transformers'
+forwards records the input and the output of each layer. In a run with replaced forwards, each layer
+reads the recorded input and passes the recorded output on, so that layers are compared one by one
+and rounding does not add up from layer to layer.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,8 +23,8 @@ _MOST_PARAMETERS = 2**28  # of a layer that is also run in float32
 
 @dataclass
 class _Call:
-    given: Tensor  # hidden states
-    result: Tensor  # hidden states
+    inputs: Tensor  # hidden states that the layer read
+    result: Tensor  # hidden states that its own forward made of them
     exact: Tensor | None  # the result in float32, where the layer computes in less
 
 
@@ -33,17 +33,17 @@ class _Layer:
     name: str
     module: nn.Module
     stands_in: "_Layer | None"  # the layer of its kind that runs in its place; None: it runs
-    first: "_Layer | None"  # of its kind, if it is another
-    noise: float | None = None  # what half precision costs its own forward
+    first: "_Layer | None"  # the first layer of its kind; None: it is the first
+    noise: float | None = None  # relative error of its own forward in half precision
     calls: list[_Call] = field(default_factory=list)
     replayed: int = 0
-    running: bool = False  # its own forward, for `exact`
+    running: bool = False  # its own forward in float32, whose calls are not recorded
 
 
 class ProbedLayers:
-    """The layers of a model's lists, and what their own forwards made of the tries' batches.
+    """The layers of a model's lists, with the recorded calls of their own forwards.
 
-    problem: the first difference that a replay found, or None.
+    problem: what the first difference in a replay was, or None.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -55,9 +55,9 @@ class ProbedLayers:
 
     @contextmanager
     def recording(self, *, exact: bool = False) -> Iterator[None]:
-        """Within: records what the layers' forwards do with one batch.
+        """Within, the layers' inputs and outputs for one batch are recorded.
 
-        `exact`: the first of each kind runs in float32 too, if it computes in half precision.
+        exact: the first layer of each kind also runs in float32, if it computes in half precision.
         """
         self._exact = exact
         with self._forwards(self._record):
@@ -65,13 +65,14 @@ class ProbedLayers:
 
     @contextmanager
     def replaying(self, mask: Tensor | None = None) -> Iterator[None]:
-        """Within: compares the layers' forwards with the next batch recorded, but for padding."""
+        """Within, the layers' forwards are compared with those recorded for the next batch, in the
+        rows that are no padding."""
         self._mask = mask
         with self._forwards(self._replay):
             yield
 
     def rewind(self) -> None:
-        """The next replay is of the first batch again, and nothing is wrong yet."""
+        """Makes the next replay that of the first batch, and forgets the problem."""
         self.problem = None
         for layer in self.layers:
             layer.replayed = 0
@@ -97,19 +98,19 @@ class ProbedLayers:
             return own(*args, **kwargs)
         if layer.stands_in is not None and layer.stands_in.calls:
             return hidden
-        given = hidden.detach().clone()
+        inputs = hidden.detach().clone()
         exact = (
             self._in_float32(layer, args, kwargs) if self._exact and layer.first is None else None
         )
         result = own(*args, **kwargs)
         out = _output(result)
-        if out is not None and out.shape == given.shape:
+        if out is not None and out.shape == inputs.shape:
             if not isinstance(result, Tensor):  # nothing is known of the rest of a tuple
                 for other in self.layers:
                     other.stands_in = None if other.stands_in is layer else other.stands_in
             if exact is not None:
                 layer.noise = noise_of(out, exact)
-            layer.calls.append(_Call(given, out.detach().clone(), exact))
+            layer.calls.append(_Call(inputs, out.detach().clone(), exact))
         return result
 
     def _replay(self, layer: _Layer, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -121,9 +122,9 @@ class ProbedLayers:
         call = layer.calls[layer.replayed]
         layer.replayed += 1
         self._note(
-            f"what {layer.name} is given", excess(hidden, call.given, self._mask, self.dtype)
+            f"what {layer.name} is given", excess(hidden, call.inputs, self._mask, self.dtype)
         )
-        args, kwargs = _with_hidden(_Forced.apply(hidden, call.given), args, kwargs)
+        args, kwargs = _with_hidden(_Forced.apply(hidden, call.inputs), args, kwargs)
         result = own(*args, **kwargs)
         out = _output(result)
         if out is None or out.shape != call.result.shape:  # the rows that the loss reads, say
@@ -134,7 +135,7 @@ class ProbedLayers:
             self._mask,
             self.dtype,
             exact=call.exact,
-            given=call.given,
+            inputs=call.inputs,
             noise=(layer.first or layer).noise,
         )
         self._note(layer.name, ratio)
@@ -214,8 +215,8 @@ def kind_of(module: nn.Module) -> tuple[Any, ...]:
 
 
 def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    given = args[0] if args else kwargs.get("hidden_states")
-    return given if isinstance(given, Tensor) and given.is_floating_point() else None
+    hidden = args[0] if args else kwargs.get("hidden_states")
+    return hidden if isinstance(hidden, Tensor) and hidden.is_floating_point() else None
 
 
 def _with_hidden(
@@ -245,9 +246,9 @@ def _wide(x: Any) -> Any:
     return x.detach().float() if isinstance(x, Tensor) and x.is_floating_point() else x
 
 
-def _widened(given: Any) -> Any:
-    if isinstance(given, dict):
-        return {key: _widened(value) for key, value in given.items()}
-    if isinstance(given, tuple):
-        return tuple(_widened(value) for value in given)
-    return _wide(given)
+def _widened(argument: Any) -> Any:
+    if isinstance(argument, dict):
+        return {key: _widened(value) for key, value in argument.items()}
+    if isinstance(argument, tuple):
+        return tuple(_widened(value) for value in argument)
+    return _wide(argument)

@@ -21,7 +21,7 @@ RATE_ALIGNMENT = 1024  # bytes, 256 values: a block of 8-bit moments never spans
 class FlatEntry:
     """Where one parameter lies in the flat buffers.
 
-    parameters: the tensors that are this memory, usually one; the first gives name and shape.
+    parameters: all tensors with this memory, usually one; the first gives name and shape.
     strides: of each of them in the buffers. Tied tensors may be transposes of each other.
     offset: index of its first element in the buffers.
     """
@@ -169,15 +169,15 @@ class FlatParameters:
 
     def _check_names_and_shapes(self, tensors: Mapping[str, torch.Tensor]) -> None:
         expected = {entry.name: tuple(entry.shape) for entry in self.entries}
-        given = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        if expected == given:
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        if expected == shapes:
             return
-        problems = [f"{name} is missing" for name in expected.keys() - given.keys()]
-        problems += [f"{name} is not a parameter" for name in given.keys() - expected.keys()]
+        problems = [f"{name} is missing" for name in expected.keys() - shapes.keys()]
+        problems += [f"{name} is not a parameter" for name in shapes.keys() - expected.keys()]
         problems += [
-            f"{name} has shape {list(given[name])}, not {list(expected[name])}"
-            for name in expected.keys() & given.keys()
-            if expected[name] != given[name]
+            f"{name} has shape {list(shapes[name])}, not {list(expected[name])}"
+            for name in expected.keys() & shapes.keys()
+            if expected[name] != shapes[name]
         ]
         shown = "; ".join(sorted(problems)[:3])
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
@@ -196,7 +196,7 @@ def _accumulate_in_float32(parameter: nn.Parameter, grad: torch.Tensor) -> Any:
 def _layout(
     named: list[tuple[str, nn.Parameter]], rate_of: Callable[[str], float]
 ) -> tuple[tuple[FlatEntry, ...], tuple[tuple[slice, float], ...], int]:
-    """Aligned offsets for distinct memories, one stretch for each rate, and the buffers' size."""
+    """An aligned entry for each distinct memory, the slice of each rate, and the buffers' size."""
     by_rate: dict[float, list[list[tuple[str, nn.Parameter]]]] = {}
     for group in groups_of_memory(named):
         name, first = group[0]

@@ -32,10 +32,10 @@ def groups_of_memory(named: Sequence[NamedParameter]) -> list[list[NamedParamete
 
 
 def compact_strides(p: torch.Tensor) -> tuple[int, ...]:
-    """Strides of `p` copied to memory without gaps between its elements.
+    """The strides of a contiguous copy of `p` whose elements keep their order in memory.
 
-    The order of the elements stays. [3, 4] in row-major order has (4, 1), its transpose (1, 4), a
-    column slice of a wider matrix those of a matrix of its own.
+    A row-major [3, 4] has (4, 1), its transpose [4, 3] (1, 4); a column slice of a wider matrix has
+    those of a matrix of its own.
     """
     runs = _runs(p)
     strides = []
@@ -53,10 +53,10 @@ def compact_strides(p: torch.Tensor) -> tuple[int, ...]:
 
 
 def _runs(p: torch.Tensor) -> tuple[tuple[int, int], ...]:
-    """The memory of `p` as (step, length) from the slowest dimension to the fastest.
+    """The memory of `p` as (stride, size) from the slowest dimension to the fastest.
 
-    Dimensions that follow on each other without a gap are one, so that tensors that start at one
-    address and have the same runs have the same elements, whatever their shapes.
+    Dimensions whose elements are contiguous across both are merged, so that tensors with the same
+    address and the same runs have the same elements, whatever their shapes.
     """
     if p.numel() == 0:
         return ()
@@ -71,7 +71,7 @@ def _runs(p: torch.Tensor) -> tuple[tuple[int, int], ...]:
 
 
 def _memory_key(name: str, p: nn.Parameter) -> object:
-    """Equal for parameters that are the same memory; an empty one equals nothing else."""
+    """A key that parameters with the same memory share; an empty parameter shares its with none."""
     if p.numel() == 0:
         return id(p)
     runs = _runs(p)
@@ -83,9 +83,9 @@ def _memory_key(name: str, p: nn.Parameter) -> object:
 
 
 def _refuse_partial_overlap(named: list[NamedParameter]) -> None:
-    """Raises UserError for tensors that share only a part of their memory.
+    """Raises UserError for tensors that share only a part of their memory, one of them trained.
 
-    Both cannot move into a flat buffer and still share it.
+    They could not both move into a flat buffer and still share it.
     """
     placed = sorted(((p.data_ptr(), name, p) for name, p in named if p.numel()), key=lambda x: x[0])
     before: list[tuple[int, str, nn.Parameter]] = []  # those that reach beyond the current start

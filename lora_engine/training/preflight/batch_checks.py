@@ -1,4 +1,4 @@
-"""Batches that teach nothing, or that the model cannot take: told before `preflight` tries them."""
+"""Refuses batches that teach nothing or that the model cannot take, before they are tried."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,17 +11,16 @@ from lora_engine.models.attach.head import transformers_model
 from lora_engine.objectives.base import Objective
 
 _IGNORED = -100
-# Labels that tell whether they are shifted.
+# Fewer supervised labels may equal their neighbours by chance.
 _TELLING = 4
 
 
 def check_batch(model: nn.Module, batch: Any, objective: Objective) -> None:
-    """Raises UserError where no token of a batch is supervised or the objective does not learn
-    from a packed one, and where its token ids or labels
-    are not the model's.
+    """Raises UserError where no token of the batch is supervised, a packed batch has no weight for
+    the objective, or token ids or labels are beyond the model's vocabulary.
 
-    Labels are checked of causal language models with a loss of transformers' own. Others may
-    take labels of any kind.
+    Labels are checked for causal language models with transformers' own loss only: others may take
+    labels of any kind.
     """
     inner: Any = transformers_model(model)
     ids: Tensor | None
@@ -54,9 +53,9 @@ def check_batch(model: nn.Module, batch: Any, objective: Objective) -> None:
 
 
 def _check_shift(batch: Mapping[str, Any], ignored: int) -> None:
-    """Raises UserError where labels are those of the token before or after.
+    """Raises UserError where labels are off by one token.
 
-    A model shifts `labels` itself, and not `shift_labels`.
+    A model shifts `labels` itself, so they equal input_ids; `shift_labels` it takes as they are.
     """
     shifts_itself = not isinstance(batch.get("shift_labels"), Tensor)
     name = "labels" if shifts_itself else "shift_labels"
@@ -69,7 +68,6 @@ def _check_shift(batch: Mapping[str, Any], ignored: int) -> None:
     are_right, are_wrong = (
         float((labels == those)[labelled].float().mean()) for those in (right, wrong)
     )
-    # Few labels may be so by chance.
     if int(labelled.sum()) >= _TELLING and are_wrong > 0.9 and are_right < 0.5:
         mend = (
             "each is the following token, and the model shifts them once more: give labels as "
@@ -95,7 +93,7 @@ def _tokens(batch: Mapping[str, Any]) -> Tensor | None:
 
 
 def _labels(model: Any, batch: Mapping[str, Any]) -> Tensor | None:
-    """Those that a causal language model compares with its predictions."""
+    """The labels that a causal language model compares with its predictions, or None."""
     own_loss = "_loss_function" in vars(model)  # the property `loss_function` was assigned to
     if getattr(model, "loss_type", None) != "ForCausalLM" or own_loss:
         return None
@@ -113,9 +111,9 @@ def _labels(model: Any, batch: Mapping[str, Any]) -> Tensor | None:
 
 
 def _ignored(batch: Mapping[str, Any]) -> int:
-    """The label that stands for none."""
-    given = batch.get("ignore_index")
-    return given if isinstance(given, int) else _IGNORED
+    """The label of tokens that are not supervised."""
+    index = batch.get("ignore_index")
+    return index if isinstance(index, int) else _IGNORED
 
 
 def _check_ids(name: str, ids: Tensor, model: Any, layer: str, ignored: int | None) -> None:
@@ -139,7 +137,7 @@ def _check_ids(name: str, ids: Tensor, model: Any, layer: str, ignored: int | No
 
 
 def _rows(layer: Any) -> int | None:
-    """Tokens of an embedding or a head; None if it does not say."""
+    """How many tokens an embedding or a head has; None where that cannot be read off it."""
     weight = getattr(layer, "weight", None)
     if isinstance(weight, Tensor) and weight.ndim == 2 and weight.is_floating_point():
         return weight.shape[0]

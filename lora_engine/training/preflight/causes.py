@@ -1,4 +1,4 @@
-"""Why a model would learn nothing: what `preflight` says of what it finds."""
+"""Why a model would learn nothing: the messages of `preflight`, and the checks behind them."""
 
 import functools
 import math
@@ -20,10 +20,10 @@ _SUMMED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class Place(NamedTuple):
-    """Where a parameter stands.
+    """What a parameter belongs to.
 
-    adapter: of PEFT, or None. kind: the container of PEFT that holds it (lora_A, …), or "weights".
-    layer: name of the adapted layer; of other parameters that of their module.
+    adapter: name of its PEFT adapter, or None. kind: PEFT's container that holds it (lora_A, …), or
+        "weights". layer: name of the adapted layer; for other parameters that of their module.
     """
 
     adapter: str | None
@@ -59,7 +59,7 @@ def check_trained(model: nn.Module) -> None:
 
 @torch.no_grad()
 def check_values(model: nn.Module) -> None:
-    """Raises UserError where a parameter holds NaN, which a batch may not come by."""
+    """Raises UserError where a parameter holds NaN, even if the batch does not use it."""
     for name, parameter in model.named_parameters():
         if parameter.dtype not in _SUMMED or parameter.device.type == "meta":
             continue
@@ -71,7 +71,7 @@ def check_values(model: nn.Module) -> None:
 
 
 def why_out_of_range(model: nn.Module, trial: Trial) -> str | None:
-    """What to say of an embedding that is asked for rows that it does not have, if one is."""
+    """The message for an embedding that is asked for rows beyond its last; None if none is."""
     entered: list[str] = []
 
     def note(name: str) -> Callable[[nn.Module, Any], None]:
@@ -101,7 +101,7 @@ def why_out_of_range(model: nn.Module, trial: Trial) -> str | None:
 
 
 def why_nonfinite(model: nn.Module, trial: Trial, loss: float) -> str:
-    """What to say of a loss that is not finite."""
+    """The message for a loss that is not finite."""
     if isinstance(trial.batch, PackedBatch):
         layer = first_nonfinite_layer(model, trial.batch, trial.objective)
     else:
@@ -116,8 +116,8 @@ def why_nonfinite(model: nn.Module, trial: Trial, loss: float) -> str:
 
 
 def why_nonfinite_gradient(model: nn.Module, names: Sequence[str]) -> str:
-    """What to say of gradients that are not finite, given in the model's order."""
-    # Backpropagation runs against it: in the last one it first went wrong.
+    """The message for gradients that are not finite; names: in the model's order."""
+    # Backpropagation runs in the opposite order: the last one was the first to be not finite.
     return (
         f"preflight: the gradient of {names[-1]}{_and_more(len(names) - 1)} is not finite; "
         + _mend_numbers(model)
@@ -125,7 +125,7 @@ def why_nonfinite_gradient(model: nn.Module, names: Sequence[str]) -> str:
 
 
 def why_no_gradient(model: Any, name: str, more: int, gradient: Tensor | None) -> str:
-    """What to say of a parameter on which the loss depends, and its gradient None or zero."""
+    """The message for a parameter on which the loss depends, whose gradient is None or zero."""
     what = "no gradient" if gradient is None else "a gradient of zero"
     reason = _why_out_of_use(model, place_of(model, name))
     if reason is None and not model.get_parameter(name).requires_grad:
@@ -138,12 +138,13 @@ def why_no_gradient(model: Any, name: str, more: int, gradient: Tensor | None) -
 def why_idle(
     model: Any, trial: Trial, layers: Sequence[list[str]], groups: Sequence[list[str]]
 ) -> str | None:
-    """What to say of parameters that have no gradient and on which the loss does not depend.
+    """The message for parameters without a gradient on which the loss does not depend.
 
-    layers: all of these, those of a layer together. groups: of these all that belong to an
-    adapter, or to none. None if it is the batch's doing: it may not reach all layers.
+    layers: the names of all such parameters, by layer. groups: those adapters (and parameters of
+    no adapter) of which all are such, as lists of names. None if the batch explains it: it need
+    not reach all layers.
     """
-    # Where tokens are trained, they may not be in the batch.
+    # PEFT's trainable tokens: the batch need not hold them.
     asked = [at for at in layers if place_of(model, at[0]).kind != "trainable_tokens_delta"]
     own, shaken = _outputs(model, trial, asked)
     for names in asked:
@@ -173,7 +174,7 @@ def why_idle(
 
 
 def why_independent(names: Sequence[str]) -> str:
-    """What to say if the loss depends on none of these parameters, all that are trained."""
+    """The message where the loss depends on none of `names`, all trained parameters."""
     return (
         f"preflight: the loss depends on nothing that is trained ({names[0]}"
         f"{_and_more(len(names) - 1)}); look whether these layers are called for such a batch, and "
@@ -182,7 +183,7 @@ def why_independent(names: Sequence[str]) -> str:
 
 
 def why_out_of_use(model: Any, names: Sequence[str]) -> str | None:
-    """What to say if PEFT leaves the adapter of one of these parameters out; None if of none."""
+    """The message where PEFT does not run the adapter of one of these parameters, or None."""
     for name in names:
         reason = _why_out_of_use(model, place_of(model, name))
         if reason is not None:
@@ -250,7 +251,7 @@ def _factors(model: nn.Module, place: Place) -> dict[str, nn.Parameter]:
 
 
 def _frozen_at_zero(model: nn.Module, place: Place) -> str | None:
-    """The factor of a layer of LoRA that keeps the other from learning."""
+    """The name of the layer's A or B that is frozen at zero, so that the other cannot learn."""
     for name, factor in _factors(model, place).items():
         if not factor.requires_grad and not bool(factor.detach().any()):
             return name
@@ -260,14 +261,14 @@ def _frozen_at_zero(model: nn.Module, place: Place) -> str | None:
 def _outputs(
     model: Any, trial: Trial, parameters: Sequence[list[str]]
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """A figure of what the parameters' layers make of the rows that they are given, if any: with
-    their own values, and with what is trained of them shaken."""
+    """Sum of the outputs' absolute values, by layer, for the layers of these parameters that ran:
+    with the model's own values, and with noise on the trained ones."""
     at = {place_of(model, together[0]).layer for together in parameters}
     layers = {name: model.get_submodule(name) for name in at}
     names = [name for name in trial.trained if place_of(model, name).layer in at]
     batch = trial.batch
     if isinstance(batch, PackedBatch):
-        # Neither may be watched; see `first_nonfinite_layer`.
+        # Layers with routed rows, and the head, refuse to run watched; see `first_nonfinite_layer`.
         if is_routed(model, batch):
             return {}, {}
         head = set(transformers_model(model).get_output_embeddings().modules())
@@ -275,23 +276,23 @@ def _outputs(
     figures = []
     for changed in ([], names):
         trial.shake(changed)
-        with _watched(layers) as found:
+        with _watched(layers) as sums:
             trial.loss()
-        figures.append(found)
+        figures.append(sums)
     trial.reset()
     return figures[0], figures[1]
 
 
 @contextmanager
 def _watched(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, float]]:
-    """Collects a sum over each layer's output, where that has any elements."""
-    found: dict[str, float] = {}
+    """Collects the sum of the absolute values of each layer's outputs, by layer."""
+    sums: dict[str, float] = {}
 
     def watch(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def note(module: nn.Module, args: Any, output: Any) -> None:
             tensor = output[0] if isinstance(output, tuple) else output
             if isinstance(tensor, Tensor) and tensor.numel():
-                found[name] = found.get(name, 0.0) + float(tensor.detach().double().abs().sum())
+                sums[name] = sums.get(name, 0.0) + float(tensor.detach().double().abs().sum())
 
         return note
 
@@ -299,7 +300,7 @@ def _watched(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, float]]:
     try:
         for name, layer in layers.items():
             handles.append(layer.register_forward_hook(watch(name)))
-        yield found
+        yield sums
     finally:
         for handle in handles:
             handle.remove()

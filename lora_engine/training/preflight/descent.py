@@ -1,29 +1,29 @@
-"""A step against the gradients that makes the loss fall, and what rounding comes to in a loss."""
+"""A step against the gradients that lowers the loss, and how far rounding moves a loss."""
 
 import torch
 from torch import Tensor, nn
 
 from lora_engine.training.preflight.trial import Gradients, Trial, unit_of
 
-# A step is to take this share off the loss, to first order, or what rounding cannot hide if that
-# is more; if it does not, a quarter of it, …
+# The first step should lower the loss by this share of it to first order, or by ten times the
+# rounding if that is more. Where a step fails, the next one is a quarter as long.
 _FALL = 0.05
 _SHORTER = 0.25
-# What a step has to take off, at least, of what it would to first order (Armijo's condition).
+# The share of the first-order fall that a step has to reach (Armijo's condition).
 _SUFFICIENT = 0.2
-# No value moves further: gradients so small are all rounding.
+# The furthest that a value may move: gradients that ask for more are nothing but rounding.
 _FURTHEST = 10.0
-# What Adam moves all values by in a first step at a usual learning rate.
+# How far Adam moves every value in a first step at a usual learning rate.
 _FIRST = 1e-3
 
-# What rounding comes to in a loss, of it or of 1, whichever is more: at most, and usually.
-# transformers' losses are float32 in models of float64, too.
+# How far rounding moves a loss, at most and usually, relative to the loss or to 1 if that is more.
+# transformers computes losses in float32 for float64 models as well.
 _ROUNDING = {torch.float64: (1e-5, 3e-6), torch.float32: (1e-5, 3e-6)}
 _ROUNDING_OF_FEWER_BITS = (2e-3, 1e-4)
 
 
 def rounding(model: nn.Module, loss: float) -> tuple[float, float]:
-    """What rounding comes to in a loss of the model: at most, and usually."""
+    """How far rounding moves a loss of the model: at most, and usually."""
     parameters = list(model.parameters())
     most, usual = max(_ROUNDING.get(p.dtype, _ROUNDING_OF_FEWER_BITS) for p in parameters)
     if torch.is_autocast_enabled(parameters[0].device.type):
@@ -33,13 +33,14 @@ def rounding(model: nn.Module, loss: float) -> tuple[float, float]:
 
 
 def descend(trial: Trial, before: float, gradients: Gradients, noise: float, ratio: float) -> float:
-    """The loss after a step against the gradients that makes it fall, where the trial is left.
+    """The loss after a step against the gradients that lowers it; the trial keeps these values.
 
-    before: the loss at the own values. Where no step shows, all is learned already: the loss is
-    then that after a step of _FIRST. noise: what rounding comes to in the loss.
-    ratio: the loss's slope over what the gradients say.
-    gradients: without those that are zero. Steps go against the signs first, as Adam's first one
-    does, then against the gradients.
+    Steps along the gradients' signs are tried first, as Adam's first one is, then along the
+    gradients. Where no step lowers the loss visibly, all is learned already, and the loss is that
+    after a step of _FIRST.
+
+    before: the loss at the model's own values. gradients: none of them zero. noise, ratio: as
+    `check_slopes` returns them.
     """
     most, _ = rounding(trial.model, before)
     longest = max(_FALL * abs(before), 10 * most)
@@ -63,6 +64,6 @@ def descend(trial: Trial, before: float, gradients: Gradients, noise: float, rat
 
 
 def _slope(unit: Tensor, largest: float, by_sign: bool) -> float:
-    """How much of the loss a step of length 1 against a gradient, or its sign, takes off."""
+    """How far a step of length 1 along a gradient, or its sign, lowers the loss to first order."""
     norm = float(torch.linalg.vector_norm(unit, 1 if by_sign else 2, dtype=torch.float64))
     return largest * norm if by_sign else (largest * norm) ** 2

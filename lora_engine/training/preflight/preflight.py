@@ -38,12 +38,12 @@ class PreflightReport:
 
     loss_before: the batch's mean loss, in the objective's unit. loss_after: after a trial step;
         equal to loss_before where no step lowers the loss, because the batch is learned already.
-    parameters: tensors that are trained. unreached: how many of them have nothing to do with this
-        batch (experts that no token is routed to, say).
-    gradient_norms: Euclidean, by kind of parameter (lora_A, lora_B, weights, …), of several
-        adapters by "adapter.kind". What has no gradient yet, as A where B is 0, is measured after
-        the trial step.
-    seconds: that all of it took.
+    parameters: how many tensors are trained. unreached: how many of them this batch does not use
+        (experts that no token is routed to, say).
+    gradient_norms: Euclidean, by kind of parameter (lora_A, lora_B, weights, …), with several
+        adapters by "adapter.kind". Gradients that are zero at first, as A's where B is 0, are
+        measured after the trial step.
+    seconds: how long all of it took.
     """
 
     loss_before: float
@@ -80,20 +80,19 @@ def preflight(
     batch: what the model takes, with labels, as a mapping of tensors on any device; or a
         PackedBatch.
     loss: called as loss(model, batch), in place of the model's own: a scalar or one loss an
-        example, of which the mean is tried. The batch is given to it as it is, of any kind.
+        example, whose mean is tried. It gets the batch as it is, which may be of any type.
+    objective: the loss of a PackedBatch, as in training.
 
-    objective: what a PackedBatch is tried with, as in training.
+    The model runs in training mode, with the same dropout mask in every pass. On return, and after
+    any exception, its values, gradients, modes and buffers and all random generators are bit for
+    bit as before, but for frozen parameters that the forward pass itself writes into. A model that
+    passes costs two backward passes, six to twelve forward passes, and three times the memory of
+    the trained parameters.
 
-    The model is tried in training mode, with the dropout of one draw. On return, and after any
-    exception, its values, gradients, modes and buffers and all random generators are bit for bit
-    as before, but for frozen parameters that the forward pass itself
-    writes into. It costs two backward passes, six to twelve forward passes where all is right, and
-    memory for what is trained three times over.
-
-    Raises UserError, of one line, where the run would learn nothing or not what it should: where
-    nothing is trained or supervised; a trained parameter has no gradient though the loss depends
-    on it; loss or gradients are not finite; an adapter changes nothing in the output; a gradient is
-    not the loss's own; or a frozen parameter changes.
+    Raises UserError, of one line, where the run would learn nothing or not what it should: nothing
+    is trained or supervised; a trained parameter has no gradient though the loss depends on it;
+    loss or gradients are not finite; an adapter changes nothing in the output; a gradient is not
+    that of the loss; or a frozen parameter changes.
     """
     started = time.perf_counter()
     check_trained(model)
@@ -104,14 +103,14 @@ def preflight(
     sums = {name: _checksum(p) for name, p in frozen.items()}
     with trial(model, batch, objective, loss) as tried:
         checks = _Preflight(model, tried)
-        _check_unchanged(frozen, sums)  # what follows would have other causes
+        _check_unchanged(frozen, sums)  # first: the checks below would name other causes
         result = checks.run()
         _check_unchanged(frozen, sums)
     return PreflightReport(**result, seconds=time.perf_counter() - started)
 
 
 class _Preflight:
-    """The checks; each raises UserError with what is wrong and how to mend it."""
+    """The checks of one trial; each raises UserError that says what is wrong and how to mend it."""
 
     def __init__(self, model: nn.Module, tried: Trial) -> None:
         self.model, self.trial = model, tried
@@ -138,9 +137,9 @@ class _Preflight:
             return self._report(self.before, gradients, [])  # all is learned to the last bit
         after, noise = self.before, 0.0
         if len(missing) < len(gradients):
-            given = _without(gradients, missing)
-            noise, ratio = check_slopes(self.trial, self.before, given, self._kind)
-            after = descend(self.trial, self.before, given, noise, ratio)
+            nonzero = _without(gradients, missing)
+            noise, ratio = check_slopes(self.trial, self.before, nonzero, self._kind)
+            after = descend(self.trial, self.before, nonzero, noise, ratio)
         if missing and len(missing) < len(gradients):
             gradients, missing = self._after_the_step(gradients, missing, after, noise)
         if missing:
@@ -164,7 +163,7 @@ class _Preflight:
         }
 
     def _checked(self, gradients: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
-        """The gradients, all of them finite."""
+        """`gradients`; UserError if one is not finite."""
         bad = [name for name, g in gradients.items() if not math.isfinite(_largest(g))]
         if bad:
             raise UserError(why_nonfinite_gradient(self.model, bad))
@@ -173,18 +172,21 @@ class _Preflight:
     def _after_the_step(
         self, gradients: Gradients, missing: list[str], here: float, noise: float
     ) -> tuple[dict[str, Tensor | None], list[str]]:
-        """The gradients, those `missing` from where the trial step led (A's, once B is not 0), and
-        which are still missing."""
+        """The gradients, and the names of those that are still zero or None.
+
+        Those `missing` before are measured at the values that the trial step led to: A's gradient
+        is zero until B is not 0. here: the loss there.
+        """
         later = self._checked(self.trial.gradients())
         still = [name for name in missing if _largest(later[name]) == 0]
         if len(still) < len(missing):
             self.trial.stay()
-            found = {name: later[name] for name in missing}
-            check_slopes(self.trial, here, _without(found, still), self._kind, noise)
+            measured = {name: later[name] for name in missing}
+            check_slopes(self.trial, here, _without(measured, still), self._kind, noise)
         return {**gradients, **{name: later[name] for name in missing}}, still
 
     def _kind(self, name: str) -> object:
-        """What parameters of other layers have in common with this one."""
+        """The same for parameters in the same place of different layers."""
         place = self.places[name]
         return place.adapter or "", place.kind, place.layer.rpartition(".")[2]
 
@@ -195,8 +197,8 @@ class _Preflight:
         return f"{place.adapter}.{place.kind}" if several else place.kind
 
     def _check_missing(self, gradients: Gradients, missing: list[str]) -> None:
-        """Raises UserError if the loss depends on a parameter without a gradient, if PEFT leaves
-        it out, or if none of an adapter's parameters has a gradient."""
+        """Raises UserError if the loss depends on a parameter of `missing`, if PEFT does not run
+        its adapter, or if no parameter of an adapter has a gradient."""
         self.trial.reset()
         tolerance = 10 * abs(self.before - self.trial.loss())
 
@@ -227,11 +229,11 @@ class _Preflight:
         return not changed <= tolerance  # also where it is not finite
 
     def _together(self, names: Iterable[str], key: Callable[[Place], object]) -> list[list[str]]:
-        """The names by what `key` makes of their places."""
-        found: dict[object, list[str]] = {}
+        """The names in groups whose places have the same `key`."""
+        groups: dict[object, list[str]] = {}
         for name in names:
-            found.setdefault(key(self.places[name]), []).append(name)
-        return list(found.values())
+            groups.setdefault(key(self.places[name]), []).append(name)
+        return list(groups.values())
 
 
 def _largest(gradient: Tensor | None) -> float:
@@ -251,7 +253,7 @@ def _norm(gradient: Tensor | None) -> float:
 
 
 def _frozen(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The frozen parameters, but for those that are the same memory as a trained one."""
+    """The frozen parameters, without those that share their memory with a trained one."""
     named = list(model.named_parameters())
     tied = {id(p) for group in groups_of_memory(named) for _, p in group}
     return {
@@ -273,8 +275,10 @@ def _check_unchanged(frozen: Mapping[str, nn.Parameter], sums: Mapping[str, int]
 
 @torch.no_grad()
 def _checksum(parameter: nn.Parameter) -> int:
-    """The sum of its bits as numbers, of 64 bits where they lie so, which is fastest; of rows by
-    their place."""
+    """A sum of the parameter's bits as integers, in which each row has a weight of its own.
+
+    As 64-bit integers where shape and strides allow it, which is fastest.
+    """
     words = parameter.detach()
     narrow = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     try:

@@ -1,11 +1,12 @@
-"""Are the gradients those of the loss? Told from rounding, curvature and a choice of scale.
+"""Whether the gradients are those of the loss, and not wrong, rounded away or scaled.
 
-The loss's change along a gradient, by a central difference, is compared with what the gradient
-says. One such probe moves all tensors together, each by as much as takes an equal share c off the
-loss to first order: where one tensor's gradient is wrong, the loss misses c or more of it. c is
-made large against rounding, and the tensors probed in groups where one probe cannot hold so many.
-A group that misses something is halved until one tensor is left. What is wrong there has to be
-wrong in steps of several lengths.
+A probe compares the loss's change along the gradients, by a central difference, with the change
+that the gradients predict. It moves all tensors of a group together, each by as much as should
+lower the loss by the same amount c to first order: where one tensor's gradient is wrong, c or more
+of the predicted fall is missing. c is chosen well above rounding; where one probe of all tensors
+would then lower the loss too far, they are probed in several groups. A group with a missing fall is
+halved until one tensor is left, which is judged by probes of several lengths, so that curvature is
+not taken for a wrong gradient.
 """
 
 import math
@@ -19,31 +20,35 @@ from lora_engine.errors import UserError
 from lora_engine.training.preflight.descent import rounding
 from lora_engine.training.preflight.trial import PARTS, Trial, unit_of
 
-# Of a tensor's share to rounding; probes are split up to reach it, to so many at most.
+# A tensor's share c of a probe's fall over the rounding of the loss. To reach it tensors are probed
+# in several groups, _MOST_PROBES at most.
 _SHARP = 16.0
 _MOST_PROBES = 2
-# A probe takes this share off the loss at most; the next of several lengths is a quarter of it.
+# A probe lowers the loss by this share of it at most. Of probes of several lengths the next one is
+# a quarter as long.
 _FALL = 0.04
 _SHORTER = 0.25
 _LENGTHS = 5
-# A tensor moves by this share of its values at most (root mean squares; of _USUAL if smaller).
+# A tensor moves by this share of its values at most (both as root mean squares; values smaller than
+# _USUAL count as that).
 _REACH = 0.2
 _USUAL = 0.02
-# Changes count from this many times the rounding on.
+# A change of the loss counts if it is more than this many times the rounding.
 _VISIBLE = 10.0
-# What a probe may find, of what the gradient says, …
+# The measured change over the predicted one that passes, …
 _LEAST, _MOST = 0.3, 3.0
-# … and what a gradient may be of the loss's own, if it points the right way: optimisers like Adam
-# do not mind, and people scale by parameter.
+# … and the factor by which a gradient may be scaled if its direction is right: optimisers like Adam
+# do not mind, and some methods scale the gradients of some parameters.
 _SCALE = 1000.0
 
 
 @dataclass(frozen=True)
 class _Probe:
-    """How far the loss falls in a step on, and rises in one back: asked for, expected to first
-    order of the values as they are rounded, and actual, half of the difference.
+    """How far the loss falls by a step against the gradients, as a central difference.
 
-    bend: what both changes have in common.
+    asked: to first order, of the steps asked for. expected: to first order, of the steps that the
+        values took once they were rounded. actual: as measured.
+    bend: the curvature's part: the mean change of the step and the step back.
     """
 
     asked: float
@@ -65,7 +70,7 @@ class _Probe:
 
     @property
     def is_lost(self) -> bool:
-        """Whether the steps are too short for the values' number format."""
+        """Whether rounding the values in their dtype took away more than half of the steps."""
         return self.expected < self.asked / 2
 
 
@@ -76,12 +81,13 @@ def check_slopes(
     together: Callable[[str], object],
     noise: float | None = None,
 ) -> tuple[float, float]:
-    """Raises UserError where a gradient is not the loss's where the trial stays.
+    """Raises UserError where a gradient is not that of the loss at the trial's present values.
 
-    here: the loss there. gradients: without those that are zero. together: of a parameter's name;
-    those with the same are probed together. noise: what rounding comes to in the loss, measured
-    if None. Returns that, and the loss's slope over what the gradients say where they are of
-    another scale.
+    here: the loss at these values. gradients: by parameter, none of them zero. together: a key of
+    a parameter's name, by which the tensors are sorted before they are divided into groups.
+    noise: the loss's change by rounding alone; measured if None.
+    Returns the noise, and the loss's slope over the one that the gradients predict, which differs
+    from 1 where they are scaled.
     """
     slopes = _Slopes(trial, here, gradients, noise)
     slopes.check(sorted(gradients, key=lambda name: str(together(name))))
@@ -119,15 +125,15 @@ class _Slopes:
         if not probe.is_right and self._is_visible(probe):
             self.ratio = 1 / self._judge(names)
         elif len(names) > 1 and self._misses(names, probe):
-            # What is wrong in a gradient grows like the step, unlike what the loss bends, or jumps
-            # by where tokens come to be routed to other experts.
+            # With steps twice as long a wrong gradient misses twice as much, terms of higher order
+            # far more, and a jump of the loss, where tokens go to other experts, no more.
             twice = self._probe_together(names, 2.0)
             if 1.4 < twice.missing / probe.missing < 3:
                 self._look_into(names)
 
     def _look_into(self, names: Sequence[str]) -> None:
-        """Halve a group that misses something until one tensor is left that does, or several that
-        do only together."""
+        """Judges the tensor of the group whose part of the fall is missing, moved by halving; or
+        several, where something is missing of all together but not of either half."""
         while len(names) > 1:
             half = len(names) // 2
             for part in (names[:half], names[half:]):
@@ -145,10 +151,10 @@ class _Slopes:
         return min(self.fall, _SHARP * self.noise * len(names))
 
     def _misses(self, names: Sequence[str], probe: _Probe) -> bool:
-        """Whether the loss misses half a tensor's share, or more.
+        """Whether half of one tensor's share of the fall is missing, or more.
 
-        Where it falls further than it should, gradients are too small, which people may choose, or
-        it jumps.
+        A fall that is too large is no mistake: the gradients may be scaled down on purpose, or the
+        loss may jump.
         """
         share = self._fall_of(names) / len(names)
         return not probe.missing <= max(share / 2, 4 * self.noise)
@@ -157,10 +163,10 @@ class _Slopes:
         return max(probe.asked, abs(probe.actual)) > _VISIBLE * self.noise
 
     def _judge(self, names: Sequence[str]) -> float:
-        """The gradients' scale: 1, or another that people choose.
+        """The scale of the gradients of `names`: 1, or another that is applied on purpose.
 
-        Raises UserError if what the gradients of `names` say is not so in steps of any length that
-        can be told from rounding.
+        Raises UserError if the loss does not fall as they predict by a step of any length whose
+        change can be told from rounding.
         """
         seen = []
         for shorter in _shorter():
@@ -175,29 +181,33 @@ class _Slopes:
         ratios = [p.ratio for p in seen if p.ratio < _LEAST and self._is_straight(p)]
         if len(ratios) >= 2 and _agree(ratios):
             return self._other_scale(names, seen[0])
-        # A slope that is there, and not in the gradient: it stays the same in shorter steps.
+        # The loss falls much further than predicted, and as much further in shorter steps: a slope
+        # that the gradient lacks, not curvature.
         ratios = [p.ratio for p in seen[-2:]]
         if len(ratios) == 2 and min(p.ratio for p in seen) > _MOST and _agree(ratios):
             return self._other_scale(names, seen[-1])
         return 1.0
 
     def _is_straight(self, probe: _Probe) -> bool:
-        """Whether the gradient says more than can be rounding, and the loss is not bent more."""
+        """Whether the predicted fall is well above rounding and twice the curvature's part."""
         return probe.expected > 3 * self.most and abs(probe.bend) < 0.5 * probe.expected
 
     def _other_scale(self, names: Sequence[str], probe: _Probe) -> float:
         scale = self._scale(names)
         if scale is None and probe.ratio > _MOST:
-            return 1.0  # there is a slope besides the gradient's: of jumps, say
+            return 1.0  # the loss has a slope of another cause, such as jumps between experts
         if scale is None or not 1 / _SCALE < scale < _SCALE:
             raise UserError(self._problem(names, probe, scale))
         return scale
 
     def _scale(self, names: Sequence[str]) -> float | None:
-        """The gradients over the loss's own, if they point where those do: their parts, of every
-        eighth element, then have to be multiples of the loss's own alike."""
+        """The gradients over the loss's true ones, if both have the same direction; else None.
+
+        They have if the measured change is the same multiple of the predicted one for each part of
+        the elements: every PARTS-th one, from a different first one.
+        """
         shorter = 1.0
-        for _ in range(20):  # to where the change can be seen and is not large
+        for _ in range(20):  # shorter until the change is no larger than that of a probe
             probe = self._probe(names, math.inf, shorter)
             if self._is_visible(probe) and abs(probe.actual) <= self.fall:
                 break
@@ -224,13 +234,13 @@ class _Slopes:
         return _Probe(asked, (said_back - said_on) / 2, (back - on) / 2, (on + back) / 2)
 
     def _noise(self) -> float:
-        """How far the loss moves by rounding alone, in steps too short to show."""
+        """How far the loss moves by rounding alone: by steps too short to change it otherwise."""
         lengths = {name: 1e-6 * reach for name, reach in self.reach.items()}
-        found = []
+        moved = []
         for sign in (1, -1):
             self.trial.move(self.gradients, {n: sign * x for n, x in lengths.items()})
-            found.append(abs(self.trial.loss() - self.here))
-        return max(self.usual / 3, *found)
+            moved.append(abs(self.trial.loss() - self.here))
+        return max(self.usual / 3, *moved)
 
     def _problem(self, names: Sequence[str], probe: _Probe, scale: float | None) -> str:
         after = self.here - probe.actual

@@ -1,4 +1,4 @@
-"""Loss and gradients of one batch at values of the trained parameters that are put back later."""
+"""Loss and gradients of one batch at changed parameters, which get their own values back."""
 
 import inspect
 import math
@@ -20,11 +20,11 @@ from lora_engine.training import random_state
 Gradients = Mapping[str, Tensor | None]
 Loss = Callable[[Any, Any], Tensor]
 
-# As torch.amp.GradScaler begins: small gradients of float16 are zero without.
+# The first is GradScaler's: without a scale, small gradients of float16 would be zero.
 _LOSS_SCALES = (2.0**16, 2.0**12, 2.0**8, 2.0**4, 1.0)
 # `Trial.move` can move every eighth element alone.
 PARTS = 8
-# Integers in a buffer that may be counts; more are packed weights, which do not change.
+# A buffer of integers with more elements is taken for packed weights, which no pass changes.
 _SMALL = 65_536
 _PLAIN = (bool, int, float, str, type(None))
 
@@ -59,10 +59,10 @@ class Trial:
         self._scales = _LOSS_SCALES if has_half else (1.0,)
 
     def loss(self) -> float:
-        """The mean loss of the batch, by a pass that `gradients` can follow."""
-        self._loss = None  # frees what the pass before has saved
+        """The mean loss of the batch; its graph is kept for `gradients`."""
+        self._loss = None  # frees the graph of the last pass
         random_state.restore(*self._draws)
-        torch.clear_autocast_cache()  # within autocast, of the parameters as they were
+        torch.clear_autocast_cache()  # which holds casts of the parameters' earlier values
         self._loss = self._loss_of(self.model, self.batch)
         return self._loss.item()
 
@@ -71,9 +71,10 @@ class Trial:
         return self._loss is not None and self._loss.requires_grad
 
     def gradients(self) -> dict[str, Tensor | None]:
-        """Of the last `loss`, None where backpropagation does not come by.
+        """The gradients of the last `loss`; None for parameters outside its graph.
 
-        Where weights are float16 the loss is scaled up first, as long as all stays finite.
+        Where weights are float16 the loss is scaled up, by the largest scale of _LOSS_SCALES with
+        which all gradients are finite.
         """
         for scale in self._scales:
             if self._loss is None:
@@ -83,10 +84,10 @@ class Trial:
                 parameter.grad = None
             (self._loss * scale).backward()
             self._loss = None
-            found = {name: _taken(p, scale) for name, p in self.trained.items()}
-            if all(g is None or bool(g.isfinite().all()) for g in found.values()):
+            gradients = {name: _taken(p, scale) for name, p in self.trained.items()}
+            if all(g is None or bool(g.isfinite().all()) for g in gradients.values()):
                 break
-        return found
+        return gradients
 
     @torch.no_grad()
     def reset(self) -> None:
@@ -108,13 +109,14 @@ class Trial:
         by_sign: bool = False,
         part: int | None = None,
     ) -> float:
-        """From where `stay` was called, or the own values, move each parameter of `lengths` by
-        −length · unit, and return the loss's change to first order.
+        """Sets each parameter of `lengths` to its base value − length · unit; returns the loss's
+        change to first order.
 
-        unit is the gradient over its largest absolute value, which must not be 0, or by_sign the
-        gradient's sign, as Adam's first step has it; with `part` only elements part, part + PARTS,
-        … of it. Parameters of 16 bits are rounded at random, so that small steps are not all lost;
-        the change is that along the steps as they were rounded.
+        The base values are the model's own, or those at the last `stay`. unit is the gradient over
+        its largest absolute value, which must not be 0, or with by_sign the gradient's sign, as in
+        Adam's first step; with `part` only elements part, part + PARTS, … of it. 16-bit parameters
+        are rounded up or down at random, since rounding to nearest would undo all small steps; the
+        change is that of the rounded steps.
         """
         self._put(self._base)
         for name, length in lengths.items():
@@ -137,12 +139,12 @@ class Trial:
         return change
 
     def stay(self) -> None:
-        """Let `move` begin at the present values."""
+        """Makes the present values the base values of `move`."""
         self._base = {name: p.detach().clone() for name, p in self.trained.items()}
 
     @torch.no_grad()
     def shake(self, names: list[str]) -> None:
-        """To the own values, and noise as large as they are on those of `names`."""
+        """Restores the model's own values, and adds noise of their own size to those of `names`."""
         self.reset()
         random_state.restore(*self._draws)
         for name in names:
@@ -156,7 +158,7 @@ class Trial:
 def trial(
     model: nn.Module, batch: Any, objective: Objective, loss: Loss | None = None
 ) -> Iterator[Trial]:
-    """A Trial of the model; everything is put back as it was on leaving, by an exception too.
+    """A Trial of the model; on leaving, by an exception too, everything is as it was.
 
     That is: values, gradients and gradient hooks of the trained parameters, buffers, the modes and
     plain attributes of the modules, and the generators of torch, numpy and Python.
@@ -234,14 +236,14 @@ def _own_loss(model: Any, batch: Any) -> Tensor:
 
 def _mean_of(loss: Loss) -> Loss:
     def mean(model: Any, batch: Any) -> Tensor:
-        found = loss(model, batch)
-        if not isinstance(found, Tensor) or not found.is_floating_point() or not found.numel():
-            kind = f"{found.dtype} {list(found.shape)}" if isinstance(found, Tensor) else found
+        value = loss(model, batch)
+        if not isinstance(value, Tensor) or not value.is_floating_point() or not value.numel():
+            kind = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else value
             raise UserError(
                 f"preflight: the loss function returned {kind!r:.60}; let it return a tensor of "
                 "floating-point numbers, a scalar or one an example"
             )
-        return found.mean()
+        return value.mean()
 
     return mean
 
@@ -268,9 +270,11 @@ def _taken(parameter: nn.Parameter, scale: float) -> Tensor | None:
 
 
 def _dithered(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """float32 values rounded to `dtype` up or down at random, so that they are right on average;
-    what `dtype` can hold stays. Rows have their random numbers in common. In place."""
-    bits = 23 - round(-math.log2(torch.finfo(dtype).eps))  # that `dtype` has no room for
+    """float32 values rounded to `dtype` up or down at random, right on average, in place.
+
+    Values that `dtype` has stay as they are. All rows are rounded by the same random numbers.
+    """
+    bits = 23 - round(-math.log2(torch.finfo(dtype).eps))  # of the mantissa that `dtype` lacks
     draws = torch.randint(1 << bits, values.shape[-1:], dtype=torch.int32, device=values.device)
     values.view(torch.int32).add_(draws).bitwise_and_(-1 << bits)
     return values
@@ -290,17 +294,17 @@ def _kept_gradients(trained: Mapping[str, nn.Parameter]) -> Iterator[None]:
     """Gradients and the hooks that act on accumulated ones (optimisers in the backward pass)."""
     gradients = {name: p.grad for name, p in trained.items()}
     hooks = [h for p in trained.values() if (h := p._post_accumulate_grad_hooks) is not None]
-    kept = [dict(found) for found in hooks]
+    kept = [dict(each) for each in hooks]
 
     def put_back() -> None:
-        for found, before in zip(hooks, kept, strict=True):
-            found.update(before)
+        for each, before in zip(hooks, kept, strict=True):
+            each.update(before)
         for name, parameter in trained.items():
             parameter.grad = gradients[name]
 
     try:
-        for found in hooks:
-            found.clear()
+        for each in hooks:
+            each.clear()
         yield
     finally:
         _surely(put_back)
@@ -308,8 +312,10 @@ def _kept_gradients(trained: Mapping[str, nn.Parameter]) -> Iterator[None]:
 
 @contextmanager
 def _kept_modules(model: nn.Module) -> Iterator[None]:
-    """Modes, plain attributes, buffers, of which packed weights are not copied, and which
-    parameters require gradients."""
+    """Modes and plain attributes of the modules, buffers, and which parameters require gradients.
+
+    Buffers of packed weights are not copied: no pass changes them.
+    """
     modules = list(model.modules())
     plain = [_plain(module) for module in modules]
     required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -342,7 +348,7 @@ def _kept_modules(model: nn.Module) -> Iterator[None]:
 
 
 def _surely(put_back: Callable[[], None]) -> None:
-    """Calls it, and again where Ctrl-C comes in between."""
+    """Calls `put_back`; once more where Ctrl-C interrupts it."""
     try:
         put_back()
     except KeyboardInterrupt:

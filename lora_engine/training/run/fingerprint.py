@@ -22,7 +22,7 @@ def files_sha256(paths: Sequence[Path]) -> list[str]:
 
 
 def tensors_sha256(named: Iterable[tuple[str, torch.Tensor]]) -> str:
-    """One SHA-256 of all names, dtypes, shapes and values, in whatever order they come.
+    """One SHA-256 of all names, dtypes, shapes and values, whatever the order of the tensors.
 
     All bytes count, so that a single changed value shows: about a second for each GB and core.
     """

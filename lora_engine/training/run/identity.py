@@ -1,7 +1,7 @@
-"""What decides a run's weights, as JSON values: what a checkpoint and its continuation share.
+"""What decides a run's weights, as JSON values, which a checkpoint and its continuation share.
 
-Left out is what only changes how numbers are rounded (the device, the kernels); it is told of,
-and the run goes on.
+What changes only how numbers are rounded (the device, the kernels) is no part of it: the run goes
+on, and a line in the log says so.
 """
 
 import json
@@ -63,9 +63,9 @@ def run_identity(
 ) -> Identity:
     """The identity of a run that trains `model`.
 
-    settings: of the training. data: hashes, by what they are of. origin: what the model was made
-    from, by name; without its "weights", the fingerprint of the model before adapters and
-    training, the parameters that are not trained are taken.
+    settings: of the training. data: hashes, by the name of what was hashed. origin: what the model
+        was made from, by name. Its "weights" are the fingerprint of the model before adapters and
+        training; without them the frozen parameters are hashed.
     """
     if origin is None or "weights" not in origin:
         frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
@@ -96,17 +96,17 @@ def model_weights_sha256(model: Any) -> str:
     return _weights_sha256(model, {name for name, _ in model.named_parameters()})
 
 
-def check_identity(where: Any, saved: Mapping[str, Any], ours: Identity) -> None:
+def check_identity(where: Any, saved: Mapping[str, Any], current: Identity) -> None:
     """Raises UserError that names what differs if a checkpoint, at `where`, is of another run.
 
     A checkpoint that names no objective was made with SFT.
     """
     saved = {"objective": settings_of(SFT()), **saved}
-    changes = [f"{section}, now without" for section in saved if section not in ours]
-    changes += [f"no {section}, now with one" for section in ours if section not in saved]
-    for section in ours:
+    changes = [f"{section}, now without" for section in saved if section not in current]
+    changes += [f"no {section}, now with one" for section in current if section not in saved]
+    for section in current:
         if section in saved:
-            changes += _changes(section, saved[section], ours[section])
+            changes += _changes(section, saved[section], current[section])
     if changes:
         shown = "; ".join(changes[:_SHOWN])
         more = f"; and {len(changes) - _SHOWN} more" if len(changes) > _SHOWN else ""
@@ -117,7 +117,7 @@ def check_identity(where: Any, saved: Mapping[str, Any], ours: Identity) -> None
 
 
 def tell_rounding(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Log what differs of that which changes nothing but how numbers are rounded."""
+    """Logs differences that change only how numbers are rounded."""
     changed = [
         f"{name}={before.get(name)}, now {name}={now[name]}"
         for name in now
