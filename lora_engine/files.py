@@ -28,6 +28,15 @@ def write_text(path: Path, text: str) -> None:
             raise
 
 
+def sync_file(path: Path) -> None:
+    """Waits until the content of the file, or of the folder, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
     """Within, an OSError names `path`, or a file in that folder.

@@ -5,7 +5,7 @@
 
 Every row is one linear with one adapter. `base` is the frozen linear alone (the vendor's matrix
 product, forward and dX). `augmented` is ours as a decoder layer runs it, x and dY in buffers with
-room; `op` is `ops.lora_linear` on a plain tensor, which makes that room by a copy. Results and all
+padding columns; `op` is `ops.lora_linear` on a plain tensor, copied to get such columns. Results and all
 gradients of each are compared with float64 before anything is timed.
 """
 
@@ -99,7 +99,7 @@ def _group(case: Case) -> ops.LoraGroup:
 
 
 def augmented(case: Case) -> Strategy:
-    """The products of a block: x and dY lie in buffers whose rows have room for S and dS."""
+    """The products of a block: x and dY lie in buffers with padding columns for S and dS."""
     group = _group(case)
     product = make_product(case.x, group)
     assert product is not None

@@ -53,8 +53,8 @@ SMOLLM2_NAME = "SmolLM2-135M-Instruct"
 class Observer(Protocol):
     """Is told what a run is doing; its further methods are callbacks of the Trainer.
 
-    It may have a method on_data(lines), told before training what of the data was dropped, cut or
-    not read, where there is any of that.
+    If it has a method on_data(lines), that is called before training with lines about records that
+    were dropped or cut and fields that are not read, where there are any.
     """
 
     def stage(self, text: str) -> None:
@@ -84,7 +84,7 @@ def finetune(
         if folder.exists() and not folder.is_dir():
             raise UserError(f"{folder}: is a file, train.output_dir must be a folder")
     with RunFolder(folder).locked():
-        _check_room(config, resume)
+        _check_folder(config, resume)
         return _finetune(config, resume, observer)
 
 
@@ -124,7 +124,7 @@ def _finetune(config: RunConfig, resume: bool, observer: Observer | None) -> Out
     kept = None if step is None else _read_json(files.samples_before)
     before = _samples_before(config, model, tokenizer, prompts, kept, tell)
     trainer.open_folder(step)
-    for path in (files.summary, files.report):  # of an earlier end of a run that goes on
+    for path in (files.summary, files.report):  # which the run wrote when it ended earlier
         path.unlink(missing_ok=True)
     write_text(files.config, dump_config(config))
     write_text(files.samples_before, json.dumps(before))
@@ -228,7 +228,7 @@ def how_to_resume(folder: Path) -> str:
     return f"continue with: lora-engine train {shlex.quote(str(run.config))} --resume"
 
 
-def _check_room(config: RunConfig, resume: bool) -> None:
+def _check_folder(config: RunConfig, resume: bool) -> None:
     """Raises UserError, before any work, if the folder holds a run that may not be replaced, no run
     to resume, or the model that the run begins with."""
     folder, overwrite = config.train.output_dir, config.train.overwrite
@@ -254,7 +254,7 @@ def _check_room(config: RunConfig, resume: bool) -> None:
 
 
 def _with_dtype(config: RunConfig, resume: bool) -> RunConfig:
-    """`config` with the number format that `auto` is here, or was where the run began."""
+    """`config` with dtype `auto` resolved: as when the run began, or else for this machine."""
     if config.model.dtype != "auto":
         return config
     dtype = "auto"

@@ -1,4 +1,4 @@
-"""A run's number of steps, which may grow: what is done with it, and what that means.
+"""A run's number of steps, which may grow when it is resumed.
 
 A run that is resumed with more max_steps or epochs goes on from its newest checkpoint. Where the
 learning rates of the steps done so far are those of the longer run (a constant schedule, with a
@@ -41,7 +41,7 @@ def check_length(checkpoint: Path, before: Length, now: Length) -> None:
 def tell_extension(
     loaded: Loaded, config: TrainConfig, schedule: Schedule, source: BatchSource
 ) -> None:
-    """Log what it means if the run has become longer."""
+    """Logs whether a run that has become longer has the weights of a longer run in one go."""
     total, step = _total(loaded.of_run["length"]), loaded.state.step
     if total == schedule.total_steps:
         return

@@ -170,7 +170,7 @@ def test_weight_gradient_is_the_same_for_any_number_of_threads(isa: str) -> None
 
 
 def test_room_behind_the_rows(backend: Backend) -> None:
-    """lora_linear finds the room it asked for behind the result, and behind x's gradient."""
+    """lora_linear gets the padding columns it asked for, of the result and of x's gradient."""
     x, weight, residual = (t.requires_grad_() for t in inputs(backend, torch.float32, (3, 5, 32)))
     y, h = ops.rms_norm(x, weight, EPS, residual=residual, tail=8, grad_tail=4, impl=backend.impl)
     buffer = augmented.claim([y], 8)

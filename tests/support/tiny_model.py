@@ -1,13 +1,23 @@
-"""A model folder for whole runs: a tiny random Llama whose tokens are bytes."""
+"""Small models: sizes for configurations, and a folder for whole runs."""
 
 from pathlib import Path
 from typing import Any
 
 from lora_engine.testing import byte_tokenizer, tiny_llama
 
+# For configurations of decoder models of transformers.
+SMALL: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
 
 def save_tiny_model(folder: Path, **config: Any) -> Path:
-    """Write model, tokenizer and chat template into `folder`; returns it."""
+    """Writes a tiny random Llama whose tokens are bytes into `folder`; returns that."""
     tokenizer = byte_tokenizer()
     special = {"eos_token_id": 0, "pad_token_id": 1, "bos_token_id": None}
     tiny_llama(vocab_size=len(tokenizer), **special, **config).save_pretrained(folder)

@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from lora_engine.files import sync_file
+
 _ABANDONED_AFTER_SECONDS = 24 * 3600
 
 
@@ -32,25 +34,17 @@ def cached_folder(folder: Path, build: Callable[[Path], None]) -> Path:
         for path in (*temporary.rglob("*"), temporary):
             # mkdtemp and safetensors make what they make private
             path.chmod(0o755 if path.is_dir() else 0o644)
-            _flush(path)
+            sync_file(path)
         try:
             temporary.rename(folder)
         except OSError:
             if not folder.is_dir():
                 raise
         else:
-            _flush(folder.parent)
+            sync_file(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _remove_abandoned(folder: Path) -> None:

@@ -1,1 +1,1 @@
-"""Does a model learn anything? Tried on one batch before a run."""
+"""Whether a model would learn anything: one batch is tried before a run."""

@@ -7,14 +7,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-
-def sync_file(path: Path) -> None:
-    """Wait until the file's, or the folder's, content is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+from lora_engine.files import sync_file
 
 
 def _finish_tree(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""The run's folder, and what of a run a checkpoint holds."""
+"""The run's folder: what is in it under which name, and what a checkpoint holds of a run."""
 
 import errno
 import logging
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Loaded:
-    """What a checkpoint says besides weights and moments. of_run: as given to `save`."""
+    """What a checkpoint holds besides weights and moments. of_run: see `RunFolder.save`."""
 
     state: TrainState
     metrics: Written
@@ -61,8 +61,10 @@ class RunFolder:
         return locked(self.lock_file)
 
     def reserve_results(self) -> None:
-        """The run writes config, samples_before, summary and report as well: those that are here
-        have to be a run's, and a new one begins without them."""
+        """Says that the run writes config, samples_before, summary and report as well.
+
+        Files of these names have to be an earlier run's; a new run removes them.
+        """
         results = (self.config, self.samples_before, self.summary, self.report)
         self._names += [path.name for path in results]
 
@@ -73,7 +75,7 @@ class RunFolder:
     def is_used(self, resume: bool = False) -> bool:
         """Whether a run left something here that is worth keeping.
 
-        resume: what a run leaves that ended before its first checkpoint is not.
+        resume: what a run left that ended before its first checkpoint does not count.
         """
         metrics = os.path.isfile(self.metrics) and self.metrics.stat().st_size > 0
         return self.checkpoints.any() or self.adapter.exists() or (metrics and not resume)
@@ -117,7 +119,10 @@ class RunFolder:
             return None
 
     def begin(self, step: int | None) -> None:
-        """Make room for a new run, or for one that goes on from a checkpoint, as `check` said."""
+        """Makes the folder ready for a new run, or one that goes on from the checkpoint of `step`.
+
+        step: what `check` returned. For a new run the files of an earlier one are removed.
+        """
         with naming(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             self.checkpoints.remove_leftovers()
@@ -125,7 +130,7 @@ class RunFolder:
             remove_leftovers(self.path, "|".join(map(re.escape, names)))
             manifest = self._manifest()
             if step is None:
-                # In this order a kill in between never leaves checkpoints without their metrics.
+                # In this order a kill in between leaves no checkpoints without their metrics.
                 if self.adapter.exists():
                     remove_folder(self.adapter)
                 self.checkpoints.clear()
@@ -143,7 +148,7 @@ class RunFolder:
     ) -> Path:
         """Write a checkpoint of everything that decides how the run goes on.
 
-        of_run: what it says of the run as a whole: "identity", "length" and "rounding".
+        of_run: what describes the run as a whole: "identity", "length" and "rounding".
         """
         if not self.path.is_dir():
             gone = "the folder is gone, it was removed during the run"

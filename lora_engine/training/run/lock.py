@@ -51,7 +51,7 @@ def locked(path: Path) -> Iterator[None]:
             yield
         finally:
             del _holders[key]
-            path.unlink(missing_ok=True)  # before another can have it
+            path.unlink(missing_ok=True)  # before another process can lock it
             os.close(descriptor)
     finally:
         with contextlib.suppress(OSError):  # not empty
@@ -74,7 +74,7 @@ def _acquire(path: Path) -> int:
         except BaseException:
             os.close(descriptor)
             raise
-        os.close(descriptor)  # the one who had it took the file away in between
+        os.close(descriptor)  # the holder before has removed the file since it was opened
 
 
 def _lock(descriptor: int, folder: Path) -> bool:

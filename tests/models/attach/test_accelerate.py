@@ -6,6 +6,7 @@ import peft
 import pytest
 import torch
 import transformers
+from tiny_model import SMALL
 
 import lora_engine
 from lora_engine import backends
@@ -14,26 +15,18 @@ from lora_engine.models.attach import decoder_layer
 from lora_engine.models.attach.lazy_logits import LazyLogits
 from lora_engine.testing import error, tiny_llama, with_lora
 
-SMALL = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-}
+SIZES = {**SMALL, "max_position_embeddings": 128}
 MODELS: dict[str, Callable[[], Any]] = {
-    "llama": lambda: transformers.LlamaConfig(**SMALL),
-    "llama_bias": lambda: transformers.LlamaConfig(**SMALL, attention_bias=True, mlp_bias=True),
-    "llama_tied": lambda: transformers.LlamaConfig(**SMALL, tie_word_embeddings=True),
-    "mistral_window": lambda: transformers.MistralConfig(**SMALL, sliding_window=5),
-    "qwen2": lambda: transformers.Qwen2Config(**SMALL),
+    "llama": lambda: transformers.LlamaConfig(**SIZES),
+    "llama_bias": lambda: transformers.LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True),
+    "llama_tied": lambda: transformers.LlamaConfig(**SIZES, tie_word_embeddings=True),
+    "mistral_window": lambda: transformers.MistralConfig(**SIZES, sliding_window=5),
+    "qwen2": lambda: transformers.Qwen2Config(**SIZES),
     "qwen2_window": lambda: transformers.Qwen2Config(
-        **SMALL, use_sliding_window=True, sliding_window=5, max_window_layers=1
+        **SIZES, use_sliding_window=True, sliding_window=5, max_window_layers=1
     ),
-    "qwen3": lambda: transformers.Qwen3Config(**SMALL, head_dim=16),
-    "llama_gelu": lambda: transformers.LlamaConfig(**SMALL, hidden_act="gelu"),
+    "qwen3": lambda: transformers.Qwen3Config(**SIZES, head_dim=16),
+    "llama_gelu": lambda: transformers.LlamaConfig(**SIZES, hidden_act="gelu"),
 }
 
 
@@ -279,12 +272,12 @@ def test_a_model_with_other_parts_keeps_them() -> None:
 
 def test_gemmas_mlp_is_covered() -> None:
     torch.manual_seed(0)
-    config = transformers.GemmaConfig(**SMALL, head_dim=8, tie_word_embeddings=True)
+    config = transformers.GemmaConfig(**SIZES, head_dim=8, tie_word_embeddings=True)
     model = with_lora(transformers.AutoModelForCausalLM.from_config(config))
     theirs = loss_and_gradients(model, batch("right"))
     report = lora_engine.accelerate(model)
     covered = {entry.module for entry in report.replaced if entry.operation == "glu (gelu_tanh)"}
-    assert len(covered) == SMALL["num_hidden_layers"]
+    assert len(covered) == SIZES["num_hidden_layers"]
     assert_same(loss_and_gradients(model, batch("right")), theirs, 1e-4)
 
 

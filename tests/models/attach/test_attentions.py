@@ -5,19 +5,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from tiny_model import SMALL
 
 import lora_engine
 from lora_engine.testing import tiny_llama, with_lora
 
-SMALL = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "attn_implementation": "eager",
-}
+EAGER = {**SMALL, "attn_implementation": "eager"}
 WINDOW = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
 IDS = torch.randint(3, 97, (3, 9), generator=torch.Generator().manual_seed(2))
 MASK = torch.ones_like(IDS)
@@ -30,7 +23,7 @@ def llama() -> Any:
 
 def with_windows() -> Any:
     torch.manual_seed(0)
-    return transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**SMALL, **WINDOW))
+    return transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**EAGER, **WINDOW))
 
 
 def assert_same(ours: Any, theirs: Any) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from tiny_model import SMALL
 
 import lora_engine
 from lora_engine.errors import UserError
@@ -13,14 +14,6 @@ from lora_engine.models.attach import decoder_layer
 from lora_engine.models.attach.packed import can_share_prefixes
 from lora_engine.testing import error, tiny_llama, with_lora
 
-SMALL = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
 LENGTH = 14
 
 

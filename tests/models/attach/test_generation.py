@@ -7,20 +7,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from tiny_model import SMALL
 
 import lora_engine
 from lora_engine import ops
 from lora_engine.backends.cpu import few_rows
 from lora_engine.testing import tiny_llama, with_lora
 
-SMALL = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
 WINDOW = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
 MODELS: dict[str, Callable[[], Any]] = {
     "llama": lambda: transformers.LlamaConfig(**SMALL, attention_bias=True),

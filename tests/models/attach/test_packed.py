@@ -1,6 +1,7 @@
 import pytest
 import torch
 import transformers
+from tiny_model import SMALL
 
 import lora_engine
 from lora_engine.data.batch import collate
@@ -11,20 +12,11 @@ from lora_engine.models.attach.packed import can_share_prefixes, packed_hidden_s
 from lora_engine.objectives.sft import SFT
 from lora_engine.testing import tiny_llama, with_lora
 
-SIZES = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
-
 
 def qwen3_with_window() -> torch.nn.Module:
     torch.manual_seed(0)
     config = transformers.Qwen3Config(
-        **SIZES, head_dim=8, use_sliding_window=True, sliding_window=11, max_window_layers=1
+        **SMALL, head_dim=8, use_sliding_window=True, sliding_window=11, max_window_layers=1
     )
     return transformers.Qwen3ForCausalLM(config)
 

@@ -7,23 +7,14 @@ from typing import Any
 import pytest
 import torch
 import transformers as t
+from tiny_model import SMALL
 
 import lora_engine
 from lora_engine.errors import UserError
 from lora_engine.models.proof import proof
 from lora_engine.testing import tiny_llama, with_lora
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+SIZES = {**SMALL, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 BERT = {name: SIZES[name] for name in ("vocab_size", "hidden_size", "intermediate_size")}
 BERT |= {"num_hidden_layers": 2, "num_attention_heads": 4}
 BERT |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}

@@ -43,7 +43,7 @@ MAKERS: dict[str, Callable[..., Tensor]] = {
 
 @pytest.mark.parametrize("name", MAKERS)
 def test_results_with_room_can_be_multiplied_by_anyone(name: str) -> None:
-    """A module that knows nothing of the room, and its gradient, give what they would without."""
+    """A module that ignores the padding columns, and its gradient, give what they would without."""
     x = leaf(ROWS, COLS)
     linear = torch.nn.Linear(COLS, 5)
     with_room, without = (MAKERS[name](x, tail=tail, grad_tail=tail) for tail in (TAIL, 0))
