@@ -3,12 +3,12 @@
 The augmented product `[X | S] W̃ᵀ` reads S from the columns behind X. The operation that makes X
 (a norm, a gated activation, attention; in the backward pass their gradients) asks `empty` for a
 buffer with that many padding columns and returns the front columns as ordinary tensors. `claim`
-gives the consumer the whole buffer, if the tensors it received are still those columns and nobody
-claimed them before; otherwise it makes a copy with padding columns. So only one consumer ever
-writes the padding, and a tensor from anywhere else works too, at the cost of a copy.
+gives the consumer the whole buffer, if the tensors it received are still those columns and no other
+consumer claimed them before; otherwise it copies them into a buffer with padding columns. So one
+consumer at most writes the padding, and tensors from elsewhere work too, at the cost of a copy.
 
-Other products of these tensors may read what is beside them (see `front_columns`). So `empty`
-zeroes the padding columns, and `operand` copies a foreign tensor that is part of a wider one.
+Products of these tensors alone may read the padding columns as well (see `front_columns`). So
+`empty` zeroes them, and `operand` copies a tensor from elsewhere that is part of a wider one.
 """
 
 from collections.abc import Sequence
@@ -38,17 +38,17 @@ def empty(
     device: torch.device,
     zeros: bool = True,
 ) -> tuple[Tensor, ...]:
-    """One tensor [rows, width] for each width, side by side in one buffer with `tail` to spare.
+    """One tensor [rows, width] for each width, adjacent in one buffer with `tail` padding columns.
 
-    The tensors are uninitialised, the spare columns zero. `zeros=False` leaves these uninitialised
-    too, for a caller who claims the tensors before anybody multiplies them.
+    The tensors are uninitialised, the padding columns zero. With `zeros=False` these are
+    uninitialised too, for a caller that claims them before any product reads the tensors.
     """
     if tail == 0 and len(widths) == 1:
         return (empty_rows(rows, widths[0], dtype=dtype, device=device),)
     cols = sum(widths)
     buffer = empty_rows(rows, cols + tail, dtype=dtype, device=device)
-    # .data has a version counter of its own: writing the padding changes no column that autograd
-    # may have saved.
+    # .data has a version counter of its own: writing padding columns does not mark the columns that
+    # autograd may have saved as changed.
     padding = _Padding(buffer.data, tuple(widths))
     front = front_columns(buffer, cols) if zeros else buffer[:, :cols]
     parts = front.split(list(widths), dim=1)
@@ -71,25 +71,26 @@ def shaped(rows: Tensor, shape: torch.Size) -> Tensor:
 
 
 def result(rows: Tensor, shape: torch.Size) -> Tensor:
-    """`shaped` for an autograd function to return: no view where it has no padding columns, so that
-    the caller may change it in place.
+    """`shaped`, as an autograd function may return it.
 
-    With padding columns it stays a view: a function that saved the buffer would miss the change.
+    Without padding columns it is no view, so that the model may change it in place. With padding
+    columns it is a view, and autograd refuses that: the function that claimed the buffer may have
+    saved it, and would not notice the change.
     """
     made = shaped(rows, shape)
     return made if hasattr(made, _ATTRIBUTE) else not_a_view(made)
 
 
 def operand(x: Tensor) -> Tensor:
-    """`x` [..., cols], copied if what stands beside its rows is not known to be finite."""
+    """`x` [..., cols], copied if the memory between its rows is not known to be finite."""
     return x if hasattr(x, _ATTRIBUTE) else x.contiguous()
 
 
 def claim(parts: Sequence[Tensor], tail: int) -> Tensor:
     """The buffer [rows, sum(widths) + tail] whose front columns are `parts` [..., width] each.
 
-    The last `tail` columns hold anything. The caller may write them, and only them, and writes them
-    before the buffer or its front columns go into a product.
+    The last `tail` columns hold arbitrary values. The caller writes these columns only, and all of
+    them before a product reads the buffer or its front columns.
     """
     padding: _Padding | None = getattr(parts[0], _ATTRIBUTE, None)
     if padding is not None and not padding.claimed and _are_columns(parts, padding, tail):

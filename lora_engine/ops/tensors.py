@@ -26,30 +26,29 @@ ROW_STEP = 64
 def empty_rows(rows: int, cols: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
     """An uninitialised [rows, cols] whose memory is a multiple of ROW_STEP rows.
 
-    Packed batches differ by a few tokens; with memory in steps they reuse each other's blocks.
+    Packed batches differ by a few tokens: in sizes of whole steps the allocator can reuse memory.
     """
-    spare = -rows % ROW_STEP
-    buffer = torch.empty(rows + spare, cols, dtype=dtype, device=device)
-    return buffer[:rows] if spare else buffer
+    unused = -rows % ROW_STEP
+    buffer = torch.empty(rows + unused, cols, dtype=dtype, device=device)
+    return buffer[:rows] if unused else buffer
 
 
 def not_a_view(x: Tensor) -> Tensor:
     """`x`'s memory as a tensor that is no view of another.
 
-    What a custom autograd function returns as a view must not be changed in place, which models do
-    with the results of their linears and norms. Only for memory that nothing saved for a backward
-    pass: the result has a version counter of its own.
+    Autograd refuses in-place changes of a view that a custom function returned, and models change
+    results of linears and norms in place. Not for memory that was saved for a backward pass: the
+    result has a version counter of its own, so a change would go unnoticed.
     """
     return x.new_empty(0).set_(x.untyped_storage(), x.storage_offset(), x.size(), x.stride())
 
 
 def front_columns(buffer: Tensor, cols: int) -> Tensor:
-    """The first `cols` columns of an uninitialised `buffer` [rows, more], with zeros behind them.
+    """The first `cols` columns of an uninitialised `buffer` [rows, more], the others zeroed.
 
-    Matrix units take operands in whole blocks of columns: oneDNN's AMX product of bfloat16 rows
-    reads to the next multiple of 32 and multiplies what it finds by zero, which makes NaN of NaN
-    and inf. So what stands beside an operand within its rows has to be finite, and a view that is
-    narrower than its buffer is made here.
+    A matrix unit may read beyond an operand's columns: oneDNN's AMX product of bfloat16 rows reads
+    to the next multiple of 32 and multiplies those values by zero, and NaN or inf times zero is
+    NaN. So padding columns have to be finite, and a view narrower than its buffer is made here.
     """
     if cols < buffer.shape[1]:
         buffer[:, cols:].zero_()
@@ -65,18 +64,18 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
 def check(condition: bool, message: str | Callable[[], str]) -> None:
     """ValueError with `message` unless `condition`.
 
-    A message that says what the tensors are takes microseconds to make: pass a function where the
-    check stands before every call of a kernel.
+    A message with shapes and dtypes takes microseconds to make: where a check comes before every
+    call of a kernel, pass a function that makes it.
     """
     if not condition:
         raise ValueError(message if isinstance(message, str) else message())
 
 
 def without_autocast(operation: Callable[P, R]) -> Callable[P, R]:
-    """`operation` computing in the types of its operands, under `torch.autocast` as elsewhere.
+    """`operation`, computed in its operands' dtypes under `torch.autocast` too.
 
-    Of its products autocast would take some in another type and, as these write into tensors that
-    are there already, not all.
+    Autocast would change the dtype of some of its products but not of those that write into
+    tensors allocated before.
     """
 
     @wraps(operation)
@@ -90,10 +89,10 @@ def without_autocast(operation: Callable[P, R]) -> Callable[P, R]:
 
 
 def is_observed() -> bool:
-    """Whether gradients may be asked for, or a trace or transform follows torch's calls.
+    """Whether autograd, a trace or a functorch transform records torch's calls.
 
-    Operations are `torch.autograd.Function`s then, which these record or refuse. What kernels write
-    outside one they would take for uninitialised memory, or a constant.
+    Operations then run as `torch.autograd.Function`s, which all of these record or refuse. A result
+    that a kernel wrote outside of one would be recorded as uninitialised memory, or as a constant.
     """
     return (
         torch.is_grad_enabled()

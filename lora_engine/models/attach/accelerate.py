@@ -68,9 +68,9 @@ def accelerate(
 
 
 def _replace_kept_forward(model: nn.Module, inner: nn.Module, patches: Patches) -> None:
-    """Replaces the model's own forward where a wrapper around it has kept that.
+    """Replaces copies of the model's own forward that a wrapper around it holds.
 
-    PEFT's AdaptionPromptModel copies the forward when it is made.
+    PEFT's AdaptionPromptModel copies the forward when it is constructed.
     """
     for around in (model, getattr(model, "base_model", None)):
         kept = vars(around).get("forward") if isinstance(around, nn.Module) else None

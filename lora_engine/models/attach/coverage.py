@@ -23,10 +23,10 @@ class Coverage:
 class CoverageReport:
     """The places that `accelerate` looked at. `str()` is a table, like places counted together.
 
-    served, weights: how many of the model's weights our kernels compute with, and how many compute
-        at all: all but those of embeddings, which are looked up.
-    served_flops, flops: of these weights, the floating-point operations of a token's forward pass:
-        two a weight, in experts for the share of them that a token is sent to. Attention's
+    weights: the model's weights, without those of embeddings, which are only looked up. served:
+        how many of them lora_engine's kernels compute with.
+    flops, served_flops: floating-point operations of these weights in a token's forward pass: two
+        for each weight; in experts only for the share that a token is routed to. Attention's
         products between tokens are not counted.
     """
 
@@ -41,7 +41,7 @@ class CoverageReport:
         self.entries.append(Coverage(module, operation, replaced, detail))
 
     def count(self, weights: int, active: float, served: bool) -> None:
-        """Counts weights that compute; `active` is the share of them that a token meets."""
+        """Counts weights; `active`: the share of them that one token is multiplied with."""
         self.weights += weights
         self.flops += 2 * weights * active
         if served:
@@ -81,7 +81,7 @@ class CoverageReport:
 
 
 def active_share(model: Any, name: str) -> float:
-    """The share of a module's weights that one token meets: less than one in experts."""
+    """The share of a module's weights that one token is multiplied with: below 1 in experts."""
     config = model.config.get_text_config()
     counts = (getattr(config, key, None) for key in EXPERTS_OF_A_TOKEN)
     active = next((count for count in counts if isinstance(count, int)), None)

@@ -1,6 +1,6 @@
-"""Ways out of an accelerated model whose callers expect weights in storage of their own.
+"""Saving and unloading an accelerated model, for callers that expect contiguous weights.
 
-Frozen weights are parts of larger buffers there, and not contiguous.
+In an accelerated model frozen weights are views of larger buffers, and not contiguous.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""The user's cache folder: what was made once and can be made again."""
+"""The user's cache folder, of files that can be made again."""
 
 import os
 import shutil

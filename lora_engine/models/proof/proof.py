@@ -53,7 +53,7 @@ class Results:
 
 
 def own_results(model: Any) -> Results:
-    """Of a model as transformers has it: logits, and loss and gradients of labels."""
+    """Results with transformers' own forwards: logits, and loss and gradients of labels."""
     own = Results(ProbedLayers(model))
     if any(p.device.type == "meta" for p in model.parameters()):
         own.error = "its weights have no values yet"
@@ -134,7 +134,7 @@ def same_training(model: Any, own: Results) -> str | None:
 
 @contextmanager
 def measuring(model: nn.Module) -> Iterator[None]:
-    """Within, nothing is dropped out, no generator moves, no gradient is kept."""
+    """Within: no dropout and no autograd; the CPU's random generator is as before afterwards."""
     training = [vars(part) for part in model.modules() if part.training]
     for part in training:  # not by nn.Module's own assignment, which looks for parameters
         part["training"] = False
@@ -148,7 +148,7 @@ def measuring(model: nn.Module) -> Iterator[None]:
 
 
 def _logits(model: Any, batch: dict[str, Tensor]) -> Tensor:
-    """Of the rows that are no padding."""
+    """The logits of the rows that are no padding."""
     return _without_padding(_of_each_token(model, batch), batch)
 
 
@@ -183,7 +183,7 @@ def _last_hidden(model: Any) -> Iterator[list[Tensor]]:
 
 
 def _are_logits(own: Results, hidden: Tensor, head: Head) -> bool:
-    """Whether the first batch's logits are what the loss takes for them."""
+    """Whether the first batch's logits are the head's product with the last hidden states."""
     if hidden.shape[-1] != head.weight.shape[1]:
         return False
     return distance(head.logits(hidden), own.logits[0]) <= TOLERANCE.get(own.dtype, 0.0)

@@ -7,16 +7,16 @@ from lora_engine import backends
 from lora_engine.ops.head.linear_head import HeadParameters, ParameterGradients, Wanted
 from lora_engine.ops.tensors import accumulate_dtype
 
-# A half-precision product is added to its float32 sum in pieces of at most so many bytes, so that
-# the product of a whole head is never held beside the sum.
+# Half-precision products are added to their float32 sum in pieces of at most this many bytes, so
+# that the product of a whole head is never in memory beside the sum.
 PIECE_BYTES = 64 * 2**20
 
 
 class HeadGradients:
-    """Sums the gradients of a head's parameters that are wanted.
+    """Sums the wanted gradients of a head's parameters over chunks of rows.
 
-    Sums of several half-precision chunks are float32: each chunk's product rounds once, and the
-    result once. One chunk's product is the result.
+    Sums of several half-precision chunks are float32, so that each chunk's product is rounded once
+    and the sum once. A single chunk's product is the result itself.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class HeadGradients:
         ds: Tensor | None,  # [c, r]: its gradient
         scaling: float,
     ) -> None:
-        """Adds a chunk's part."""
+        """Adds the gradients of one chunk."""
         weight, bias, lora_a, lora_b = self.sums
         if weight is not None:
             self._add_product(weight, dz, hidden)
@@ -66,7 +66,7 @@ class HeadGradients:
         total.add_(part) if self.begun else total.copy_(part)
 
     def _add_product(self, total: Tensor, left: Tensor, right: Tensor) -> None:
-        """`total` [N, K] += left [c, N]ᵀ · right [c, K]; the first chunk's is the total."""
+        """`total` [N, K] += left [c, N]ᵀ · right [c, K]; the first chunk overwrites it."""
         if total.dtype == left.dtype:
             total.addmm_(left.t(), right, beta=1 if self.begun else 0)
             return

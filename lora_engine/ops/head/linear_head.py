@@ -1,4 +1,4 @@
-"""The logits of a linear head, made chunk by chunk, and the gradients of what they are made of."""
+"""The logits of a linear head, chunk by chunk, and the gradients of its operands."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -8,11 +8,13 @@ from torch import Tensor
 
 from lora_engine.ops.tensors import front_columns
 
-ROW_ALIGNMENT = 16  # elements: what Triton wants of a stride to load 16 bytes at once
+ROW_ALIGNMENT = (
+    16  # elements: Triton loads 16 bytes at once only if it knows the stride as a multiple of 16
+)
 
 
 class HeadParameters(NamedTuple):
-    """What a linear head is made of."""
+    """A linear head's tensors."""
 
     weight: Tensor  # [V, H]
     bias: Tensor | None  # [V]

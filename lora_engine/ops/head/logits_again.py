@@ -1,4 +1,4 @@
-"""Gradients of a linear head's results from logits that the backward pass makes again."""
+"""Gradients of a linear head's results, from logits that the backward pass recomputes."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from lora_engine.ops.tensors import accumulate_dtype
 
 @dataclass(frozen=True)
 class LogitsAgain:
-    """Rows whose logits are made a second time, chunk by chunk."""
+    """Rows whose logits are recomputed, chunk by chunk."""
 
     parameters: HeadParameters
     wanted: Wanted
@@ -36,7 +36,7 @@ class LogitsAgain:
         kernels: CrossEntropy,
         options: LossOptions,
     ) -> ParameterGradients:
-        """The parameters' gradients of the rows' losses, each row's times its `d_losses`."""
+        """The parameters' gradients, of the sum of the rows' losses times their `d_losses`."""
 
         def rewrite(z: Tensor, span: slice) -> None:
             kernels.cross_entropy_bwd(
@@ -51,7 +51,7 @@ class LogitsAgain:
         entropy: Tensor,  # [U] float32
         options: LossOptions,
     ) -> tuple[Tensor | None, ParameterGradients]:
-        """hidden's and the parameters' gradients of the rows' entropies.
+        """The gradients of hidden and of the parameters, of the rows' entropies.
 
         With p = softmax(z): d entropy / dz = -p (log p + entropy).
         """
@@ -71,7 +71,10 @@ class LogitsAgain:
     def _gradients(
         self, rewrite: Callable[[Tensor, slice], None], d_hidden: Tensor | None
     ) -> ParameterGradients:
-        """`rewrite` replaces a chunk's logits by their gradient; `d_hidden` is written if given."""
+        """The parameters' gradients; `d_hidden` is written unless None.
+
+        rewrite: replaces a chunk's logits by their gradient, in place.
+        """
         head = LinearHead.of(self.parameters, self.scaling)
         sums = HeadGradients(self.parameters, self.wanted, self.hidden.dtype, len(self.chunks))
         for span, h, z, s in self._logits(head):
@@ -83,7 +86,7 @@ class LogitsAgain:
         return sums.finish()
 
     def _logits(self, head: LinearHead) -> Iterator[tuple[slice, Tensor, Tensor, Tensor | None]]:
-        """Of each chunk: its span, its hidden rows, their logits, and hidden lora_aᵀ."""
+        """For each chunk: its span, its hidden rows h, their logits, and h lora_aᵀ."""
         rows = max((span.stop - span.start for span in self.chunks), default=0)
         buffer = head.buffer(rows)
         for span in self.chunks:

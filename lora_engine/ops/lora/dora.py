@@ -17,7 +17,7 @@ CHUNK_ROWS = 1024
 
 
 class MagnitudeScale(NamedTuple):
-    """Of every output of a group; both are 1 for linears without a magnitude."""
+    """DoRA's scale of each output of a group, and its divisor; both 1 without a magnitude."""
 
     scale: Tensor  # [N]
     norm: Tensor  # [N]

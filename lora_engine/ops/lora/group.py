@@ -17,9 +17,9 @@ from lora_engine.ops.tensors import accumulate_dtype, check
 
 @dataclass(frozen=True)
 class Filling:
-    """The adapters as they were when their factors were placed, and what follows from their values.
+    """The adapters' values as one product uses them: see `LoraGroup.fill`.
 
-    write: which writing of the placed factors that was, counted from 1.
+    write: the count of `PlacedFactors.writes` after their factors were placed.
     """
 
     write: int
@@ -123,7 +123,7 @@ class LoraGroup:
             self.placed.write(filling.adapters)
 
     def _bias(self, adapters: AdapterSet) -> Tensor | None:
-        """What is added to every output: of the linears, and of adapters times their scaling."""
+        """[N]: the linears' biases plus the adapters' times their scaling; None without any."""
         of_blocks = [block for block in adapters.blocks if block.factors.bias is not None]
         if not of_blocks and all(bias is None for bias in self.biases):
             return None
@@ -140,11 +140,11 @@ class LoraGroup:
 
 def spans(widths: Sequence[int]) -> list[slice]:
     """Consecutive slices of the given widths."""
-    found, start = [], 0
+    slices, start = [], 0
     for width in widths:
-        found.append(slice(start, start + width))
+        slices.append(slice(start, start + width))
         start += width
-    return found
+    return slices
 
 
 def _new_factors(base: BaseWeight, rank: int) -> Factors:

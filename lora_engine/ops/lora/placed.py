@@ -11,13 +11,13 @@ from lora_engine.values import LoraFactors
 class PlacedFactors:
     """Tensors A [R, K] and sB [N, R] that the factors of a set of adapters are copied into.
 
-    writes: how often they were written.
+    writes: how many times factors were copied.
     """
 
     def __init__(self, factors: Factors) -> None:
         self.lora_a, self.lora_b = factors
         self.writes = 0
-        self._adapters: AdapterSet | None = None  # whose factors stand in which parts
+        self._adapters: AdapterSet | None = None  # whose factors A and sB hold
         self._parts: list[tuple[LoraFactors, Tensor, Tensor]] = []
 
     @property

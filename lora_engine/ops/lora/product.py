@@ -4,12 +4,12 @@
     dS = dY (sB)               dX = dY W + dS A      = [dY | dS] [W; A]
     dA = dSᵀ X                 dB = s dYᵀ S
 
-On the right of Y and dX: the augmented product, where the base weight can be lent with the factors.
-Which way is taken is the group's strategy.
-Variants change S alone, or Y and dY alone, and leave the products as they are:
-dropout masks X on its way into S (and dS A on its way out, so that dX is two products);
-rows routed by adapter have the columns of S and dS of all other adapters zeroed;
-DoRA multiplies each column of Y, and of dY before anything else, by magnitude / norm.
+The right-hand forms of Y and dX are one augmented product each, possible where the base weight is
+lent together with the factors; the group's strategy decides. Variants change operands and results,
+not the products:
+dropout masks X in the product S = X Aᵀ, and the term dS A of dX, which then takes two products;
+with routed rows the columns of S and dS of other adapters are zeroed in each row;
+DoRA multiplies each column of Y by magnitude / norm, and so each column of dY first of all.
 """
 
 from collections.abc import Sequence
@@ -155,7 +155,7 @@ class LoraProduct:
                 return matmul(dys, operand)
         dx = empty_rows(dys.shape[0], k, dtype=dys.dtype, device=dys.device)
         for rows, weight in base.blocks():
-            if rows.start == 0:  # with the adapters' share, all of it
+            if rows.start == 0:  # the whole term dS A is added with the first row block
                 self.kernels.lora_linear_dx(
                     dys[:, rows], weight, dys[:, n:], lora_a, dx, self.spans, self.dropout
                 )
@@ -182,11 +182,11 @@ class LoraProduct:
     ) -> list[Tensor | None]:
         """Gradients of `filling.tensors()`, each in its tensor's dtype, where `needs` says so.
 
-        `grads` are those of Y as they arrived, `unscaled` is Y before DoRA's scale. d_lora_a and
-        d_lora_b are used up: the gradients may be parts of them.
+        grads: of the linears' outputs, as autograd passed them. unscaled: Y before DoRA's scale.
+        d_lora_a and d_lora_b may be overwritten, and the gradients may be views of them.
         """
         named = self._by_name(needs)
-        found = OfGroup[Tensor | None]([], [])
+        gradients = OfGroup[Tensor | None]([], [])
         sums = self._bias_sums(named, grads)
         for block, needed in zip(self.filling.adapters.blocks, named.adapters, strict=True):
             factors, dora = block.factors, self.filling.dora
@@ -202,13 +202,14 @@ class LoraProduct:
                 d_magnitude = d_scale.to(factors.lora_a.dtype)
             if needed.bias and factors.bias is not None:
                 d_bias = (sums[block.linear] * factors.scaling).to(factors.bias.dtype)
-            found.adapters.append(OfAdapter(d_a, d_b, d_magnitude, d_bias))
+            gradients.adapters.append(OfAdapter(d_a, d_b, d_magnitude, d_bias))
         for i, (bias, wanted) in enumerate(zip(self.filling.biases, named.biases, strict=True)):
-            found.biases.append(sums[i].to(bias.dtype) if wanted and bias is not None else None)
-        return found.row()
+            d_bias = sums[i].to(bias.dtype) if wanted and bias is not None else None
+            gradients.biases.append(d_bias)
+        return gradients.row()
 
     def _bias_sums(self, needs: OfGroup[bool], grads: Sequence[Tensor]) -> dict[int, Tensor]:
-        """The sums over rows of those linears' gradients whose bias, or an adapter's, needs one."""
+        """dY summed over rows, of the linears whose own or adapters' bias needs a gradient."""
         wanted = {i for i, needed in enumerate(needs.biases) if needed}
         for block, needed in zip(self.filling.adapters.blocks, needs.adapters, strict=True):
             if needed.bias:
@@ -226,7 +227,7 @@ class LoraProduct:
 
 
 def _part(whole: Tensor, factor: Tensor, *place: slice) -> Tensor:
-    """A factor's own part of the gradients of all factors."""
+    """One factor's gradient, out of the gradients [R, K] or [N, R] of all factors."""
     return whole if whole.shape == factor.shape else whole[place]
 
 

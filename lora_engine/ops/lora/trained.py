@@ -1,4 +1,4 @@
-"""What gets gradients of a group of linears besides its input, by name and in a row."""
+"""The tensors of a group that get gradients besides its input: by name, and as a flat list."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -28,15 +28,15 @@ class OfGroup(Generic[T]):
     biases: list[T]
 
     def row(self) -> list[T]:
-        """All values in a row, as an autograd function takes tensors and returns gradients."""
-        found = [
+        """All values as a list, as an autograd function takes tensors and returns gradients."""
+        of_adapters = [
             value for a in self.adapters for value in (a.lora_a, a.lora_b, a.magnitude, a.bias)
         ]
-        return [*found, *self.biases]
+        return [*of_adapters, *self.biases]
 
     @staticmethod
     def of_row(values: Sequence[T], adapters: int) -> "OfGroup[T]":
-        """The values by name, of a row for so many adapters."""
+        """The inverse of `row`, for a number of adapters."""
         end = _PER_ADAPTER * adapters
         starts = range(0, end, _PER_ADAPTER)
         named = [OfAdapter(*values[start : start + _PER_ADAPTER]) for start in starts]
