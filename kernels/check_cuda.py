@@ -3,7 +3,7 @@
     python kernels/check_cuda.py
 
 compiles every file for every architecture (nvcc, no GPU) and exits with status 1 if a kernel spills
-registers, keeps a stack or takes more static shared memory than the GPU has for one block.
+registers, keeps a stack or takes more static shared memory than the GPU has for a thread block.
 """
 
 import os
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SOURCES = Path(__file__).parents[1] / "csrc" / "cuda"
-# Shared memory that one block can have, in bytes.
+# Shared memory that a thread block can have, in bytes.
 SHARED_LIMIT = {
     "80": 166912,
     "86": 101376,

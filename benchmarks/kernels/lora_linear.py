@@ -5,8 +5,8 @@
 
 Every row is one linear with one adapter. `base` is the frozen linear alone (the vendor's matrix
 product, forward and dX). `augmented` is ours as a decoder layer runs it, x and dY in buffers with
-padding columns; `op` is `ops.lora_linear` on a plain tensor, copied to get such columns. Results and all
-gradients of each are compared with float64 before anything is timed.
+padding columns; `op` is `ops.lora_linear` on a plain tensor, copied to get such columns. Results
+and all gradients of each are compared with float64 before anything is timed.
 """
 
 import argparse

@@ -16,8 +16,9 @@ def config(kernel: str, device: torch.device, dtype: torch.dtype, size: int) -> 
 def vector(dtype: torch.dtype, *extents: int) -> int:
     """How many elements 16 bytes hold, where every extent is a multiple of it; else 1.
 
-    Triton knows that an argument is a multiple of 16, not of 8: rows with eight spare columns would
-    be read element by element. Kernels take extents divided by this, and multiply by the constant.
+    Triton knows that an argument is a multiple of 16, not of 8: rows with eight padding columns
+    would be read element by element. Kernels take extents divided by this, and multiply by the
+    constant.
     """
     elements = 16 // dtype.itemsize
     return elements if all(extent % elements == 0 for extent in extents) else 1

@@ -1,9 +1,9 @@
-"""The wide products of a LoRA group, its low-rank part a second stretch of the inner dimension.
+"""The wide products of a LoRA group, its low-rank part a second segment of the inner dimension.
 
     Y  = X Wᵀ + S Bᵀ + bias        dX = dY W + sum_i mask_i ∘ (dS_i A_i) / (1 - p)
 
-One accumulator takes both, so the result is rounded once and the low-rank part makes no pass of
-its own over it. The thin products are in lora_factors.py.
+One accumulator sums both, so the result is rounded once and the low-rank part needs no pass over
+it. The thin products are in lora_factors.py.
 """
 
 from collections.abc import Sequence
@@ -153,7 +153,7 @@ def lora_linear_dx(
     spans: Sequence[Span],
     dropout: Dropout | None = None,
 ) -> None:
-    """Writes dx = dy weight + ds lora_a, each linear's share of the second under its mask.
+    """Writes dx = dy weight + ds lora_a, of the second each linear's term under its mask.
 
     Rounded once. Columns of ds and rows of lora_a in no span are not read. Launch size: M.
     """

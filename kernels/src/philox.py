@@ -1,4 +1,4 @@
-"""Dropout masks made again from their seed inside other kernels."""
+"""Dropout masks, recomputed from their seed inside other kernels."""
 
 import triton
 import triton.language as tl

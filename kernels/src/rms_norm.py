@@ -2,7 +2,8 @@
 
 A program holds BLOCK_M whole rows in registers, so each tensor is read and written once. Rows of
 more than BLOCK_N columns are walked twice. The weight's gradient is summed in two stages: every
-program its own contiguous block of rows, loading the next while it works, then the programs' sums.
+program sums a row block of its own, loading the next row meanwhile, then the programs' sums are
+added.
 
 Rows may stand HEADS side by side: [tokens, heads, cols] with a stride for each token.
 """

@@ -47,19 +47,19 @@ class SafeConsole(Console):
 
 
 class Output(io.TextIOBase):
-    """A text stream whose reader may go away, or whose disk may fill up, without ending a run.
+    """Text output whose reader may go away, or whose disk may fill up, without ending a run.
 
     failure: the first error in writing, after which nothing more is written.
     """
 
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
+    def __init__(self, file: TextIO) -> None:
+        self._file = file
         self.failure: OSError | None = None
 
     def write(self, text: str) -> int:
         if self.failure is None:
             try:
-                return self._stream.write(text)
+                return self._file.write(text)
             except OSError as error:
                 self.failure = error
         return len(text)
@@ -67,19 +67,19 @@ class Output(io.TextIOBase):
     def flush(self) -> None:
         if self.failure is None:
             try:
-                self._stream.flush()
+                self._file.flush()
             except OSError as error:
                 self.failure = error
 
     def isatty(self) -> bool:
-        return self._stream.isatty()
+        return self._file.isatty()
 
     def fileno(self) -> int:
-        return self._stream.fileno()
+        return self._file.fileno()
 
     @property
     def encoding(self) -> str:  # type: ignore[override]
-        return self._stream.encoding
+        return self._file.encoding
 
 
 @contextmanager
@@ -123,11 +123,11 @@ def _warn(text: str) -> None:
         print(f"lora-engine: warning: {one_line(text)}", file=sys.stderr, flush=True)
 
 
-def degrade(stream: TextIO) -> None:
-    """Makes the stream write what its encoding lacks in ASCII: "→" as "->", "é" as "\\xe9"."""
+def degrade(file: TextIO) -> None:
+    """Makes the output write what its encoding lacks in ASCII: "→" as "->", "é" as "\\xe9"."""
     codecs.register_error(_ERRORS, _plain)
-    if isinstance(stream, io.TextIOWrapper):
-        stream.reconfigure(errors=_ERRORS)
+    if isinstance(file, io.TextIOWrapper):
+        file.reconfigure(errors=_ERRORS)
 
 
 def _plain(error: UnicodeError) -> tuple[str, int]:
