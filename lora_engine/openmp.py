@@ -52,7 +52,7 @@ def settle() -> None:
 
 
 def settle_late(crowd: Callable[[], bool]) -> None:
-    """Has threads wait asleep although a runtime was loaded before `settle`, where that goes.
+    """Has threads wait asleep although a runtime was loaded before `settle`, if possible.
 
     crowd: makes GNU's runtime hold more threads than there are processors, which it then lets
     sleep; whether it does. The others have a call for it, in force for the calling thread's teams.

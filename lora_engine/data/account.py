@@ -11,7 +11,7 @@ from typing import Any
 from lora_engine.data.dataset import TokenizedDataset
 from lora_engine.data.listing import Finding, group
 
-FIELDS = 20  # named of those that nothing reads
+FIELDS = 20  # how many of the fields that nothing reads are named
 DUPLICATE = "repeats an earlier example (kept)"
 
 

@@ -1,1 +1,1 @@
-"""What a run achieved: samples of the model's writing, and the report."""
+"""What a model does: its loss on held-out data, samples of its writing, the origin of a NaN."""

@@ -26,8 +26,8 @@ def learned(request):
     batch["labels"] = batch["input_ids"].clone()
     if request.param == "at its lowest":
         batch["input_ids"][:] = batch["input_ids"][0].clone()
-    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
-    for _ in range(250):
+    optimizer = torch.optim.Adam(model.parameters(), 2e-2)
+    for _ in range(100):
         model(**batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
