@@ -261,3 +261,37 @@ def test_restoring_leaves_what_others_put_there() -> None:
     inner.forward = wrapper
     lora_engine.restore(ours)
     assert inner.forward is wrapper
+
+
+def results(model: Any) -> torch.Tensor:
+    """A step's loss, the sum of its gradients, and the next token's logits [500]."""
+    found = gradients(model)
+    loss = model(input_ids=IDS, labels=IDS).loss.detach()
+    logits = model.eval()(IDS).logits[0, -1].detach()
+    return torch.cat([torch.stack([loss, *(grad.sum() for grad in found.values())]), logits])
+
+
+class ComputedInAWorker(torch.utils.data.Dataset[torch.Tensor]):
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return results(self.model)
+
+
+def test_forked_workers_compute_the_same_after_the_parent_has_on_two_threads() -> None:
+    ours, plain = pair()
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        results(ours)
+        loader = torch.utils.data.DataLoader(
+            ComputedInAWorker(ours), num_workers=1, multiprocessing_context="fork", timeout=60
+        )
+        forked = next(iter(loader))[0]
+    finally:
+        torch.set_num_threads(before)
+    assert (forked - results(plain)).abs().max() <= 1e-4 * forked.abs().max()
