@@ -75,6 +75,7 @@ class Trainer:
         callbacks: Sequence[object] = (),
         origin: Mapping[str, Any] | None = None,
     ) -> None:
+        _check_kinds(model, tokenizer, config)
         self.model = model
         self.tokenizer = tokenizer
         self.config = config
@@ -294,6 +295,21 @@ class Trainer:
             method = getattr(callback, event, None)
             if method is not None:
                 method(*args)
+
+
+def _check_kinds(model: Any, tokenizer: Any, config: Any) -> None:
+    """Raises UserError for arguments in another's place."""
+    expected = {
+        "model": (model, isinstance(model, torch.nn.Module), "a model of transformers or PEFT"),
+        "tokenizer": (tokenizer, not isinstance(tokenizer, torch.nn.Module), "its tokenizer"),
+        "config": (config, isinstance(config, TrainConfig), "a lora_engine.TrainConfig"),
+    }
+    for name, (given, right, kind) in expected.items():
+        if not right:
+            raise UserError(
+                f"Trainer: {name} is {type(given).__name__}, expected {kind}; the order is "
+                "model, tokenizer, train_data, eval_data, config"
+            )
 
 
 def _tokenized(data: Any, tokenizer: Any, config: TrainConfig, what: str) -> TokenizedDataset:

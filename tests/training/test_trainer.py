@@ -19,6 +19,7 @@ from training_helpers import (
     trainable,
 )
 
+from lora_engine import TrainConfig, Trainer
 from lora_engine.data.dataset import TokenizedDataset
 from lora_engine.data.render import Example
 from lora_engine.errors import UserError
@@ -253,3 +254,14 @@ def test_adapter_can_be_saved_while_training(tmp_path):
     make_trainer(tmp_path / "run", model, callbacks=[save := Save()]).fit()
     loaded = peft.PeftModel.from_pretrained(tiny_llama(), tmp_path / "at-6", is_trainable=True)
     assert_same_bits(trainable(loaded), save.weights)
+
+
+def test_arguments_in_each_others_place_are_refused_in_one_line(tmp_path):
+    config, model = TrainConfig(output_dir=tmp_path, max_steps=1), tiny_lora()
+    order = "the order is model, tokenizer, train_data, eval_data, config$"
+    with pytest.raises(UserError, match=f"^Trainer: model is NoneType, expected a model .*{order}"):
+        Trainer(None, model, TRAIN, None, config)
+    with pytest.raises(UserError, match=f"^Trainer: tokenizer is PeftModel.*{order}"):
+        Trainer(model, model, TRAIN, None, config)
+    with pytest.raises(UserError, match=rf"^Trainer: config is dict, .*\.TrainConfig; {order}"):
+        Trainer(model, None, TRAIN, None, {"max_steps": 1})

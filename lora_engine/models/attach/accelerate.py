@@ -46,9 +46,9 @@ def accelerate(
     UserError where anything was left. Accelerating an accelerated model does it anew (after adding
     an adapter, say). UserError for what is no model of transformers, nor one of PEFT's around it.
     """
-    restore(model)
     inner = transformers_model(model)
     _check_is_of_transformers(inner)
+    restore(model)
     expected = _loss_and_gradients(model, verify) if verify is not None else None
     backends.keep_freed_memory(next(inner.parameters()).device)
     try:
@@ -81,15 +81,21 @@ def _replace_kept_forward(model: nn.Module, inner: nn.Module, patches: Patches) 
 def _check_is_of_transformers(model: Any) -> None:
     from transformers import PreTrainedModel
 
-    if not isinstance(model, PreTrainedModel):
-        raise UserError(
-            f"accelerate: {type(model).__name__} is no model of transformers; "
-            "give it the transformers or PEFT model inside, before that is wrapped"
-        )
+    if isinstance(model, PreTrainedModel):
+        return
+    mend = "the transformers or PEFT model inside, before that is wrapped"
+    if not isinstance(model, nn.Module):
+        mend = "trainer.model" if hasattr(model, "model") else "a model, not its name or parts"
+    raise UserError(f"accelerate: {type(model).__name__} is no model of transformers; give {mend}")
 
 
 def restore(model: nn.Module) -> None:
-    """Takes back what `accelerate` did: forwards, attention, and weights in their own storage."""
+    """Takes back what `accelerate` did: forwards, attention, and weights in their own storage.
+
+    Leaves a model that is not accelerated as it is. UserError for what is no model.
+    """
+    if not isinstance(model, nn.Module):
+        raise UserError(f"restore: {type(model).__name__} is no model; give the accelerated one")
     detach(transformers_model(model))
 
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import platform
 import time
 from pathlib import Path
@@ -171,6 +172,11 @@ def resolve_source(source: str | Path) -> Path | str:
 
     Raises UserError for a file or folder that is not there or holds no model.
     """
+    if not isinstance(source, str | os.PathLike):
+        raise UserError(
+            f"model {source!r}: expected a folder, a .gguf file or a hub id, "
+            f"got {type(source).__name__}"
+        )
     if str(source) in SHORT_NAMES and not Path(source).exists():
         return SHORT_NAMES[str(source)]()
     try:

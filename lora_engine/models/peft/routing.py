@@ -91,6 +91,8 @@ def route_adapters(model: Any, names: Sequence[str], rows: Tensor) -> Iterator[N
     attached = attachment(transformers_model(model))
     if attached is None:
         raise UserError("route_adapters: call lora_engine.accelerate(model) first")
+    if isinstance(names, str):
+        raise UserError(f"route_adapters: names is a text; give a list, [{names!r}]")
     known, active = list(getattr(model, "peft_config", {})), list(model.active_adapters)
     for name in names:
         if name not in known:

@@ -41,7 +41,11 @@ def place_of(model: Any, name: str) -> Place:
 
 
 def check_trained(model: nn.Module) -> None:
-    """Raises UserError if no parameter requires a gradient."""
+    """Raises UserError if no parameter requires a gradient, or `model` is no model."""
+    if not isinstance(model, nn.Module):
+        raise UserError(
+            f"preflight: {type(model).__name__} is no model; call it as preflight(model, batch)"
+        )
     if any(p.requires_grad for p in model.parameters()):
         return
     layers = [module for module in model.modules() if hasattr(module, "disable_adapters")]

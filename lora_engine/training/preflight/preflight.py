@@ -96,6 +96,11 @@ def preflight(
     """
     started = time.perf_counter()
     check_trained(model)
+    if loss is not None and not callable(loss):
+        raise UserError(
+            f"preflight: loss is {type(loss).__name__}, not a function; "
+            "give one, loss=lambda model, batch: …"
+        )
     if loss is None:
         batch = on_device(model, batch)
         check_batch(model, batch, objective)

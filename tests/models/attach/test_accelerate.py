@@ -345,3 +345,22 @@ def test_models_that_are_not_of_transformers_are_refused_in_one_line(with_adapte
         model = torch.nn.Sequential(tiny_llama())
     with pytest.raises(UserError, match=r"^accelerate: Sequential is no model of transformers.*$"):
         lora_engine.accelerate(model)
+
+
+class HasModel:
+    model = None
+
+
+@pytest.mark.parametrize(
+    "given,mend",
+    [
+        (None, "NoneType .* give a model, not its name or parts"),
+        ("smollm2", "str .* give a model, not its name or parts"),
+        (HasModel(), r"HasModel .* give trainer\.model"),
+    ],
+)
+def test_what_is_no_module_is_refused_in_one_line(given: Any, mend: str) -> None:
+    with pytest.raises(UserError, match=f"^accelerate: {mend}$"):
+        lora_engine.accelerate(given)
+    with pytest.raises(UserError, match=r"^restore: \w+ is no model; give the accelerated one$"):
+        lora_engine.restore(given)

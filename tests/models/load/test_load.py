@@ -270,8 +270,9 @@ class TestMistakes:
             ("./nothing.gguf", r"^\./nothing\.gguf: no such model"),
             (Path("nothing"), r"^nothing: no such model"),
             ("smolm2", r"^smolm2: no such model; did you mean smollm2\?$"),
+            (None, r"^model None: expected a folder, a \.gguf file or a hub id, got NoneType$"),
         ],
-        ids=["folder", "gguf", "path", "misspelt-name"],
+        ids=["folder", "gguf", "path", "misspelt-name", "none"],
     )
     def test_missing(self, source, message):
         for function in (load_model, load_tokenizer):

@@ -176,6 +176,11 @@ def refuse_plain(model: Any) -> None:
         pass
 
 
+def refuse_text(model: Any) -> None:
+    with lora_engine.route_adapters(model, "default", torch.zeros(3)):
+        pass
+
+
 def run_rows(model: Any, rows: torch.Tensor) -> None:
     with lora_engine.route_adapters(model, ["default"], rows):
         model(batch()["input_ids"], use_cache=False)
@@ -186,11 +191,12 @@ def run_rows(model: Any, rows: torch.Tensor) -> None:
     [
         (refuse_unknown, "no adapter 'none'"),
         (refuse_plain, "accelerate"),
+        (refuse_text, r"names is a text; give a list, \['default'\]"),
         (lambda model: run_rows(model, torch.zeros(60)), "torch.float32, expected torch.int64"),
         (lambda model: run_rows(model, torch.arange(60) - 1), "from -1 to 58; expected 0 to 0"),
         (lambda model: run_rows(model, torch.zeros(59).long()), r"59 rows .* 60 tokens \[3, 20\]"),
     ],
-    ids=["unknown", "plain", "floats", "no_such_number", "too_few"],
+    ids=["unknown", "plain", "text", "floats", "no_such_number", "too_few"],
 )
 def test_routing_that_cannot_work_is_refused(misuse: Callable[[Any], None], message: str) -> None:
     model = two_adapters()

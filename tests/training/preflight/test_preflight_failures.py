@@ -303,3 +303,17 @@ def test_wrong_losses_of_the_users_own_fail_in_one_line(case):
     loss, words = LOSSES[case]
     with pytest.raises(UserError, match=words):
         preflight(tiny_lora(), rows(), loss=loss)
+
+
+@pytest.mark.parametrize("model", [None, {"input_ids": torch.ones(1, 3)}], ids=["none", "batch"])
+def test_what_is_no_model_is_refused_in_one_line(model):
+    message = (
+        rf"^preflight: {type(model).__name__} is no model; call it as preflight\(model, batch\)$"
+    )
+    with pytest.raises(UserError, match=message):
+        preflight(model, rows())
+
+
+def test_a_loss_that_is_no_function_is_refused_in_one_line():
+    with pytest.raises(UserError, match=r"^preflight: loss is Tensor, not a function; .*$"):
+        preflight(tiny_lora(), rows(), loss=torch.tensor(3.0))
