@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Sequence
-from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.panel import Panel
@@ -15,6 +14,7 @@ from lora_engine.evaluation.heldout import HeldoutResult
 from lora_engine.evaluation.samples import differing_parts
 from lora_engine.report.page import comparisons
 from lora_engine.text import bytes_text, duration_text, visible
+from lora_engine.training.callbacks import Beginning
 from lora_engine.training.metrics import StepMetrics
 from lora_engine.training.run.folder import RunFolder
 from lora_engine.training.state import TrainResult
@@ -47,7 +47,7 @@ class ConsoleProgress:
         for line in lines:
             self._console.print(Text(visible(line), "yellow"), soft_wrap=True)
 
-    def on_start(self, trainer: Any) -> None:
+    def on_start(self, trainer: Beginning) -> None:
         """Training begins, or continues at trainer.state.step."""
         self._total, self._first = trainer.total_steps, trainer.state.step
         self._started = time.monotonic()

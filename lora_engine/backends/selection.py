@@ -3,7 +3,6 @@
 import warnings
 from functools import cache, lru_cache
 from types import ModuleType
-from typing import Any
 
 import torch
 
@@ -150,7 +149,7 @@ def _warn_once(operation: str, reason: str) -> None:
 @cache
 def launch_parameters(
     kernel: str, capability: int | None, dtype: torch.dtype, size: int
-) -> dict[str, Any]:
+) -> dict[str, int]:
     """The launch parameters of a Triton kernel, as keyword arguments of its launch."""
     device = "cpu" if capability is None else "cuda"
     request = Request(kernel, device, capability, dtype, Extent(size))

@@ -16,35 +16,45 @@ import json
 from collections.abc import Mapping
 from functools import cache
 from importlib import resources
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypedDict
 
 LaunchTable = dict[str, dict[str, dict[str, list[tuple[int | None, dict[str, int]]]]]]
 
 
+class Rule(TypedDict):
+    """A rule of lora_strategy.json."""
+
+    when: dict[str, object]
+    strategy: str
+    reason: str
+
+
 @cache
-def product_rules() -> list[dict[str, Any]]:
+def product_rules() -> list[Rule]:
     """lora_strategy.json."""
     text = resources.files("lora_engine.backends").joinpath("lora_strategy.json").read_text()
-    rules: list[dict[str, Any]] = json.loads(text)["rules"]
+    rules: list[Rule] = json.loads(text)["rules"]
     return rules
 
 
-def find_rule(values: Mapping[str, Any], dtype: str) -> dict[str, Any] | None:
+def find_rule(values: Mapping[str, object], dtype: str) -> Rule | None:
     """The first rule that fits `values`, by the names of a rule's `when`, and `dtype`."""
     return next((rule for rule in product_rules() if _fits(rule["when"], values, dtype)), None)
 
 
-def _fits(when: Mapping[str, Any], values: Mapping[str, Any], dtype: str) -> bool:
+def _fits(when: Mapping[str, object], values: Mapping[str, object], dtype: str) -> bool:
     for name, wanted in when.items():
-        if name == "dtypes":
-            if dtype not in wanted:
-                return False
-        elif not isinstance(wanted, list):
+        if not isinstance(wanted, list):
             if values[name] != wanted:
+                return False
+        elif name == "dtypes":
+            if dtype not in wanted:
                 return False
         else:
             value, (least, most) = values[name], wanted
-            if value is None or value < (least or 0) or (most is not None and value > most):
+            if not isinstance(value, int) or value < (least or 0):
+                return False
+            if most is not None and value > most:
                 return False
     return True
 
@@ -77,7 +87,7 @@ def launch_key(kernel: str, capability: int | None, dtype: str, size: int) -> La
     raise ValueError(f"{kernel}: no launch parameters for size {size}")
 
 
-def launch_parameters(key: LaunchKey) -> dict[str, Any]:
+def launch_parameters(key: LaunchKey) -> dict[str, int]:
     """A line's parameters, as keyword arguments of the launch."""
     lines = dict(launch_table()[key.kernel][key.capability][key.dtype])
     return {"enable_fp_fusion": True, **lines[key.limit]}

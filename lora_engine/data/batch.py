@@ -1,8 +1,7 @@
 """Packed batches: many sequences in one row of tokens, without padding."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -60,12 +59,19 @@ class PackedBatch:
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "PackedBatch":
         """The same batch with its tensors on `device`."""
-        moved: dict[str, Any] = {
-            field.name: value.to(device, non_blocking=non_blocking)
-            for field in fields(self)
-            if isinstance(value := getattr(self, field.name), Tensor)
-        }
-        return replace(self, **moved)
+
+        def moved(x: Tensor) -> Tensor:
+            return x.to(device, non_blocking=non_blocking)
+
+        return replace(
+            self,
+            input_ids=moved(self.input_ids),
+            position_ids=moved(self.position_ids),
+            cu_seqlens=moved(self.cu_seqlens),
+            parents=None if self.parents is None else moved(self.parents),
+            target_index=moved(self.target_index),
+            target_ids=moved(self.target_ids),
+        )
 
 
 def collate(examples: Sequence[Example], *, share_prefixes: bool = False) -> PackedBatch:

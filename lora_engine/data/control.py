@@ -9,7 +9,6 @@ the tokenizer then gets each stand-in's text as plain text (see `encode`).
 import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any
 
 from lora_engine.data.strings import strings_in
 from lora_engine.data.template import Message, Tokenizer, try_render
@@ -75,7 +74,7 @@ class ControlTokens:
         first = self._tokenizer("", verbose=False)["input_ids"][:1]
         return first == [self._tokenizer.bos_token_id]
 
-    def found_in(self, value: Any) -> tuple[str, ...]:
+    def found_in(self, value: object) -> tuple[str, ...]:
         """The control tokens that the strings in `value` spell, each once."""
         texts = (text for text in strings_in(value) if self._may_be_in(text))
         return tuple(dict.fromkeys(match for text in texts for match in self.pattern.findall(text)))
@@ -94,14 +93,21 @@ class ControlTokens:
             text = stripped.removesuffix(end)
             ends.append(end)
 
-    def mark(self, value: Any) -> Any:
-        """`value` with stand-ins for the control tokens that its strings spell."""
+    def mark(self, text: str) -> str:
+        """`text` with stand-ins for the control tokens that it spells."""
+        return self.pattern.sub(self._stand_in, text)
+
+    def mark_message(self, message: Message) -> Message:
+        """`message` with stand-ins in all its strings, keys included."""
+        return {self.mark(key): self._mark_value(value) for key, value in message.items()}
+
+    def _mark_value(self, value: object) -> object:
         if isinstance(value, str):
-            return self.pattern.sub(self._stand_in, value)
+            return self.mark(value)
         if isinstance(value, Mapping):
-            return {self.mark(key): self.mark(inner) for key, inner in value.items()}
+            return {self.mark(key): self._mark_value(inner) for key, inner in value.items()}
         if isinstance(value, list | tuple):
-            return [self.mark(inner) for inner in value]
+            return [self._mark_value(inner) for inner in value]
         return value
 
     def unmark(self, text: str) -> str:

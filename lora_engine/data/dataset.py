@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, overload
+from typing import Literal, TypeAlias, overload
 
 import numpy as np
 
@@ -169,19 +169,22 @@ def prepare(
     return dataset
 
 
+_Taught: TypeAlias = tuple[str, tuple[int, ...]]  # an adapter, and tokens
+
+
 def find_leakage(train: Iterable[Example], evaluation: Iterable[Example]) -> Leakage:
     """Evaluation examples that the training data gives away."""
-    whole: dict[Any, str] = {}
-    prompts: dict[Any, str] = {}
+    whole: dict[_Taught, str] = {}
+    prompts: dict[_Taught, str] = {}
     for example in train:
-        whole.setdefault((example.adapter, *example.input_ids), example.origin)
-        prompts.setdefault((example.adapter, *_prompt(example)), example.origin)
+        whole.setdefault((example.adapter, tuple(example.input_ids)), example.origin)
+        prompts.setdefault((example.adapter, _prompt(example)), example.origin)
     same_example, same_prompt = [], []
     for example in evaluation:
         prompt = _prompt(example)
-        if origin := whole.get((example.adapter, *example.input_ids)):
+        if origin := whole.get((example.adapter, tuple(example.input_ids))):
             same_example.append((example.origin, origin))
-        elif prompt and (origin := prompts.get((example.adapter, *prompt))):
+        elif prompt and (origin := prompts.get((example.adapter, prompt))):
             same_prompt.append((example.origin, origin))
     return Leakage(tuple(same_example), tuple(same_prompt))
 
@@ -205,7 +208,7 @@ def _reason_to_drop(record: Record, example: Example, max_length: int | None) ->
 
 
 def _find_duplicates(examples: Iterable[Example]) -> Iterable[Duplicate]:
-    first: dict[Any, str] = {}
+    first: dict[tuple[tuple[int, ...], tuple[bool, ...], str], str] = {}
     for example in examples:
         key = (tuple(example.input_ids), tuple(example.supervised), example.adapter)
         if key in first:

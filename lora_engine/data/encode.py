@@ -116,7 +116,7 @@ class Encoder:
             if (inner or ids) and not self._begins_alike:
                 before = self._encode(_ANCHOR)
                 piece = _ANCHOR + piece
-            ids += self._encode(piece, split_special_tokens=True)[len(before) :]
+            ids += self._encode_as_text(piece)[len(before) :]
         return ids
 
     @cached_property
@@ -153,8 +153,14 @@ class Encoder:
         cuts.append(len(whole))
         return [whole[start:end] for start, end in pairwise(cuts)]
 
-    def _encode(self, text: str, **options: bool) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False, verbose=False, **options)["input_ids"]
+    def _encode(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+    def _encode_as_text(self, text: str) -> list[int]:
+        """The same where special tokens are spelled out too."""
+        return self.tokenizer(
+            text, add_special_tokens=False, verbose=False, split_special_tokens=True
+        )["input_ids"]
 
     def _decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)

@@ -9,10 +9,10 @@ import csv
 import io
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 from lora_engine.errors import UserError, reason
 
@@ -34,7 +34,7 @@ _OTHER_FORMATS = {
 class Row:
     """A parsed row and its origin."""
 
-    value: Any
+    value: object
     origin: str
 
 
@@ -168,8 +168,17 @@ def read_parquet(path: Path) -> Iterator[Row | RowError]:
         ) from error
 
 
+class _Batch(Protocol):
+    """What is used of a pyarrow.RecordBatch."""
+
+    num_rows: int
+
+    def slice(self, offset: int, length: int) -> "_Batch": ...
+    def to_pylist(self) -> list[object]: ...
+
+
 def _parquet_rows(
-    batch: Any, path: Path, before: int, problems: tuple[type[Exception], ...]
+    batch: _Batch, path: Path, before: int, problems: tuple[type[Exception], ...]
 ) -> Iterator[Row | RowError]:
     """The rows of a batch that cannot be converted as a whole, one at a time."""
     for index in range(batch.num_rows):
@@ -180,19 +189,24 @@ def _parquet_rows(
             yield RowError(f"holds a value that cannot be read: {reason(error)}", origin)
 
 
-READERS: dict[str, Callable[[Path], Iterator[Row | RowError]]] = {
-    ".jsonl": read_jsonl,
-    ".json": read_json,
-    ".parquet": read_parquet,
-    ".csv": read_csv,
-}
+SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
+
+
+def read_file(path: Path) -> Iterator[Row | RowError]:
+    """The rows of a file whose suffix is one of SUFFIXES."""
+    suffix = path.suffix.lower()
+    if suffix == ".jsonl":
+        return read_jsonl(path)
+    if suffix == ".json":
+        return read_json(path)
+    return read_parquet(path) if suffix == ".parquet" else read_csv(path)
 
 
 class _RepeatedKey(ValueError):
     """An object that names a key twice, of which only one value would be read."""
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
     made = dict(pairs)
     if len(made) < len(pairs):
         keys = [key for key, _ in pairs]

@@ -15,10 +15,10 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from lora_engine.data.listing import raise_listed, without_origin
-from lora_engine.data.readers import READERS, Row, RowError
+from lora_engine.data.readers import SUFFIXES, Row, RowError, read_file
 from lora_engine.data.strings import check_string, check_strings, field_name
 from lora_engine.errors import UserError, nearest, reason
 
@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     import datasets
 
 Kind = Literal["messages", "completion", "text"]
-Source: TypeAlias = "str | Path | Sequence[Mapping[str, Any]] | Sequence[Record] | datasets.Dataset"
+InMemory: TypeAlias = "Sequence[Mapping[str, object]] | Sequence[Record] | datasets.Dataset"
+Source: TypeAlias = "str | Path | InMemory"
 
 FIELDS = ("messages", "prompt", "completion", "text")
 # Sources that come with the package, by name.
@@ -49,7 +50,7 @@ class Record:
     """
 
     kind: Kind
-    messages: tuple[Mapping[str, Any], ...] = ()
+    messages: tuple[Mapping[str, object], ...] = ()
     prompt: str = ""
     completion: str = ""
     text: str = ""
@@ -63,7 +64,7 @@ class Record:
         if self.kind == "messages":
             return any(
                 message["role"] == "assistant"
-                and ((message.get("content") or "").strip() or message.get("tool_calls"))
+                and (not _is_blank(message.get("content")) or message.get("tool_calls"))
                 for message in self.messages
             )
         return bool((self.completion if self.kind == "completion" else self.text).strip())
@@ -113,30 +114,46 @@ def read_records(source: "Source", *, split: str | None = None) -> list[Record]:
 def _checked(row: Row) -> Record:
     if not isinstance(row.value, Record):
         return parse_record(row.value, row.origin)
-    record: Record = row.value
-    for name in ("prompt", "completion", "text", "adapter"):
-        check_string(getattr(record, name), f"{row.origin}: {name!r}")
+    record = row.value
+    check_string(record.prompt, f"{row.origin}: 'prompt'")
+    check_string(record.completion, f"{row.origin}: 'completion'")
+    check_string(record.text, f"{row.origin}: 'text'")
+    check_string(record.adapter, f"{row.origin}: 'adapter'")
     check_strings(record.messages, f"{row.origin}: 'messages'")
     return record
 
 
-def parse_record(row: Any, origin: str) -> Record:
+def parse_record(row: object, origin: str) -> Record:
     """Check one row. Raises UserError "origin: what is wrong"."""
     if not isinstance(row, Mapping):
         raise UserError(f"{origin}: expected an object with fields, got {_name(row)}")
     present = {field for field in FIELDS if row.get(field) is not None}
     adapter = "" if row.get("adapter") is None else _string(row, "adapter", origin)
-    about: dict[str, Any] = {"adapter": adapter, "origin": origin}
     if "messages" in present:
-        messages = _messages(row["messages"], origin)
-        return Record("messages", messages, ignored=_ignored(row, ("messages",)), **about)
+        return Record(
+            "messages",
+            _messages(row["messages"], origin),
+            adapter=adapter,
+            origin=origin,
+            ignored=_ignored(row, ("messages",)),
+        )
     if {"prompt", "completion"} <= present:
-        prompt, completion = (_string(row, f, origin) for f in ("prompt", "completion"))
-        about["ignored"] = _ignored(row, ("prompt", "completion"))
-        return Record("completion", prompt=prompt, completion=completion, **about)
+        return Record(
+            "completion",
+            prompt=_string(row, "prompt", origin),
+            completion=_string(row, "completion", origin),
+            adapter=adapter,
+            origin=origin,
+            ignored=_ignored(row, ("prompt", "completion")),
+        )
     if "text" in present:
-        text = _string(row, "text", origin)
-        return Record("text", text=text, ignored=_ignored(row, ("text",)), **about)
+        return Record(
+            "text",
+            text=_string(row, "text", origin),
+            adapter=adapter,
+            origin=origin,
+            ignored=_ignored(row, ("text",)),
+        )
     fields = [repr(field) for field in row if row[field] is not None]
     empty = [repr(field) for field in FIELDS if field in row and row[field] is None]
     more = f" and {len(fields) - NAMED} more" if len(fields) > NAMED else ""
@@ -148,7 +165,7 @@ def parse_record(row: Any, origin: str) -> Record:
     )
 
 
-def _ignored(row: Mapping[str, Any], read: tuple[str, ...]) -> tuple[str, ...]:
+def _ignored(row: Mapping[str, object], read: tuple[str, ...]) -> tuple[str, ...]:
     """The fields that hold something beside those that are read."""
     if len(row) == len(read):
         return ()
@@ -160,7 +177,12 @@ def _ignored(row: Mapping[str, Any], read: tuple[str, ...]) -> tuple[str, ...]:
     )
 
 
-def _is_empty(value: Any) -> bool:
+def _is_blank(content: object) -> bool:
+    """Whether a message's content is no text but white space."""
+    return not (content.strip() if isinstance(content, str) else content)
+
+
+def _is_empty(value: object) -> bool:
     """Whether a cell holds nothing: null, or a string, list or object of no length."""
     return value is None or (isinstance(value, str | bytes | list | tuple | Mapping) and not value)
 
@@ -216,13 +238,13 @@ def _digest(seed: int, key: str) -> str:
     return hashlib.sha256(f"{seed}:{key}".encode()).hexdigest()
 
 
-def _messages(value: Any, origin: str) -> tuple[Mapping[str, Any], ...]:
+def _messages(value: object, origin: str) -> tuple[Mapping[str, object], ...]:
     if not isinstance(value, list | tuple) or not value:
         raise UserError(f"{origin}: 'messages' must be a non-empty list, got {_name(value)}")
     return tuple(_message(m, f"{origin}: message {i}") for i, m in enumerate(value, start=1))
 
 
-def _message(message: Any, where: str) -> Mapping[str, Any]:
+def _message(message: object, where: str) -> Mapping[str, object]:
     if not isinstance(message, Mapping):
         raise UserError(f"{where}: expected an object, got {_name(message)}")
     check_strings(message, where)
@@ -238,7 +260,7 @@ def _message(message: Any, where: str) -> Mapping[str, Any]:
     return message
 
 
-def _string(row: Mapping[str, Any], field: str, origin: str) -> str:
+def _string(row: Mapping[str, object], field: str, origin: str) -> str:
     value = row[field]
     if not isinstance(value, str):
         raise UserError(f"{origin}: {field!r} must be a string, got {_name(value)}")
@@ -246,7 +268,7 @@ def _string(row: Mapping[str, Any], field: str, origin: str) -> str:
     return value
 
 
-def _name(value: Any) -> str:
+def _name(value: object) -> str:
     # Without the value, so that the same mistake in many records is told once.
     names = {str: "a string", list: "a list", dict: "an object", type(None): "nothing"}
     names |= {int: "a number", float: "a number", bool: "true or false"}
@@ -270,18 +292,17 @@ def _open(source: str | Path, split: str | None) -> tuple[str, Iterable[Row | Ro
     except (OSError, RuntimeError) as error:  # a name too long; a home that does not exist
         raise UserError(f"{source}: is not a path that can be read: {reason(error)}") from error
     if is_file:
-        suffix = path.suffix.lower()
-        if suffix not in READERS:
+        if path.suffix.lower() not in SUFFIXES:
             raise UserError(
                 f"{source}: cannot read {path.suffix or 'a file without a suffix'}; "
-                f"use {', '.join(READERS)}"
+                f"use {', '.join(SUFFIXES)}"
             )
-        return str(source), READERS[suffix](path)
+        return str(source), read_file(path)
     if path.is_dir():
-        raise UserError(f"{source}: is a folder; name one of its files ({', '.join(READERS)})")
+        raise UserError(f"{source}: is a folder; name one of its files ({', '.join(SUFFIXES)})")
     if exists:
         raise UserError(f"{source}: is neither a file nor a link to one; save the data to a file")
-    if isinstance(source, Path) or path.suffix in READERS or not _looks_like_hub_id(source):
+    if isinstance(source, Path) or path.suffix in SUFFIXES or not _looks_like_hub_id(source):
         raise UserError(f"{source}: no such file{_alternative(path) or '; check the path'}")
     if "/" not in source and (close := nearest(source, BUILT_IN)):
         raise UserError(f"{source}: no such file; did you mean {close}?")
@@ -313,7 +334,9 @@ def _load_hub(name: str, split: str | None) -> "datasets.Dataset":
 
 
 def _rows_in_memory(
-    source: Any, split: str | None, prefix: str = "record"
+    source: Iterable[object] | Mapping[str, Iterable[object]],
+    split: str | None,
+    prefix: str = "record",
 ) -> Iterator[Row | RowError]:
     if isinstance(source, Mapping):  # datasets.DatasetDict
         if (split := split or "train") not in source:

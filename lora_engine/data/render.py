@@ -22,7 +22,7 @@ gets no second one.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 from lora_engine.data.control import MARKER, ControlTokens
 from lora_engine.data.encode import Encoder, Segment
@@ -141,16 +141,16 @@ def _prepared(
     own, marked = list(messages), list(messages)
     all_ends: dict[str, None] = {}
     for i, message in enumerate(messages):
-        content: Any = message.get("content")
-        ends: tuple[str, ...] = ()
-        if message["role"] == "assistant" and isinstance(content, str):
-            content, ends = control.split_end(content)
+        marked[i] = control.mark_message(message)
+        content = message.get("content")
+        if message["role"] != "assistant" or not isinstance(content, str):
+            continue
+        said, ends = control.split_end(content)
         if not ends:
-            marked[i] = control.mark(message)
             continue
         kept = "" if control.turn_end else "".join(ends)
-        own[i] = {**message, "content": content + kept}
-        marked[i] = {**control.mark(message), "content": control.mark(content) + kept}
+        own[i] = {**message, "content": said + kept}
+        marked[i] = {**marked[i], "content": control.mark(said) + kept}
         all_ends.update(dict.fromkeys(ends))
     notes = (_ended_note(tuple(all_ends)),) if all_ends else ()
     return own, marked if control.found_in(messages) else None, notes
@@ -234,8 +234,9 @@ def _encode_plain(
     else:
         text, ends = _text(record, control, eos, bos)
     ids, supervised = encoder.encode_segments(text.segments, origin=record.origin)
-    if control.writes_bos and ids[:1] != [tokenizer.bos_token_id]:
-        ids, supervised = [tokenizer.bos_token_id, *ids], [loss_on == "all", *supervised]
+    first = tokenizer.bos_token_id if control.writes_bos else None
+    if first is not None and ids[:1] != [first]:
+        ids, supervised = [first, *ids], [loss_on == "all", *supervised]
     learns = any(part.supervised and part.text.strip() for part in text.segments)
     if ids[-1:] != [tokenizer.eos_token_id]:
         ids += tokenizer.convert_tokens_to_ids(ends)

@@ -1,7 +1,6 @@
 """Which strings of a record a tokenizer and a chat template can take."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 from lora_engine.errors import UserError
 
@@ -30,7 +29,7 @@ def check_string(text: str, where: str) -> None:
         )
 
 
-def check_strings(value: Any, where: str, depth: int = 0) -> None:
+def check_strings(value: object, where: str, depth: int = 0) -> None:
     """`check_string` for every string in `value`, keys of objects included.
 
     Also raises UserError for keys that are not strings and for more than DEEPEST levels.
@@ -51,14 +50,14 @@ def check_strings(value: Any, where: str, depth: int = 0) -> None:
                 check_strings(inner, where, depth + 1)
 
 
-def field_name(field: Any) -> str:
+def field_name(field: object) -> str:
     """A field's name as it can be shown and written; one that is long, blank or odd is quoted."""
     name = str(field)
     plain = name.isprintable() and name.strip() == name != "" and len(name) <= LONGEST_NAME
     return name if plain else f"{name[:LONGEST_NAME]!r}"
 
 
-def strings_in(value: Any) -> Iterator[str]:
+def strings_in(value: object) -> Iterator[str]:
     """Every string in `value`, keys of objects included."""
     if isinstance(value, str):
         yield value

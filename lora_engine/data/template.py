@@ -5,18 +5,60 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeAlias
+from types import FrameType
+from typing import Protocol, TypeAlias, TypedDict
 
 from lora_engine.data.strings import surrogate_in
 from lora_engine.errors import UserError
 
-Message: TypeAlias = Mapping[str, Any]
-# A tokenizer of transformers (PreTrainedTokenizerBase), which is not imported here: it is slow.
-Tokenizer: TypeAlias = Any
+Message: TypeAlias = Mapping[str, object]
 
 SECONDS = 20.0  # of the processor, for one rendering
 LONGEST = 10_000_000  # characters of a rendering, unless the conversation is itself that long
 _REASON = 200  # characters shown of what a template says
+
+
+class AddedToken(Protocol):
+    """A token that was added to a tokenizer's own; `str` gives its text."""
+
+    special: bool
+    lstrip: bool
+    rstrip: bool
+
+
+class Encoding(TypedDict):
+    """What a tokenizer makes of a text."""
+
+    input_ids: list[int]
+
+
+class Tokenizer(Protocol):
+    """What is used of a tokenizer of transformers, which is not imported here: it is slow."""
+
+    chat_template: object
+    bos_token: str
+    bos_token_id: int | None
+    eos_token: str
+    eos_token_id: int | None
+    unk_token_id: int | None
+    all_special_tokens: Sequence[str]
+    added_tokens_decoder: Mapping[int, AddedToken]
+
+    def __len__(self) -> int: ...
+    def __call__(
+        self,
+        text: str,
+        *,
+        add_special_tokens: bool = True,
+        verbose: bool = True,
+        split_special_tokens: bool = False,
+    ) -> Encoding: ...
+    def apply_chat_template(
+        self, conversation: list[Message], *, tokenize: bool, add_generation_prompt: bool
+    ) -> object: ...
+    def convert_tokens_to_ids(self, tokens: list[str]) -> list[int]: ...
+    def convert_ids_to_tokens(self, ids: Sequence[int]) -> list[str]: ...
+    def decode(self, ids: Sequence[int], *, clean_up_tokenization_spaces: bool = False) -> str: ...
 
 
 class _OutOfTime(Exception):
@@ -76,7 +118,7 @@ def try_render(
         return None
 
 
-def _checked(text: Any, messages: Sequence[Message], origin: str) -> str:
+def _checked(text: object, messages: Sequence[Message], origin: str) -> str:
     if not isinstance(text, str):
         raise UserError(f"{origin}: the chat template gives a {type(text).__name__}, not text")
     if len(text) > LONGEST and len(text) > 100 * len(str(messages)):
@@ -113,7 +155,7 @@ def _time_limit(seconds: float) -> Iterator[None]:
         return
     end = time.thread_time() + seconds
 
-    def ring(signum: int, frame: Any) -> None:
+    def ring(signum: int, frame: FrameType | None) -> None:
         if time.thread_time() >= end:
             raise _OutOfTime
         signal.setitimer(signal.ITIMER_VIRTUAL, seconds)

@@ -1,13 +1,16 @@
 """Examples that the model cannot take: their token ids have no embedding."""
 
-from typing import Any
+from torch import Tensor, nn
 
 from lora_engine.data.dataset import TokenizedDataset
 from lora_engine.data.listing import raise_listed
 from lora_engine.data.template import Tokenizer
+from lora_engine.models.families.modules import CausalLm
 
 
-def check_vocabulary(dataset: TokenizedDataset, model: Any, tokenizer: Tokenizer) -> None:
+def check_vocabulary(
+    dataset: TokenizedDataset, model: CausalLm, tokenizer: Tokenizer | None
+) -> None:
     """Raises UserError, with their places, for examples with ids that `model` has no row for.
 
     This happens where a token was added to the tokenizer and the embedding was not resized.
@@ -16,7 +19,7 @@ def check_vocabulary(dataset: TokenizedDataset, model: Any, tokenizer: Tokenizer
     check_rows(dataset, vocabulary_rows(model), tokenizer)
 
 
-def check_rows(dataset: TokenizedDataset, rows: int | None, tokenizer: Tokenizer) -> None:
+def check_rows(dataset: TokenizedDataset, rows: int | None, tokenizer: Tokenizer | None) -> None:
     """`check_vocabulary` for a model with `rows` embeddings; None: that is not known."""
     if rows is None:
         return
@@ -32,21 +35,23 @@ def check_rows(dataset: TokenizedDataset, rows: int | None, tokenizer: Tokenizer
     raise_listed(dataset.name, problems, dataset.num_records)
 
 
-def vocabulary_rows(model: Any) -> int | None:
+def vocabulary_rows(model: CausalLm) -> int | None:
     """Tokens that `model` can both read and predict; None if it does not say."""
-    layers = (model.get_input_embeddings(), model.get_output_embeddings())
-    sizes = [
-        layer.weight.shape[0] if getattr(layer.weight, "ndim", 0) == 2 else None
-        for layer in layers
-        if getattr(layer, "weight", None) is not None
-    ]
+    sizes = (_rows(model.get_input_embeddings()), _rows(model.get_output_embeddings()))
     known = [size for size in sizes if size]
     return min(known) if known else None
 
 
-def _problem(token: int, rows: int, tokenizer: Tokenizer) -> str:
-    known = tokenizer is not None and 0 <= token < len(tokenizer)
-    name = f" ({tokenizer.convert_ids_to_tokens(token)!r})" if known else ""
+def _rows(layer: nn.Module | None) -> int | None:
+    weight: Tensor | None = getattr(layer, "weight", None)
+    return weight.shape[0] if getattr(weight, "ndim", 0) == 2 and weight is not None else None
+
+
+def _problem(token: int, rows: int, tokenizer: Tokenizer | None) -> str:
+    name = ""
+    if tokenizer is not None and 0 <= token < len(tokenizer):
+        (spelling,) = tokenizer.convert_ids_to_tokens([token])
+        name = f" ({spelling!r})"
     if token < 0:
         return f"token {token} is no token id"
     return (

@@ -1,24 +1,22 @@
 """An objective's loss of one packed batch: the model runs, the objective judges its results."""
 
-from typing import Any
-
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_engine.data.batch import PackedBatch
 from lora_engine.errors import UserError
 from lora_engine.evaluation.modes import inference, without_adapters
 from lora_engine.models.attach.head import output_head
 from lora_engine.models.attach.packed import packed_hidden_states
-from lora_engine.models.peft.routing import active_adapters, adapters_of
+from lora_engine.models.peft.routing import active_adapters, adapters_of, is_peft
 from lora_engine.objectives.base import Loss, Objective, Reads, TargetScores
 
 
-def batch_loss(model: Any, batch: PackedBatch, objective: Objective) -> Loss:
+def batch_loss(model: nn.Module, batch: PackedBatch, objective: Objective) -> Loss:
     """The objective's loss; batch as for `target_scores`."""
     return objective(target_scores(model, batch, objective.reads), batch)
 
 
-def target_scores(model: Any, batch: PackedBatch, reads: Reads) -> TargetScores:
+def target_scores(model: nn.Module, batch: PackedBatch, reads: Reads) -> TargetScores:
     """What the model says of the batch's U targets.
 
     batch must have targets (U > 0) and be on the model's device. The head sees only the U rows
@@ -37,12 +35,12 @@ def target_scores(model: Any, batch: PackedBatch, reads: Reads) -> TargetScores:
     return TargetScores(logprobs, total, found.correct, found.entropy, reference)
 
 
-def reference_logprobs(model: Any, batch: PackedBatch) -> Tensor:
+def reference_logprobs(model: nn.Module, batch: PackedBatch) -> Tensor:
     """[U] float32: the targets' log-probabilities under the model without its adapters.
 
     In evaluation mode and without gradients. Draws no random number.
     """
-    if not active_adapters(model):
+    if not is_peft(model) or not active_adapters(model):
         raise UserError(
             "the objective compares the model with itself without adapters, and it has none: "
             "add an adapter with peft.get_peft_model"

@@ -2,10 +2,11 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import nn
+
+from lora_engine.models.families.modules import PeftCausalLm
 
 
 @contextmanager
@@ -22,7 +23,7 @@ def inference(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def without_adapters(model: Any) -> Iterator[None]:
+def without_adapters(model: PeftCausalLm) -> Iterator[None]:
     """The PeftModel computes as its base model does; which parameters are trained stays as is."""
     trained = [(p, p.requires_grad) for p in model.parameters()]  # PEFT switches them off and on
     try:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Sequence, Set
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -57,7 +56,8 @@ def first_nonfinite_layer(model: nn.Module, batch: PackedBatch, objective: Objec
     it is made of are finite."""
     # The loss reads the head's weights and would refuse a head that is watched. Rows are routed
     # inside the LoRA layers, which could not run fused if they were.
-    unseen = set(transformers_model(model).get_output_embeddings().modules())
+    head = transformers_model(model).get_output_embeddings()
+    unseen = set() if head is None else set(head.modules())
     if is_routed(model, batch):
         unseen |= {part for m in model.modules() if is_lora(m) for part in m.modules()}
     scored: list[TargetScores] = []
@@ -76,7 +76,7 @@ def first_nonfinite_layer(model: nn.Module, batch: PackedBatch, objective: Objec
 
 
 def first_nonfinite(
-    model: nn.Module, results_of: Callable[[], Any], unseen: Set[nn.Module] = frozenset()
+    model: nn.Module, results_of: Callable[[], object], unseen: Set[nn.Module] = frozenset()
 ) -> str | None:
     """Name of the first module, in order of execution, whose output is not finite.
 
@@ -87,8 +87,8 @@ def first_nonfinite(
     """
     found: list[str] = []
 
-    def hook(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def look(module: nn.Module, args: Any, output: Any) -> None:
+    def hook(name: str) -> Callable[[nn.Module, object, object], None]:
+        def look(module: nn.Module, args: object, output: object) -> None:
             if not found and not _is_finite(output):
                 found.append(name + _bad_weight(module))
 
@@ -119,7 +119,7 @@ def last_nonfinite_gradient(gradients: Iterable[tuple[str, torch.Tensor]]) -> st
     return bad[-1] if bad else None
 
 
-def _is_finite(value: Any) -> bool:
+def _is_finite(value: object) -> bool:
     if isinstance(value, torch.Tensor):
         return not value.is_floating_point() or bool(torch.isfinite(value).all())
     if isinstance(value, dict):

@@ -1,8 +1,8 @@
 """The protocol of an objective: what it reads of a model, what it returns, how means are taken."""
 
 from collections.abc import Mapping
-from dataclasses import Field, dataclass, field, fields
-from typing import Any, ClassVar, Protocol
+from dataclasses import Field, asdict, dataclass, field
+from typing import ClassVar, Protocol
 
 from torch import Tensor
 
@@ -80,7 +80,7 @@ class Objective(Protocol):
     is resumed with the same ones.
     """
 
-    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+    __dataclass_fields__: ClassVar[dict[str, Field[object]]]
 
     @property
     def name(self) -> str:
@@ -104,7 +104,6 @@ class Objective(Protocol):
         """The batch's part of the loss; batch and scores are on the model's device."""
 
 
-def settings_of(objective: Objective) -> dict[str, Any]:
+def settings_of(objective: Objective) -> dict[str, object]:
     """The objective's name and fields, as JSON values."""
-    values = {field.name: getattr(objective, field.name) for field in fields(objective)}
-    return {"name": objective.name, **values}
+    return {"name": objective.name, **asdict(objective)}

@@ -1,7 +1,7 @@
 """Attention within each of several packed sequences, with its gradient."""
 
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 from lora_engine import backends, reference
 from lora_engine.backends import contracts, launchers
 from lora_engine.ops import augmented
+from lora_engine.ops.context import Context
 from lora_engine.ops.tensors import accumulate_dtype, as_rows, check, shape_of
 
 
@@ -181,16 +182,21 @@ class _Call(NamedTuple):
     kernels: contracts.Attention
 
 
-class _Inputs(NamedTuple):
-    """The function's inputs, as their gradients."""
+class _Kept(NamedTuple):
+    call: _Call
+    leading: torch.Size  # of q, before its columns
 
-    q: Any = None
-    k: Any = None
-    v: Any = None
-    cu_seqlens: Any = None
-    cos: Any = None
-    sin: Any = None
-    call: Any = None
+
+class _Gradients(NamedTuple):
+    """The gradients of the function's inputs."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    cu_seqlens: None = None
+    cos: None = None
+    sin: None = None
+    call: None = None
 
 
 class _Saved(NamedTuple):
@@ -209,7 +215,7 @@ class _Saved(NamedTuple):
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: Context[_Kept],
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -240,13 +246,13 @@ class _Attention(torch.autograd.Function):
             parents=call.parents,
         )
         ctx.save_for_backward(*_Saved(q, k, v, cu_seqlens, cos, sin, o, lse))
-        ctx.call, ctx.leading = call, shape[:-1]
+        ctx.kept = _Kept(call, shape[:-1])
         return augmented.keep_padding(o, o.view(shape))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_o: Tensor) -> _Inputs:
-        call: _Call = ctx.call
+    def backward(ctx: Context[_Kept], d_o: Tensor) -> _Gradients:
+        call, leading = ctx.kept
         saved = _Saved(*ctx.saved_tensors)
         q, k, v = saved.q, saved.k, saved.v
         widths = [q.shape[1], k.shape[1], v.shape[1]]
@@ -274,6 +280,6 @@ class _Attention(torch.autograd.Function):
         )
 
         def shaped(grad: Tensor) -> Tensor:
-            return augmented.keep_padding(grad, grad.view(*ctx.leading, grad.shape[1]))
+            return augmented.keep_padding(grad, grad.view(*leading, grad.shape[1]))
 
-        return _Inputs(q=shaped(dq), k=shaped(dk), v=shaped(dv))
+        return _Gradients(q=shaped(dq), k=shaped(dk), v=shaped(dv))

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypedDict
+from typing import NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from lora_engine import backends, reference
 from lora_engine.backends import contracts, launchers
+from lora_engine.ops.context import Context
 from lora_engine.ops.tensors import accumulate_dtype, as_rows, check, shape_of
 
 
@@ -86,18 +87,24 @@ def cross_entropy(
     impl = backends.select("cross_entropy", logits.device, logits.dtype, impl)
     if impl == "reference":
         return reference.cross_entropy(logits, target, **options.keywords())
-    kernels = launchers.cross_entropy(impl)
-    out: Tensor = _CrossEntropy.apply(logits, target.contiguous(), options, kernels)
+    call = _Call(options, launchers.cross_entropy(impl))
+    out: Tensor = _CrossEntropy.apply(logits, target.contiguous(), call)
     return out
 
 
-class _Inputs(NamedTuple):
-    """The function's inputs, as their gradients."""
+class _Call(NamedTuple):
+    """One call of `cross_entropy`, besides its tensors."""
 
-    logits: Any = None
-    target: Any = None
-    options: Any = None
-    kernels: Any = None
+    options: LossOptions
+    kernels: contracts.CrossEntropy
+
+
+class _Gradients(NamedTuple):
+    """The gradients of the function's inputs."""
+
+    logits: Tensor
+    target: None = None
+    call: None = None
 
 
 class _Saved(NamedTuple):
@@ -110,37 +117,30 @@ class _Saved(NamedTuple):
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        logits: Tensor,
-        target: Tensor,
-        options: LossOptions,
-        kernels: contracts.CrossEntropy,
-    ) -> Tensor:
+    def forward(ctx: Context[_Call], logits: Tensor, target: Tensor, call: _Call) -> Tensor:
         logits = as_rows(logits)
         rows = RowResults(logits.shape[0], logits, lse=True)
-        rows.compute(kernels, slice(None), logits, target, options)
+        rows.compute(call.kernels, slice(None), logits, target, call.options)
         ctx.save_for_backward(*_Saved(logits, target, rows.lse))
-        ctx.options, ctx.kernels = options, kernels
+        ctx.kept = call
         return rows.loss
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_loss: Tensor) -> _Inputs:
+    def backward(ctx: Context[_Call], d_loss: Tensor) -> _Gradients:
+        call = ctx.kept
         saved = _Saved(*ctx.saved_tensors)
         assert saved.lse is not None
         d_logits = torch.empty_like(saved.logits)
-        options: LossOptions = ctx.options
-        kernels: contracts.CrossEntropy = ctx.kernels
-        kernels.cross_entropy_bwd(
+        call.kernels.cross_entropy_bwd(
             saved.logits,
             saved.target,
             saved.lse,
             d_loss.contiguous(),
             d_logits,
-            **options.keywords(),
+            **call.options.keywords(),
         )
-        return _Inputs(logits=d_logits)
+        return _Gradients(d_logits)
 
 
 class RowResults:

@@ -1,6 +1,6 @@
 """Gated activations with their gradients."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,6 +9,7 @@ from torch.autograd.function import once_differentiable
 from lora_engine import backends, reference
 from lora_engine.backends import contracts, launchers
 from lora_engine.ops import augmented
+from lora_engine.ops.context import Context
 from lora_engine.ops.tensors import as_rows, check, shape_of
 from lora_engine.values import ACTIVATIONS
 
@@ -59,12 +60,12 @@ class _Call(NamedTuple):
     kernels: contracts.Glu
 
 
-class _Inputs(NamedTuple):
-    """The function's inputs, as their gradients."""
+class _Gradients(NamedTuple):
+    """The gradients of the function's inputs."""
 
-    gate: Any = None
-    up: Any = None
-    call: Any = None
+    gate: Tensor
+    up: Tensor
+    call: None = None
 
 
 class _Saved(NamedTuple):
@@ -76,19 +77,19 @@ class _Saved(NamedTuple):
 
 class _Glu(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, call: _Call) -> Tensor:
+    def forward(ctx: Context[_Call], gate: Tensor, up: Tensor, call: _Call) -> Tensor:
         gate_rows, up_rows = as_rows(gate), as_rows(up)
         count, cols = gate_rows.shape
         (y,) = augmented.empty(count, [cols], call.tail, dtype=gate.dtype, device=gate.device)
         call.kernels.glu_fwd(gate_rows, up_rows, y, activation=call.activation)
         ctx.save_for_backward(*_Saved(gate, up))
-        ctx.call = call
+        ctx.kept = call
         return augmented.result(y, gate.shape)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> _Inputs:
-        call: _Call = ctx.call
+    def backward(ctx: Context[_Call], dy: Tensor) -> _Gradients:
+        call = ctx.kept
         saved = _Saved(*ctx.saved_tensors)
         gate, up = as_rows(saved.gate), as_rows(saved.up)
         count, cols = gate.shape
@@ -96,4 +97,4 @@ class _Glu(torch.autograd.Function):
             count, [cols, cols], call.grad_tail, dtype=gate.dtype, device=gate.device
         )
         call.kernels.glu_bwd(as_rows(dy), gate, up, dgate, dup, activation=call.activation)
-        return _Inputs(gate=augmented.shaped(dgate, dy.shape), up=augmented.shaped(dup, dy.shape))
+        return _Gradients(augmented.shaped(dgate, dy.shape), augmented.shaped(dup, dy.shape))

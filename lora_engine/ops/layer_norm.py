@@ -1,6 +1,6 @@
 """LayerNorm with its gradient."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,6 +9,7 @@ from torch.autograd.function import once_differentiable
 from lora_engine import backends, reference
 from lora_engine.backends import contracts, launchers
 from lora_engine.ops import augmented
+from lora_engine.ops.context import Context
 from lora_engine.ops.tensors import accumulate_dtype, as_rows, check, shape_of
 
 
@@ -36,8 +37,8 @@ def layer_norm(
     impl = backends.select("layer_norm", x.device, x.dtype, impl)
     if impl == "reference":
         return reference.layer_norm(x, weight, bias, eps)
-    kernels = launchers.layer_norm(impl)
-    out: Tensor = _LayerNorm.apply(x, weight, bias, eps, tail, grad_tail, kernels)
+    call = _Call(eps, tail, grad_tail, launchers.layer_norm(impl))
+    out: Tensor = _LayerNorm.apply(x, weight, bias, call)
     return out
 
 
@@ -54,56 +55,82 @@ def _check_parameter(name: str, parameter: Tensor | None, x: Tensor) -> None:
     )
 
 
-class _Inputs(NamedTuple):
-    """The function's inputs: which need gradients, or these."""
+class _Call(NamedTuple):
+    """One call of `layer_norm`, besides its tensors."""
 
-    x: Any = None
-    weight: Any = None
-    bias: Any = None
-    eps: Any = None
-    tail: Any = None
-    grad_tail: Any = None
-    kernels: Any = None
+    eps: float
+    tail: int
+    grad_tail: int
+    kernels: contracts.LayerNorm
+
+
+class _Needs(NamedTuple):
+    """Which of the function's inputs need a gradient."""
+
+    x: bool
+    weight: bool
+    bias: bool
+    call: bool
+
+
+class _Gradients(NamedTuple):
+    """The gradients of the function's inputs."""
+
+    x: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    call: None = None
+
+
+class _Kept(NamedTuple):
+    call: _Call
+    shape: torch.Size  # of x
+
+
+class _Saved(NamedTuple):
+    """What the backward pass reads."""
+
+    x: Tensor  # [rows, H]
+    weight: Tensor | None  # [H]
+    mean: Tensor  # [rows]
+    rstd: Tensor  # [rows]
 
 
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: Context[_Kept],
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
-        eps: float,
-        tail: int,
-        grad_tail: int,
-        kernels: contracts.LayerNorm,
+        call: _Call,
     ) -> Tensor:
         rows = as_rows(x)
         weight = None if weight is None else weight.contiguous()
         bias = None if bias is None else bias.contiguous()
         count, cols = rows.shape
-        (y,) = augmented.empty(count, [cols], tail, dtype=x.dtype, device=x.device)
+        (y,) = augmented.empty(count, [cols], call.tail, dtype=x.dtype, device=x.device)
         mean, rstd = (
             torch.empty(count, dtype=accumulate_dtype(x.dtype), device=x.device) for _ in range(2)
         )
-        kernels.layer_norm_fwd(rows, weight, bias, y, mean, rstd, eps)
-        ctx.save_for_backward(rows, weight, mean, rstd)
-        ctx.shape, ctx.grad_tail, ctx.kernels = x.shape, grad_tail, kernels
+        call.kernels.layer_norm_fwd(rows, weight, bias, y, mean, rstd, call.eps)
+        ctx.save_for_backward(*_Saved(rows, weight, mean, rstd))
+        ctx.kept = _Kept(call, x.shape)
         return augmented.result(y, x.shape)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        x, weight, mean, rstd = ctx.saved_tensors
+    def backward(ctx: Context[_Kept], dy: Tensor) -> _Gradients:
+        call, shape = ctx.kept
+        x, weight, mean, rstd = _Saved(*ctx.saved_tensors)
         count, cols = x.shape
-        (dx,) = augmented.empty(count, [cols], ctx.grad_tail, dtype=x.dtype, device=x.device)
-        asked = _Inputs(*ctx.needs_input_grad)
-        dweight = rstd.new_empty(cols) if asked.weight else None
-        dbias = rstd.new_empty(cols) if asked.bias else None
-        kernels: contracts.LayerNorm = ctx.kernels
-        kernels.layer_norm_bwd(as_rows(dy), x, weight, mean, rstd, dx, dweight, dbias)
-        return _Inputs(
-            x=augmented.shaped(dx, ctx.shape),
+        (dx,) = augmented.empty(count, [cols], call.grad_tail, dtype=x.dtype, device=x.device)
+        needs = _Needs(*ctx.needs_input_grad)
+        dweight = rstd.new_empty(cols) if needs.weight else None
+        dbias = rstd.new_empty(cols) if needs.bias else None
+        call.kernels.layer_norm_bwd(as_rows(dy), x, weight, mean, rstd, dx, dweight, dbias)
+        return _Gradients(
+            x=augmented.shaped(dx, shape),
             weight=None if dweight is None else dweight.to(x.dtype),
             bias=None if dbias is None else dbias.to(x.dtype),
         )

@@ -1,6 +1,6 @@
 """RMSNorm with its gradient, alone or with the residual addition before it."""
 
-from typing import Any, NamedTuple, overload
+from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -9,6 +9,7 @@ from torch.autograd.function import once_differentiable
 from lora_engine import backends, reference
 from lora_engine.backends import contracts, launchers
 from lora_engine.ops import augmented
+from lora_engine.ops.context import Context
 from lora_engine.ops.tensors import accumulate_dtype, as_rows, check, empty_rows, shape_of
 
 
@@ -82,38 +83,60 @@ def rms_norm(
         if residual is None:
             return reference.rms_norm(x, weight, eps, offset=offset)
         return reference.rms_norm(x, weight, eps, residual=residual, offset=offset)
-    kernels = launchers.rms_norm(impl)
-    out: Tensor | tuple[Tensor, Tensor] = _RmsNorm.apply(
-        x, weight, residual, eps, offset, tail, grad_tail, kernels
-    )
+    call = _Call(eps, offset, tail, grad_tail, launchers.rms_norm(impl))
+    out: Tensor | tuple[Tensor, Tensor] = _RmsNorm.apply(x, weight, residual, call)
     return out
 
 
-class _Inputs(NamedTuple):
-    """The function's inputs: which need gradients, or these."""
+class _Call(NamedTuple):
+    """One call of `rms_norm`, besides its tensors."""
 
-    x: Any = None
-    weight: Any = None
-    residual: Any = None
-    eps: Any = None
-    offset: Any = None
-    tail: Any = None
-    grad_tail: Any = None
-    kernels: Any = None
+    eps: float
+    offset: float
+    tail: int
+    grad_tail: int
+    kernels: contracts.RmsNorm
+
+
+class _Needs(NamedTuple):
+    """Which of the function's inputs need a gradient."""
+
+    x: bool
+    weight: bool
+    residual: bool
+    call: bool
+
+
+class _Gradients(NamedTuple):
+    """The gradients of the function's inputs."""
+
+    x: Tensor | None = None
+    weight: Tensor | None = None
+    residual: Tensor | None = None
+    call: None = None
+
+
+class _Kept(NamedTuple):
+    call: _Call
+    shape: torch.Size  # of x
+
+
+class _Saved(NamedTuple):
+    """What the backward pass reads."""
+
+    h: Tensor  # [rows, H], what was normed
+    weight: Tensor  # [H]
+    rstd: Tensor  # [rows]
 
 
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: Context[_Kept],
         x: Tensor,
         weight: Tensor,
         residual: Tensor | None,
-        eps: float,
-        offset: float,
-        tail: int,
-        grad_tail: int,
-        kernels: contracts.RmsNorm,
+        call: _Call,
     ) -> Tensor | tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         h = rows = as_rows(x)
@@ -122,32 +145,32 @@ class _RmsNorm(torch.autograd.Function):
         added = None if residual is None else as_rows(residual)
         if added is not None:
             h = empty_rows(count, cols, dtype=x.dtype, device=x.device)
-        (y,) = augmented.empty(count, [cols], tail, dtype=x.dtype, device=x.device)
+        (y,) = augmented.empty(count, [cols], call.tail, dtype=x.dtype, device=x.device)
         rstd = torch.empty(count, dtype=accumulate_dtype(x.dtype), device=x.device)
-        kernels.rms_norm_fwd(
-            rows, added, weight, y, None if added is None else h, rstd, eps, offset
+        call.kernels.rms_norm_fwd(
+            rows, added, weight, y, None if added is None else h, rstd, call.eps, call.offset
         )
-        ctx.save_for_backward(h, weight, rstd)
-        ctx.shape, ctx.offset, ctx.grad_tail, ctx.kernels = x.shape, offset, grad_tail, kernels
+        ctx.save_for_backward(*_Saved(h, weight, rstd))
+        ctx.kept = _Kept(call, x.shape)
         normed = augmented.result(y, x.shape)
         return normed if added is None else (normed, h.view(x.shape))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor | None, dh: Tensor | None = None) -> tuple[Any, ...]:
-        h, weight, rstd = ctx.saved_tensors
+    def backward(ctx: Context[_Kept], dy: Tensor | None, dh: Tensor | None = None) -> _Gradients:
         if dy is None:  # the normed result was not used
-            return _Inputs(x=dh, residual=dh)
-        asked = _Inputs(*ctx.needs_input_grad)
+            return _Gradients(x=dh, residual=dh)
+        call, shape = ctx.kept
+        h, weight, rstd = _Saved(*ctx.saved_tensors)
+        needs = _Needs(*ctx.needs_input_grad)
         count, cols = h.shape
-        (dx,) = augmented.empty(count, [cols], ctx.grad_tail, dtype=h.dtype, device=h.device)
-        dweight = rstd.new_empty(cols) if asked.weight else None
+        (dx,) = augmented.empty(count, [cols], call.grad_tail, dtype=h.dtype, device=h.device)
+        dweight = rstd.new_empty(cols) if needs.weight else None
         dh_rows = None if dh is None else as_rows(dh)
-        kernels: contracts.RmsNorm = ctx.kernels
-        kernels.rms_norm_bwd(as_rows(dy), dh_rows, h, weight, rstd, dx, dweight, ctx.offset)
-        shaped = augmented.shaped(dx, ctx.shape)
-        return _Inputs(
+        call.kernels.rms_norm_bwd(as_rows(dy), dh_rows, h, weight, rstd, dx, dweight, call.offset)
+        shaped = augmented.shaped(dx, shape)
+        return _Gradients(
             x=shaped,
             weight=None if dweight is None else dweight.to(weight.dtype),
-            residual=shaped if asked.residual else None,
+            residual=shaped if needs.residual else None,
         )

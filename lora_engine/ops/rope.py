@@ -1,17 +1,17 @@
 """Rotary position embedding of queries and keys, with its gradient."""
 
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, TypeAlias, overload
+from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor
 
 from lora_engine import backends, reference
 from lora_engine.backends import contracts, launchers
+from lora_engine.ops.context import Context
 from lora_engine.ops.tensors import check, shape_of
 
 POSITION_DTYPES = (torch.int64, torch.int32)
-_Pair: TypeAlias = tuple[Any, Any]  # a tensor or None for q and for k
 
 
 @overload
@@ -75,8 +75,9 @@ def rope(
     if impl == "reference":
         return reference.rope(q, k, cos, sin, position_ids=position_ids, interleaved=interleaved)
     rotation = _Rotation(interleaved, launchers.rope(impl))
-    outputs = rotation(q, k, *tables, position_ids)
-    return outputs[0] if k is None else outputs
+    if k is None:
+        return rotation.of_one(q, *tables, position_ids)
+    return rotation.of_both(q, k, *tables, position_ids)
 
 
 def rope_(
@@ -105,18 +106,23 @@ def rope_(
     tables = _check(q, k, cos, sin, position_ids)
     impl = backends.select("rope", q.device, q.dtype, impl)
     given = (q,) if k is None else (q, k)
-    options: dict[str, Any] = {"position_ids": position_ids, "interleaved": interleaved}
     if impl == "reference":
         for x in given:
-            x.copy_(rope(x, None, *tables, **options, impl=impl))
+            rotated = rope(
+                x, None, *tables, position_ids=position_ids, interleaved=interleaved, impl=impl
+            )
+            x.copy_(rotated)
         return q if k is None else (q, k)
     rotation = _Rotation(interleaved, launchers.rope(impl), in_place=True)
+    if k is None:
+        return rotation.of_one(q, *tables, position_ids)
     tracked = torch.is_grad_enabled() and any(x.requires_grad for x in given)
     if tracked and any(x._is_view() for x in given):
-        outputs = tuple(rotation(x, None, *tables, position_ids)[0] for x in given)
-    else:
-        outputs = rotation(q, k, *tables, position_ids)
-    return outputs[0] if k is None else outputs
+        return (
+            rotation.of_one(q, *tables, position_ids),
+            rotation.of_one(k, *tables, position_ids),
+        )
+    return rotation.of_both(q, k, *tables, position_ids)
 
 
 @dataclass(frozen=True)
@@ -128,32 +134,32 @@ class _Rotation:
     in_place: bool = False
     inverse: bool = False
 
-    def __call__(
-        self,
-        q: Tensor | None,
-        k: Tensor | None,
-        cos: Tensor,
-        sin: Tensor,
-        position_ids: Tensor | None,
-    ) -> _Pair:
-        """q and k rotated in one launch; None for None."""
-        outputs = _Rope.apply(q, k, cos, sin, position_ids, self)
-        return (outputs, None) if k is None else outputs
+    def of_one(self, x: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor | None) -> Tensor:
+        """q or k rotated."""
+        rotated: Tensor = _Rope.apply(x, None, cos, sin, position_ids, self)
+        return rotated
+
+    def of_both(
+        self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """q and k rotated in one launch."""
+        rotated: tuple[Tensor, Tensor] = _Rope.apply(q, k, cos, sin, position_ids, self)
+        return rotated
 
     def run(
         self,
-        q: Tensor | None,
+        q: Tensor,
         k: Tensor | None,
         cos: Tensor,
         sin: Tensor,
         position_ids: Tensor | None,
-    ) -> _Pair:
-        """The same without autograd."""
+    ) -> tuple[Tensor, Tensor | None]:
+        """q rotated, and k if there is one, without autograd."""
         if self.in_place:
             q_out, k_out = q, k
         else:
-            q, k = _heads(q), _heads(k)
-            q_out, k_out = _empty(q), _empty(k)
+            q, k = _heads(q), None if k is None else _heads(k)
+            q_out, k_out = _empty(q), None if k is None else _empty(k)
         self.kernels.rope(
             q,
             k,
@@ -168,15 +174,26 @@ class _Rotation:
         return q_out, k_out
 
 
-class _Inputs(NamedTuple):
-    """The function's inputs: which need gradients, or these."""
+class _Needs(NamedTuple):
+    """Which of the function's inputs need a gradient."""
 
-    q: Any = None
-    k: Any = None
-    cos: Any = None
-    sin: Any = None
-    position_ids: Any = None
-    rotation: Any = None
+    q: bool
+    k: bool
+    cos: bool
+    sin: bool
+    position_ids: bool
+    rotation: bool
+
+
+class _Gradients(NamedTuple):
+    """The gradients of the function's inputs."""
+
+    q: Tensor | None = None
+    k: Tensor | None = None
+    cos: None = None
+    sin: None = None
+    position_ids: None = None
+    rotation: None = None
 
 
 class _Saved(NamedTuple):
@@ -191,39 +208,44 @@ class _Rope(torch.autograd.Function):
     # A view that is changed in place has to be the first tensor, and its function's one output.
     @staticmethod
     def forward(
-        ctx: Any,
-        q: Tensor | None,
+        ctx: Context[_Rotation],
+        q: Tensor,
         k: Tensor | None,
         cos: Tensor,
         sin: Tensor,
         position_ids: Tensor | None,
         rotation: _Rotation,
-    ) -> Tensor | _Pair:
+    ) -> Tensor | tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*_Saved(cos, sin, position_ids))
-        ctx.rotation = rotation
+        ctx.kept = rotation
         if rotation.in_place:
             ctx.mark_dirty(*(x for x in (q, k) if x is not None))
-        outputs = rotation.run(q, k, cos, sin, position_ids)
-        return outputs[0] if k is None else outputs
+        q_out, k_out = rotation.run(q, k, cos, sin, position_ids)
+        return q_out if k_out is None else (q_out, k_out)
 
     @staticmethod
-    def backward(ctx: Any, dq: Tensor | None, dk: Tensor | None = None) -> _Inputs:
-        asked = _Inputs(*ctx.needs_input_grad)
-        dq, dk = dq if asked.q else None, dk if asked.k else None
-        if dq is not None or dk is not None:
-            saved, rotation = _Saved(*ctx.saved_tensors), ctx.rotation
-            back = replace(rotation, in_place=False, inverse=not rotation.inverse)
-            dq, dk = back(dq, dk, saved.cos, saved.sin, saved.position_ids)
-        return _Inputs(q=dq, k=dk)
+    def backward(
+        ctx: Context[_Rotation], dq: Tensor | None, dk: Tensor | None = None
+    ) -> _Gradients:
+        needs = _Needs(*ctx.needs_input_grad)
+        tables = _Saved(*ctx.saved_tensors)
+        back = replace(ctx.kept, in_place=False, inverse=not ctx.kept.inverse)
+        dq, dk = dq if needs.q else None, dk if needs.k else None
+        if dq is not None and dk is not None:
+            return _Gradients(*back.of_both(dq, dk, *tables))
+        return _Gradients(
+            q=None if dq is None else back.of_one(dq, *tables),
+            k=None if dk is None else back.of_one(dk, *tables),
+        )
 
 
-def _heads(x: Tensor | None) -> Tensor | None:
-    return x if x is None or _is_heads(x) else x.contiguous()
+def _heads(x: Tensor) -> Tensor:
+    return x if _is_heads(x) else x.contiguous()
 
 
-def _empty(x: Tensor | None) -> Tensor | None:
-    return None if x is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+def _empty(x: Tensor) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
 def _check(

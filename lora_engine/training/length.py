@@ -7,31 +7,29 @@ to come follow the longer run's schedule, whose rate may be higher than the last
 """
 
 import logging
-from collections.abc import Mapping
 from pathlib import Path
 
 from lora_engine.errors import UserError
 from lora_engine.training.batches import BatchSource
 from lora_engine.training.config import TrainConfig
 from lora_engine.training.optimizer.schedule import Schedule
-from lora_engine.training.run.folder import Loaded
+from lora_engine.training.run.folder import Length, Loaded
 
 logger = logging.getLogger(__name__)
-
-Length = Mapping[str, int | None]
 
 
 def check_length(checkpoint: Path, before: Length, now: Length) -> None:
     """Raises UserError if the run was made with more steps than it has now."""
-    if _total(before) <= _total(now):
+    if before["total_steps"] <= now["total_steps"]:
         return
-    changes = [f"{name}={before[name]}, now {name}={now[name]}" for name in ("max_steps", "epochs")]
+    settings = (
+        ("max_steps", before["max_steps"], now["max_steps"]),
+        ("epochs", before["epochs"], now["epochs"]),
+    )
     changed = [
-        text
-        for text, name in zip(changes, ("max_steps", "epochs"), strict=True)
-        if before[name] != now[name]
+        f"{name}={was}, now {name}={is_now}" for name, was, is_now in settings if was != is_now
     ]
-    what = "; ".join(changed) or f"{_total(before)} steps, now {_total(now)}"
+    what = "; ".join(changed) or f"{before['total_steps']} steps, now {now['total_steps']}"
     raise UserError(
         f"{checkpoint}: made with {what}: a run can be made longer, not shorter; change it back "
         "to continue, or choose another output_dir"
@@ -42,7 +40,7 @@ def tell_extension(
     loaded: Loaded, config: TrainConfig, schedule: Schedule, source: BatchSource
 ) -> None:
     """Logs whether a run that has become longer has the weights of a longer run in one go."""
-    total, step = _total(loaded.of_run["length"]), loaded.state.step
+    total, step = loaded.of_run["length"]["total_steps"], loaded.state.step
     if total == schedule.total_steps:
         return
     message = f"the run of {total} steps is extended to {schedule.total_steps}"
@@ -65,9 +63,3 @@ def tell_extension(
             f"early_stopping_patience above {loaded.state.evals_since_best} to go on"
         )
     logger.warning("%s", message)
-
-
-def _total(length: Length) -> int:
-    total = length["total_steps"]
-    assert total is not None
-    return total

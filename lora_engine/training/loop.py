@@ -2,8 +2,9 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 from torch import nn
 
@@ -14,12 +15,13 @@ from lora_engine.evaluation.nonfinite import NonFiniteError
 from lora_engine.objectives.base import Objective
 from lora_engine.training import random_state
 from lora_engine.training.batches import BatchSource
+from lora_engine.training.callbacks import Callbacks
 from lora_engine.training.config import TrainConfig
 from lora_engine.training.metrics import MetricsLog, StepMetrics
 from lora_engine.training.optimizer.flat import FlatParameters
 from lora_engine.training.optimizer.optimizer import FlatAdamW
 from lora_engine.training.optimizer.schedule import Schedule
-from lora_engine.training.run.folder import Loaded, RunFolder
+from lora_engine.training.run.folder import Loaded, OfRun, RunFolder
 from lora_engine.training.signals import Interrupted
 from lora_engine.training.state import Stopped, TrainState
 from lora_engine.training.step import TrainStep
@@ -30,7 +32,7 @@ logger = logging.getLogger(__name__)
 class TrainingLoop:
     """One sitting of a run: from the beginning or a checkpoint to the end or an interruption.
 
-    notify: called as notify("on_step", metrics) or notify("on_eval", step, result).
+    callbacks: are told of each step and each evaluation.
     check: called between micro-batches; raises Interrupted to end the run.
     of_run: what its checkpoints say of the run as a whole; see `RunFolder.save`.
     """
@@ -45,9 +47,9 @@ class TrainingLoop:
         config: TrainConfig,
         schedule: Schedule,
         folder: RunFolder,
-        of_run: Mapping[str, Any],
+        of_run: OfRun,
         *,
-        notify: Callable[..., None],
+        callbacks: Callbacks,
         check: Callable[[], None],
     ) -> None:
         self._model = model
@@ -59,7 +61,7 @@ class TrainingLoop:
         self._schedule = schedule
         self._folder = folder
         self._of_run = of_run
-        self._notify = notify
+        self._callbacks = callbacks
         self._check = check
         self._optimizer = FlatAdamW(flat, config)
         self._step = TrainStep(model, objective, self._optimizer)
@@ -133,7 +135,8 @@ class TrainingLoop:
             metrics=result.metrics,
         )
         self._metrics_log.append_step(metrics)
-        self._tell("on_step", metrics)
+        with self._saving_first():
+            self._callbacks.on_step(metrics)
 
     def _evaluate_if_due(self) -> None:
         state, every = self.state, self._config.eval_every
@@ -145,12 +148,14 @@ class TrainingLoop:
         result = evaluate(self._model, batches, self._objective, step=state.step)
         state.record_heldout(result)
         self._metrics_log.append_heldout(state.step, result.loss, result.accuracy, result.metrics)
-        self._tell("on_eval", state.step, result)
+        with self._saving_first():
+            self._callbacks.on_eval(state.step, result)
 
-    def _tell(self, event: str, *args: Any) -> None:
-        """Calls a callback. What it raises ends the run, after the step has been saved."""
+    @contextmanager
+    def _saving_first(self) -> Iterator[None]:
+        """What a callback raises within ends the run, after the step has been saved."""
         try:
-            self._notify(event, *args)
+            yield
         except Exception:
             self._check()  # a terminal that hung up cannot be written to: that is the reason
             self._save()
@@ -174,7 +179,7 @@ class TrainingLoop:
         scheduled = every is not None and step % every == 0
         return scheduled or step == 0 or step == self.state.best_step
 
-    def _save(self) -> Any:
+    def _save(self) -> Path:
         """Checkpoint the current step unless that is on disk already; returns its folder."""
         step, checkpoints = self.state.step, self._folder.checkpoints
         if self._saved_step != step:

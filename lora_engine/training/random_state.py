@@ -1,14 +1,35 @@
 """The random number generators of torch, numpy and Python: seed, capture, restore."""
 
 import random
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 import torch
 
 from lora_engine import backends
 
-_Json = dict[str, Any]
+
+class OfNumpy(TypedDict):
+    """The state of numpy's global generator beside its key."""
+
+    bit_generator: str
+    pos: int
+    has_gauss: int
+    gauss: float
+
+
+class OfPython(TypedDict):
+    """The state of Python's generator beside its words."""
+
+    version: int
+    gauss_next: float | None
+
+
+class Rest(TypedDict):
+    """What of the generators' state is no tensor; JSON."""
+
+    numpy: OfNumpy
+    python: OfPython
 
 
 def seed_all(seed: int) -> None:
@@ -18,7 +39,7 @@ def seed_all(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def capture() -> tuple[dict[str, torch.Tensor], _Json]:
+def capture() -> tuple[dict[str, torch.Tensor], Rest]:
     """The state of all generators: tensors for a safetensors file, and the rest as JSON."""
     tensors = {"torch_cpu": torch.get_rng_state()}
     if torch.cuda.is_initialized():
@@ -29,7 +50,7 @@ def capture() -> tuple[dict[str, torch.Tensor], _Json]:
     tensors["numpy"] = torch.from_numpy(numpy_state["state"]["key"].astype(np.int64))
     version, internal, gauss_next = random.getstate()
     tensors["python"] = torch.tensor(internal, dtype=torch.int64)
-    rest = {
+    rest: Rest = {
         "numpy": {
             "bit_generator": numpy_state["bit_generator"],
             "pos": int(numpy_state["state"]["pos"]),
@@ -41,7 +62,7 @@ def capture() -> tuple[dict[str, torch.Tensor], _Json]:
     return tensors, rest
 
 
-def restore(tensors: dict[str, torch.Tensor], rest: _Json) -> None:
+def restore(tensors: dict[str, torch.Tensor], rest: Rest) -> None:
     """Bring back what `capture` returned. States of GPUs that are not here are left out."""
     torch.set_rng_state(tensors["torch_cpu"])
     for index in range(backends.gpu_count()):

@@ -19,7 +19,7 @@ from lora_engine.objectives.base import Mean, Objective
 from lora_engine.training import random_state
 from lora_engine.training.optimizer.optimizer import FlatAdamW
 
-RandomState = tuple[dict[str, torch.Tensor], dict[str, object]]
+RandomState = tuple[dict[str, torch.Tensor], random_state.Rest]
 
 
 @dataclass(frozen=True)

@@ -3,24 +3,28 @@
 import logging
 from collections.abc import Mapping, Sequence
 from itertools import chain
-from typing import Any
 
 import torch
+from torch import nn
 
 from lora_engine import backends
 from lora_engine.data.account import account, lines
 from lora_engine.data.adapters import check_adapters
 from lora_engine.data.batch import PackedBatch
 from lora_engine.data.dataset import TokenizedDataset, prepare
+from lora_engine.data.records import Source
+from lora_engine.data.template import Tokenizer
 from lora_engine.data.vocabulary import check_vocabulary
 from lora_engine.errors import UserError
 from lora_engine.models.attach.accelerate import is_accelerated
+from lora_engine.models.attach.head import transformers_model
 from lora_engine.models.attach.packed import can_share_prefixes
 from lora_engine.models.peft.routing import active_adapters
 from lora_engine.models.proof.packed_proof import check_packed_training
 from lora_engine.objectives.base import Objective
 from lora_engine.objectives.sft import SFT
 from lora_engine.training.batches import BatchSource, fingerprint
+from lora_engine.training.callbacks import Callbacks
 from lora_engine.training.config import TrainConfig
 from lora_engine.training.length import check_length, tell_extension
 from lora_engine.training.loop import TrainingLoop
@@ -31,7 +35,7 @@ from lora_engine.training.preflight.preflight import PreflightReport, preflight
 from lora_engine.training.preflight.trial import with_values
 from lora_engine.training.run.card import CardFacts
 from lora_engine.training.run.export import export_model
-from lora_engine.training.run.folder import RunFolder
+from lora_engine.training.run.folder import OfRun, RunFolder
 from lora_engine.training.run.identity import run_identity, tell_rounding
 from lora_engine.training.signals import InterruptGuard
 from lora_engine.training.state import Stopped, TrainResult, TrainState
@@ -65,22 +69,22 @@ class Trainer:
 
     def __init__(
         self,
-        model: Any,
-        tokenizer: Any,
-        train_data: Any,
-        eval_data: Any,
+        model: nn.Module,
+        tokenizer: Tokenizer | None,
+        train_data: "Source | TokenizedDataset",
+        eval_data: "Source | TokenizedDataset | None",
         config: TrainConfig,
         *,
         objective: Objective = SFT(),
         callbacks: Sequence[object] = (),
-        origin: Mapping[str, Any] | None = None,
+        origin: Mapping[str, object] | None = None,
     ) -> None:
         _check_kinds(model, tokenizer, config)
         self.model = model
         self.tokenizer = tokenizer
         self.config = config
         self.objective = objective
-        self.callbacks = tuple(callbacks)
+        self.callbacks = Callbacks(callbacks)
         self.train_dataset = _tokenized(train_data, tokenizer, config, "train_data")
         self.eval_dataset = (
             None if eval_data is None else _tokenized(eval_data, tokenizer, config, "eval_data")
@@ -88,14 +92,14 @@ class Trainer:
         for dataset in (self.train_dataset, self.eval_dataset):
             if dataset is not None:
                 check_adapters(dataset, active_adapters(model))
-                check_vocabulary(dataset, model, tokenizer)
+                check_vocabulary(dataset, transformers_model(model), tokenizer)
         check_packed_training(model)
         check_rates(config, active_adapters(model))
         self._train_source, self.total_steps = self._plan_steps()
         self.schedule = Schedule.from_config(config, self.total_steps)
         self.folder = RunFolder(config.output_dir)
         self._origin = origin
-        self._of_run: dict[str, Any] = {}
+        self._of_run = OfRun()
         self._opened: tuple[int | None] | None = None
         self.state = TrainState()
 
@@ -192,7 +196,7 @@ class Trainer:
             with self.folder.writing_adapter():
                 facts = self._card_facts(result)
                 export_model(self.model, self.tokenizer, self.folder.adapter, facts)
-        self._notify("on_end", result)
+        self.callbacks.on_end(result)
         return result
 
     def _train(self, flat: FlatParameters, guard: InterruptGuard, step: int | None) -> Stopped:
@@ -215,7 +219,7 @@ class Trainer:
             self.schedule,
             self.folder,
             self._of_run,
-            notify=self._notify,
+            callbacks=self.callbacks,
             check=guard.check,
         )
         try:
@@ -224,7 +228,7 @@ class Trainer:
                 tell_rounding(loaded.of_run["rounding"], self._of_run["rounding"])
                 tell_extension(loaded, self.config, self.schedule, self._train_source)
             self.state = loop.state
-            self._notify("on_start", self)
+            self.callbacks.on_start(self)
             self.model.train()
             stopped = loop.run()
             loop.load_final_weights()
@@ -290,14 +294,8 @@ class Trainer:
             self.eval_dataset,
         )
 
-    def _notify(self, event: str, *args: Any) -> None:
-        for callback in self.callbacks:
-            method = getattr(callback, event, None)
-            if method is not None:
-                method(*args)
 
-
-def _check_kinds(model: Any, tokenizer: Any, config: Any) -> None:
+def _check_kinds(model: object, tokenizer: object, config: object) -> None:
     """Raises UserError for arguments in another's place."""
     expected = {
         "model": (model, isinstance(model, torch.nn.Module), "a model of transformers or PEFT"),
@@ -312,23 +310,30 @@ def _check_kinds(model: Any, tokenizer: Any, config: Any) -> None:
             )
 
 
-def _tokenized(data: Any, tokenizer: Any, config: TrainConfig, what: str) -> TokenizedDataset:
+def _tokenized(
+    data: "Source | TokenizedDataset", tokenizer: Tokenizer | None, config: TrainConfig, what: str
+) -> TokenizedDataset:
     if isinstance(data, TokenizedDataset):
         if config.max_length is not None:
             raise UserError(f"max_length has no effect on {what}, which is tokenised already")
         dataset = data
-    elif config.max_length is not None:
-        dataset = _prepared(data, tokenizer, what, max_length=config.max_length)
+    elif tokenizer is None:
+        raise UserError(f"{what} is not tokenised yet: give the trainer a tokenizer")
     else:
-        dataset = _prepared(data, tokenizer, what)
+        dataset = _prepared(data, tokenizer, what, config.max_length)
     if not len(dataset):
         raise UserError(f"{what} has no examples to learn from")
     return dataset
 
 
-def _prepared(data: Any, tokenizer: Any, what: str, **options: Any) -> TokenizedDataset:
-    """`prepare`, and a warning of what it dropped, cut or did not read."""
-    dataset = prepare(data, tokenizer, **options)
+def _prepared(
+    data: "Source", tokenizer: Tokenizer, what: str, max_length: int | None
+) -> TokenizedDataset:
+    """`prepare`, and a warning of what it dropped, cut or did not read; None: its max_length."""
+    if max_length is None:
+        dataset = prepare(data, tokenizer)
+    else:
+        dataset = prepare(data, tokenizer, max_length=max_length)
     said = lines([{**account(dataset), "name": what}])
     if said:
         logger.warning("%s", "\n".join(said))

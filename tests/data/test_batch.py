@@ -107,10 +107,12 @@ def test_dtypes():
 
 
 def test_to_moves_every_tensor_and_keeps_the_rest():
-    batch = collate([Example([5, 6, 7], [False, True, True], origin="a")])
+    examples = [Example([5] * 64 + [token], [True] * 65, origin="a") for token in (7, 8)]
+    batch = collate(examples, share_prefixes=True)
+    assert batch.parents is not None
     moved = batch.to("meta")
     assert {t.device.type for t in vars(moved).values() if isinstance(t, torch.Tensor)} == {"meta"}
-    assert (moved.max_seqlen, moved.origins) == (3, ("a",))
+    assert (moved.max_seqlen, moved.origins) == (65, ("a", "a"))
 
 
 @pytest.mark.parametrize("rows", [[], [Example([], [])]], ids=["none", "empty"])

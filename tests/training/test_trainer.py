@@ -75,6 +75,11 @@ def test_learns_and_reports(tmp_path):
     assert recorder.calls[-1][1] is result
 
 
+def test_records_need_a_tokenizer(tmp_path):
+    with pytest.raises(UserError, match="train_data is not tokenised yet: give the trainer a tok"):
+        make_trainer(tmp_path, train=[{"text": "a"}])
+
+
 def test_an_epoch_sees_every_example_once(tmp_path):
     trainer = make_trainer(tmp_path, max_steps=None, epochs=2, gradient_accumulation_steps=3)
     result = trainer.fit()

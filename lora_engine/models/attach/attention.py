@@ -5,9 +5,7 @@ place. With a cache (generation) attention is transformers' (`attention_function
 attention has no kernel (on a GPU) it is transformers' with and without a cache, and rotation ours.
 """
 
-import sys
 from collections.abc import Callable
-from typing import Any
 
 from torch import Tensor
 
@@ -15,15 +13,22 @@ from lora_engine import ops
 from lora_engine.errors import UserError
 from lora_engine.models.attach.attention_function import attend, check_window, unpad
 from lora_engine.models.attach.linear_group import LinearGroup
-from lora_engine.models.attach.sequences import SequenceFinder, Sequences
+from lora_engine.models.attach.sequences import LayerInputs, SequenceFinder, Sequences
+from lora_engine.models.families.modules import Attention, Cache
+from lora_engine.models.families.own_functions import (
+    AttentionFunction,
+    Rotation,
+    attention_function_of,
+    rotation_of,
+)
 
 
 class _ProjectedAttention:
     """A layer of `families.structure.ATTENTION_CLASSES` with q, k and v as one product."""
 
-    def __init__(self, module: Any, qkv: LinearGroup, output: LinearGroup) -> None:
+    def __init__(self, module: Attention, qkv: LinearGroup, output: LinearGroup) -> None:
         self.module, self.qkv, self.output = module, qkv, output
-        self.original = module.forward
+        self.original: Callable[..., tuple[Tensor, Tensor | None]] = module.forward
 
     def intact(self) -> bool:
         """Whether the layer's linears are those that this forward was made of."""
@@ -42,13 +47,12 @@ class _ProjectedAttention:
     def _by_heads(
         self,
         hidden_states: Tensor,  # [B, L, H]
-        rotate: Callable[..., tuple[Tensor, Tensor]],
-        interface: Callable[..., tuple[Tensor, Tensor | None]],
-        *,
+        rotate: Rotation,
+        interface: AttentionFunction,
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None,
-        past_key_values: Any,
-        **kwargs: Any,
+        past_key_values: Cache | None,
+        **others: object,
     ) -> tuple[Tensor, Tensor | None]:
         """As the layer's own forward, with q, k and v as one product.
 
@@ -72,7 +76,7 @@ class _ProjectedAttention:
             scaling=module.scaling,
             dropout=module.attention_dropout if module.training else 0.0,
             sliding_window=self.window or None,
-            **kwargs,
+            **others,
         )
         (y,) = self.output(out.flatten(2))
         return y, weights
@@ -92,7 +96,7 @@ class AttentionForward(_ProjectedAttention):
     """The forward of an attention layer whose attention is ours."""
 
     def __init__(
-        self, module: Any, qkv: LinearGroup, output: LinearGroup, finder: SequenceFinder
+        self, module: Attention, qkv: LinearGroup, output: LinearGroup, finder: SequenceFinder
     ) -> None:
         super().__init__(module, qkv, output)
         self.finder = finder
@@ -102,34 +106,37 @@ class AttentionForward(_ProjectedAttention):
         hidden_states: Tensor,  # [B, L, H]
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
-        **kwargs: Any,
+        past_key_values: Cache | None = None,
+        cu_seq_lens_q: Tensor | None = None,  # [S + 1] int32
+        sequence_parents: Tensor | None = None,  # [S] int32
+        **others: object,
     ) -> tuple[Tensor, Tensor | None]:
         module = self.module
-        arguments = {
-            "position_embeddings": position_embeddings,
-            "attention_mask": attention_mask,
-            "past_key_values": past_key_values,
-            **kwargs,
-        }
+        inputs = LayerInputs(
+            position_embeddings, attention_mask, past_key_values, cu_seq_lens_q, sequence_parents
+        )
         if not self.intact():
-            left: tuple[Tensor, Tensor | None] = self.original(hidden_states, **arguments)
-            return left
-        if not self.whole_sequences(**arguments):
+            return self.original(hidden_states, **inputs.keywords(), **others)
+        if not self.whole_sequences(inputs):
             if self.qkv.router.rows is not None:
                 raise UserError("rows cannot be routed by adapter with a cache: use_cache=False")
-            if kwargs.get("sequence_parents") is not None:
+            if sequence_parents is not None:
                 raise UserError("sequences cannot share prefixes with a cache or dropout")
             if past_key_values is not None and position_embeddings is not None:
-                rotate = _of_module(module, "apply_rotary_pos_emb")
-                return self._by_heads(hidden_states, rotate, attend, **arguments)
+                return self._by_heads(
+                    hidden_states,
+                    rotation_of(module),
+                    attend,
+                    position_embeddings,
+                    attention_mask,
+                    past_key_values,
+                    cu_seq_lens_q=cu_seq_lens_q,
+                    **others,
+                )
             # PyTorch's linear copies the weight for each row of a batch that is not contiguous.
-            result: tuple[Tensor, Tensor | None] = self.original(
-                hidden_states.contiguous(), **arguments
-            )
-            return result
+            return self.original(hidden_states.contiguous(), **inputs.keywords(), **others)
         batch, length = hidden_states.shape[:2]
-        sequences = self.find_sequences(hidden_states, **arguments)
+        sequences = self.find_sequences(hidden_states, inputs)
         q, k, v = self._project(hidden_states)
         if sequences.token_index is not None:
             q, k, v = (x.reshape(batch * length, -1)[sequences.token_index] for x in (q, k, v))
@@ -155,37 +162,28 @@ class AttentionForward(_ProjectedAttention):
     def find_sequences(
         self,
         hidden_states: Tensor,  # [B, L, H]
-        *,
-        position_embeddings: tuple[Tensor, Tensor],
-        attention_mask: Tensor | None = None,
-        **kwargs: Any,
+        inputs: LayerInputs,
     ) -> Sequences:
-        """The packed sequences of a batch."""
+        """The packed sequences of a batch, of a call about whole sequences."""
         batch, length = hidden_states.shape[:2]
-        check_window(self.module, attention_mask, self.window)
+        check_window(self.module, inputs.attention_mask, self.window)
+        assert inputs.position_embeddings is not None
         return self.finder(
             (batch, length),
-            position_embeddings,
-            attention_mask,
-            kwargs.get("cu_seq_lens_q"),
-            kwargs.get("sequence_parents"),
+            inputs.position_embeddings,
+            inputs.attention_mask,
+            inputs.cu_seq_lens_q,
+            inputs.sequence_parents,
         )
 
-    def whole_sequences(
-        self,
-        *,
-        position_embeddings: Any = None,
-        attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
-        **kwargs: Any,
-    ) -> bool:
+    def whole_sequences(self, inputs: LayerInputs) -> bool:
         """Whether a call is about whole sequences: no cache, no dropout, no mask but padding's."""
-        module = self.module
+        module, mask = self.module, inputs.attention_mask
         return (
-            position_embeddings is not None
-            and past_key_values is None
+            inputs.position_embeddings is not None
+            and inputs.past_key_values is None
             and not (module.training and module.attention_dropout > 0)
-            and (attention_mask is None or attention_mask.dim() == 2)
+            and (mask is None or mask.dim() == 2)
         )
 
 
@@ -197,32 +195,26 @@ class RotatedAttention(_ProjectedAttention):
         hidden_states: Tensor,  # [B, L, H]
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
-        **kwargs: Any,
+        past_key_values: Cache | None = None,
+        **others: object,
     ) -> tuple[Tensor, Tensor | None]:
-        arguments = {"attention_mask": attention_mask, "past_key_values": past_key_values, **kwargs}
         if position_embeddings is None or not self.intact():
-            left: tuple[Tensor, Tensor | None] = self.original(
-                hidden_states, position_embeddings, **arguments
+            return self.original(
+                hidden_states,
+                position_embeddings,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                **others,
             )
-            return left
         return self._by_heads(
             hidden_states,
             _rotate,
-            self._interface(),
-            position_embeddings=position_embeddings,
-            **arguments,
+            attention_function_of(self.module),
+            position_embeddings,
+            attention_mask,
+            past_key_values,
+            **others,
         )
-
-    def _interface(self) -> Callable[..., tuple[Tensor, Tensor | None]]:
-        """The attention that the model's configuration names."""
-        from transformers import AttentionInterface
-
-        name = self.module.config._attn_implementation
-        if name == "eager":
-            return _of_module(self.module, "eager_attention_forward")
-        found: Callable[..., tuple[Tensor, Tensor | None]] = AttentionInterface()[name]
-        return found
 
 
 def _rotate(
@@ -238,9 +230,3 @@ def _rotate(
         x.unflatten(0, (batch, length)).transpose(1, 2) for x in ops.rope(*heads, *tables)
     )
     return turned_q, turned_k
-
-
-def _of_module(module: Any, name: str) -> Callable[..., Any]:
-    """The function of this name in the file of the layer's class."""
-    function: Callable[..., Any] = getattr(sys.modules[type(module).__module__], name)
-    return function

@@ -1,10 +1,8 @@
 """Attention as transformers' interfaces want it: an implementation's function, and its masks."""
 
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +12,8 @@ from lora_engine.errors import UserError
 from lora_engine.models.attach.masks import causal_mask, dense_mask, has_holes
 from lora_engine.models.attach.sdpa import added_mask, sdpa
 from lora_engine.models.attach.sequences import SequenceFinder
+from lora_engine.models.families.modules import Config
+from lora_engine.models.families.own_functions import eager_attention_of, mask_maker_of
 
 IMPLEMENTATION = "lora_engine"
 
@@ -96,7 +96,9 @@ def whole_masks(implementation: str) -> Iterator[None]:
 
 
 @contextmanager
-def weights_if_asked(config: Any, own: str | None, given: Mapping[str, Any]) -> Iterator[None]:
+def weights_if_asked(
+    config: Config, own: str | None, given: Mapping[str, object]
+) -> Iterator[None]:
     """A context for a call of a model: `own` is its own attention, `given` the call's arguments.
 
     Where these or the configuration ask for attention weights, the layers run their eager
@@ -134,22 +136,24 @@ def padding_mask(
     q_length: int,
     kv_length: int,
     *,
-    mask_function: Callable[..., Any] | None = None,
+    mask_function: Callable[..., object] | None = None,
     attention_mask: Tensor | None = None,
-    **kwargs: Any,
+    device: torch.device | None = None,
+    **kwargs: object,
 ) -> Tensor | None:
     """The tokens' mask [B, L], or None where every row is one sequence; or sdpa's [B, 1, Q, K].
 
     In [B, L] padding is 0, and each packed sequence of a row has a number of its own. sdpa's mask
     is returned with a filled cache, and where a mask is not causal with a window and packing.
     """
-    from transformers import AttentionMaskInterface
     from transformers.masking_utils import causal_mask_function, sdpa_mask
 
     function = mask_function or causal_mask_function
+    if device is not None:
+        kwargs["device"] = device
     if (whole := _whole.get()) is not None:
         kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-        made: Tensor | None = AttentionMaskInterface()[whole](
+        made = mask_maker_of(whole)(
             batch_size,
             q_length,
             kv_length,
@@ -177,7 +181,7 @@ def padding_mask(
         masks = _masks.get()
         if masks is not None:
             if attention_mask is None:
-                attention_mask = torch.ones(batch_size, q_length, device=kwargs.get("device"))
+                attention_mask = torch.ones(batch_size, q_length, device=device)
             attention_mask = attention_mask.clone()
             masks.append((attention_mask, known.window))
         return attention_mask
@@ -201,7 +205,12 @@ def attend(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    **kwargs: Any,
+    *,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    cu_seq_lens_q: Tensor | None = None,  # [S + 1] int32
+    sequence_parents: Tensor | None = None,  # [S] int32
+    **others: object,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention as transformers' AttentionInterface wants it, [B, Q, Hq, D].
 
@@ -210,9 +219,16 @@ def attend(
     [B, Hq, Q, K] come along where they are asked for (`weights_if_asked`). Raises UserError for
     what neither knows, a soft-cap or sinks.
     """
+    known = {
+        "is_causal": is_causal,
+        "sliding_window": sliding_window,
+        "cu_seq_lens_q": cu_seq_lens_q,
+        "sequence_parents": sequence_parents,
+    }
+    options = {name: given for name, given in known.items() if given is not None} | others
     refused = [
         name
-        for name, given in kwargs.items()
+        for name, given in others.items()
         if given is not None
         and (name in _REFUSED or (_masks.get() is not None and name not in _KNOWN))
     ]
@@ -221,27 +237,25 @@ def attend(
             f"attention of {type(module).__name__} is given {', '.join(refused)}, which "
             "lora_engine's does not know: call lora_engine.restore(model)"
         )
-    causal = kwargs.get("is_causal")
-    causal = bool(getattr(module, "is_causal", True) if causal is None else causal)
+    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     batch, heads, length, head_dim = query.shape
     if _weights.get() or hasattr(attention_mask, _OF_WEIGHTS):
-        plain = sys.modules[type(module).__module__].eager_attention_forward
-        mask = added_mask(attention_mask, query, key.shape[2], causal, kwargs.get("sliding_window"))
-        options = {"scaling": scaling, "dropout": dropout, **kwargs}
-        both: tuple[Tensor, Tensor] = plain(module, query, key, value, mask, **options)
-        return both
+        plain = eager_attention_of(module)
+        mask = added_mask(attention_mask, query, key.shape[2], causal, sliding_window)
+        options |= {"scaling": scaling, "dropout": dropout}
+        return plain(module, query, key, value, mask, **options)
     whole = length == key.shape[2] and (attention_mask is None or attention_mask.dim() == 2)
     if not whole:
-        return sdpa(module, query, key, value, attention_mask, scaling, dropout, **kwargs)
+        return sdpa(module, query, key, value, attention_mask, scaling, dropout, **options)
     no_rotation = query.new_zeros(1, length, 0)
     sequences = SequenceFinder()(
         (batch, length),
         (no_rotation, no_rotation),
         attention_mask,
-        kwargs.get("cu_seq_lens_q"),
-        kwargs.get("sequence_parents"),
+        cu_seq_lens_q,
+        sequence_parents,
     )
-    window = kwargs.get("sliding_window") or 0
+    window = sliding_window or 0
     check_window(module, attention_mask, window)
     if dropout or not causal or value.shape[-1] != head_dim:
         if sequences.parents is not None:
@@ -249,7 +263,7 @@ def attend(
         mask = dense_mask(
             sequences.cu_seqlens, sequences.token_index, batch, length, causal=causal, window=window
         )
-        return sdpa(module, query, key, value, mask.to(query.device), scaling, dropout, **kwargs)
+        return sdpa(module, query, key, value, mask.to(query.device), scaling, dropout, **options)
     q, k, v = (x.transpose(1, 2).reshape(batch * length, -1) for x in (query, key, value))
     if sequences.token_index is not None:
         q, k, v = (x[sequences.token_index] for x in (q, k, v))

@@ -1,7 +1,8 @@
 """The forward of a model's layers on padded batches: rows of padding are not computed."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,9 @@ from lora_engine.errors import UserError
 from lora_engine.models.attach.attention import AttentionForward
 from lora_engine.models.attach.attention_function import computes_padding, weights_if_asked
 from lora_engine.models.attach.capture import is_idle
+from lora_engine.models.attach.forwards import own_forward
 from lora_engine.models.attach.masks import has_holes
+from lora_engine.models.families.modules import Backbone, BackboneOutput
 from lora_engine.models.peft.lora_state import autocast_to_another_half, hooks_everywhere
 from lora_engine.models.peft.router import AdapterRouter
 
@@ -34,44 +37,49 @@ class BackboneForward:
     packed: the label of a row's first token is predicted at the padding before it.
     """
 
-    def __init__(self, backbone: Any, router: AdapterRouter, own_attention: str | None) -> None:
+    def __init__(
+        self, backbone: Backbone, router: AdapterRouter, own_attention: str | None
+    ) -> None:
         self.backbone, self.router, self.own_attention = backbone, router, own_attention
-        self.original = backbone.forward
+        self.original: Callable[..., BackboneOutput] = backbone.forward
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(
+        self,
+        *args: object,
+        read_rows: Tensor | None = None,  # [U] int64
+        output_rows: Tensor | None = None,  # [U] int64
+        **kwargs: object,
+    ) -> BackboneOutput:
         """As the backbone's own. UserError within torch.jit.trace, which records no kernels."""
         if torch.jit.is_tracing():
             raise UserError(
                 "torch.jit.trace cannot record an accelerated model: call "
                 "lora_engine.restore(model) before"
             )
-        read = kwargs.pop("read_rows", kwargs.get("output_rows"))
+        read = output_rows if read_rows is None else read_rows
         padded = None if args or not self._packs(kwargs) else _padded_batch(kwargs, read)
+        if output_rows is not None:
+            kwargs["output_rows"] = (
+                output_rows if padded is None else padded.place.index_select(0, output_rows)
+            )
         if padded is None:
             with weights_if_asked(self.backbone.config, self.own_attention, kwargs):
                 return self.original(*args, **kwargs)
-        rows = kwargs.pop("output_rows", None)
-        if rows is not None:
-            kwargs["output_rows"] = padded.place.index_select(0, rows)
         output = self.original(**kwargs | padded.packed)
-        if rows is None:
+        if output_rows is None:
             output.last_hidden_state = padded.unpack(output.last_hidden_state[0])
         return output
 
-    def _packs(self, kwargs: dict[str, Any]) -> bool:
+    def _packs(self, kwargs: Mapping[str, object]) -> bool:
         """Whether the layers, in their present state, compute the same for packed sequences."""
         config = self.backbone.config
-        unknown = {
-            name
-            for name, value in kwargs.items()
-            if name not in _PER_TOKEN | _HARMLESS and value is not None and value is not False
-        }
         mask = kwargs.get("attention_mask")
         use_cache = kwargs.get("use_cache")
+        weight = next(self.backbone.parameters())
         return (
             isinstance(mask, Tensor)
             and mask.dim() == 2
-            and not unknown
+            and not _more_than_tokens(kwargs)
             and not computes_padding()
             and not (getattr(config, "use_cache", False) if use_cache is None else use_cache)
             and not (config.output_hidden_states or config.output_attentions)
@@ -79,17 +87,18 @@ class BackboneForward:
             and self.router.rows is None
             and not bool(mask.all())
             and not hooks_everywhere()
-            and not autocast_to_another_half(next(self.backbone.parameters()))
+            and not autocast_to_another_half(weight.device, weight.dtype)
             and all(map(self._serves, self.backbone.layers))
             and not any(
                 _is_watched(part) for part in self.backbone.modules() if part is not self.backbone
             )
         )
 
-    def _serves(self, layer: Any) -> bool:
+    def _serves(self, layer: nn.Module) -> bool:
         attention = attention_of(layer)
-        return isinstance(vars(attention).get("forward"), AttentionForward) and not (
-            attention.training and attention.attention_dropout > 0
+        forward = own_forward(attention)
+        return isinstance(forward, AttentionForward) and not (
+            attention.training and forward.module.attention_dropout > 0
         )
 
 
@@ -97,7 +106,7 @@ class BackboneForward:
 class PaddedBatch:
     """A padded batch, and how it is packed."""
 
-    packed: dict[str, Any]  # arguments of the packed batch
+    packed: dict[str, object]  # arguments of the packed batch
     index: Tensor  # [T] the places of the packed tokens in the batch's rows
     place: Tensor  # [B * L] the places of the batch's tokens among the packed
     shape: tuple[int, int]  # B, L
@@ -108,28 +117,54 @@ class PaddedBatch:
         return rows.index_copy(0, self.index, hidden).view(*self.shape, -1)
 
 
-def attention_of(layer: Any) -> Any:
+def attention_of(layer: nn.Module) -> nn.Module:
     """A decoder layer's attention; the layer where it has none, as some layers of hybrids."""
-    attention = getattr(layer, "self_attn", None)
+    attention: nn.Module | None = getattr(layer, "self_attn", None)
     return layer if attention is None else attention
 
 
-def takes_read_rows(backbone: Any) -> bool:
+def takes_read_rows(backbone: nn.Module) -> bool:
     """Whether the backbone's forward is one that may be told which rows are read."""
-    return isinstance(vars(backbone).get("forward"), BackboneForward)
+    return isinstance(own_forward(backbone), BackboneForward)
+
+
+class _Tokens(NamedTuple):
+    """What of a call's arguments has a value for each token."""
+
+    input_ids: Tensor | None  # [B, L] int64
+    inputs_embeds: Tensor | None  # [B, L, H]
+    position_ids: Tensor | None  # [B or 1, L] int64
+
+
+def _tensor(value: object) -> Tensor | None:
+    return value if isinstance(value, Tensor) else None
+
+
+def _more_than_tokens(kwargs: Mapping[str, object]) -> bool:
+    """Whether a call has arguments with which tokens may not be seen by themselves."""
+    return any(
+        name not in _PER_TOKEN | _HARMLESS and value is not None and value is not False
+        for name, value in kwargs.items()
+    )
 
 
 def _padded_batch(
-    kwargs: dict[str, Any],
+    kwargs: Mapping[str, object],
     read: Tensor | None,  # [U] int64
 ) -> PaddedBatch | None:
     """None where a row of padding may be read, or padding lies between a row's tokens."""
-    mask = kwargs["attention_mask"].bool()
-    batch, length = mask.shape
-    tokens = [kwargs[name] for name in ("input_ids", "inputs_embeds") if name in kwargs]
-    if any(given is not None and given.shape[:2] != mask.shape for given in tokens):
+    given = _Tokens(
+        _tensor(kwargs.get("input_ids")),
+        _tensor(kwargs.get("inputs_embeds")),
+        _tensor(kwargs.get("position_ids")),
+    )
+    attention_mask = _tensor(kwargs.get("attention_mask"))
+    if attention_mask is None:
         return None
-    if has_holes(mask):
+    mask = attention_mask.bool()
+    batch, length = mask.shape
+    tokens = [x for x in (given.input_ids, given.inputs_embeds) if x is not None]
+    if any(x.shape[:2] != mask.shape for x in tokens) or has_holes(mask):
         return None
     index = mask.flatten().nonzero()[:, 0]
     if read is None:
@@ -143,10 +178,10 @@ def _padded_batch(
     lengths = mask.sum(1)
     lengths = lengths[lengths > 0]
     bounds = nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
-    positions = kwargs.get("position_ids")
+    positions = given.position_ids
     if positions is None:
         positions = torch.arange(length, device=index.device)[None]
-    packed: dict[str, Any] = {
+    packed: dict[str, object] = {
         "attention_mask": None,
         "position_ids": positions.expand(batch, length).reshape(-1)[index][None],
         "cu_seq_lens_q": bounds,
@@ -154,15 +189,16 @@ def _padded_batch(
         "max_length_q": int(lengths.max()),
         "max_length_k": int(lengths.max()),
     }
-    for name in ("input_ids", "inputs_embeds"):
-        if kwargs.get(name) is not None:
-            packed[name] = kwargs[name].flatten(0, 1).index_select(0, index)[None]
+    if given.input_ids is not None:
+        packed["input_ids"] = given.input_ids.flatten(0, 1).index_select(0, index)[None]
+    if given.inputs_embeds is not None:
+        packed["inputs_embeds"] = given.inputs_embeds.flatten(0, 1).index_select(0, index)[None]
     return PaddedBatch(packed, index, place, (batch, length))
 
 
 def _is_watched(module: nn.Module) -> bool:
     """Whether a foreign hook would see the module's packed rows, or its forward was replaced."""
-    forward = vars(module).get("forward")
+    forward = own_forward(module)
     if forward is not None and not type(forward).__module__.startswith("lora_engine."):
         return True
     hooks = [

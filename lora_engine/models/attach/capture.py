@@ -5,12 +5,12 @@ do nothing.
 """
 
 import sys
-from typing import Any
+from collections.abc import Callable
 
 _MODULE = "transformers.utils.output_capturing"
 
 
-def is_idle(hook: Any) -> bool:
+def is_idle(hook: Callable[..., object]) -> bool:
     """Whether a forward hook is transformers' and has nothing to record in the call at hand."""
     if getattr(hook, "__module__", None) != _MODULE:
         return False

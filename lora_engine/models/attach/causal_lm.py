@@ -1,7 +1,7 @@
 """The forward of a causal language model in training: a loss, and no logits."""
 
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from lora_engine.models.attach.attachment import attachment
 from lora_engine.models.attach.backbone import takes_read_rows
 from lora_engine.models.attach.head import Head, output_head, why_no_head
 from lora_engine.models.attach.supervised_padding import computes_supervised_padding
+from lora_engine.models.families.modules import BackboneOutput, CausalLm
 from lora_engine.models.peft.lora_state import hooks_everywhere
 
 # Arguments of transformers' losses that this loss does not take.
@@ -17,7 +18,7 @@ _OF_OTHER_LOSSES = ("shift_labels", "ignore_index", "weight")
 _OPTIONS = ("logits_to_keep", "output_router_logits")
 
 
-def why_no_loss(model: Any) -> str | None:
+def why_no_loss(model: CausalLm) -> str | None:
     """Why the loss of a causal language model is not that of its head alone, or None."""
     from transformers.loss.loss_utils import ForCausalLMLoss
 
@@ -32,19 +33,19 @@ def why_no_loss(model: Any) -> str | None:
 class CausalLmForward:
     """The forward of a causal language model that, given labels in training, makes no logits."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: CausalLm) -> None:
         self.model = model
-        self.original = model.forward
+        self.original: Callable[..., object] = model.forward
 
     @computes_supervised_padding
     def __call__(
         self,
-        *args: Any,
+        *args: object,
         labels: Tensor | None = None,  # [B, L] int64
         num_items_in_batch: Tensor | int | None = None,
         return_dict: bool | None = None,
-        **kwargs: Any,
-    ) -> Any:
+        **kwargs: object,
+    ) -> object:
         """As the model's own; with `labels` in training `logits` are made when they are read.
 
         A head in a state that the loss does not cover (several adapters at once, say), a loss of
@@ -62,7 +63,9 @@ class CausalLmForward:
             kwargs.setdefault("use_cache", False)
         targets, rows = shifted_targets(labels)
         backbone = self.model.base_model
-        output = backbone(**kwargs | ({"read_rows": rows} if takes_read_rows(backbone) else {}))
+        output: BackboneOutput = backbone(
+            **kwargs | ({"read_rows": rows} if takes_read_rows(backbone) else {})
+        )
         hidden, head = output.last_hidden_state, output_head(self.model)
         supervised = hidden.flatten(0, 1).index_select(0, rows)
         loss = mean_loss(supervised, head, targets, num_items_in_batch)
@@ -77,7 +80,7 @@ class CausalLmForward:
             attentions=output.attentions,
         )
 
-    def _asks_more(self, kwargs: dict[str, Any]) -> bool:
+    def _asks_more(self, kwargs: Mapping[str, object]) -> bool:
         """Whether a call with these arguments is for the model's own loss."""
         return (
             not self.model.training
@@ -89,16 +92,16 @@ class CausalLmForward:
         )
 
 
-def _means_the_same_without_cache(labels: Tensor, kwargs: dict[str, Any]) -> bool:
+def _means_the_same_without_cache(labels: Tensor, kwargs: Mapping[str, object]) -> bool:
     """Whether transformers' mask is the same when no cache is made.
 
     By their positions it tells packed sequences apart only without a cache and without a mask; of
     a mask longer than the tokens it takes their part only with a cache.
     """
     mask = kwargs.get("attention_mask")
-    if mask is None:
-        return kwargs.get("position_ids") is None
-    return bool(mask.shape[-1] == labels.shape[-1])
+    if not isinstance(mask, Tensor):
+        return mask is None and kwargs.get("position_ids") is None
+    return mask.shape[-1] == labels.shape[-1]
 
 
 def shifted_targets(labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,14 +1,17 @@
 """Decoder layers whose halves are single functions: norm, linears, core and residual together."""
 
+from collections.abc import Mapping
 from contextvars import copy_context
-from functools import partial
-from typing import Any
+from typing import TypeGuard
 
 from torch import Tensor, nn
 
 from lora_engine.models.attach.attention import AttentionForward
+from lora_engine.models.attach.forwards import own_forward
 from lora_engine.models.attach.mlp import MlpForward
 from lora_engine.models.attach.norm import RmsNormForward
+from lora_engine.models.attach.sequences import LayerInputs
+from lora_engine.models.families.modules import Cache, DecoderLayer
 from lora_engine.models.peft.lora_state import has_hooks
 from lora_engine.models.peft.router import AdapterRouter
 from lora_engine.ops.layer.attention_block import attention_block
@@ -26,63 +29,79 @@ class DecoderLayerForward:
     again in the backward pass.
     """
 
-    def __init__(self, module: Any, router: AdapterRouter, *, last: bool) -> None:
+    def __init__(self, module: DecoderLayer, router: AdapterRouter, *, last: bool) -> None:
         self.module, self.router, self.last = module, router, last
 
-    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """As the layer's own forward."""
-        module = self.module
-        # transformers 5 checkpoints in the class's forward, which an instance's own replaces; its
-        # first releases in __call__.
-        if (
-            module.gradient_checkpointing
-            and module.training
-            and type(module).__call__ is nn.Module.__call__
-        ):
-            kwargs |= {"past_key_values": None, "use_cache": False}  # a cache would be filled twice
-            # What the call asks for stands in context variables, which are gone when it runs again.
-            run = partial(copy_context().run, self._run, **kwargs)
-            result: Tensor = module._gradient_checkpointing_func(run, hidden_states, *args)
-            return result
-        return self._run(hidden_states, *args, **kwargs)
-
-    def _run(
+    def __call__(
         self,
         hidden_states: Tensor,  # [B, L, H]
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Any = None,
+        past_key_values: Cache | None = None,
         use_cache: bool | None = False,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
-        **kwargs: Any,
+        *,
+        cu_seq_lens_q: Tensor | None = None,  # [S + 1] int32
+        sequence_parents: Tensor | None = None,  # [S] int32
+        output_rows: Tensor | None = None,  # [U] int64
+        **others: object,
+    ) -> Tensor:
+        """As the layer's own forward; what is not ours to know goes to the attention module."""
+        module = self.module
+        inputs = LayerInputs(
+            position_embeddings, attention_mask, past_key_values, cu_seq_lens_q, sequence_parents
+        )
+        # transformers 5 checkpoints in the class's forward, which an instance's own replaces; its
+        # first releases in __call__.
+        if not (
+            module.gradient_checkpointing
+            and module.training
+            and type(module).__call__ is nn.Module.__call__
+        ):
+            return self._run(hidden_states, inputs, output_rows, position_ids, use_cache, others)
+        once = inputs._replace(past_key_values=None)  # a cache would be filled twice
+        # What the call asks for stands in context variables, which are gone when it runs again.
+        context = copy_context()
+
+        def run(x: Tensor) -> Tensor:
+            return context.run(self._run, x, once, output_rows, position_ids, False, others)
+
+        return module._gradient_checkpointing_func(run, hidden_states)
+
+    def _run(
+        self,
+        hidden_states: Tensor,  # [B, L, H]
+        inputs: LayerInputs,
+        output_rows: Tensor | None,  # [U] int64
+        position_ids: Tensor | None,
+        use_cache: bool | None,
+        others: Mapping[str, object],
     ) -> Tensor:
         module = self.module
-        given = {
-            "attention_mask": attention_mask,
-            "position_ids": position_ids,
-            "past_key_values": past_key_values,
-            "position_embeddings": position_embeddings,
-            **kwargs,
-        }
-        x = self._attention(hidden_states, given)
+        x = self._attention(hidden_states, inputs)
         if x is None:
-            normed = module.input_layernorm(hidden_states)
-            attended, _ = module.self_attn(hidden_states=normed, use_cache=use_cache, **given)
+            attended, _ = module.self_attn(
+                hidden_states=module.input_layernorm(hidden_states),
+                use_cache=use_cache,
+                position_ids=position_ids,
+                **inputs.keywords(),
+                **others,
+            )
             x = hidden_states + attended
-        rows = kwargs.get("output_rows") if self.last else None
+        rows = output_rows if self.last else None
         if rows is not None:
             x = x.flatten(0, 1).index_select(0, rows)[None]
         with self.router.selecting(rows):
             y = self._mlp(x)
             return x + module.mlp(module.post_attention_layernorm(x)) if y is None else y
 
-    def _attention(self, x: Tensor, given: dict[str, Any]) -> Tensor | None:
+    def _attention(self, x: Tensor, inputs: LayerInputs) -> Tensor | None:
         """The attention half as one function; None where it has to be run by its modules."""
         module = self.module
         forward, norm = _ours(module.self_attn), _ours(module.input_layernorm)
         if not isinstance(forward, AttentionForward) or not _fits(norm, x):
             return None
-        if not (forward.intact() and forward.whole_sequences(**given)):
+        if not (forward.intact() and forward.whole_sequences(inputs)):
             return None
         qkv, output = forward.qkv.lora, forward.output.lora
         if qkv is None or output is None:
@@ -97,8 +116,8 @@ class DecoderLayerForward:
             head_norms = q_norm.prenorm(), k_norm.prenorm()
         if not (forward.qkv.ready(x) and forward.output.ready(x)):
             return None
-        found = forward.find_sequences(x, **given)
-        if found.token_index is not None:
+        sequences = forward.find_sequences(x, inputs)
+        if sequences.token_index is not None:
             return None
         mlp = _ours(module.mlp)
         branch = Branch(
@@ -113,13 +132,13 @@ class DecoderLayerForward:
             x,
             norm.prenorm(),
             branch,
-            found.cu_seqlens,
-            found.cos,
-            found.sin,
+            sequences.cu_seqlens,
+            sequences.cos,
+            sequences.sin,
             head_dim=module.self_attn.head_dim,
             softmax_scale=module.self_attn.scaling,
             window=forward.window,
-            parents=found.parents,
+            parents=sequences.parents,
             head_norms=head_norms,
         )
 
@@ -149,11 +168,11 @@ class DecoderLayerForward:
         return mlp_block(x, norm.prenorm(), branch, activation=forward.activation)
 
 
-def _fits(norm: Any, x: Tensor) -> bool:
+def _fits(norm: object, x: Tensor) -> TypeGuard[RmsNormForward]:
     """Whether `norm` is a forward of ours that takes x."""
     return isinstance(norm, RmsNormForward) and norm.takes(x)
 
 
-def _ours(module: nn.Module) -> Any:
+def _ours(module: nn.Module) -> object:
     """The forward we gave `module`; None if it has its own, or if someone watches its calls."""
-    return None if has_hooks(module) else vars(module).get("forward")
+    return None if has_hooks(module) else own_forward(module)

@@ -1,11 +1,13 @@
 """Embeddings with LoRA."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import TypeGuard
 
 from torch import Tensor, nn
 
 from lora_engine import ops
 from lora_engine.models.attach.linear_group import are_altered
+from lora_engine.models.families.modules import LoraEmbedding
 from lora_engine.models.peft.lora_state import UNROUTED, hooks_everywhere
 from lora_engine.models.peft.router import AdapterRouter
 
@@ -13,14 +15,14 @@ from lora_engine.models.peft.router import AdapterRouter
 class EmbeddingForward:
     """The forward of PEFT's LoRA layer around an embedding."""
 
-    def __init__(self, module: Any, router: AdapterRouter) -> None:
-        self.module, self.router, self.original = module, router, module.forward
+    def __init__(self, module: LoraEmbedding, router: AdapterRouter) -> None:
+        self.module, self.router = module, router
+        self.original: Callable[..., Tensor] = module.forward
 
-    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def __call__(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         module = self.module
         if args or kwargs or why_not(module) is not None:
-            result: Tensor = self.original(x, *args, **kwargs)
-            return result
+            return self.original(x, *args, **kwargs)
         names = self.router.names
         adapters = [
             ops.LoraFactors(
@@ -40,14 +42,14 @@ class EmbeddingForward:
         )
 
 
-def is_lora_embedding(module: nn.Module) -> bool:
+def is_lora_embedding(module: nn.Module) -> TypeGuard[LoraEmbedding]:
     """Whether `module` is PEFT's LoRA layer around an embedding."""
     import peft
 
     return isinstance(module, peft.tuners.lora.layer.Embedding)
 
 
-def why_not(module: Any) -> str | None:
+def why_not(module: LoraEmbedding) -> str | None:
     """Why the embedding runs as PEFT's own; None if it does not."""
     base = module.get_base_layer()
     if type(base) is not nn.Embedding or base.max_norm or base.scale_grad_by_freq or base.sparse:

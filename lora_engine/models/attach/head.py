@@ -1,7 +1,7 @@
 """The output head of a transformers model, with or without PEFT, as the loss sees it."""
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from lora_engine import ops
 from lora_engine.errors import UserError
 from lora_engine.models.attach.linear_group import are_altered
-from lora_engine.models.families.structure import LOGIT_FACTORS
+from lora_engine.models.families.modules import CausalLm, LoraLinear, PeftCausalLm, PeftTuner
+from lora_engine.models.families.structure import logit_factor
 from lora_engine.models.peft import lora_state
-from lora_engine.models.peft.lora_state import is_lora
+from lora_engine.models.peft.lora_state import base_layer, is_lora, is_saved_whole
 
 
 @dataclass(frozen=True)
@@ -27,9 +28,13 @@ class Head:
         self,
         hidden: Tensor,  # [U, H]
         target: Tensor,  # [U] int64
-        **options: Any,
+        *,
+        reduction: str = "mean",
+        temperature: float = 1.0,
+        entropy: bool = False,
+        mean_logit: bool = False,
     ) -> ops.LinearCrossEntropy:
-        """`ops.linear_cross_entropy` of this head's logits; `options` are its own."""
+        """`ops.linear_cross_entropy` of this head's logits."""
         return ops.linear_cross_entropy(
             hidden.to(self.weight.dtype),
             self.weight,
@@ -37,7 +42,10 @@ class Head:
             bias=self.bias,
             lora=self.lora,
             softcap=self.softcap,
-            **options,
+            reduction=reduction,
+            temperature=temperature,
+            entropy=entropy,
+            mean_logit=mean_logit,
         )
 
     @property
@@ -61,15 +69,15 @@ class Head:
         return logits
 
 
-def transformers_model(model: Any) -> Any:
+def transformers_model(model: nn.Module) -> CausalLm:
     """The transformers model inside one of PEFT's, or `model` itself."""
     if hasattr(model, "get_base_model"):
-        return model.get_base_model()
+        return cast(PeftCausalLm, model).get_base_model()
     tuner = peft_tuner(model)
-    return model if tuner is None else tuner.model
+    return cast(CausalLm, model) if tuner is None else tuner.model
 
 
-def peft_tuner(model: Any) -> Any:
+def peft_tuner(model: nn.Module) -> PeftTuner | None:
     """PEFT's tuner, which puts adapters into layers: `model` or directly inside; or None."""
     from peft.tuners.tuners_utils import BaseTuner
 
@@ -77,7 +85,7 @@ def peft_tuner(model: Any) -> Any:
     return next((each for each in around if isinstance(each, BaseTuner)), None)
 
 
-def output_head(model: Any) -> Head:
+def output_head(model: nn.Module) -> Head:
     """The output head as it is now: PEFT's adapters may be switched, merged or disabled later.
 
     A linear layer, with a bias or not, frozen, trained (also as one of PEFT's `modules_to_save`),
@@ -89,26 +97,25 @@ def output_head(model: Any) -> Head:
         raise UserError(f"{type(transformers_model(model)).__name__}: {problem}")
     inner = transformers_model(model)
     head = _trained_copy(inner.get_output_embeddings())
-    lora = None
-    if is_lora(head):
-        lora = next(iter(lora_state.active_factors(head, ())), None)
-        head = head.get_base_layer()
-    bias = head.bias
+    assert head is not None
+    lora = next(iter(lora_state.active_factors(head, ())), None)
+    linear = base_layer(head)
+    bias: Tensor | None = linear.bias
     if lora is not None and lora.bias is not None:
-        own = (lora.scaling * lora.bias).to(head.weight.dtype)
+        own = (lora.scaling * lora.bias).to(linear.weight.dtype)
         bias = own if bias is None else bias + own
         lora = replace(lora, bias=None)
     softcap = getattr(inner.config.get_text_config(), "final_logit_softcapping", None)
-    return Head(head.weight, bias, lora, softcap)
+    return Head(linear.weight, bias, lora, softcap)
 
 
-def why_no_head(model: Any) -> str | None:
+def why_no_head(model: nn.Module) -> str | None:
     """Why `output_head` would refuse the model, or None."""
     inner = transformers_model(model)
-    head = inner.get_output_embeddings()
-    if head is None:
+    around = inner.get_output_embeddings()
+    head = _trained_copy(around)
+    if around is None or head is None:
         return "the model has no output head"
-    head = _trained_copy(head)
     if is_lora(head):
         problem = _why_not_lora(head)
         if problem is not None:
@@ -116,16 +123,13 @@ def why_no_head(model: Any) -> str | None:
         head = head.get_base_layer()
     if type(head) is not nn.Linear:
         return f"the output head is {type(head).__name__}; leave it out of target_modules"
-    if are_altered(inner.get_output_embeddings().modules()):
+    if are_altered(around.modules()):
         return "the output head, or a part of it, has hooks or was given another forward"
-    config = inner.config.get_text_config()
-    for name in LOGIT_FACTORS:  # the loss here does not apply them
-        if getattr(config, name, None) not in (None, 1, 1.0):
-            return f"the model changes its logits (config.{name})"
-    return None
+    factor = logit_factor(inner.config.get_text_config())  # which the loss here does not apply
+    return None if factor is None else f"the model changes its logits (config.{factor})"
 
 
-def _why_not_lora(head: Any) -> str | None:
+def _why_not_lora(head: LoraLinear) -> str | None:
     factors = lora_state.active_factors(head, ())
     if len(factors) > 1:
         return "several adapters are active at once"
@@ -136,11 +140,9 @@ def _why_not_lora(head: Any) -> str | None:
     return lora_state.why_not_active(head)
 
 
-def _trained_copy(head: Any) -> Any:
+def _trained_copy(head: nn.Module | None) -> nn.Module | None:
     """What runs for a head under PEFT's `modules_to_save`: the active copy, or the original."""
-    from peft.utils.other import ModulesToSaveWrapper
-
-    if not isinstance(head, ModulesToSaveWrapper):
+    if head is None or not is_saved_whole(head):
         return head
     if head.disable_adapters or not head.active_adapters:
         return head.original_module

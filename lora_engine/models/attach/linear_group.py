@@ -3,14 +3,14 @@
 import warnings
 from collections.abc import Iterable, Sequence
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lora_engine import ops
 from lora_engine.errors import EngineWarning, UserError
-from lora_engine.models.attach.patches import Patches, only_argument
+from lora_engine.models.attach.forwards import only_argument, own_forward
+from lora_engine.models.attach.patches import Patches
 from lora_engine.models.peft import lora_state
 from lora_engine.models.peft.lora_state import base_layer, is_lora
 from lora_engine.models.peft.router import AdapterRouter
@@ -43,14 +43,14 @@ class LinearGroup:
         capacity = lora_state.rank_capacity(modules)
         base = ops.base_of([layer.weight for layer in layers], capacity)
         self.lora = ops.LoraGroup(base, [None] * len(layers), capacity=capacity)
-        self._placed = []
+        self._placed: list[tuple[nn.Linear, Tensor, Tensor]] = []
         for i, layer in enumerate(layers):
             view = base.weight(i)
             if view is not None:
                 patches.set_storage(layer.weight, view)
             held = layer.weight.detach() if view is None else view
             self._placed.append((layer, layer.weight, held))
-        self._state: tuple[Any, ...] | None = None
+        self._state: tuple[object, ...] | None = None
         self._problem: str | None = None
         self._watched: list[nn.Module] = []
 
@@ -80,11 +80,12 @@ class LinearGroup:
             parts = (part for module in self.modules for part in module.modules())
             self._watched = [p for p in parts if not (self.inside and p in self.modules)]
             self._state = state
-        if self._problem is not None or x.dtype != self.lora.base.dtype:
+        base = self.lora.base
+        if self._problem is not None or x.dtype != base.dtype:
             return False
         if lora_state.hooks_everywhere() or are_altered(self._watched):
             return False
-        if lora_state.autocast_to_another_half(self.lora.base):
+        if lora_state.autocast_to_another_half(base.device, base.dtype):
             return False
         self.lora.biases = tuple(layer.bias for layer, _, _ in self._placed)
         return True
@@ -118,12 +119,9 @@ class LinearGroup:
         if self.router.rows is not None:
             problem = self.reason or self._problem or "its weights were changed, or it has hooks"
             raise UserError(f"rows cannot be routed by adapter through a layer on PEFT: {problem}")
-        return tuple(self._own(i, x) for i in range(len(self.modules)))
-
-    def _own(self, i: int, x: Tensor) -> Tensor:
-        # Hooks run in a module's call.
-        result: Tensor = self.forwards[i](x) if self.inside else self.modules[i](x)
-        return result
+        if self.inside:
+            return tuple(forward(x) for forward in self.forwards)
+        return tuple(module(x) for module in self.modules)  # hooks run in a module's call
 
     def _take_adapters(self, lora: ops.LoraGroup) -> str | None:
         """Gives the active adapters to the group; the reason if that is not possible."""
@@ -154,7 +152,7 @@ class SingleLinear:
         self.group = group
         group.inside = True
 
-    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def __call__(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         if args or kwargs:  # PEFT's options for this call, such as adapter_names
             result: Tensor = self.group.forwards[0](x, *args, **kwargs)
             return result
@@ -188,7 +186,7 @@ def are_altered(modules: Iterable[nn.Module]) -> bool:
 
 def _is_ours(module: nn.Module) -> bool:
     """Whether all that is altered about `module` is that its forward is one of this module's."""
-    forward = vars(module).get("forward")
+    forward = own_forward(module)
     return isinstance(forward, SingleLinear | ContiguousInput) and not lora_state.has_hooks(module)
 
 

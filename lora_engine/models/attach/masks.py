@@ -5,7 +5,8 @@ knows causal masks, windows, padding and packed sequences; any other mask is mad
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ class CausalMask(NamedTuple):
     sequences: Tensor | None = None  # [B, L] int64: the number of each token's packed sequence
 
 
-def causal_mask(mask_function: Callable[..., Any]) -> CausalMask | None:
+def causal_mask(mask_function: Callable[..., object]) -> CausalMask | None:
     """What a mask function of transformers says; None if it is more than a CausalMask."""
     from transformers import masking_utils
 
@@ -49,7 +50,9 @@ def has_holes(
     return bool(((mask[:, 1:] != mask[:, :-1]).sum(1) > edges).any())
 
 
-def _leaves(mask_function: Any, makers: Any) -> Iterator[tuple[str, Any]]:
+def _leaves(
+    mask_function: Callable[..., object], makers: ModuleType
+) -> Iterator[tuple[str, object]]:
     """The parts that a mask function is composed of: their maker's name and what it was given.
 
     ("", None) for a part that transformers.masking_utils (`makers`) did not make.
@@ -58,10 +61,10 @@ def _leaves(mask_function: Any, makers: Any) -> Iterator[tuple[str, Any]]:
         yield "causal", None
         return
     maker = getattr(mask_function, "__qualname__", "").partition(".")[0]
-    if mask_function.__module__ != makers.__name__ or not hasattr(makers, maker):
+    if mask_function.__module__ != makers.__name__ or not maker:
         yield "", None
         return
-    held = [cell.cell_contents for cell in mask_function.__closure__ or ()]
+    held = [cell.cell_contents for cell in getattr(mask_function, "__closure__", None) or ()]
     if maker not in _COMBINING:
         yield maker, held[0] if len(held) == 1 else None
         return

@@ -1,14 +1,15 @@
 """Gated MLPs: gate and up as one product, the activation writing where the next product reads."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from lora_engine import ops
+from lora_engine.models.attach.forwards import only_argument
 from lora_engine.models.attach.linear_group import LinearGroup, are_altered
-from lora_engine.models.attach.patches import only_argument
-from lora_engine.models.families.structure import GATED_MLP_PARTS
+from lora_engine.models.families.modules import GatedMlp
 from lora_engine.models.peft.lora_state import hooks_everywhere
 from lora_engine.values import ACTIVATIONS
 
@@ -17,17 +18,17 @@ class MlpForward:
     """The forward of a module with gate_proj, up_proj, down_proj, by `ops.glu`."""
 
     def __init__(
-        self, module: Any, gate_up: LinearGroup, down: LinearGroup, activation: str
+        self, module: GatedMlp, gate_up: LinearGroup, down: LinearGroup, activation: str
     ) -> None:
         self.module, self.gate_up, self.down, self.activation = module, gate_up, down, activation
-        self.original, self.act_fn = module.forward, module.act_fn
+        self.original: Callable[[Tensor], Tensor] = module.forward
+        self.act_fn = module.act_fn
 
     def __call__(self, x: Tensor | None = None, **named: Tensor) -> Tensor:
         if x is None:
             x = only_argument(self.original, named)
         if not self.intact():
-            result: Tensor = self.original(x)
-            return result
+            return self.original(x)
         gate, up = self.gate_up(x)
         hidden = ops.glu(
             gate,
@@ -53,12 +54,17 @@ class MlpForward:
         )
 
 
-def is_gated_mlp(module: Any) -> bool:
+def is_gated_mlp(module: nn.Module) -> TypeGuard[GatedMlp]:
     """Whether `module` has the parts of a gated MLP."""
-    return all(hasattr(module, name) for name in GATED_MLP_PARTS)
+    return (
+        hasattr(module, "gate_proj")
+        and hasattr(module, "up_proj")
+        and hasattr(module, "down_proj")
+        and hasattr(module, "act_fn")
+    )
 
 
-def activation_name(activation: Any) -> str | None:
+def activation_name(activation: Callable[[Tensor], object]) -> str | None:
     """Which of `ops.glu`'s activations `activation` computes, by trying it; None if none."""
     x = torch.linspace(-6.0, 6.0, 33)
     try:

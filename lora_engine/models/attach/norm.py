@@ -1,14 +1,16 @@
 """RMSNorm and LayerNorm modules, recognised by what they compute."""
 
 import inspect
-from typing import Any
+from collections.abc import Callable
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from lora_engine import ops
-from lora_engine.models.attach.patches import only_argument
-from lora_engine.models.families.structure import RMS_NORM, RMS_NORM_EPS
+from lora_engine.models.attach.forwards import only_argument
+from lora_engine.models.families.modules import RmsNorm
+from lora_engine.models.families.structure import RMS_NORM
 from lora_engine.values import PreNorm
 
 
@@ -20,9 +22,9 @@ class RmsNormForward:
 
     operation = "rms_norm"
 
-    def __init__(self, module: Any, offset: float, tail: int = 0) -> None:
+    def __init__(self, module: RmsNorm, offset: float, tail: int = 0) -> None:
         self.module, self.offset, self.tail = module, offset, tail
-        self.original = module.forward
+        self.original: Callable[[Tensor], Tensor] = module.forward
 
     @property
     def eps(self) -> float:
@@ -33,14 +35,12 @@ class RmsNormForward:
         if x is None:
             x = only_argument(self.original, named)
         if not self.takes(x):
-            result: Tensor = self.original(x)
-            return result
+            return self.original(x)
         return ops.rms_norm(x, self.module.weight, self.eps, offset=self.offset, tail=self.tail)
 
     def takes(self, x: Tensor) -> bool:
         """Whether x has the weight's dtype; else (under autocast, say) the module's own runs."""
-        weight: Tensor = self.module.weight
-        return x.dtype == weight.dtype
+        return x.dtype == self.module.weight.dtype
 
     def prenorm(self) -> PreNorm:
         """This norm as a part of a block."""
@@ -69,29 +69,30 @@ def norm_forward(module: nn.Module, tail: int = 0) -> RmsNormForward | LayerNorm
         return None
     if type(module).forward is nn.LayerNorm.forward and isinstance(module, nn.LayerNorm):
         return LayerNormForward(module, tail) if len(module.normalized_shape) == 1 else None
-    eps = _rms_norm_eps(module)
-    offset = None if eps is None else _rms_norm_offset(module, eps)
-    return None if eps is None or offset is None else RmsNormForward(module, offset, tail)
+    if not _is_rms_norm(module):
+        return None
+    offset = _rms_norm_offset(module, _eps(module))
+    return None if offset is None else RmsNormForward(module, offset, tail)
 
 
-def _eps(module: nn.Module) -> Any:
-    return next((getattr(module, name) for name in RMS_NORM_EPS if hasattr(module, name)), None)
+def _eps(module: RmsNorm) -> float:
+    return module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
 
 
-def _rms_norm_eps(module: nn.Module) -> float | None:
-    """The eps of a class named RMSNorm with a one-dimensional weight and nothing else."""
+def _is_rms_norm(module: nn.Module) -> TypeGuard[RmsNorm]:
+    """Whether its class is named RMSNorm, and it has a weight [H], an eps and nothing else."""
     weight = getattr(module, "weight", None)
     if RMS_NORM not in type(module).__name__ or not isinstance(weight, nn.Parameter):
-        return None
+        return False
     if weight.dim() != 1 or len(list(module.parameters())) != 1:
-        return None
+        return False
     if len(inspect.signature(module.forward).parameters) != 1:  # a gate, say
-        return None
-    eps: float | None = _eps(module)
-    return eps
+        return False
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    return eps is not None
 
 
-def _rms_norm_offset(module: Any, eps: float) -> float | None:
+def _rms_norm_offset(module: RmsNorm, eps: float) -> float | None:
     """What the module adds to its weight, 0 or 1, by a try; None if neither gives its result."""
     weight = module.weight
     with torch.no_grad():

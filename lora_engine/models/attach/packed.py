@@ -1,6 +1,6 @@
 """Hidden states of packed batches: no logits, and the last MLP on the rows that are read only."""
 
-from typing import Any, Protocol
+from typing import Protocol, TypedDict
 
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
@@ -8,7 +8,9 @@ from torch.nn.modules.dropout import _DropoutNd
 from lora_engine.models.attach.attention import AttentionForward
 from lora_engine.models.attach.backbone import attention_of, takes_read_rows
 from lora_engine.models.attach.decoder_layer import DecoderLayerForward
+from lora_engine.models.attach.forwards import own_forward
 from lora_engine.models.attach.head import transformers_model
+from lora_engine.models.families.modules import Backbone, BackboneOutput
 from lora_engine.models.peft.lora_state import has_hooks
 
 
@@ -27,7 +29,16 @@ class PackedTokens(Protocol):
     def max_seqlen(self) -> int: ...
 
 
-def packed_hidden_states(model: Any, batch: PackedTokens, rows: Tensor | None = None) -> Tensor:
+class _OfOurLayers(TypedDict, total=False):
+    """Arguments that only layers of ours take."""
+
+    sequence_parents: Tensor  # [S] int32
+    output_rows: Tensor  # [U] int64
+
+
+def packed_hidden_states(
+    model: nn.Module, batch: PackedTokens, rows: Tensor | None = None
+) -> Tensor:
     """The last hidden states [T, H] of a packed batch, after the final norm; no logits.
 
     `model` is a transformers causal language model, plain, with PEFT adapters, or accelerated.
@@ -37,18 +48,18 @@ def packed_hidden_states(model: Any, batch: PackedTokens, rows: Tensor | None = 
     Raises ValueError for a batch with `parents` on a model of which `can_share_prefixes` is false.
     """
     backbone = transformers_model(model).base_model
-    options: dict[str, Any] = {}
+    more: _OfOurLayers = {}
     if batch.parents is not None:
         if not can_share_prefixes(model):
             raise ValueError(
                 "sequences share prefixes, but the model's attention is not lora_engine's, or it "
                 "has dropout: accelerate(model), or collate(examples, share_prefixes=False)"
             )
-        options["sequence_parents"] = batch.parents
+        more["sequence_parents"] = batch.parents
     pruned = rows is not None and selects_rows(backbone)
-    if pruned:
-        options["output_rows"] = rows
-    output = backbone(
+    if rows is not None and pruned:
+        more["output_rows"] = rows
+    output: BackboneOutput = backbone(
         input_ids=batch.input_ids[None],
         position_ids=batch.position_ids[None],
         use_cache=False,
@@ -56,28 +67,28 @@ def packed_hidden_states(model: Any, batch: PackedTokens, rows: Tensor | None = 
         cu_seq_lens_k=batch.cu_seqlens,
         max_length_q=batch.max_seqlen,
         max_length_k=batch.max_seqlen,
-        **options,
+        **more,
     )
-    hidden: Tensor = output.last_hidden_state[0]
+    hidden = output.last_hidden_state[0]
     return hidden if rows is None or pruned else hidden.index_select(0, rows)
 
 
 def hidden_rows(
-    backbone: Any,
+    backbone: Backbone,
     rows: Tensor,  # [U] int64
-    kwargs: dict[str, Any],
-) -> tuple[Tensor, Any]:
-    """The last hidden states [U, H] of `rows` of the batch [B * L], and the backbone's result."""
+    kwargs: dict[str, object],
+) -> Tensor:
+    """The last hidden states [U, H] of `rows` of the batch [B * L] that `kwargs` describe."""
     wants_states = kwargs.get("output_hidden_states") or backbone.config.output_hidden_states
     pruned = selects_rows(backbone) and not wants_states
     if pruned or takes_read_rows(backbone):
         kwargs = {**kwargs, "output_rows" if pruned else "read_rows": rows}
-    output = backbone(**kwargs)
-    hidden: Tensor = output.last_hidden_state.flatten(0, 1)
-    return hidden if pruned else hidden.index_select(0, rows), output
+    output: BackboneOutput = backbone(**kwargs)
+    hidden = output.last_hidden_state.flatten(0, 1)
+    return hidden if pruned else hidden.index_select(0, rows)
 
 
-def selects_rows(backbone: Any) -> bool:
+def selects_rows(backbone: Backbone) -> bool:
     """Whether the backbone's last layer takes `output_rows`.
 
     Not where a hook watches it or a module after it: the hook would see some rows only.
@@ -85,7 +96,7 @@ def selects_rows(backbone: Any) -> bool:
     layers = getattr(backbone, "layers", None)
     if not layers:
         return False
-    forward = vars(layers[-1]).get("forward")
+    forward = own_forward(layers[-1])
     if not isinstance(forward, DecoderLayerForward) or not forward.last:
         return False
     before = backbone.get_input_embeddings()
@@ -101,7 +112,7 @@ def can_share_prefixes(model: nn.Module, *, training: bool | None = None) -> boo
     """
     layers = getattr(transformers_model(model).base_model, "layers", None) or []
     attention = [attention_of(layer) for layer in layers]
-    ours = [isinstance(vars(module).get("forward"), AttentionForward) for module in attention]
+    ours = [isinstance(own_forward(module), AttentionForward) for module in attention]
     if not ours or not all(ours):
         return False
     training = model.training if training is None else training

@@ -1,9 +1,7 @@
 """Changes of behaviour on instances, and how to take them back."""
 
 import functools
-import inspect
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -16,9 +14,9 @@ class Patches:
 
     def __init__(self) -> None:
         # Functions and arguments rather than closures: these are copied with the model.
-        self._undo: list[tuple[Callable[..., None], tuple[Any, ...]]] = []
+        self._undo: list[tuple[Callable[..., None], tuple[object, ...]]] = []
 
-    def set_attribute(self, owner: Any, name: str, value: Any) -> None:
+    def set_attribute(self, owner: object, name: str, value: object) -> None:
         """Sets `owner.name` on the instance; undone by deleting or restoring it.
 
         Where somebody has meanwhile put something else there, that stays.
@@ -27,12 +25,12 @@ class Patches:
         object.__setattr__(owner, name, value)
         self.on_undo(_reset_attribute, owner, name, value, before)
 
-    def set_forward(self, module: nn.Module, forward: Callable[..., Any]) -> None:
+    def set_forward(self, module: nn.Module, forward: Callable[..., object]) -> None:
         """Sets the module's forward, which shows the signature, name and docstring of its own."""
         functools.update_wrapper(forward, module.forward, updated=())
         self.set_attribute(module, "forward", forward)
 
-    def set_storage(self, parameter: torch.nn.Parameter, view: torch.Tensor) -> None:
+    def set_storage(self, parameter: torch.Tensor, view: torch.Tensor) -> None:
         """Lets `parameter` be `view`, which holds the same values; undone by a copy of it.
 
         Where the parameter has meanwhile been given other storage (`model.to(...)`), that stays.
@@ -40,11 +38,11 @@ class Patches:
         parameter.data = view
         self.on_undo(_own_storage, parameter, view)
 
-    def places(self, parameter: torch.nn.Parameter) -> bool:
+    def places(self, parameter: torch.Tensor) -> bool:
         """Whether `set_storage` was called for `parameter`."""
         return any(action is _own_storage and args[0] is parameter for action, args in self._undo)
 
-    def on_undo(self, action: Callable[..., None], *args: Any) -> None:
+    def on_undo(self, action: Callable[..., None], *args: object) -> None:
         """Calls `action(*args)` when the changes are taken back."""
         self._undo.append((action, args))
 
@@ -55,14 +53,7 @@ class Patches:
             action(*args)
 
 
-def only_argument(original: Callable[..., Any], named: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """The argument of a call by the name that `original` has for it; TypeError as `original`'s."""
-    bound = inspect.signature(original).bind(**named)
-    argument: torch.Tensor = bound.args[0]
-    return argument
-
-
-def _reset_attribute(owner: Any, name: str, value: Any, before: Any) -> None:
+def _reset_attribute(owner: object, name: str, value: object, before: object) -> None:
     if vars(owner).get(name) is not value:
         return
     if before is _MISSING:
@@ -71,6 +62,6 @@ def _reset_attribute(owner: Any, name: str, value: Any, before: Any) -> None:
         object.__setattr__(owner, name, before)
 
 
-def _own_storage(parameter: torch.nn.Parameter, view: torch.Tensor) -> None:
+def _own_storage(parameter: torch.Tensor, view: torch.Tensor) -> None:
     if parameter.data_ptr() == view.data_ptr():
         parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)

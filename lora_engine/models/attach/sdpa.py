@@ -1,7 +1,6 @@
 """Attention as PyTorch and transformers compute it, for calls that are not served by ours."""
 
 from contextlib import nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +41,7 @@ def sdpa(
     mask: Tensor | None,
     scaling: float | None,
     dropout: float,
-    **kwargs: Any,
+    **kwargs: object,
 ) -> tuple[Tensor, None]:
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 

@@ -1,11 +1,35 @@
 """Which tokens of a batch attend to each other, worked out once for all layers."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from lora_engine.models.families.modules import Cache
 from lora_engine.values import accumulate_dtype
+
+
+class LayerInputs(NamedTuple):
+    """What transformers' layers are told of a batch, by its names, besides the hidden states."""
+
+    position_embeddings: tuple[Tensor, Tensor] | None = None  # cos, sin [B or 1, L, D]
+    attention_mask: Tensor | None = None  # [B, L], or [B, 1, Q, K]
+    past_key_values: Cache | None = None
+    cu_seq_lens_q: Tensor | None = None  # [S + 1] int32
+    sequence_parents: Tensor | None = None  # [S] int32, as `Sequences.parents`
+
+    def keywords(self) -> dict[str, object]:
+        """As arguments of a layer's own forward, which may not know what packed batches add."""
+        packed = {
+            "cu_seq_lens_q": self.cu_seq_lens_q,
+            "sequence_parents": self.sequence_parents,
+        }
+        return {
+            "position_embeddings": self.position_embeddings,
+            "attention_mask": self.attention_mask,
+            "past_key_values": self.past_key_values,
+            **{name: value for name, value in packed.items() if value is not None},
+        }
 
 
 class Sequences(NamedTuple):
@@ -18,11 +42,33 @@ class Sequences(NamedTuple):
     parents: Tensor | None = None  # [S] int32: the earlier sequence each continues, or -1
 
 
+class _Key(NamedTuple):
+    """What sequences were found in."""
+
+    shape: tuple[int, int]
+    cos: Tensor
+    sin: Tensor
+    attention_mask: Tensor | None
+    cu_seqlens: Tensor | None
+    parents: Tensor | None
+
+    def is_same(self, other: "_Key") -> bool:
+        """Whether the tensors are the other's, not only equal to them."""
+        return (
+            self.shape == other.shape
+            and self.cos is other.cos
+            and self.sin is other.sin
+            and self.attention_mask is other.attention_mask
+            and self.cu_seqlens is other.cu_seqlens
+            and self.parents is other.parents
+        )
+
+
 class SequenceFinder:
     """Finds a batch's Sequences; the same arguments, as from layer to layer, give the last ones."""
 
     def __init__(self) -> None:
-        self._key: tuple[Any, ...] = ()
+        self._key: _Key | None = None
         self._found: Sequences | None = None
 
     def __call__(
@@ -39,18 +85,12 @@ class SequenceFinder:
         in which padding is 0 and the tokens of a row that have the same number are a sequence;
         else every row is one. `parents` belong to `cu_seqlens`.
         """
-        key = (shape, *position_embeddings, attention_mask, cu_seqlens, parents)
-        if self._found is None or not _same(key, self._key):
+        key = _Key(shape, *position_embeddings, attention_mask, cu_seqlens, parents)
+        if self._found is None or self._key is None or not key.is_same(self._key):
             sequences = _find(shape, position_embeddings, attention_mask, cu_seqlens)
             self._found = sequences._replace(parents=parents)
             self._key = key
         return self._found
-
-
-def _same(key: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
-    if len(key) != len(other) or key[0] != other[0]:
-        return False
-    return all(a is b for a, b in zip(key[1:], other[1:], strict=True))
 
 
 def _find(

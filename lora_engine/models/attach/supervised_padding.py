@@ -7,25 +7,36 @@ would the class of a sequence that is read off one of them, or what is generated
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from lora_engine.models.attach.attachment import attachment
 from lora_engine.models.attach.attention_function import weights_if_asked, whole_masks
+from lora_engine.models.families.modules import CausalLm
 
 
-def computes_supervised_padding(call: Callable[..., Any]) -> Callable[..., Any]:
-    """Makes the `__call__` of a model's replaced forward compute padding that its head reads.
+class _OfModel(Protocol):
+    """A forward of ours, of a whole model."""
 
-    Its object has the transformers model as `model`.
-    """
+    model: CausalLm
+
+
+S = TypeVar("S", bound=_OfModel)
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def computes_supervised_padding(
+    call: Callable[Concatenate[S, P], R],
+) -> Callable[Concatenate[S, P], R]:
+    """Makes the `__call__` of a model's replaced forward compute padding that its head reads."""
 
     @functools.wraps(call)
-    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def run(self: S, *args: P.args, **kwargs: P.kwargs) -> R:
         with _computing_supervised_padding(self.model, args, kwargs):
             return call(self, *args, **kwargs)
 
@@ -35,16 +46,17 @@ def computes_supervised_padding(call: Callable[..., Any]) -> Callable[..., Any]:
 class LabelledForward:
     """The forward of a model whose loss, if it has one, is its own."""
 
-    def __init__(self, model: Any) -> None:
-        self.model, self.original = model, model.forward
+    def __init__(self, model: CausalLm) -> None:
+        self.model = model
+        self.original: Callable[..., object] = model.forward
 
     @computes_supervised_padding
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> object:
         """As the model's own."""
         return self.original(*args, **kwargs)
 
 
-def _has_head(model: Any) -> bool:
+def _has_head(model: CausalLm) -> bool:
     """Whether a model does something with hidden states: it is more than its layers."""
     labels = "labels" in inspect.signature(model.forward).parameters
     return labels or model.base_model is not model
@@ -52,12 +64,13 @@ def _has_head(model: Any) -> bool:
 
 @contextmanager
 def _computing_supervised_padding(
-    model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    model: CausalLm, args: tuple[object, ...], kwargs: Mapping[str, object]
 ) -> Iterator[None]:
     attached = attachment(model)
     own = None if attached is None else attached.own_attention
     if args:
-        kwargs = dict(zip(inspect.signature(model.forward).parameters, args, strict=False)) | kwargs
+        names = inspect.signature(model.forward).parameters
+        kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
     with weights_if_asked(model.config, own, kwargs):
         if own is None or not _has_read_padding(model, own, kwargs):
             yield
@@ -66,7 +79,7 @@ def _computing_supervised_padding(
             yield
 
 
-def _has_read_padding(model: Any, own: str, given: dict[str, Any]) -> bool:
+def _has_read_padding(model: CausalLm, own: str, given: Mapping[str, object]) -> bool:
     mask = given.get("attention_mask")  # [B, L]
     if not isinstance(mask, Tensor) or mask.dim() != 2:
         return False
@@ -77,7 +90,7 @@ def _has_read_padding(model: Any, own: str, given: dict[str, Any]) -> bool:
     return read is not None and bool((padding & read).any())
 
 
-def _read(model: Any, given: dict[str, Any], mask: Tensor) -> Tensor | None:
+def _read(model: CausalLm, given: Mapping[str, object], mask: Tensor) -> Tensor | None:
     """[B, L] bool, the rows of which a model's head makes something; None for none."""
     if not _has_head(model):
         return None
@@ -89,24 +102,24 @@ def _read(model: Any, given: dict[str, Any], mask: Tensor) -> Tensor | None:
     return torch.ones_like(mask, dtype=torch.bool)
 
 
-def _classified(model: Any, given: dict[str, Any], mask: Tensor) -> Tensor:
+def _classified(model: CausalLm, given: Mapping[str, object], mask: Tensor) -> Tensor:
     """[B, L] bool, the row of each sequence's class: transformers goes by ids, not by the mask."""
     ids, padding = given.get("input_ids"), model.config.get_text_config().pad_token_id
     last = torch.full((len(mask),), mask.shape[1] - 1, device=mask.device)
-    if ids is not None and padding is not None and ids.shape == mask.shape:
+    if isinstance(ids, Tensor) and padding is not None and ids.shape == mask.shape:
         places = torch.arange(ids.shape[1], device=ids.device)
         last = ((ids != padding) * places).argmax(1).to(mask.device)
     read: Tensor = nn.functional.one_hot(last, mask.shape[1]).bool()
     return read
 
 
-def _supervised(model: Any, given: dict[str, Any], mask: Tensor) -> Tensor | None:
+def _supervised(model: CausalLm, given: Mapping[str, object], mask: Tensor) -> Tensor | None:
     """[B, L] bool, the rows of which a loss may be taken, or a next token; None for none."""
     from transformers.loss.loss_utils import ForCausalLMLoss
 
     labels, shifted = given.get("labels"), given.get("shift_labels")
     ignored = given.get("ignore_index")
-    ignored = -100 if ignored is None else ignored
+    ignored = ignored if isinstance(ignored, int) else -100
     supervised = None
     kept = given.get("logits_to_keep")
     if isinstance(kept, int) and kept == 1:  # generation goes on behind each row's last token

@@ -5,13 +5,15 @@ other figures of each label. Which ones a trainer asked for is read from that fu
 """
 
 import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from types import FunctionType
 
 import torch
 from torch import Tensor, nn
 
 from lora_engine.models.attach.attachment import attachment
+from lora_engine.models.attach.forwards import own_forward
 from lora_engine.models.attach.head import output_head, why_no_head
 from lora_engine.models.attach.packed import hidden_rows
 from lora_engine.models.attach.patches import Patches
@@ -19,6 +21,7 @@ from lora_engine.models.attach.supervised_padding import (
     LabelledForward,
     computes_supervised_padding,
 )
+from lora_engine.models.families.modules import CausalLm
 from lora_engine.models.peft.lora_state import hooks_everywhere
 
 _MODULE, _FUNCTION = "trl.trainer.utils", "_fused_forward"
@@ -33,25 +36,25 @@ class _Asked:
     temperature: float
     in_float32: bool
     changes_logits: bool  # by a factor
-    result: Any  # the class of results
+    result: Callable[..., object]  # the class of results
 
 
 class TrlHeadForward:
     """A forward like TRL's whose log-probabilities are lora_engine's."""
 
-    def __init__(self, model: Any, theirs: Any, asked: _Asked) -> None:
+    def __init__(self, model: CausalLm, theirs: Callable[..., object], asked: _Asked) -> None:
         self.model, self.theirs, self.asked = model, theirs, asked
 
     @computes_supervised_padding
     def __call__(
         self,
-        *args: Any,
+        *args: object,
         fused_lm_head: bool = False,
         labels: Tensor | None = None,  # [B, L] int64
         shift_labels: Tensor | None = None,  # [B, L] int64
         num_items_in_batch: Tensor | int | None = None,
-        **kwargs: Any,
-    ) -> Any:
+        **kwargs: object,
+    ) -> object:
         """As TRL's; what lora_engine's head does not compute runs as TRL's own."""
         given = labels if shift_labels is None else shift_labels
         if not fused_lm_head or args or given is None or not self._serves(kwargs):
@@ -67,7 +70,7 @@ class TrlHeadForward:
         targets = given[:, 1:] if shift_labels is None else given
         mask = targets != -100
         of_row = mask if shift_labels is not None else nn.functional.pad(mask, (0, 1))
-        hidden, _ = hidden_rows(self.model.base_model, of_row.flatten().nonzero()[:, 0], kwargs)
+        hidden = hidden_rows(self.model.base_model, of_row.flatten().nonzero()[:, 0], kwargs)
         asked = self.asked
         out = output_head(self.model).cross_entropy(
             hidden,
@@ -88,29 +91,31 @@ class TrlHeadForward:
             label_mask=mask,
         )
 
-    def _serves(self, kwargs: dict[str, Any]) -> bool:
+    def _serves(self, kwargs: Mapping[str, object]) -> bool:
         config, asked = self.model.config.get_text_config(), self.asked
+        if why_no_head(self.model) is not None:
+            return False
         return not (
             asked.changes_logits
             or not set(asked.outputs) <= _SERVED
-            or (asked.in_float32 and self.model.get_output_embeddings().weight.itemsize < 4)
+            or (asked.in_float32 and output_head(self.model).weight.itemsize < 4)
             or (asked.temperature != 1 and getattr(config, "final_logit_softcapping", None))
             or kwargs.get("output_router_logits")
             or getattr(config, "output_router_logits", False)
             or kwargs.get("return_dict") is False
             or hooks_everywhere()
             or attachment(self.model) is None
-            or why_no_head(self.model) is not None
         )
 
 
-def adopt(model: Any, patches: Patches) -> bool:
+def adopt(model: CausalLm, patches: Patches) -> bool:
     """Serves TRL's fused head if there is one on the model; whether there is."""
-    forward = vars(model).get("forward")
+    forward = own_forward(model)
     asked = _asked(forward)
-    if asked is not None:
-        patches.set_forward(model, TrlHeadForward(model, forward, asked))
-    return asked is not None
+    if asked is None or not callable(forward):
+        return False
+    patches.set_forward(model, TrlHeadForward(model, forward, asked))
+    return True
 
 
 class ModeSetter:
@@ -121,27 +126,28 @@ class ModeSetter:
     behind any other forward, labels on rows of padding make these be computed.
     """
 
-    def __init__(self, model: Any, patches: Patches) -> None:
+    def __init__(self, model: CausalLm, patches: Patches) -> None:
         self.model, self.patches, self.original = model, patches, model.train
 
-    def __call__(self, mode: bool = True) -> Any:
+    def __call__(self, mode: bool = True) -> nn.Module:
         if not adopt(self.model, self.patches) and is_foreign(self.model):
             self.patches.set_forward(self.model, LabelledForward(self.model))
         return self.original(mode)
 
 
-def is_foreign(model: Any) -> bool:
+def is_foreign(model: nn.Module) -> bool:
     """Whether somebody gave the model a forward that is neither lora_engine's nor TRL's."""
-    forward = vars(model).get("forward")
+    forward = own_forward(model)
     ours = type(forward).__module__.startswith("lora_engine.")
     return forward is not None and not ours and _asked(forward) is None
 
 
-def _asked(forward: Any) -> _Asked | None:
+def _asked(forward: object) -> _Asked | None:
     """What a forward's trainer asked for; None for one that is not TRL's as we know it."""
-    function: Any = getattr(forward, "__func__", None)
-    code = getattr(function, "__code__", None)
-    if code is None or code.co_name != _FUNCTION or function.__globals__["__name__"] != _MODULE:
+    function: FunctionType | None = getattr(forward, "__func__", None)
+    if not isinstance(function, FunctionType):
+        return None
+    if function.__code__.co_name != _FUNCTION or function.__globals__["__name__"] != _MODULE:
         return None
     held = inspect.getclosurevars(function).nonlocals
     result = function.__globals__.get("FusedCausalLMOutput")

@@ -1,5 +1,7 @@
 """What is recognised by name in transformers' models. What a module computes is tried besides."""
 
+from lora_engine.models.families.modules import Config
+
 # Attention layers whose forward is: project to q, k, v; normalise heads where there is q_norm;
 # rotate all of each head (half-rotated); attend, with a window where the layer has one; project.
 ATTENTION_CLASSES = frozenset(
@@ -16,15 +18,8 @@ DECODER_CLASSES = frozenset(
 NORM_OF_ATTENTION = "input_layernorm"
 NORM_OF_MLP = "post_attention_layernorm"
 
-# The parts of a gated MLP, down_proj(act_fn(gate_proj(x)) * up_proj(x)).
-GATED_MLP_PARTS = ("gate_proj", "up_proj", "down_proj", "act_fn")
-
-# RMSNorm: in the class's name; and what its eps is called, the first that there is.
+# RMSNorm: in the class's name.
 RMS_NORM = "RMSNorm"
-RMS_NORM_EPS = ("variance_epsilon", "eps")
-
-# Settings by which models change their logits, or what their head reads; 1 changes nothing.
-LOGIT_FACTORS = ("logits_scaling", "logit_scale", "lm_head_multiplier")
 
 # Settings that say how many tokens attention sees: windows and chunks.
 ATTENTION_SPANS = (
@@ -42,3 +37,13 @@ EXPERTS_OF_A_TOKEN = (
     "top_k_experts",
     "num_experts_per_token",
 )
+
+
+def logit_factor(config: Config) -> str | None:
+    """The setting by which a model changes its logits, or what its head reads, if it has one."""
+    factors = {
+        "logits_scaling": getattr(config, "logits_scaling", None),
+        "logit_scale": getattr(config, "logit_scale", None),
+        "lm_head_multiplier": getattr(config, "lm_head_multiplier", None),
+    }
+    return next((name for name, factor in factors.items() if factor not in (None, 1)), None)

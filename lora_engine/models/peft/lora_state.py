@@ -1,34 +1,44 @@
 """What PEFT's LoRA layers are doing at the moment, and whether a group of ours can do it."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Literal, TypeAlias, TypeGuard, cast
 
 import torch
 from torch import nn
 
 from lora_engine import ops
 from lora_engine.models.attach.capture import is_idle
+from lora_engine.models.families.modules import LoraLinear, SavedWhole
 
 # The number of an adapter that no row is routed to; rows without an adapter have -1.
 UNROUTED = -2
 
 
-def is_lora(module: nn.Module) -> bool:
+def is_lora(module: nn.Module) -> TypeGuard[LoraLinear]:
     """Whether `module` is PEFT's LoRA layer around a plain linear."""
     import peft
 
     return isinstance(module, peft.tuners.lora.Linear)
 
 
-def is_linear(module: Any) -> bool:
+def is_saved_whole(module: nn.Module) -> TypeGuard[SavedWhole]:
+    """Whether `module` is PEFT's wrapper around a module that is trained in full."""
+    from peft.utils.other import ModulesToSaveWrapper
+
+    return isinstance(module, ModulesToSaveWrapper)
+
+
+def is_linear(module: object) -> TypeGuard[nn.Linear | LoraLinear]:
     """Whether `module` is a plain linear or PEFT's LoRA layer."""
     return type(module) is nn.Linear or (isinstance(module, nn.Module) and is_lora(module))
 
 
-def base_layer(module: Any) -> Any:
-    """The linear inside a LoRA layer, or `module` itself."""
-    base: nn.Linear = module.get_base_layer() if is_lora(module) else module
-    return base
+def base_layer(module: nn.Module) -> nn.Linear:
+    """The linear inside a LoRA layer, or `module` itself; a module of `is_linear`."""
+    if is_lora(module):
+        return module.get_base_layer()
+    assert isinstance(module, nn.Linear)
+    return module
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -46,13 +56,12 @@ def is_altered(module: nn.Module) -> bool:
 
     It has hooks, or somebody gave it a forward of its own.
     """
-    own = vars(module)  # read so, as every product asks it of some twenty modules
     return bool(
-        "forward" in own
-        or own["_forward_pre_hooks"]
-        or own["_forward_hooks"]
-        or own["_backward_pre_hooks"]
-        or own["_backward_hooks"]
+        module._forward_pre_hooks
+        or module._forward_hooks
+        or module._backward_pre_hooks
+        or module._backward_hooks
+        or "forward" in vars(module)
     )
 
 
@@ -62,54 +71,77 @@ def _has_own_hooks(module: nn.Module) -> bool:
     return not all(map(is_idle, module._forward_hooks.values()))
 
 
-def autocast_to_another_half(base: ops.BaseWeight) -> bool:
+def autocast_to_another_half(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether `torch.autocast` computes in float16 where weights are bfloat16, or the reverse.
 
     Modules that are left as they were then produce autocast's dtype, which our products with the
     weights cannot take.
     """
-    device = base.device.type
-    if not torch.is_autocast_enabled(device):
+    if not torch.is_autocast_enabled(device.type):
         return False
-    return {base.dtype, torch.get_autocast_dtype(device)} == {torch.float16, torch.bfloat16}
+    return {dtype, torch.get_autocast_dtype(device.type)} == {torch.float16, torch.bfloat16}
 
 
-def adapter_state(module: Any) -> tuple[Any, ...]:
+def adapter_state(module: LoraLinear) -> tuple[object, ...]:
     """What decides which of a LoRA layer's adapters run, and how."""
     running = _running(module)
-    state = [module.disable_adapters, bool(module.merged), _dropout_of(module, running)]
-    # Read past nn.Module's __getattr__, as every product asks this of up to three layers.
-    parts: dict[str, Any] = vars(module)["_modules"]
-    lora_a, lora_b = vars(parts["lora_A"])["_modules"], vars(parts["lora_B"])["_modules"]
+    state: list[object] = [
+        module.disable_adapters,
+        bool(module.merged),
+        _dropout_of(module, running),
+    ]
+    lora_a, lora_b = _parts(module, "lora_A"), _parts(module, "lora_B")
     for name in running:
         scaling, magnitude = module.scaling[name], _magnitude(module, name)
         state += [
             name,
             id(scaling) if isinstance(scaling, torch.Tensor) else scaling,
-            id(_tensor(lora_a[name], "weight")),
-            id(_tensor(lora_b[name], "weight")),
-            id(_tensor(lora_b[name], "bias")),
+            id(_weight(lora_a[name])),
+            id(_weight(lora_b[name])),
+            id(_bias(lora_b[name])),
             id(magnitude),
         ]
     return tuple(state)
 
 
-def _tensor(layer: Any, name: str) -> Any:
-    """The layer's tensor of this name, a parameter or what stands for one."""
-    parameters: dict[str, Any] = vars(layer)["_parameters"]
-    return parameters[name] if name in parameters else getattr(layer, name)
+_Part: TypeAlias = Literal["lora_A", "lora_B", "lora_dropout"]
+
+
+def _parts(module: LoraLinear, part: _Part) -> Mapping[str, nn.Module]:
+    """What a layer has of each adapter, by the adapters' names.
+
+    Read past nn.Module's __getattr__, as every product asks this of up to three layers.
+    """
+    parts = module._modules[part]
+    assert parts is not None
+    return cast("Mapping[str, nn.Module]", parts._modules)
+
+
+def _weight(layer: nn.Module) -> object:
+    """The layer's weight, a parameter or what stands for one."""
+    try:
+        return layer._parameters["weight"]
+    except KeyError:
+        return layer.weight
+
+
+def _bias(layer: nn.Module) -> object:
+    try:
+        return layer._parameters["bias"]
+    except KeyError:
+        return layer.bias
 
 
 def rank_capacity(modules: Sequence[nn.Module]) -> int:
     """The ranks to keep place for: of all active adapters, or of the largest other one."""
-    adapted: list[Any] = [module for module in modules if is_lora(module)]
+    adapted = [module for module in modules if is_lora(module)]
     names = {name for module in adapted for name in module.r}
     each = [sum(module.r.get(name, 0) for module in adapted) for name in names]
     active = sum(module.r[name] for module in adapted for name in _active(module))
     return max([active, *each])
 
 
-def active_factors(module: Any, names: Sequence[str]) -> list[ops.LoraFactors]:
+def active_factors(module: nn.Module, names: Sequence[str]) -> list[ops.LoraFactors]:
     """The adapters of a linear that run now, numbered by their place in `names`."""
     if not is_lora(module):
         return []
@@ -129,7 +161,7 @@ def active_factors(module: Any, names: Sequence[str]) -> list[ops.LoraFactors]:
     return found
 
 
-def dropout_now(module: Any) -> float:
+def dropout_now(module: LoraLinear) -> float:
     """The probability with which the active adapters' inputs are dropped at this moment."""
     return _dropout_of(module, _running(module))
 
@@ -155,7 +187,7 @@ def why_not(modules: Sequence[nn.Module]) -> str | None:
     if not ops.has_base([base_layer(module).weight for module in modules]):
         return "their weights are not stored alike"
     probabilities = {
-        getattr(module.lora_dropout[name], "p", 0.0)  # type: ignore[index]
+        getattr(module.lora_dropout[name], "p", 0.0)
         for module in modules
         if is_lora(module)
         for name in _active(module)
@@ -165,7 +197,7 @@ def why_not(modules: Sequence[nn.Module]) -> str | None:
     return None
 
 
-def why_not_active(module: Any) -> str | None:
+def why_not_active(module: LoraLinear) -> str | None:
     """Why the active adapters of a LoRA layer cannot be part of a group."""
     if module.disable_adapters and module.merged:
         return "the adapter is disabled but merged: PEFT takes it out of the weight"
@@ -184,12 +216,12 @@ def why_not_active(module: Any) -> str | None:
     return None
 
 
-def _lora_b(module: Any, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _lora_b(module: LoraLinear, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
     """An adapter's B, and its bias where PEFT's `lora_bias` gives it one."""
     return module.lora_B[name].weight, module.lora_B[name].bias
 
 
-def _magnitude(module: Any, name: str) -> torch.Tensor | None:
+def _magnitude(module: LoraLinear, name: str) -> torch.Tensor | None:
     """An adapter's magnitudes where it is DoRA."""
     if name not in module.lora_variant:
         return None
@@ -197,21 +229,21 @@ def _magnitude(module: Any, name: str) -> torch.Tensor | None:
     return magnitude
 
 
-def _active(module: Any) -> list[str]:
-    known = vars(vars(module)["_modules"]["lora_A"])["_modules"]
+def _active(module: LoraLinear) -> list[str]:
+    known = _parts(module, "lora_A")
     return [name for name in module.active_adapters if name in known]
 
 
-def _running(module: Any) -> list[str]:
+def _running(module: LoraLinear) -> list[str]:
     """The adapters whose product is computed; merged ones are in the base weight already."""
     return [] if module.disable_adapters or module.merged else _active(module)
 
 
-def _dropout_of(module: Any, names: Sequence[str]) -> float:
-    layers = vars(vars(module)["_modules"]["lora_dropout"])["_modules"]
+def _dropout_of(module: LoraLinear, names: Sequence[str]) -> float:
+    layers = _parts(module, "lora_dropout")
     found = 0.0
     for name in names:
-        own = vars(layers[name])
-        if own["training"] and own.get("p", 0.0) > found:
-            found = own["p"]
+        layer = layers[name]
+        if layer.training:
+            found = max(found, vars(layer).get("p", 0.0))
     return found

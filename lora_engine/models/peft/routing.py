@@ -2,22 +2,28 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Protocol
+from typing import Protocol, TypeGuard
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_engine.errors import UserError
 from lora_engine.models.attach.attachment import attachment
 from lora_engine.models.attach.head import transformers_model
-from lora_engine.models.peft.lora_state import is_lora
+from lora_engine.models.families.modules import PeftCausalLm
+from lora_engine.models.peft.lora_state import is_lora, is_saved_whole
 
 
-def active_adapters(model: Any) -> tuple[str, ...]:
-    """The adapters of a PeftModel that are active; none for other models."""
+def is_peft(model: nn.Module) -> TypeGuard[PeftCausalLm]:
+    """Whether PEFT has put adapters into the model."""
     from peft import PeftModel
 
-    return tuple(model.active_adapters) if isinstance(model, PeftModel) else ()
+    return isinstance(model, PeftModel)
+
+
+def active_adapters(model: nn.Module) -> tuple[str, ...]:
+    """The adapters of a PeftModel that are active; none for other models."""
+    return tuple(model.active_adapters) if is_peft(model) else ()
 
 
 class RoutedTokens(Protocol):
@@ -31,12 +37,12 @@ class RoutedTokens(Protocol):
     def adapters(self) -> Sequence[str]: ...  # S names, or none
 
 
-def is_routed(model: Any, batch: RoutedTokens) -> bool:
+def is_routed(model: nn.Module, batch: RoutedTokens) -> bool:
     """Whether the batch's rows run through different adapters."""
     return bool(batch.adapters) and len(active_adapters(model)) > 1
 
 
-def adapters_of(model: Any, batch: RoutedTokens) -> AbstractContextManager[None]:
+def adapters_of(model: nn.Module, batch: RoutedTokens) -> AbstractContextManager[None]:
     """Within this context the model runs each of the batch's rows through its adapter."""
     if not is_routed(model, batch):
         return nullcontext()
@@ -47,13 +53,12 @@ def adapters_of(model: Any, batch: RoutedTokens) -> AbstractContextManager[None]
     return route_adapters(model, names, rows)
 
 
-def _why_not(model: Any) -> str | None:
+def _why_not(model: nn.Module) -> str | None:
     """What of the model is one for all adapters, so that rows cannot choose."""
-    from peft.utils.other import ModulesToSaveWrapper
-
-    if is_lora(model.get_base_model().get_output_embeddings()):
+    head = transformers_model(model).get_output_embeddings()
+    if head is not None and is_lora(head):
         return "LoRA on the output head"
-    if any(isinstance(module, ModulesToSaveWrapper) for module in model.modules()):
+    if any(map(is_saved_whole, model.modules())):
         return "a module trained in full (modules_to_save)"
     return None
 
@@ -73,7 +78,7 @@ def _checked(rows: Tensor, count: int) -> Tensor:
 
 
 @contextmanager
-def route_adapters(model: Any, names: Sequence[str], rows: Tensor) -> Iterator[None]:
+def route_adapters(model: nn.Module, names: Sequence[str], rows: Tensor) -> Iterator[None]:
     """Within this context row i of a batch uses the adapter `names[rows[i]]` of PEFT, and no other.
 
     `rows` [B, L] or [B * L] int64, one for each token; -1 for the base model alone. The adapters
@@ -93,7 +98,7 @@ def route_adapters(model: Any, names: Sequence[str], rows: Tensor) -> Iterator[N
         raise UserError("route_adapters: call lora_engine.accelerate(model) first")
     if isinstance(names, str):
         raise UserError(f"route_adapters: names is a text; give a list, [{names!r}]")
-    known, active = list(getattr(model, "peft_config", {})), list(model.active_adapters)
+    known, active = list(model.peft_config) if is_peft(model) else [], active_adapters(model)
     for name in names:
         if name not in known:
             raise UserError(f"route_adapters: no adapter {name!r}; there are {', '.join(known)}")

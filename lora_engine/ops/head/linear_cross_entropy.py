@@ -10,7 +10,7 @@ arrives at the entropy, which is rare.
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from lora_engine import backends, reference
 from lora_engine.backends import contracts, launchers
 from lora_engine.ops.augmented import operand
+from lora_engine.ops.context import Context
 from lora_engine.ops.cross_entropy import LossOptions, RowResults, check_targets
 from lora_engine.ops.head.head_gradients import HeadGradients, scaled
 from lora_engine.ops.head.linear_head import (
@@ -203,16 +204,21 @@ class _Job:
         return [slice(begin, min(begin + step, rows)) for begin in range(0, rows, step)]
 
 
-class _Inputs(NamedTuple):
-    """The function's inputs, as their gradients."""
+class _Gradients(NamedTuple):
+    """The gradients of the function's inputs."""
 
-    hidden: Any = None
-    weight: Any = None
-    bias: Any = None
-    lora_a: Any = None
-    lora_b: Any = None
-    target: Any = None
-    job: Any = None
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    lora_a: Tensor | None
+    lora_b: Tensor | None
+    target: None = None
+    job: None = None
+
+
+class _Kept(NamedTuple):
+    job: _Job
+    folded: bool  # whether the head's gradients hold the factor of a mean already
 
 
 class _Saved(NamedTuple):
@@ -258,7 +264,7 @@ class _Saved(NamedTuple):
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: Context[_Kept],
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
@@ -296,15 +302,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 head.hidden_gradient(z, ds, d_hidden[span])
             if sums is not None:
                 sums.add(z, h, s, ds, job.scaling)
-        ctx.job = job
         factor = None
         if job.reduction == "mean":
             factor = _one_over_count(target, job.options.ignore_index, results.loss)
         # A sum in float32 takes the factor before it is rounded; half precision keeps its range.
-        ctx.folded = sums is not None and sums.exact
+        folded = sums is not None and sums.exact
         d_head = ParameterGradients()
         if sums is not None:
-            d_head = sums.finish(factor if ctx.folded else None)
+            d_head = sums.finish(factor if folded else None)
+        ctx.kept = _Kept(job, folded)
         saved = _Saved(
             d_hidden=d_hidden,
             d_weight=d_head.weight,
@@ -336,14 +342,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: Any,
+        ctx: Context[_Kept],
         d_loss: Tensor | None,
         _logprob: None,
         _correct: None,
         d_entropy: Tensor | None,
         _mean_logit: None,
-    ) -> _Inputs:
-        job: _Job = ctx.job
+    ) -> _Gradients:
+        job, folded = ctx.kept
         saved = _Saved(*ctx.saved_tensors)
         d_hidden: Tensor | None = None
         d_head = ParameterGradients()
@@ -354,7 +360,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 logits = saved.logits_again(job)
                 d_head = logits.loss_gradients(d_loss.contiguous(), job.kernels, job.options)
             else:
-                factor = d_loss if ctx.folded else whole
+                factor = d_loss if folded else whole
                 d_head = ParameterGradients(*(scaled(x, factor) for x in saved.head_gradients()))
         if d_entropy is not None:
             assert saved.entropy is not None
@@ -363,7 +369,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             )
             d_hidden = _sum(d_hidden, more_hidden)
             d_head = ParameterGradients(*map(_sum, d_head, more_head))
-        return _Inputs(
+        return _Gradients(
             hidden=d_hidden,
             weight=d_head.weight,
             bias=d_head.bias,

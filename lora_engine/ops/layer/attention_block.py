@@ -1,7 +1,8 @@
 """The attention half of a decoder layer as one autograd function; see ops/layer/blocks.py."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from lora_engine import reference
 from lora_engine.backends import launchers
 from lora_engine.ops import augmented
 from lora_engine.ops.attention import check_parents
+from lora_engine.ops.context import Context
 from lora_engine.ops.layer.blocks import Branch, Call, check_branch, implementation, products
 from lora_engine.ops.lora.linear import adapted_linears
 from lora_engine.ops.tensors import (
@@ -82,20 +84,23 @@ def attention_block(
             routes=branch.routes,
         )
     accumulate = accumulate_dtype(x.dtype)
-    options = {
-        "head_dim": head_dim,
-        "scale": head_dim**-0.5 if softmax_scale is None else softmax_scale,
-        "causal": True,
-        "window": window,
-        "parents": parents,
-    }
     inner, outer = products(x, branch, impl)
-    call = Call(norm, inner, outer, branch.grad_tail, options, impl)
+    call = _AttentionCall(
+        norm,
+        inner,
+        outer,
+        branch.grad_tail,
+        impl,
+        head_dim=head_dim,
+        scale=head_dim**-0.5 if softmax_scale is None else softmax_scale,
+        window=window,
+        parents=parents,
+        head_norms=head_norms,
+    )
     out: Tensor = _AttentionBlock.apply(
         x,
         norm.weight,
         call,
-        head_norms,
         *((None, None) if head_norms is None else (norm.weight for norm in head_norms)),
         cu_seqlens.contiguous(),
         cos.to(accumulate).contiguous(),
@@ -105,18 +110,44 @@ def attention_block(
     return out
 
 
-class _Inputs(NamedTuple):
-    """The function's inputs before the adapters' tensors: which need gradients, or these."""
+@dataclass(frozen=True)
+class _AttentionCall(Call):
+    head_dim: int
+    scale: float
+    window: int
+    parents: Tensor | None  # [S] int32
+    head_norms: tuple[PreNorm, PreNorm] | None  # of q and of k
 
-    x: Any = None
-    norm_weight: Any = None
-    call: Any = None
-    head_norms: Any = None
-    q_weight: Any = None
-    k_weight: Any = None
-    cu_seqlens: Any = None
-    cos: Any = None
-    sin: Any = None
+
+class _Needs(NamedTuple):
+    """Which of the function's inputs before the adapters' tensors need a gradient."""
+
+    x: bool
+    norm_weight: bool
+    call: bool
+    q_weight: bool
+    k_weight: bool
+    cu_seqlens: bool
+    cos: bool
+    sin: bool
+
+
+class _Gradients(NamedTuple):
+    """The gradients of those inputs."""
+
+    x: Tensor | None
+    norm_weight: Tensor | None
+    call: None = None
+    q_weight: Tensor | None = None
+    k_weight: Tensor | None = None
+    cu_seqlens: None = None
+    cos: None = None
+    sin: None = None
+
+
+class _Kept(NamedTuple):
+    call: _AttentionCall
+    shape: torch.Size  # of x
 
 
 class _Saved(NamedTuple):
@@ -138,11 +169,10 @@ class _Saved(NamedTuple):
 class _AttentionBlock(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: Context[_Kept],
         x: Tensor,
         norm_weight: Tensor,
-        call: Call,
-        head_norms: tuple[PreNorm, PreNorm] | None,
+        call: _AttentionCall,
         q_weight: Tensor | None,
         k_weight: Tensor | None,
         cu_seqlens: Tensor,
@@ -155,17 +185,29 @@ class _AttentionBlock(torch.autograd.Function):
         xs, rstd = call.normed(rows)
         qkv, unscaled = call.inner.forward(xs)
         q, k, v = qkv.split(list(inner.out_features), dim=1)
-        if head_norms is not None:
-            q, k, _ = _norm_heads(call, head_norms, q, k)
+        if call.head_norms is not None:
+            q, k, _ = _norm_heads(call, call.head_norms, q, k)
         width = outer.in_features
         os = empty_rows(rows.shape[0], width + outer.padded_rank, dtype=x.dtype, device=x.device)
-        heads = width // call.options["head_dim"]
+        heads = width // call.head_dim
         lse = torch.empty(heads, rows.shape[0], dtype=rstd.dtype, device=x.device)
         launchers.attention(call.implementation("attention", x)).attention_fwd(
-            q, k, v, cu_seqlens, cos, sin, os[:, :width], lse, **call.options
+            q,
+            k,
+            v,
+            cu_seqlens,
+            cos,
+            sin,
+            os[:, :width],
+            lse,
+            head_dim=call.head_dim,
+            scale=call.scale,
+            causal=True,
+            window=call.window,
+            parents=call.parents,
         )
         y, outer_unscaled = call.outer.forward(os, residual=rows)
-        ctx.call, ctx.head_norms, ctx.shape = call, head_norms, x.shape
+        ctx.kept = _Kept(call, x.shape)
         saved = _Saved(
             x=rows,
             rstd=rstd,
@@ -185,10 +227,10 @@ class _AttentionBlock(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        call: Call = ctx.call
+    def backward(ctx: Context[_Kept], dy: Tensor) -> tuple[Tensor | None, ...]:
+        call, shape = ctx.kept
         saved = _Saved(*ctx.saved_tensors[: len(_Saved._fields)])
-        asked = _Inputs(*ctx.needs_input_grad[: len(_Inputs._fields)])
+        asked = _Needs(*ctx.needs_input_grad[: len(_Needs._fields)])
         x, os = saved.x, saved.os
         inner, outer = call.inner, call.outer
         inner.begin_backward()
@@ -203,9 +245,10 @@ class _AttentionBlock(torch.autograd.Function):
         d_o = outer.input_gradient(d_out)
         outer_d_a = outer.lora_a_gradient(outer_ds, os[:, :width], wanted=outer_wants_a)
         raw_q, raw_k, v = saved.qkv.split(list(inner.group.out_features), dim=1)
-        q, k, rstd_heads = raw_q, raw_k, None
-        if ctx.head_norms is not None:
-            q, k, rstd_heads = _norm_heads(call, ctx.head_norms, q, k)
+        q, k = raw_q, raw_k
+        rstd_heads: list[Tensor] | None = None
+        if call.head_norms is not None:
+            q, k, rstd_heads = _norm_heads(call, call.head_norms, q, k)
         parts = augmented.empty(
             x.shape[0],
             list(inner.group.out_features),
@@ -225,14 +268,18 @@ class _AttentionBlock(torch.autograd.Function):
             os[:, :width],
             saved.lse,
             *parts,
-            **call.options,
+            head_dim=call.head_dim,
+            scale=call.scale,
+            causal=True,
+            window=call.window,
+            parents=call.parents,
         )
         del d_o, q, k
         d_head_norms: list[Tensor | None] = [None, None]
-        if rstd_heads is not None:
+        if call.head_norms is not None and rstd_heads is not None:
             d_head_norms = _norm_heads_backward(
                 call,
-                ctx.head_norms,
+                call.head_norms,
                 (raw_q, raw_k),
                 rstd_heads,
                 parts[:2],
@@ -250,8 +297,8 @@ class _AttentionBlock(torch.autograd.Function):
             (asked.x, asked.norm_weight),
             wants_a=wants_a,
         )
-        grads = _Inputs(
-            x=None if dx is None else augmented.keep_padding(dx, dx.view(ctx.shape)),
+        grads = _Gradients(
+            x=None if dx is None else augmented.keep_padding(dx, dx.view(shape)),
             norm_weight=dweight,
             q_weight=d_head_norms[0],
             k_weight=d_head_norms[1],

@@ -13,7 +13,6 @@ backward pass.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -88,13 +87,12 @@ def products(x: Tensor, branch: Branch, impl: str | None) -> tuple[LoraProduct, 
 
 @dataclass(frozen=True)
 class Call:
-    """What a block's function needs besides tensors that get gradients."""
+    """What a block's function needs besides tensors that get gradients; each block adds its own."""
 
     norm: PreNorm
     inner: LoraProduct
     outer: LoraProduct
     grad_tail: int
-    options: dict[str, Any]
     impl: str | None
 
     def tensors(self) -> list[Tensor | None]:

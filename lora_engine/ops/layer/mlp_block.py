@@ -1,6 +1,7 @@
 """The MLP half of a decoder layer as one autograd function; see ops/layer/blocks.py."""
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,6 +10,7 @@ from torch.autograd.function import once_differentiable
 from lora_engine import reference
 from lora_engine.backends import launchers
 from lora_engine.ops import augmented
+from lora_engine.ops.context import Context
 from lora_engine.ops.layer.blocks import Branch, Call, check_branch, implementation, products
 from lora_engine.ops.lora import few_rows
 from lora_engine.ops.lora.linear import adapted_linears
@@ -60,7 +62,7 @@ def mlp_block(
             routes=branch.routes,
         )
     inner, outer = products(x, branch, impl)
-    call = Call(norm, inner, outer, branch.grad_tail, {"activation": activation}, impl)
+    call = _MlpCall(norm, inner, outer, branch.grad_tail, impl, activation)
     out: Tensor = _MlpBlock.apply(x, norm.weight, call, *call.tensors())
     return out
 
@@ -78,12 +80,30 @@ def _of_few_rows(x: Tensor, norm: PreNorm, branch: Branch, activation: str) -> T
     return few_rows.lora_linear(hidden, branch.outer, rows).view(x.shape)
 
 
-class _Inputs(NamedTuple):
-    """The function's inputs before the adapters' tensors: which need gradients, or these."""
+@dataclass(frozen=True)
+class _MlpCall(Call):
+    activation: str
 
-    x: Any = None
-    norm_weight: Any = None
-    call: Any = None
+
+class _Needs(NamedTuple):
+    """Which of the function's inputs before the adapters' tensors need a gradient."""
+
+    x: bool
+    norm_weight: bool
+    call: bool
+
+
+class _Gradients(NamedTuple):
+    """The gradients of those inputs."""
+
+    x: Tensor | None
+    norm_weight: Tensor | None
+    call: None = None
+
+
+class _Kept(NamedTuple):
+    call: _MlpCall
+    shape: torch.Size  # of x
 
 
 class _Saved(NamedTuple):
@@ -101,7 +121,11 @@ class _Saved(NamedTuple):
 class _MlpBlock(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, norm_weight: Tensor, call: Call, *tensors: Tensor | None
+        ctx: Context[_Kept],
+        x: Tensor,
+        norm_weight: Tensor,
+        call: _MlpCall,
+        *tensors: Tensor | None,
     ) -> Tensor:
         rows = as_rows(x)
         inner, outer = call.inner.group, call.outer.group
@@ -111,9 +135,9 @@ class _MlpBlock(torch.autograd.Function):
         width = outer.in_features
         hs = empty_rows(rows.shape[0], width + outer.padded_rank, dtype=x.dtype, device=x.device)
         kernels = launchers.glu(call.implementation("glu", x))
-        kernels.glu_fwd(gate, up, hs[:, :width], **call.options)
+        kernels.glu_fwd(gate, up, hs[:, :width], activation=call.activation)
         y, outer_unscaled = call.outer.forward(hs, residual=rows)
-        ctx.call, ctx.shape = call, x.shape
+        ctx.kept = _Kept(call, x.shape)
         saved = _Saved(
             x=rows,
             rstd=rstd,
@@ -129,10 +153,10 @@ class _MlpBlock(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        call: Call = ctx.call
+    def backward(ctx: Context[_Kept], dy: Tensor) -> tuple[Tensor | None, ...]:
+        call, shape = ctx.kept
         saved = _Saved(*ctx.saved_tensors[: len(_Saved._fields)])
-        asked = _Inputs(*ctx.needs_input_grad[: len(_Inputs._fields)])
+        asked = _Needs(*ctx.needs_input_grad[: len(_Needs._fields)])
         x = saved.x
         inner, outer = call.inner, call.outer
         inner.begin_backward()
@@ -155,7 +179,7 @@ class _MlpBlock(torch.autograd.Function):
         )
         h = dh  # the activation takes the place of its gradient
         kernels = launchers.glu(call.implementation("glu", x))
-        kernels.glu_bwd(dh, gate, up, dgate, dup, h, **call.options)
+        kernels.glu_bwd(dh, gate, up, dgate, dup, h, activation=call.activation)
         outer_d_a = outer.lora_a_gradient(outer_ds, h, wanted=outer_wants_a)
         del dh, h
 
@@ -170,8 +194,8 @@ class _MlpBlock(torch.autograd.Function):
             (asked.x, asked.norm_weight),
             wants_a=wants_a,
         )
-        grads = _Inputs(
-            x=None if dx is None else augmented.keep_padding(dx, dx.view(ctx.shape)),
+        grads = _Gradients(
+            x=None if dx is None else augmented.keep_padding(dx, dx.view(shape)),
             norm_weight=dweight,
         )
         return (

@@ -1,6 +1,6 @@
 """Linear layers with LoRA: a group that shares its input as one product."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,6 +9,7 @@ from torch.autograd.function import once_differentiable
 from lora_engine import backends, reference
 from lora_engine.backends import launchers
 from lora_engine.ops import augmented
+from lora_engine.ops.context import Context
 from lora_engine.ops.lora import few_rows
 from lora_engine.ops.lora.group import LoraGroup
 from lora_engine.ops.lora.product import LoraProduct
@@ -103,11 +104,23 @@ def _takes_any_gradient(y: Tensor) -> Tensor:
     return y
 
 
-class _Inputs(NamedTuple):
-    """The function's inputs before the adapters' tensors: which need gradients, or these."""
+class _Needs(NamedTuple):
+    """Which of the function's inputs before the adapters' tensors need a gradient."""
 
-    x: Any = None
-    product: Any = None
+    x: bool
+    product: bool
+
+
+class _Gradients(NamedTuple):
+    """The gradients of those inputs."""
+
+    x: Tensor | None
+    product: None = None
+
+
+class _Kept(NamedTuple):
+    product: LoraProduct
+    shape: torch.Size  # of x
 
 
 class _Saved(NamedTuple):
@@ -142,27 +155,27 @@ def _outputs(y: Tensor, shape: torch.Size, group: LoraGroup) -> tuple[Tensor, ..
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, product: LoraProduct, *factors: Tensor | None
+        ctx: Context[_Kept], x: Tensor, product: LoraProduct, *factors: Tensor | None
     ) -> tuple[Tensor, ...]:
         outputs, saved = _forward(x, product)
-        ctx.product, ctx.shape = product, x.shape
+        ctx.kept = _Kept(product, x.shape)
         ctx.save_for_backward(*saved, *factors)
         return (not_a_view(outputs[0]),) if len(outputs) == 1 else outputs
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        product: LoraProduct = ctx.product
+    def backward(ctx: Context[_Kept], *grads: Tensor) -> tuple[Tensor | None, ...]:
+        product, shape = ctx.kept
         saved = _Saved(*ctx.saved_tensors[: len(_Saved._fields)])
-        asked = _Inputs(*ctx.needs_input_grad[: len(_Inputs._fields)])
+        asked = _Needs(*ctx.needs_input_grad[: len(_Needs._fields)])
         needs = ctx.needs_input_grad[len(asked) :]
         product.begin_backward()
         wants_a, wants_b = product.wants(needs)
         dys = product.claim_gradient(grads)
         ds, d_lora_b = product.fill_ds(dys, saved.s, wanted=wants_b)
-        dx = product.input_gradient(dys).view(ctx.shape) if asked.x else None
+        dx = product.input_gradient(dys).view(shape) if asked.x else None
         d_lora_a = product.lora_a_gradient(ds, saved.x, wanted=wants_a)
         return (
-            *_Inputs(x=dx),
+            *_Gradients(dx),
             *product.factor_gradients(needs, d_lora_a, d_lora_b, grads, saved.unscaled),
         )

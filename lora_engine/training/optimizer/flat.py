@@ -5,10 +5,10 @@ One optimiser launch and one reduction for the norm then serve any number of par
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from lora_engine.errors import UserError
 from lora_engine.training.optimizer.shared_memory import compact_strides, groups_of_memory
@@ -99,7 +99,7 @@ class FlatParameters:
         self.entries, self.rates, size = _layout(named, rate_of)
         self.data = torch.zeros(size, dtype=torch.float32, device=self.device)
         self.grad = torch.zeros_like(self.data)
-        self._hooks: list[Any] = []
+        self._hooks: list[RemovableHandle] = []
         self._attach()
 
     @property
@@ -184,7 +184,7 @@ class FlatParameters:
         raise UserError(f"not the tensors of this model's trainable parameters: {shown}{more}")
 
 
-def _accumulate_in_float32(parameter: nn.Parameter, grad: torch.Tensor) -> Any:
+def _accumulate_in_float32(parameter: nn.Parameter, grad: torch.Tensor) -> RemovableHandle:
     def add_to_flat(p: torch.Tensor) -> None:
         assert p.grad is not None
         grad.add_(p.grad)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
-from typing import TypedDict
+from typing import NamedTuple, TypedDict
 
 import torch
 
@@ -24,6 +24,14 @@ class _Step(TypedDict):
     weight_decay: float
     grad_norm: torch.Tensor | None
     max_grad_norm: float | None
+
+
+class _Moment(NamedTuple):
+    """One of the two moments, by its file's stem."""
+
+    name: str
+    values: torch.Tensor  # [P]
+    absmax: torch.Tensor | None = None  # [ceil(P / 256)], of values that are codes
 
 
 class FlatAdamW:
@@ -87,15 +95,14 @@ class FlatAdamW:
         One tensor per parameter in float32; in 8 bits, where blocks take no notice of parameters,
         the flat codes and what scales them.
         """
-        if not self.quantized:
-            return {name: self.flat.named_copies(buffer) for name, buffer in self._moments()}
-        return {
-            name: {
-                part: x.detach().to("cpu", copy=True)
-                for part, x in (("codes", codes), ("absmax", getattr(self, f"{name}_absmax")))
-            }
-            for name, codes in self._moments()
-        }
+        found = {}
+        for name, values, absmax in self._moments():
+            if absmax is None:
+                found[name] = self.flat.named_copies(values)
+            else:
+                parts = {"codes": values, "absmax": absmax}
+                found[name] = {part: x.detach().to("cpu", copy=True) for part, x in parts.items()}
+        return found
 
     @torch.no_grad()
     def load(self, read: Callable[[str], Mapping[str, torch.Tensor]]) -> None:
@@ -103,19 +110,23 @@ class FlatAdamW:
 
         Raises UserError if they are of other parameters.
         """
-        for name, buffer in self._moments():
+        for name, values, absmax in self._moments():
             tensors = read(name)
-            if not self.quantized:
-                self.flat.load_named(buffer, tensors)
+            if absmax is None:
+                self.flat.load_named(values, tensors)
                 continue
-            absmax = getattr(self, f"{name}_absmax")
-            for part, x in (("codes", buffer), ("absmax", absmax)):
+            for part, x in (("codes", values), ("absmax", absmax)):
                 if part not in tensors or tensors[part].shape != x.shape:
                     raise UserError(f"{name}: not the 8-bit moments of this model's parameters")
                 x.copy_(tensors[part])
 
-    def _moments(self) -> tuple[tuple[str, torch.Tensor], ...]:
-        return ("exp_avg", self.exp_avg), ("exp_avg_sq", self.exp_avg_sq)
+    def _moments(self) -> tuple[_Moment, _Moment]:
+        if not self.quantized:
+            return _Moment("exp_avg", self.exp_avg), _Moment("exp_avg_sq", self.exp_avg_sq)
+        return (
+            _Moment("exp_avg", self.exp_avg, self.exp_avg_absmax),
+            _Moment("exp_avg_sq", self.exp_avg_sq, self.exp_avg_sq_absmax),
+        )
 
 
 def rate_of(config: TrainConfig) -> Callable[[str], float]:

@@ -275,8 +275,9 @@ def _outputs(
         # Layers with routed rows, and the head, refuse to run watched; see `first_nonfinite_layer`.
         if is_routed(model, batch):
             return {}, {}
-        head = set(transformers_model(model).get_output_embeddings().modules())
-        layers = {name: module for name, module in layers.items() if module not in head}
+        head = transformers_model(model).get_output_embeddings()
+        parts = set() if head is None else set(head.modules())
+        layers = {name: module for name, module in layers.items() if module not in parts}
     figures = []
     for changed in ([], names):
         trial.shake(changed)

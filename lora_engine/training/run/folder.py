@@ -4,11 +4,11 @@ import errno
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from lora_engine.errors import UserError
 from lora_engine.files import naming
@@ -26,13 +26,36 @@ from lora_engine.training.state import TrainState
 logger = logging.getLogger(__name__)
 
 
+class Length(TypedDict):
+    """How long a run is, and what says so."""
+
+    total_steps: int
+    max_steps: int | None
+    epochs: int | None
+
+
+class Rounding(TypedDict):
+    """What decides how a run's numbers are rounded."""
+
+    device: str
+    accelerated: bool
+
+
+class OfRun(TypedDict, total=False):
+    """What a checkpoint says of the run as a whole; JSON."""
+
+    identity: Identity
+    length: Length
+    rounding: Rounding
+
+
 @dataclass(frozen=True)
 class Loaded:
     """What a checkpoint holds besides weights and moments. of_run: see `RunFolder.save`."""
 
     state: TrainState
     metrics: Written
-    of_run: dict[str, Any]
+    of_run: OfRun
 
 
 class RunFolder:
@@ -144,12 +167,9 @@ class RunFolder:
         optimizer: FlatAdamW,
         state: TrainState,
         metrics: Written,
-        of_run: Mapping[str, Any],
+        of_run: OfRun,
     ) -> Path:
-        """Write a checkpoint of everything that decides how the run goes on.
-
-        of_run: what describes the run as a whole: "identity", "length" and "rounding".
-        """
+        """Write a checkpoint of everything that decides how the run goes on."""
         if not self.path.is_dir():
             gone = "the folder is gone, it was removed during the run"
             raise FileNotFoundError(errno.ENOENT, gone, str(self.path))

@@ -1,0 +1,163 @@
+"""What lora_engine uses of the modules of transformers and PEFT, as types.
+
+None of these classes is ever instantiated: a module that was recognised (by `families.structure`,
+`is_lora` and the like) is looked at as one of them. What stands here is all that is relied on.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+from torch import Tensor, nn
+
+
+class BackboneOutput(Protocol):
+    """What the layers under a head return."""
+
+    last_hidden_state: Tensor  # [B, L, H]
+    past_key_values: "Cache | None"
+    hidden_states: tuple[Tensor, ...] | None
+    attentions: tuple[Tensor, ...] | None
+
+
+class Cache(Protocol):
+    """Keys and values of the tokens before."""
+
+    def update(self, key: Tensor, value: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]: ...
+
+
+class Config(Protocol):
+    """A model's settings."""
+
+    output_hidden_states: bool
+    output_attentions: bool
+    pad_token_id: int | None
+    _attn_implementation: str
+
+    def get_text_config(self) -> "Config": ...
+
+
+class Attention(nn.Module):
+    """An attention layer of `families.structure.ATTENTION_CLASSES`; some norm their heads."""
+
+    config: Config
+    q_proj: nn.Module
+    k_proj: nn.Module
+    v_proj: nn.Module
+    o_proj: nn.Module
+    q_norm: nn.Module
+    k_norm: nn.Module
+    head_dim: int
+    scaling: float
+    attention_dropout: float
+    layer_idx: int
+
+
+class GatedMlp(nn.Module):
+    """`down_proj(act_fn(gate_proj(x)) * up_proj(x))`."""
+
+    gate_proj: nn.Module
+    up_proj: nn.Module
+    down_proj: nn.Module
+    act_fn: Callable[[Tensor], Tensor]
+
+
+class RmsNorm(nn.Module):
+    """A norm with one weight, and its eps by either name."""
+
+    weight: nn.Parameter  # [H]
+    variance_epsilon: float
+    eps: float
+
+
+class DecoderLayer(nn.Module):
+    """A layer of `families.structure.DECODER_CLASSES`."""
+
+    input_layernorm: nn.Module
+    self_attn: Attention
+    post_attention_layernorm: nn.Module
+    mlp: nn.Module
+    gradient_checkpointing: bool
+    _gradient_checkpointing_func: Callable[..., Tensor]
+
+
+class Backbone(nn.Module):
+    """The layers under a causal language model's head."""
+
+    config: Config
+    layers: nn.ModuleList
+
+    get_input_embeddings: Callable[[], nn.Module]
+
+
+class CausalLm(nn.Module):
+    """A causal language model of transformers."""
+
+    config: Config
+    base_model: Backbone
+
+    get_input_embeddings: Callable[[], nn.Module]
+    get_output_embeddings: Callable[[], nn.Module | None]
+
+
+class Magnitude(nn.Module):
+    """DoRA's magnitudes of a linear."""
+
+    weight: nn.Parameter  # [N]
+
+
+class LoraLinear(nn.Module):
+    """PEFT's LoRA layer around a linear. Its adapters are known by their names."""
+
+    lora_A: Mapping[str, nn.Linear]
+    lora_B: Mapping[str, nn.Linear]
+    lora_dropout: Mapping[str, nn.Module]
+    lora_magnitude_vector: Mapping[str, Magnitude]
+    lora_variant: Mapping[str, object]
+    r: Mapping[str, int]
+    scaling: Mapping[str, float]
+    active_adapters: Sequence[str]
+    disable_adapters: bool
+    fan_in_fan_out: bool
+    merged: bool
+
+    get_base_layer: Callable[[], nn.Linear]
+
+
+class LoraEmbedding(nn.Module):
+    """PEFT's LoRA layer around an embedding."""
+
+    lora_embedding_A: Mapping[str, nn.Parameter]  # [r, V]
+    lora_embedding_B: Mapping[str, nn.Parameter]  # [H, r]
+    lora_variant: Mapping[str, object]
+    scaling: Mapping[str, float]
+    active_adapters: Sequence[str]
+    disable_adapters: bool
+    merged: bool
+
+    get_base_layer: Callable[[], nn.Embedding]
+
+
+class SavedWhole(nn.Module):
+    """PEFT's wrapper around a module that is trained in full (`modules_to_save`)."""
+
+    original_module: nn.Module
+    modules_to_save: Mapping[str, nn.Module]
+    active_adapters: Sequence[str]
+    disable_adapters: bool
+
+
+class PeftTuner(nn.Module):
+    """What puts PEFT's adapters into the layers of a model."""
+
+    model: CausalLm
+
+
+class PeftCausalLm(nn.Module):
+    """PEFT's model around a causal language model."""
+
+    active_adapters: Sequence[str]
+    peft_config: Mapping[str, object]
+
+    get_base_model: Callable[[], CausalLm]
+    disable_adapter: Callable[[], AbstractContextManager[None]]

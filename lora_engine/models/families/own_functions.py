@@ -1,0 +1,44 @@
+"""Functions of transformers that are found by a model's file, or by a name in a register."""
+
+import sys
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from lora_engine.models.families.modules import Attention
+
+# (q, k, cos, sin) -> q and k rotated, all [B, heads, L, D] but the tables
+Rotation = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+# (module, query, key, value, mask, **options) -> attention's result and its weights
+AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
+
+
+def rotation_of(module: nn.Module) -> Rotation:
+    """How the file of an attention layer's class rotates queries and keys."""
+    rotation: Rotation = sys.modules[type(module).__module__].apply_rotary_pos_emb
+    return rotation
+
+
+def eager_attention_of(module: nn.Module) -> AttentionFunction:
+    """The attention that returns its weights, as the file of an attention layer's class has it."""
+    eager: AttentionFunction = sys.modules[type(module).__module__].eager_attention_forward
+    return eager
+
+
+def attention_function_of(module: Attention) -> AttentionFunction:
+    """The attention that an attention layer's configuration names."""
+    from transformers import AttentionInterface
+
+    name = module.config._attn_implementation
+    if name == "eager":
+        return eager_attention_of(module)
+    registered: AttentionFunction = AttentionInterface()[name]
+    return registered
+
+
+def mask_maker_of(implementation: str) -> Callable[..., Tensor | None]:
+    """What makes the masks of one of transformers' implementations of attention."""
+    from transformers import AttentionMaskInterface
+
+    maker: Callable[..., Tensor | None] = AttentionMaskInterface()[implementation]
+    return maker

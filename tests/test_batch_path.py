@@ -1,0 +1,196 @@
+"""Whoever follows a batch from file to loss meets types and names: no `Any`, no lookup by string.
+
+The files on the way are those in which a function runs while a step is made from a file of records.
+"""
+
+import ast
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+
+import pytest
+
+import lora_engine
+from lora_engine.data.dataset import prepare
+from lora_engine.evaluation.heldout import evaluate
+from lora_engine.models.attach.accelerate import accelerate
+from lora_engine.objectives.sft import SFT
+from lora_engine.testing import byte_tokenizer, tiny_llama, with_lora
+from lora_engine.training.batches import BatchSource
+from lora_engine.training.config import TrainConfig
+from lora_engine.training.optimizer.flat import FlatParameters
+from lora_engine.training.optimizer.optimizer import FlatAdamW
+from lora_engine.training.state import Position
+from lora_engine.training.step import TrainStep
+
+PACKAGE = Path(lora_engine.__file__).parent
+
+# Rooms of which other models and calls run other files.
+ROOMS = ("objectives", "ops", "backends", "backends/cpu", "models/families")
+# Files of the way that this step, of SFT on an accelerated model, passes by.
+BESIDE = ("models/attach/embedding.py", "training/callbacks.py", "training/loop.py")
+
+RECORDS = [
+    {
+        "messages": [
+            {"role": "user", "content": "spells <end>"},
+            {"role": "assistant", "content": "an answer"},
+        ]
+    },
+    {"prompt": "a prompt", "completion": "and what follows"},
+    {"text": "text"},
+]
+
+
+def files_running(action: Callable[[], object]) -> set[Path]:
+    """The package's files of which a function is called by `action`."""
+    called: set[str] = set()
+
+    def note(frame: FrameType, event: str, argument: object) -> None:
+        if event == "call":
+            called.add(frame.f_code.co_filename)
+
+    before = sys.getprofile()
+    sys.setprofile(note)
+    try:
+        action()
+    finally:
+        sys.setprofile(before)
+    return {path for path in map(Path, called) if PACKAGE in path.parents}
+
+
+@pytest.fixture(scope="module")
+def passed(tmp_path_factory: pytest.TempPathFactory) -> set[Path]:
+    """The files that a batch passes through, from the file it stands in to its loss."""
+    folder = tmp_path_factory.mktemp("run")
+    file = folder / "data.jsonl"
+    file.write_text("\n".join(map(json.dumps, RECORDS)))
+    tokenizer = byte_tokenizer()
+    model = with_lora(tiny_llama(vocab_size=len(tokenizer)), lora_dropout=0.5)
+    accelerate(model, strict=True)
+    flat = FlatParameters(model.named_parameters(), lambda name: 1.0)
+    config = TrainConfig(output_dir=folder / "out", max_steps=1)
+    step = TrainStep(model, SFT(), FlatAdamW(flat, config))
+
+    def file_to_loss() -> None:
+        source = BatchSource(prepare(file, tokenizer), 128)
+        batches, _ = source.take(Position(), 1)
+        assert step(1, batches, 1e-3, lambda: None).loss > 0
+        assert evaluate(model, batches, SFT()).loss > 0
+
+    return files_running(file_to_loss)
+
+
+def files_of(rooms: tuple[str, ...]) -> set[Path]:
+    return {path for room in rooms for path in (PACKAGE / room).glob("**/*.py")}
+
+
+def constants(tree: ast.Module) -> set[str]:
+    """The names that the module gives to strings."""
+    return {
+        target.id
+        for node in tree.body
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
+
+
+def dead_ends(source: str) -> Iterator[str]:
+    """Where a reader of the source, and a type checker, cannot go on."""
+    tree = ast.parse(source)
+    known = constants(tree)
+    around = {inner: node for node in ast.walk(tree) for inner in ast.iter_child_nodes(node)}
+
+    def is_spelled_out(name: ast.expr) -> bool:
+        return isinstance(name, ast.Constant) or (isinstance(name, ast.Name) and name.id in known)
+
+    def asks_for_one_name(names: ast.Call) -> bool:
+        """Whether of all names, as `vars` gives them, one is read that is spelled out."""
+        use = around[names]
+        if isinstance(use, ast.Subscript):
+            return is_spelled_out(use.slice)
+        if isinstance(use, ast.Compare):
+            return is_spelled_out(use.left)
+        call = around[use]
+        return (
+            isinstance(use, ast.Attribute)
+            and use.attr == "get"
+            and isinstance(call, ast.Call)
+            and is_spelled_out(call.args[0])
+        )
+
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name | ast.Attribute) and ast.unparse(node) in (
+            "Any",
+            "typing.Any",
+        ):
+            yield f"line {node.lineno}: Any"
+        if isinstance(node, ast.Attribute) and node.attr == "__dict__":
+            yield f"line {node.lineno}: __dict__"
+        if not isinstance(node, ast.Call):
+            continue
+        called = ast.unparse(node.func)
+        if called in ("getattr", "setattr", "hasattr") and not is_spelled_out(node.args[1]):
+            yield f"line {node.lineno}: an attribute by a name that is computed"
+        if called in ("vars", "globals", "locals") and not asks_for_one_name(node):
+            yield f"line {node.lineno}: {called}"
+        is_value = isinstance(node.func, ast.Subscript) and called[0].islower()  # not Generic[T]()
+        if is_value and not is_spelled_out(node.func.slice):
+            yield f"line {node.lineno}: what is called is looked up"
+
+
+def test_a_batch_passes_through_typed_code_without_lookups_by_string(passed: set[Path]) -> None:
+    way = passed | files_of(ROOMS) | {PACKAGE / name for name in BESIDE}
+    found = {
+        str(path.relative_to(PACKAGE)): list(dead_ends(path.read_text())) for path in sorted(way)
+    }
+    assert {name: ends for name, ends in found.items() if ends} == {}
+
+
+def test_the_whole_way_is_seen(passed: set[Path]) -> None:
+    names = {str(path.relative_to(PACKAGE)) for path in passed}
+    assert names >= {
+        "data/readers.py",
+        "data/records.py",
+        "data/template.py",
+        "data/encode.py",
+        "data/batch.py",
+        "training/batches.py",
+        "training/step.py",
+        "evaluation/batch_loss.py",
+        "objectives/sft.py",
+        "models/attach/packed.py",
+        "models/attach/decoder_layer.py",
+        "models/peft/lora_state.py",
+        "ops/layer/attention_block.py",
+        "ops/lora/product.py",
+        "ops/head/linear_cross_entropy.py",
+        "backends/launchers.py",
+        "backends/cpu/lora_linear.py",
+    }
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "def f(x: Any) -> None: ...",
+        "x: dict[str, typing.Any] = {}",
+        "getattr(kernels, name)()",
+        "setattr(module, f'{name}_fwd', 1)",
+        "launchers[name](x)",
+        "vars(module)[name]",
+        "vars(module).get(name)",
+        "own = vars(module)",
+        "module.__dict__[name]",
+    ],
+)
+def test_a_dead_end_is_seen(source: str) -> None:
+    assert list(dead_ends(source))
+
+
+def test_names_that_are_spelled_out_are_none() -> None:
+    assert not list(dead_ends("_KEY = 'key'\ngetattr(x, _KEY)\nhasattr(x, 'p')\nforwards[0](x)"))
+    assert not list(dead_ends("vars(x).get('p')\nvars(x)['p']\n'p' in vars(x)\nOfGroup[bool]()"))
