@@ -211,8 +211,9 @@ def split_heldout(
             taken += sizes[key]
     if not heldout_keys or len(heldout_keys) == len(sizes):
         raise UserError(
-            f"cannot hold out {fraction:.0%} of {len(records)} records in {len(sizes)} groups; "
-            "give another fraction, more records or an eval file"
+            f"cannot hold out {fraction:.0%} of the records ({len(records)}, or {len(sizes)} where "
+            "those of the same content or group count as one); give another fraction, more records "
+            "or an eval file"
         )
     train = [r for r, key in zip(records, keys, strict=True) if key not in heldout_keys]
     heldout = sorted(

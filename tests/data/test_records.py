@@ -264,6 +264,15 @@ def test_an_impossible_split_says_so(count, fraction):
         split_heldout([Record("text", text=str(i)) for i in range(count)], fraction)
 
 
+def test_an_impossible_split_counts_equal_records_once():
+    repeated = [Record("text", text=text) for text in ("a", "b", "c") * 4]
+    message = (
+        r"5% of the records \(12, or 3 where those of the same content or group count as one\)"
+    )
+    with pytest.raises(UserError, match=message):
+        split_heldout(repeated, 0.05)
+
+
 def test_one_mistake_with_many_values_is_told_once():
     rows = [{"text": value} for value in (*range(30), 0.5, 1e9)]
     with pytest.raises(UserError) as caught:
