@@ -27,12 +27,12 @@ def target_scores(model: nn.Module, batch: PackedBatch, reads: Reads) -> TargetS
     with adapters_of(model, batch):
         hidden = packed_hidden_states(model, batch, batch.target_index)
     reduction = "none" if reads.each_logprob else "sum"
-    found = output_head(model).cross_entropy(
+    results = output_head(model).cross_entropy(
         hidden, batch.target_ids, reduction=reduction, entropy=reads.entropy
     )
-    logprobs = -found.loss if reads.each_logprob else found.logprobs
-    total = logprobs.sum() if reads.each_logprob else -found.loss
-    return TargetScores(logprobs, total, found.correct, found.entropy, reference)
+    logprobs = -results.loss if reads.each_logprob else results.logprobs
+    total = logprobs.sum() if reads.each_logprob else -results.loss
+    return TargetScores(logprobs, total, results.correct, results.entropy, reference)
 
 
 def reference_logprobs(model: nn.Module, batch: PackedBatch) -> Tensor:

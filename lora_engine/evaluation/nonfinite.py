@@ -85,12 +85,12 @@ def first_nonfinite(
     fused kernel runs without calling them are seen through the module around them. unseen: modules
     that are not to be watched.
     """
-    found: list[str] = []
+    names: list[str] = []
 
     def hook(name: str) -> Callable[[nn.Module, object, object], None]:
         def look(module: nn.Module, args: object, output: object) -> None:
-            if not found and not _is_finite(output):
-                found.append(name + _bad_weight(module))
+            if not names and not _is_finite(output):
+                names.append(name + _bad_weight(module))
 
         return look
 
@@ -105,9 +105,9 @@ def first_nonfinite(
     finally:
         for handle in handles:
             handle.remove()
-    if not found and not _is_finite(results):
+    if not names and not _is_finite(results):
         return "output head"
-    return found[0] if found else None
+    return names[0] if names else None
 
 
 def last_nonfinite_gradient(gradients: Iterable[tuple[str, torch.Tensor]]) -> str | None:

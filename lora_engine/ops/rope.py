@@ -105,9 +105,9 @@ def rope_(
         )
     tables = _check(q, k, cos, sin, position_ids)
     impl = backends.select("rope", q.device, q.dtype, impl)
-    given = (q,) if k is None else (q, k)
+    operands = (q,) if k is None else (q, k)
     if impl == "reference":
-        for x in given:
+        for x in operands:
             rotated = rope(
                 x, None, *tables, position_ids=position_ids, interleaved=interleaved, impl=impl
             )
@@ -116,8 +116,8 @@ def rope_(
     rotation = _Rotation(interleaved, launchers.rope(impl), in_place=True)
     if k is None:
         return rotation.of_one(q, *tables, position_ids)
-    tracked = torch.is_grad_enabled() and any(x.requires_grad for x in given)
-    if tracked and any(x._is_view() for x in given):
+    tracked = torch.is_grad_enabled() and any(x.requires_grad for x in operands)
+    if tracked and any(x._is_view() for x in operands):
         return (
             rotation.of_one(q, *tables, position_ids),
             rotation.of_one(k, *tables, position_ids),

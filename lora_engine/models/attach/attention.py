@@ -2,7 +2,7 @@
 
 Without a cache, attention rotates q and k itself and the output projection reads its buffer in
 place. With a cache (generation) attention is transformers' (`attention_function.attend`). Where
-attention has no kernel (on a GPU) it is transformers' with and without a cache, and rotation ours.
+attention has no kernel (on a GPU) transformers' runs with and without a cache, after our rotation.
 """
 
 from collections.abc import Callable
@@ -93,7 +93,7 @@ class _ProjectedAttention:
 
 
 class AttentionForward(_ProjectedAttention):
-    """The forward of an attention layer whose attention is ours."""
+    """The forward of an attention layer on `ops.attention`."""
 
     def __init__(
         self, module: Attention, qkv: LinearGroup, output: LinearGroup, finder: SequenceFinder

@@ -97,14 +97,14 @@ def whole_masks(implementation: str) -> Iterator[None]:
 
 @contextmanager
 def weights_if_asked(
-    config: Config, own: str | None, given: Mapping[str, object]
+    config: Config, own: str | None, arguments: Mapping[str, object]
 ) -> Iterator[None]:
-    """A context for a call of a model: `own` is its own attention, `given` the call's arguments.
+    """A context for a call of a model: `own` is its own attention.
 
     Where these or the configuration ask for attention weights, the layers run their eager
     attention, the only implementation that returns them.
     """
-    asked = given.get("output_attentions")
+    asked = arguments.get("output_attentions")
     if asked is None:
         asked = getattr(config, "output_attentions", False)
     if own != "eager" or not asked:
@@ -225,11 +225,11 @@ def attend(
         "cu_seq_lens_q": cu_seq_lens_q,
         "sequence_parents": sequence_parents,
     }
-    options = {name: given for name, given in known.items() if given is not None} | others
+    options = {name: value for name, value in known.items() if value is not None} | others
     refused = [
         name
-        for name, given in others.items()
-        if given is not None
+        for name, value in others.items()
+        if value is not None
         and (name in _REFUSED or (_masks.get() is not None and name not in _KNOWN))
     ]
     if refused:

@@ -153,7 +153,7 @@ def _padded_batch(
     read: Tensor | None,  # [U] int64
 ) -> PaddedBatch | None:
     """None where a row of padding may be read, or padding lies between a row's tokens."""
-    given = _Tokens(
+    arguments = _Tokens(
         _tensor(kwargs.get("input_ids")),
         _tensor(kwargs.get("inputs_embeds")),
         _tensor(kwargs.get("position_ids")),
@@ -163,7 +163,7 @@ def _padded_batch(
         return None
     mask = attention_mask.bool()
     batch, length = mask.shape
-    tokens = [x for x in (given.input_ids, given.inputs_embeds) if x is not None]
+    tokens = [x for x in (arguments.input_ids, arguments.inputs_embeds) if x is not None]
     if any(x.shape[:2] != mask.shape for x in tokens) or has_holes(mask):
         return None
     index = mask.flatten().nonzero()[:, 0]
@@ -178,7 +178,7 @@ def _padded_batch(
     lengths = mask.sum(1)
     lengths = lengths[lengths > 0]
     bounds = nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
-    positions = given.position_ids
+    positions = arguments.position_ids
     if positions is None:
         positions = torch.arange(length, device=index.device)[None]
     packed: dict[str, object] = {
@@ -189,10 +189,10 @@ def _padded_batch(
         "max_length_q": int(lengths.max()),
         "max_length_k": int(lengths.max()),
     }
-    if given.input_ids is not None:
-        packed["input_ids"] = given.input_ids.flatten(0, 1).index_select(0, index)[None]
-    if given.inputs_embeds is not None:
-        packed["inputs_embeds"] = given.inputs_embeds.flatten(0, 1).index_select(0, index)[None]
+    if arguments.input_ids is not None:
+        packed["input_ids"] = arguments.input_ids.flatten(0, 1).index_select(0, index)[None]
+    if arguments.inputs_embeds is not None:
+        packed["inputs_embeds"] = arguments.inputs_embeds.flatten(0, 1).index_select(0, index)[None]
     return PaddedBatch(packed, index, place, (batch, length))
 
 

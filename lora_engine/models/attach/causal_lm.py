@@ -52,8 +52,8 @@ class CausalLmForward:
         the user's and arguments for one run as the model's own too.
         """
         if labels is None or args or self._asks_more(kwargs) or return_dict is False:
-            given = {"num_items_in_batch": num_items_in_batch, "return_dict": return_dict}
-            kwargs.update({key: value for key, value in given.items() if value is not None})
+            options = {"num_items_in_batch": num_items_in_batch, "return_dict": return_dict}
+            kwargs.update({key: value for key, value in options.items() if value is not None})
             return self.original(*args, labels=labels, **kwargs)
         from lora_engine.models.attach.lazy_logits import CausalLmOutput, LazyLogits
 

@@ -169,7 +169,7 @@ class DecoderLayerForward:
 
 
 def _fits(norm: object, x: Tensor) -> TypeGuard[RmsNormForward]:
-    """Whether `norm` is a forward of ours that takes x."""
+    """Whether `norm` is a replaced forward that takes x."""
     return isinstance(norm, RmsNormForward) and norm.takes(x)
 
 

@@ -130,9 +130,9 @@ class LinearGroup:
             if problem is not None:
                 return problem
         adapters = [lora_state.active_factors(m, self.router.names) for m in self.modules]
-        if sum(f.lora_a.shape[0] for found in adapters for f in found) > lora.padded_rank:
+        if sum(f.lora_a.shape[0] for factors in adapters for f in factors) > lora.padded_rank:
             return "the active adapters have more ranks than there is room for: accelerate anew"
-        if self.router.names and any(f.bias is not None for found in adapters for f in found):
+        if self.router.names and any(f.bias is not None for factors in adapters for f in factors):
             return "lora_bias=True"
         lora.set_adapters(adapters)
         return None
@@ -172,8 +172,8 @@ class ContiguousInput:
     def __call__(self, x: Tensor | None = None, **named: Tensor) -> Tensor:
         if x is None:
             x = only_argument(self.original, named)
-        found = ops.linear_few_rows(x, self.module.weight, self.module.bias)
-        return self.original(x.contiguous()) if found is None else found
+        y = ops.linear_few_rows(x, self.module.weight, self.module.bias)
+        return self.original(x.contiguous()) if y is None else y
 
 
 def are_altered(modules: Iterable[nn.Module]) -> bool:

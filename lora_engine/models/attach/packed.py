@@ -43,7 +43,7 @@ def packed_hidden_states(
 
     `model` is a transformers causal language model, plain, with PEFT adapters, or accelerated.
     Sequences do not see each other, but for what they continue (`parents`). With `rows` [U] int64
-    only those, [U, H]; where the last layer is ours, its MLP runs on them alone.
+    only those, [U, H]; where the last layer has a replaced forward, its MLP runs on them alone.
 
     Raises ValueError for a batch with `parents` on a model of which `can_share_prefixes` is false.
     """
@@ -107,13 +107,13 @@ def selects_rows(backbone: Backbone) -> bool:
 def can_share_prefixes(model: nn.Module, *, training: bool | None = None) -> bool:
     """Whether sequences of a batch may share the rows of a common prefix.
 
-    Attention has to be ours in every layer. In training (as the model is, unless given) dropout
+    Every layer has to run lora_engine's attention. In training (None: as the model is) dropout
     would draw one mask for all that share.
     """
     layers = getattr(transformers_model(model).base_model, "layers", None) or []
     attention = [attention_of(layer) for layer in layers]
-    ours = [isinstance(own_forward(module), AttentionForward) for module in attention]
-    if not ours or not all(ours):
+    replaced = [isinstance(own_forward(module), AttentionForward) for module in attention]
+    if not replaced or not all(replaced):
         return False
     training = model.training if training is None else training
     return not (training and _has_dropout(model))

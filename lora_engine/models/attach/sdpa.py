@@ -1,4 +1,4 @@
-"""Attention as PyTorch and transformers compute it, for calls that are not served by ours."""
+"""Attention as PyTorch and transformers compute it, where `ops.attention` cannot run."""
 
 from contextlib import nullcontext
 

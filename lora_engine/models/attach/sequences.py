@@ -81,7 +81,7 @@ class SequenceFinder:
     ) -> Sequences:
         """The sequences of a batch [B, L].
 
-        From `cu_seqlens` over the flattened batch where given; else from `attention_mask` [B, L],
+        From `cu_seqlens` over the flattened batch unless None; else from `attention_mask` [B, L],
         in which padding is 0 and the tokens of a row that have the same number are a sequence;
         else every row is one. `parents` belong to `cu_seqlens`.
         """

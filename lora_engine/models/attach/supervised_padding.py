@@ -79,32 +79,32 @@ def _computing_supervised_padding(
             yield
 
 
-def _has_read_padding(model: CausalLm, own: str, given: Mapping[str, object]) -> bool:
-    mask = given.get("attention_mask")  # [B, L]
+def _has_read_padding(model: CausalLm, own: str, arguments: Mapping[str, object]) -> bool:
+    mask = arguments.get("attention_mask")  # [B, L]
     if not isinstance(mask, Tensor) or mask.dim() != 2:
         return False
     padding = mask == 0
     if own == "sdpa":  # of a row that sees nothing it makes zeros, as lora_engine's attention does
         padding &= mask.cumsum(1) > 0
-    read = _read(model, given, mask)
+    read = _read(model, arguments, mask)
     return read is not None and bool((padding & read).any())
 
 
-def _read(model: CausalLm, given: Mapping[str, object], mask: Tensor) -> Tensor | None:
+def _read(model: CausalLm, arguments: Mapping[str, object], mask: Tensor) -> Tensor | None:
     """[B, L] bool, the rows of which a model's head makes something; None for none."""
     if not _has_head(model):
         return None
     kind = next(c.__name__ for c in type(model).__mro__ if "forward" in vars(c))
     if model.get_output_embeddings() is not None or kind.endswith("ForTokenClassification"):
-        return _supervised(model, given, mask)
+        return _supervised(model, arguments, mask)
     if kind.endswith("ForSequenceClassification"):
-        return _classified(model, given, mask)
+        return _classified(model, arguments, mask)
     return torch.ones_like(mask, dtype=torch.bool)
 
 
-def _classified(model: CausalLm, given: Mapping[str, object], mask: Tensor) -> Tensor:
+def _classified(model: CausalLm, arguments: Mapping[str, object], mask: Tensor) -> Tensor:
     """[B, L] bool, the row of each sequence's class: transformers goes by ids, not by the mask."""
-    ids, padding = given.get("input_ids"), model.config.get_text_config().pad_token_id
+    ids, padding = arguments.get("input_ids"), model.config.get_text_config().pad_token_id
     last = torch.full((len(mask),), mask.shape[1] - 1, device=mask.device)
     if isinstance(ids, Tensor) and padding is not None and ids.shape == mask.shape:
         places = torch.arange(ids.shape[1], device=ids.device)
@@ -113,15 +113,15 @@ def _classified(model: CausalLm, given: Mapping[str, object], mask: Tensor) -> T
     return read
 
 
-def _supervised(model: CausalLm, given: Mapping[str, object], mask: Tensor) -> Tensor | None:
+def _supervised(model: CausalLm, arguments: Mapping[str, object], mask: Tensor) -> Tensor | None:
     """[B, L] bool, the rows of which a loss may be taken, or a next token; None for none."""
     from transformers.loss.loss_utils import ForCausalLMLoss
 
-    labels, shifted = given.get("labels"), given.get("shift_labels")
-    ignored = given.get("ignore_index")
+    labels, shifted = arguments.get("labels"), arguments.get("shift_labels")
+    ignored = arguments.get("ignore_index")
     ignored = ignored if isinstance(ignored, int) else -100
     supervised = None
-    kept = given.get("logits_to_keep")
+    kept = arguments.get("logits_to_keep")
     if isinstance(kept, int) and kept == 1:  # generation goes on behind each row's last token
         supervised = torch.zeros_like(mask, dtype=torch.bool)
         supervised[:, -1] = True

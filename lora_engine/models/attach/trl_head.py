@@ -56,8 +56,8 @@ class TrlHeadForward:
         **kwargs: object,
     ) -> object:
         """As TRL's; what lora_engine's head does not compute runs as TRL's own."""
-        given = labels if shift_labels is None else shift_labels
-        if not fused_lm_head or args or given is None or not self._serves(kwargs):
+        any_labels = labels if shift_labels is None else shift_labels
+        if not fused_lm_head or args or any_labels is None or not self._serves(kwargs):
             options = {
                 "fused_lm_head": fused_lm_head or None,
                 "labels": labels,
@@ -67,7 +67,7 @@ class TrlHeadForward:
             kwargs |= {name: value for name, value in options.items() if value is not None}
             return self.theirs(*args, **kwargs)
         kwargs["use_cache"] = False
-        targets = given[:, 1:] if shift_labels is None else given
+        targets = any_labels[:, 1:] if shift_labels is None else any_labels
         mask = targets != -100
         of_row = mask if shift_labels is not None else nn.functional.pad(mask, (0, 1))
         hidden = hidden_rows(self.model.base_model, of_row.flatten().nonzero()[:, 0], kwargs)
@@ -138,8 +138,8 @@ class ModeSetter:
 def is_foreign(model: nn.Module) -> bool:
     """Whether somebody gave the model a forward that is neither lora_engine's nor TRL's."""
     forward = own_forward(model)
-    ours = type(forward).__module__.startswith("lora_engine.")
-    return forward is not None and not ours and _asked(forward) is None
+    of_lora_engine = type(forward).__module__.startswith("lora_engine.")
+    return forward is not None and not of_lora_engine and _asked(forward) is None
 
 
 def _asked(forward: object) -> _Asked | None:

@@ -49,7 +49,7 @@ class Walk:
         self.finder = SequenceFinder()
         self.covered: set[nn.Module] = set()  # linears inside a replaced layer
         self.served: set[nn.Module] = set()  # modules whose parameters our kernels read
-        self.agrees: dict[Any, bool] = {}  # kind of MLP -> whether ours computes what it does
+        self.agrees: dict[Any, bool] = {}  # kind of MLP -> whether MlpForward computes the same
         weight = next(model.parameters())
         self.device, self.dtype = weight.device, weight.dtype
 

@@ -100,7 +100,7 @@ def linear_cross_entropy(
     if lora is not None:
         lora = replace(lora, lora_a=operand(lora.lora_a), lora_b=operand(lora.lora_b))
     if impl == "reference":
-        found = reference.linear_cross_entropy(
+        by_row = reference.linear_cross_entropy(
             hidden,
             weight,
             target,
@@ -109,13 +109,13 @@ def linear_cross_entropy(
             temperature=temperature,
             **options.keywords(),
         )
-        loss = _reduce(found.loss, target, reduction, ignore_index)
+        loss = _reduce(by_row.loss, target, reduction, ignore_index)
         return LinearCrossEntropy(
             loss,
-            found.logprob.detach(),
-            found.correct,
-            found.entropy if entropy else None,
-            found.mean_logit if mean_logit else None,
+            by_row.logprob.detach(),
+            by_row.correct,
+            by_row.entropy if entropy else None,
+            by_row.mean_logit if mean_logit else None,
         )
     if temperature != 1:
         hidden, bias = hidden / temperature, None if bias is None else bias / temperature

@@ -320,7 +320,7 @@ def _norm_heads(
     width = q.shape[1] + k.shape[1]
     buffer = empty_rows(q.shape[0], width, dtype=q.dtype, device=q.device)
     results = buffer.split([q.shape[1], k.shape[1]], dim=1)
-    found = []
+    rstds = []
     for norm, x, y in zip(norms, (q, k), results, strict=True):
         heads = _heads(x, norm)
         rstd = torch.empty(
@@ -329,8 +329,8 @@ def _norm_heads(
         call.norm_kernels(x).rms_norm_fwd(
             heads, None, norm.weight, _heads(y, norm), None, rstd, norm.eps, norm.offset
         )
-        found.append(rstd)
-    return results[0], results[1], found
+        rstds.append(rstd)
+    return results[0], results[1], rstds
 
 
 def _norm_heads_backward(
@@ -342,15 +342,15 @@ def _norm_heads_backward(
     needs_weight: Sequence[bool],
 ) -> list[Tensor | None]:
     """The gradients of both norms' weights, where they are needed."""
-    found: list[Tensor | None] = []
+    dweights: list[Tensor | None] = []
     for norm, x, scale, grad, needed in zip(norms, inputs, rstd, grads, needs_weight, strict=True):
         dweight = scale.new_empty(norm.weight.shape) if needed else None
         dx = _heads(grad, norm)
         call.norm_kernels(x).rms_norm_bwd(
             dx, None, _heads(x, norm), norm.weight, scale, dx, dweight, norm.offset
         )
-        found.append(None if dweight is None else dweight.to(x.dtype))
-    return found
+        dweights.append(None if dweight is None else dweight.to(x.dtype))
+    return dweights
 
 
 def _heads(x: Tensor, norm: PreNorm) -> Tensor:

@@ -2,7 +2,7 @@
 
 The vendor's product packs the whole weight at every call, which takes longer than reading it, and
 the adapters' factors would be placed anew. This kernel reads the weight once, where it is resident,
-and A and B from the tensors that the group was given.
+and A and B from the tensors of the group's adapters.
 """
 
 import torch

@@ -28,7 +28,7 @@ def lora_linear(
 ) -> tuple[Tensor, ...]:
     """The outputs [..., N_i] of every linear of the group for `x` [..., K], in x's dtype.
 
-    LoRA as in arXiv:2106.09685; DoRA where a magnitude is given. `dropout`
+    LoRA as in arXiv:2106.09685; DoRA where adapters have a magnitude. `dropout`
     drops entries of x on their way into each linear's adapter. `routes` [...] int64 gives each row
     the adapter with that number (`LoraFactors.adapter`) and no other; -1 none. Adapters with a bias
     cannot be routed.
