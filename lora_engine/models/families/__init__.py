@@ -1,1 +1,1 @@
-"""Data about families of models: what their classes, modules and settings are called."""
+"""Data about families of models: what their classes, modules and settings are called, and hold."""

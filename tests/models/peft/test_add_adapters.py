@@ -6,8 +6,8 @@ import peft
 import pytest
 import torch
 
-import lora_engine.models.peft.adapters as adapters
 from lora_engine.app.finetune import add_adapters as add_adapters_of_finetune
+from lora_engine.backends import devices
 from lora_engine.errors import UserError
 from lora_engine.models.peft.adapters import LoraConfig, add_adapters
 from lora_engine.testing import tiny_llama
@@ -92,7 +92,7 @@ def test_what_cannot_be_is_one_line(settings, message):
 
 
 def test_a_rank_beyond_the_memory_is_one_line(monkeypatch):
-    monkeypatch.setattr(adapters.os, "sysconf", lambda name: 512)  # 0.25 MiB
+    monkeypatch.setattr(devices.os, "sysconf", lambda name: 512)  # 0.25 MiB
     with pytest.raises(UserError, match=r"lora.r: adapters of rank 48 take 0.0 GiB to train, this"):
         add(r=48)
 
