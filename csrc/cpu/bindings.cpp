@@ -51,7 +51,7 @@ LORA_ENGINE_FIELDS(AttentionBwdArgs, FIELD(fwd), FIELD(d_o), FIELD(dq), FIELD(dk
 LORA_ENGINE_FIELDS(AdamWArgs, FIELD(params), FIELD(grads), FIELD(exp_avg), FIELD(exp_avg_sq),
                    FIELD(size), FIELD(lr), FIELD(beta1), FIELD(beta2), FIELD(eps),
                    FIELD(weight_decay), FIELD(bias_correction1), FIELD(bias_correction2),
-                   FIELD(grad_scale), FIELD(grad_norm), FIELD(max_grad_norm));
+                   FIELD(grad_norm), FIELD(max_grad_norm));
 LORA_ENGINE_FIELDS(AdamW8bitArgs, FIELD(adamw), FIELD(exp_avg_absmax), FIELD(exp_avg_sq_absmax));
 LORA_ENGINE_FIELDS(GradNormArgs, FIELD(grads), FIELD(norm), FIELD(size));
 LORA_ENGINE_FIELDS(DropoutArgs, FIELD(x), FIELD(y), FIELD(rows), FIELD(cols), FIELD(x_stride),

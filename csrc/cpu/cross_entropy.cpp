@@ -176,7 +176,7 @@ void cross_entropy_row(const CrossEntropyArgs& a, int64_t row) {
     a.correct[row] = chosen == largest;
   }
   if (!grad) return;
-  const A scale = a.grad_scale ? static_cast<const A*>(a.grad_scale)[row] : A(1);
+  const A scale = a.lse_given ? static_cast<const A*>(a.grad_scale)[row] : A(1);
   row_gradient<T, kCap>(a, x, grad, target, z, lse, classes.count, scale);
 }
 

@@ -104,7 +104,7 @@ struct CrossEntropyArgs {
   void* lse;               // [rows], or null; an input with `lse_given`
   uint8_t* correct;        // [rows]: whether the target has the largest logit
   void* grad;              // [rows, cols]: d loss / d logits; may be `logits`; or null
-  const void* grad_scale;  // [rows] in the arithmetic type: a factor of the gradient; or null
+  const void* grad_scale;  // [rows] in the arithmetic type: a factor of the gradient, `lse_given`
   int64_t rows, cols, stride, grad_stride, ignore_index;
   double label_smoothing, softcap, z_loss;  // softcap 0: none
   bool lse_given;                           // only `grad` is written
@@ -137,7 +137,7 @@ struct AdamWArgs {
   void* exp_avg;      // [size]
   void* exp_avg_sq;   // [size]
   int64_t size;
-  double lr, beta1, beta2, eps, weight_decay, bias_correction1, bias_correction2, grad_scale;
+  double lr, beta1, beta2, eps, weight_decay, bias_correction1, bias_correction2;
   const void* grad_norm;  // [] of grads, which are clipped to max_grad_norm; null: no clipping
   double max_grad_norm;
 };

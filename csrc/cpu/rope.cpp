@@ -64,10 +64,8 @@ inline void rotate_token(const RopeArgs& a, const RopeHeads& h, int64_t token, c
       rotate_pairs(x, y, cos, sin, a.rotary_dim, a.inverse);
     else
       rotate(x, y, cos, sin, a.rotary_dim, a.inverse, [](A value) { return store<T>(value); });
-    if (x != y) {
 #pragma omp simd
-      for (int64_t i = a.rotary_dim; i < a.head_dim; ++i) y[i] = x[i];
-    }
+    for (int64_t i = a.rotary_dim; i < a.head_dim; ++i) y[i] = x[i];
   }
 }
 

@@ -12,7 +12,7 @@ namespace {
 
 struct AdamWStep {
   // 1 - beta is taken in float64: float32's beta is off by 2e-9, a millionth of 1 - 0.98.
-  float from_grad1, beta2, from_grad2, eps, grad_scale, decay, step_size, root_correction;
+  float from_grad1, beta2, from_grad2, eps, decay, step_size, root_correction;
   const float* grad_norm;
   float max_grad_norm;
 
@@ -21,18 +21,17 @@ struct AdamWStep {
         beta2(static_cast<float>(h.beta2)),
         from_grad2(static_cast<float>(1 - h.beta2)),
         eps(static_cast<float>(h.eps)),
-        grad_scale(static_cast<float>(h.grad_scale)),
         decay(static_cast<float>(1 - h.lr * h.weight_decay)),
         step_size(static_cast<float>(h.lr / h.bias_correction1)),
         root_correction(static_cast<float>(1 / std::sqrt(h.bias_correction2))),
         grad_norm(h.grad_norm),
         max_grad_norm(static_cast<float>(h.max_grad_norm)) {}
 
-  // What gradients are multiplied by: grad_scale, and less where their norm is over the maximum.
+  // What gradients are multiplied by: less than 1 where their norm is above the maximum.
   __device__ float scale() const {
-    if (!grad_norm) return grad_scale;
-    const float factor = max_grad_norm / (*grad_norm * grad_scale);
-    return grad_scale * (factor >= 1.0f ? 1.0f : factor);  // a NaN stays
+    if (!grad_norm) return 1.0f;
+    const float factor = max_grad_norm / *grad_norm;
+    return factor >= 1.0f ? 1.0f : factor;  // a NaN stays
   }
 
   __device__ void operator()(float scaled_grad, float& param, float& m, float& v) const {

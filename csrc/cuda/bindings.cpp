@@ -9,7 +9,7 @@ namespace lora_engine {
 
 LORA_ENGINE_FIELDS(cuda::AdamWHyper, FIELD(lr), FIELD(beta1), FIELD(beta2), FIELD(eps),
                    FIELD(weight_decay), FIELD(bias_correction1), FIELD(bias_correction2),
-                   FIELD(grad_scale), FIELD(grad_norm), FIELD(max_grad_norm));
+                   FIELD(grad_norm), FIELD(max_grad_norm));
 LORA_ENGINE_FIELDS(cuda::AdamWArgs, FIELD(params), FIELD(grads), FIELD(exp_avg), FIELD(exp_avg_sq),
                    FIELD(size), FIELD(hyper));
 LORA_ENGINE_FIELDS(cuda::AdamW8bitArgs, FIELD(params), FIELD(grads), FIELD(exp_avg),

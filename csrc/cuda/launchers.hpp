@@ -8,7 +8,7 @@ namespace lora_engine {
 namespace cuda {
 
 struct AdamWHyper {
-  double lr, beta1, beta2, eps, weight_decay, bias_correction1, bias_correction2, grad_scale;
+  double lr, beta1, beta2, eps, weight_decay, bias_correction1, bias_correction2;
   const float* grad_norm;  // [] of grads, which are clipped to max_grad_norm; null: no clipping
   double max_grad_norm;
 };

@@ -13,12 +13,12 @@ NORM_PARTIALS = 1024
 
 
 @triton.jit
-def clipped_scale(grad_scale, grad_norm_ptr, max_grad_norm, CLIP: tl.constexpr):
-    """What gradients are multiplied by: less than grad_scale where their norm is too large."""
-    scale = grad_scale
+def clipping_scale(grad_norm_ptr, max_grad_norm, CLIP: tl.constexpr):
+    """What gradients are multiplied by: max / norm where the norm is above the maximum, else 1."""
+    scale = 1.0
     if CLIP:
-        factor = max_grad_norm / (tl.load(grad_norm_ptr) * grad_scale)
-        scale = grad_scale * tl.where(factor >= 1.0, 1.0, factor)  # a NaN stays
+        factor = max_grad_norm / tl.load(grad_norm_ptr)
+        scale = tl.where(factor >= 1.0, 1.0, factor)  # a NaN stays
     return scale
 
 
@@ -46,7 +46,6 @@ def _adamw_kernel(
     decay,
     step_size,
     root_correction,
-    grad_scale,
     max_grad_norm,
     CLIP: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -58,7 +57,7 @@ def _adamw_kernel(
     """
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < count
-    scale = clipped_scale(grad_scale, grad_norm_ptr, max_grad_norm, CLIP)
+    scale = clipping_scale(grad_norm_ptr, max_grad_norm, CLIP)
     g = tl.load(grads_ptr + offs, mask=mask, other=0.0) * scale
     p = tl.load(params_ptr + offs, mask=mask, other=0.0)
     m = tl.load(exp_avg_ptr + offs, mask=mask, other=0.0)
@@ -129,7 +128,6 @@ def adamw(
         1 - hyper.lr * hyper.weight_decay,
         hyper.lr / hyper.bias_correction1,
         hyper.bias_correction2**-0.5,
-        hyper.grad_scale,
         hyper.max_grad_norm or 0.0,
         CLIP=grad_norm is not None,
         **config,

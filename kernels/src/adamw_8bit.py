@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 from lora_engine.backends.triton import launch
-from lora_engine.backends.triton.adamw import adamw_step, clipped_scale
+from lora_engine.backends.triton.adamw import adamw_step, clipping_scale
 from torch import Tensor
 
 from lora_engine.backends.contracts import AdamWHyper
@@ -75,7 +75,6 @@ def _adamw_8bit_kernel(
     decay,
     step_size,
     root_correction,
-    grad_scale,
     max_grad_norm,
     CLIP: tl.constexpr,
     QUANT_BLOCK: tl.constexpr,
@@ -91,7 +90,7 @@ def _adamw_8bit_kernel(
     offs = block[:, None] * QUANT_BLOCK + tl.arange(0, QUANT_BLOCK)[None, :]
     block_mask = block < blocks
     mask = offs < count
-    scale = clipped_scale(grad_scale, grad_norm_ptr, max_grad_norm, CLIP)
+    scale = clipping_scale(grad_norm_ptr, max_grad_norm, CLIP)
     g = tl.load(grads_ptr + offs, mask=mask, other=0.0) * scale
     p = tl.load(params_ptr + offs, mask=mask, other=0.0)
     m_code = tl.load(exp_avg_ptr + offs, mask=mask, other=0).to(tl.int32)
@@ -148,7 +147,6 @@ def adamw_8bit(
         1 - hyper.lr * hyper.weight_decay,
         hyper.lr / hyper.bias_correction1,
         hyper.bias_correction2**-0.5,
-        hyper.grad_scale,
         hyper.max_grad_norm or 0.0,
         CLIP=grad_norm is not None,
         QUANT_BLOCK=QUANT_BLOCK,

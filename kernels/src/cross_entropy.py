@@ -148,7 +148,6 @@ def _cross_entropy_kernel(
     HAS_LSE: tl.constexpr,
     LSE_GIVEN: tl.constexpr,
     GRADIENT: tl.constexpr,
-    HAS_GRAD_SCALE: tl.constexpr,
     VECTOR: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -235,7 +234,7 @@ def _cross_entropy_kernel(
                 tl.store(entropy_ptr + row, tl.log(sum_exp) - mean_d)
         if GRADIENT:
             scale = 1.0
-            if HAS_GRAD_SCALE:
+            if LSE_GIVEN:
                 scale = tl.load(grad_scale_ptr + row)
             scale_p = scale * (1 + 2 * z_loss * lse)
             scale_target = scale * (1 - label_smoothing)
@@ -267,10 +266,9 @@ def cross_entropy(
     entropy: Tensor | None = None,  # [rows] float32
     lse: Tensor | None = None,  # [rows] float32
     grad: Tensor | None = None,  # [rows, cols] in logits' dtype; may be logits
-    grad_scale: Tensor | None = None,  # [rows] float32: a factor of each row's gradient
 ) -> None:
     """Writes loss, logprob, correct and what is given of entropy, lse, grad. Launch size: cols."""
-    outputs = (loss, logprob, correct, entropy, lse, grad, grad_scale)
+    outputs = (loss, logprob, correct, entropy, lse, grad, None)
     _launch(logits, target, outputs, ignore_index, label_smoothing, softcap, z_loss, False)
 
 
@@ -286,7 +284,7 @@ def cross_entropy_bwd(
     softcap: float | None = None,
     z_loss: float = 0.0,
 ) -> None:
-    """Writes grad as `cross_entropy` would, from its lse. Launch size: cols."""
+    """Writes grad as `cross_entropy` would, from its lse, times grad_scale. Launch size: cols."""
     outputs = (None, None, None, None, lse, grad, grad_scale)
     _launch(logits, target, outputs, ignore_index, label_smoothing, softcap, z_loss, True)
 
@@ -330,7 +328,6 @@ def _launch(
         HAS_LSE=lse is not None,
         LSE_GIVEN=lse_given,
         GRADIENT=grad is not None,
-        HAS_GRAD_SCALE=grad_scale is not None,
         VECTOR=16 // logits.element_size() if aligned else 1,
         **launch.config(kernel, logits.device, logits.dtype, cols),
     )

@@ -42,7 +42,7 @@ def _halves(
 @triton.jit
 def _rotate_heads(
     x_ptr,  # [tokens, heads, D]
-    y_ptr,  # the same shape; may be x_ptr
+    y_ptr,  # the same shape
     heads,
     offs_t,
     mask_t,
@@ -58,7 +58,6 @@ def _rotate_heads(
     R: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     INVERSE: tl.constexpr,
-    COPY_REST: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
     BLOCK_REST: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -81,7 +80,7 @@ def _rotate_heads(
             offs = tl.arange(0, BLOCK_HALF)[None, None, :]
             tl.store(y_rows + offs, y1, mask=mask & (offs < R // 2))
             tl.store(y_rows + R // 2 + offs, y2, mask=mask & (offs < R // 2))
-        if COPY_REST:
+        if R < D:
             offs = R + tl.arange(0, BLOCK_REST)[None, None, :]
             rest = tl.load(x_rows + offs, mask=mask & (offs < D))
             tl.store(y_rows + offs, rest, mask=mask & (offs < D))
@@ -91,8 +90,8 @@ def _rotate_heads(
 def _rope_kernel(
     q_ptr,  # [tokens, heads_q, D]
     k_ptr,  # [tokens, heads_k, D]
-    q_out_ptr,  # may be q_ptr
-    k_out_ptr,  # may be k_ptr
+    q_out_ptr,
+    k_out_ptr,
     cos_ptr,  # [positions, R]
     sin_ptr,  # [positions, R]
     position_ptr,  # [tokens] or None
@@ -116,7 +115,6 @@ def _rope_kernel(
     R: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     INVERSE: tl.constexpr,
-    COPY_REST: tl.constexpr,
     VEC: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
     BLOCK_REST: tl.constexpr,
@@ -164,7 +162,6 @@ def _rope_kernel(
             R,
             INTERLEAVED,
             INVERSE,
-            COPY_REST,
             BLOCK_HALF,
             BLOCK_REST,
             BLOCK_H,
@@ -188,7 +185,6 @@ def _rope_kernel(
             R,
             INTERLEAVED,
             INVERSE,
-            COPY_REST,
             BLOCK_HALF,
             BLOCK_REST,
             BLOCK_H,
@@ -198,8 +194,8 @@ def _rope_kernel(
 def rope(
     q: Tensor | None,  # [tokens, q_heads, head_dim], columns one apart
     k: Tensor | None,  # [tokens, kv_heads, head_dim], columns one apart; q or k is given
-    q_out: Tensor | None,  # q's shape; may be q
-    k_out: Tensor | None,  # k's shape; may be k
+    q_out: Tensor | None,  # q's shape
+    k_out: Tensor | None,  # k's shape
     cos: Tensor,  # [positions, rotary_dim], columns one apart
     sin: Tensor,  # [positions, rotary_dim], columns one apart
     position_ids: Tensor | None,  # [tokens] int64 or int32
@@ -242,7 +238,6 @@ def rope(
         R=rotary,
         INTERLEAVED=interleaved,
         INVERSE=inverse,
-        COPY_REST=rotary < head_dim and any(x is not y for x, y in pairs),
         VEC=vec,
         BLOCK_HALF=triton.next_power_of_2(rotary // 2),
         BLOCK_REST=triton.next_power_of_2(max(head_dim - rotary, 1)),

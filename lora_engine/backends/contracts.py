@@ -79,8 +79,8 @@ class Rope(Protocol):
         self,
         q: Tensor | None,  # [tokens, q_heads, head_dim]
         k: Tensor | None,  # [tokens, kv_heads, head_dim]; q or k is given
-        q_out: Tensor | None,  # q's shape; may be q
-        k_out: Tensor | None,  # k's shape; may be k
+        q_out: Tensor | None,  # q's shape
+        k_out: Tensor | None,  # k's shape
         cos: Tensor,  # [positions, rotary_dim]
         sin: Tensor,  # [positions, rotary_dim]
         position_ids: Tensor | None,  # [tokens] int64 or int32, within the tables
@@ -195,7 +195,6 @@ class CrossEntropy(Protocol):
         entropy: Tensor | None = None,  # [rows] float32
         lse: Tensor | None = None,  # [rows] float32
         grad: Tensor | None = None,  # [rows, cols] in logits' dtype; may be logits
-        grad_scale: Tensor | None = None,  # [rows] float32: a factor of each row's gradient
     ) -> None:
         """Writes loss, logprob, correct and what is given of entropy, lse and grad."""
 
@@ -212,7 +211,7 @@ class CrossEntropy(Protocol):
         softcap: float | None = None,
         z_loss: float = 0.0,
     ) -> None:
-        """Writes grad as `cross_entropy` would, from its lse."""
+        """Writes grad as `cross_entropy` would, from its lse, times grad_scale."""
 
 
 class Attention(Protocol):
@@ -262,8 +261,8 @@ class Attention(Protocol):
 class AdamWHyper(NamedTuple):
     """The numbers of one AdamW step.
 
-    bias_correction: 1 - beta**step, of either beta. grad_scale: multiplies the gradients.
-    max_grad_norm: what the scaled gradients are clipped to; None where no norm is given.
+    bias_correction: 1 - beta**step, of either beta.
+    max_grad_norm: what the gradients are clipped to; None where no norm is given.
     """
 
     lr: float
@@ -273,7 +272,6 @@ class AdamWHyper(NamedTuple):
     weight_decay: float
     bias_correction1: float
     bias_correction2: float
-    grad_scale: float = 1.0
     max_grad_norm: float | None = None
 
 

@@ -18,7 +18,7 @@ from lora_engine.ops.lora.group import LoraGroup
 from lora_engine.ops.lora.linear import lora_linear
 from lora_engine.ops.lora.storage import base_of, has_base
 from lora_engine.ops.rms_norm import rms_norm
-from lora_engine.ops.rope import rope, rope_
+from lora_engine.ops.rope import rope
 from lora_engine.values import Dropout, LoraFactors, PreNorm
 
 __all__ = [
@@ -45,5 +45,4 @@ __all__ = [
     "lora_linear",
     "rms_norm",
     "rope",
-    "rope_",
 ]

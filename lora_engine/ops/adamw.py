@@ -21,7 +21,6 @@ def adamw_(
     beta2: float,
     eps: float,
     weight_decay: float,
-    grad_scale: float = 1.0,
     grad_norm: Tensor | None = None,  # []
     max_grad_norm: float | None = None,
     impl: str | None = None,
@@ -29,10 +28,9 @@ def adamw_(
     """AdamW with decoupled weight decay (arXiv:1711.05101), in place, as torch.optim.AdamW.
 
     All four buffers are contiguous, of one length, and all float32 (or all float64). `step` counts
-    from 1. `grad_scale` multiplies the gradients first (averaging, clipping by a number). With
-    `grad_norm`, the norm of `grads` as they are, and `max_grad_norm`, the scaled gradients are also
-    multiplied by min(1, max_grad_norm / their norm); the kernel reads the norm where it lies, so
-    that a GPU need not wait for the host. The caller bumps the version counters of parameters that
+    from 1. With `grad_norm`, the norm of `grads`, and `max_grad_norm`, the gradients are multiplied
+    by min(1, max_grad_norm / grad_norm) first; the kernel reads the norm where it lies, so that a
+    GPU need not wait for the host. The caller bumps the version counters of parameters that
     are views of `params`.
 
     Raises ValueError where the buffers do not fit or step < 1.
@@ -58,7 +56,6 @@ def adamw_(
             beta2=beta2,
             eps=eps,
             weight_decay=weight_decay,
-            grad_scale=grad_scale,
             grad_norm=grad_norm,
             max_grad_norm=max_grad_norm,
         )
@@ -71,7 +68,6 @@ def adamw_(
         weight_decay=weight_decay,
         bias_correction1=1 - beta1**step,
         bias_correction2=1 - beta2**step,
-        grad_scale=grad_scale,
         max_grad_norm=max_grad_norm,
     )
     launchers.adamw(impl).adamw(

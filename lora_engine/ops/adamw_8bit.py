@@ -27,7 +27,6 @@ def adamw_8bit_(
     beta2: float,
     eps: float,
     weight_decay: float,
-    grad_scale: float = 1.0,
     grad_norm: Tensor | None = None,  # []
     max_grad_norm: float | None = None,
     impl: str | None = None,
@@ -74,7 +73,6 @@ def adamw_8bit_(
             beta2=beta2,
             eps=eps,
             weight_decay=weight_decay,
-            grad_scale=grad_scale,
             grad_norm=grad_norm,
             max_grad_norm=max_grad_norm,
         )
@@ -87,7 +85,6 @@ def adamw_8bit_(
         weight_decay=weight_decay,
         bias_correction1=1 - beta1**step,
         bias_correction2=1 - beta2**step,
-        grad_scale=grad_scale,
         max_grad_norm=max_grad_norm,
     )
     launchers.adamw_8bit(impl).adamw_8bit(

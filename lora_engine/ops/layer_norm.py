@@ -10,7 +10,7 @@ from lora_engine import backends, reference
 from lora_engine.backends import contracts, launchers
 from lora_engine.ops import augmented
 from lora_engine.ops.context import Context
-from lora_engine.ops.tensors import accumulate_dtype, as_rows, check, shape_of
+from lora_engine.ops.tensors import accumulate_dtype, as_rows, check, empty_rows, shape_of
 
 
 def layer_norm(
@@ -20,7 +20,6 @@ def layer_norm(
     eps: float,
     *,
     tail: int = 0,
-    grad_tail: int = 0,
     impl: str | None = None,
 ) -> Tensor:
     """`(x - mean(x)) / sqrt(var(x) + eps) * weight + bias` over the last dimension.
@@ -28,7 +27,7 @@ def layer_norm(
     arXiv:1607.06450; the variance divides by H, no weight is a weight of ones, no bias one of
     zeros. Arithmetic in float32 with one rounding to x's dtype. A weight or bias that does not
     require a gradient costs none. `tail` leaves that many spare columns behind each row of the
-    result for `ops.lora_linear`, and `grad_tail` as many behind the gradient of x.
+    result for `ops.lora_linear`.
 
     Raises ValueError where the shapes or dtypes do not fit.
     """
@@ -37,7 +36,7 @@ def layer_norm(
     impl = backends.select("layer_norm", x.device, x.dtype, impl)
     if impl == "reference":
         return reference.layer_norm(x, weight, bias, eps)
-    call = _Call(eps, tail, grad_tail, launchers.layer_norm(impl))
+    call = _Call(eps, tail, launchers.layer_norm(impl))
     out: Tensor = _LayerNorm.apply(x, weight, bias, call)
     return out
 
@@ -60,7 +59,6 @@ class _Call(NamedTuple):
 
     eps: float
     tail: int
-    grad_tail: int
     kernels: contracts.LayerNorm
 
 
@@ -124,13 +122,13 @@ class _LayerNorm(torch.autograd.Function):
         call, shape = ctx.kept
         x, weight, mean, rstd = _Saved(*ctx.saved_tensors)
         count, cols = x.shape
-        (dx,) = augmented.empty(count, [cols], call.grad_tail, dtype=x.dtype, device=x.device)
+        dx = empty_rows(count, cols, dtype=x.dtype, device=x.device)
         needs = _Needs(*ctx.needs_input_grad)
         dweight = rstd.new_empty(cols) if needs.weight else None
         dbias = rstd.new_empty(cols) if needs.bias else None
         call.kernels.layer_norm_bwd(as_rows(dy), x, weight, mean, rstd, dx, dweight, dbias)
         return _Gradients(
-            x=augmented.shaped(dx, shape),
+            x=dx.view(shape),
             weight=None if dweight is None else dweight.to(x.dtype),
             bias=None if dbias is None else dbias.to(x.dtype),
         )

@@ -22,7 +22,6 @@ def rms_norm(
     residual: None = None,
     offset: float = 0.0,
     tail: int = 0,
-    grad_tail: int = 0,
     impl: str | None = None,
 ) -> Tensor: ...
 @overload
@@ -34,7 +33,6 @@ def rms_norm(
     residual: Tensor,
     offset: float = 0.0,
     tail: int = 0,
-    grad_tail: int = 0,
     impl: str | None = None,
 ) -> tuple[Tensor, Tensor]: ...
 def rms_norm(
@@ -45,7 +43,6 @@ def rms_norm(
     residual: Tensor | None = None,  # [..., H]
     offset: float = 0.0,
     tail: int = 0,
-    grad_tail: int = 0,
     impl: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`x / sqrt(mean(x²) + eps) * (weight + offset)` over the last dimension (arXiv:1910.07467).
@@ -58,8 +55,7 @@ def rms_norm(
     one tensor, the gradient of x and of the residual.
 
     `tail` leaves that many spare columns behind each row of the normed result for
-    `ops.lora_linear`, and `grad_tail` as many behind the gradient of x, where x is such a linear's
-    result.
+    `ops.lora_linear`.
 
     Raises ValueError where the shapes or dtypes do not fit.
     """
@@ -83,7 +79,7 @@ def rms_norm(
         if residual is None:
             return reference.rms_norm(x, weight, eps, offset=offset)
         return reference.rms_norm(x, weight, eps, residual=residual, offset=offset)
-    call = _Call(eps, offset, tail, grad_tail, launchers.rms_norm(impl))
+    call = _Call(eps, offset, tail, launchers.rms_norm(impl))
     out: Tensor | tuple[Tensor, Tensor] = _RmsNorm.apply(x, weight, residual, call)
     return out
 
@@ -94,7 +90,6 @@ class _Call(NamedTuple):
     eps: float
     offset: float
     tail: int
-    grad_tail: int
     kernels: contracts.RmsNorm
 
 
@@ -164,11 +159,11 @@ class _RmsNorm(torch.autograd.Function):
         h, weight, rstd = _Saved(*ctx.saved_tensors)
         needs = _Needs(*ctx.needs_input_grad)
         count, cols = h.shape
-        (dx,) = augmented.empty(count, [cols], call.grad_tail, dtype=h.dtype, device=h.device)
+        dx = empty_rows(count, cols, dtype=h.dtype, device=h.device)
         dweight = rstd.new_empty(cols) if needs.weight else None
         dh_rows = None if dh is None else as_rows(dh)
         call.kernels.rms_norm_bwd(as_rows(dy), dh_rows, h, weight, rstd, dx, dweight, call.offset)
-        shaped = augmented.shaped(dx, shape)
+        shaped = dx.view(shape)
         return _Gradients(
             x=shaped,
             weight=None if dweight is None else dweight.to(weight.dtype),

@@ -80,58 +80,12 @@ def rope(
     return rotation.of_both(q, k, *tables, position_ids)
 
 
-def rope_(
-    q: Tensor,  # [T, Hq, D]
-    k: Tensor | None,  # [T, Hkv, D]
-    cos: Tensor,  # [T, R]; with position_ids [P, R]
-    sin: Tensor,  # as cos
-    *,
-    position_ids: Tensor | None = None,  # [T] int64 or int32
-    interleaved: bool = False,
-    impl: str | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """`rope` in place: writes over q and k, which may be columns of one buffer, and returns them.
-
-    Autograd knows of the change. Backward allocates: incoming gradients may be shared with other
-    consumers. Views that require a gradient are rotated one by one: autograd
-    takes no function that changes several.
-
-    Raises ValueError as `rope` does, and where columns are not one apart or elements overlap.
-    """
-    for name, x in (("q", q), ("k", k)):
-        check(
-            x is None or _is_heads(x),
-            f"rope_: {name}'s columns are not one apart, or its elements overlap; use rope",
-        )
-    tables = _check(q, k, cos, sin, position_ids)
-    impl = backends.select("rope", q.device, q.dtype, impl)
-    operands = (q,) if k is None else (q, k)
-    if impl == "reference":
-        for x in operands:
-            rotated = rope(
-                x, None, *tables, position_ids=position_ids, interleaved=interleaved, impl=impl
-            )
-            x.copy_(rotated)
-        return q if k is None else (q, k)
-    rotation = _Rotation(interleaved, launchers.rope(impl), in_place=True)
-    if k is None:
-        return rotation.of_one(q, *tables, position_ids)
-    tracked = torch.is_grad_enabled() and any(x.requires_grad for x in operands)
-    if tracked and any(x._is_view() for x in operands):
-        return (
-            rotation.of_one(q, *tables, position_ids),
-            rotation.of_one(k, *tables, position_ids),
-        )
-    return rotation.of_both(q, k, *tables, position_ids)
-
-
 @dataclass(frozen=True)
 class _Rotation:
     """What is done to q and k besides their tables."""
 
     interleaved: bool
     kernels: contracts.Rope
-    in_place: bool = False
     inverse: bool = False
 
     def of_one(self, x: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor | None) -> Tensor:
@@ -155,11 +109,8 @@ class _Rotation:
         position_ids: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         """q rotated, and k if there is one, without autograd."""
-        if self.in_place:
-            q_out, k_out = q, k
-        else:
-            q, k = _heads(q), None if k is None else _heads(k)
-            q_out, k_out = _empty(q), None if k is None else _empty(k)
+        q, k = _heads(q), None if k is None else _heads(k)
+        q_out, k_out = _empty(q), None if k is None else _empty(k)
         self.kernels.rope(
             q,
             k,
@@ -205,7 +156,6 @@ class _Saved(NamedTuple):
 
 
 class _Rope(torch.autograd.Function):
-    # A view that is changed in place has to be the first tensor, and its function's one output.
     @staticmethod
     def forward(
         ctx: Context[_Rotation],
@@ -219,8 +169,6 @@ class _Rope(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*_Saved(cos, sin, position_ids))
         ctx.kept = rotation
-        if rotation.in_place:
-            ctx.mark_dirty(*(x for x in (q, k) if x is not None))
         q_out, k_out = rotation.run(q, k, cos, sin, position_ids)
         return q_out if k_out is None else (q_out, k_out)
 
@@ -230,7 +178,7 @@ class _Rope(torch.autograd.Function):
     ) -> _Gradients:
         needs = _Needs(*ctx.needs_input_grad)
         tables = _Saved(*ctx.saved_tensors)
-        back = replace(ctx.kept, in_place=False, inverse=not ctx.kept.inverse)
+        back = replace(ctx.kept, inverse=not ctx.kept.inverse)
         dq, dk = dq if needs.q else None, dk if needs.k else None
         if dq is not None and dk is not None:
             return _Gradients(*back.of_both(dq, dk, *tables))

@@ -16,14 +16,13 @@ def adamw_(
     beta2: float,
     eps: float,
     weight_decay: float,
-    grad_scale: float = 1.0,
     grad_norm: Tensor | None = None,  # []
     max_grad_norm: float | None = None,
 ) -> None:
     """One step in place, decoupled weight decay, `step` counted from 1."""
-    g = grads * grad_scale
+    g = grads
     if grad_norm is not None and max_grad_norm is not None:
-        g = g * (max_grad_norm / (grad_norm * grad_scale)).clamp(max=1)
+        g = g * (max_grad_norm / grad_norm).clamp(max=1)
     exp_avg.lerp_(g, 1 - beta1)
     exp_avg_sq.mul_(beta2).addcmul_(g, g, value=1 - beta2)
     denominator = (exp_avg_sq / (1 - beta2**step)).sqrt_().add_(eps)

@@ -116,15 +116,10 @@ def test_gradients_are_the_same_for_any_number_of_threads(isa: str) -> None:
 
 def test_room_behind_the_rows(backend: Backend) -> None:
     x, weight, bias = backend.put(*inputs(torch.float32, (3, 5, 32)))
-    x.requires_grad_()
-    y = ops.layer_norm(x, weight, bias, EPS, tail=8, grad_tail=4, impl=backend.impl)
+    y = ops.layer_norm(x, weight, bias, EPS, tail=8, impl=backend.impl)
     buffer = augmented.claim([y], 8)
     assert buffer.shape == (15, 40) and buffer.data_ptr() == y.data_ptr()
     assert torch.equal(y, ops.layer_norm(x, weight, bias, EPS, impl=backend.impl))
-    found = []
-    x.register_hook(lambda grad: found.append(augmented.claim([grad], 4)))
-    dx = torch.autograd.grad(y, x, torch.randn_like(y))[0]
-    assert found[0].data_ptr() == dx.data_ptr() and found[0].shape == (15, 36)
 
 
 @settings(max_examples=40, deadline=None)

@@ -170,19 +170,17 @@ def test_weight_gradient_is_the_same_for_any_number_of_threads(isa: str) -> None
 
 
 def test_room_behind_the_rows(backend: Backend) -> None:
-    """lora_linear gets the padding columns it asked for, of the result and of x's gradient."""
+    """lora_linear gets the padding columns it asked for behind the result."""
     x, weight, residual = (t.requires_grad_() for t in inputs(backend, torch.float32, (3, 5, 32)))
-    y, h = ops.rms_norm(x, weight, EPS, residual=residual, tail=8, grad_tail=4, impl=backend.impl)
+    y, h = ops.rms_norm(x, weight, EPS, residual=residual, tail=8, impl=backend.impl)
     buffer = augmented.claim([y], 8)
     assert buffer.shape == (15, 40) and buffer.data_ptr() == y.data_ptr() and h.is_contiguous()
     plain = ops.rms_norm(x, weight, EPS, residual=residual, impl=backend.impl)
     assert torch.equal(y, plain[0]) and torch.equal(h, plain[1])
-    found = []
-    x.register_hook(lambda grad: found.append(augmented.claim([grad], 4)))
     dy = torch.randn_like(x), torch.randn_like(x)
     dx = torch.autograd.grad((y, h), x, dy)[0]
     expected = torch.autograd.grad(plain, x, dy)[0]
-    assert torch.equal(dx, expected) and found[0].data_ptr() == dx.data_ptr()
+    assert torch.equal(dx, expected)
 
 
 @settings(max_examples=40, deadline=None)

@@ -58,7 +58,6 @@ def arguments(
         weight_decay=hyper.weight_decay,
         bias_correction1=hyper.bias_correction1,
         bias_correction2=hyper.bias_correction2,
-        grad_scale=hyper.grad_scale,
         grad_norm=pointer(grad_norm),
         max_grad_norm=hyper.max_grad_norm or 0.0,
     )

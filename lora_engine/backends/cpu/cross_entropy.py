@@ -19,7 +19,6 @@ def cross_entropy(
     entropy: Tensor | None = None,  # [rows] float32
     lse: Tensor | None = None,  # [rows] float32
     grad: Tensor | None = None,  # [rows, cols] in logits' dtype; may be logits
-    grad_scale: Tensor | None = None,  # [rows] float32: a factor of each row's gradient
 ) -> None:
     """Writes loss, logprob, correct and what is given of entropy, lse and grad."""
     rows, cols = logits.shape
@@ -34,7 +33,7 @@ def cross_entropy(
             lse=pointer(lse),
             correct=correct.data_ptr(),
             grad=pointer(grad),
-            grad_scale=pointer(grad_scale),
+            grad_scale=0,
             rows=rows,
             cols=cols,
             stride=logits.stride(0),
@@ -60,7 +59,7 @@ def cross_entropy_bwd(
     softcap: float | None = None,
     z_loss: float = 0.0,
 ) -> None:
-    """Writes grad as `cross_entropy` would, from its lse."""
+    """Writes grad as `cross_entropy` would, from its lse, times grad_scale."""
     rows, cols = logits.shape
     kernels().cross_entropy(
         dtype_code(logits.dtype),

@@ -228,7 +228,6 @@ class AdamWArgs(NamedTuple):
     weight_decay: float
     bias_correction1: float
     bias_correction2: float
-    grad_scale: float
     grad_norm: Address
     max_grad_norm: float
 

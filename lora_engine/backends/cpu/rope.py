@@ -11,8 +11,8 @@ NO_HEADS = RopeHeads(0, 0, 0, 0, 0, 0, 0)
 def rope(
     q: Tensor | None,  # [tokens, q_heads, head_dim], columns one apart
     k: Tensor | None,  # [tokens, kv_heads, head_dim], columns one apart; q or k is given
-    q_out: Tensor | None,  # q's shape; may be q
-    k_out: Tensor | None,  # k's shape; may be k
+    q_out: Tensor | None,  # q's shape
+    k_out: Tensor | None,  # k's shape
     cos: Tensor,  # [positions, rotary_dim], columns one apart
     sin: Tensor,  # [positions, rotary_dim], columns one apart
     position_ids: Tensor | None,  # [tokens] int64 or int32, within the tables

@@ -25,7 +25,6 @@ class AdamWHyper(NamedTuple):
     weight_decay: float
     bias_correction1: float
     bias_correction2: float
-    grad_scale: float
     grad_norm: Address
     max_grad_norm: float
 
@@ -40,7 +39,6 @@ class AdamWHyper(NamedTuple):
             weight_decay=hyper.weight_decay,
             bias_correction1=hyper.bias_correction1,
             bias_correction2=hyper.bias_correction2,
-            grad_scale=hyper.grad_scale,
             grad_norm=0 if grad_norm is None else grad_norm.data_ptr(),
             max_grad_norm=hyper.max_grad_norm or 0.0,
         )
