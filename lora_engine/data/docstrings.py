@@ -25,29 +25,29 @@ _SKIPPED = frozenset(
         *("site-packages", "dist-packages", "__pycache__"),
     )
 )
+MAX_SOURCE_CHARS = 800  # examples of about 100 to 300 tokens
+MAX_ANSWER_CHARS = 160
+
 _Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
-def docstring_records(
-    root: Path | None = None, *, max_source_chars: int = 800, max_answer_chars: int = 160
-) -> list[Record]:
+def docstring_records(root: Path | None = None) -> list[Record]:
     """One "messages" record per distinct function under `root`, in a fixed order.
 
     root: a folder of Python files; the running interpreter's standard library if None.
-    max_source_chars: longer sources are cut after a line and end in "...". 800 characters make
-        examples of about 100 to 300 tokens.
-    max_answer_chars: functions whose first docstring line is longer are left out.
 
-    Functions with the same source appear once. A record's group is its top-level module, so that
-    `split_heldout` keeps every module on one side. Raises UserError if there are no sources.
+    Sources longer than MAX_SOURCE_CHARS are cut after a line and end in "...". Functions whose
+    first docstring line is longer than MAX_ANSWER_CHARS are left out. Functions with the same
+    source appear once. A record's group is its top-level module, so that `split_heldout` keeps
+    every module on one side. Raises UserError if there are no sources.
     """
     root = root or Path(sysconfig.get_path("stdlib"))
     records: list[Record] = []
     seen: set[str] = set()
     for path in _python_files(root):
         for line, source, answer in documented_functions(path):
-            shown = shorten(source, max_source_chars)
-            if len(answer) <= max_answer_chars and shown not in seen:
+            shown = shorten(source, MAX_SOURCE_CHARS)
+            if len(answer) <= MAX_ANSWER_CHARS and shown not in seen:
                 seen.add(shown)
                 records.append(_record(path.relative_to(root), line, shown, answer))
     if not records:
