@@ -168,7 +168,6 @@ def test_the_whole_way_is_seen(passed: set[Path]) -> None:
         "ops/layer/attention_block.py",
         "ops/lora/product.py",
         "ops/head/linear_cross_entropy.py",
-        "backends/launchers.py",
         "backends/cpu/lora_linear.py",
     }
 

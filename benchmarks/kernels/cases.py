@@ -10,6 +10,8 @@ from torch import Tensor
 from benchmarks.common.measure import Matmul, linear_matmuls
 from benchmarks.common.registry import EPS, Function, Problem, Size, Work, case
 from lora_engine import ops, reference
+from lora_engine.quantization.blockwise_4bit import code_values
+from lora_engine.quantization.nested_absmax import dequantize_absmax
 from lora_engine.testing import cu_seqlens
 from lora_engine.values import AdaptedLinear
 
@@ -330,6 +332,37 @@ def adamw_8bit(size: Size, dtype: torch.dtype, device: torch.device) -> Problem:
         forward=Work(
             3 * params.nbytes + 2 * (m.nbytes + v.nbytes + m_absmax.nbytes + v_absmax.nbytes)
         ),
+        both=None,
+        in_place=True,
+    )
+
+
+@case
+def blockwise_4bit(size: Size, dtype: torch.dtype, device: torch.device) -> Problem:
+    """The largest weight of a layer out of NF4 with double quantisation, into memory that is kept.
+
+    Reads codes and scales and writes the weight.
+    """
+    n, k = max(size.model.linears, key=lambda linear: linear[0] * linear[1])
+    weight = _normal(n, k, dtype=dtype, device=device, grad=False)
+    packed = ops.quantize_weight(weight, "nf4", double_quant=True)
+    values = code_values("nf4", device)
+
+    def ours(weight: Tensor) -> Tensor:
+        return packed.rows(0, n, out=weight)
+
+    def eager(weight: Tensor) -> Tensor:
+        codes, absmax, *nested = packed.tensors.values()
+        scales = dequantize_absmax(absmax, *nested)
+        both = torch.stack((codes >> 4, codes & 15), dim=1).view(-1, packed.format.block)
+        return weight.copy_((values[both.int()] * scales[:, None]).view(n, k))
+
+    return Problem(
+        (weight,),
+        ours=ours,
+        eager=eager,
+        oracle=lambda w: packed.rows(0, n, out=torch.empty_like(w), impl="reference"),
+        forward=Work(packed.nbytes + weight.nbytes),
         both=None,
         in_place=True,
     )

@@ -73,6 +73,11 @@ LORA_ENGINE_FIELDS(FewRowsArgs, FIELD(x), FIELD(weight), FIELD(residual), FIELD(
                    FIELD(cols), FIELD(x_stride), FIELD(w_stride), FIELD(residual_stride),
                    FIELD(y_stride), array("linears", &Args::linears, &Args::linear_count),
                    array("adapters", &Args::adapters, &Args::adapter_count));
+LORA_ENGINE_FIELDS(Quantize4bitArgs, FIELD(w), FIELD(bounds), FIELD(ascending), FIELD(codes),
+                   FIELD(absmax), FIELD(size), FIELD(block));
+LORA_ENGINE_FIELDS(Dequantize4bitArgs, FIELD(codes), FIELD(absmax), FIELD(nested_absmax),
+                   FIELD(nested_code), FIELD(offset), FIELD(values), FIELD(w), FIELD(rows),
+                   FIELD(cols), FIELD(stride), FIELD(first), FIELD(block));
 
 // A span is a pair of slices (rows, columns) in Python.
 template <>
@@ -151,6 +156,8 @@ void bind_cpu(py::module_ m) {
   define(m, "lora_b_bwd", &Kernels::lora_b_bwd);
   define(m, "lora_a_bwd", &Kernels::lora_a_bwd);
   define(m, "lora_linear_few_rows", &Kernels::lora_linear_few_rows);
+  define(m, "quantize_4bit", &Kernels::quantize_4bit);
+  define(m, "dequantize_4bit", &Kernels::dequantize_4bit);
   m.def("adamw_8bit", [](py::handle object) {
     Elements elements;
     const AdamW8bitArgs args = read_fields<AdamW8bitArgs>(object, elements);

@@ -28,6 +28,8 @@ const Kernels table = {
     lora_b_bwd,
     lora_a_bwd,
     lora_linear_few_rows,
+    quantize_4bit,
+    dequantize_4bit,
 };
 
 }  // namespace LORA_ENGINE_ISA

@@ -228,6 +228,29 @@ struct FewRowsArgs {
   int64_t adapter_count;
 };
 
+// A weight of `size` values in blocks of `block` consecutive ones, a power of two from 32; two codes
+// in a byte, the first in its upper half. See lora_engine/quantization/blockwise_4bit.py.
+struct Quantize4bitArgs {
+  const void* w;             // [size]
+  const float* bounds;       // [15], ascending: between the values of neighbouring codes
+  const uint8_t* ascending;  // [16]: the codes in the order of their values
+  uint8_t* codes;            // [ceil(size / 2)]
+  float* absmax;             // [ceil(size / block)]
+  int64_t size, block;
+};
+
+// Rows of such a weight; `first` is the place of w[0, 0] among its values.
+struct Dequantize4bitArgs {
+  const uint8_t* codes;
+  const void* absmax;          // float32, or with nested_absmax uint8
+  const float* nested_absmax;  // of 256 blocks' codes, or null
+  const float* nested_code;    // [256]: the values of those codes
+  const float* offset;         // [1], added to them
+  const float* values;         // [16]: of the codes
+  void* w;                     // [rows, cols]
+  int64_t rows, cols, stride, first, block;
+};
+
 struct Kernels {
   const char* isa;
   void (*rms_norm_fwd)(DType, const RmsNormArgs&);
@@ -248,6 +271,8 @@ struct Kernels {
   void (*lora_b_bwd)(DType, const LoraBBwdArgs&);
   void (*lora_a_bwd)(DType, const LoraABwdArgs&);
   void (*lora_linear_few_rows)(DType, const FewRowsArgs&);
+  void (*quantize_4bit)(DType, const Quantize4bitArgs&);
+  void (*dequantize_4bit)(DType, const Dequantize4bitArgs&);
 };
 
 // The best table that was built and that this processor can run; null where it can run none.

@@ -26,6 +26,7 @@ OPERATIONS: dict[str, tuple[str, ...]] = {
     "attention": ("cpu",),
     "adamw": ("cpu", "triton", "cuda"),
     "adamw_8bit": ("cpu", "triton", "cuda"),
+    "blockwise_4bit": ("cpu",),
 }
 # Functions made of several operations: they run where all of these have kernels.
 BLOCKS: dict[str, tuple[str, ...]] = {
@@ -39,8 +40,8 @@ DTYPES = {
 }
 # How a base weight may be stored that an implementation's products read.
 FORMATS = {
-    "cpu": ("dense",),
-    "triton": ("dense",),
+    "cpu": ("dense", "nf4", "fp4"),
+    "triton": ("dense", "nf4", "fp4"),
 }
 
 # How the wide products of a LoRA group are taken.

@@ -308,3 +308,38 @@ class AdamW8bit(Protocol):
         grad_norm: Tensor | None,  # [] of grads; given with hyper.max_grad_norm
     ) -> None:
         """Updates params, exp_avg, exp_avg_sq and both absmax."""
+
+
+class BlockScales(NamedTuple):
+    """Scales of blocks: absmax, or the values of its codes, scaled by blocks of 256 and offset."""
+
+    absmax: Tensor  # [blocks] float32, or uint8 with the others
+    nested_absmax: Tensor | None = None  # [ceil(blocks / 256)] float32
+    nested_code: Tensor | None = None  # [256] float32
+    offset: Tensor | None = None  # [] float32
+
+
+class Blockwise4bit(Protocol):
+    """The format is `quantization.blockwise_4bit`'s, whose tables are passed in."""
+
+    def quantize_4bit(
+        self,
+        w: Tensor,  # [N, K], contiguous
+        bounds: Tensor,  # [15] float32
+        ascending: Tensor,  # [16] uint8
+        codes: Tensor,  # [ceil(N K / 2)] uint8
+        absmax: Tensor,  # [ceil(N K / block)] float32
+        block: int,
+    ) -> None:
+        """Writes codes and absmax."""
+
+    def dequantize_4bit(
+        self,
+        codes: Tensor,  # [ceil(N K / 2)] uint8
+        scales: BlockScales,
+        values: Tensor,  # [16] float32
+        w: Tensor,  # [rows, K]
+        first: int,  # the place of w[0, 0] among the weight's values
+        block: int,
+    ) -> None:
+        """Writes w."""

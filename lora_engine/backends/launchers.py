@@ -136,6 +136,15 @@ def adamw_8bit(impl: str) -> contracts.AdamW8bit:
     _no_kernels("adamw_8bit", impl)
 
 
+@cache
+def blockwise_4bit(impl: str) -> contracts.Blockwise4bit:
+    if impl == "cpu":
+        from lora_engine.backends.cpu import blockwise_4bit as cpu
+
+        return cpu
+    _no_kernels("blockwise_4bit", impl)
+
+
 LAUNCHERS: dict[str, Callable[[str], object]] = {
     "rms_norm": rms_norm,
     "layer_norm": layer_norm,
@@ -146,4 +155,5 @@ LAUNCHERS: dict[str, Callable[[str], object]] = {
     "attention": attention,
     "adamw": adamw,
     "adamw_8bit": adamw_8bit,
+    "blockwise_4bit": blockwise_4bit,
 }

@@ -7,6 +7,7 @@ Each takes `impl` ("reference", "cpu", "triton" or "cuda") to force one implemen
 from lora_engine.ops.adamw import adamw_, grad_norm
 from lora_engine.ops.adamw_8bit import ADAMW_8BIT_BLOCK, adamw_8bit_
 from lora_engine.ops.attention import attention
+from lora_engine.ops.blockwise_4bit import dequantize_4bit_, quantize_4bit
 from lora_engine.ops.cross_entropy import cross_entropy
 from lora_engine.ops.glu import glu
 from lora_engine.ops.head.linear_cross_entropy import LinearCrossEntropy, linear_cross_entropy
@@ -16,7 +17,9 @@ from lora_engine.ops.lora.embedding import lora_embedding
 from lora_engine.ops.lora.few_rows import linear as linear_few_rows
 from lora_engine.ops.lora.group import LoraGroup
 from lora_engine.ops.lora.linear import lora_linear
+from lora_engine.ops.lora.quantized_base import QuantizedBase
 from lora_engine.ops.lora.storage import base_of, has_base
+from lora_engine.ops.quantized_weight import QuantizedWeight, quantize_weight
 from lora_engine.ops.rms_norm import rms_norm
 from lora_engine.ops.rope import rope
 from lora_engine.values import Dropout, LoraFactors, PreNorm
@@ -30,11 +33,14 @@ __all__ = [
     "LoraFactors",
     "LoraGroup",
     "PreNorm",
+    "QuantizedBase",
+    "QuantizedWeight",
     "adamw_",
     "adamw_8bit_",
     "attention",
     "base_of",
     "cross_entropy",
+    "dequantize_4bit_",
     "glu",
     "grad_norm",
     "has_base",
@@ -43,6 +49,8 @@ __all__ = [
     "linear_few_rows",
     "lora_embedding",
     "lora_linear",
+    "quantize_4bit",
+    "quantize_weight",
     "rms_norm",
     "rope",
 ]

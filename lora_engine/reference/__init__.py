@@ -8,6 +8,7 @@ from lora_engine.reference.adamw import adamw_, grad_norm
 from lora_engine.reference.adamw_8bit import adamw_8bit_
 from lora_engine.reference.attention import attention
 from lora_engine.reference.attention_block import attention_block
+from lora_engine.reference.blockwise_4bit import dequantize_4bit, quantize_4bit
 from lora_engine.reference.cross_entropy import cross_entropy
 from lora_engine.reference.dropout import drop, dropout_mask
 from lora_engine.reference.glu import glu
@@ -31,6 +32,7 @@ __all__ = [
     "attention",
     "attention_block",
     "cross_entropy",
+    "dequantize_4bit",
     "dora_scale",
     "drop",
     "dropout_mask",
@@ -45,6 +47,7 @@ __all__ = [
     "lora_linear",
     "merged_weight",
     "mlp_block",
+    "quantize_4bit",
     "rms_norm",
     "rope",
 ]

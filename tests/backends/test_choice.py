@@ -49,9 +49,9 @@ def test_what_the_kernels_do_not_take_runs_as_the_reference() -> None:
     found = choose(on_cpu("rms_norm", torch.float16), BARE)
     assert found.impl == "reference"
     assert found.reason == "the cpu kernels take float32, bfloat16, float64, not torch.float16"
-    found = choose(on_cpu("lora_linear", format="nf4"), BARE)
+    found = choose(on_cpu("lora_linear", format="ternary"), BARE)
     assert found.impl == "reference"
-    assert found.reason == "the cpu kernels take weights that are dense, not nf4"
+    assert found.reason == "the cpu kernels take weights that are dense, nf4, fp4, not ternary"
 
 
 def test_without_the_extension() -> None:

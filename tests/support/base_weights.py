@@ -10,7 +10,14 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from lora_engine.ops import BaseWeight, DenseBase, LoraGroup
+from lora_engine.ops import (
+    BaseWeight,
+    DenseBase,
+    LoraGroup,
+    QuantizedBase,
+    QuantizedWeight,
+    quantize_weight,
+)
 from lora_engine.ops.lora.adapters import Adapters, total_rank
 from lora_engine.ops.lora.base import Factors
 
@@ -99,10 +106,21 @@ class Pieces(BlockBase):
         super().__init__(weights)
 
 
+def nf4(weight: Tensor) -> QuantizedWeight:
+    """In blocks of 32, of which rows of these tests' widths end inside some."""
+    return quantize_weight(weight, "nf4", block=32, double_quant=False)
+
+
+def kept(kind: str, weights: Sequence[Tensor]) -> list[Tensor]:
+    """What a base of this kind keeps of the weights: a rounded one quantises to itself."""
+    return [nf4(weight).dequantize() if kind == "nf4" else weight for weight in weights]
+
+
 BASES: dict[str, Callable[[Sequence[Tensor], int], BaseWeight]] = {
     "dense": DenseBase,
     "blocks": lambda weights, rank: BlockBase(weights),
     "scratch": lambda weights, rank: ScratchBase(weights),
+    "nf4": lambda weights, rank: QuantizedBase([nf4(weight) for weight in weights]),
 }
 
 

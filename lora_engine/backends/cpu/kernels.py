@@ -326,6 +326,31 @@ class FewRowsArgs(NamedTuple):
     adapters: Sequence[LoraAdapter]
 
 
+class Quantize4bitArgs(NamedTuple):
+    w: Address
+    bounds: Address
+    ascending: Address
+    codes: Address
+    absmax: Address
+    size: int
+    block: int
+
+
+class Dequantize4bitArgs(NamedTuple):
+    codes: Address
+    absmax: Address
+    nested_absmax: Address
+    nested_code: Address
+    offset: Address
+    values: Address
+    w: Address
+    rows: int
+    cols: int
+    stride: int
+    first: int
+    block: int
+
+
 class Kernels(Protocol):
     """The extension's kernels, each for operands of a dtype."""
 
@@ -350,6 +375,8 @@ class Kernels(Protocol):
     def lora_b_bwd(self, dtype: DTypeCode, args: LoraBBwdArgs) -> None: ...
     def lora_a_bwd(self, dtype: DTypeCode, args: LoraABwdArgs) -> None: ...
     def lora_linear_few_rows(self, dtype: DTypeCode, args: FewRowsArgs) -> None: ...
+    def quantize_4bit(self, dtype: DTypeCode, args: Quantize4bitArgs) -> None: ...
+    def dequantize_4bit(self, dtype: DTypeCode, args: Dequantize4bitArgs) -> None: ...
 
 
 kernels = cast(Callable[[], Kernels], extension.native)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from base_weights import group_over
+from base_weights import group_over, kept
 from oracle import TOLERANCE
 from torch import Tensor
 
@@ -45,7 +45,7 @@ def parts(outs: Sequence[int], features: int, dtype: torch.dtype, variant: str) 
     return [leaf(dtype, n, features).detach() for n in outs], adapters, biases
 
 
-@pytest.mark.parametrize("base", ["blocks", "scratch"])
+@pytest.mark.parametrize("base", ["blocks", "scratch", "nf4"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("half", HALVES)
@@ -55,6 +55,8 @@ def test_results_and_gradients(
     torch.manual_seed(0)
     outs, width = HALVES[half]
     inner, outer = parts(outs, HIDDEN, dtype, variant), parts((HIDDEN,), width, dtype, variant)
+    for weights, *_ in (inner, outer):
+        weights[:] = kept(base, weights)
     x, weight = leaf(dtype, TOKENS, HIDDEN), leaf(dtype, HIDDEN)
     angles = torch.randn(TOKENS, HEAD_DIM // 2).repeat(1, 2)
     options: dict[str, Any] = {}

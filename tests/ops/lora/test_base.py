@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from base_weights import BASES
+from base_weights import BASES, kept
 from torch import Tensor
 
 from lora_engine.ops import BaseWeight, DenseBase, LoraFactors, LoraGroup
@@ -13,6 +13,11 @@ WHOLE = torch.randn(sum(OUTS), FEATURES)
 
 def base_of(kind: str, dtype: torch.dtype = torch.float32) -> BaseWeight:
     return BASES[kind]([weight.to(dtype) for weight in WHOLE.split(OUTS)], RANK)
+
+
+def whole_of(kind: str, dtype: torch.dtype = torch.float32) -> Tensor:
+    """W as `base_of` has it."""
+    return torch.cat(kept(kind, [weight.to(dtype) for weight in WHOLE.split(OUTS)]))
 
 
 def filled(base: BaseWeight) -> tuple[LoraGroup, Tensor, Tensor]:
@@ -32,18 +37,18 @@ every_base = pytest.mark.parametrize("kind", BASES)
 @every_base
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_blocks_are_all_rows_in_order(kind: str, dtype: torch.dtype) -> None:
-    base, done = base_of(kind, dtype), 0
+    base, whole, done = base_of(kind, dtype), whole_of(kind, dtype), 0
     for rows, block in base.blocks():
-        assert rows.start == done and torch.equal(block, WHOLE[rows].to(dtype))
+        assert rows.start == done and torch.equal(block, whole[rows])
         done = rows.stop
     assert done == sum(OUTS)
 
 
 @every_base
 def test_any_rows_can_be_read_and_kept(kind: str) -> None:
-    base = base_of(kind)
+    base, whole = base_of(kind), whole_of(kind)
     first, second = base.read(slice(3, 14)), base.read(slice(0, 3))
-    assert torch.equal(first, WHOLE[3:14]) and torch.equal(second, WHOLE[:3])
+    assert torch.equal(first, whole[3:14]) and torch.equal(second, whole[:3])
 
 
 @every_base
@@ -52,9 +57,9 @@ def test_augmented_operands_hold_the_factors(kind: str) -> None:
     if not group.base.is_augmentable:
         pytest.skip("a base of blocks alone")
     with group.base.forward_operand(group.placed.lora_b) as operand:
-        assert torch.equal(operand, torch.cat((WHOLE, lora_b), dim=1))
+        assert torch.equal(operand, torch.cat((whole_of(kind), lora_b), dim=1))
     with group.base.backward_operand(group.placed.lora_a) as operand:
-        assert torch.equal(operand, torch.cat((WHOLE, lora_a)))
+        assert torch.equal(operand, torch.cat((whole_of(kind), lora_a)))
 
 
 @every_base
@@ -76,7 +81,7 @@ def test_factors_of_other_adapters_leave_nothing_behind(kind: str) -> None:
 @every_base
 def test_a_group_says_how_its_products_are_made(kind: str) -> None:
     group, *_ = filled(base_of(kind))
-    expected = "augmented" if kind in ("dense", "scratch") else "base_add"
+    expected = "augmented" if kind in ("dense", "scratch", "nf4") else "base_add"
     assert group.forward_strategy(64) == group.backward_strategy(64) == expected
     assert group.backward_strategy(64, masked=True) == "base_add"
 

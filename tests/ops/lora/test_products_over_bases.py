@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from base_weights import group_over
+from base_weights import group_over, kept
 from implementations import Backend
 from oracle import TOLERANCE
 from torch import Tensor
@@ -52,7 +52,7 @@ def results(
 
 def check_base(backend: Backend, dtype: torch.dtype, base: str, variant: str) -> None:
     torch.manual_seed(0)
-    weights = [leaf(backend, dtype, n, FEATURES).detach() for n in OUTS]
+    weights = kept(base, [leaf(backend, dtype, n, FEATURES).detach() for n in OUTS])
     adapters = [adapters_of(backend, dtype, n, variant) for n in OUTS]
     biases = [leaf(backend, dtype, n) for n in OUTS] if variant == "bias" else None
     x, dy = leaf(backend, dtype, ROWS, FEATURES), leaf(backend, dtype, ROWS, sum(OUTS)).detach()
@@ -64,7 +64,7 @@ def check_base(backend: Backend, dtype: torch.dtype, base: str, variant: str) ->
         assert error(mine, expected) < 5 * TOLERANCE[dtype], f"tensor {i}"
 
 
-every_other_base = pytest.mark.parametrize("base", ["blocks", "scratch"])
+every_other_base = pytest.mark.parametrize("base", ["blocks", "scratch", "nf4"])
 
 
 @every_other_base
@@ -93,7 +93,7 @@ def test_strategies(
     check_base(backend, torch.float32, base, variant)
 
 
-@pytest.mark.parametrize("base", ["dense", "blocks", "scratch"])
+@pytest.mark.parametrize("base", ["dense", "blocks", "scratch", "nf4"])
 def test_a_backward_pass_finds_the_adapters_of_its_own_forward_pass(
     backend: Backend, base: str
 ) -> None:

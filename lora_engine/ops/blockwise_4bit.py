@@ -1,0 +1,123 @@
+"""NF4 and FP4: weights as codes of four bits with a scale for each block of values.
+
+float16 goes through float32, which holds it exactly; kernels know float32, bfloat16 and float64.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from lora_engine import backends, reference
+from lora_engine.backends import launchers
+from lora_engine.backends.contracts import BlockScales
+from lora_engine.ops.tensors import check, shape_of
+from lora_engine.quantization.blockwise_4bit import (
+    Blockwise4bit,
+    ascending_codes,
+    code_bounds,
+    code_values,
+)
+from lora_engine.quantization.nested_absmax import (
+    dequantize_absmax,
+    nested_code,
+    quantize_absmax,
+)
+
+
+def quantize_4bit(
+    w: Tensor,  # [N, K] float32, bfloat16, float16 or float64
+    format: Blockwise4bit,
+    *,
+    impl: str | None = None,
+) -> dict[str, Tensor]:
+    """w as the tensors of `format.layout`, each value as the code that is nearest to w / absmax.
+
+    With `format.nested` the absmax are quantised in PyTorch: they are few. Raises ValueError where
+    w is no matrix, is empty, or has values that are not finite.
+    """
+    check(
+        w.dim() == 2 and w.is_floating_point() and w.numel() > 0,
+        f"quantize_4bit: the weight is {shape_of(w)}, expected a matrix of floating-point numbers",
+    )
+    w = w.detach().contiguous()
+    w = w.float() if w.dtype == torch.float16 else w
+    impl = backends.select("blockwise_4bit", w.device, w.dtype, impl)
+    if impl == "reference":
+        codes, absmax = reference.quantize_4bit(w, code=format.code, block=format.block)
+    else:
+        layout = Blockwise4bit(format.code, format.block).layout((w.shape[0], w.shape[1]))
+        codes, absmax = (
+            torch.empty(entry.shape, dtype=entry.dtype, device=w.device)
+            for entry in (layout["codes"], layout["absmax"])
+        )
+        launchers.blockwise_4bit(impl).quantize_4bit(
+            w,
+            code_bounds(format.code, w.device),
+            ascending_codes(format.code, w.device),
+            codes,
+            absmax,
+            format.block,
+        )
+    check(
+        bool(absmax.isfinite().all()),
+        "quantize_4bit: the weight has values that are not finite",
+    )
+    if not format.nested:
+        return {"codes": codes, "absmax": absmax}
+    absmax_codes, nested_absmax, offset = quantize_absmax(absmax)
+    return {
+        "codes": codes,
+        "absmax": absmax_codes,
+        "nested_absmax": nested_absmax,
+        "nested_code": nested_code().to(w.device),
+        "offset": offset,
+    }
+
+
+def dequantize_4bit_(
+    out: Tensor,  # [rows, K]; columns are one apart
+    tensors: Mapping[str, Tensor],
+    format: Blockwise4bit,
+    *,
+    first_row: int = 0,
+    impl: str | None = None,
+) -> None:
+    """Writes rows of the weight, from `first_row` on, into `out`, rounded once to its dtype.
+
+    `tensors` are those of `format.layout` for the whole weight, [N, K]. All implementations give
+    the same bits. Raises ValueError where rows are asked for that the weight does not have.
+    """
+    rows, cols = out.shape
+    check(
+        first_row >= 0 and (first_row + rows) * cols <= 2 * tensors["codes"].numel(),
+        f"dequantize_4bit_: rows {first_row} to {first_row + rows} of {cols} values, but there are "
+        f"only {2 * tensors['codes'].numel()} codes",
+    )
+    scales = BlockScales(*(tensors.get(name) for name in BlockScales._fields))  # type: ignore[arg-type]
+    place = torch.empty_like(out, dtype=torch.float32) if out.dtype == torch.float16 else out
+    impl = backends.select("blockwise_4bit", out.device, place.dtype, impl)
+    if impl == "reference":
+        absmax = scales.absmax
+        if scales.nested_absmax is not None:
+            absmax = dequantize_absmax(*scales)  # type: ignore[arg-type]
+        values = reference.dequantize_4bit(
+            tensors["codes"],
+            absmax,
+            first=first_row * cols,
+            count=rows * cols,
+            code=format.code,
+            block=format.block,
+        )
+        out.copy_(values.view(rows, cols))
+        return
+    launchers.blockwise_4bit(impl).dequantize_4bit(
+        tensors["codes"],
+        scales,
+        code_values(format.code, out.device),
+        place,
+        first_row * cols,
+        format.block,
+    )
+    if place is not out:
+        out.copy_(place)

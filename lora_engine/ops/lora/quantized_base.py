@@ -1,0 +1,128 @@
+"""A base weight in packed bits, decoded for each product into memory that all of them share."""
+
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from lora_engine.ops.lora.base import Factors
+from lora_engine.ops.quantized_weight import QuantizedWeight
+from lora_engine.ops.tensors import check
+
+# Rows that are decoded at a time where W is asked for in blocks.
+BLOCK_ROWS = 1024
+
+
+class _Scratch(threading.local):
+    """Memory for one decoded operand a device and dtype, as large as the largest so far.
+
+    Each thread has its own: products of different threads may run at once.
+    """
+
+    def __init__(self) -> None:
+        self.buffers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+    def matrix(self, rows: int, cols: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """An uninitialised [rows, cols], over whatever was asked for before."""
+        buffer = self.buffers.get((device, dtype))
+        if buffer is None or buffer.numel() < rows * cols:
+            self.buffers[device, dtype] = buffer = torch.empty(0)  # freed before more is taken
+            buffer = torch.empty(rows * cols, dtype=dtype, device=device)
+            self.buffers[device, dtype] = buffer
+        return buffer[: rows * cols].view(rows, cols)
+
+
+_scratch = _Scratch()
+
+
+class QuantizedBase:
+    """A BaseWeight of packed weights; nothing that is decoded outlives its product.
+
+    Operands are decoded into scratch memory that all bases share, with the factors placed around
+    them. `read` and `weight` give no views: there are none.
+
+    Raises ValueError where the weights have not all the same K, dtype, device and format.
+    """
+
+    is_augmentable = True
+    factors: Factors | None = None
+    resident: Tensor | None = None
+
+    def __init__(self, weights: Sequence[QuantizedWeight]) -> None:
+        check(len(weights) > 0, "a group of linears needs weights")
+        first = weights[0]
+        for weight in weights:
+            check(
+                weight.shape[1] == first.shape[1]
+                and (weight.dtype, weight.device, weight.format.name)
+                == (first.dtype, first.device, first.format.name),
+                f"a weight {list(weight.shape)} of {weight.dtype} in {weight.format.name} does not "
+                f"share the input of one {list(first.shape)} of {first.dtype} in "
+                f"{first.format.name}",
+            )
+        self.weights = tuple(weights)
+        self.out_features = tuple(weight.shape[0] for weight in weights)
+        self.in_features = first.shape[1]
+        self.dtype, self.device = first.dtype, first.device
+        self.format = first.format.name
+
+    @property
+    def nbytes(self) -> int:
+        """Of the packed weights."""
+        return sum(weight.nbytes for weight in self.weights)
+
+    def weight(self, i: int) -> Tensor | None:
+        """None: linear i's weight is nowhere but in packed bits."""
+        return None
+
+    def read(self, rows: slice) -> Tensor:
+        """W[rows], in memory of its own."""
+        count = rows.stop - rows.start
+        out = torch.empty(count, self.in_features, dtype=self.dtype, device=self.device)
+        self._decode(rows.start, out)
+        return out
+
+    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        """W in blocks of at most BLOCK_ROWS rows."""
+        total = sum(self.out_features)
+        for start in range(0, total, BLOCK_ROWS):
+            stop = min(start + BLOCK_ROWS, total)
+            block = _scratch.matrix(stop - start, self.in_features, self.dtype, self.device)
+            self._decode(start, block)
+            yield slice(start, stop), block
+
+    @contextmanager
+    def forward_operand(self, lora_b: Tensor) -> Iterator[Tensor]:
+        """[W | lora_b] in the scratch memory."""
+        n, k = sum(self.out_features), self.in_features
+        operand = _scratch.matrix(n, k + lora_b.shape[1], self.dtype, self.device)
+        self._decode(0, operand[:, :k])
+        operand[:, k:] = lora_b
+        yield operand
+
+    @contextmanager
+    def backward_operand(self, lora_a: Tensor) -> Iterator[Tensor]:
+        """W with lora_a below it in the scratch memory."""
+        n, k = sum(self.out_features), self.in_features
+        operand = _scratch.matrix(n + lora_a.shape[0], k, self.dtype, self.device)
+        self._decode(0, operand[:n])
+        operand[n:] = lora_a
+        yield operand
+
+    def _decode(self, start: int, out: Tensor) -> None:
+        """Writes rows of W from `start` on into `out`."""
+        for rows, weight in self._parts(start, start + out.shape[0]):
+            weight.rows(rows.start, rows.stop, out=out[: rows.stop - rows.start])
+            out = out[rows.stop - rows.start :]
+
+    def _parts(self, start: int, stop: int) -> Iterable[tuple[slice, QuantizedWeight]]:
+        """The weights that rows [start, stop) of W are in, and which of their rows."""
+        offset = 0
+        for weight in self.weights:
+            n = weight.shape[0]
+            first, last = max(start - offset, 0), min(stop - offset, n)
+            if first < last:
+                yield slice(first, last), weight
+            offset += n

@@ -1,0 +1,35 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.kernels import four_bit
+
+SMALL = ["--rows", "64", "--cols", "128", "--rounds", "2"]
+
+
+@pytest.mark.parametrize("more", [[], ["--double-quant"], ["--format", "fp4"]])
+def test_all_is_timed_beside_bitsandbytes(
+    more: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    four_bit.main([*SMALL, *more, "--out", str(tmp_path / "result")])
+    printed = capsys.readouterr().out
+    assert "times bitsandbytes" in printed
+    assert printed.count("%") == 5
+    assert (tmp_path / "result.json").is_file()
+
+
+def test_other_bits_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = four_bit.quantize_weight
+
+    def wrong(weight: torch.Tensor, *args: object, **options: object) -> object:
+        return honest(weight + 1, *args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(four_bit, "quantize_weight", wrong)
+    with pytest.raises(SystemExit, match="not those of bitsandbytes"):
+        four_bit.main(SMALL)
+
+
+def test_rows_that_end_inside_a_block_are_refused() -> None:
+    with pytest.raises(SystemExit):
+        four_bit.parse_arguments(["--cols", "100"])

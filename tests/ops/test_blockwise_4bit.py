@@ -1,0 +1,225 @@
+"""NF4 and FP4: bit for bit bitsandbytes' codes, scales and values, by every implementation."""
+
+import warnings
+from collections.abc import Callable
+from types import ModuleType
+from typing import get_args
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from implementations import Backend
+from torch import Tensor
+
+from lora_engine import ops
+from lora_engine.quantization.blockwise_4bit import (
+    BLOCKS,
+    Blockwise4bit,
+    Code,
+    ascending_codes,
+    code_bounds,
+    code_values,
+)
+from lora_engine.quantization.nested_absmax import nested_code
+
+OPERATION = "blockwise_4bit"
+pytestmark = pytest.mark.reference
+CODES: tuple[Code, ...] = get_args(Code)
+# Whole and ragged last blocks, rows that end inside a block or a byte.
+SHAPES = [(64, 64), (7, 33), (1, 1), (3, 5), (40, 96), (130, 128), (9, 4096)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def normal(shape: tuple[int, int]) -> Tensor:
+    return torch.randn(shape)
+
+
+def heavy(shape: tuple[int, int]) -> Tensor:
+    return torch.distributions.StudentT(1.5).sample(torch.Size(shape))
+
+
+def constant(shape: tuple[int, int]) -> Tensor:
+    return torch.full(shape, -0.3)
+
+
+def zero_blocks(shape: tuple[int, int]) -> Tensor:
+    w = torch.randn(shape)
+    w[: max(1, shape[0] // 2)] = 0
+    return w
+
+
+def extreme(shape: tuple[int, int]) -> Tensor:
+    """From denormals to the largest that float16 holds, blocks of each among them."""
+    size = shape[0] * shape[1]
+    scales = torch.tensor([1e-42, 1e-30, 1.0, 6e4])[torch.arange(size) // 64 % 4]
+    return (torch.rand(size) * scales).view(shape)
+
+
+KINDS: list[Callable[[tuple[int, int]], Tensor]] = [normal, heavy, constant, zero_blocks, extreme]
+
+
+@pytest.fixture(scope="module")
+def bnb() -> ModuleType:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import bitsandbytes.functional
+
+    return bitsandbytes.functional
+
+
+def test_tables_are_those_of_bitsandbytes(bnb: ModuleType) -> None:
+    for code in CODES:
+        assert torch.equal(code_values(code), bnb.get_4bit_type(code, "cpu"))
+    assert torch.equal(nested_code(), bnb.create_dynamic_map())
+
+
+@pytest.mark.parametrize("code", CODES)
+def test_ascending_codes_and_bounds(code: Code) -> None:
+    codes, values = ascending_codes(code), code_values(code)
+    assert sorted(codes.tolist()) == list(range(16))
+    ascending = values[codes.long()]
+    assert torch.equal(ascending, values.sort().values)
+    bounds = code_bounds(code)
+    assert bool(((ascending[:-1] <= bounds) & (bounds <= ascending[1:])).all())
+
+
+@pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
+@pytest.mark.parametrize("code", CODES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_bits_are_those_of_bitsandbytes(
+    kind: Callable[[tuple[int, int]], Tensor],
+    code: Code,
+    nested: bool,
+    backend: Backend,
+    bnb: ModuleType,
+) -> None:
+    torch.manual_seed(0)
+    for shape in SHAPES:
+        for dtype in DTYPES:
+            w = kind(shape).to(dtype)
+            for block in BLOCKS:
+                format = Blockwise4bit(code, block, nested)
+                (there,) = backend.put(w)
+                ours = ops.quantize_4bit(there, format, impl=backend.impl)
+                codes, state = bnb.quantize_4bit(
+                    w, blocksize=block, quant_type=code, compress_statistics=nested
+                )
+                case = f"{list(shape)} {dtype} {block}"
+                assert torch.equal(ours["codes"].cpu(), codes.view(-1)), case
+                assert torch.equal(ours["absmax"].cpu(), state.absmax), case
+                if nested:
+                    assert torch.equal(ours["nested_absmax"].cpu(), state.state2.absmax), case
+                    assert torch.equal(ours["offset"].cpu(), state.offset), case
+                absmax = state.absmax
+                if nested:
+                    absmax = bnb.dequantize_blockwise(absmax, state.state2) + state.offset
+                w_hat = torch.empty_like(there)
+                ops.dequantize_4bit_(w_hat, ours, format, impl=backend.impl)
+                assert torch.equal(w_hat.cpu(), values_of(codes.view(-1), absmax, format, w)), case
+
+
+def values_of(codes: Tensor, absmax: Tensor, format: Blockwise4bit, like: Tensor) -> Tensor:
+    """By the definition: codes of the upper halves of bytes, then of the lower; times absmax.
+
+    bitsandbytes' own function reads another row's scale where a block is longer than a row.
+    """
+    table = code_values(format.code)
+    both = torch.stack([table[(codes >> 4).long()], table[(codes & 15).long()]], dim=1)
+    scales = absmax.repeat_interleave(format.block)[: like.numel()]
+    return (both.view(-1)[: like.numel()] * scales).view(like.shape).to(like.dtype)
+
+
+@pytest.mark.parametrize("code", CODES)
+@pytest.mark.parametrize("kept", DTYPES)
+def test_values_are_those_of_bitsandbytes(
+    code: Code, kept: torch.dtype, backend: Backend, bnb: ModuleType
+) -> None:
+    torch.manual_seed(1)
+    w = torch.randn(96, 512).to(kept)
+    for block in (32, 64, 512):
+        codes, state = bnb.quantize_4bit(w, blocksize=block, quant_type=code)
+        packed, absmax = backend.put(codes.view(-1), state.absmax)
+        w_hat = torch.empty_like(w, device=backend.device)
+        tensors = {"codes": packed, "absmax": absmax}
+        ops.dequantize_4bit_(w_hat, tensors, Blockwise4bit(code, block), impl=backend.impl)
+        assert torch.equal(w_hat.cpu(), bnb.dequantize_4bit(codes, state))
+
+
+@pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
+@pytest.mark.parametrize("kept", [*DTYPES, torch.float64])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_rows_into_a_wider_buffer(
+    shape: tuple[int, int], kept: torch.dtype, nested: bool, backend: Backend
+) -> None:
+    torch.manual_seed(2)
+    rows, cols = shape
+    format = Blockwise4bit("nf4", 32, nested)
+    (w,) = backend.put(torch.randn(shape))
+    tensors = ops.quantize_4bit(w, format, impl=backend.impl)
+    whole = torch.empty(shape, dtype=kept, device=w.device)
+    ops.dequantize_4bit_(whole, tensors, format, impl=backend.impl)
+    for start, stop in {(0, rows), (rows // 2, rows), (rows // 3, rows // 3 + 1)}:
+        wide = torch.full((stop - start, cols + 7), 2.0, dtype=kept, device=w.device)
+        ops.dequantize_4bit_(wide[:, :cols], tensors, format, first_row=start, impl=backend.impl)
+        assert torch.equal(wide[:, :cols], whole[start:stop])
+        assert bool((wide[:, cols:] == 2.0).all())
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(1, 9),
+    cols=st.integers(1, 130),
+    block=st.sampled_from(BLOCKS),
+    code=st.sampled_from(CODES),
+    seed=st.integers(0, 2**31),
+)
+def test_error_monotony_and_round_trip(
+    rows: int, cols: int, block: int, code: Code, seed: int
+) -> None:
+    """Within a block: errors of at most half a gap, order kept, quantised again the same."""
+    w = torch.randn(rows, cols, generator=torch.Generator().manual_seed(seed))
+    format = Blockwise4bit(code, block)
+    tensors = ops.quantize_4bit(w, format)
+    w_hat = torch.empty_like(w)
+    ops.dequantize_4bit_(w_hat, tensors, format)
+    half_gap = code_values(code).sort().values.diff().max() / 2 * (1 + 1e-6)
+    scales = tensors["absmax"].repeat_interleave(block)[: w.numel()].view_as(w)
+    assert bool(((w - w_hat).abs() <= half_gap * scales).all())
+    for part, part_hat in zip(w.view(-1).split(block), w_hat.view(-1).split(block), strict=True):
+        assert bool((part_hat[part.argsort()].diff() >= 0).all())
+    again = ops.quantize_4bit(w_hat, format)
+    w_again = torch.empty_like(w)
+    ops.dequantize_4bit_(w_again, again, format)
+    assert torch.equal(w_again, w_hat)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("place", [(0, 0), (3, 70), (8, 98)])
+def test_values_that_are_not_finite_are_refused(
+    value: float, place: tuple[int, int], backend: Backend
+) -> None:
+    (w,) = backend.put(torch.randn(9, 99))
+    w[place] = value
+    for nested in (False, True):
+        with pytest.raises(ValueError, match="not finite"):
+            ops.quantize_4bit(w, Blockwise4bit("nf4", 64, nested), impl=backend.impl)
+
+
+def test_what_does_not_fit_is_refused(backend: Backend) -> None:
+    format = Blockwise4bit()
+    for w in (torch.randn(4), torch.ones(4, 4, dtype=torch.int64), torch.randn(0, 64)):
+        with pytest.raises(ValueError, match="expected a matrix"):
+            ops.quantize_4bit(*backend.put(w), format, impl=backend.impl)
+    tensors = ops.quantize_4bit(*backend.put(torch.randn(4, 64)), format, impl=backend.impl)
+    for rows, first in ((5, 0), (1, 4), (1, -1)):
+        with pytest.raises(ValueError, match="rows"):
+            ops.dequantize_4bit_(
+                torch.empty(rows, 64, device=backend.device),
+                tensors,
+                format,
+                first_row=first,
+                impl=backend.impl,
+            )
+    with pytest.raises(ValueError, match="block 48"):
+        Blockwise4bit("nf4", 48)
