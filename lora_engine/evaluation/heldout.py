@@ -12,6 +12,7 @@ from lora_engine.errors import UserError
 from lora_engine.evaluation.batch_loss import target_scores
 from lora_engine.evaluation.modes import inference
 from lora_engine.evaluation.nonfinite import NonFiniteError, first_nonfinite_layer
+from lora_engine.objectives.answers import loss_of, weight_of
 from lora_engine.objectives.base import Objective
 
 
@@ -50,13 +51,13 @@ def evaluate(
     with inference(model):
         for batch in batches:
             tokens += batch.num_tokens
-            if not (of_batch := objective.weight(batch)):
+            if not (of_batch := weight_of(objective, batch)):
                 continue
             weight += of_batch
             targets += batch.num_targets
             on_device = batch.to(device)
-            scores = target_scores(model, on_device, objective.reads)
-            judged = objective(scores.double(), on_device)
+            scores = target_scores(model, on_device, objective)
+            judged = loss_of(objective, scores.double(), on_device)
             values = {"loss": judged.total.item()}
             values |= {name: mean.total.item() for name, mean in judged.metrics.items()}
             for name, value in values.items():
@@ -72,7 +73,7 @@ def evaluate(
             for name, mean in judged.metrics.items():
                 total, count = sums.get(name, (0.0, 0.0))
                 sums[name] = total + values[name], count + mean.count
-    if not weight:
+    if not weight or not targets:
         raise UserError(
             f"the held-out data have no supervised tokens to measure a loss on ({objective.name})"
         )

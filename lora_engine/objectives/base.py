@@ -32,7 +32,8 @@ class Reads:
 class TargetScores:
     """What a model says of a batch's U targets. float32 in training, float64 in evaluation.
 
-    logprobs: [U] log p(target); differentiable if the objective reads each_logprob.
+    logprobs: [U] log p(target); differentiable if the objective reads each_logprob, otherwise a
+        gradient that arrives at them raises UserError.
     total: scalar, their sum, differentiable.
     correct: [U] bool, whether the target is the most likely token.
     entropy: [U] in nats, if the objective reads it.

@@ -156,7 +156,7 @@ class TrainingLoop:
         """What a callback raises within ends the run, after the step has been saved."""
         try:
             yield
-        except Exception:
+        except BaseException:  # sys.exit, too
             self._check()  # a terminal that hung up cannot be written to: that is the reason
             self._save()
             raise

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lora_engine.errors import UserError
 from lora_engine.files import naming
 
 logger = logging.getLogger(__name__)
@@ -100,9 +101,12 @@ class MetricsLog:
         self._file.close()
 
     def _append(self, own: dict[str, Any], metrics: Mapping[str, float]) -> None:
-        """metrics: an objective's; ValueError for a name that is taken."""
+        """metrics: an objective's; UserError for a name that is taken."""
         if taken := own.keys() & metrics.keys():
-            raise ValueError(f"metrics named {', '.join(taken)}: every line has its own of these")
+            raise UserError(
+                f"the objective's metrics {', '.join(sorted(taken))}: every line of "
+                f"{self._path.name} has its own of these; give them other names"
+            )
         content = json.dumps({**own, **metrics}, allow_nan=False).encode() + b"\n"
         self._sha256.update(content)
         with naming(self._path):

@@ -15,6 +15,7 @@ from lora_engine.evaluation.nonfinite import (
     last_nonfinite_gradient,
 )
 from lora_engine.models.peft.routing import adapters_of
+from lora_engine.objectives.answers import weight_of
 from lora_engine.objectives.base import Mean, Objective
 from lora_engine.training import random_state
 from lora_engine.training.optimizer.optimizer import FlatAdamW
@@ -66,7 +67,7 @@ class TrainStep:
         finite. Without any weight no update is made; loss and norm are then 0.
         """
         before = random_state.capture()
-        weights = [self.objective.weight(batch) for batch in batches]
+        weights = [weight_of(self.objective, batch) for batch in batches]
         weight = sum(weights)
         try:
             micro = self._accumulate(batches, weights, check)
@@ -110,8 +111,8 @@ class TrainStep:
         named = [(name, mean) for result in micro for name, mean in result.metrics.items()]
         values = [
             norm,
-            *(result.loss_sum.float() for result in micro),
-            *(mean.total.float() for _, mean in named),
+            *(result.loss_sum.to(norm.device, torch.float32) for result in micro),
+            *(mean.total.to(norm.device, torch.float32) for _, mean in named),
         ]
         grad_norm, *sums = torch.stack(values).tolist()
         loss_sums, totals = sums[: len(micro)], sums[len(micro) :]

@@ -21,6 +21,7 @@ from lora_engine.models.attach.head import transformers_model
 from lora_engine.models.attach.packed import can_share_prefixes
 from lora_engine.models.peft.routing import active_adapters
 from lora_engine.models.proof.packed_proof import check_packed_training
+from lora_engine.objectives.answers import check_objective, weight_of
 from lora_engine.objectives.base import Objective
 from lora_engine.objectives.sft import SFT
 from lora_engine.training.batches import BatchSource, fingerprint
@@ -80,6 +81,7 @@ class Trainer:
         origin: Mapping[str, object] | None = None,
     ) -> None:
         _check_kinds(model, tokenizer, config)
+        check_objective(objective, "Trainer")
         self.model = model
         self.tokenizer = tokenizer
         self.config = config
@@ -241,7 +243,7 @@ class Trainer:
         the first examples that have targets where it gives weight to none."""
         first = self._train_source.first(tokens)
         batches = chain([first], self._train_source.one_epoch())
-        return next((batch for batch in batches if self.objective.weight(batch)), first)
+        return next((batch for batch in batches if weight_of(self.objective, batch)), first)
 
     def _plan_steps(self) -> tuple[BatchSource, int]:
         """The training micro-batches and the number of optimiser steps."""

@@ -218,6 +218,44 @@ def test_a_run_is_not_resumed_with_another_objective(tmp_path):
         make_trainer(tmp_path, SFT(), max_steps=1).fit(resume=True)
 
 
+@dataclass(frozen=True)
+class Weighted:
+    """An objective whose settings JSON does not know."""
+
+    of_tokens: torch.Tensor
+    of_loss: object
+    name: ClassVar[str] = "weighted"
+    unit: ClassVar[str] = ""
+    reads: ClassVar[Reads] = Reads(each_logprob=True)
+
+    def weight(self, batch):
+        return batch.num_targets
+
+    def __call__(self, scores, batch):
+        return Loss(-(self.of_loss(scores.logprobs) * self.of_tokens[batch.target_ids]).sum())
+
+
+def test_settings_that_json_does_not_know_are_compared_by_value(tmp_path):
+    """All elements of a long tensor count, and a function of another process is the same one."""
+    weights, others = torch.ones(5000), torch.ones(5000)
+    others[2500] = 2
+    make_trainer(tmp_path, Weighted(weights, clamped), max_steps=1).fit()
+    make_trainer(tmp_path, Weighted(weights.clone(), again(clamped)), max_steps=1).fit(resume=True)
+    with pytest.raises(UserError, match=r"made with another of_tokens \(objective\)"):
+        make_trainer(tmp_path, Weighted(others, clamped), max_steps=1).fit(resume=True)
+    with pytest.raises(UserError, match=r"of_loss=\S+\.clamped, now of_loss=\S+\.again"):
+        make_trainer(tmp_path, Weighted(weights, again), max_steps=1).fit(resume=True)
+
+
+def clamped(logprobs):
+    return logprobs.clamp(min=-20)
+
+
+def again(function):
+    """The same function at another address."""
+    return type(function)(function.__code__, function.__globals__)
+
+
 def test_a_layer_that_is_not_finite_is_named(tmp_path):
     model = tiny_lora()
 

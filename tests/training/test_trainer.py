@@ -53,7 +53,7 @@ class Recorder:
 def test_learns_and_reports(tmp_path):
     recorder = Recorder()
     trainer = make_trainer(
-        tmp_path, callbacks=[recorder, object()], max_steps=40, learning_rate=2e-2, eval_every=20
+        tmp_path, callbacks=[recorder], max_steps=40, learning_rate=2e-2, eval_every=20
     )
     result = trainer.fit()
     assert result.heldout_loss_after < 0.8 * result.heldout_loss_before

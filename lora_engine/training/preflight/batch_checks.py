@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from lora_engine.data.batch import PackedBatch
 from lora_engine.errors import UserError
 from lora_engine.models.attach.head import transformers_model
+from lora_engine.objectives.answers import weight_of
 from lora_engine.objectives.base import Objective
 
 _IGNORED = -100
@@ -43,7 +44,7 @@ def check_batch(model: nn.Module, batch: Any, objective: Objective) -> None:
             f"preflight: no token of the batch is supervised{why}, so that it teaches nothing; "
             "look at what cuts or masks the examples, or give another batch"
         )
-    if isinstance(batch, PackedBatch) and not objective.weight(batch.to("cpu")):
+    if isinstance(batch, PackedBatch) and not weight_of(objective, batch.to("cpu")):
         raise UserError(
             f"preflight: {objective.name} has nothing to learn from in the batch; give one to "
             "which it gives weight"

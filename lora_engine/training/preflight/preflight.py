@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_engine.errors import UserError
+from lora_engine.objectives.answers import check_objective
 from lora_engine.objectives.base import Objective
 from lora_engine.objectives.sft import SFT
 from lora_engine.training.optimizer.shared_memory import groups_of_memory
@@ -103,6 +104,7 @@ def preflight(
         )
     if loss is None:
         batch = on_device(model, batch)
+        check_objective(objective, "preflight")
         check_batch(model, batch, objective)
     frozen = _frozen(model)
     sums = {name: _checksum(p) for name, p in frozen.items()}

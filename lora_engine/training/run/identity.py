@@ -7,7 +7,11 @@ on, and a line in the log says so.
 import json
 import logging
 from collections.abc import Mapping
+from inspect import isfunction
 from typing import Any, cast
+
+import numpy as np
+import torch
 
 from lora_engine.errors import UserError
 from lora_engine.models.peft.routing import active_adapters
@@ -140,7 +144,8 @@ def _changes(section: str, before: Mapping[str, Any], now: Mapping[str, Any]) ->
             continue  # they are hashed as they are held: the dtype is what differs
         if any(str(value).startswith(_HASH) for value in values):
             models = [f"{side['_name']}" for side in (before, now) if side.get("_name")]
-            changes.append(_HASHED[name] + (f" ({', now '.join(models)})" if models else ""))
+            what = _HASHED.get(name, f"another {name}{place}")
+            changes.append(what + (f" ({', now '.join(models)})" if models else ""))
         else:
             changes.append(f"{name}={_short(values[0])}, now {name}={_short(values[1])}{place}")
     return changes
@@ -195,7 +200,17 @@ def _short(value: Any) -> str:
 
 
 def _as_json(value: Any) -> Any:
-    """What JSON does not know, such as PEFT's sets of names and the types of its adapters."""
+    """What JSON does not know, such as PEFT's sets of names and the types of its adapters.
+
+    Equal values of another process have an equal one: of an array all elements, not what is printed
+    of it, and of a function its name, not its address.
+    """
+    if isinstance(value, np.ndarray):
+        value = torch.from_numpy(np.ascontiguousarray(value))
+    if isinstance(value, torch.Tensor):
+        return _HASH + tensors_sha256([("", value)])
+    if isfunction(value):
+        return f"{value.__module__}.{value.__qualname__}"
     if isinstance(value, (set, frozenset)):
         return sorted(value, key=str)
     return str(value)

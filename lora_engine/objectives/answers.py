@@ -1,0 +1,95 @@
+"""What an objective answers, checked: a slip in one is a line that names it, not a wrong number."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import is_dataclass
+from numbers import Real
+
+from torch import Tensor
+
+from lora_engine.data.batch import PackedBatch
+from lora_engine.errors import UserError
+from lora_engine.objectives.base import Loss, Mean, Objective, Reads, TargetScores
+
+
+def check_objective(objective: object, where: str) -> None:
+    """Raises UserError for what is no objective. where: who was given it."""
+    if not is_dataclass(objective) or isinstance(objective, type):
+        kind = getattr(objective, "__name__", type(objective).__name__)
+        raise UserError(
+            f"{where}: objective is {kind}, expected an instance of a dataclass such as "
+            "lora_engine.objectives.sft.SFT()"
+        )
+    kinds = {"name": str, "unit": str, "reads": Reads}
+    wrong = [n for n, kind in kinds.items() if not isinstance(getattr(objective, n, None), kind)]
+    wrong += [n for n in ("weight", "__call__") if not callable(getattr(objective, n, None))]
+    if wrong:
+        raise UserError(
+            f"{where}: objective {type(objective).__name__} lacks {', '.join(wrong)}; "
+            "lora_engine.objectives.base.Objective says what each is"
+        )
+
+
+def weight_of(objective: Objective, batch: PackedBatch) -> float:
+    """What the batch, which is on the CPU, contributes to the divisor of the loss.
+
+    Raises UserError for what is no finite number of 0 or more.
+    """
+    answer: object = objective.weight(batch)
+    single = isinstance(answer, Tensor) and answer.numel() == 1
+    weight = float(answer) if isinstance(answer, Real) or single else math.nan  # type: ignore[arg-type]
+    if not 0 <= weight < math.inf:
+        raise UserError(
+            f"objective {objective.name}: its weight of a batch is {answer!r}; give a finite "
+            "number of 0 or more"
+        )
+    return weight
+
+
+def loss_of(objective: Objective, scores: TargetScores, batch: PackedBatch) -> Loss:
+    """What the objective makes of the scores.
+
+    Raises UserError for what is no Loss of scalars.
+    """
+    answer: object = objective(scores, batch)
+    if not isinstance(answer, Loss):
+        raise UserError(
+            f"objective {objective.name}: returns {_kind(answer)}, expected an "
+            "objectives.base.Loss(total, metrics)"
+        )
+    if not _is_scalar(answer.total) or not answer.total.is_floating_point():
+        raise UserError(
+            f"objective {objective.name}: its loss is {_kind(answer.total)}; sum it over the batch "
+            "to a tensor of one floating-point number without dimensions"
+        )
+    metrics: object = answer.metrics
+    if not isinstance(metrics, Mapping):
+        raise UserError(
+            f"objective {objective.name}: its metrics are {_kind(metrics)}, expected a dict of "
+            "objectives.base.Mean by name"
+        )
+    for name, mean in metrics.items():
+        if not (
+            isinstance(name, str)
+            and isinstance(mean, Mean)
+            and _is_scalar(mean.total)
+            and isinstance(mean.count, Real)
+            and 0 <= mean.count < math.inf
+        ):
+            parts = (mean.total, mean.count) if isinstance(mean, Mean) else (mean,)
+            raise UserError(
+                f"objective {objective.name}: its metric {name!r} is made of "
+                f"{' and '.join(map(_kind, parts))}; give an objectives.base.Mean of a tensor "
+                "without dimensions and a number of 0 or more"
+            )
+    return answer
+
+
+def _is_scalar(value: object) -> bool:
+    return isinstance(value, Tensor) and value.dim() == 0
+
+
+def _kind(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor {list(value.shape)} of {str(value.dtype).removeprefix('torch.')}"
+    return f"{value!r}" if isinstance(value, Real) else type(value).__name__
