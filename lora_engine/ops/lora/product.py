@@ -197,7 +197,8 @@ class LoraProduct:
                 d_b = _part(d_lora_b, factors.lora_b, block.rows, block.columns)
                 d_b = d_b.mul_(factors.scaling).to(factors.lora_b.dtype)
             if needed.magnitude and unscaled is not None and dora is not None:
-                dy = grads[block.linear].reshape(unscaled.shape[0], -1).to(dora.norm.dtype)
+                grad = grads[block.linear]
+                dy = grad.reshape(-1, grad.shape[-1]).to(dora.norm.dtype)
                 d_scale = (dy * unscaled[:, block.rows]).sum(0) / dora.norm[block.rows]
                 d_magnitude = d_scale.to(factors.lora_a.dtype)
             if needed.bias and factors.bias is not None:

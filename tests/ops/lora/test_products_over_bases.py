@@ -64,6 +64,25 @@ def check_base(backend: Backend, dtype: torch.dtype, base: str, variant: str) ->
         assert error(mine, expected) < 5 * TOLERANCE[dtype], f"tensor {i}"
 
 
+@pytest.mark.parametrize("base", ["dense", "blocks"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_gradients_of_no_rows_are_zero(backend: Backend, variant: str, base: str) -> None:
+    """As of a batch of which no row is left."""
+    dtype = torch.float32
+    weights = [leaf(backend, dtype, n, FEATURES).detach() for n in OUTS]
+    adapters = [adapters_of(backend, dtype, n, variant) for n in OUTS]
+    biases = [leaf(backend, dtype, n) for n in OUTS] if variant == "bias" else None
+    group = group_over(base, weights, adapters, biases)
+    x = leaf(backend, dtype, 0, FEATURES)
+    routes = torch.zeros(0, dtype=torch.int64, device=x.device) if variant == "routes" else None
+    dropout = ops.Dropout(0.3, 7) if variant == "dropout" else None
+    y = torch.cat(ops.lora_linear(x, group, impl=backend.impl, dropout=dropout, routes=routes), -1)
+    assert y.shape == (0, sum(OUTS))
+    leaves = [x, *(t for t in group.tensors() if t is not None)]
+    for tensor, gradient in zip(leaves, torch.autograd.grad(y.sum(), leaves), strict=True):
+        assert gradient.shape == tensor.shape and not gradient.any()
+
+
 every_other_base = pytest.mark.parametrize("base", ["blocks", "scratch", "nf4"])
 
 
