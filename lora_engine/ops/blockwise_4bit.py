@@ -3,6 +3,7 @@
 float16 goes through float32, which holds it exactly; kernels know float32, bfloat16 and float64.
 """
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -34,7 +35,7 @@ def quantize_4bit(
     """w as the tensors of `format.layout`, each value as the code that is nearest to w / absmax.
 
     With `format.nested` the absmax are quantised in PyTorch: they are few. Raises ValueError where
-    w is no matrix, is empty, or has values that are not finite.
+    w is no matrix, is empty, or has values that are not finite in float32.
     """
     check(
         w.dim() == 2 and w.is_floating_point() and w.numel() > 0,
@@ -61,7 +62,7 @@ def quantize_4bit(
         )
     check(
         bool(absmax.isfinite().all()),
-        "quantize_4bit: the weight has values that are not finite",
+        "quantize_4bit: the weight has values that are not finite in float32",
     )
     if not format.nested:
         return {"codes": codes, "absmax": absmax}
@@ -89,12 +90,17 @@ def dequantize_4bit_(
     the same bits. Raises ValueError where rows are asked for that the weight does not have.
     """
     rows, cols = out.shape
-    check(
-        first_row >= 0 and (first_row + rows) * cols <= 2 * tensors["codes"].numel(),
-        f"dequantize_4bit_: rows {first_row} to {first_row + rows} of {cols} values, but there are "
-        f"only {2 * tensors['codes'].numel()} codes",
-    )
-    scales = BlockScales(*(tensors.get(name) for name in BlockScales._fields))  # type: ignore[arg-type]
+    layout = format.layout((first_row + rows, cols))
+    for name, (shape, dtype) in layout.items():
+        check(
+            first_row >= 0
+            and name in tensors
+            and tensors[name].dtype == dtype
+            and tensors[name].numel() >= math.prod(shape),
+            f"dequantize_4bit_: rows {first_row} to {first_row + rows} of {cols} values do not "
+            f"lie within {name} {shape_of(tensors[name]) if name in tensors else '(missing)'}",
+        )
+    scales = BlockScales(*(tensors[name] for name in layout if name != "codes"))
     place = torch.empty_like(out, dtype=torch.float32) if out.dtype == torch.float16 else out
     impl = backends.select("blockwise_4bit", out.device, place.dtype, impl)
     if impl == "reference":
@@ -121,3 +127,5 @@ def dequantize_4bit_(
     )
     if place is not out:
         out.copy_(place)
+    else:
+        torch.autograd.graph.increment_version(out)  # as an operation of torch's in place does

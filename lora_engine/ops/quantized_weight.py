@@ -51,7 +51,7 @@ class QuantizedWeight:
             check(
                 tensor.shape == shape and tensor.dtype == dtype and tensor.is_contiguous(),
                 f"{self.format.name}: {name} is {shape_of(tensor)}, expected {list(shape)} "
-                f"{str(dtype).removeprefix('torch.')} for a weight {list(self.shape)}",
+                f"{str(dtype).removeprefix('torch.')}, contiguous, for a weight {list(self.shape)}",
             )
             check(
                 tensor.device == self.device,
@@ -59,6 +59,10 @@ class QuantizedWeight:
             )
         kept = {name: self.tensors[name] for name in layout}
         object.__setattr__(self, "tensors", MappingProxyType(kept))
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # For copy.deepcopy and pickle, which cannot copy a mapping that is read-only.
+        return QuantizedWeight, (self.format, dict(self.tensors), self.shape, self.dtype)
 
     @property
     def device(self) -> torch.device:
@@ -101,6 +105,14 @@ class QuantizedWeight:
         check(
             out.shape == (rows, cols) and (out.stride(1) == 1 or cols == 1),
             f"out is {shape_of(out)}, expected [{rows}, {cols}] with columns one apart",
+        )
+        check(
+            out.is_floating_point() and out.device == self.device,
+            f"out is {shape_of(out)} on {out.device}, expected floating point on {self.device}",
+        )
+        check(
+            not (out.requires_grad and torch.is_grad_enabled()),
+            "out requires a gradient, and decoding has none",
         )
         if out.numel():
             dequantize_4bit_(out, self.tensors, self.format, first_row=start, impl=impl)

@@ -42,7 +42,8 @@ def to_bitsandbytes(
     }
     if format.nested:
         entries[".nested_absmax"] = tensors["nested_absmax"]
-        entries[".nested_quant_map"] = tensors["nested_code"]
+        # Weights share this one, and safetensors writes no tensor that is another's memory too.
+        entries[".nested_quant_map"] = tensors["nested_code"].clone()
         rest["nested_blocksize"] = NESTED_BLOCK
         rest["nested_dtype"] = "float32"
         rest["nested_offset"] = tensors["offset"].item()
@@ -58,44 +59,52 @@ def from_bitsandbytes(
 
     `entries` are the state dict's, by what follows the weight's name in their keys.
 
-    Raises ValueError where an entry is missing, or says what this format cannot mean.
+    Raises ValueError where an entry is missing, says what this format cannot mean, or is not
+    finite.
     """
     states = [key for key in entries if key.startswith(f".{_STATE}")]
     if len(states) != 1:
         raise ValueError(f"expected one entry .{_STATE}nf4 or .{_STATE}fp4, found {len(states)}")
     rest = _json(entries[states[0]], states[0])
-    nested = ".nested_absmax" in entries
+    nested = "nested_offset" in rest or ".nested_absmax" in entries
     code, block, shape = rest.get("quant_type"), rest.get("blocksize"), rest.get("shape")
     dtype = _DTYPES.get(str(rest.get("dtype")))
     if code not in ("nf4", "fp4") or not isinstance(block, int) or dtype is None:
         raise ValueError(f"{states[0]}: quant_type, blocksize or dtype is missing or unknown")
-    if not isinstance(shape, list) or len(shape) != 2 or not all(type(x) is int for x in shape):
+    if (
+        not isinstance(shape, list)
+        or len(shape) != 2
+        or not all(type(x) is int and x > 0 for x in shape)
+    ):
         raise ValueError(f"{states[0]}: the shape {shape} is no matrix's")
     format = Blockwise4bit("nf4" if code == "nf4" else "fp4", block, nested)
-    needed = ["", ".absmax", ".quant_map", *([".nested_quant_map"] if nested else [])]
-    for name in needed:
+    needed = ["", ".absmax", ".quant_map"]
+    for name in [*needed, ".nested_absmax", ".nested_quant_map"] if nested else needed:
         if name not in entries:
             raise ValueError(f"the entry {name or 'of the weight itself'} is missing")
-    if not torch.equal(entries[".quant_map"].cpu(), code_values(format.code)):
+    if entries[".quant_map"].tolist() != code_values(format.code, torch.device("cpu")).tolist():
         raise ValueError(f".quant_map: these are not the values of {code}")
     tensors = {"codes": entries[""].reshape(-1).view(torch.uint8), "absmax": entries[".absmax"]}
     if nested:
         if rest.get("nested_blocksize") != NESTED_BLOCK:
             raise ValueError(f"{states[0]}: nested_blocksize is not {NESTED_BLOCK}")
         offset = rest.get("nested_offset")
-        if not isinstance(offset, float):
+        if type(offset) not in (int, float):
             raise ValueError(f"{states[0]}: nested_offset is missing")
         device = entries[".absmax"].device
         tensors["nested_absmax"] = entries[".nested_absmax"]
         tensors["nested_code"] = entries[".nested_quant_map"]
         tensors["offset"] = torch.tensor(offset, dtype=torch.float32, device=device)
+    for name, tensor in tensors.items():
+        if not bool(tensor.isfinite().all()):
+            raise ValueError(f"{name} has values that are not finite")
     return format, tensors, (shape[0], shape[1]), dtype
 
 
 def _json(packed: Tensor, name: str) -> dict[str, object]:
     try:
         rest = json.loads(bytes(packed.tolist()))
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{name}: is no JSON") from error
     if not isinstance(rest, dict):
         raise ValueError(f"{name}: is no JSON object")

@@ -117,5 +117,5 @@ def ascending_codes(code: Code, device: torch.device | None = None) -> Tensor:
 
 def code_bounds(code: Code, device: torch.device | None = None) -> Tensor:
     """[15] float32: midpoints of ascending values; a value on one takes the code below it."""
-    ascending = code_values(code)[ascending_codes(code).long()]
-    return ((ascending[:-1] + ascending[1:]) / 2).to(device)
+    ascending = code_values(code, device)[ascending_codes(code, device).long()]
+    return (ascending[:-1] + ascending[1:]) / 2

@@ -6,6 +6,7 @@ They are few, one for a block of a weight: PyTorch's operations do.
 """
 
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +30,8 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     scaled = (blocks * (1.0 / nested_absmax)[:, None]).clamp(-1.0, 1.0)
     points = ((scaled + 1.0) * 0.5 * (_GRID - 1) + 0.5).nan_to_num(0.0).long()
     values = nested_code().to(absmax.device)
-    grid = 2.0 * torch.arange(_GRID, device=absmax.device) / (_GRID - 1) - 1.0
+    grid = torch.arange(_GRID, dtype=torch.float32, device=absmax.device)
+    grid = 2.0 * grid / (_GRID - 1) - 1.0
     table = torch.bucketize(grid, (values[:-1] + values[1:]) / 2).to(torch.uint8)
     codes = torch.where(nested_absmax[:, None] > 0, table[points], 0)
     return codes.view(-1)[: absmax.numel()], nested_absmax, offset
@@ -53,9 +55,11 @@ def nested_code() -> Tensor:
     The signed dynamic code (see dynamic_code.py) as float32 arithmetic gives it, a few values of
     which differ in the last bit from the correctly rounded ones.
     """
+    # Dtype and device are named: the program may have set others as torch's default.
+    options: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
     values = [0.0, 1.0]
     for decade in range(7):
-        ends = torch.linspace(0.1, 1, 2**decade + 1)
+        ends = torch.linspace(0.1, 1, 2**decade + 1, **options)
         centres = (10.0 ** (decade - 6) * ((ends[:-1] + ends[1:]) / 2)).tolist()
         values += centres + [-x for x in centres]
-    return torch.tensor(values).sort().values
+    return torch.tensor(values, **options).sort().values

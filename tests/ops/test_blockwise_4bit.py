@@ -1,5 +1,7 @@
 """NF4 and FP4: bit for bit bitsandbytes' codes, scales and values, by every implementation."""
 
+import math
+import mmap
 import warnings
 from collections.abc import Callable
 from types import ModuleType
@@ -206,12 +208,62 @@ def test_values_that_are_not_finite_are_refused(
             ops.quantize_4bit(w, Blockwise4bit("nf4", 64, nested), impl=backend.impl)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_bits_do_not_depend_on_torch_defaults(dtype: torch.dtype) -> None:
+    """A program may load a model under a default dtype or a default device of its own."""
+    w = torch.randn(600, 64)
+    expected = ops.quantize_weight(w, double_quant=True)
+    nested_code.cache_clear()
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(dtype)
+        with torch.device("meta"):
+            found = ops.quantize_weight(w, double_quant=True)
+            state = found.state_dict("w")
+            read = ops.QuantizedWeight.from_state_dict(state, "w")
+            w_hat = read.rows(0, 600)
+    finally:
+        torch.set_default_dtype(before)
+    for name, tensor in expected.tensors.items():
+        assert torch.equal(found.tensors[name], tensor), name
+    assert torch.equal(w_hat, expected.dequantize())
+
+
+def test_places_beyond_two_to_the_thirty_second(backend: Backend) -> None:
+    """Of a weight that is all zeros, in memory that nobody touches, but for the last row."""
+    rows, cols = 2**20 + 1, 4096
+    format, last = Blockwise4bit("nf4", 64), Blockwise4bit("nf4", 64).layout((1, cols))
+    parts = {
+        "codes": torch.randint(0, 256, last["codes"].shape).to(torch.uint8),
+        "absmax": torch.rand(last["absmax"].shape),
+    }
+    tensors = {
+        name: torch.frombuffer(
+            mmap.mmap(-1, math.prod(entry.shape) * entry.dtype.itemsize), dtype=entry.dtype
+        )
+        for name, entry in format.layout((rows, cols)).items()
+    }
+    for name, tensor in tensors.items():
+        tensor[-parts[name].numel() :] = parts[name]
+    found, expected = torch.empty(1, cols), torch.empty(1, cols)
+    ops.dequantize_4bit_(found, tensors, format, first_row=rows - 1, impl=backend.impl)
+    ops.dequantize_4bit_(expected, parts, format, impl=backend.impl)
+    assert torch.equal(found, expected)
+
+
 def test_what_does_not_fit_is_refused(backend: Backend) -> None:
     format = Blockwise4bit()
     for w in (torch.randn(4), torch.ones(4, 4, dtype=torch.int64), torch.randn(0, 64)):
         with pytest.raises(ValueError, match="expected a matrix"):
             ops.quantize_4bit(*backend.put(w), format, impl=backend.impl)
     tensors = ops.quantize_4bit(*backend.put(torch.randn(4, 64)), format, impl=backend.impl)
+    for changed in (
+        {"codes": tensors["codes"]},
+        tensors | {"absmax": tensors["absmax"][:-1]},
+        tensors | {"absmax": tensors["absmax"].double()},
+    ):
+        with pytest.raises(ValueError, match="do not lie within absmax"):
+            ops.dequantize_4bit_(torch.empty(4, 64), changed, format, impl=backend.impl)
     for rows, first in ((5, 0), (1, 4), (1, -1)):
         with pytest.raises(ValueError, match="rows"):
             ops.dequantize_4bit_(

@@ -1,5 +1,7 @@
 """A weight in packed bits: its parts, its rows, where it is kept and what it costs."""
 
+import copy
+import pickle
 from pathlib import Path
 
 import pytest
@@ -86,6 +88,37 @@ def test_to(weight: torch.Tensor) -> None:
     assert moved.bits_per_parameter == packed.bits_per_parameter
 
 
+@pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
+def test_it_can_be_copied_and_pickled(weight: torch.Tensor, nested: bool) -> None:
+    packed = quantize_weight(weight, double_quant=nested)
+    for other in (copy.deepcopy(packed), pickle.loads(pickle.dumps(packed))):
+        assert (other.format, other.shape, other.dtype) == (
+            packed.format,
+            packed.shape,
+            packed.dtype,
+        )
+        assert torch.equal(other.dequantize(), packed.dequantize())
+        assert other.tensors["codes"].data_ptr() != packed.tensors["codes"].data_ptr()
+
+
+def test_weights_of_one_file_share_no_memory(weight: torch.Tensor, tmp_path: Path) -> None:
+    first, second = (quantize_weight(w, double_quant=True) for w in (weight, -weight))
+    save_file({**first.state_dict("a"), **second.state_dict("b")}, tmp_path / "w.safetensors")
+    read = QuantizedWeight.from_state_dict(load_file(tmp_path / "w.safetensors"), "b")
+    assert torch.equal(read.dequantize(), second.dequantize())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_overwriting_what_a_gradient_needs_is_noticed(
+    weight: torch.Tensor, dtype: torch.dtype
+) -> None:
+    out = torch.zeros(2, 256, dtype=dtype)
+    y = torch.ones(2, 256, dtype=dtype, requires_grad=True) * out
+    quantize_weight(weight).rows(0, 2, out=out)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
 def test_it_is_frozen(weight: torch.Tensor) -> None:
     packed = quantize_weight(weight.requires_grad_())
     assert not packed.dequantize().requires_grad
@@ -115,9 +148,17 @@ def test_arguments_that_do_not_fit_are_refused(weight: torch.Tensor) -> None:
     for start, stop in ((-1, 2), (3, 2), (0, 49)):
         with pytest.raises(ValueError, match="rows"):
             packed.rows(start, stop)
-    for out in (torch.empty(2, 255), torch.empty(256, 2).t(), torch.empty(3, 256)):
+    for out in (
+        torch.empty(2, 255),
+        torch.empty(256, 2).t(),
+        torch.empty(3, 256),
+        torch.empty(2, 256, dtype=torch.int32),
+        torch.empty(2, 256, device="meta"),
+    ):
         with pytest.raises(ValueError, match="out is"):
             packed.rows(0, 2, out=out)
+    with pytest.raises(ValueError, match="out requires a gradient"):
+        packed.rows(0, 2, out=torch.empty(2, 256, requires_grad=True))
     with pytest.raises(ValueError, match="did you mean nf4"):
         quantize_weight(weight, "nf44")
     with pytest.raises(ValueError, match="block 10"):

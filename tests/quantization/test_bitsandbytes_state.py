@@ -57,11 +57,18 @@ def test_the_state_dict_is_that_of_linear4bit(
 
 @pytest.mark.parametrize(
     "missing",
-    ["", ".absmax", ".quant_map", ".nested_quant_map", ".quant_state.bitsandbytes__nf4"],
+    [
+        "",
+        ".absmax",
+        ".quant_map",
+        ".nested_absmax",
+        ".nested_quant_map",
+        ".quant_state.bitsandbytes__nf4",
+    ],
 )
 def test_a_missing_entry_is_named(missing: str) -> None:
     without = {name: tensor for name, tensor in entries().items() if name != missing}
-    with pytest.raises(ValueError, match=r"missing|found 0"):
+    with pytest.raises(ValueError, match=rf"{missing or 'itself'} is missing|found 0"):
         from_bitsandbytes(without)
 
 
@@ -74,6 +81,7 @@ def test_a_missing_entry_is_named(missing: str) -> None:
         ("dtype", "int8"),
         ("shape", [24]),
         ("shape", "24, 96"),
+        ("shape", [-24, -96]),
         ("nested_blocksize", 128),
         ("nested_offset", None),
     ],
@@ -93,6 +101,34 @@ def test_a_broken_state_is_refused(text: bytes) -> None:
     changed[".quant_state.bitsandbytes__nf4"] = torch.tensor(list(text), dtype=torch.uint8)
     with pytest.raises(ValueError, match="is no JSON"):
         from_bitsandbytes(changed)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8], ids=str)
+def test_a_state_that_is_no_string_of_bytes_is_refused(dtype: torch.dtype) -> None:
+    changed = entries()
+    name = ".quant_state.bitsandbytes__nf4"
+    changed[name] = changed[name].to(dtype).view(1, -1)
+    with pytest.raises(ValueError, match="is no JSON"):
+        from_bitsandbytes(changed)
+
+
+@pytest.mark.parametrize(
+    ("nested", "name"), [(False, ".absmax"), (True, ".nested_absmax"), (True, ".nested_quant_map")]
+)
+def test_scales_that_are_not_finite_are_refused(nested: bool, name: str) -> None:
+    changed = entries(nested)
+    changed[name] = changed[name].clone()
+    changed[name][-1] = float("nan")
+    with pytest.raises(ValueError, match="not finite"):
+        from_bitsandbytes(changed)
+
+
+def test_an_offset_may_be_written_as_an_integer() -> None:
+    changed = entries()
+    name = ".quant_state.bitsandbytes__nf4"
+    rest = json.loads(bytes(changed[name].tolist())) | {"nested_offset": 1}
+    changed[name] = torch.tensor(list(json.dumps(rest).encode()), dtype=torch.uint8)
+    assert from_bitsandbytes(changed)[1]["offset"].item() == 1.0
 
 
 def test_another_code_is_refused() -> None:

@@ -29,7 +29,9 @@ class _Scratch(threading.local):
         buffer = self.buffers.get((device, dtype))
         if buffer is None or buffer.numel() < rows * cols:
             self.buffers[device, dtype] = buffer = torch.empty(0)  # freed before more is taken
-            buffer = torch.empty(rows * cols, dtype=dtype, device=device)
+            # No inference tensor, which could not be written to outside of inference mode.
+            with torch.inference_mode(False):
+                buffer = torch.empty(rows * cols, dtype=dtype, device=device)
             self.buffers[device, dtype] = buffer
         return buffer[: rows * cols].view(rows, cols)
 
@@ -58,9 +60,7 @@ class QuantizedBase:
                 weight.shape[1] == first.shape[1]
                 and (weight.dtype, weight.device, weight.format.name)
                 == (first.dtype, first.device, first.format.name),
-                f"a weight {list(weight.shape)} of {weight.dtype} in {weight.format.name} does not "
-                f"share the input of one {list(first.shape)} of {first.dtype} in "
-                f"{first.format.name}",
+                f"{_described(weight)} does not share the input of {_described(first)}",
             )
         self.weights = tuple(weights)
         self.out_features = tuple(weight.shape[0] for weight in weights)
@@ -126,3 +126,8 @@ class QuantizedBase:
             if first < last:
                 yield slice(first, last), weight
             offset += n
+
+
+def _described(weight: QuantizedWeight) -> str:
+    dtype = str(weight.dtype).removeprefix("torch.")
+    return f"a weight {list(weight.shape)} of {dtype} in {weight.format.name} on {weight.device}"

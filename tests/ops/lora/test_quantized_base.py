@@ -81,6 +81,24 @@ def test_threads_do_not_share_it() -> None:
     assert not wrong
 
 
+def test_training_after_inference_mode() -> None:
+    """In a thread of its own, whose scratch memory is first asked for in inference mode."""
+    group, x = group_of(base_of(96)), torch.randn(32, 64, dtype=torch.bfloat16)
+    found: list[tuple[Tensor, Tensor]] = []
+
+    def run() -> None:
+        with torch.inference_mode():
+            (inferred,) = ops.lora_linear(x, group)
+        (y,) = ops.lora_linear(x, group)
+        y.sum().backward()
+        found.append((inferred, y.detach()))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert len(found) == 1 and torch.equal(*found[0])
+
+
 def test_blocks_of_a_tall_weight() -> None:
     base = base_of(BLOCK_ROWS + 5, 40, features=32)
     whole = torch.cat([weight.dequantize() for weight in base.weights])
