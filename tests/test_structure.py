@@ -127,3 +127,19 @@ def test_one_openmp_runtime() -> None:
         "print('\\n'.join({l.split()[-1] for l in open('/proc/self/maps') if 'omp' in l}))"
     )
     assert len(mapped.splitlines()) == 1, mapped
+
+
+TESTS = sorted((PACKAGE.parent / "tests").rglob("test_*.py"))
+
+
+@pytest.mark.parametrize("path", TESTS, ids=lambda p: p.stem)
+def test_a_test_file_can_be_run_alone(path: Path) -> None:
+    """Helpers of tests in several folders stand in tests/support: pytest finds no other folder."""
+    elsewhere = {p.stem for p in TESTS if p.parent != path.parent}
+    imported = {
+        name
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for name in [getattr(node, "module", None), *(alias.name for alias in node.names)]
+    }
+    assert not imported & elsewhere

@@ -7,7 +7,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from test_accelerate import assert_same, batch, loss_and_gradients
+from transformers_models import assert_same, batch, loss_and_gradients
 
 import lora_engine
 from lora_engine.errors import UserError

@@ -5,7 +5,6 @@ import copy
 import peft
 import pytest
 import torch
-from test_adapters import BOTH, NAMES, PARTS, two_adapters
 from torch import nn
 from training_helpers import (
     one_batch,
@@ -14,6 +13,7 @@ from training_helpers import (
     tiny_lora,
 )
 from transformers import OlmoeConfig, OlmoeForCausalLM
+from two_adapters import BOTH, NAMES, PARTS, two_adapters
 
 from lora_engine import preflight
 

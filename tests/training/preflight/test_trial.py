@@ -6,7 +6,6 @@ import numpy as np
 import peft
 import pytest
 import torch
-from test_adapters import two_adapters
 from torch import nn
 from training_helpers import (
     assert_same_bits,
@@ -14,6 +13,7 @@ from training_helpers import (
     rows,
     tiny_lora,
 )
+from two_adapters import two_adapters
 
 from lora_engine import UserError, accelerate, preflight
 from lora_engine.objectives.sft import SFT
