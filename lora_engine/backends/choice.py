@@ -323,7 +323,7 @@ def _by_queries(request: Request, sizes: Queries) -> Strategy:
 def _chunk_rows(request: Request, head: Head) -> int:
     """Rows of a chunk of logits: chunks of equal size, within the bytes for this device."""
     limit = CHUNK_BYTES["cpu" if request.device == "cpu" else "cuda"]
-    most = max(1, limit // (head.classes * request.dtype.itemsize))
+    most = max(1, limit // max(1, head.classes * request.dtype.itemsize))
     even = -(-head.rows // max(1, -(-head.rows // most)))
     return max(1, min(most, -(-even // CHUNK_ROW_STEP) * CHUNK_ROW_STEP))
 

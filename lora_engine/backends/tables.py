@@ -77,8 +77,13 @@ class LaunchKey(NamedTuple):
 
 
 def launch_key(kernel: str, capability: int | None, dtype: str, size: int) -> LaunchKey:
-    """The line for a launch: for this capability and dtype before those for any."""
-    entries = launch_table()[kernel]
+    """The line for a launch: for this capability and dtype before those for any.
+
+    Raises ValueError for a kernel without lines, and a size that none of its lines fits.
+    """
+    entries = launch_table().get(kernel)
+    if entries is None:
+        raise ValueError(f"{kernel}: launch_table.json has no such kernel")
     of_capability = str(capability) if str(capability) in entries else "*"
     of_dtype = dtype if dtype in entries[of_capability] else "*"
     for limit, _ in entries[of_capability][of_dtype]:

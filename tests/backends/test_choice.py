@@ -180,6 +180,10 @@ def test_a_gpu_s_chunks_are_larger() -> None:
     assert choose(on_cpu("linear_cross_entropy", sizes=sizes), BARE).plan == 128
 
 
+def test_rows_of_a_head_without_classes() -> None:
+    assert choose(on_cpu("linear_cross_entropy", sizes=Head(10, 0)), BARE).plan == 64
+
+
 def test_a_launch_s_line() -> None:
     request = Request("rms_norm_bwd", "cuda", 90, torch.bfloat16, Extent(3000))
     key = choose(request, WITH_GPU).launch
@@ -187,5 +191,5 @@ def test_a_launch_s_line() -> None:
     assert choose(replace(request, capability=86), WITH_GPU).launch == (
         "rms_norm_bwd", "*", "*", 4096,
     )  # fmt: skip
-    with pytest.raises(KeyError, match="pool"):
+    with pytest.raises(ValueError, match="pool: launch_table.json has no such kernel"):
         choose(replace(request, operation="pool"), WITH_GPU)
