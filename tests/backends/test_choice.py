@@ -191,5 +191,5 @@ def test_a_launch_s_line() -> None:
     assert choose(replace(request, capability=86), WITH_GPU).launch == (
         "rms_norm_bwd", "*", "*", 4096,
     )  # fmt: skip
-    with pytest.raises(ValueError, match="pool: launch_table.json has no such kernel"):
+    with pytest.raises(ValueError, match=r"pool: launch_table\.json has no such kernel"):
         choose(replace(request, operation="pool"), WITH_GPU)
