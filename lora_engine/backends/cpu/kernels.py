@@ -396,7 +396,7 @@ def dtype_code(dtype: torch.dtype) -> DTypeCode:
 
 @cache
 def activation_code(activation: str) -> ActivationCode:
-    """The extension's name for one of `reference.glu.ACTIVATIONS`."""
+    """The extension's name for one of `values.ACTIVATIONS`."""
     names = kernels().Activation
     codes = {"silu": names.silu, "gelu": names.gelu, "gelu_tanh": names.gelu_tanh}
     return codes[activation]
