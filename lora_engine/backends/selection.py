@@ -48,8 +48,10 @@ def explain(
     """Which implementation `operation` runs with on `device` and `dtype`, and why.
 
     `impl` forces one of IMPLEMENTATIONS; UnavailableError where it cannot run. `format`: of the
-    base weight, where the operation has one.
+    base weight, where the operation has one. Raises TypeError for a dtype that is none of torch's.
     """
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype is {dtype!r}, expected a torch.dtype such as torch.bfloat16")
     request = Request.on(torch.device(device), operation, dtype, impl=impl, format=format)
     return choose(request, present())
 

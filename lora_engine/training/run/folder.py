@@ -80,7 +80,8 @@ class RunFolder:
         self._names = [self.metrics.name]
 
     def locked(self) -> AbstractContextManager[None]:
-        """Keeps other runs out; see `lock.locked`."""
+        """Keeps other runs out; see `lock.locked`. Raises UserError if the path is a file."""
+        self._check_is_folder()
         return locked(self.lock_file)
 
     def reserve_results(self) -> None:
@@ -118,8 +119,7 @@ class RunFolder:
         nor overwritten, or if the run would replace files that no run wrote.
         """
         with naming(self.path):
-            if self.path.exists() and not self.path.is_dir():
-                raise UserError(f"{self.path}: is a file, output_dir must be a folder")
+            self._check_is_folder()
             self.checkpoints.check_removable()
             step = self.checkpoints.newest_sound() if resume else None
             if step is not None:
@@ -229,6 +229,10 @@ class RunFolder:
                     manifest.adapter_ends()
                 raise
             manifest.adapter_ends()
+
+    def _check_is_folder(self) -> None:
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"{self.path}: is a file, output_dir must be a folder")
 
     def _content(self, step: int) -> dict[str, Any]:
         return self.checkpoints.state(step)

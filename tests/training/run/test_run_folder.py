@@ -234,3 +234,10 @@ def test_no_other_module_names_a_file_of_the_folder():
             if text in names and (joined or "." in text) and source != owner:
                 named.append(f"{source.relative_to(package)}:{node.lineno}: {text}")
     assert named == []
+
+
+def test_a_file_in_the_folders_place_is_said(tmp_path):
+    (tmp_path / "run").write_text("mine")
+    with pytest.raises(UserError, match="run: is a file, output_dir must be a folder"):
+        make_trainer(tmp_path / "run").fit()
+    assert (tmp_path / "run").read_text() == "mine"
