@@ -82,7 +82,8 @@ def from_bitsandbytes(
     for name in [*needed, ".nested_absmax", ".nested_quant_map"] if nested else needed:
         if name not in entries:
             raise ValueError(f"the entry {name or 'of the weight itself'} is missing")
-    if entries[".quant_map"].tolist() != code_values(format.code, torch.device("cpu")).tolist():
+    values = code_values(format.code, torch.device("cpu"))
+    if entries[".quant_map"].tolist() != values.tolist():
         raise ValueError(f".quant_map: these are not the values of {code}")
     tensors = {"codes": entries[""].reshape(-1).view(torch.uint8), "absmax": entries[".absmax"]}
     if nested:
