@@ -1,4 +1,6 @@
 // NF4 and FP4: codes of four bits, and a scale for each block of consecutive values.
+#include <cmath>
+
 #include "isa.hpp"
 #include "simd/pairs.hpp"
 
@@ -7,6 +9,7 @@ namespace {
 
 constexpr float kTiny = 1e-38f;  // TINY of lora_engine/quantization/blockwise_4bit.py
 constexpr int64_t kNestedBlock = 256;
+typedef uint8_t Bytes __attribute__((vector_size(16)));
 
 // How many of 15 ascending bounds are below a value: its place among 16 ascending values.
 class Places {
@@ -47,47 +50,102 @@ class Places {
   Floats tables_[3];  // by bit
 };
 
+#ifdef __AVX512F__
+// Places among bounds of which equal parts of [-1, 1] hold at most one each, as NF4's: the part
+// tells the bound to compare with, and how many lie below the part.
+class Parts {
+ public:
+  // Whether such parts hold these bounds, none of them so near an edge that rounding matters.
+  static bool hold(const float* bounds) {
+    for (int i = 0; i < 15; ++i) {
+      const float at = bounds[i] * kScale, edge = std::abs(at - std::nearbyint(at));
+      const bool alone = i == 0 || part_of(bounds[i]) != part_of(bounds[i - 1]);
+      if (std::abs(at) > kScale || edge > 0.49f || !alone) return false;
+    }
+    return true;
+  }
+  explicit Parts(const float* bounds) {
+    for (int part = -16; part < 16; ++part) {
+      int below = 0;
+      while (below < 15 && part_of(bounds[below]) < part) ++below;
+      const bool has_one = below < 15 && part_of(bounds[below]) == part;
+      below_[(part & 31) / 16][part & 15] = below;
+      bounds_[(part & 31) / 16][part & 15] = has_one ? bounds[below] : INFINITY;
+    }
+  }
+  Ints operator()(Floats x) const {
+    // Rounded to an integer by the addition, whose low bits are then the part's.
+    const Ints part = (Ints)(x * kScale + 0x1.8p23f);
+    const Ints below = __builtin_shuffle(below_[0], below_[1], part);
+    return below + ((x > __builtin_shuffle(bounds_[0], bounds_[1], part)) & 1);
+  }
+
+ private:
+  static constexpr float kScale = 15;
+  static int part_of(float x) { return static_cast<int>(std::nearbyint(x * kScale)); }
+  Ints below_[2];     // by part, the negative ones last
+  Floats bounds_[2];  // infinite where a part has none
+};
+#endif
+
 // The largest of a register's lanes, by halves.
-template <int kCount>
-inline uint32_t largest_lane(const uint32_t* lanes) {
-  if constexpr (kCount == 1) {
+template <class Lanes, int kStep = sizeof(Lanes) / sizeof(Lanes{}[0]) / 2>
+inline auto largest_lane(Lanes lanes) {
+  if constexpr (kStep == 0) {
     return lanes[0];
   } else {
-    typedef uint32_t Half __attribute__((vector_size(sizeof(uint32_t) * kCount / 2)));
-    Half low, high;
-    std::memcpy(&low, lanes, sizeof low);
-    std::memcpy(&high, lanes + kCount / 2, sizeof high);
-    low = high > low ? high : low;
-    uint32_t larger[kCount / 2];
-    std::memcpy(larger, &low, sizeof low);
-    return largest_lane<kCount / 2>(larger);
+    Lanes partners;
+    for (size_t i = 0; i < sizeof lanes / sizeof lanes[0]; ++i) partners[i] = i ^ kStep;
+    const Lanes others = __builtin_shuffle(lanes, partners);
+    return largest_lane<Lanes, kStep / 2>(others > lanes ? others : lanes);
   }
 }
 
-// The largest magnitude; NaN if there is one, whose bits are larger than those of any number.
+// Bits without the sign. As integers they are ordered as the magnitudes are, NaN's the largest.
+inline uint16_t magnitude(bf16 x) { return x.bits & 0x7fff; }
+template <class T>
+inline uint32_t magnitude(T x) {
+  return bits_of(static_cast<float>(x)) & 0x7fffffffu;
+}
+inline float of_magnitude(uint16_t bits) { return float_of(static_cast<uint32_t>(bits) << 16); }
+inline float of_magnitude(uint32_t bits) { return float_of(bits); }
+
+// Those of 2 kLanes elements; of wider types than bfloat16 the larger of two and two.
+typedef uint16_t Shorts __attribute__((vector_size(kRegisterBytes)));
+inline Shorts magnitudes(const bf16* x) {
+  Shorts bits;
+  std::memcpy(&bits, x, sizeof bits);
+  return bits & 0x7fff;
+}
+template <class T>
+inline Words magnitudes(const T* x) {
+  const Pairs pairs = pairs_at(x);
+  const Words even = (Words)pairs.even & 0x7fffffffu, odd = (Words)pairs.odd & 0x7fffffffu;
+  return even > odd ? even : odd;
+}
+
+// The largest magnitude; NaN if there is one.
 template <class T>
 float largest_magnitude(const T* x, int64_t count) {
-  Words most = {};
+  using Lanes = decltype(magnitudes(x));
+  Lanes most = {};
   int64_t i = 0;
   for (; i + 2 * kLanes <= count; i += 2 * kLanes) {
-    const Pairs pairs = pairs_at(x + i);
-    const Words even = (Words)pairs.even & 0x7fffffffu, odd = (Words)pairs.odd & 0x7fffffffu;
-    const Words both = even > odd ? even : odd;
-    most = both > most ? both : most;
+    const Lanes next = magnitudes(x + i);
+    most = next > most ? next : most;
   }
-  uint32_t lanes[kLanes];
-  std::memcpy(lanes, &most, sizeof most);
-  uint32_t largest = largest_lane<kLanes>(lanes);
+  auto largest = largest_lane(most);
   for (; i < count; ++i) {
-    const uint32_t bits = bits_of(static_cast<float>(load(x[i]))) & 0x7fffffffu;
-    largest = bits > largest ? bits : largest;
+    const auto next = magnitude(x[i]);
+    largest = next > largest ? next : largest;
   }
-  return float_of(largest);
+  return of_magnitude(largest);
 }
 
-// A full block: values times 1 / absmax.
-template <class T>
-float quantize_block(const T* x, int64_t count, const Places& place, uint8_t* codes) {
+// A full block: values times 1 / absmax. `place` is a copy, whose tables stay in registers: in
+// memory of another's they would have to be read again after each byte that is stored.
+template <class T, class Place>
+float quantize_block(const T* x, int64_t count, Place place, uint8_t* codes) {
   const float absmax = largest_magnitude(x, count);
   const float inverse = 1.0f / (absmax > kTiny ? absmax : kTiny);
   for (int64_t i = 0; i < count; i += 2 * kLanes) {
@@ -112,15 +170,26 @@ float quantize_rest(const T* x, int64_t count, const Places& place, uint8_t* cod
   return absmax;
 }
 
-template <class T>
-void quantize(const Quantize4bitArgs& a) {
-  const Places place(a.bounds);
-  uint8_t codes_of[256];  // of a pair of places
-  bool ascending = true;
-  for (int pair = 0; pair < 256; ++pair) {
-    codes_of[pair] = static_cast<uint8_t>(a.ascending[pair >> 4] << 4 | a.ascending[pair & 15]);
-    ascending &= codes_of[pair] == pair;
+// Places of `count` pairs to the codes of those places.
+inline void recode(uint8_t* pairs, int64_t count, const uint8_t* code_of) {
+  Bytes table;
+  std::memcpy(&table, code_of, sizeof table);
+  int64_t i = 0;
+  for (; i + 16 <= count; i += 16) {
+    Bytes both;
+    std::memcpy(&both, pairs + i, sizeof both);
+    both = __builtin_shuffle(table, both >> 4) << 4 | __builtin_shuffle(table, both & 15);
+    std::memcpy(pairs + i, &both, sizeof both);
   }
+  for (; i < count; ++i)
+    pairs[i] = static_cast<uint8_t>(code_of[pairs[i] >> 4] << 4 | code_of[pairs[i] & 15]);
+}
+
+// `place` is for full blocks, `places` for the last one.
+template <class T, class Place>
+void quantize_with(const Quantize4bitArgs& a, const Place& place, const Places& places) {
+  bool ascending = true;
+  for (int i = 0; i < 16; ++i) ascending &= a.ascending[i] == i;
   const int64_t blocks = (a.size + a.block - 1) / a.block;
 #pragma omp parallel for schedule(static)
   for (int64_t block = 0; block < blocks; ++block) {
@@ -129,10 +198,18 @@ void quantize(const Quantize4bitArgs& a) {
     uint8_t* codes = a.codes + begin / 2;
     const int64_t count = rest < a.block ? rest : a.block;
     a.absmax[block] = count == a.block ? quantize_block(x, count, place, codes)
-                                       : quantize_rest(x, count, place, codes);
-    if (!ascending)
-      for (int64_t i = 0; i < (count + 1) / 2; ++i) codes[i] = codes_of[codes[i]];
+                                       : quantize_rest(x, count, places, codes);
+    if (!ascending) recode(codes, (count + 1) / 2, a.ascending);
   }
+}
+
+template <class T>
+void quantize(const Quantize4bitArgs& a) {
+  const Places places(a.bounds);
+#ifdef __AVX512F__
+  if (Parts::hold(a.bounds)) return quantize_with<T>(a, Parts(a.bounds), places);
+#endif
+  quantize_with<T>(a, places, places);
 }
 
 // Scales of blocks: absmax, or what its own codes stand for.
@@ -261,7 +338,6 @@ class BlockValues<bf16> {
   typedef uint16_t Wide __attribute__((vector_size(64)));
   Wide table_ = {};
 #else
-  typedef uint8_t Bytes __attribute__((vector_size(16)));
   Bytes low_, high_;
 #endif
 };

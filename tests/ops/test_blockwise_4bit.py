@@ -196,6 +196,25 @@ def test_error_monotony_and_round_trip(
     assert torch.equal(w_again, w_hat)
 
 
+@pytest.mark.parametrize("code", CODES)
+@pytest.mark.parametrize("scale", [1.0, 2.0**-20])
+def test_values_at_and_beside_every_bound(code: Code, scale: float, backend: Backend) -> None:
+    """A bound takes the code below it. Scales are powers of two: what is compared is exact."""
+    bounds, even = code_bounds(code), torch.arange(-1024, 1025) / 1024
+    parts = torch.arange(-29, 30, 2) / 30  # where n / 15 is rounded to another n
+    points = torch.cat([bounds, parts])
+    beside = [torch.nextafter(points, torch.tensor(to)) for to in (-2.0, 2.0)]
+    x = torch.cat([points, *beside, even])
+    x = torch.nn.functional.pad(x, (0, -len(x) % 31)).view(-1, 31)
+    x = torch.nn.functional.pad(x, (1, 0), value=1.0)  # in each block of 32 the largest
+    x = x * scale / scale  # what lies beside zero may vanish
+    (w,) = backend.put(x * scale)
+    tensors = ops.quantize_4bit(w, Blockwise4bit(code, 32), impl=backend.impl)
+    both = tensors["codes"].cpu()
+    codes = torch.stack([both >> 4, both & 15], dim=1).view_as(x)
+    assert torch.equal(codes, ascending_codes(code)[torch.bucketize(x, bounds)])
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("place", [(0, 0), (3, 70), (8, 98)])
 def test_values_that_are_not_finite_are_refused(
