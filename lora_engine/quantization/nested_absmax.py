@@ -29,12 +29,17 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     nested_absmax = blocks.abs().amax(dim=1)
     scaled = (blocks * (1.0 / nested_absmax)[:, None]).clamp(-1.0, 1.0)
     points = ((scaled + 1.0) * 0.5 * (_GRID - 1) + 0.5).nan_to_num(0.0).long()
-    values = nested_code().to(absmax.device)
-    grid = torch.arange(_GRID, dtype=torch.float32, device=absmax.device)
-    grid = 2.0 * grid / (_GRID - 1) - 1.0
-    table = torch.bucketize(grid, (values[:-1] + values[1:]) / 2).to(torch.uint8)
-    codes = torch.where(nested_absmax[:, None] > 0, table[points], 0)
+    codes = torch.where(nested_absmax[:, None] > 0, _codes_of_grid(absmax.device)[points], 0)
     return codes.view(-1)[: absmax.numel()], nested_absmax, offset
+
+
+@cache
+def _codes_of_grid(device: torch.device) -> Tensor:
+    """[_GRID] uint8: the code that is nearest to each point."""
+    values = nested_code().to(device)
+    grid = torch.arange(_GRID, dtype=torch.float32, device=device)
+    grid = 2.0 * grid / (_GRID - 1) - 1.0
+    return torch.bucketize(grid, (values[:-1] + values[1:]) / 2).to(torch.uint8)
 
 
 def dequantize_absmax(

@@ -23,7 +23,7 @@ from lora_engine.quantization.blockwise_4bit import (
     code_bounds,
     code_values,
 )
-from lora_engine.quantization.nested_absmax import nested_code
+from lora_engine.quantization.nested_absmax import _codes_of_grid, nested_code
 
 OPERATION = "blockwise_4bit"
 pytestmark = pytest.mark.reference
@@ -233,6 +233,7 @@ def test_bits_do_not_depend_on_torch_defaults(dtype: torch.dtype) -> None:
     w = torch.randn(600, 64)
     expected = ops.quantize_weight(w, double_quant=True)
     nested_code.cache_clear()
+    _codes_of_grid.cache_clear()
     before = torch.get_default_dtype()
     try:
         torch.set_default_dtype(dtype)
