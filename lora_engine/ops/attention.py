@@ -27,8 +27,8 @@ def attention(
     causal: bool = True,
     window: int = 0,
     parents: Tensor | None = None,  # [S] int32
-    tail: int = 0,
-    grad_tail: int = 0,
+    padding_columns: int = 0,
+    grad_padding_columns: int = 0,
     impl: str | None = None,
 ) -> Tensor:
     """`softmax(scale q kᵀ) v` within each sequence, q's shape and dtype (arXiv:2307.08691).
@@ -39,10 +39,10 @@ def attention(
     `window` > 0 lets a query see that many keys, itself included (causal only). With `parents`
     (causal only) sequence s continues the earlier sequence `parents[s]`, if that is not -1: its
     queries see that one's tokens and whatever that one continues, then their own, as though all
-    stood in one sequence, and the gradients of k and v sum over all that saw them. `tail` leaves
-    spare columns behind each token of the result for `ops.lora_linear`, and `grad_tail` behind the
-    gradients of q, k and v, which lie side by side in one buffer. Memory beyond the result is one
-    float a token and head.
+    stood in one sequence, and the gradients of k and v sum over all that saw them.
+    `padding_columns` leaves columns behind each token of the result for `ops.lora_linear`,
+    `grad_padding_columns` behind the gradients of q, k and v, which lie side by side in one buffer.
+    Memory beyond the result is one float a token and head.
 
     Raises ValueError where shapes, dtypes, sequence bounds or parents do not fit.
     """
@@ -97,8 +97,8 @@ def attention(
             causal=causal,
             window=window,
             parents=parents,
-            tail=tail,
-            grad_tail=grad_tail,
+            padding_columns=padding_columns,
+            grad_padding_columns=grad_padding_columns,
             kernels=launchers.attention(impl),
         ),
     )
@@ -177,8 +177,8 @@ class _Call(NamedTuple):
     causal: bool
     window: int
     parents: Tensor | None  # [S] int32
-    tail: int
-    grad_tail: int
+    padding_columns: int
+    grad_padding_columns: int
     kernels: contracts.Attention
 
 
@@ -227,7 +227,9 @@ class _Attention(torch.autograd.Function):
         shape = q.shape
         q, k, v = as_rows(q), as_rows(k), as_rows(v)
         tokens, width = q.shape
-        (o,) = augmented.empty(tokens, [width], call.tail, dtype=q.dtype, device=q.device)
+        (o,) = augmented.empty(
+            tokens, [width], call.padding_columns, dtype=q.dtype, device=q.device
+        )
         heads, dtype = width // call.head_dim, accumulate_dtype(q.dtype)
         lse = torch.empty(heads, tokens, dtype=dtype, device=q.device)
         call.kernels.attention_fwd(
@@ -257,7 +259,7 @@ class _Attention(torch.autograd.Function):
         q, k, v = saved.q, saved.k, saved.v
         widths = [q.shape[1], k.shape[1], v.shape[1]]
         dq, dk, dv = augmented.empty(
-            q.shape[0], widths, call.grad_tail, dtype=q.dtype, device=q.device
+            q.shape[0], widths, call.grad_padding_columns, dtype=q.dtype, device=q.device
         )
         call.kernels.attention_bwd(
             as_rows(d_o),

@@ -24,7 +24,7 @@ _ATTRIBUTE = "_lora_engine_padding"
 
 @dataclass
 class _Padding:
-    buffer: Tensor  # [rows, sum(widths) + tail]
+    buffer: Tensor  # [rows, sum(widths) + padding_columns]
     widths: tuple[int, ...]
     claimed: bool = False
 
@@ -32,21 +32,21 @@ class _Padding:
 def empty(
     rows: int,
     widths: Sequence[int],
-    tail: int,
+    padding_columns: int,
     *,
     dtype: torch.dtype,
     device: torch.device,
     zeros: bool = True,
 ) -> tuple[Tensor, ...]:
-    """One tensor [rows, width] for each width, adjacent in one buffer with `tail` padding columns.
+    """One tensor [rows, width] for each width, adjacent in one buffer with so many padding columns.
 
     The tensors are uninitialised, the padding columns zero. With `zeros=False` these are
     uninitialised too, for a caller that claims them before any product reads the tensors.
     """
-    if tail == 0 and len(widths) == 1:
+    if padding_columns == 0 and len(widths) == 1:
         return (empty_rows(rows, widths[0], dtype=dtype, device=device),)
     cols = sum(widths)
-    buffer = empty_rows(rows, cols + tail, dtype=dtype, device=device)
+    buffer = empty_rows(rows, cols + padding_columns, dtype=dtype, device=device)
     # .data has a version counter of its own: writing padding columns does not mark the columns that
     # autograd may have saved as changed.
     padding = _Padding(buffer.data, tuple(widths))
@@ -86,30 +86,37 @@ def operand(x: Tensor) -> Tensor:
     return x if hasattr(x, _ATTRIBUTE) else x.contiguous()
 
 
-def claim(parts: Sequence[Tensor], tail: int) -> Tensor:
-    """The buffer [rows, sum(widths) + tail] whose front columns are `parts` [..., width] each.
+def claim(parts: Sequence[Tensor], padding_columns: int) -> Tensor:
+    """The buffer whose front columns are `parts` [..., width] each.
 
-    The last `tail` columns hold arbitrary values. The caller writes these columns only, and all of
-    them before a product reads the buffer or its front columns.
+    It is [rows, sum(widths) + padding_columns]. The last `padding_columns` columns hold arbitrary
+    values. The caller writes these columns only, and all of them before a product reads the buffer
+    or its front columns.
     """
     padding: _Padding | None = getattr(parts[0], _ATTRIBUTE, None)
-    if padding is not None and not padding.claimed and _are_columns(parts, padding, tail):
+    if (
+        padding is not None
+        and not padding.claimed
+        and _are_columns(parts, padding, padding_columns)
+    ):
         padding.claimed = True
         return padding.buffer
-    if tail == 0 and len(parts) == 1:
+    if padding_columns == 0 and len(parts) == 1:
         return operand(parts[0]).reshape(-1, parts[0].shape[-1])
     flat = [part.reshape(-1, part.shape[-1]) for part in parts]
     widths = [part.shape[-1] for part in flat]
     first = flat[0]
-    buffer = empty_rows(first.shape[0], sum(widths) + tail, dtype=first.dtype, device=first.device)
+    buffer = empty_rows(
+        first.shape[0], sum(widths) + padding_columns, dtype=first.dtype, device=first.device
+    )
     torch.cat(flat, dim=1, out=buffer[:, : sum(widths)])
     return buffer
 
 
-def _are_columns(parts: Sequence[Tensor], padding: _Padding, tail: int) -> bool:
+def _are_columns(parts: Sequence[Tensor], padding: _Padding, padding_columns: int) -> bool:
     buffer = padding.buffer
     widths = tuple(part.shape[-1] for part in parts)
-    if widths != padding.widths or sum(widths) + tail != buffer.shape[1]:
+    if widths != padding.widths or sum(widths) + padding_columns != buffer.shape[1]:
         return False
     column = 0
     for part in parts:

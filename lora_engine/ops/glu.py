@@ -19,8 +19,8 @@ def glu(
     up: Tensor,  # [..., I]
     *,
     activation: str = "silu",
-    tail: int = 0,
-    grad_tail: int = 0,
+    padding_columns: int = 0,
+    grad_padding_columns: int = 0,
     impl: str | None = None,
 ) -> Tensor:
     """`act(gate) * up` (arXiv:2002.05202), in gate's dtype.
@@ -30,8 +30,9 @@ def glu(
     "gelu_pytorch_tanh"; GeGLU as in Gemma). Finite gates of any size give finite results; of
     the infinite ones -inf gives NaN (0 * inf), as in PyTorch, and both have NaN gradients.
 
-    `tail` leaves that many spare columns behind each row of the result for `ops.lora_linear`, and
-    `grad_tail` as many behind the two gradients, which lie side by side in one buffer.
+    `padding_columns` leaves that many columns behind each row of the result for `ops.lora_linear`,
+    and `grad_padding_columns` as many behind the two gradients, which lie side by side in one
+    buffer.
 
     Raises ValueError where the shapes, dtypes or options do not fit.
     """
@@ -46,7 +47,7 @@ def glu(
     impl = backends.select("glu", gate.device, gate.dtype, impl)
     if impl == "reference":
         return reference.glu(gate, up, activation=activation)
-    call = _Call(activation, tail, grad_tail, launchers.glu(impl))
+    call = _Call(activation, padding_columns, grad_padding_columns, launchers.glu(impl))
     out: Tensor = _Glu.apply(gate, up, call)
     return out
 
@@ -55,8 +56,8 @@ class _Call(NamedTuple):
     """One call of `glu`, besides its tensors."""
 
     activation: str
-    tail: int
-    grad_tail: int
+    padding_columns: int
+    grad_padding_columns: int
     kernels: contracts.Glu
 
 
@@ -80,7 +81,9 @@ class _Glu(torch.autograd.Function):
     def forward(ctx: Context[_Call], gate: Tensor, up: Tensor, call: _Call) -> Tensor:
         gate_rows, up_rows = as_rows(gate), as_rows(up)
         count, cols = gate_rows.shape
-        (y,) = augmented.empty(count, [cols], call.tail, dtype=gate.dtype, device=gate.device)
+        (y,) = augmented.empty(
+            count, [cols], call.padding_columns, dtype=gate.dtype, device=gate.device
+        )
         call.kernels.glu_fwd(gate_rows, up_rows, y, activation=call.activation)
         ctx.save_for_backward(*_Saved(gate, up))
         ctx.kept = call
@@ -94,7 +97,7 @@ class _Glu(torch.autograd.Function):
         gate, up = as_rows(saved.gate), as_rows(saved.up)
         count, cols = gate.shape
         dgate, dup = augmented.empty(
-            count, [cols, cols], call.grad_tail, dtype=gate.dtype, device=gate.device
+            count, [cols, cols], call.grad_padding_columns, dtype=gate.dtype, device=gate.device
         )
         call.kernels.glu_bwd(as_rows(dy), gate, up, dgate, dup, activation=call.activation)
         return _Gradients(augmented.shaped(dgate, dy.shape), augmented.shaped(dup, dy.shape))

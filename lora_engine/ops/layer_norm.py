@@ -19,14 +19,14 @@ def layer_norm(
     bias: Tensor | None,  # [H]
     eps: float,
     *,
-    tail: int = 0,
+    padding_columns: int = 0,
     impl: str | None = None,
 ) -> Tensor:
     """`(x - mean(x)) / sqrt(var(x) + eps) * weight + bias` over the last dimension.
 
     arXiv:1607.06450; the variance divides by H, no weight is a weight of ones, no bias one of
     zeros. Arithmetic in float32 with one rounding to x's dtype. A weight or bias that does not
-    require a gradient costs none. `tail` leaves that many spare columns behind each row of the
+    require a gradient costs none. `padding_columns` leaves that many columns behind each row of the
     result for `ops.lora_linear`.
 
     Raises ValueError where the shapes or dtypes do not fit.
@@ -36,7 +36,7 @@ def layer_norm(
     impl = backends.select("layer_norm", x.device, x.dtype, impl)
     if impl == "reference":
         return reference.layer_norm(x, weight, bias, eps)
-    call = _Call(eps, tail, launchers.layer_norm(impl))
+    call = _Call(eps, padding_columns, launchers.layer_norm(impl))
     out: Tensor = _LayerNorm.apply(x, weight, bias, call)
     return out
 
@@ -58,7 +58,7 @@ class _Call(NamedTuple):
     """One call of `layer_norm`, besides its tensors."""
 
     eps: float
-    tail: int
+    padding_columns: int
     kernels: contracts.LayerNorm
 
 
@@ -107,7 +107,7 @@ class _LayerNorm(torch.autograd.Function):
         weight = None if weight is None else weight.contiguous()
         bias = None if bias is None else bias.contiguous()
         count, cols = rows.shape
-        (y,) = augmented.empty(count, [cols], call.tail, dtype=x.dtype, device=x.device)
+        (y,) = augmented.empty(count, [cols], call.padding_columns, dtype=x.dtype, device=x.device)
         mean, rstd = (
             torch.empty(count, dtype=accumulate_dtype(x.dtype), device=x.device) for _ in range(2)
         )

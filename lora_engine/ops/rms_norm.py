@@ -21,7 +21,7 @@ def rms_norm(
     *,
     residual: None = None,
     offset: float = 0.0,
-    tail: int = 0,
+    padding_columns: int = 0,
     impl: str | None = None,
 ) -> Tensor: ...
 @overload
@@ -32,7 +32,7 @@ def rms_norm(
     *,
     residual: Tensor,
     offset: float = 0.0,
-    tail: int = 0,
+    padding_columns: int = 0,
     impl: str | None = None,
 ) -> tuple[Tensor, Tensor]: ...
 def rms_norm(
@@ -42,7 +42,7 @@ def rms_norm(
     *,
     residual: Tensor | None = None,  # [..., H]
     offset: float = 0.0,
-    tail: int = 0,
+    padding_columns: int = 0,
     impl: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`x / sqrt(mean(x²) + eps) * (weight + offset)` over the last dimension (arXiv:1910.07467).
@@ -54,7 +54,7 @@ def rms_norm(
     normed, and the next residual. Its gradient joins the norm's in the backward pass, which writes
     one tensor, the gradient of x and of the residual.
 
-    `tail` leaves that many spare columns behind each row of the normed result for
+    `padding_columns` leaves that many columns behind each row of the normed result for
     `ops.lora_linear`.
 
     Raises ValueError where the shapes or dtypes do not fit.
@@ -79,7 +79,7 @@ def rms_norm(
         if residual is None:
             return reference.rms_norm(x, weight, eps, offset=offset)
         return reference.rms_norm(x, weight, eps, residual=residual, offset=offset)
-    call = _Call(eps, offset, tail, launchers.rms_norm(impl))
+    call = _Call(eps, offset, padding_columns, launchers.rms_norm(impl))
     out: Tensor | tuple[Tensor, Tensor] = _RmsNorm.apply(x, weight, residual, call)
     return out
 
@@ -89,7 +89,7 @@ class _Call(NamedTuple):
 
     eps: float
     offset: float
-    tail: int
+    padding_columns: int
     kernels: contracts.RmsNorm
 
 
@@ -140,7 +140,7 @@ class _RmsNorm(torch.autograd.Function):
         added = None if residual is None else as_rows(residual)
         if added is not None:
             h = empty_rows(count, cols, dtype=x.dtype, device=x.device)
-        (y,) = augmented.empty(count, [cols], call.tail, dtype=x.dtype, device=x.device)
+        (y,) = augmented.empty(count, [cols], call.padding_columns, dtype=x.dtype, device=x.device)
         rstd = torch.empty(count, dtype=accumulate_dtype(x.dtype), device=x.device)
         call.kernels.rms_norm_fwd(
             rows, added, weight, y, None if added is None else h, rstd, call.eps, call.offset

@@ -197,7 +197,12 @@ def test_no_tokens(backend: Backend) -> None:
 
 def test_flat_heads_give_the_same(backend: Backend) -> None:
     q, k, v, bounds = backend.put(*inputs([9, 30], 4, 2, 16, torch.float32), cu_seqlens([9, 30]))
-    options = {"head_dim": 16, "tail": 8, "grad_tail": 8, "impl": backend.impl}
+    options = {
+        "head_dim": 16,
+        "padding_columns": 8,
+        "grad_padding_columns": 8,
+        "impl": backend.impl,
+    }
     flat = ops.attention(*(x.reshape(3, 13, -1) for x in (q, k, v)), bounds, **options)
     whole = ops.attention(q, k, v, bounds, impl=backend.impl)
     assert torch.equal(flat.reshape(39, 4, 16), whole)

@@ -87,11 +87,15 @@ def test_nan_stays_nan(backend: Backend, activation: str) -> None:
         assert x.isnan().nonzero().tolist() == [[0, 17]]
 
 
-@pytest.mark.parametrize("tail", [0, 5, 8])
-def test_columns_of_one_buffer(backend: Backend, dtype: torch.dtype, tail: int) -> None:
+@pytest.mark.parametrize("padding_columns", [0, 5, 8])
+def test_columns_of_one_buffer(backend: Backend, dtype: torch.dtype, padding_columns: int) -> None:
     torch.manual_seed(0)
-    (buffer,) = backend.put(torch.randn(9, 2 * 600 + tail).to(dtype))
-    options = {"tail": tail, "grad_tail": tail, "impl": backend.impl}
+    (buffer,) = backend.put(torch.randn(9, 2 * 600 + padding_columns).to(dtype))
+    options = {
+        "padding_columns": padding_columns,
+        "grad_padding_columns": padding_columns,
+        "impl": backend.impl,
+    }
 
     def split(x: Tensor) -> tuple[Tensor, Tensor]:
         return x[:, :600], x[:, 600:1200]
@@ -130,16 +134,16 @@ def test_backward_kernel_writes_over_its_inputs_and_h(
 @given(
     rows=st.integers(0, 70),
     cols=st.integers(1, 300),
-    tail=st.integers(0, 9),
+    padding_columns=st.integers(0, 9),
     activation=st.sampled_from(sorted(PEERS)),
 )
-def test_any_shape(rows: int, cols: int, tail: int, activation: str) -> None:
+def test_any_shape(rows: int, cols: int, padding_columns: int, activation: str) -> None:
     gate_up = torch.randn(rows, 2 * cols)
     gate, up = gate_up[:, :cols], gate_up[:, cols:]
-    y = ops.glu(gate, up, activation=activation, tail=tail)
+    y = ops.glu(gate, up, activation=activation, padding_columns=padding_columns)
     expected = reference.glu(gate, up, activation=activation)
     assert torch.allclose(y, expected, rtol=1e-5, atol=1e-6)
-    assert rows < 2 or y.stride(0) == cols + tail
+    assert rows < 2 or y.stride(0) == cols + padding_columns
 
 
 @activations

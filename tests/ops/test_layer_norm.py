@@ -116,7 +116,7 @@ def test_gradients_are_the_same_for_any_number_of_threads(isa: str) -> None:
 
 def test_room_behind_the_rows(backend: Backend) -> None:
     x, weight, bias = backend.put(*inputs(torch.float32, (3, 5, 32)))
-    y = ops.layer_norm(x, weight, bias, EPS, tail=8, impl=backend.impl)
+    y = ops.layer_norm(x, weight, bias, EPS, padding_columns=8, impl=backend.impl)
     buffer = augmented.claim([y], 8)
     assert buffer.shape == (15, 40) and buffer.data_ptr() == y.data_ptr()
     assert torch.equal(y, ops.layer_norm(x, weight, bias, EPS, impl=backend.impl))
@@ -126,19 +126,19 @@ def test_room_behind_the_rows(backend: Backend) -> None:
 @given(
     rows=st.integers(0, 70),
     cols=st.integers(1, 130),
-    tail=st.integers(0, 9),
+    padding_columns=st.integers(0, 9),
     given_=st.tuples(st.booleans(), st.booleans()),
     trained=st.lists(st.booleans(), min_size=3, max_size=3),
 )
 def test_any_shape(
-    rows: int, cols: int, tail: int, given_: tuple[bool, bool], trained: list[bool]
+    rows: int, cols: int, padding_columns: int, given_: tuple[bool, bool], trained: list[bool]
 ) -> None:
     tensors = torch.randn(rows, cols), torch.randn(cols), torch.randn(cols)
     x, weight, bias = (t.requires_grad_(on) for t, on in zip(tensors, trained, strict=True))
     parameters = weight if given_[0] else None, bias if given_[1] else None
-    ours = [ops.layer_norm(x, *parameters, EPS, tail=tail)]
+    ours = [ops.layer_norm(x, *parameters, EPS, padding_columns=padding_columns)]
     theirs = [reference.layer_norm(x, *parameters, EPS)]
-    assert rows < 2 or ours[0].stride(0) == cols + tail
+    assert rows < 2 or ours[0].stride(0) == cols + padding_columns
     leaves = [t for t in (x, *parameters) if t is not None and t.requires_grad]
     if leaves:
         dy = torch.randn(rows, cols)

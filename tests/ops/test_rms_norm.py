@@ -172,7 +172,7 @@ def test_weight_gradient_is_the_same_for_any_number_of_threads(isa: str) -> None
 def test_room_behind_the_rows(backend: Backend) -> None:
     """lora_linear gets the padding columns it asked for behind the result."""
     x, weight, residual = (t.requires_grad_() for t in inputs(backend, torch.float32, (3, 5, 32)))
-    y, h = ops.rms_norm(x, weight, EPS, residual=residual, tail=8, impl=backend.impl)
+    y, h = ops.rms_norm(x, weight, EPS, residual=residual, padding_columns=8, impl=backend.impl)
     buffer = augmented.claim([y], 8)
     assert buffer.shape == (15, 40) and buffer.data_ptr() == y.data_ptr() and h.is_contiguous()
     plain = ops.rms_norm(x, weight, EPS, residual=residual, impl=backend.impl)
@@ -187,21 +187,28 @@ def test_room_behind_the_rows(backend: Backend) -> None:
 @given(
     rows=st.integers(0, 70),
     cols=st.integers(1, 130),
-    tail=st.integers(0, 9),
+    padding_columns=st.integers(0, 9),
     offset=st.sampled_from([0.0, 1.0, -0.5]),
     with_residual=st.booleans(),
     trained=st.lists(st.booleans(), min_size=3, max_size=3),
 )
 def test_any_shape(
-    rows: int, cols: int, tail: int, offset: float, with_residual: bool, trained: list[bool]
+    rows: int,
+    cols: int,
+    padding_columns: int,
+    offset: float,
+    with_residual: bool,
+    trained: list[bool],
 ) -> None:
     tensors = torch.randn(rows, cols), torch.randn(cols), torch.randn(rows, cols)
     x, weight, residual = (t.requires_grad_(on) for t, on in zip(tensors, trained, strict=True))
     added = residual if with_residual else None
-    ours = ops.rms_norm(x, weight, EPS, residual=added, offset=offset, tail=tail)
+    ours = ops.rms_norm(
+        x, weight, EPS, residual=added, offset=offset, padding_columns=padding_columns
+    )
     theirs = reference.rms_norm(x, weight, EPS, residual=added, offset=offset)
     ours, theirs = (pair if with_residual else (pair,) for pair in (ours, theirs))
-    assert rows < 2 or ours[0].stride(0) == cols + tail
+    assert rows < 2 or ours[0].stride(0) == cols + padding_columns
     leaves = [t for t in (x, weight, added) if t is not None and t.requires_grad]
     if leaves:
         used = [(a, b) for a, b in zip(ours, theirs, strict=True) if b.requires_grad]

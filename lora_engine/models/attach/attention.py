@@ -151,8 +151,8 @@ class AttentionForward(_ProjectedAttention):
             softmax_scale=module.scaling,
             window=self.window,
             parents=sequences.parents,
-            tail=self.output.tail,
-            grad_tail=self.qkv.tail,
+            padding_columns=self.output.padding_columns,
+            grad_padding_columns=self.qkv.padding_columns,
         )
         if sequences.token_index is not None:
             out = unpad(out, sequences.token_index, batch * length).view(batch, length, -1)

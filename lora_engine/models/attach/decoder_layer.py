@@ -126,7 +126,7 @@ class DecoderLayerForward:
             (forward.qkv.dropout(), forward.output.dropout()),
             forward.qkv.routes(x),
             # The gradient of x is that of the MLP of the layer before, a layer like this one.
-            grad_tail=mlp.down.tail if isinstance(mlp, MlpForward) else 0,
+            grad_padding_columns=mlp.down.padding_columns if isinstance(mlp, MlpForward) else 0,
         )
         return attention_block(
             x,
@@ -163,7 +163,9 @@ class DecoderLayerForward:
             down,
             (forward.gate_up.dropout(), forward.down.dropout()),
             forward.gate_up.routes(x),
-            grad_tail=attention.output.tail if isinstance(attention, AttentionForward) else 0,
+            grad_padding_columns=attention.output.padding_columns
+            if isinstance(attention, AttentionForward)
+            else 0,
         )
         return mlp_block(x, norm.prenorm(), branch, activation=forward.activation)
 

@@ -55,7 +55,7 @@ class LinearGroup:
         self._watched: list[nn.Module] = []
 
     @property
-    def tail(self) -> int:
+    def padding_columns(self) -> int:
         """Spare columns the group's input wants behind each row."""
         return self.lora.padded_rank if self.lora is not None else 0
 

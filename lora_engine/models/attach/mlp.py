@@ -34,8 +34,8 @@ class MlpForward:
             gate,
             up,
             activation=self.activation,
-            tail=self.down.tail,
-            grad_tail=self.gate_up.tail,
+            padding_columns=self.down.padding_columns,
+            grad_padding_columns=self.gate_up.padding_columns,
         )
         (y,) = self.down(hidden)
         return y

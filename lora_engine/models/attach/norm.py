@@ -15,15 +15,15 @@ from lora_engine.values import PreNorm
 
 
 class RmsNormForward:
-    """The forward of an RMSNorm module, with `tail` padding columns for the linears that read it.
+    """The forward of an RMSNorm module, with `padding_columns` for the linears that read it.
 
     `offset` is 1 where the module keeps its weight as the difference from one, as Gemma's do.
     """
 
     operation = "rms_norm"
 
-    def __init__(self, module: RmsNorm, offset: float, tail: int = 0) -> None:
-        self.module, self.offset, self.tail = module, offset, tail
+    def __init__(self, module: RmsNorm, offset: float, padding_columns: int = 0) -> None:
+        self.module, self.offset, self.padding_columns = module, offset, padding_columns
         self.original: Callable[[Tensor], Tensor] = module.forward
 
     @property
@@ -36,7 +36,13 @@ class RmsNormForward:
             x = only_argument(self.original, named)
         if not self.takes(x):
             return self.original(x)
-        return ops.rms_norm(x, self.module.weight, self.eps, offset=self.offset, tail=self.tail)
+        return ops.rms_norm(
+            x,
+            self.module.weight,
+            self.eps,
+            offset=self.offset,
+            padding_columns=self.padding_columns,
+        )
 
     def takes(self, x: Tensor) -> bool:
         """Whether x has the weight's dtype; else (under autocast, say) the module's own runs."""
@@ -48,31 +54,37 @@ class RmsNormForward:
 
 
 class LayerNormForward:
-    """The forward of an nn.LayerNorm, with `tail` padding columns for the linears that read it."""
+    """The forward of an nn.LayerNorm, with `padding_columns` for the linears that read it."""
 
     operation = "layer_norm"
 
-    def __init__(self, module: nn.LayerNorm, tail: int = 0) -> None:
-        self.module, self.tail = module, tail
+    def __init__(self, module: nn.LayerNorm, padding_columns: int = 0) -> None:
+        self.module, self.padding_columns = module, padding_columns
         self.original = module.forward
 
     def __call__(self, input: Tensor) -> Tensor:  # as nn.LayerNorm.forward calls it
         module = self.module
         if any(p.dtype != input.dtype for p in (module.weight, module.bias) if p is not None):
             return self.original(input)
-        return ops.layer_norm(input, module.weight, module.bias, module.eps, tail=self.tail)
+        return ops.layer_norm(
+            input, module.weight, module.bias, module.eps, padding_columns=self.padding_columns
+        )
 
 
-def norm_forward(module: nn.Module, tail: int = 0) -> RmsNormForward | LayerNormForward | None:
+def norm_forward(
+    module: nn.Module, padding_columns: int = 0
+) -> RmsNormForward | LayerNormForward | None:
     """Our forward for a norm over the last dimension, or None if `module` is not one we know."""
     if "forward" in vars(module):
         return None
     if type(module).forward is nn.LayerNorm.forward and isinstance(module, nn.LayerNorm):
-        return LayerNormForward(module, tail) if len(module.normalized_shape) == 1 else None
+        return (
+            LayerNormForward(module, padding_columns) if len(module.normalized_shape) == 1 else None
+        )
     if not _is_rms_norm(module):
         return None
     offset = _rms_norm_offset(module, _eps(module))
-    return None if offset is None else RmsNormForward(module, offset, tail)
+    return None if offset is None else RmsNormForward(module, offset, padding_columns)
 
 
 def _eps(module: RmsNorm) -> float:

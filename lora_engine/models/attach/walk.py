@@ -55,14 +55,16 @@ class Walk:
 
     def run(self) -> CoverageReport:
         serves_attention = self._serves_attention()
-        tails: dict[nn.Module, int] = {}  # norm -> padding columns for the linears that read it
+        padding_of: dict[
+            nn.Module, int
+        ] = {}  # norm -> padding columns for the linears that read it
         for name, module in self.model.named_modules():
             if name and "forward" in vars(module):
                 self.report.add(name, type(module).__name__, False, "someone replaced its forward")
             elif type(module).__name__ in ATTENTION_CLASSES and serves_attention:
-                self._attention(name, module, tails)
+                self._attention(name, module, padding_of)
             elif is_gated_mlp(module):
-                self._mlp(name, module, tails)
+                self._mlp(name, module, padding_of)
             elif type(module).__name__ in DECODER_CLASSES:
                 last = module is self._last_layer()
                 layer = DecoderLayerForward(module, self.router, last=last)
@@ -71,7 +73,7 @@ class Walk:
         for name, module in self.model.named_modules():
             if "forward" in vars(module):
                 continue
-            norm = norm_forward(module, tails.get(module, 0))
+            norm = norm_forward(module, padding_of.get(module, 0))
             if norm is not None:
                 self._norm(name, module, norm)
             elif is_lora(module) and module not in self.covered:
@@ -138,7 +140,7 @@ class Walk:
         strategy = group.lora.forward_strategy(TYPICAL_ROWS)
         return f"{strategy} product, {self._how('lora_linear', group.lora.base.format)}"
 
-    def _attention(self, name: str, module: Any, tails: dict[nn.Module, int]) -> None:
+    def _attention(self, name: str, module: Any, padding_of: dict[nn.Module, int]) -> None:
         qkv = self._group(f"{name}.qkv", [module.q_proj, module.k_proj, module.v_proj])
         output = self._group(f"{name}.o_proj", [module.o_proj])
         if self.attached.own_attention is None:
@@ -148,9 +150,9 @@ class Walk:
             forward = AttentionForward(module, qkv, output, self.finder)
             self.patches.set_forward(module, forward)
             self.report.add(name, "attention + rope", True, self._how("attention"))
-        self._note_tail(name, NORM_OF_ATTENTION, qkv, tails)
+        self._note_padding(name, NORM_OF_ATTENTION, qkv, padding_of)
 
-    def _mlp(self, name: str, module: Any, tails: dict[nn.Module, int]) -> None:
+    def _mlp(self, name: str, module: Any, padding_of: dict[nn.Module, int]) -> None:
         linears = [module.gate_proj, module.up_proj, module.down_proj]
         activation = activation_name(module.act_fn)
         if activation is None or not all(map(is_linear, linears)):
@@ -169,15 +171,15 @@ class Walk:
             return
         self.patches.set_forward(module, forward)
         self.report.add(name, f"glu ({activation})", True, self._how("glu"))
-        self._note_tail(name, NORM_OF_MLP, gate_up, tails)
+        self._note_padding(name, NORM_OF_MLP, gate_up, padding_of)
 
-    def _note_tail(
-        self, name: str, norm: str, group: LinearGroup, tails: dict[nn.Module, int]
+    def _note_padding(
+        self, name: str, norm: str, group: LinearGroup, padding_of: dict[nn.Module, int]
     ) -> None:
         """In known models the norm beside a layer feeds it; elsewhere the columns are unused."""
         parent = self.model.get_submodule(name.rpartition(".")[0])
         if hasattr(parent, norm):
-            tails[getattr(parent, norm)] = group.tail
+            padding_of[getattr(parent, norm)] = group.padding_columns
 
     def _norm(self, name: str, module: nn.Module, norm: RmsNormForward | LayerNormForward) -> None:
         self.patches.set_forward(module, norm)

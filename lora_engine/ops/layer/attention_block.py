@@ -89,7 +89,7 @@ def attention_block(
         norm,
         inner,
         outer,
-        branch.grad_tail,
+        branch.grad_padding_columns,
         impl,
         head_dim=head_dim,
         scale=head_dim**-0.5 if softmax_scale is None else softmax_scale,

@@ -33,14 +33,14 @@ class Branch:
 
     dropouts: of the two groups' adapters; None: no dropout.
     routes: each row's adapter, [...]; None: rows use all.
-    grad_tail: spare columns to leave behind the gradient of x, which the block before reads.
+    grad_padding_columns: columns to leave behind the gradient of x, which the block before reads.
     """
 
     inner: LoraGroup
     outer: LoraGroup
     dropouts: tuple[Dropout | None, Dropout | None] = (None, None)
     routes: Tensor | None = None
-    grad_tail: int = 0
+    grad_padding_columns: int = 0
 
     @property
     def is_plain(self) -> bool:
@@ -92,7 +92,7 @@ class Call:
     norm: PreNorm
     inner: LoraProduct
     outer: LoraProduct
-    grad_tail: int
+    grad_padding_columns: int
     impl: str | None
 
     def tensors(self) -> list[Tensor | None]:
@@ -145,7 +145,9 @@ class Call:
             self._norm_into(normed, x, rstd)
             return None, None, self.inner.lora_a_gradient(ds, normed, wanted=wants_a)
         d_normed = self.inner.input_gradient(dys)
-        (dx,) = augmented.empty(rows, [cols], self.grad_tail, dtype=x.dtype, device=x.device)
+        (dx,) = augmented.empty(
+            rows, [cols], self.grad_padding_columns, dtype=x.dtype, device=x.device
+        )
         dweight = rstd.new_empty(cols) if needs[1] else None
         self.norm_kernels(x).rms_norm_bwd(
             d_normed, dy, x, self.norm.weight, rstd, dx, dweight, self.norm.offset

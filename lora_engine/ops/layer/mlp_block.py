@@ -62,7 +62,7 @@ def mlp_block(
             routes=branch.routes,
         )
     inner, outer = products(x, branch, impl)
-    call = _MlpCall(norm, inner, outer, branch.grad_tail, impl, activation)
+    call = _MlpCall(norm, inner, outer, branch.grad_padding_columns, impl, activation)
     out: Tensor = _MlpBlock.apply(x, norm.weight, call, *call.tensors())
     return out
 

@@ -35,7 +35,7 @@ def lora_linear(
 
     Gradients: x, every lora_a, lora_b, magnitude and bias (in their own dtype), and biases of the
     linears that require one; the base weight is frozen. x and the gradients are used without a
-    copy where they were allocated with padding columns (`tail=` of `rms_norm`, `glu`, `attention`).
+    copy where they were allocated with `padding_columns`, as `rms_norm`, `glu` and `attention` do.
 
     Raises ValueError where x or routes do not fit the weight.
     """

@@ -75,9 +75,9 @@ def test_the_offset_is_found_by_a_try(dtype: torch.dtype, offset: float) -> None
     module = (gemma if offset else llama)(32, eps=1e-5)
     module.weight = nn.Parameter(torch.randn(32) * 0.1 + 1 - offset)
     module = module.to(dtype)
-    found = norm_forward(module, tail=3)
+    found = norm_forward(module, padding_columns=3)
     assert isinstance(found, RmsNormForward)
-    assert (found.offset, found.eps, found.tail) == (offset, 1e-5, 3)
+    assert (found.offset, found.eps, found.padding_columns) == (offset, 1e-5, 3)
     x = torch.randn(2, 5, 32).to(dtype)
     y = found(x)
     assert y.stride(-2) == 35

@@ -55,12 +55,17 @@ class Mlp:
         inner, outer = (group.take(taken, x.dtype) for group in self.groups)
         return x, PreNorm(weight, EPS), inner, outer, rest
 
-    def branch(self, inner: Any, outer: Any, grad_tail: int) -> Branch:
-        return Branch(group_of(inner), group_of(outer), grad_tail=grad_tail, **self.options)
+    def branch(self, inner: Any, outer: Any, grad_padding_columns: int) -> Branch:
+        return Branch(
+            group_of(inner),
+            group_of(outer),
+            grad_padding_columns=grad_padding_columns,
+            **self.options,
+        )
 
-    def ours(self, *leaves: Tensor, grad_tail: int = 4) -> Tensor:
+    def ours(self, *leaves: Tensor, grad_padding_columns: int = 4) -> Tensor:
         x, norm, inner, outer, _ = self.parts(leaves)
-        branch = self.branch(inner, outer, grad_tail)
+        branch = self.branch(inner, outer, grad_padding_columns)
         return mlp_block(x, norm, branch, impl=self.backend.impl)
 
     def formula(self, *leaves: Tensor) -> Tensor:
@@ -85,12 +90,12 @@ class Attention(Mlp):
     def head_norms(self, rest: Sequence[Tensor]) -> dict[str, Any]:
         return {}
 
-    def ours(self, *leaves: Tensor, grad_tail: int = 4) -> Tensor:
+    def ours(self, *leaves: Tensor, grad_padding_columns: int = 4) -> Tensor:
         x, norm, inner, outer, rest = self.parts(leaves)
         return attention_block(
             x,
             norm,
-            self.branch(inner, outer, grad_tail),
+            self.branch(inner, outer, grad_padding_columns),
             self.bounds,
             self.cos,
             self.sin,

@@ -199,8 +199,8 @@ class TestRoom:
             pair[0].requires_grad_()
         weights = [torch.randn(24, 20), torch.randn(24, 20)]
 
-        def loss(tail: int) -> Tensor:
-            h = ops.rms_norm(x, torch.ones(20), 1e-5, tail=tail)
+        def loss(padding_columns: int) -> Tensor:
+            h = ops.rms_norm(x, torch.ones(20), 1e-5, padding_columns=padding_columns)
             outputs = [
                 ops.lora_linear(h, group([w], [p]))[0] for w, p in zip(weights, pairs, strict=True)
             ]

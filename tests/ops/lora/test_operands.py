@@ -29,14 +29,28 @@ def ones() -> Tensor:
     return torch.ones(COLS)
 
 
-def attention(x: Tensor, tail: int) -> Tensor:
-    return ops.attention(x, x * 2, x * 3, BOUNDS, head_dim=4, tail=tail, grad_tail=tail)
+def attention(x: Tensor, padding_columns: int) -> Tensor:
+    return ops.attention(
+        x,
+        x * 2,
+        x * 3,
+        BOUNDS,
+        head_dim=4,
+        padding_columns=padding_columns,
+        grad_padding_columns=padding_columns,
+    )
 
 
 MAKERS: dict[str, Callable[..., Tensor]] = {
-    "rms_norm": lambda x, tail: ops.rms_norm(x, ones(), 1e-5, tail=tail),
-    "layer_norm": lambda x, tail: ops.layer_norm(x, ones(), ones(), 1e-5, tail=tail),
-    "glu": lambda x, tail: ops.glu(x, x * 2, tail=tail, grad_tail=tail),
+    "rms_norm": lambda x, padding_columns: ops.rms_norm(
+        x, ones(), 1e-5, padding_columns=padding_columns
+    ),
+    "layer_norm": lambda x, padding_columns: ops.layer_norm(
+        x, ones(), ones(), 1e-5, padding_columns=padding_columns
+    ),
+    "glu": lambda x, padding_columns: ops.glu(
+        x, x * 2, padding_columns=padding_columns, grad_padding_columns=padding_columns
+    ),
     "attention": attention,
 }
 
@@ -46,7 +60,7 @@ def test_results_with_room_can_be_multiplied_by_anyone(name: str) -> None:
     """A module that ignores the padding columns, and its gradient, give what they would without."""
     x = leaf(ROWS, COLS)
     linear = torch.nn.Linear(COLS, 5)
-    with_room, without = (MAKERS[name](x, tail) for tail in (TAIL, 0))
+    with_room, without = (MAKERS[name](x, padding_columns) for padding_columns in (TAIL, 0))
     assert with_room.stride(0) == COLS + TAIL and (beside(with_room) == 0).all()
     ours, plain = linear(with_room), linear(without)
     assert error(ours, plain) < 1e-5
@@ -56,7 +70,7 @@ def test_results_with_room_can_be_multiplied_by_anyone(name: str) -> None:
 
 def test_gradients_of_a_gated_activation_can_be_multiplied_by_anyone() -> None:
     x, gate, up = leaf(ROWS, 5), torch.nn.Linear(5, COLS), torch.nn.Linear(5, COLS)
-    ops.glu(gate(x), up(x), grad_tail=TAIL).square().sum().backward()
+    ops.glu(gate(x), up(x), grad_padding_columns=TAIL).square().sum().backward()
     theirs = x.detach().clone().requires_grad_()
     reference.glu(gate(theirs), up(theirs)).square().sum().backward()
     assert x.grad is not None and theirs.grad is not None
@@ -152,7 +166,7 @@ def test_attention_reads_nothing_beside_its_operands(isa: str, dtype: torch.dtyp
     results = []
     for make in (strangers, lambda x: x.clone().requires_grad_()):
         given = [make(x) for x in (q, k, v)]
-        out = ops.attention(*given, bounds, head_dim=10, tail=5, grad_tail=7)
+        out = ops.attention(*given, bounds, head_dim=10, padding_columns=5, grad_padding_columns=7)
         results.append([out, *torch.autograd.grad(out, given, make(do).detach())])
     for ours, plain in zip(*results, strict=True):
         assert plain.isfinite().all() and torch.equal(ours, plain)
