@@ -20,9 +20,14 @@ def check_objective(objective: object, where: str) -> None:
             f"{where}: objective is {kind}, expected an instance of a dataclass such as "
             "lora_engine.objectives.sft.SFT()"
         )
-    kinds = {"name": str, "unit": str, "reads": Reads}
-    wrong = [n for n, kind in kinds.items() if not isinstance(getattr(objective, n, None), kind)]
-    wrong += [n for n in ("weight", "__call__") if not callable(getattr(objective, n, None))]
+    fits = {
+        "name": isinstance(getattr(objective, "name", None), str),
+        "unit": isinstance(getattr(objective, "unit", None), str),
+        "reads": isinstance(getattr(objective, "reads", None), Reads),
+        "weight": callable(getattr(objective, "weight", None)),
+        "__call__": callable(objective),
+    }
+    wrong = [name for name, does in fits.items() if not does]
     if wrong:
         raise UserError(
             f"{where}: objective {type(objective).__name__} lacks {', '.join(wrong)}; "

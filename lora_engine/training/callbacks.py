@@ -1,8 +1,8 @@
 """Who is told what a run is doing."""
 
 from collections.abc import Callable, Sequence
-from inspect import isfunction
-from typing import Protocol
+from inspect import getattr_static, isfunction
+from typing import NamedTuple, Protocol
 
 from lora_engine.errors import UserError
 from lora_engine.evaluation.heldout import HeldoutResult
@@ -25,10 +25,11 @@ class Callbacks:
 
     def __init__(self, callbacks: Sequence[object]) -> None:
         _check(callbacks)
-        self._on_start: list[Callable[[Beginning], None]] = _methods(callbacks, "on_start")
-        self._on_step: list[Callable[[StepMetrics], None]] = _methods(callbacks, "on_step")
-        self._on_eval: list[Callable[[int, HeldoutResult], None]] = _methods(callbacks, "on_eval")
-        self._on_end: list[Callable[[TrainResult], None]] = _methods(callbacks, "on_end")
+        methods = [_methods_of(each) for each in callbacks]
+        self._on_start = [m.on_start for m in methods if m.on_start is not None]
+        self._on_step = [m.on_step for m in methods if m.on_step is not None]
+        self._on_eval = [m.on_eval for m in methods if m.on_eval is not None]
+        self._on_end = [m.on_end for m in methods if m.on_end is not None]
 
     def on_start(self, trainer: Beginning) -> None:
         """Training begins, or continues at trainer.state.step."""
@@ -51,13 +52,33 @@ class Callbacks:
             call(result)
 
 
-EVENTS = ("on_start", "on_step", "on_eval", "on_end")
+class _Methods(NamedTuple):
+    """A callback's methods; None where it has none, or None in its place."""
+
+    on_start: Callable[[Beginning], None] | None
+    on_step: Callable[[StepMetrics], None] | None
+    on_eval: Callable[[int, HeldoutResult], None] | None
+    on_end: Callable[[TrainResult], None] | None
 
 
-def _methods(callbacks: Sequence[object], event: str) -> list[Callable[..., None]]:
-    """Those that the callbacks have for the event; one whose attribute is None has none."""
-    found = [getattr(each, event, None) for each in callbacks]
-    return [method for method in found if method is not None]
+def _methods_of(callback: object) -> _Methods:
+    return _Methods(
+        getattr(callback, "on_start", None),
+        getattr(callback, "on_step", None),
+        getattr(callback, "on_eval", None),
+        getattr(callback, "on_end", None),
+    )
+
+
+def _needs_an_object(kind: type) -> bool:
+    """Whether one of the class's methods takes self: not so for static methods of a class."""
+    declared = (
+        getattr_static(kind, "on_start", None),
+        getattr_static(kind, "on_step", None),
+        getattr_static(kind, "on_eval", None),
+        getattr_static(kind, "on_end", None),
+    )
+    return any(map(isfunction, declared))
 
 
 def _check(callbacks: object) -> None:
@@ -66,11 +87,10 @@ def _check(callbacks: object) -> None:
         raise UserError(f"callbacks is {type(callbacks).__name__}; give a list of callbacks")
     for each in callbacks:
         kind = each.__name__ if isinstance(each, type) else type(each).__name__
-        if isinstance(each, type) and any(isfunction(vars(each).get(name)) for name in EVENTS):
+        if isinstance(each, type) and _needs_an_object(each):
             raise UserError(f"callback {kind} is a class; give an object of it, {kind}()")
-        methods = [getattr(each, name, None) for name in EVENTS]
-        if not any(callable(method) for method in methods):
+        if not any(map(callable, _methods_of(each))):
             raise UserError(
-                f"callback {kind} has no method {', '.join(EVENTS[:-1])} or {EVENTS[-1]}, so that "
-                "it would never be called"
+                f"callback {kind} has no method on_start, on_step, on_eval or on_end, so that it "
+                "would never be called"
             )
