@@ -1,7 +1,6 @@
-"""What a format of packed weights says of itself: its name, its parameters, its tensors."""
+"""What a format of packed weights says of each tensor that it keeps."""
 
-from collections.abc import Mapping
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 
@@ -11,14 +10,3 @@ class Entry(NamedTuple):
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-
-
-class Format(Protocol):
-    """A frozen dataclass whose fields are the format's parameters."""
-
-    @property
-    def name(self) -> str:
-        """The format's name, as `quantize_weight` takes it."""
-
-    def layout(self, shape: tuple[int, int]) -> Mapping[str, Entry]:
-        """The tensors in which a weight [N, K] of this shape is kept."""

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from tiny_model import SMALL
 
 import lora_engine
 from lora_engine import backends, ops
@@ -15,14 +16,6 @@ pytestmark = pytest.mark.skipif(
     not backends.extension_available(), reason="the C++ kernels cannot run here"
 )
 
-SMALL = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
 MODELS = {
     "llama": lambda: transformers.LlamaConfig(**SMALL, attention_bias=True),
     "mistral_window": lambda: transformers.MistralConfig(**SMALL, sliding_window=5),
