@@ -134,7 +134,7 @@ def test_training_equals_that_over_the_weights_decoded_once(
     torch.manual_seed(0)
     weights = [torch.randn(48, 96).to(dtype), torch.randn(24, 96).to(dtype)]
     packed = [quantize_weight(weight, format, double_quant=nested) for weight in weights]
-    x, target = torch.randn(17, 96).to(dtype), torch.randn(17, 72).to(dtype)
+    x, target = torch.randn(17, 96).to(dtype).requires_grad_(), torch.randn(17, 72).to(dtype)
     runs = []
     for base in (QuantizedBase(packed), None):
         torch.manual_seed(1)
@@ -155,9 +155,13 @@ def test_training_equals_that_over_the_weights_decoded_once(
             y = torch.cat(ops.lora_linear(x, group), -1)
             loss = torch.nn.functional.mse_loss(y, target)
             loss.backward()
-            history += [loss.detach(), *(t.grad.clone() for t in trained if t.grad is not None)]
+            history += [
+                loss.detach(),
+                *(t.grad.clone() for t in [x, *trained] if t.grad is not None),
+            ]
             optimizer.step()
             optimizer.zero_grad()
+            x.grad = None
         runs.append(history)
     for ours, dense in zip(*runs, strict=True):
         assert torch.equal(ours, dense)
