@@ -27,11 +27,58 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="own",
         help="other: torch's matrix products add up in an order that no vendor's library has",
     )
+    parser.addoption(
+        "--one-of-each",
+        action="store_true",
+        help="of each parametrised test the first case alone, with each backend",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--products") == "other":
         other_products.install()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--one-of-each"):
+        return
+    firsts: dict[tuple[str, str], pytest.Item] = {}
+    for item in items:
+        if item.get_closest_marker("gpu") or not torch.cuda.is_available():
+            firsts.setdefault((item.nodeid.partition("[")[0], str(backend_of(item))), item)
+    items[:] = firsts.values()
+
+
+def backend_of(item: pytest.Item) -> object:
+    """The implementation that a test runs on, if it is parametrised by one."""
+    params = getattr(getattr(item, "callspec", None), "params", {})
+    return getattr(params.get("backend"), "impl", None)
+
+
+GPU_LOST = 3
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """A process whose GPU answers with errors only is ended, and xdist starts another.
+
+    An access outside a tensor's memory takes the GPU from the whole process: every later test of
+    it would fail.
+    """
+    found = yield
+    if item.get_closest_marker("gpu") and "PYTEST_XDIST_WORKER" in os.environ and gpu_lost():
+        os._exit(GPU_LOST)
+    return found
+
+
+def gpu_lost() -> bool:
+    if not torch.cuda.is_available():
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
 
 
 SIGNALS = {

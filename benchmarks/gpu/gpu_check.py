@@ -6,10 +6,12 @@
 Run it with a Python that has torch, pytest and what builds the extension (setuptools, pybind11).
 Nothing is fetched and nothing is written into that Python's packages. Every stage's outcome is
 recorded and no failure keeps a later stage from running; results are on the disk as they come, so
-a time-out loses nothing. Without a GPU the same stages run on small sizes.
+a time-out loses nothing, and a second run of the same commit on the same kind of machine goes on
+where the first one stopped. Without a GPU the same stages run on small sizes.
 
-OUT gets environment.json, check.log, tests.xml, results.jsonl and report.md. The exit status is 1
-if the build, a test or a comparison with the reference failed or a stage was cut short.
+OUT gets environment.json, check.log, tests.xml, a file of results for each stage that measures and
+report.md. The exit status is 1 if the build, a test or a comparison with the reference failed or a
+stage was cut short.
 """
 
 import argparse
@@ -26,12 +28,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import journal
-from benchmarks.gpu import gpu_report
+from benchmarks.gpu import gpu_report, gpu_stages
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = ROOT / "build" / "gpu-check"
-# Of the time, what the tests may take at most, and what is kept for the report.
-TESTS_SHARE = 0.5
+RESULTS = ("environment.json", "check.log", "tests.xml", "*.jsonl", "report.md")
+# Kept for the report, of the time.
 REPORT_SECONDS = 5
 GRACE_SECONDS = 10
 DEVICE_LOST = 3
@@ -62,12 +64,6 @@ except Exception as error:
 paths = [*site.getsitepackages(), *([site.getusersitepackages()] if site.ENABLE_USER_SITE else [])]
 print(json.dumps({"facts": facts, "site": paths}))
 """
-# As the command `pytest`: the working directory is not on the import path.
-PYTEST = "import sys; sys.path.pop(0); import pytest; sys.exit(pytest.main())"
-# The folders that need no more than torch, triton and pytest; a machine that cannot fetch packages
-# may lack what the training loop needs, and one module that is missing stops all of pytest.
-GPU_TESTS = ("tests/ops", "tests/kernels", "tests/cuda", "tests/benchmarks")
-DRY_TESTS = ("tests/ops/test_glu.py", "-k", "oracle and 63")
 
 
 @dataclass(frozen=True)
@@ -82,11 +78,13 @@ class Stage:
 class Check:
     """The stages, one after the other, and what they left."""
 
-    def __init__(self, out: Path, minutes: float, python: str) -> None:
+    def __init__(self, out: Path, minutes: float, python: str, commit: str | None = None) -> None:
         out.mkdir(parents=True, exist_ok=True)
         self.out, self.python, self.begun = out.resolve(), python, time.monotonic()
+        self.commit = commit or git_commit()
         self.seconds = 60 * minutes
         self.stages: list[Stage] = []
+        self.passed_before: dict[str, Stage] = {}
         self.gpu = False
 
     def left(self) -> float:
@@ -106,9 +104,24 @@ class Check:
         except (OSError, ValueError, IndexError) as error:
             outcome = f"no facts from {self.python}: {error}"
         self.gpu = bool(found["facts"].get("cuda available"))
-        self.write_environment({"versions": found["facts"], "nvidia-smi": {"before": nvidia_smi()}})
+        before = nvidia_smi()
+        identity = {"commit": self.commit, "versions": found["facts"], "GPU": before.get("name")}
+        self.continue_or_clear(identity)
+        self.write_environment({**identity, "nvidia-smi": {"before": before}})
         self.stages.append(Stage("environment", outcome, time.monotonic() - begun))
         return list(found["site"])
+
+    def continue_or_clear(self, identity: dict[str, Any]) -> None:
+        """Results of the same commit on the same kind of machine are gone on with."""
+        path = self.out / "environment.json"
+        old = json.loads(path.read_text()) if path.exists() else {}
+        if self.commit and all(old.get(name) == value for name, value in identity.items()):
+            passed = [Stage(**x) for x in old.get("stages", []) if x["outcome"] == "passed"]
+            self.passed_before = {stage.name: stage for stage in passed}
+            return
+        for name in RESULTS:
+            for found in self.out.glob(name):
+                found.unlink()
 
     def write_environment(self, facts: dict[str, Any]) -> None:
         path = self.out / "environment.json"
@@ -135,35 +148,37 @@ class Check:
         self.stages.append(Stage("build", made, time.monotonic() - begun))
         return interpreter
 
-    def tests(self, interpreter: str, folders: Sequence[str]) -> None:
-        present = [folder for folder in folders if (ROOT / folder).exists()]
-        selection = ("-m", "gpu", *present) if self.gpu else DRY_TESTS
-        options = ("-v", "--tb=short", "--continue-on-collection-errors")
-        xml = f"--junitxml={self.out / 'tests.xml'}"
-        command = [interpreter, "-c", PYTEST, *options, xml, *selection]
-        self.stage("tests", command, TESTS_SHARE * self.left())
+    def steps(self, interpreter: str, names: Sequence[str], folders: Sequence[str]) -> None:
+        """Those of gpu_stages.STEPS with these names that did not pass in a run before."""
+        for step in gpu_stages.STEPS:
+            if step.name not in names:
+                continue
+            if step.name in self.passed_before:
+                self.stages.append(self.passed_before[step.name])
+                continue
+            self.step(step, interpreter, folders)
 
-    def benchmarks(self, interpreter: str) -> None:
+    def step(self, step: gpu_stages.Step, interpreter: str, folders: Sequence[str]) -> None:
         """Again after an error that took the GPU from the process, with what is not begun yet."""
-        results = self.out / "results.jsonl"
-        begun, outcome = time.monotonic(), "the time was over"
-        while (limit := self.left() - REPORT_SECONDS) > 0:
-            before = len(journal.started(results))
-            device = ["--device", "cuda"] if self.gpu else ["--device", "cpu", "--samples", "1"]
-            command = [interpreter, "-m", "benchmarks.kernels.run", "--plan", *device]
-            minutes = f"{limit / 60:.3f}"
-            outcome = self.run([*command, "--minutes", minutes, "--append", str(results)], limit)
+        path = self.out / f"{step.name}.jsonl"
+        begun, outcome = time.monotonic(), "not begun, the time was over"
+        deadline = begun + step.share * (self.left() - REPORT_SECONDS)
+        cores = os.cpu_count() or 1
+        while (limit := deadline - time.monotonic()) > 0:
+            before = len(journal.started(path))
+            where = gpu_stages.Where(interpreter, self.out, self.gpu, cores, limit / 60, folders)
+            command = step.command(where)
+            if command is None:
+                return
+            outcome = self.run(command, limit)
             lost = outcome == f"exit status {DEVICE_LOST}" or outcome.startswith("signal")
-            if not lost or len(journal.started(results)) == before:
+            if not (step.repeats and lost) or len(journal.started(path)) == before:
                 break
-        if outcome == "passed" and any(x["event"] == "failure" for x in journal.read(results)):
+        if outcome == "passed" and any(x["event"] == "failure" for x in journal.read(path)):
             outcome = "exit status 1"
-        self.stages.append(Stage("benchmarks", outcome, time.monotonic() - begun))
-
-    def stage(self, name: str, command: Sequence[str], limit: float) -> None:
-        begun = time.monotonic()
-        outcome = self.run(command, limit)
-        self.stages.append(Stage(name, outcome, time.monotonic() - begun))
+        self.stages.append(Stage(step.name, outcome, time.monotonic() - begun))
+        # Whatever ends this process, what is known so far is on the disk.
+        self.write_environment({"stages": [asdict(stage) for stage in self.stages]})
 
     def run(self, command: Sequence[str], limit: float | None = None) -> str:
         """Runs a command, its output to check.log; "passed" or what went wrong.
@@ -207,6 +222,18 @@ class Check:
         return "passed" if status == 0 else f"exit status {status}"
 
 
+def git_commit() -> str | None:
+    """The checked-out commit; None where this is no repository or files differ from it."""
+    command = ["git", "-C", str(ROOT), "status", "--porcelain=v2", "--branch", "-uno"]
+    try:
+        lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    found = [x.split()[-1] for x in lines.splitlines() if x.startswith("# branch.oid")]
+    changed = any(not x.startswith("#") for x in lines.splitlines())
+    return found[0] if found and not changed else None
+
+
 def nvidia_smi() -> dict[str, str]:
     """What nvidia-smi says of the first GPU; empty where there is none."""
     command = ["nvidia-smi", f"--query-gpu={','.join(NVIDIA_SMI)}", "--format=csv,noheader"]
@@ -226,20 +253,26 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
     parser.add_argument("--minutes", type=float, default=8.0, help="for everything together")
     parser.add_argument("--python", default=sys.executable, help="default: the one that runs this")
+    parser.add_argument("--commit", help="of this tree, where it is no git repository")
+    names = [step.name for step in gpu_stages.STEPS]
     parser.add_argument(
-        "--tests", nargs="+", default=GPU_TESTS, metavar="FOLDER", help="where the GPU's tests are"
+        "--stages", nargs="+", choices=names, default=names, help="default: all, in this order"
+    )
+    parser.add_argument(
+        "--tests",
+        nargs="+",
+        default=gpu_stages.GPU_TESTS,
+        metavar="FOLDER",
+        help="where the GPU's tests are",
     )
     return parser.parse_args()
 
 
 def main() -> int:
     args = parse_arguments()
-    check = Check(args.out, args.minutes, args.python)
-    for name in ("environment.json", "check.log", "tests.xml", "results.jsonl", "report.md"):
-        (check.out / name).unlink(missing_ok=True)
+    check = Check(args.out, args.minutes, args.python, args.commit)
     interpreter = check.build(check.environment())
-    check.tests(interpreter, args.tests)
-    check.benchmarks(interpreter)
+    check.steps(interpreter, args.stages, args.tests)
     check.write_environment({"nvidia-smi": {"after": nvidia_smi()}})
     check.write_environment({"stages": [asdict(stage) for stage in check.stages]})
     text = gpu_report.render(check.out)

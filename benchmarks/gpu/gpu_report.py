@@ -13,14 +13,18 @@ LOG_LINES = 15
 
 
 def render(out: Path) -> str:
-    """report.md for a folder with environment.json, tests.xml, results.jsonl and check.log."""
+    """report.md for a folder with environment.json, tests.xml, journals and check.log."""
     environment = _environment(out / "environment.json")
     stages = environment.get("stages", [])
     parts = ["# GPU check", _facts(environment)]
     lines = [[s["name"], s["outcome"], f"{s['seconds']:.0f}"] for s in stages]
     parts.append(table(("stage", "outcome", "seconds"), lines, left=2))
+    parts += ["## Ceilings", _ceilings(out / "ceilings.jsonl")]
     parts += ["## Tests", _tests(out / "tests.xml")]
-    parts += ["## Kernels", _results(out / "results.jsonl")]
+    parts += ["## Kernels", _results(out / "kernels.jsonl")]
+    linears = out / "lora_linear.jsonl"
+    if linears.is_file():
+        parts += ["## LoRA linear", _linears(linears)]
     if any(stage["outcome"] != "passed" for stage in stages):
         parts += ["## End of check.log", _tail(out / "check.log")]
     return "\n\n".join(parts) + "\n"
@@ -32,7 +36,8 @@ def _environment(path: Path) -> dict[str, Any]:
 
 
 def _facts(environment: dict[str, Any]) -> str:
-    lines = [f"- {name}: {value}" for name, value in environment.get("versions", {}).items()]
+    lines = [f"- commit: {environment.get('commit') or 'unknown'}"]
+    lines += [f"- {name}: {value}" for name, value in environment.get("versions", {}).items()]
     for moment, values in environment.get("nvidia-smi", {}).items():
         if values:
             text = ", ".join(f"{name} {value}" for name, value in values.items())
@@ -72,6 +77,31 @@ def _results(path: Path) -> str:
         names = "\n".join(f"- {x['case']}, {x['size']}, {x['dtype']}" for x in torn)
         parts.append("Begun and not finished:\n" + names)
     return "\n\n".join(parts)
+
+
+def _ceilings(path: Path) -> str:
+    rows = [x for x in journal.read(path) if x["event"] == "row"]
+    lines = [[" ".join(map(str, x["item"].values())), f"{x['rate'] / 1e12:.3f}"] for x in rows]
+    return table(("ceiling", "TB/s or TFLOP/s"), lines) if lines else "None."
+
+
+def _linears(path: Path) -> str:
+    lines = journal.read(path)
+    rows = [
+        [
+            f"{x['model']} {x['linear']}",
+            f"{x['tokens']} r {x['rank']}",
+            x["pass"],
+            x["strategy"],
+            f"{x['seconds']['median'] * 1e6:.0f}",
+            f"{x['ratio_to_base']:.3f}",
+        ]
+        for x in lines
+        if x["event"] == "row"
+    ]
+    columns = ("linear", "tokens", "pass", "strategy", "µs", "of base")
+    notes = [f"- {x['event']}: {x['message']}" for x in lines if x["event"] in ("failure", "note")]
+    return "\n\n".join([table(columns, rows, left=4) if rows else "None.", *notes])
 
 
 def _tail(path: Path) -> str:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import measure, output
+from benchmarks.common.journal import Journal, started
 from lora_engine import backends, ops
 from lora_engine.ops.lora.linear import make_product
 from lora_engine.testing import assert_as_good_as
@@ -273,6 +274,13 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tokens", nargs="+", type=int, help="rows of the batch")
     parser.add_argument("--ranks", nargs="+", type=int, default=[8, 16, 64])
     parser.add_argument("--samples", type=int, default=15)
+    parser.add_argument("--minutes", type=float, help="begin nothing more after so long")
+    parser.add_argument(
+        "--append",
+        type=Path,
+        metavar="FILE",
+        help="write each result to FILE at once, a JSON object a line; what FILE has is left out",
+    )
     parser.add_argument("--out", type=Path, help="write OUT.json and OUT.md")
     return parser.parse_args(argv)
 
@@ -304,21 +312,52 @@ def render(result: dict[str, Any]) -> str:
     )
 
 
+def places(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
+    """What is measured: every linear at rank 16 and the middle number of tokens first."""
+    tokens = args.tokens or TOKENS[device.type]
+    found = [
+        {"model": model, "linear": linear, "tokens": m, "rank": rank}
+        for model in args.model
+        for linear in MODELS[model]
+        for m in tokens
+        for rank in args.ranks
+    ]
+    middle = tokens[len(tokens) // 2]
+    return sorted(found, key=lambda place: (place["rank"] != 16, place["tokens"] != middle))
+
+
 def main() -> None:
     args = parse_arguments()
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     backends.keep_freed_memory(device)  # as in training; everything that is timed has it
+    journal = Journal(args.append)
     result: dict[str, Any] = {**output.context(), "dtype": args.dtype, "device": args.device}
     result["dispatch_seconds"] = dispatch_seconds(device)
+    journal.add("context", **result)
     rows = []
-    for model in args.model:
-        for linear, (n, k) in MODELS[model].items():
-            for m in args.tokens or TOKENS[device.type]:
-                for rank in args.ranks:
-                    case = make_case(m, n, k, rank, dtype, device)
-                    place = {"model": model, "linear": linear, "tokens": m, "rank": rank}
-                    found = measure_case(case, device, args.samples)
-                    rows += [{**place, **row} for row in found]
+    deadline = time.monotonic() + 60 * args.minutes if args.minutes is not None else None
+    done = started(args.append)
+    for place in places(args, device):
+        item = {**place, "dtype": args.dtype}
+        if item in done:
+            continue
+        if deadline is not None and time.monotonic() > deadline:
+            journal.add("note", message="cut short, the time was over")
+            break
+        journal.add("start", item=item)
+        n, k = MODELS[place["model"]][place["linear"]]
+        case = make_case(place["tokens"], n, k, place["rank"], dtype, device)
+        try:
+            found = measure_case(case, device, args.samples)
+        except AssertionError as error:
+            if args.append is None:
+                raise
+            journal.add("failure", item=item, message=" ".join(str(error).split()))
+            continue
+        for row in found:
+            rows.append({**place, **row})
+            journal.add("row", item=item, **rows[-1])
+        journal.add("end", item=item)
     result["rows"] = rows
     text = render(result)
     print(text)

@@ -10,7 +10,8 @@ from benchmarks.common import journal
 from benchmarks.gpu import gpu_report
 
 ROOT = Path(__file__).parents[2]
-FILES = {"environment.json", "check.log", "tests.xml", "results.jsonl", "report.md"}
+FILES = {"environment.json", "check.log", "tests.xml", "report.md"}
+JOURNALS = {"ceilings.jsonl", "kernels.jsonl", "lora_linear.jsonl"}
 
 
 def check(out: Path, *options: object) -> tuple[int, dict[str, str], str]:
@@ -27,12 +28,11 @@ def check(out: Path, *options: object) -> tuple[int, dict[str, str], str]:
 @pytest.mark.timeout(900)
 def test_everything_runs_here(tmp_path: Path) -> None:
     status, outcomes, report = check(tmp_path, "--minutes", 12)
-    assert outcomes == dict.fromkeys(("environment", "build", "tests", "benchmarks"), "passed"), (
-        tmp_path / "check.log"
-    ).read_text()[-3000:]
+    stages = ("environment", "build", "ceilings", "tests", "kernels", "lora_linear")
+    assert outcomes == dict.fromkeys(stages, "passed"), (tmp_path / "check.log").read_text()[-3000:]
     assert status == 0
-    assert {path.name for path in tmp_path.iterdir()} == FILES
-    rows = [line for line in journal.read(tmp_path / "results.jsonl") if line["event"] == "row"]
+    assert {path.name for path in tmp_path.iterdir()} == FILES | JOURNALS
+    rows = [line for line in journal.read(tmp_path / "kernels.jsonl") if line["event"] == "row"]
     assert {row["implementation"] for row in rows} >= {"ours", "pytorch"}
     assert "| glu " in report and " failed" in report
     assert json.loads((tmp_path / "environment.json").read_text())["versions"]["torch"]
@@ -43,15 +43,15 @@ def test_a_failing_stage_does_not_hide_the_next(tmp_path: Path) -> None:
     assert status == 1
     assert outcomes["environment"].startswith("exit status 1")
     assert outcomes["build"] == "exit status 1"
-    assert all(outcomes[name].startswith("not begun") for name in ("tests", "benchmarks"))
+    assert all(outcomes[name].startswith("not begun") for name in ("tests", "kernels"))
     assert "| build       | exit status 1" in report
 
 
 def test_no_stage_begins_when_the_time_is_over(tmp_path: Path) -> None:
     status, outcomes, _ = check(tmp_path, "--minutes", 0)
     assert status == 1
-    assert [outcomes[name] for name in ("build", "tests")] == ["not begun, the time was over"] * 2
-    assert outcomes["benchmarks"] == "the time was over"
+    names = ("build", "tests", "kernels")
+    assert [outcomes[name] for name in names] == ["not begun, the time was over"] * 3
 
 
 def row(**fields: Any) -> dict[str, Any]:
@@ -73,7 +73,7 @@ def row(**fields: Any) -> dict[str, Any]:
 
 def test_the_report_is_made_from_what_is_there(tmp_path: Path) -> None:
     """A run that was killed: no test results, a torn line, an item without an end."""
-    path = tmp_path / "results.jsonl"
+    path = tmp_path / "kernels.jsonl"
     log = journal.Journal(path)
     glu, rope = ({"case": name, "size": "hopper", "dtype": "bfloat16"} for name in ("glu", "rope"))
     log.add("start", item=glu)
