@@ -8,7 +8,7 @@ line before anything is launched.
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,8 +72,8 @@ class Call:
     matmuls: tuple[Matmul, ...] = ()
 
 
-class MakeCall(Protocol):
-    def __call__(self, device: torch.device, dtype: torch.dtype, **sizes: int) -> Call: ...
+# Takes a device, a dtype and the case's sizes by name.
+MakeCall = Callable[..., Call]
 
 
 @dataclass(frozen=True)

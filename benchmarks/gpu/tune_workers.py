@@ -119,8 +119,9 @@ class Launched:
     """The launch table with other parameters for one kernel, in this process for good."""
 
     def __init__(self) -> None:
-        self.kernel, self.parameters = "", {}
-        launch = importlib.import_module("lora_engine.backends.triton.launch")
+        self.kernel = ""
+        self.parameters: dict[str, int] = {}
+        launch: Any = importlib.import_module("lora_engine.backends.triton.launch")
         shipped = launch.launch_parameters
 
         def chosen(kernel: str, *key: Any) -> dict[str, Any]:

@@ -1,0 +1,71 @@
+"""docs/performance.md is what its command makes of the committed results."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from benchmarks import performance_page
+from benchmarks.common.journal import Journal
+
+
+def test_the_page_is_current() -> None:
+    made, kept = performance_page.render(), performance_page.PAGE.read_text()
+    assert made == kept, f"run: {performance_page.COMMAND}"
+
+
+def kernel_row(implementation: str, seconds: float) -> dict[str, Any]:
+    return {
+        "case": "glu",
+        "size": "8192x576",
+        "dtype": "bfloat16",
+        "pass": "forward",
+        "implementation": implementation,
+        "seconds": {"median": seconds},
+        "rate": 2.7e12,
+        "unit": "GB/s",
+        "share_of_ceiling": 0.91,
+    }
+
+
+def gpu_folder(results: Path) -> Path:
+    folder = results / "h100"
+    folder.mkdir(parents=True)
+    environment = {
+        "commit": "0123456789abcdef",
+        "versions": {"device": "NVIDIA H100 80GB HBM3", "torch": "2.11.0", "cuda": "13.0"},
+        "nvidia-smi": {"before": {"driver_version": "580.1"}},
+    }
+    (folder / "environment.json").write_text(json.dumps(environment))
+    return folder
+
+
+def test_what_ran_on_a_gpu_is_on_the_page(tmp_path: Path) -> None:
+    folder = gpu_folder(tmp_path)
+    kernels = Journal(folder / "kernels.jsonl")
+    kernels.add("context", date="2026-01-01")
+    for name, seconds in (("ours", 1e-5), ("pytorch", 5e-5), ("liger", 2e-5)):
+        kernels.add("row", item={}, **kernel_row(name, seconds))
+    ceilings = Journal(folder / "ceilings.jsonl")
+    ceilings.add("row", item={"ceiling": "copy", "bytes": 2**30}, rate=3.01e12)
+    linears = Journal(folder / "lora_linear.jsonl")
+    for strategy, ratio in (("base", 1.0), ("augmented", 1.06), ("PEFT", 1.4)):
+        place = {"model": "llama-3.1-8b", "linear": "q", "tokens": 8192, "rank": 16}
+        linears.add("row", **place, strategy=strategy, ratio_to_base=ratio, **{"pass": "forward"})
+    page = performance_page.render(tmp_path)
+    assert "## On an NVIDIA H100 80GB HBM3" in page
+    assert "driver 580.1, torch 2.11.0, cuda 13.0; commit 0123456789ab." in page
+    assert performance_page.NO_GPU not in page
+    assert cells(page, "glu")[3:] == ["10", "2700 GB/s", "91%", "pytorch 5.0, liger 2.0"]
+    assert cells(page, "copy 1073741824") == ["copy 1073741824", "3.01 TB/s"]
+    assert cells(page, "llama-3.1-8b q")[4:] == ["1.00", "1.06", "1.40"]
+    assert "### Launch parameters" not in page
+
+
+def cells(page: str, first: str) -> list[str]:
+    row = next(x for x in page.splitlines() if x.startswith(f"| {first} "))
+    return [cell.strip() for cell in row.strip("|").split("|")]
+
+
+def test_without_a_gpu_the_page_says_so(tmp_path: Path) -> None:
+    page = performance_page.render(tmp_path)
+    assert page.endswith(f"## On a GPU\n\n{performance_page.NO_GPU}\n")
