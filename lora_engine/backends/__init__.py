@@ -15,6 +15,7 @@ from lora_engine.backends.choice import (
 from lora_engine.backends.devices import (
     gpu_count,
     memory,
+    moved,
     peak_memory_bytes,
     preferred_device,
     reset_peak_memory,
@@ -67,6 +68,7 @@ __all__ = [
     "keep_freed_memory",
     "keeps_scalars",
     "memory",
+    "moved",
     "native",
     "peak_memory_bytes",
     "preferred_device",

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 
 class Memory(NamedTuple):
@@ -37,6 +38,13 @@ def why_absent(device: torch.device) -> str | None:
         except Exception:  # each of torch's backends has errors of its own
             return "use auto or cpu"
     return None
+
+
+def moved(x: Tensor, device: torch.device | str) -> Tensor:
+    """`x` on `device`, without the host's waiting for what a GPU was given to do before."""
+    to_gpu = torch.device(device).type == "cuda" and x.device.type == "cpu"
+    # Only a copy from pinned memory is queued; torch keeps that memory until the copy is done.
+    return x.pin_memory().to(device, non_blocking=True) if to_gpu else x.to(device)
 
 
 def memory(device: torch.device) -> Memory:

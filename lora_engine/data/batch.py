@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lora_engine import backends
 from lora_engine.data.prefixes import Segment, shared_segments, whole_segments
 from lora_engine.data.render import Example
 
@@ -57,20 +58,16 @@ class PackedBatch:
         """S."""
         return self.cu_seqlens.numel() - 1
 
-    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "PackedBatch":
-        """The same batch with its tensors on `device`."""
-
-        def moved(x: Tensor) -> Tensor:
-            return x.to(device, non_blocking=non_blocking)
-
+    def to(self, device: torch.device | str) -> "PackedBatch":
+        """The same batch with its tensors on `device`; the host waits for no GPU."""
         return replace(
             self,
-            input_ids=moved(self.input_ids),
-            position_ids=moved(self.position_ids),
-            cu_seqlens=moved(self.cu_seqlens),
-            parents=None if self.parents is None else moved(self.parents),
-            target_index=moved(self.target_index),
-            target_ids=moved(self.target_ids),
+            input_ids=backends.moved(self.input_ids, device),
+            position_ids=backends.moved(self.position_ids, device),
+            cu_seqlens=backends.moved(self.cu_seqlens, device),
+            parents=None if self.parents is None else backends.moved(self.parents, device),
+            target_index=backends.moved(self.target_index, device),
+            target_ids=backends.moved(self.target_ids, device),
         )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from host_reads import waits_for_the_gpu
 
 from lora_engine import backends
 
@@ -26,6 +27,24 @@ def test_a_device_is_here_or_there_is_a_reason(monkeypatch: pytest.MonkeyPatch) 
     assert backends.why_absent(torch.device("cuda")) == "torch sees 0 GPU(s); use auto"
     assert backends.why_absent(torch.device("xla")) == "use auto or cpu"
     assert backends.why_absent(CPU) is None
+
+
+def test_a_tensor_that_moves_keeps_its_values() -> None:
+    x = torch.arange(3)
+    assert backends.moved(x, CPU) is x and backends.moved(x, "cpu") is x
+    assert backends.moved(x, "meta").device.type == "meta"
+
+
+@pytest.mark.gpu
+def test_the_host_does_not_wait_for_a_tensor_that_moves_to_a_gpu() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    x = torch.arange(1000)
+    with waits_for_the_gpu() as waits:
+        moved = [backends.moved(x + i, "cuda") for i in range(20)]
+    assert not waits
+    for i, there in enumerate(moved):
+        assert torch.equal(there.cpu(), x + i)
 
 
 def test_memory_is_the_computers_or_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -106,9 +106,9 @@ def _means_the_same_without_cache(labels: Tensor, kwargs: Mapping[str, object]) 
 
 def shifted_targets(labels: Tensor) -> tuple[Tensor, Tensor]:
     """Of labels [B, L]: those that a position before them predicts [U], and these rows [U]."""
-    supervised = labels[:, 1:] != -100
-    rows = nn.functional.pad(supervised, (0, 1)).flatten().nonzero()[:, 0]
-    return labels[:, 1:][supervised], rows
+    following = nn.functional.pad(labels[:, 1:], (0, 1), value=-100).flatten()
+    rows = (following != -100).nonzero()[:, 0]  # the one read that waits for a GPU
+    return following.index_select(0, rows), rows
 
 
 def mean_loss(

@@ -106,7 +106,8 @@ def _find(
     elif attention_mask is not None:
         bounds, index = of_mask(attention_mask)
     else:
-        bounds = torch.arange(0, rows * length + 1, length, dtype=torch.int32)
+        device = position_embeddings[0].device
+        bounds = torch.arange(0, rows * length + 1, length, dtype=torch.int32, device=device)
     cos, sin = (_per_token(table, rows, index) for table in position_embeddings)
     return Sequences(bounds, index, cos, sin)
 
