@@ -13,7 +13,16 @@ from pathlib import Path
 PYTEST = "import sys; sys.path.pop(0); import pytest; sys.exit(pytest.main())"
 # The folders that need no more than torch, triton, transformers and pytest; a machine that cannot
 # fetch packages may lack what the training loop needs.
-GPU_TESTS = ("tests/ops", "tests/kernels", "tests/cuda", "tests/benchmarks", "tests/models/attach")
+GPU_TESTS = (
+    "tests/models/whole",
+    "tests/ops",
+    "tests/kernels",
+    "tests/cuda",
+    "tests/benchmarks",
+    "tests/models/attach",
+    "tests/backends/test_devices.py",
+    "tests/training/test_training_devices.py",
+)
 DRY_TESTS = ("tests/ops/test_glu.py", "-k", "oracle and 63")
 MOST_TEST_PROCESSES = 14
 # A checked kernel takes some tens of times as long: fewer tests, one of each kind.
