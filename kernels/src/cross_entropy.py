@@ -196,17 +196,18 @@ def _cross_entropy_kernel(
             sum_pd = running_sum
             sum_z = running_sum
             count = tl.zeros((BLOCK_N // VECTOR,), tl.int32)
-            for block in range(whole):
-                highest_x, running_max, running_sum, sum_pd, sum_z, count = _add_block(
-                    row_ptr, block * BLOCK_N, lanes, columns, cols, cap,
-                    highest_x, running_max, running_sum, sum_pd, sum_z, count,
-                    HAS_CAP, ENTROPY, SMOOTH, False,
-                )  # fmt: skip
+            # Triton 3.6 asserts that what a loop sums is used once after it: not by this `if`.
             if ragged:
                 highest_x, running_max, running_sum, sum_pd, sum_z, count = _add_block(
                     row_ptr, whole * BLOCK_N, lanes, columns, cols, cap,
                     highest_x, running_max, running_sum, sum_pd, sum_z, count,
                     HAS_CAP, ENTROPY, SMOOTH, True,
+                )  # fmt: skip
+            for block in range(whole):
+                highest_x, running_max, running_sum, sum_pd, sum_z, count = _add_block(
+                    row_ptr, block * BLOCK_N, lanes, columns, cols, cap,
+                    highest_x, running_max, running_sum, sum_pd, sum_z, count,
+                    HAS_CAP, ENTROPY, SMOOTH, False,
                 )  # fmt: skip
             if SMOOTH:
                 classes = tl.sum(count, axis=0).to(tl.float32)

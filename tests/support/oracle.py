@@ -15,6 +15,10 @@ TOLERANCE = {
     torch.bfloat16: 8e-3,
 }
 
+# Triton's compiler gives rows that are not made of 16-byte vectors another layout, and sums another
+# order, in each variant of a kernel.
+WHOLE_VECTORS = 16
+
 
 def check(
     ours: Callable[..., Tensor],
@@ -48,4 +52,8 @@ def check(
             continue
         single = [x.detach().requires_grad_(j == i) for j, x in enumerate(inputs)]
         (grad,) = torch.autograd.grad(ours(*single), single[i], dy)
-        assert torch.equal(grad, ours_i), f"gradient {i} differs when asked for alone"
+        what = f"gradient {i}, asked for alone"
+        if y.is_cuda and y.shape[-1] % WHOLE_VECTORS:
+            assert_as_good_as(grad, same_i, exact_i, tolerance=limit, floor=floor, what=what)
+        else:
+            assert torch.equal(grad, ours_i), f"{what}, has other bits"
