@@ -32,6 +32,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="of each parametrised test the first case alone, with each backend",
     )
+    parser.addoption("--shard", metavar="I/N", help="every Nth test from the Ith on, from 0")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -40,13 +41,19 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if not config.getoption("--one-of-each"):
-        return
+    if config.getoption("--one-of-each"):
+        items[:] = one_of_each(items)
+    if shard := config.getoption("--shard"):
+        index, _, count = shard.partition("/")
+        items[:] = items[int(index) :: int(count)]
+
+
+def one_of_each(items: list[pytest.Item]) -> list[pytest.Item]:
     firsts: dict[tuple[str, str], pytest.Item] = {}
     for item in items:
-        if item.get_closest_marker("gpu") or not torch.cuda.is_available():
+        if item.get_closest_marker("gpu"):
             firsts.setdefault((item.nodeid.partition("[")[0], str(backend_of(item))), item)
-    items[:] = firsts.values()
+    return list(firsts.values())
 
 
 def backend_of(item: pytest.Item) -> object:

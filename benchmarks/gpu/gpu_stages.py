@@ -4,7 +4,6 @@ Every command appends its results to a file of its own as they come and leaves o
 has, so that a stage may be cut short, or lose the GPU, and be run again.
 """
 
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,9 +24,6 @@ GPU_TESTS = (
 )
 DRY_TESTS = ("tests/ops/test_glu.py", "-k", "oracle and 63")
 MOST_TEST_PROCESSES = 14
-# A checked kernel takes some tens of times as long: fewer tests, one of each kind.
-SANITIZER_TESTS = ("tests/ops", "-m", "gpu", "--one-of-each")
-SANITIZER_PROCESSES = 6
 
 
 @dataclass(frozen=True)
@@ -69,29 +65,6 @@ def tests(where: Where) -> list[str]:
     return [where.interpreter, "-c", PYTEST, "-v", *options, *selection]
 
 
-def sanitizer(tool: str) -> Callable[[Where], list[str] | None]:
-    def command(where: Where) -> list[str] | None:
-        found = shutil.which("compute-sanitizer")
-        if found is None or not where.gpu:
-            return None
-        # Without torch's cache of freed memory what lies past a tensor's end is nobody's.
-        checker = [
-            "env",
-            "PYTORCH_NO_CUDA_MEMORY_CACHING=1",
-            found,
-            "--tool",
-            tool,
-            "--target-processes",
-            "all",
-        ]
-        checker += ["--error-exitcode", "9", "--print-limit", "20"]
-        processes = ["-n", str(min(SANITIZER_PROCESSES, where.cores)), "--dist", "worksteal"]
-        pytest = [where.interpreter, "-c", PYTEST, "--tb=line", "--timeout=100", *processes]
-        return [*checker, *pytest, *SANITIZER_TESTS]
-
-    return command
-
-
 def module(name: str, gpu: Sequence[str], dry: Sequence[str] | None, journal: str) -> Callable:
     """`python -m NAME` with the options for a GPU, or those for a machine without one."""
 
@@ -118,13 +91,13 @@ LORA_LINEAR = module(
     "lora_linear",
 )
 
+SANITIZE = module("benchmarks.gpu.sanitize", (), None, "sanitize")
 CEILINGS = module("benchmarks.gpu.ceilings", ("--device", "cuda"), ("--device", "cpu"), "ceilings")
 
 STEPS = (
     Step("ceilings", 0.2, CEILINGS, repeats=True),
     Step("tests", 0.6, tests),
-    Step("memcheck", 0.3, sanitizer("memcheck")),
-    Step("racecheck", 0.3, sanitizer("racecheck")),
+    Step("sanitize", 0.4, SANITIZE),
     Step("kernels", 0.6, KERNELS, repeats=True),
     Step("lora_linear", 0.6, LORA_LINEAR, repeats=True),
 )

@@ -20,9 +20,9 @@ def contender(name: str, problem: Problem) -> Contender | None:
 
 
 def _rms_norm(problem: Problem) -> Contender:
-    from liger_kernel.ops.rms_norm import LigerRMSNormFunction as RMSNorm
+    from liger_kernel.ops.fused_add_rms_norm import LigerFusedAddRMSNormFunction as AddRMSNorm
 
-    return Contender(lambda x, w: RMSNorm.apply(x, w, EPS, 0.0, "llama", False))
+    return Contender(lambda x, r, w: AddRMSNorm.apply(x, r, w, EPS, 0.0, "llama", False))
 
 
 def _layer_norm(problem: Problem) -> Contender | None:
