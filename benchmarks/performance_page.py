@@ -70,8 +70,8 @@ def _train_steps(results: Path) -> list[str]:
     for path in sorted(results.glob("train_step-*.json")):
         run = _read(path)
         workload = run["workload"]
-        columns = ("contender", "tokens/s", "s/step", "of GEMM rate", "peak GiB")
-        columns += ("ours is faster", "(range)", "in its memory")
+        columns = ["contender", "tokens/s", "s/step", "of GEMM rate", "peak GiB"]
+        columns += ["ours is faster", "(range)", "in its memory"]
         for dtype, summary in run["summary"].items():
             lines = []
             for name, x in summary.items():

@@ -231,6 +231,7 @@ def _measure(
     good = list(range(len(candidates)))
     times: list[tuple[float, dict[int, float]]] = []
     for case in line.cases[:FIRST_SIZES]:
+        measurer.check(case, line.present, line.present)  # else no candidate is to blame
         good = [n for n in good if _right(line, case, candidates[n], measurer, journal)]
         runs = {"before": line.present, **{str(n): candidates[n] for n in good}}
         seconds = measurer.time(case, line.present, runs, FIRST_SAMPLES, False)
@@ -306,7 +307,11 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--write", action="store_true", help="measure nothing; write launch_table.json"
     )
     parser.add_argument(
-        "--without", nargs="+", default=[], metavar="KERNEL", help="with --write: left as they are"
+        "--without",
+        nargs="+",
+        default=[],
+        metavar="KERNEL[:LIMIT]",
+        help="with --write: kernels, or lines of them such as glu_fwd:4096 or glu_fwd:any, that stay",
     )
     parser.add_argument("--table", type=Path, default=tune_table.TABLE, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
@@ -323,13 +328,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         better = {
             each.key: each.decision.after
             for each in found
-            if each.decision.after is not None and each.key[0] not in args.without
+            if each.decision.after is not None and not _stays(each.key, args.without)
         }
         capability = tune_report.capability(read(path))
         table = tune_table.changed(tune_table.read(args.table), capability, better)
         args.table.write_text(tune_table.text(table), encoding="utf-8")
         print(f"wrote {args.table}: {len(better)} lines changed", file=sys.stderr)
     return 0 if left == 0 else 1
+
+
+def _stays(key: tune_report.Key, without: Sequence[str]) -> bool:
+    kernel, _, _, limit = key
+    return kernel in without or f"{kernel}:{limit or 'any'}" in without
 
 
 if __name__ == "__main__":

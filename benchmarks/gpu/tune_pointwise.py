@@ -275,7 +275,7 @@ def _adamw_8bit(device: torch.device, dtype: torch.dtype, *, count: int) -> Call
     float32=_FLOAT32_NORMS,
 )
 def _rms_norm_bwd_dw(device: torch.device, dtype: torch.dtype, **sizes: int) -> Call:
-    return _rms_norm_bwd_call(device, dtype, **sizes, weight_gradient=True)
+    return _rms_norm_bwd_call(device, dtype, weight_gradient=True, **sizes)
 
 
 @kernel(

@@ -11,14 +11,15 @@ from dataclasses import dataclass
 from typing import Any
 
 Parameters = dict[str, int]
+Axes = Mapping[str, tuple[float, ...] | str]
 
 # A parameter's values as multiples of what the table has.
 _HALF, _QUARTER = 0.5, 0.25
 _ABOUT = (_HALF, 1, 2)
-_WARPS = {"num_warps": _ABOUT}
-_ROWS = {"BLOCK_M": (_HALF, 1, 2, 4), "num_warps": (_QUARTER, _HALF, 1, 2)}
-_SUMS = {"BLOCK_M": _ABOUT, "num_stages": "stages", **_WARPS}
-_PRODUCT = {
+_WARPS: Axes = {"num_warps": _ABOUT}
+_ROWS: Axes = {"BLOCK_M": (_HALF, 1, 2, 4), "num_warps": (_QUARTER, _HALF, 1, 2)}
+_SUMS: Axes = {"BLOCK_M": _ABOUT, "num_stages": "stages", **_WARPS}
+_PRODUCT: Axes = {
     "BLOCK_M": _ABOUT,
     "BLOCK_N": _ABOUT,
     "BLOCK_K": _ABOUT,
@@ -28,7 +29,7 @@ _PRODUCT = {
 }
 # By kernel. What is not named stays: grad_norm, whose order of summation is the same on all GPUs,
 # has no entry at all.
-SEARCH: dict[str, Mapping[str, tuple[float, ...] | str]] = {
+SEARCH: dict[str, Axes] = {
     "glu_fwd": {"BLOCK_M": (_QUARTER, _HALF, 1, 2), "BLOCK_N": _ABOUT, **_WARPS},
     "glu_bwd": {"BLOCK_M": (_QUARTER, _HALF, 1, 2), "BLOCK_N": _ABOUT, **_WARPS},
     "rms_norm_fwd": _ROWS,
