@@ -311,7 +311,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         nargs="+",
         default=[],
         metavar="KERNEL[:LIMIT]",
-        help="with --write: kernels, or lines of them such as glu_fwd:4096 or glu_fwd:any, that stay",
+        help="with --write: kernels that stay, or lines such as glu_fwd:4096 and glu_fwd:any",
     )
     parser.add_argument("--table", type=Path, default=tune_table.TABLE, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
