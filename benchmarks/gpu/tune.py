@@ -181,10 +181,15 @@ def tune(
     measurer: Measurer,
     journal: Journal,
     deadline: float,
+    most: int = tune_search.MOST_CANDIDATES,
 ) -> int:
-    """Measures line after line until the deadline (of time.monotonic); how many are left."""
+    """Measures line after line until the deadline (of time.monotonic); how many are left.
+
+    most: candidates of a line.
+    """
     begun = [
-        (line, [(p, compiler.submit(line.cases, p)) for p in _candidates(line)]) for line in found
+        (line, [(p, compiler.submit(line.cases, p)) for p in _candidates(line, most)])
+        for line in found
     ]
     for index, (line, compiled) in enumerate(begun):
         try:
@@ -202,8 +207,8 @@ def tune(
     return 0
 
 
-def _candidates(line: Line) -> list[Parameters]:
-    return tune_search.candidates(line.key.kernel, line.present)
+def _candidates(line: Line, most: int) -> list[Parameters]:
+    return tune_search.candidates(line.key.kernel, line.present, most)
 
 
 def _compiled(
@@ -287,7 +292,8 @@ def run(args: argparse.Namespace, path: Path) -> int:
         found = in_turn(lines(cases, facts["capability"]))
         if args.device == "cpu":
             found = [Line(x.key, x.present, (x.cases[0].tiny(),)) for x in found]
-        return tune(left_to_do(found, read(path)), compiler, measurer, journal, deadline)
+        left = left_to_do(found, read(path))
+        return tune(left, compiler, measurer, journal, deadline, args.candidates)
     finally:
         measurer.close()
         if compiler is not None:
@@ -302,6 +308,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=4.0, help="begin no line after so long")
     parser.add_argument("--kernels", nargs="+", choices=sorted(KERNELS), help="default: all")
     parser.add_argument("--jobs", type=int, default=14, help="processes that compile")
+    parser.add_argument("--candidates", type=int, default=tune_search.MOST_CANDIDATES)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument(
         "--write", action="store_true", help="measure nothing; write launch_table.json"

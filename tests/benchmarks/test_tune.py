@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -372,6 +373,23 @@ def test_a_process_that_is_lost_is_replaced() -> None:
         assert worker.ask("d", 60)[1] not in (first, second)
     finally:
         worker.close()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_whole_path_runs_in_the_interpreter(tmp_path: Path) -> None:
+    """Processes that compile for a GPU, one that launches, and a second run with nothing to do."""
+    pytest.importorskip("triton")
+    options = ["--device", "cpu", "--kernels", "adamw", "--jobs", "1", "--candidates", "2"]
+    command = [sys.executable, "-m", "benchmarks.gpu.tune", "--out", str(tmp_path), *options]
+    for _ in range(2):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr) == (0, "")
+    lines = journal.read(tmp_path / "tuning.jsonl")
+    events = [line["event"] for line in lines]
+    assert events == ["context", "start", "first", "row", "end", "context"]
+    assert set(lines[2]["seconds"]) == {"before", "0", "1"}
+    assert "1 lines measured" in (tmp_path / "tuning.md").read_text()
 
 
 def test_a_difference_is_found_where_there_is_one() -> None:
