@@ -197,6 +197,30 @@ def adamw(dtype: torch.dtype) -> Iterator[Call]:
 
 
 @operation
+def blockwise_4bit(dtype: torch.dtype) -> Iterator[Call]:
+    from lora_engine.backends.triton import blockwise_4bit
+
+    from lora_engine.backends.contracts import BlockScales
+
+    def flat(size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return empty(size, dtype=dtype)
+
+    table, values, ascending = flat(256), flat(16), flat(16, torch.uint8)
+    for cols in sizes("dequantize_4bit"):
+        codes, blocks = flat(ROWS * cols // 2, torch.uint8), ROWS * cols // 64
+        nested = flat(blocks, torch.uint8), flat(-(-blocks // 256)), table, empty(dtype=table.dtype)
+        w = empty(ROWS, cols + 16, dtype=dtype)[:, :cols]
+        for scales in (BlockScales(flat(blocks)), BlockScales(*nested)):
+            yield call(blockwise_4bit.dequantize_4bit, codes, scales, values, w, 0, 64)
+    for rows in (1001, ROWS):  # an odd number of values, and a multiple of all blocks
+        w = empty(rows, rows, dtype=dtype)
+        codes = flat(-(-w.numel() // 2), torch.uint8)
+        for block in sizes("quantize_4bit", among=(32, 64, 128, 256, 512, 1024, 2048, 4096)):
+            absmax = flat(-(-w.numel() // block))
+            yield call(blockwise_4bit.quantize_4bit, w, flat(15), ascending, codes, absmax, block)
+
+
+@operation
 def lora_linear(dtype: torch.dtype) -> Iterator[Call]:
     """A group of three linears, aligned and not, with few ranks and many, masked and not."""
     from lora_engine.backends.triton import lora_linear as lora

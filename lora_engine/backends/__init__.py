@@ -14,6 +14,7 @@ from lora_engine.backends.choice import (
 )
 from lora_engine.backends.devices import (
     gpu_count,
+    keeps_freed_memory,
     memory,
     moved,
     peak_memory_bytes,
@@ -40,6 +41,7 @@ from lora_engine.backends.hardware import (
 )
 from lora_engine.backends.selection import (
     chunk_rows,
+    decoded_rows,
     explain,
     product_strategy,
     runs_fused,
@@ -62,10 +64,12 @@ __all__ = [
     "computes_bfloat16",
     "cpu_features",
     "cuda_architectures",
+    "decoded_rows",
     "explain",
     "extension_available",
     "gpu_count",
     "keep_freed_memory",
+    "keeps_freed_memory",
     "keeps_scalars",
     "memory",
     "moved",

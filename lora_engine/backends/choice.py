@@ -26,7 +26,7 @@ OPERATIONS: dict[str, tuple[str, ...]] = {
     "attention": ("cpu",),
     "adamw": ("cpu", "triton", "cuda"),
     "adamw_8bit": ("cpu", "triton", "cuda"),
-    "blockwise_4bit": ("cpu",),
+    "blockwise_4bit": ("cpu", "triton"),
 }
 # Functions made of several operations: they run where all of these have kernels.
 BLOCKS: dict[str, tuple[str, ...]] = {
@@ -57,6 +57,10 @@ STRATEGIES = ("augmented", "two_segment", "base_add")
 # the products, with 256 rows it would take as long as they do.
 CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}
 CHUNK_ROW_STEP = 64
+
+# Rows of a packed weight that a CPU decodes at a time, where a product takes the weight in pieces.
+# A GPU decodes all: a piece's product would leave most of it idle.
+DECODED_ROWS = 1024
 
 # Rows of a product without gradients up to which a kernel of our own reads weight and adapters
 # once, where they are: the vendor's product packs the weight at every call.
@@ -92,6 +96,12 @@ class Head(NamedTuple):
     classes: int
 
 
+class Packed(NamedTuple):
+    """A packed weight of so many rows, which a product takes in pieces."""
+
+    rows: int
+
+
 class Queries(NamedTuple):
     """Attention of new tokens, so many in each sequence, with all keys of a cache."""
 
@@ -105,7 +115,7 @@ class Extent(NamedTuple):
     size: int
 
 
-Sizes: TypeAlias = Product | Forward | Head | Queries | Extent
+Sizes: TypeAlias = Product | Forward | Head | Packed | Queries | Extent
 
 
 @dataclass(frozen=True)
@@ -178,7 +188,7 @@ class Choice:
 
     impl: the implementation. reason: why that, and why not another one.
     plan: for a Product, a Forward or Queries the strategy; for a Head the rows of logits that are
-        held at a time.
+        held at a time, of a Packed the rows that are decoded at a time.
     launch: for an Extent the line of launch_table.json.
     """
 
@@ -210,6 +220,9 @@ def choose(request: Request, present: Present) -> Choice:
         return replace(choice, plan=_by_rows(choice, sizes))
     if isinstance(sizes, Queries):
         return replace(choice, plan=_by_queries(request, sizes))
+    if isinstance(sizes, Packed):
+        most = DECODED_ROWS if request.device == "cpu" else sizes.rows
+        return replace(choice, plan=max(1, min(most, sizes.rows)))
     if isinstance(sizes, Head):
         return replace(choice, plan=_chunk_rows(request, sizes))
     return choice

@@ -54,6 +54,15 @@ def memory(device: torch.device) -> Memory:
     return Memory(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "this machine")
 
 
+def keeps_freed_memory(device: torch.device) -> bool:
+    """Whether torch keeps what one tensor freed for the next.
+
+    It does so for each of a GPU's streams, whose kernels run one after the other, so that no tensor
+    is made where an earlier kernel still reads. Memory of a CPU goes back to the system.
+    """
+    return device.type != "cpu"
+
+
 def peak_memory_bytes(device: torch.device) -> int:
     """Since `reset_peak_memory`: on a GPU torch's peak allocation, else the peak resident size."""
     if device.type == "cuda":

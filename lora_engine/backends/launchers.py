@@ -142,6 +142,10 @@ def blockwise_4bit(impl: str) -> contracts.Blockwise4bit:
         from lora_engine.backends.cpu import blockwise_4bit as cpu
 
         return cpu
+    if impl == "triton":
+        from lora_engine.backends.triton import blockwise_4bit as triton
+
+        return triton
     _no_kernels("blockwise_4bit", impl)
 
 

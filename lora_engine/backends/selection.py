@@ -12,6 +12,7 @@ from lora_engine.backends.choice import (
     Extent,
     Forward,
     Head,
+    Packed,
     Present,
     Product,
     Queries,
@@ -105,6 +106,13 @@ def takes_one_query(
 def chunk_rows(device: torch.device, dtype: torch.dtype, rows: int, classes: int) -> int:
     """How many of a head's `rows` of logits are held at a time."""
     plan = _choose_here("linear_cross_entropy", device, dtype, Head(rows, classes)).plan
+    assert isinstance(plan, int)
+    return plan
+
+
+def decoded_rows(device: torch.device, dtype: torch.dtype, rows: int) -> int:
+    """How many of a packed weight's `rows` are decoded at a time."""
+    plan = _choose_here("blockwise_4bit", device, dtype, Packed(rows)).plan
     assert isinstance(plan, int)
     return plan
 

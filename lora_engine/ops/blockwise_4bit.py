@@ -1,10 +1,12 @@
 """NF4 and FP4: weights as codes of four bits with a scale for each block of values.
 
-float16 goes through float32, which holds it exactly; kernels know float32, bfloat16 and float64.
+A dtype that an implementation does not take goes through float32, in which codes are found and
+values are rounded in any case.
 """
 
 import math
 from collections.abc import Mapping
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -15,6 +17,7 @@ from lora_engine.backends.contracts import BlockScales
 from lora_engine.ops.tensors import check, shape_of
 from lora_engine.quantization.blockwise_4bit import (
     Blockwise4bit,
+    Code,
     ascending_codes,
     code_bounds,
     code_values,
@@ -42,8 +45,8 @@ def quantize_4bit(
         f"quantize_4bit: the weight is {shape_of(w)}, expected a matrix of floating-point numbers",
     )
     w = w.detach().contiguous()
-    w = w.float() if w.dtype == torch.float16 else w
-    impl = backends.select("blockwise_4bit", w.device, w.dtype, impl)
+    impl = _select(w, impl)
+    w = w if w.dtype in _dtypes(impl) else w.float()
     if impl == "reference":
         codes, absmax = reference.quantize_4bit(w, code=format.code, block=format.block)
     else:
@@ -54,8 +57,8 @@ def quantize_4bit(
         )
         launchers.blockwise_4bit(impl).quantize_4bit(
             w,
-            code_bounds(format.code, w.device),
-            ascending_codes(format.code, w.device),
+            _bounds(format.code, w.device),
+            _ascending(format.code, w.device),
             codes,
             absmax,
             format.block,
@@ -71,7 +74,7 @@ def quantize_4bit(
         "codes": codes,
         "absmax": absmax_codes,
         "nested_absmax": nested_absmax,
-        "nested_code": nested_code().to(w.device),
+        "nested_code": _nested_code(w.device),
         "offset": offset,
     }
 
@@ -101,8 +104,7 @@ def dequantize_4bit_(
             f"lie within {name} {shape_of(tensors[name]) if name in tensors else '(missing)'}",
         )
     scales = BlockScales(*(tensors[name] for name in layout if name != "codes"))
-    place = torch.empty_like(out, dtype=torch.float32) if out.dtype == torch.float16 else out
-    impl = backends.select("blockwise_4bit", out.device, place.dtype, impl)
+    impl = _select(out, impl)
     if impl == "reference":
         absmax = scales.absmax
         if scales.nested_absmax is not None:
@@ -117,10 +119,11 @@ def dequantize_4bit_(
         )
         out.copy_(values.view(rows, cols))
         return
+    place = out if out.dtype in _dtypes(impl) else torch.empty_like(out, dtype=torch.float32)
     launchers.blockwise_4bit(impl).dequantize_4bit(
         tensors["codes"],
         scales,
-        code_values(format.code, out.device),
+        _values(format.code, out.device),
         place,
         first_row * cols,
         format.block,
@@ -129,3 +132,35 @@ def dequantize_4bit_(
         out.copy_(place)
     else:
         torch.autograd.graph.increment_version(out)  # as an operation of torch's in place does
+
+
+def _select(w: Tensor, impl: str | None) -> str:
+    """What runs. Every implementation takes float32; other dtypes go through it where they must."""
+    return backends.select("blockwise_4bit", w.device, torch.float32, impl)
+
+
+def _dtypes(impl: str) -> tuple[torch.dtype, ...]:
+    return backends.DTYPES.get(impl, ())
+
+
+# Tables are copied to a device once: the host waits for the device where it copies.
+
+
+@cache
+def _values(code: Code, device: torch.device) -> Tensor:
+    return code_values(code, device)
+
+
+@cache
+def _bounds(code: Code, device: torch.device) -> Tensor:
+    return code_bounds(code, device)
+
+
+@cache
+def _ascending(code: Code, device: torch.device) -> Tensor:
+    return ascending_codes(code, device)
+
+
+@cache
+def _nested_code(device: torch.device) -> Tensor:
+    return nested_code().to(device)

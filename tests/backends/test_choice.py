@@ -8,8 +8,10 @@ import torch
 from lora_engine import backends
 from lora_engine.backends.choice import (
     CHUNK_BYTES,
+    DECODED_ROWS,
     Extent,
     Head,
+    Packed,
     Present,
     Product,
     Request,
@@ -182,6 +184,13 @@ def test_a_gpu_s_chunks_are_larger() -> None:
 
 def test_rows_of_a_head_without_classes() -> None:
     assert choose(on_cpu("linear_cross_entropy", sizes=Head(10, 0)), BARE).plan == 64
+
+
+def test_a_cpu_decodes_packed_weights_in_pieces() -> None:
+    for rows, expected in ((4096, DECODED_ROWS), (100, 100), (0, 1)):
+        sizes = Packed(rows)
+        assert choose(on_cpu("blockwise_4bit", sizes=sizes), BARE).plan == expected
+        assert choose(on_gpu("blockwise_4bit", sizes=sizes), WITH_GPU).plan == max(1, rows)
 
 
 def test_a_launch_s_line() -> None:

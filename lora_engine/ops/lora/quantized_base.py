@@ -7,18 +7,18 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from lora_engine import backends
 from lora_engine.ops.lora.base import Factors
 from lora_engine.ops.quantized_weight import QuantizedWeight
 from lora_engine.ops.tensors import check
-
-# Rows that are decoded at a time where W is asked for in blocks.
-BLOCK_ROWS = 1024
 
 
 class _Scratch(threading.local):
     """Memory for one decoded operand a device and dtype, as large as the largest so far.
 
-    Each thread has its own: products of different threads may run at once.
+    Each thread has its own: products of different threads may run at once. On a GPU torch's
+    allocator is the scratch, one for each stream: a product's operand is given back when its
+    kernels are launched, and the next is made in its place, by autograd's thread as well.
     """
 
     def __init__(self) -> None:
@@ -26,6 +26,8 @@ class _Scratch(threading.local):
 
     def matrix(self, rows: int, cols: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """An uninitialised [rows, cols], over whatever was asked for before."""
+        if backends.keeps_freed_memory(device):
+            return torch.empty(rows, cols, dtype=dtype, device=device)
         buffer = self.buffers.get((device, dtype))
         if buffer is None or buffer.numel() < rows * cols:
             self.buffers[device, dtype] = buffer = torch.empty(0)  # freed before more is taken
@@ -85,10 +87,11 @@ class QuantizedBase:
         return out
 
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        """W in blocks of at most BLOCK_ROWS rows."""
+        """W in blocks of as many rows as the device decodes at a time."""
         total = sum(self.out_features)
-        for start in range(0, total, BLOCK_ROWS):
-            stop = min(start + BLOCK_ROWS, total)
+        step = backends.decoded_rows(self.device, self.dtype, total)
+        for start in range(0, total, step):
+            stop = min(start + step, total)
             block = _scratch.matrix(stop - start, self.in_features, self.dtype, self.device)
             self._decode(start, block)
             yield slice(start, stop), block

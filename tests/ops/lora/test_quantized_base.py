@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from lora_engine import ops
+from lora_engine.backends.choice import DECODED_ROWS
 from lora_engine.ops import LoraFactors, LoraGroup, QuantizedBase, quantize_weight
-from lora_engine.ops.lora.quantized_base import BLOCK_ROWS
 
 
 def base_of(*outs: int, features: int = 64, **options: object) -> QuantizedBase:
@@ -100,14 +100,40 @@ def test_training_after_inference_mode() -> None:
 
 
 def test_blocks_of_a_tall_weight() -> None:
-    base = base_of(BLOCK_ROWS + 5, 40, features=32)
+    base = base_of(DECODED_ROWS + 5, 40, features=32)
     whole = torch.cat([weight.dequantize() for weight in base.weights])
     sizes = []
     for rows, block in base.blocks():
         assert torch.equal(block, whole[rows])
         sizes.append(len(block))
-    assert sizes == [BLOCK_ROWS, 45]
+    assert sizes == [DECODED_ROWS, 45]
     assert torch.equal(base.read(slice(1000, 1040)), whole[1000:1040])
+
+
+@pytest.mark.gpu
+def test_a_gpu_decodes_without_waiting_in_the_memory_of_one_operand() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    gpu = torch.device("cuda", 0)
+    weights = [torch.randn(n, 1024, dtype=torch.bfloat16, device=gpu) for n in (2048, 1024, 2048)]
+    bases = [QuantizedBase([quantize_weight(weight, double_quant=True)]) for weight in weights]
+    lora_b = torch.zeros(2048, 16, dtype=torch.bfloat16, device=gpu)
+
+    def decode(base: QuantizedBase) -> int:
+        with base.forward_operand(lora_b[: base.out_features[0]]) as operand:
+            return operand.nbytes
+
+    largest = max(map(decode, bases))  # which compiles the kernel
+    before = torch.cuda.memory_allocated(gpu)
+    torch.cuda.reset_peak_memory_stats(gpu)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for base in bases:
+            decode(base)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.cuda.memory_allocated(gpu) == before
+    assert torch.cuda.max_memory_allocated(gpu) - before < 1.1 * largest
 
 
 def test_weights_that_do_not_go_together_are_refused() -> None:
