@@ -26,7 +26,18 @@ def test_other_bits_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
         return honest(weight + 1, *args, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(four_bit, "quantize_weight", wrong)
-    with pytest.raises(SystemExit, match="not those of bitsandbytes"):
+    with pytest.raises(SystemExit, match="the codes are not those of bitsandbytes"):
+        four_bit.main(SMALL)
+
+
+def test_other_values_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    read = four_bit.QuantizedWeight.from_state_dict
+    monkeypatch.setattr(
+        four_bit.QuantizedWeight,
+        "from_state_dict",
+        staticmethod(lambda state, name: read({**state, "w": state["w"] ^ 1}, name)),
+    )
+    with pytest.raises(SystemExit, match="the values are not those of bitsandbytes"):
         four_bit.main(SMALL)
 
 
