@@ -21,6 +21,38 @@ from benchmarks.gpu.tune_search import Decision, Measured, Parameters
 from lora_engine.backends import tables
 
 CAPABILITY = 90
+# The shipped table changes by what is tested here.
+TABLE: tune_table.Table = {
+    "glu_fwd": {
+        "*": {
+            "*": [
+                [4096, {"BLOCK_M": 4, "BLOCK_N": 512, "num_warps": 4}],
+                [None, {"BLOCK_M": 2, "BLOCK_N": 1024, "num_warps": 4}],
+            ]
+        }
+    },
+    "cross_entropy": {
+        "*": {"*": [[None, {"BLOCK_N": 8192, "num_warps": 32}]]},
+        "90": {
+            "*": [
+                [24576, {"BLOCK_N": 4096, "num_warps": 8}],
+                [None, {"BLOCK_N": 16384, "num_warps": 32}],
+            ],
+            "float32": [[None, {"BLOCK_N": 8192, "num_warps": 32}]],
+        },
+    },
+    "rope": {"*": {"*": [[None, {"BLOCK_T": 1, "BLOCK_H": 16, "num_warps": 4}]]}},
+    "adamw": {"*": {"*": [[None, {"BLOCK": 1024, "num_warps": 4}]]}},
+}
+
+
+@pytest.fixture
+def table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A file with TABLE, which takes the shipped table's place."""
+    monkeypatch.setattr(tables, "launch_table", lambda: TABLE)
+    path = tmp_path / "table.json"
+    path.write_text(tune_table.text(TABLE))
+    return path
 
 
 class FakeCompiler:
@@ -130,10 +162,11 @@ def test_a_case_comes_back_from_the_journal() -> None:
         assert Case.of(json.loads(json.dumps(case.fields()))) == case
 
 
-def test_every_kernels_first_line_comes_first() -> None:
-    found = tune.in_turn(lines_of("glu_fwd", "glu_bwd"))
-    assert [line.key.kernel for line in found] == ["glu_fwd", "glu_bwd", "glu_fwd", "glu_bwd"]
-    assert [line.key.limit for line in found] == [None, None, 4096, 4096]
+def test_every_kernels_first_line_comes_first(table: Path) -> None:
+    found = tune.in_turn(lines_of("glu_fwd", "cross_entropy"))
+    names = ["glu_fwd", "cross_entropy", "glu_fwd"]
+    assert [line.key.kernel for line in found] == names
+    assert [line.key.limit for line in found] == [None, None, 4096]
 
 
 # The candidates.
@@ -143,7 +176,7 @@ def test_every_kernels_first_line_comes_first() -> None:
 def test_candidates_are_near_the_present_line_and_no_two_alike(kernel: str) -> None:
     for line in lines_of(kernel):
         found = tune_search.candidates(kernel, line.present)
-        assert 5 <= len(found) <= tune_search.MOST_CANDIDATES
+        assert 2 <= len(found) <= tune_search.MOST_CANDIDATES
         assert line.present not in found
         assert len({tuple(sorted(p.items())) for p in found}) == len(found)
         changed = [sum(line.present[k] != p.get(k) for k in line.present) for p in found]
@@ -220,36 +253,33 @@ def test_the_table_is_kept_as_it_is_written() -> None:
     assert tune_table.text(tune_table.read()) == tune_table.TABLE.read_text()
 
 
-def test_a_tuned_line_is_for_its_capability_alone() -> None:
-    table = tune_table.read()
-    new = {"BLOCK_M": 1, "BLOCK_N": 16384, "num_warps": 2}
-    found = tune_table.changed(table, 90, {("rms_norm_fwd", "*", "*", 8192): new})
-    assert table == tune_table.read(), "what is given stays as it is"
-    assert found["rms_norm_fwd"]["*"] == table["rms_norm_fwd"]["*"]
-    assert dict(map(tuple, found["rms_norm_fwd"]["90"]["*"]))[8192] == new  # type: ignore[arg-type]
-    others = [line for line in found["rms_norm_fwd"]["90"]["*"] if line[0] != 8192]
-    assert others == [line for line in table["rms_norm_fwd"]["*"]["*"] if line[0] != 8192]
-    del found["rms_norm_fwd"]["90"]
-    assert found == table
+def test_a_tuned_line_is_for_its_capability_alone(table: Path) -> None:
+    given, new = tune_table.read(table), {"BLOCK_M": 1, "BLOCK_N": 1024, "num_warps": 2}
+    found = tune_table.changed(given, 90, {("glu_fwd", "*", "*", 4096): new})
+    assert given == TABLE, "what is given stays as it is"
+    (first, second) = TABLE["glu_fwd"]["*"]["*"]
+    assert found["glu_fwd"] == {"*": TABLE["glu_fwd"]["*"], "90": {"*": [[4096, new], second]}}
+    assert first[1] != new
+    del found["glu_fwd"]["90"]
+    assert found == TABLE
 
 
 def test_a_line_of_the_capability_is_changed_where_it_stands() -> None:
-    table = tune_table.read()
     new = {"BLOCK_N": 8192, "num_warps": 16}
-    assert table["cross_entropy"]["90"]["*"][-1] != [None, new]
-    found = tune_table.changed(table, 90, {("cross_entropy", "90", "*", None): new})
-    assert found["cross_entropy"]["90"]["*"][-1] == [None, new]
-    assert found["cross_entropy"]["90"]["float32"] == table["cross_entropy"]["90"]["float32"]
+    found = tune_table.changed(TABLE, 90, {("cross_entropy", "90", "*", None): new})
+    before = TABLE["cross_entropy"]["90"]
+    assert found["cross_entropy"]["90"]["*"] == [before["*"][0], [None, new]]
+    assert found["cross_entropy"]["90"]["float32"] == before["float32"]
     for key in (("cross_entropy", "100", "*", None), ("cross_entropy", "90", "*", 7)):
         with pytest.raises(ValueError, match="cross_entropy"):
-            tune_table.changed(table, 90, {key: new})
+            tune_table.changed(TABLE, 90, {key: new})
 
 
 # The whole.
 
 
 def test_what_is_faster_comes_into_the_table(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     outcomes = tuned(tmp_path / "tuning.jsonl", warps_of_two, "glu_fwd", "adamw")
     assert {o.key[0] for o in outcomes} == {"glu_fwd", "adamw"}
@@ -257,13 +287,11 @@ def test_what_is_faster_comes_into_the_table(
         assert outcome.decision.after is not None
         assert outcome.decision.after["num_warps"] == 2
         assert outcome.decision.gain == pytest.approx(1.25, rel=0.01)
-    table = tmp_path / "table.json"
-    table.write_text(tune_table.TABLE.read_text())
     out = ["--out", str(tmp_path), "--write", "--table", str(table)]
     assert tune.main([*out, "--without", "adamw", "glu_fwd:4096"]) == 0
-    written, present = tune_table.read(table), tune_table.read()
-    assert written["adamw"] == present["adamw"]
-    assert written["glu_fwd"]["90"]["*"][0] == present["glu_fwd"]["*"]["*"][0]
+    written = tune_table.read(table)
+    assert written["adamw"] == TABLE["adamw"]
+    assert written["glu_fwd"]["90"]["*"][0] == TABLE["glu_fwd"]["*"]["*"][0]
     assert written["glu_fwd"]["90"]["*"][1][1]["num_warps"] == 2
     report = (tmp_path / "tuning.md").read_text()
     assert report == capsys.readouterr().out[:-1]
@@ -286,7 +314,7 @@ def test_a_table_is_not_written_from_a_cpu(tmp_path: Path) -> None:
         tune_report.capability(journal.read(path))
 
 
-def test_faults_and_wrong_results_are_left_out(tmp_path: Path) -> None:
+def test_faults_and_wrong_results_are_left_out(table: Path, tmp_path: Path) -> None:
     path = tmp_path / "tuning.jsonl"
 
     def faults(parameters: Parameters) -> list[str]:
@@ -299,7 +327,7 @@ def test_faults_and_wrong_results_are_left_out(tmp_path: Path) -> None:
     assert {x["message"] for x in rejected} == {"8 bytes of stack"}
 
 
-def test_a_measurement_that_fails_costs_its_line_alone(tmp_path: Path) -> None:
+def test_a_measurement_that_fails_costs_its_line_alone(table: Path, tmp_path: Path) -> None:
     def seconds(case: Case, parameters: Parameters) -> float:
         if case.kernel == "glu_fwd":
             raise tune_workers.WorkerError("the process ended with status -11")
@@ -313,7 +341,7 @@ def test_a_measurement_that_fails_costs_its_line_alone(tmp_path: Path) -> None:
     assert "status -11" in tune_report.render(journal.read(path))
 
 
-def test_a_second_run_goes_on_where_the_first_stopped(tmp_path: Path) -> None:
+def test_a_second_run_goes_on_where_the_first_stopped(table: Path, tmp_path: Path) -> None:
     path = tmp_path / "tuning.jsonl"
     tuned(path, warps_of_two, "adamw")
     found = lines_of("adamw", "rope")
@@ -330,7 +358,7 @@ def test_a_second_run_goes_on_where_the_first_stopped(tmp_path: Path) -> None:
     assert tune.left_to_do([other], journal.read(path)) == [other], "the line is another by now"
 
 
-def test_no_line_begins_when_the_time_is_over(tmp_path: Path) -> None:
+def test_no_line_begins_when_the_time_is_over(table: Path, tmp_path: Path) -> None:
     path = tmp_path / "tuning.jsonl"
     measurer = FakeMeasurer(warps_of_two)
     log = journal.Journal(path)
