@@ -49,5 +49,8 @@ def waits_for_the_gpu() -> Iterator[list[str]]:
         finally:
             torch.cuda.set_sync_debug_mode(before)
     for warning in told:
-        if "synchronizing CUDA operation" in str(warning.message):
+        # The tests' own guard of operands reads them.
+        if "synchronizing CUDA operation" in str(warning.message) and not (
+            warning.filename.endswith("operand_guard.py")
+        ):
             found.append(f"{warning.filename}:{warning.lineno}")
