@@ -264,6 +264,32 @@ def _adamw_8bit(device: torch.device, dtype: torch.dtype, *, count: int) -> Call
     )
 
 
+@kernel(
+    "dequantize_4bit",
+    [
+        {"rows": rows, "cols": cols}
+        for rows, cols in ((4096, 4096), (14336, 4096), (4096, 14336), (2048, 2048))
+    ],
+    by_cols,
+    tiny={"rows": 5, "cols": 64},
+)
+def _dequantize_4bit(device: torch.device, dtype: torch.dtype, *, rows: int, cols: int) -> Call:
+    """Into rows with columns for an adapter's factors behind them."""
+    from lora_engine.backends.triton import blockwise_4bit
+
+    from lora_engine.backends.contracts import BlockScales
+
+    codes = torch.randint(256, (rows * cols // 2,), dtype=torch.uint8, device=device)
+    scales = BlockScales(torch.rand(rows * cols // 64, device=device))
+    values = normal(device, torch.float32, 16)
+    w = normal(device, dtype, rows, cols, padding=16)
+    return Call(
+        lambda: blockwise_4bit.dequantize_4bit(codes, scales, values, w, 0, 64),
+        (w,),
+        moved(codes, scales.absmax, w),
+    )
+
+
 # What training all weights needs.
 
 

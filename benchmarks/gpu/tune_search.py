@@ -39,6 +39,7 @@ SEARCH: dict[str, Axes] = {
     "layer_norm_bwd": {**_ROWS, "maxnreg": "free"},
     "rope": {"BLOCK_T": (_HALF, 1, 2, 4), "BLOCK_H": _ABOUT, **_WARPS},
     "cross_entropy": {"BLOCK_N": (_QUARTER, _HALF, 1, 2), "num_warps": (_QUARTER, _HALF, 1, 2)},
+    "dequantize_4bit": {"BLOCK_M": (_QUARTER, _HALF, 1, 2), "BLOCK_N": _ABOUT, **_WARPS},
     "adamw": {"BLOCK": (_HALF, 1, 2, 4), "num_warps": _ABOUT},
     "adamw_8bit": {"BLOCKS": (_QUARTER, _HALF, 1, 2, 4), "num_warps": _ABOUT},
     "lora_a_fwd": {**_SUMS, "BLOCK_K": _ABOUT},
