@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks.common import journal
 from benchmarks.common.text_table import table
-from benchmarks.gpu import tune_report
+from benchmarks.gpu import step_report, tune_report
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -181,6 +181,8 @@ def _gpu(folder: Path) -> list[str]:
     for title, name, make in stages:
         rows = [line for line in journal.read(folder / name) if line["event"] == "row"]
         parts += [f"### {title}", make(rows)] if rows else []
+    steps = journal.read(folder / "train_step.jsonl")
+    parts += step_report.parts(steps, heading="###")
     parts += _tuning(folder / "tuning.jsonl")
     return parts
 

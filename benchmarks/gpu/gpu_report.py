@@ -7,6 +7,7 @@ from typing import Any
 
 from benchmarks.common import journal
 from benchmarks.common.text_table import table
+from benchmarks.gpu import step_report
 from benchmarks.kernels import kernel_report
 
 LOG_LINES = 15
@@ -25,6 +26,9 @@ def render(out: Path) -> str:
     linears = out / "lora_linear.jsonl"
     if linears.is_file():
         parts += ["## LoRA linear", _linears(linears)]
+    steps = out / "train_step.jsonl"
+    if steps.is_file():
+        parts += step_report.parts(journal.read(steps))
     if any(stage["outcome"] != "passed" for stage in stages):
         parts += ["## End of check.log", _tail(out / "check.log")]
     return "\n\n".join(parts) + "\n"

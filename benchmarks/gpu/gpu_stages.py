@@ -92,6 +92,14 @@ LORA_LINEAR = module(
 )
 
 SANITIZE = module("benchmarks.gpu.sanitize", (), None, "sanitize")
+
+TRAIN_STEP = module(
+    "benchmarks.gpu.train_step",
+    ("--device", "cuda"),
+    ("--device", "cpu", "--jobs", "tiny:lora:tiny", "--contenders", "ours,peft", "--no-host"),
+    "train_step",
+)
+
 CEILINGS = module("benchmarks.gpu.ceilings", ("--device", "cuda"), ("--device", "cpu"), "ceilings")
 
 STEPS = (
@@ -100,4 +108,5 @@ STEPS = (
     Step("sanitize", 0.4, SANITIZE),
     Step("kernels", 0.6, KERNELS, repeats=True),
     Step("lora_linear", 0.6, LORA_LINEAR, repeats=True),
+    Step("train_step", 0.9, TRAIN_STEP, repeats=True),
 )

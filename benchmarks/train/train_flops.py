@@ -83,6 +83,21 @@ def step_flops(shape: ModelShape, rank: int, pieces: Sequence[Piece], targets: i
     return shape.layers * (linears + 3 * 4 * width * pairs) - unneeded + head
 
 
+def full_step_flops(shape: ModelShape, pieces: Sequence[Piece], targets: int) -> int:
+    """As `step_flops`, of a step that trains every weight: 2·T·N·K more for each dW, no rank.
+
+    The gathered embedding costs nothing; nothing below the first layer makes its dx needless.
+    """
+    tokens = sum(own for _, own in pieces)
+    linears = sum(6 * tokens * n * k for n, k in shape.linears)
+    pairs = sum(own * before + own * (own + 1) // 2 for before, own in pieces)
+    attention = 3 * 4 * shape.heads * shape.head_dim * pairs
+    unneeded = sum(6 * (tokens - targets) * n * k for n, k in shape.mlp)
+    return (
+        shape.layers * (linears + attention) - unneeded + 6 * targets * shape.vocab * shape.hidden
+    )
+
+
 def _linear_flops(rows: int, rank: int, n: int, k: int) -> int:
     return 4 * rows * n * k + 6 * rows * rank * (n + k)
 

@@ -11,7 +11,7 @@ from benchmarks.gpu import gpu_report
 
 ROOT = Path(__file__).parents[2]
 FILES = {"environment.json", "check.log", "tests.xml", "report.md"}
-JOURNALS = {"ceilings.jsonl", "kernels.jsonl", "lora_linear.jsonl"}
+JOURNALS = {"ceilings.jsonl", "kernels.jsonl", "lora_linear.jsonl", "train_step.jsonl"}
 
 
 def check(out: Path, *options: object) -> tuple[int, dict[str, str], str]:
@@ -28,7 +28,7 @@ def check(out: Path, *options: object) -> tuple[int, dict[str, str], str]:
 @pytest.mark.timeout(900)
 def test_everything_runs_here(tmp_path: Path) -> None:
     status, outcomes, report = check(tmp_path, "--minutes", 12)
-    stages = ("environment", "build", "ceilings", "tests", "kernels", "lora_linear")
+    stages = ("environment", "build", "ceilings", "tests", "kernels", "lora_linear", "train_step")
     assert outcomes == dict.fromkeys(stages, "passed"), (tmp_path / "check.log").read_text()[-3000:]
     assert status == 0
     assert {path.name for path in tmp_path.iterdir()} == FILES | JOURNALS

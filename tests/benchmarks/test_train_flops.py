@@ -1,6 +1,12 @@
 import pytest
 
-from benchmarks.train.train_flops import ModelShape, head_matmuls, layer_matmuls, step_flops
+from benchmarks.train.train_flops import (
+    ModelShape,
+    full_step_flops,
+    head_matmuls,
+    layer_matmuls,
+    step_flops,
+)
 
 SHAPE = ModelShape(layers=3, hidden=8, intermediate=20, heads=4, kv_heads=2, head_dim=2, vocab=50)
 
@@ -65,3 +71,12 @@ def test_matmuls_of_the_ceiling():
         2 * 2 * 10 * n * k for n, k in [(8, 8), (4, 8), (4, 8), (8, 8), (20, 8), (20, 8), (8, 20)]
     )
     assert sum(m.flops for m in head_matmuls(SHAPE, 6)) == pytest.approx(2 * 2 * 6 * 50 * 8)
+
+
+def test_training_all_weights_takes_a_third_product_for_each_linear_and_the_head():
+    lengths, targets = [7, 4], 11
+    pieces = [(0, n) for n in lengths]
+    frozen = step_flops(SHAPE, 0, pieces, targets)
+    weights = 2 * 11 * (SHAPE.layers * sum(n * k for n, k in SHAPE.linears) + 50 * 8)
+    needless = sum(2 * 11 * n * k for n, k in SHAPE.qkv)  # dx of the first layer's, where frozen
+    assert full_step_flops(SHAPE, pieces, targets) == frozen + weights + needless
