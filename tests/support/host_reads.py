@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 # Results whose size depends on values, and values themselves.
 _READS = frozenset({"_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2"})
@@ -38,14 +38,15 @@ def _has_mask(indices: Any) -> bool:
 
 @contextmanager
 def waits_for_the_gpu() -> Iterator[list[str]]:
-    """Collects what torch says of calls within that wait for a GPU."""
+    """Collects where calls within wait for a GPU, as torch says; no dispatch mode is active."""
     found: list[str] = []
     before = torch.cuda.get_sync_debug_mode()
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
         try:
-            yield found
+            with _disable_current_modes():
+                yield found
         finally:
             torch.cuda.set_sync_debug_mode(before)
     for warning in told:
