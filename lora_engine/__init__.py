@@ -17,6 +17,7 @@ _PUBLIC = {
     "restore": "lora_engine.models.attach.accelerate",
     "route_adapters": "lora_engine.models.peft.routing",
     "load_model": "lora_engine.models.load.load",
+    "quantize_model": "lora_engine.models.quantized.quantize",
     "quantize_weight": "lora_engine.ops.quantized_weight",
     "QuantizedWeight": "lora_engine.ops.quantized_weight",
     "preflight": "lora_engine.training.preflight.preflight",
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from lora_engine.models.attach.accelerate import restore as restore
     from lora_engine.models.load.load import load_model as load_model
     from lora_engine.models.peft.routing import route_adapters as route_adapters
+    from lora_engine.models.quantized.quantize import quantize_model as quantize_model
     from lora_engine.ops.quantized_weight import QuantizedWeight as QuantizedWeight
     from lora_engine.ops.quantized_weight import quantize_weight as quantize_weight
     from lora_engine.training.config import TrainConfig as TrainConfig

@@ -25,7 +25,7 @@ LAYERS: list[set[str]] = [
     {"ops.lora", "ops.head"},
     {"ops.layer"},
     {"ops.__init__"},
-    {"models.families"},
+    {"models.families", "models.quantized"},
     {"testing", "models", "models.peft", "models.proof", "models.attach", "models.load"},
     {"data"},
     {"objectives"},

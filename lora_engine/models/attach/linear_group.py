@@ -14,6 +14,7 @@ from lora_engine.models.attach.patches import Patches
 from lora_engine.models.peft import lora_state
 from lora_engine.models.peft.lora_state import base_layer, is_lora
 from lora_engine.models.peft.router import AdapterRouter
+from lora_engine.models.quantized.stored import stored_weight
 
 
 class LinearGroup:
@@ -41,7 +42,7 @@ class LinearGroup:
         self._adapted = [module for module in modules if is_lora(module)]
         layers = [base_layer(module) for module in modules]
         capacity = lora_state.rank_capacity(modules)
-        base = ops.base_of([layer.weight for layer in layers], capacity)
+        base = ops.base_of(list(map(stored_weight, layers)), capacity)
         self.lora = ops.LoraGroup(base, [None] * len(layers), capacity=capacity)
         self._placed: list[tuple[nn.Linear, Tensor, Tensor]] = []
         for i, layer in enumerate(layers):

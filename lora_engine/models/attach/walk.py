@@ -29,8 +29,9 @@ from lora_engine.models.families.structure import (
     NORM_OF_ATTENTION,
     NORM_OF_MLP,
 )
-from lora_engine.models.peft.lora_state import is_linear, is_lora
+from lora_engine.models.peft.lora_state import base_layer, is_linear, is_lora
 from lora_engine.models.proof.probed_layers import kind_of
+from lora_engine.models.quantized.stored import stored_weight, weight_count
 
 TYPICAL_ROWS = 4096
 
@@ -93,7 +94,7 @@ class Walk:
             own = list(module.parameters(recurse=False))
             if not own or isinstance(module, nn.Embedding):
                 continue
-            size, active = sum(p.numel() for p in own), active_share(self.model, name)
+            size, active = weight_count(module), active_share(self.model, name)
             self.report.count(size, active, module in served)
             if module not in told | served:
                 kind = type(module).__name__
@@ -164,7 +165,7 @@ class Walk:
         forward = MlpForward(module, gate_up, down, activation)
         kind = (activation, *kind_of(module))
         if kind not in self.agrees:
-            self.agrees[kind] = _agrees(module, forward, linears[0].in_features)
+            self.agrees[kind] = _agrees(module, forward, base_layer(linears[0]))
         if not self.agrees[kind]:
             self.served.difference_update(linears)
             self.report.add(name, "glu", False, f"its forward is not down({activation}(gate) * up)")
@@ -231,10 +232,11 @@ class Walk:
         self.report.add(name, "linear_cross_entropy", problem is None, how)
 
 
-def _agrees(module: nn.Module, forward: Any, features: int) -> bool:
-    """Whether `forward` computes what the module's own forward does, on two tokens."""
-    weight = next(module.parameters())
-    probe = torch.linspace(-1.0, 1.0, 2 * features).view(1, 2, features).to(weight)
+def _agrees(module: nn.Module, forward: Any, first: nn.Linear) -> bool:
+    """Whether `forward` computes what the module's own does, on two tokens that `first` takes."""
+    features, weight = first.in_features, stored_weight(first)
+    probe = torch.linspace(-1.0, 1.0, 2 * features).view(1, 2, features)
+    probe = probe.to(weight.device, weight.dtype)
     training = {part: part.training for part in module.modules()}
     module.eval()  # dropout would make them differ
     try:

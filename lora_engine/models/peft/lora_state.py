@@ -1,5 +1,6 @@
 """What PEFT's LoRA layers are doing at the moment, and whether a group of ours can do it."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Literal, TypeAlias, TypeGuard, cast
 
@@ -9,6 +10,7 @@ from torch import nn
 from lora_engine import ops
 from lora_engine.models.attach.capture import is_idle
 from lora_engine.models.families.modules import LoraLinear, SavedWhole
+from lora_engine.models.quantized.stored import is_plain_linear, stored_weight, why_not_stored
 
 # The number of an adapter that no row is routed to; rows without an adapter have -1.
 UNROUTED = -2
@@ -18,7 +20,10 @@ def is_lora(module: nn.Module) -> TypeGuard[LoraLinear]:
     """Whether `module` is PEFT's LoRA layer around a plain linear."""
     import peft
 
-    return isinstance(module, peft.tuners.lora.Linear)
+    # PEFT's class for bitsandbytes' linears, if anything has asked PEFT for it.
+    of_bitsandbytes = getattr(sys.modules.get("peft.tuners.lora.bnb"), "Linear4bit", None)
+    kinds = (peft.tuners.lora.Linear, *filter(None, [of_bitsandbytes]))
+    return isinstance(module, kinds)
 
 
 def is_saved_whole(module: nn.Module) -> TypeGuard[SavedWhole]:
@@ -30,7 +35,7 @@ def is_saved_whole(module: nn.Module) -> TypeGuard[SavedWhole]:
 
 def is_linear(module: object) -> TypeGuard[nn.Linear | LoraLinear]:
     """Whether `module` is a plain linear or PEFT's LoRA layer."""
-    return type(module) is nn.Linear or (isinstance(module, nn.Module) and is_lora(module))
+    return is_plain_linear(module) or (isinstance(module, nn.Module) and is_lora(module))
 
 
 def base_layer(module: nn.Module) -> nn.Linear:
@@ -172,11 +177,12 @@ def why_not(modules: Sequence[nn.Module]) -> str | None:
         if not is_linear(module):
             return f"{type(module).__name__} is not a linear layer"
         base = base_layer(module)
-        if type(base) is not nn.Linear:
-            return f"the base layer is {type(base).__name__}, not nn.Linear"
+        problem = why_not_stored(base)
+        if problem is not None:
+            return problem
         if base.weight.requires_grad:
             return "the base weight is trained"
-        if not ops.has_base([base.weight]):
+        if not ops.has_base([stored_weight(base)]):
             return f"the base weight is {base.weight.dtype}"
         if any("forward" in vars(part) for part in module.modules()):
             return "someone gave it, or a part of it, another forward"
@@ -184,7 +190,7 @@ def why_not(modules: Sequence[nn.Module]) -> str | None:
             problem = why_not_active(module)
             if problem is not None:
                 return problem
-    if not ops.has_base([base_layer(module).weight for module in modules]):
+    if not ops.has_base([stored_weight(base_layer(module)) for module in modules]):
         return "their weights are not stored alike"
     probabilities = {
         getattr(module.lora_dropout[name], "p", 0.0)

@@ -136,14 +136,16 @@ class DenseBase:
         self._backward = nullcontext(self.buffer[:, :k])
 
     @staticmethod
-    def takes(weights: Sequence[Tensor]) -> bool:
+    def takes(weights: Sequence[object]) -> bool:
         """Whether these are floating-point weights of 16 bits or more, alike but for their rows."""
         first = weights[0]
         return (
-            first.dtype.is_floating_point
+            isinstance(first, Tensor)
+            and first.dtype.is_floating_point
             and first.dtype.itemsize >= 2
             and all(
-                (w.dtype, w.device, w.shape[1:]) == (first.dtype, first.device, first.shape[1:])
+                isinstance(w, Tensor)
+                and (w.dtype, w.device, w.shape[1:]) == (first.dtype, first.device, first.shape[1:])
                 for w in weights
             )
         )

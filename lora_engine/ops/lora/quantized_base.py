@@ -54,14 +54,13 @@ class QuantizedBase:
     factors: Factors | None = None
     resident: Tensor | None = None
 
-    def __init__(self, weights: Sequence[QuantizedWeight]) -> None:
+    def __init__(self, weights: Sequence[QuantizedWeight], rank: int = 0) -> None:
+        """`rank` is of no use: the place for factors is the borrower's."""
         check(len(weights) > 0, "a group of linears needs weights")
         first = weights[0]
         for weight in weights:
             check(
-                weight.shape[1] == first.shape[1]
-                and (weight.dtype, weight.device, weight.format.name)
-                == (first.dtype, first.device, first.format.name),
+                _kind(weight) == _kind(first),
                 f"{_described(weight)} does not share the input of {_described(first)}",
             )
         self.weights = tuple(weights)
@@ -69,6 +68,12 @@ class QuantizedBase:
         self.in_features = first.shape[1]
         self.dtype, self.device = first.dtype, first.device
         self.format = first.format.name
+
+    @staticmethod
+    def takes(weights: Sequence[object]) -> bool:
+        """Whether these are packed weights, alike but for their rows."""
+        packed = [weight for weight in weights if isinstance(weight, QuantizedWeight)]
+        return len(packed) == len(weights) and len(set(map(_kind, packed))) == 1
 
     @property
     def nbytes(self) -> int:
@@ -129,6 +134,11 @@ class QuantizedBase:
             if first < last:
                 yield slice(first, last), weight
             offset += n
+
+
+def _kind(weight: QuantizedWeight) -> tuple[object, ...]:
+    """What the weights of a group have in common."""
+    return weight.shape[1], weight.dtype, weight.device, weight.format.name
 
 
 def _described(weight: QuantizedWeight) -> str:

@@ -1,34 +1,36 @@
 """Which base keeps a group's weights: nothing above names a class of base weights."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from lora_engine.ops.lora.base import BaseWeight, DenseBase
+from lora_engine.ops.lora.quantized_base import QuantizedBase
+from lora_engine.ops.quantized_weight import QuantizedWeight
 from lora_engine.ops.tensors import check, shape_of
 
 
 class Storage(Protocol):
-    """A class of base weights."""
+    """A class of base weights, for tensors or for packed weights."""
 
-    def __call__(self, weights: Sequence[Tensor], rank: int) -> BaseWeight:
+    def __call__(self, weights: Sequence[Any], rank: int) -> BaseWeight:
         """The base of these weights, with place for `rank` ranks if it has one for factors."""
 
-    def takes(self, weights: Sequence[Tensor]) -> bool:
+    def takes(self, weights: Sequence[Any]) -> bool:
         """Whether it can keep the weights, at least one, as one group."""
 
 
 # The first that takes the weights keeps them.
-STORAGES: list[Storage] = [DenseBase]
+STORAGES: list[Storage] = [DenseBase, QuantizedBase]
 
 
-def has_base(weights: Sequence[Tensor]) -> bool:
+def has_base(weights: Sequence[Tensor | QuantizedWeight]) -> bool:
     """Whether there is a base for the weights, at least one, of linears that share their input."""
     return any(storage.takes(weights) for storage in STORAGES)
 
 
-def base_of(weights: Sequence[Tensor], rank: int) -> BaseWeight:
+def base_of(weights: Sequence[Tensor | QuantizedWeight], rank: int) -> BaseWeight:
     """The base that keeps these weights as they are stored; `rank`: see `LoraGroup`'s capacity.
 
     Raises ValueError where there is none.
@@ -37,4 +39,10 @@ def base_of(weights: Sequence[Tensor], rank: int) -> BaseWeight:
     for storage in STORAGES:
         if storage.takes(weights):
             return storage(weights, rank)
-    raise ValueError(f"no base weight keeps {', '.join(map(shape_of, weights))} as one group")
+    raise ValueError(f"no base weight keeps {', '.join(map(_described, weights))} as one group")
+
+
+def _described(weight: Tensor | QuantizedWeight) -> str:
+    if isinstance(weight, Tensor):
+        return shape_of(weight)
+    return f"{list(weight.shape)} {weight.format.name}"

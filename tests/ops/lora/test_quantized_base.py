@@ -4,11 +4,12 @@ import threading
 
 import pytest
 import torch
+from gpu_choices import choices_of_a_gpu
 from torch import Tensor
 
-from lora_engine import ops
+from lora_engine import backends, ops
 from lora_engine.backends.choice import DECODED_ROWS
-from lora_engine.ops import LoraFactors, LoraGroup, QuantizedBase, quantize_weight
+from lora_engine.ops import DenseBase, LoraFactors, LoraGroup, QuantizedBase, quantize_weight
 
 
 def base_of(*outs: int, features: int = 64, **options: object) -> QuantizedBase:
@@ -108,6 +109,28 @@ def test_blocks_of_a_tall_weight() -> None:
         sizes.append(len(block))
     assert sizes == [DECODED_ROWS, 45]
     assert torch.equal(base.read(slice(1000, 1040)), whole[1000:1040])
+
+
+@pytest.mark.parametrize("dropout", [None, ops.Dropout(0.3, 2**40 + 7)], ids=["whole", "masked"])
+def test_what_runs_on_a_gpu(dropout: ops.Dropout | None) -> None:
+    """Triton's kernels decode straight into the operand, or into the one block that is masked."""
+    if not backends.triton_interpreted():
+        pytest.skip("triton is not installed, or compiles for the GPU in this process")
+    torch.manual_seed(0)
+    base = base_of(48, 24, features=96, double_quant=True)
+    dense = DenseBase([weight.dequantize() for weight in base.weights], 8)
+    group = group_of(base)
+    x = torch.randn(17, 96, dtype=torch.bfloat16, requires_grad=True)
+    results = []
+    with choices_of_a_gpu():
+        assert backends.select("blockwise_4bit", x.device, x.dtype) == "triton"
+        factors = [block.factors for block in group.adapters.blocks]
+        for each in (group, LoraGroup(dense, factors)):
+            y = torch.cat(ops.lora_linear(x, each, dropout=dropout), dim=-1)
+            leaves = [x, *(t for t in group.tensors() if t is not None)]
+            results.append([y, *torch.autograd.grad(y.square().sum(), leaves)])
+    for ours, expected in zip(*results, strict=True):
+        assert torch.equal(ours, expected)
 
 
 @pytest.mark.gpu

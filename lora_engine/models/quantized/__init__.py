@@ -1,0 +1,1 @@
+"""Linears whose frozen weights are kept in packed bits."""

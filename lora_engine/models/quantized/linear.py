@@ -1,0 +1,100 @@
+"""A linear over a weight in packed bits, as a module of its own."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_engine.ops import QuantizedWeight
+
+
+class QuantizedLinear(nn.Linear):
+    """A linear whose frozen weight is kept in packed bits and decoded for each product.
+
+    weight: the codes as a parameter, [ceil(N K / 2), 1] uint8, as bitsandbytes keeps them; the
+    state dict has bitsandbytes' keys. It moves with the module from device to device, but keeps its
+    scales and the dtype it decodes to when the module's dtype is changed. PEFT puts its LoRA layers
+    around it as around any linear; their `merge` cannot write into packed bits.
+    """
+
+    def __init__(self, quantized: QuantizedWeight, bias: Tensor | None = None) -> None:
+        nn.Module.__init__(self)
+        self.out_features, self.in_features = quantized.shape
+        self.format, self.dtype = quantized.format, quantized.dtype
+        tensors = dict(quantized.tensors)
+        self.weight = nn.Parameter(tensors.pop("codes").view(-1, 1), requires_grad=False)
+        self.register_parameter("bias", None)
+        if bias is not None:
+            self.bias = nn.Parameter(bias.detach(), requires_grad=False)
+        self._scales = tensors  # no buffers: a change of dtype would round them
+
+    @property
+    def quantized(self) -> QuantizedWeight:
+        """The weight, over this module's own memory."""
+        tensors = {"codes": self.weight.detach().view(-1), **self._scales}
+        return QuantizedWeight(
+            self.format, tensors, (self.out_features, self.in_features), self.dtype
+        )
+
+    def forward(self, input: Tensor) -> Tensor:
+        """input [..., K] times the decoded weight, plus the bias: [..., N], in input's dtype."""
+        y: Tensor = _Product.apply(input, self.quantized)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def extra_repr(self) -> str:
+        kind = f"{self.format.name}, block={self.format.block}, double_quant={self.format.nested}"
+        return f"{super().extra_repr()}, {kind}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedLinear":
+        super()._apply(fn, recurse)
+        self._scales = {name: x.to(self.weight.device) for name, x in self._scales.items()}
+        return self
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        entries = self.quantized.state_dict(f"{prefix}weight")
+        destination.update({k: v for k, v in entries.items() if k not in destination})
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Tensor],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        name = f"{prefix}weight"
+        others = {k: v for k, v in state_dict.items() if k != name and not k.startswith(f"{name}.")}
+        try:
+            read = QuantizedWeight.from_state_dict(state_dict, name)
+        except ValueError as error:
+            error_msgs.append(str(error))
+            return
+        if (read.format, read.shape) != (self.format, (self.out_features, self.in_features)):
+            error_msgs.append(f"{name}: is {read.format} {list(read.shape)}, expected {self}")
+            return
+        tensors = dict(read.tensors)
+        others[name] = tensors.pop("codes").view(-1, 1)
+        self._scales = {k: tensor.to(self.weight.device) for k, tensor in tensors.items()}
+        rest = (local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        super()._load_from_state_dict(others, prefix, *rest)
+
+
+class _Product(torch.autograd.Function):
+    """x Wᵀ, and dX = dY W with W decoded again: nothing as large as W is kept in between."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, quantized: QuantizedWeight) -> Tensor:
+        ctx.quantized, ctx.dtype = quantized, x.dtype
+        return nn.functional.linear(x, quantized.dequantize().to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None]:
+        if not ctx.needs_input_grad[0]:
+            return None, None
+        return (dy @ ctx.quantized.dequantize().to(dy.dtype)).to(ctx.dtype), None

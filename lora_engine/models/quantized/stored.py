@@ -1,0 +1,70 @@
+"""How a linear's weight is stored, whoever stored it."""
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_engine.models.quantized.linear import QuantizedLinear
+from lora_engine.ops import QuantizedWeight
+from lora_engine.quantization.blockwise_4bit import BLOCKS, Blockwise4bit
+from lora_engine.quantization.nested_absmax import NESTED_BLOCK
+
+
+def is_plain_linear(module: object) -> bool:
+    """Whether the class is one of those whose weights are known here: nn.Linear, not its others."""
+    return type(module) in (nn.Linear, QuantizedLinear) or _is_bitsandbytes_4bit(module)
+
+
+def why_not_stored(layer: nn.Module) -> str | None:
+    """Why the layer's weight cannot be taken as it is stored; None if it can."""
+    if not is_plain_linear(layer):
+        return f"the base layer is {type(layer).__name__}, not nn.Linear"
+    return _why_not_bitsandbytes(layer) if _is_bitsandbytes_4bit(layer) else None
+
+
+def stored_weight(layer: nn.Linear) -> Tensor | QuantizedWeight:
+    """The layer's weight as it is stored: nothing is copied."""
+    if isinstance(layer, QuantizedLinear):
+        return layer.quantized
+    return _of_bitsandbytes(layer) if _is_bitsandbytes_4bit(layer) else layer.weight
+
+
+def weight_count(module: nn.Module) -> int:
+    """The numbers that the module's own parameters stand for."""
+    sizes = {name: p.numel() for name, p in module.named_parameters(recurse=False)}
+    if isinstance(module, nn.Linear) and type(module) is not nn.Linear and "weight" in sizes:
+        sizes["weight"] = module.in_features * module.out_features
+    return sum(sizes.values())
+
+
+def _is_bitsandbytes_4bit(module: object) -> bool:
+    found = sys.modules.get("bitsandbytes")  # a layer of its own has imported it
+    return found is not None and isinstance(module, found.nn.Linear4bit)
+
+
+def _why_not_bitsandbytes(layer: Any) -> str | None:
+    state: Any = layer.weight.quant_state
+    if state is None:
+        return "bitsandbytes has not quantised its weight yet: move the model to its device"
+    if getattr(state, "packing_format_for_cpu", False):
+        return "bitsandbytes has packed its weight in another order, for this CPU"
+    if layer.compute_dtype not in (None, state.dtype):
+        return f"it computes in {layer.compute_dtype}, and decodes its weight to {state.dtype}"
+    if len(state.shape) != 2 or state.blocksize not in BLOCKS:
+        return f"its weight is {list(state.shape)} in blocks of {state.blocksize}"
+    if state.nested and state.state2.blocksize != NESTED_BLOCK:
+        return f"its scales are quantised in blocks of {state.state2.blocksize}"
+    return None
+
+
+def _of_bitsandbytes(layer: Any) -> QuantizedWeight:
+    state: Any = layer.weight.quant_state
+    tensors = {"codes": layer.weight.detach().view(torch.uint8).view(-1), "absmax": state.absmax}
+    if state.nested:
+        tensors["nested_absmax"] = state.state2.absmax
+        tensors["nested_code"] = state.state2.code
+        tensors["offset"] = state.offset
+    format = Blockwise4bit(state.quant_type, state.blocksize, state.nested)
+    return QuantizedWeight(format, tensors, (state.shape[0], state.shape[1]), state.dtype)
