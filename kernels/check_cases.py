@@ -21,6 +21,8 @@ COLS = (64, 576, 1001, 1536, 4096, 8192, 14336, 28672)
 # Bytes of the widest rows that the norms' kernels hold without spills, 16384 in float32.
 WIDEST_NORM = 65536
 VOCABS = (1001, 32000, 49152, 50257, 128256, 151936, 262144)
+# (head_dim, query heads, key heads, padding columns): aligned, padded to a power of two, unaligned.
+ATTENTION_HEADS = ((16, 4, 2, 0), (64, 32, 8, 48), (80, 8, 8, 1), (128, 32, 8, 48), (256, 16, 8, 0))
 # The last is what --quick takes where the dtype makes no other line of the table.
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -107,6 +109,61 @@ def rope(dtype: torch.dtype) -> Iterator[Call]:
                 flags = {"interleaved": interleaved, "inverse": inverse}
                 yield call(rope.rope, q, k, q_out, k_out, cos, cos, None, **flags)
                 yield call(rope.rope, q, None, q_out, None, cos, cos, positions, **flags)
+
+
+@operation
+def attention(dtype: torch.dtype) -> Iterator[Call]:
+    """Causal and not, within a window, with parents; heads of every line, padded and unaligned."""
+    from lora_engine.backends.triton import attention
+
+    bounds, parents = empty(5, dtype=torch.int32), empty(4, dtype=torch.int32)
+    native = dtype != torch.float32
+    kinds: tuple[dict[str, Any], ...] = (
+        {"causal": True, "window": 0},
+        {"causal": False, "window": 0},
+        {"causal": True, "window": 512, "parents": parents},
+    )
+    for dim, heads, kv_heads, padding in ATTENTION_HEADS:
+        widths = [heads * dim, kv_heads * dim, kv_heads * dim]
+        q, k, v = empty(ROWS, sum(widths) + padding, dtype=dtype).split(
+            [*widths[:2], widths[2] + padding], 1
+        )
+        v = v[:, : widths[2]]
+        o, lse = empty(ROWS, widths[0], dtype=dtype), empty(heads, ROWS, dtype=torch.float32)
+        tables = empty(ROWS, dim, dtype=torch.float32)
+        for kind in kinds:
+            options = {"head_dim": dim, "scale": dim**-0.5, **kind}
+            rotation = (None, None) if kind["window"] else (tables, tables)
+            matrix = ("_attention_fwd_kernel",) if native else ()
+            yield call(
+                attention.attention_fwd,
+                q,
+                k,
+                v,
+                bounds,
+                *rotation,
+                o,
+                lse,
+                **options,
+                matrix=matrix,
+            )
+            matrix = ("_attention_bwd_dq_kernel", "_attention_bwd_dkv_kernel") if native else ()
+            yield call(
+                attention.attention_bwd,
+                o,
+                q,
+                k,
+                v,
+                bounds,
+                *rotation,
+                o,
+                lse,
+                q,
+                k,
+                v,
+                **options,
+                matrix=matrix,
+            )
 
 
 @operation

@@ -15,9 +15,10 @@ from operand_guard import OperandGuard
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
     if importlib.util.find_spec("triton") is not None:
-        from triton_interpreter import repair_bfloat16
+        from triton_interpreter import repair_bfloat16, replace_functions_once
 
         repair_bfloat16()
+        replace_functions_once()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

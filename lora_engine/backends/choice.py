@@ -23,7 +23,7 @@ OPERATIONS: dict[str, tuple[str, ...]] = {
     "lora_linear": ("cpu", "triton"),
     "linear_cross_entropy": ("cpu", "triton"),
     "cross_entropy": ("cpu", "triton"),
-    "attention": ("cpu",),
+    "attention": ("cpu", "triton"),
     "adamw": ("cpu", "triton", "cuda"),
     "adamw_8bit": ("cpu", "triton", "cuda"),
     "blockwise_4bit": ("cpu", "triton"),

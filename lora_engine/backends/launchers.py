@@ -99,6 +99,10 @@ def attention(impl: str) -> contracts.Attention:
         from lora_engine.backends.cpu import attention as cpu
 
         return cpu
+    if impl == "triton":
+        from lora_engine.backends.triton import attention as triton
+
+        return triton
     _no_kernels("attention", impl)
 
 

@@ -7,9 +7,10 @@ fits anything.
 The rules' figures are to be made anew from `benchmarks` on each kind of GPU.
 
 launch_table.json, beside the Triton kernels: for each kernel, entries for a compute capability
-("90", or "*" for any) and a dtype ("bfloat16", or "*"): a list of [largest size, parameters], the
-sizes rising, null for no limit. What "size" is, each kernel's launcher says. Parameters are the
-kernel's block sizes and Triton's own num_warps and num_stages.
+("90", or "*" for any; "None" for Triton's interpreter, which is fastest with few and large blocks)
+and a dtype ("bfloat16", or "*"): a list of [largest size, parameters], the sizes rising, null for
+no limit. What "size" is, each kernel's launcher says. Parameters are the kernel's block sizes and
+Triton's own num_warps and num_stages.
 """
 
 import json

@@ -126,10 +126,11 @@ def test_cuda_needs_a_gpu_unless_emulated() -> None:
 
 def test_a_block_runs_where_all_of_its_parts_have_kernels() -> None:
     assert choose(on_cpu("attention_block"), BARE).impl == "cpu"
-    found = choose(on_gpu("attention_block"), WITH_GPU)
-    assert found.impl == "reference"
-    assert found.reason == "attention: there is no triton kernel for it"
+    assert choose(on_gpu("attention_block"), WITH_GPU).impl == "triton"
     assert choose(on_gpu("mlp_block"), WITH_GPU).impl == "triton"
+    found = choose(on_gpu("attention_block"), replace(WITH_GPU, triton=False))
+    assert found.impl == "reference"
+    assert found.reason == "rms_norm: triton is not installed"
     assert all(part in backends.OPERATIONS for parts in backends.BLOCKS.values() for part in parts)
 
 
