@@ -192,7 +192,8 @@ def test_large_scores_do_not_overflow(backend: Backend) -> None:
         lambda q, k, v: ops.attention(q, k, v, bounds, impl=backend.impl),
         peer([40]),
         [x * 100 for x in qkv],
-        tolerance=1e-4,
+        # Scores of 60000, whose ulp is 4e-3, are turned into units of log 2 and back.
+        tolerance=4e-3 if backend.impl == "triton" else 1e-4,
     )
 
 
