@@ -48,6 +48,12 @@ def problems(entries: Sequence[Entry]) -> list[str]:
         for x in entries
         if x["event"] == "failure"
     ]
+    found += [
+        f"{' '.join(map(str, x['item'].values()))}: no {key}: {message}"
+        for x in entries
+        if x["event"] == "row"
+        for key, message in x.get("failed", {}).items()
+    ]
     for job, contenders in rows(entries).items():
         reference = next((contenders[x][0] for x in REFERENCES if x in contenders), None)
         if reference is None:

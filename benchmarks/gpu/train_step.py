@@ -15,7 +15,7 @@ import gc
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -203,7 +203,7 @@ class Run:
         print(f"{_text(item)}: {message}", file=sys.stderr)
 
     def _failed(self, item: dict[str, Any], error: Exception) -> None:
-        message = f"{type(error).__name__}: {' '.join(str(error).split())}"[:LONGEST_MESSAGE]
+        message = _message(error)
         where = "".join(traceback.format_exception(error))[-3000:]
         self.add("failure", item=item, message=message, traceback=where)
         print(f"{_text(item)}: {where}", file=sys.stderr)
@@ -260,10 +260,17 @@ def measure_steps(
             # The values that the next contender begins with are no part of a training.
             row["peak_bytes"] = torch.cuda.max_memory_allocated() - job.start.nbytes
             row["reserved_bytes"] = torch.cuda.max_memory_reserved()
+        more: dict[str, Callable[[], Any]] = {}
         if gpu and profiled:
-            row["profile"] = step_profile.summarise(step_profile.intervals(step))
+            more["profile"] = lambda: step_profile.summarise(step_profile.intervals(step))
         if host_batch is not None:
-            row["host_seconds"] = _host_seconds(step, job, device, host_batch)
+            more["host_seconds"] = lambda: _host_seconds(step, job, device, host_batch)
+        row["failed"] = {}
+        for key, measured in more.items():
+            try:
+                row[key] = measured()
+            except Exception as error:  # the steps were timed
+                row["failed"][key] = _message(error)
     row["report"] = dict(job.report)
     job.report.clear()
     return row
@@ -305,6 +312,10 @@ def _synchronize(device: torch.device) -> None:
 def _collect() -> None:
     gc.collect()
     torch.cuda.empty_cache()
+
+
+def _message(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:LONGEST_MESSAGE]
 
 
 def _text(item: dict[str, Any]) -> str:

@@ -87,6 +87,27 @@ def test_a_contender_that_fails_or_does_not_fit_keeps_none_from_running(
     assert "| peft " in page
 
 
+def test_a_profile_that_fails_leaves_the_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    def make() -> Any:
+        return step_models.add_adapters(step_models.make_model("tiny", CPU))
+
+    model, batch = make(), step_models.make_batch("tiny", 512, CPU)
+    job = Job("lora", make, model, step_models.Snapshot(model), batch)
+
+    def fails(*_: object) -> float:
+        raise RuntimeError("no\ntracer")
+
+    monkeypatch.setattr(train_step, "_host_seconds", fails)
+    peft = step_contenders.LORA["peft"]
+    found = train_step.measure_steps(peft, job, CPU, warmup=1, steps=1, host_batch=batch)
+    assert found["wall_seconds"] > 0
+    assert found["failed"] == {"host_seconds": "RuntimeError: no tracer"}
+    entry = {**row("peft", [4.0]), **found}
+    assert step_report.problems([entry]) == [
+        "m lora b peft 1: no host_seconds: RuntimeError: no tracer"
+    ]
+
+
 def test_no_contender_begins_after_the_time(tmp_path: Path) -> None:
     file = tmp_path / "steps.jsonl"
     options = ["--jobs", "tiny:lora:tiny", "--minutes", "0", "--append", str(file)]
