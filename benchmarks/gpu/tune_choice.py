@@ -49,7 +49,8 @@ HEADS = {
     "cuda": ((8192, 4096, 128256), (2048, 4096, 128256), (8192, 2048, 151936), (8192, 576, 49152)),
     "cpu": ((64, 32, 512),),
 }
-MEBIBYTES = {"cuda": (512, 128, 256, 1024, 2048), "cpu": (1, 2)}
+# Of a chunk's logits, beside what is chosen at present.
+MEBIBYTES = {"cuda": (64, 128, 256, 512, 1024, 2048), "cpu": (1, 2)}
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,8 @@ def _head_runs(
 
         return run
 
-    return {f"{mebibytes} MiB": by(mebibytes) for mebibytes in MEBIBYTES[device.type]}
+    present = choice.CHUNK_BYTES[device.type] // 2**20
+    return {f"{x} MiB": by(x) for x in dict.fromkeys((present, *MEBIBYTES[device.type]))}
 
 
 def measured(lines: Sequence[dict[str, Any]]) -> dict[str, list[Measured]]:

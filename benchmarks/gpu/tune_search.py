@@ -18,6 +18,13 @@ _HALF, _QUARTER = 0.5, 0.25
 _ABOUT = (_HALF, 1, 2)
 _WARPS: Axes = {"num_warps": _ABOUT}
 _ROWS: Axes = {"BLOCK_M": (_HALF, 1, 2, 4), "num_warps": (_QUARTER, _HALF, 1, 2)}
+_ATTENTION: Axes = {
+    "BLOCK_M": _ABOUT,
+    "BLOCK_N": _ABOUT,
+    "num_stages": "stages",
+    "SPLIT": "flag",
+    **_WARPS,
+}
 _SUMS: Axes = {"BLOCK_M": _ABOUT, "num_stages": "stages", **_WARPS}
 _PRODUCT: Axes = {
     "BLOCK_M": _ABOUT,
@@ -42,6 +49,9 @@ SEARCH: dict[str, Axes] = {
     "dequantize_4bit": {"BLOCK_M": (_QUARTER, _HALF, 1, 2), "BLOCK_N": _ABOUT, **_WARPS},
     "adamw": {"BLOCK": (_HALF, 1, 2, 4), "num_warps": _ABOUT},
     "adamw_8bit": {"BLOCKS": (_QUARTER, _HALF, 1, 2, 4), "num_warps": _ABOUT},
+    "attention_fwd": _ATTENTION,
+    "attention_bwd_dq": _ATTENTION,
+    "attention_bwd_dkv": _ATTENTION,
     "lora_a_fwd": {**_SUMS, "BLOCK_K": _ABOUT},
     "lora_a_fwd_wide": {**_SUMS, "BLOCK_K": _ABOUT},
     "lora_a_bwd": {**_SUMS, "BLOCK_K": _ABOUT},
@@ -84,18 +94,21 @@ def _values(
     value = present[name]
     if steps == "free":  # a limit on registers, or none
         return [value, None]
+    if steps == "flag":
+        return [value, 1 - value]
     if steps == "stages":
         found = [value, value + 1, value - 1]
     else:
         assert isinstance(steps, tuple)
         found = [value, *(int(value * step) for step in steps if step != 1)]
-    products = kernel.startswith("lora_") and kernel != "lora_sum_chunks"
+    products = kernel.startswith(("attention_", "lora_")) and kernel != "lora_sum_chunks"
     least = _LEAST_OF_PRODUCTS.get(name, 1) if products else _LEAST.get(name, 1)
     return [x for x in found if least <= x <= _MOST.get(name, x)]
 
 
 def _distance(present: int, value: int | None) -> float:
-    return 1.0 if value is None else abs(math.log2(value / present))
+    """Powers of two between them; one step between a limit and none, and between 0 and 1."""
+    return abs(math.log2(value / present)) if value and present else 1.0
 
 
 # A gain counts if it is larger than this, and than twice what one line differs from itself.

@@ -23,7 +23,8 @@ from torch import Tensor
 from benchmarks.common import measure
 from benchmarks.gpu import (
     gpu_timing,
-    tune_lora,  # noqa: F401  (registers the cases)
+    tune_attention,  # noqa: F401  (registers the cases)
+    tune_lora,  # noqa: F401  (likewise)
     tune_pointwise,  # noqa: F401  (likewise)
 )
 from benchmarks.gpu.tune_cases import Call, Case

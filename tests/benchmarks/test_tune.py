@@ -183,6 +183,7 @@ def test_candidates_are_near_the_present_line_and_no_two_alike(kernel: str) -> N
         assert changed == sorted(changed), "those that change least come first"
         for parameters in found:
             assert set(parameters) | {"maxnreg"} >= set(line.present)
+            assert parameters.get("SPLIT", 0) in (0, 1)
             powers = [v for k, v in parameters.items() if k.startswith("BLOCK") or "warps" in k]
             assert all(v & (v - 1) == 0 for v in powers)
             assert 1 <= parameters["num_warps"] <= 32
