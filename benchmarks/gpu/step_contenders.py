@@ -10,10 +10,11 @@ from torch import Tensor
 
 import lora_engine
 from benchmarks.gpu.step_models import Batch, Snapshot
-from benchmarks.gpu.step_packed import bitsandbytes, packed_weights
+from benchmarks.gpu.step_packed import bitsandbytes, packed
 
 LEARNING_RATE = {"lora": 2e-4, "qlora": 2e-4, "full": 1e-5}
 MAX_NORM = 1.0
+Convert = Callable[[Any], Any]  # a PEFT model into one over other base weights, for good
 
 
 @dataclass
@@ -32,16 +33,16 @@ class Job:
     form: str = "dense"
     report: dict[str, str] = field(default_factory=dict)
 
-    def need(self, form: str, convert: Callable[[Any], Any] | None = None) -> None:
-        """Gives the model this form: by `convert`, or dense as `make` makes it."""
+    def need(self, convert: Convert | None) -> None:
+        """Gives the model the form that `convert` makes of a dense one; None: dense."""
+        form = "dense" if convert is None else convert.__name__
         if self.form == form:
             return
-        if convert is None:
+        if self.form != "dense":
             self.model = None  # freed before another is made
-            self.model = self.make()
-        else:
-            self.model = convert(self.model)
-        self.form = form
+            self.model, self.form = self.make(), "dense"
+        if convert is not None:
+            self.model, self.form = convert(self.model), form
 
     @property
     def trained(self) -> list[Tensor]:
@@ -77,7 +78,7 @@ def plain(
     autocast: bool = False,
     padded: bool = False,
     accelerated: bool = False,
-    convert: Callable[[Any], Any] | None = None,
+    convert: Convert | None = None,
 ) -> Callable[[Job], Any]:
     """A loop of one's own around transformers and PEFT, with torch's fused AdamW.
 
@@ -89,7 +90,7 @@ def plain(
 
     @contextmanager
     def setup(job: Job) -> Iterator[Step]:
-        job.need("dense") if convert is None else job.need(convert.__name__, convert)
+        job.need(convert)
         model = job.model
         dtype = torch.float32 if autocast or accelerated else torch.bfloat16
         job.start.restore(model, dtype)
@@ -127,7 +128,7 @@ def plain(
 
 
 def ours(
-    *, checkpointing: bool = False, optimizer: str = "adamw", nf4: bool = False
+    *, checkpointing: bool = False, optimizer: str = "adamw", convert: Convert | None = None
 ) -> Callable[[Job], Any]:
     """`lora_engine.accelerate` and the Trainer's step: packed, no logits, one flat AdamW."""
 
@@ -139,7 +140,7 @@ def ours(
         from lora_engine.training.optimizer.optimizer import FlatAdamW
         from lora_engine.training.step import TrainStep
 
-        job.need("dense")
+        job.need(convert)
         model = job.model
         job.start.restore(model)
         rate = LEARNING_RATE[job.method]
@@ -160,8 +161,7 @@ def ours(
 
         try:
             model.train()
-            frozen = packed_weights(model) if nf4 else nullcontext()
-            with frozen, _checkpointing(model, checkpointing):
+            with _checkpointing(model, checkpointing):
                 yield step
         finally:
             flat.release()
@@ -189,14 +189,21 @@ LORA = {
     "ours-checkpointed": Contender("ours, layers checkpointed", ours(checkpointing=True)),
 }
 QLORA = {
-    "ours": Contender("NF4 base weights, else as ours of LoRA", ours(nf4=True)),
+    "ours": Contender(
+        "lora_engine.quantize_model to NF4, else as ours of LoRA", ours(convert=packed)
+    ),
+    "ours-checkpointed": Contender(
+        "ours, layers checkpointed", ours(convert=packed, checkpointing=True)
+    ),
     "bitsandbytes": Contender(
         "PEFT over bitsandbytes' Linear4bit in NF4, else as peft", plain(convert=bitsandbytes)
     ),
     "bitsandbytes-checkpointed": Contender(
         "bitsandbytes, layers checkpointed", plain(convert=bitsandbytes, checkpointing=True)
     ),
-    "ours-checkpointed": Contender("ours, layers checkpointed", ours(nf4=True, checkpointing=True)),
+    "ours-over-bitsandbytes": Contender(
+        "ours over bitsandbytes' Linear4bit", ours(convert=bitsandbytes)
+    ),
     "peft": Contender("PEFT over the same weights, not packed", plain()),
     "peft-checkpointed": Contender("peft, layers checkpointed", plain(checkpointing=True)),
 }

@@ -51,7 +51,14 @@ def test_nf4_is_bitsandbytes_and_the_next_contender_finds_the_dense_weights(
 ) -> None:
     pytest.importorskip("bitsandbytes")
     file = tmp_path / "steps.jsonl"
-    chosen = ["--jobs", "tiny:qlora:tiny", "--rounds", "2", "--contenders", "bitsandbytes,peft"]
+    chosen = [
+        "--jobs",
+        "tiny:qlora:tiny",
+        "--rounds",
+        "2",
+        "--contenders",
+        "ours,bitsandbytes,peft",
+    ]
     assert train_step.main([*QUICK, *chosen, "--append", str(file)]) == 0
     losses: dict[str, list[list[float]]] = {}
     for row in journal.read(file):
