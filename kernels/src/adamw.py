@@ -114,7 +114,7 @@ def adamw(
     if not count:
         return
     config = launch.config("adamw", params.device, params.dtype, count)
-    _adamw_kernel[(triton.cdiv(count, config["BLOCK"]),)](
+    _adamw_kernel[(launch.cdiv(count, config["BLOCK"]),)](
         params,
         grads,
         exp_avg,
@@ -142,7 +142,7 @@ def grad_norm(
     count = grads.numel()
     config = launch.config("grad_norm", grads.device, grads.dtype, count)
     partials = torch.empty(NORM_PARTIALS, dtype=torch.float32, device=grads.device)
-    programs = min(triton.cdiv(count, config["BLOCK"]), NORM_PARTIALS)
+    programs = min(launch.cdiv(count, config["BLOCK"]), NORM_PARTIALS)
     if programs:
         _square_sum_kernel[(programs,)](grads, partials, count, **config)
     _norm_kernel[(1,)](

@@ -127,9 +127,9 @@ def adamw_8bit(
     count = params.numel()
     if not count:
         return
-    blocks = triton.cdiv(count, QUANT_BLOCK)
+    blocks = launch.cdiv(count, QUANT_BLOCK)
     config = launch.config("adamw_8bit", params.device, params.dtype, count)
-    _adamw_8bit_kernel[(triton.cdiv(blocks, config["BLOCKS"]),)](
+    _adamw_8bit_kernel[(launch.cdiv(blocks, config["BLOCKS"]),)](
         params,
         grads,
         exp_avg,

@@ -159,7 +159,7 @@ def dequantize_4bit(
     group = launch.vector(w.dtype, cols, w.stride(0), first)
     group = group if codes.data_ptr() % 4 == 0 else 1
     config = launch.config("dequantize_4bit", w.device, w.dtype, cols)
-    tiles = triton.cdiv(rows, config["BLOCK_M"]) * triton.cdiv(cols // group, config["BLOCK_N"])
+    tiles = launch.cdiv(rows, config["BLOCK_M"]) * launch.cdiv(cols // group, config["BLOCK_N"])
     _dequantize_4bit_kernel[(tiles,)](
         codes,
         *scales,
@@ -187,7 +187,7 @@ def quantize_4bit(
     """Writes codes and absmax. Launch size: block."""
     size = w.numel()
     config = launch.config("quantize_4bit", w.device, w.dtype, block)
-    _quantize_4bit_kernel[(triton.cdiv(size, config["BLOCK"]),)](
+    _quantize_4bit_kernel[(launch.cdiv(size, config["BLOCK"]),)](
         w,
         bounds,
         ascending,

@@ -171,4 +171,4 @@ def glu_bwd(
 
 
 def _grid(rows: int, cols: int, config: dict[str, int]) -> tuple[int]:
-    return (triton.cdiv(rows, config["BLOCK_M"]) * triton.cdiv(cols, config["BLOCK_N"]),)
+    return (launch.cdiv(rows, config["BLOCK_M"]) * launch.cdiv(cols, config["BLOCK_N"]),)

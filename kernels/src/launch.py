@@ -22,3 +22,14 @@ def vector(dtype: torch.dtype, *extents: int) -> int:
     """
     elements = 16 // dtype.itemsize
     return elements if all(extent % elements == 0 for extent in extents) else 1
+
+
+# Triton's own of these names take several microseconds a call outside of a kernel.
+def cdiv(a: int, b: int) -> int:
+    """a / b rounded up."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The least power of two that is n, 1 or more, or above it."""
+    return 1 << (n - 1).bit_length()

@@ -3,6 +3,7 @@
 import torch
 import triton
 import triton.language as tl
+from lora_engine.backends.triton import launch
 from lora_engine.backends.triton.norm_rows import blocks, rows_per_program
 from torch import Tensor
 
@@ -177,7 +178,7 @@ def layer_norm_fwd(
     if not x.numel():
         return
     config, _ = blocks("layer_norm_fwd", x, y)
-    _layer_norm_fwd_kernel[(triton.cdiv(x.shape[0], config["BLOCK_M"]),)](
+    _layer_norm_fwd_kernel[(launch.cdiv(x.shape[0], config["BLOCK_M"]),)](
         x,
         weight,
         bias,
@@ -215,7 +216,7 @@ def layer_norm_bwd(
     share = config["BLOCK_M"]
     if sums:
         share = rows_per_program(rows, share, programs)
-    grid = triton.cdiv(rows, share)
+    grid = launch.cdiv(rows, share)
     partial_dw, partial_db = (
         None if total is None else torch.empty(grid, cols, dtype=torch.float32, device=x.device)
         for total in (dweight, dbias)

@@ -225,7 +225,7 @@ def lora_a_fwd(
     block_r, tiles = rank_tiles(spans, s.shape[1], 128, merge=dropout is None)
     name = by_rank("lora_a_fwd", block_r) if aligned(x, lora_a) else "lora_a_fwd_unaligned"
     config = launch.config(name, x.device, x.dtype, rows)
-    grid = (triton.cdiv(rows, config["BLOCK_M"]) * len(tiles),)
+    grid = (launch.cdiv(rows, config["BLOCK_M"]) * len(tiles),)
     _lora_a_fwd_kernel[grid](
         x,
         lora_a,
@@ -270,10 +270,10 @@ def lora_b_bwd(
     table, blocks, block_range = [], 0, {}
     for n, r in linears:
         table.append((blocks, n.start, n.stop, r.start, r.stop))
-        count = triton.cdiv(n.stop - n.start, config["BLOCK_N"])
+        count = launch.cdiv(n.stop - n.start, config["BLOCK_N"])
         block_range[r.start] = (blocks, blocks + count)
         blocks += count
-    rank_blocks = triton.cdiv(width, block_r)
+    rank_blocks = launch.cdiv(width, block_r)
     pitch = rank_blocks * block_r
     chunks, chunk = split_rows(rows, config["BLOCK_M"], blocks * rank_blocks, dy.device)
     ds_part = torch.empty(blocks, rows, pitch, dtype=torch.float32, device=dy.device)
@@ -320,7 +320,7 @@ def lora_a_bwd(
         return
     block_r, tiles = rank_tiles(spans, rank, 128, merge=dropout is None)
     config = launch.config(by_rank("lora_a_bwd", block_r), x.device, x.dtype, rows)
-    blocks = triton.cdiv(cols, config["BLOCK_K"])
+    blocks = launch.cdiv(cols, config["BLOCK_K"])
     chunks, chunk = split_rows(rows, config["BLOCK_M"], blocks * len(tiles), x.device)
     part = torch.empty(chunks, rank, cols, dtype=torch.float32, device=x.device)
     _lora_a_bwd_kernel[(len(tiles), blocks, chunks)](

@@ -192,7 +192,7 @@ def _launch(
             TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), block)
             for tensor, block in zip(operands, blocks, strict=True)
         )
-    grid = (triton.cdiv(rows, block_m) * triton.cdiv(outer, block_n),)
+    grid = (launch.cdiv(rows, block_m) * launch.cdiv(outer, block_n),)
     _two_segment_kernel[grid](
         *operands,
         s,

@@ -80,7 +80,7 @@ def sum_blocks(
     block_r, tiles = rank_tiles(spans, ds.shape[1], 64, merge=False)
     with_blocks = tuple((*tile, *block_range[tile[1]]) for tile in tiles)
     config = launch.config("lora_sum_blocks", ds.device, torch.float32, rows)
-    _sum_blocks_kernel[(len(tiles), triton.cdiv(rows, config["BLOCK_M"]))](
+    _sum_blocks_kernel[(len(tiles), launch.cdiv(rows, config["BLOCK_M"]))](
         part,
         ds,
         rows,
@@ -98,7 +98,7 @@ def sum_chunks(
     """Sums part [chunks, rows, P] over chunks into each block of `out`, at most `width` wide."""
     chunks, rows, pitch = part.shape
     config = launch.config("lora_sum_chunks", out.device, torch.float32, width)
-    grid = (triton.cdiv(rows, config["BLOCK_M"]), triton.cdiv(width, config["BLOCK_N"]))
+    grid = (launch.cdiv(rows, config["BLOCK_M"]), launch.cdiv(width, config["BLOCK_N"]))
     _sum_chunks_kernel[grid](
         part, out, chunks, rows, stride_out=out.stride(0), BLOCKS=blocks, P=pitch, **config
     )

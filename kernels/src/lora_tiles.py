@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
+from lora_engine.backends.triton import launch
 from torch import Tensor
 
 from lora_engine.backends.hardware import multiprocessors
@@ -29,7 +30,7 @@ def choose(TABLE: tl.constexpr, index, FIELD: tl.constexpr):
 
 def padded(width: int) -> int:
     """The power of two, 16 or more, that holds `width` columns: what tl.dot takes."""
-    return max(SMALLEST_DOT, triton.next_power_of_2(width))
+    return max(SMALLEST_DOT, launch.next_power_of_2(width))
 
 
 def by_rank(kernel: str, block_r: int) -> str:
@@ -86,9 +87,9 @@ def split_rows(rows: int, block_m: int, tiles: int, device: torch.device) -> tup
     """
     resident = 2 * multiprocessors(device)  # programs that the device runs at once
     chunks = resident // tiles if 2 * tiles <= resident else -(-ENOUGH_WAVES * resident // tiles)
-    blocks = triton.cdiv(rows, block_m)
-    chunk = triton.cdiv(blocks, max(1, min(chunks, MOST_CHUNKS, blocks))) * block_m
-    return triton.cdiv(rows, chunk), chunk
+    blocks = launch.cdiv(rows, block_m)
+    chunk = launch.cdiv(blocks, max(1, min(chunks, MOST_CHUNKS, blocks))) * block_m
+    return launch.cdiv(rows, chunk), chunk
 
 
 def aligned(*tensors: Tensor) -> bool:

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import triton
 from lora_engine.backends.triton import launch
 from torch import Tensor
 
@@ -27,10 +26,10 @@ def blocks(kernel: str, x: Tensor, *others: Tensor | None) -> tuple[dict[str, An
     for rows in (x, *others):
         while rows is not None and (rows.stride(0) % align or (heads > 1 and cols % align)):
             align //= 2
-    block_n = min(triton.next_power_of_2(cols), config["BLOCK_N"])
+    block_n = min(launch.next_power_of_2(cols), config["BLOCK_N"])
     return {**config, "N": cols, "BLOCK_N": block_n, "ALIGN": align}, programs
 
 
 def rows_per_program(rows: int, block_m: int, programs: int) -> int:
     """A multiple of block_m such that at most `programs` programs share the rows."""
-    return triton.cdiv(triton.cdiv(rows, programs), block_m) * block_m
+    return launch.cdiv(launch.cdiv(rows, programs), block_m) * block_m

@@ -11,6 +11,7 @@ Rows may stand HEADS side by side: [tokens, heads, cols] with a stride for each 
 import torch
 import triton
 import triton.language as tl
+from lora_engine.backends.triton import launch
 from lora_engine.backends.triton.norm_rows import blocks, rows_per_program
 from torch import Tensor
 
@@ -188,7 +189,7 @@ def rms_norm_fwd(
     if not x.numel():
         return
     config, _ = blocks("rms_norm_fwd", x, residual, y, h)
-    _rms_norm_fwd_kernel[(triton.cdiv(rows, config["BLOCK_M"]),)](
+    _rms_norm_fwd_kernel[(launch.cdiv(rows, config["BLOCK_M"]),)](
         x,
         residual,
         weight,
@@ -228,8 +229,8 @@ def rms_norm_bwd(
     share, partial = config["BLOCK_M"], None
     if dweight is not None:
         share = rows_per_program(rows, share, programs)
-        partial = torch.empty(triton.cdiv(rows, share), cols, dtype=torch.float32, device=h.device)
-    _rms_norm_bwd_kernel[(triton.cdiv(rows, share),)](
+        partial = torch.empty(launch.cdiv(rows, share), cols, dtype=torch.float32, device=h.device)
+    _rms_norm_bwd_kernel[(launch.cdiv(rows, share),)](
         dy,
         dh,
         h,

@@ -219,7 +219,7 @@ def rope(
     strides = [s for each in (x, x_k, y, y_k) for s in each.stride()[:2]]
     strides += [cos.stride(0), sin.stride(0)]
     vec = launch.vector(x.dtype, *strides)
-    _rope_kernel[(triton.cdiv(tokens, config["BLOCK_T"]),)](
+    _rope_kernel[(launch.cdiv(tokens, config["BLOCK_T"]),)](
         x,
         x_k,
         y,
@@ -239,7 +239,7 @@ def rope(
         INTERLEAVED=interleaved,
         INVERSE=inverse,
         VEC=vec,
-        BLOCK_HALF=triton.next_power_of_2(rotary // 2),
-        BLOCK_REST=triton.next_power_of_2(max(head_dim - rotary, 1)),
+        BLOCK_HALF=launch.next_power_of_2(rotary // 2),
+        BLOCK_REST=launch.next_power_of_2(max(head_dim - rotary, 1)),
         **config,
     )
