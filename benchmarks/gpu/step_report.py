@@ -114,6 +114,11 @@ def job_parts(
         )
     if contenders:
         found.append(_table(contenders, facts, gpu))
+    for name, of_contender in contenders.items():
+        report = of_contender[0].get("report", {}).get("accelerate", "")
+        left = [line.strip() for line in report.splitlines() if " left: " in line]
+        if left:
+            found.append(f"Not accelerated in {name}:\n\n" + "\n".join(f"- {x}" for x in left))
     unfit = [x for x in entries if x["event"] == "unfit" and job_of(x) == job]
     names = dict.fromkeys(f"{x['item']['contender']} ({x['message']})" for x in unfit)
     if names:

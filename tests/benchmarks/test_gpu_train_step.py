@@ -141,6 +141,14 @@ def test_losses_that_differ_are_told(of_ours: dict[str, Any], problem: str | Non
     assert found == [] if problem is None else found[0].startswith(problem)
 
 
+def test_what_acceleration_left_is_told() -> None:
+    report = "  2 × layers  glu → Triton kernel\n  1 × Llama  attention  left: a try differs"
+    times = {"wall_seconds": 1.0, "gpu_seconds": [], "flops": 1, "tokens_per_second": 1.0}
+    entry = {**row("ours", [4.0, 4.0]), **times, "report": {"accelerate": report}}
+    page = "\n".join(step_report.parts([entry]))
+    assert "Not accelerated in ours:\n\n- 1 × Llama  attention  left: a try differs" in page
+
+
 def test_a_profile_counts_launches_and_time_without_any() -> None:
     found = [
         Interval("gemm", 1.0, 2.0),
