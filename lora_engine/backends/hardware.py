@@ -90,6 +90,13 @@ def reads_at_once(x: Tensor) -> bool:
     return x.device.type == "cpu"
 
 
+def is_current(device: torch.device) -> bool:
+    """Whether what is launched now runs on `device`; of CPUs there is one."""
+    if device.type != "cuda" or device.index is None:
+        return True
+    return device.index == torch.cuda.current_device()
+
+
 def keeps_scalars(device: torch.device) -> bool:
     """Whether `x * scalar` takes a 0-dim tensor in its own precision; a GPU rounds it to x's."""
     return device.type == "cpu"

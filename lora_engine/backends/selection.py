@@ -22,7 +22,7 @@ from lora_engine.backends.choice import (
     choose,
 )
 from lora_engine.backends.extension import Extension
-from lora_engine.errors import EngineWarning
+from lora_engine.errors import EngineWarning, UserError
 
 
 def present() -> Present:
@@ -64,8 +64,16 @@ def select(
     impl: str | None = None,
     format: str = "dense",
 ) -> str:
-    """What an operation calls: `explain`, with one warning where the reference is not by choice."""
+    """What an operation calls: `explain`, with one warning where the reference is not by choice.
+
+    Raises UserError for tensors on another GPU than the current one: Triton launches on that.
+    """
     choice = _choose_here(operation, device, dtype, None, impl, format)
+    if choice.impl == "triton" and not hardware.is_current(device):
+        raise UserError(
+            f"lora_engine.{operation}: the tensors are on {device}, which is not torch's current "
+            f"device: call torch.cuda.set_device({device.index})"
+        )
     if choice.impl == "reference" and impl is None:
         _warn_once(operation, choice.reason)
     return choice.impl

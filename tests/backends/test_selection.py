@@ -5,7 +5,8 @@ import torch
 
 from lora_engine import backends
 from lora_engine.backends import selection
-from lora_engine.errors import UnavailableError
+from lora_engine.backends.choice import Choice
+from lora_engine.errors import UnavailableError, UserError
 
 CPU = torch.device("cpu")
 
@@ -43,3 +44,14 @@ def test_a_dtype_by_its_name_is_refused() -> None:
     """It is none of the kernels' dtypes: the answer would be that they do not take it."""
     with pytest.raises(TypeError, match="dtype is 'float32', expected"):
         backends.explain("glu", "cpu", "float32")  # type: ignore[arg-type]
+
+
+def test_a_gpu_has_to_be_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = Choice("glu", "triton", "a kernel")
+    monkeypatch.setattr(selection, "_choose_here", lambda *_: found)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    for device in ("cuda:1", "cuda", "cpu"):
+        assert backends.select("glu", torch.device(device), torch.float32) == "triton"
+    message = "glu: the tensors are on cuda:0, which .*: call torch.cuda.set_device.0."
+    with pytest.raises(UserError, match=message):
+        backends.select("glu", torch.device("cuda:0"), torch.float32)

@@ -13,6 +13,7 @@ from whole_models import adapted, assert_trains_as_well, batch_of, exact, traini
 
 import lora_engine
 from lora_engine import backends
+from lora_engine.errors import UserError
 from lora_engine.testing import error
 
 needs_gpu = pytest.mark.gpu
@@ -197,6 +198,9 @@ def test_a_gpu_that_is_not_the_current_one(gpu: torch.device) -> None:
     model = adapted("llama", "lora", torch.bfloat16)
     oracle = training_results(exact(model), batch_of("whole", torch.device("cpu")))
     theirs = drawn(training_results(model.to(other), batch_of("whole", other)))
-    lora_engine.accelerate(model)
-    ours = training_results(model, batch_of("whole", other))
+    with pytest.raises(UserError, match=r"call torch\.cuda\.set_device"):
+        lora_engine.accelerate(model)
+    with torch.cuda.device(other):
+        assert not lora_engine.accelerate(model).left
+        ours = training_results(model, batch_of("whole", other))
     assert_trains_as_well(ours, theirs, oracle, torch.bfloat16)
