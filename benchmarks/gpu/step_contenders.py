@@ -233,6 +233,9 @@ FULL = {
 }
 
 
+NAMES = tuple(dict.fromkeys((*LORA, *QLORA, *MIXED, *FULL)))
+
+
 def contenders_of(method: str, batch: Batch) -> dict[str, Contender]:
     """Those of a method, in order of importance."""
     if method in ("full", "qlora"):

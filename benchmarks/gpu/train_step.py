@@ -25,7 +25,7 @@ import torch
 from benchmarks.common import measure, output
 from benchmarks.common.journal import Journal, read, started
 from benchmarks.gpu import step_models, step_packed, step_profile, step_report
-from benchmarks.gpu.step_contenders import Contender, Job, contenders_of
+from benchmarks.gpu.step_contenders import NAMES, Contender, Job, contenders_of
 from benchmarks.train import train_flops
 
 DEVICE_LOST = 3
@@ -51,9 +51,15 @@ class Name(NamedTuple):
 
     @staticmethod
     def of(text: str) -> "Name":
-        name = Name(*text.split(":"))
+        parts = text.split(":")
+        if len(parts) != len(Name._fields):
+            raise ValueError(f"{text} is not MODEL:METHOD:BATCH")
+        name = Name(*parts)
         if name.model not in step_models.MODELS or name.batch not in step_models.BATCHES:
-            raise ValueError(f"{text}: MODEL:METHOD:BATCH of {list(step_models.MODELS)}")
+            raise ValueError(
+                f"{text}: models are {', '.join(step_models.MODELS)}, "
+                f"batches {', '.join(step_models.BATCHES)}"
+            )
         if name.method not in ("lora", "qlora", "full"):
             raise ValueError(f"{text}: the method is lora, qlora or full")
         return name
@@ -69,7 +75,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--jobs", type=_jobs, help=f"of {', '.join(JOBS)} (default: all)")
     parser.add_argument("--model", help="only jobs of these models, by commas")
-    parser.add_argument("--contenders", type=lambda text: text.split(","), help="default: all")
+    parser.add_argument("--contenders", type=_contenders, help="by commas (default: all)")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--steps", type=int, default=5, help="timed steps")
@@ -92,8 +98,15 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def _jobs(text: str) -> list[Name]:
     try:
         return [Name.of(part) for part in text.split(",")]
-    except (TypeError, ValueError) as error:
+    except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _contenders(text: str) -> list[str]:
+    names = text.split(",")
+    if unknown := [name for name in names if name not in NAMES]:
+        raise argparse.ArgumentTypeError(f"no contender {', '.join(unknown)}; there are {NAMES}")
+    return names
 
 
 class Run:

@@ -115,6 +115,18 @@ def test_a_profile_that_fails_leaves_the_times(monkeypatch: pytest.MonkeyPatch) 
     ]
 
 
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--contenders", "ours,pfet"), ("--jobs", "llama-1b:lora"), ("--jobs", "llama-1b:lora:rosw")],
+)
+def test_a_name_that_does_not_exist_is_refused(
+    option: str, value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        train_step.parse_arguments([option, value])
+    assert value.split(",")[-1] in capsys.readouterr().err
+
+
 def test_no_contender_begins_after_the_time(tmp_path: Path) -> None:
     file = tmp_path / "steps.jsonl"
     options = ["--jobs", "tiny:lora:tiny", "--minutes", "0", "--append", str(file)]
