@@ -16,6 +16,11 @@ LORA_ENGINE_FIELDS(cuda::AdamW8bitArgs, FIELD(params), FIELD(grads), FIELD(exp_a
                    FIELD(exp_avg_sq), FIELD(exp_avg_absmax), FIELD(exp_avg_sq_absmax), FIELD(size),
                    FIELD(hyper));
 LORA_ENGINE_FIELDS(cuda::GradNormArgs, FIELD(grads), FIELD(partials), FIELD(norm), FIELD(size));
+LORA_ENGINE_FIELDS(cuda::Quantize4bitArgs, FIELD(w), FIELD(bounds), FIELD(ascending), FIELD(codes),
+                   FIELD(absmax), FIELD(size), FIELD(block), FIELD(dtype));
+LORA_ENGINE_FIELDS(cuda::Dequantize4bitArgs, FIELD(codes), FIELD(absmax), FIELD(nested_absmax),
+                   FIELD(nested_code), FIELD(offset), FIELD(values), FIELD(w), FIELD(rows),
+                   FIELD(cols), FIELD(stride), FIELD(first), FIELD(block), FIELD(dtype));
 
 namespace cuda {
 namespace {
@@ -36,6 +41,8 @@ void bind(py::module_ m) {
   define(m, "adamw", &adamw);
   define(m, "adamw_8bit", &adamw_8bit);
   define(m, "grad_norm", &grad_norm);
+  define(m, "quantize_4bit", &quantize_4bit);
+  define(m, "dequantize_4bit", &dequantize_4bit);
 }
 
 }  // namespace cuda

@@ -40,9 +40,37 @@ struct GradNormArgs {
   int64_t size;
 };
 
+// Of elements, where an address is void*.
+enum DType : int64_t { kFloat32, kBFloat16, kFloat16 };
+
+// The format is lora_engine/quantization/blockwise_4bit.py's. block: a power of two, at least 32.
+struct Quantize4bitArgs {
+  const void* w;             // [size]
+  const float* bounds;       // [15] between ascending values; a value on one takes the code below
+  const uint8_t* ascending;  // [16] codes in the order of their values
+  uint8_t* codes;            // [ceil(size / 2)]
+  float* absmax;             // [ceil(size / block)]
+  int64_t size, block, dtype;
+};
+
+struct Dequantize4bitArgs {
+  const uint8_t* codes;        // of the whole weight
+  const void* absmax;          // [blocks] float, or uint8 with the others
+  const float* nested_absmax;  // [ceil(blocks / 256)]
+  const float* nested_code;    // [256]
+  const float* offset;         // []
+  const float* values;         // [16] of codes
+  void* w;                     // [rows, cols], rows `stride` elements apart
+  int64_t rows, cols, stride;
+  int64_t first;  // the place of w[0, 0] among the weight's values
+  int64_t block, dtype;
+};
+
 void adamw(const AdamWArgs&, void* stream);
 void adamw_8bit(const AdamW8bitArgs&, void* stream);
 void grad_norm(const GradNormArgs&, void* stream);
+void quantize_4bit(const Quantize4bitArgs&, void* stream);
+void dequantize_4bit(const Dequantize4bitArgs&, void* stream);
 
 }  // namespace cuda
 }  // namespace lora_engine

@@ -26,7 +26,7 @@ OPERATIONS: dict[str, tuple[str, ...]] = {
     "attention": ("cpu", "triton"),
     "adamw": ("cpu", "triton", "cuda"),
     "adamw_8bit": ("cpu", "triton", "cuda"),
-    "blockwise_4bit": ("cpu", "triton"),
+    "blockwise_4bit": ("cpu", "triton", "cuda"),
 }
 # Functions made of several operations: they run where all of these have kernels.
 BLOCKS: dict[str, tuple[str, ...]] = {

@@ -150,6 +150,10 @@ def blockwise_4bit(impl: str) -> contracts.Blockwise4bit:
         from lora_engine.backends.triton import blockwise_4bit as triton
 
         return triton
+    if impl == "cuda":
+        from lora_engine.backends.cuda import blockwise_4bit as cuda
+
+        return cuda
     _no_kernels("blockwise_4bit", impl)
 
 

@@ -54,6 +54,7 @@ if TYPE_CHECKING:
         launchers.adamw("cuda").adamw(x, x, x, x, hyper, 1.0)  # type: ignore[arg-type]
         launchers.adamw_8bit("cuda").adamw_8bit(x, x, x, x, x, x, None, x)  # type: ignore[arg-type]
         launchers.blockwise_4bit("cpu").dequantize_4bit(x, x, x, x, 0, 64)  # type: ignore[arg-type]
+        launchers.blockwise_4bit("cuda").quantize_4bit(x, x, x, x, x, "64")  # type: ignore[arg-type]
         launchers.blockwise_4bit("triton").quantize_4bit(x, x, x, x, x)  # type: ignore[call-arg]
 
     def wrong_structs(x: Tensor, hyper: AdamWHyper) -> None:

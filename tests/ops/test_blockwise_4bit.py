@@ -212,6 +212,20 @@ def test_rows_into_a_wider_buffer(
         assert bool((wide[:, cols:] == 2.0).all())
 
 
+@pytest.mark.parametrize("offset", [1, 2, 4])
+def test_codes_at_any_address(offset: int, backend: Backend) -> None:
+    """As of a weight that is a part of a larger buffer: words of them may not be aligned."""
+    format = Blockwise4bit("nf4", 64)
+    w = torch.randn(16, 128).bfloat16()
+    tensors = ops.quantize_4bit(*backend.put(w), format, impl=backend.impl)
+    codes = torch.empty(len(tensors["codes"]) + offset, dtype=torch.uint8, device=backend.device)
+    moved = {**tensors, "codes": codes[offset:].copy_(tensors["codes"])}
+    found, expected = (torch.empty_like(w, device=backend.device) for _ in range(2))
+    ops.dequantize_4bit_(found, moved, format, impl=backend.impl)
+    ops.dequantize_4bit_(expected, tensors, format, impl=backend.impl)
+    assert torch.equal(found, expected)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     rows=st.integers(1, 9),

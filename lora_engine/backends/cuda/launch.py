@@ -39,7 +39,7 @@ class AdamWHyper(NamedTuple):
             weight_decay=hyper.weight_decay,
             bias_correction1=hyper.bias_correction1,
             bias_correction2=hyper.bias_correction2,
-            grad_norm=0 if grad_norm is None else grad_norm.data_ptr(),
+            grad_norm=pointer(grad_norm),
             max_grad_norm=hyper.max_grad_norm or 0.0,
         )
 
@@ -71,12 +71,51 @@ class GradNormArgs(NamedTuple):
     size: int
 
 
+class Quantize4bitArgs(NamedTuple):
+    w: Address
+    bounds: Address
+    ascending: Address
+    codes: Address
+    absmax: Address
+    size: int
+    block: int
+    dtype: int
+
+
+class Dequantize4bitArgs(NamedTuple):
+    codes: Address
+    absmax: Address
+    nested_absmax: Address
+    nested_code: Address
+    offset: Address
+    values: Address
+    w: Address
+    rows: int
+    cols: int
+    stride: int
+    first: int
+    block: int
+    dtype: int
+
+
 class Launchers(Protocol):
     """The launchers of csrc/cuda; `stream` is a CUDA stream's handle."""
 
     def adamw(self, args: AdamWArgs, stream: int) -> None: ...
     def adamw_8bit(self, args: AdamW8bitArgs, stream: int) -> None: ...
     def grad_norm(self, args: GradNormArgs, stream: int) -> None: ...
+    def quantize_4bit(self, args: Quantize4bitArgs, stream: int) -> None: ...
+    def dequantize_4bit(self, args: Dequantize4bitArgs, stream: int) -> None: ...
+
+
+def dtype_code(dtype: torch.dtype) -> int:
+    """The DType of csrc/cuda/launchers.hpp."""
+    return (torch.float32, torch.bfloat16, torch.float16).index(dtype)
+
+
+def pointer(tensor: Tensor | None) -> Address:
+    """The tensor's address; null for None."""
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def kernels() -> Launchers:
