@@ -309,3 +309,39 @@ def lora_linear(dtype: torch.dtype) -> Iterator[Call]:
         for addend in (None, bias):
             expected = ("_two_segment_kernel",) if wide else ()
             yield call(lora.lora_linear_fwd, x, weight, s, lora_b, y, addend, matrix=expected)
+
+
+@operation
+def glu_lora(dtype: torch.dtype) -> Iterator[Call]:
+    """Between adapted linears, and with adapters on some of them alone."""
+    from lora_engine.backends.triton import glu_lora
+
+    from lora_engine.backends.contracts import DyGradients, XGradient
+
+    rank, cols = 16, 14336
+    for gate_rank, up_rank, outer_rank in ((16, 16, 16), (8, 8, 8), (16, 0, 16), (0, 16, 0)):
+        ranks = 2 * rank
+        gate, up = empty(ROWS, 2 * cols, dtype=dtype).split([cols, cols], dim=1)
+        dgate, dup, ds = empty(ROWS, 2 * cols + ranks, dtype=dtype).split([cols, cols, ranks], 1)
+        columns = slice(0, gate_rank), slice(gate_rank, gate_rank + up_rank)
+        spans = list(zip((slice(0, cols), slice(cols, 2 * cols)), columns, strict=True))
+        outer_spans = [(slice(0, 4096), slice(0, outer_rank))]
+        y, s = empty(ROWS, cols + rank, dtype=dtype).split([cols, rank], dim=1)
+        lora_a = empty(4096 + rank, cols + rank, dtype=dtype)[4096:, :cols]
+        lora_b = empty(2 * cols + ranks, 4096 + ranks, dtype=dtype)[: 2 * cols, 4096:]
+        dy, outer_ds = (
+            empty(ROWS, cols, dtype=dtype),
+            empty(ROWS, 4096 + rank, dtype=dtype)[:, :rank],
+        )
+        for activation in ("silu", "gelu", "gelu_tanh"):
+            if outer_rank:
+                forward = gate, up, y, lora_a, s, outer_spans
+                yield call(glu_lora.glu_lora_fwd, *forward, activation=activation)
+            outer = None
+            if outer_rank:
+                d_a = empty(rank, cols, dtype=torch.float32)
+                outer = XGradient(outer_ds, d_a, outer_spans)
+            for d_b in (None, empty(2 * cols, ranks, dtype=torch.float32)):
+                inner = DyGradients(lora_b, empty(ROWS, ranks, dtype=dtype), ds, d_b, spans)
+                backward = dy, gate, up, dgate, dup, inner, outer
+                yield call(glu_lora.glu_lora_bwd, *backward, activation=activation)

@@ -109,6 +109,58 @@ kernel(
 )(_lora_b_bwd)
 
 
+_MLPS = [
+    {"tokens": 8192, "cols": 14336, "rank": RANK},
+    {"tokens": 8192, "cols": 8192, "rank": RANK},
+    {"tokens": 2048, "cols": 14336, "rank": RANK},
+    {"tokens": 2048, "cols": 3072, "rank": RANK},
+]
+_TINY_MLP = {"tokens": 40, "cols": 64, "rank": 16}
+
+
+@kernel("glu_lora_fwd", _MLPS, by_tokens, tiny=_TINY_MLP)
+def _glu_lora_fwd(
+    device: torch.device, dtype: torch.dtype, *, tokens: int, cols: int, rank: int
+) -> Call:
+    from lora_engine.backends.triton import glu_lora
+
+    gate, up = normal(device, dtype, tokens, 2 * cols).split(cols, dim=1)
+    h, s = normal(device, dtype, tokens, cols + rank).split((cols, rank), dim=1)
+    lora_a, spans = normal(device, dtype, rank, cols, padding=rank), _group(1, rank)
+    return Call(
+        lambda: glu_lora.glu_lora_fwd(gate, up, h, lora_a, s, spans, activation="silu"),
+        (h, s),
+        moved(gate, up, h, s, lora_a),
+    )
+
+
+@kernel("glu_lora_bwd", _MLPS, by_tokens, tiny=_TINY_MLP)
+def _glu_lora_bwd(
+    device: torch.device, dtype: torch.dtype, *, tokens: int, cols: int, rank: int
+) -> Call:
+    from lora_engine.backends.triton import glu_lora
+
+    from lora_engine.backends.contracts import DyGradients, XGradient
+
+    ranks, spans = 2 * rank, _group(2, rank, cols)
+    gate, up = normal(device, dtype, tokens, 2 * cols).split(cols, dim=1)
+    dgate, dup, ds = normal(device, dtype, tokens, 2 * cols + ranks).split((cols, cols, ranks), 1)
+    dh, s = normal(device, dtype, tokens, cols), normal(device, dtype, tokens, ranks)
+    lora_b, d_lora_b = normal(device, dtype, 2 * cols, ranks), torch.zeros(2 * cols, ranks)
+    inner = DyGradients(lora_b, s, ds, d_lora_b.to(device), spans)
+    outer_ds, d_lora_a = (
+        normal(device, dtype, tokens, rank),
+        empty(device, torch.float32, rank, cols),
+    )
+    outer = XGradient(outer_ds, d_lora_a, _group(1, rank))
+    blocks = [inner.d_lora_b[rows, columns] for rows, columns in spans]
+    return Call(
+        lambda: glu_lora.glu_lora_bwd(dh, gate, up, dgate, dup, inner, outer, activation="silu"),
+        (dgate, dup, ds, *blocks, d_lora_a),
+        moved(dh, gate, up, dgate, dup, lora_b, s, ds, *blocks, outer_ds, d_lora_a),
+    )
+
+
 def _by_width(itemsize: int, *, width: int, **_: int) -> int:
     return width
 

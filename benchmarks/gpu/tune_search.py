@@ -26,6 +26,13 @@ _ATTENTION: Axes = {
     **_WARPS,
 }
 _SUMS: Axes = {"BLOCK_M": _ABOUT, "num_stages": "stages", **_WARPS}
+_PASS: Axes = {
+    "BLOCK_M": _ABOUT,
+    "BLOCK_N": _ABOUT,
+    "NUM_STAGES": "stages",
+    "maxnreg": "free",
+    **_WARPS,
+}
 _PRODUCT: Axes = {
     "BLOCK_M": _ABOUT,
     "BLOCK_N": _ABOUT,
@@ -39,6 +46,8 @@ _PRODUCT: Axes = {
 SEARCH: dict[str, Axes] = {
     "glu_fwd": {"BLOCK_M": (_QUARTER, _HALF, 1, 2), "BLOCK_N": _ABOUT, **_WARPS},
     "glu_bwd": {"BLOCK_M": (_QUARTER, _HALF, 1, 2), "BLOCK_N": _ABOUT, **_WARPS},
+    "glu_lora_fwd": _PASS,
+    "glu_lora_bwd": _PASS,
     "rms_norm_fwd": _ROWS,
     "rms_norm_bwd": {**_ROWS, "maxnreg": "free"},
     "rms_norm_bwd_dw": {"PROGRAMS": _ABOUT, "NUM_STAGES": "stages", "BLOCK_M": (1, 2), **_WARPS},
@@ -101,7 +110,8 @@ def _values(
     else:
         assert isinstance(steps, tuple)
         found = [value, *(int(value * step) for step in steps if step != 1)]
-    products = kernel.startswith(("attention_", "lora_")) and kernel != "lora_sum_chunks"
+    products = kernel.startswith(("attention_", "lora_", "glu_lora_"))
+    products = products and kernel != "lora_sum_chunks"
     least = _LEAST_OF_PRODUCTS.get(name, 1) if products else _LEAST.get(name, 1)
     return [x for x in found if least <= x <= _MOST.get(name, x)]
 

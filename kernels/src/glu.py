@@ -3,12 +3,11 @@
 import triton
 import triton.language as tl
 from lora_engine.backends.triton import launch
-from lora_engine.backends.triton.relaunch import Relaunched
 from torch import Tensor
 
 
 @triton.jit
-def _activation(gate, ACTIVATION: tl.constexpr):
+def activated(gate, ACTIVATION: tl.constexpr):
     """The activation of `gate` and its slope, as in csrc/cpu/activation.hpp."""
     if ACTIVATION == "silu":
         s = tl.sigmoid(gate)
@@ -50,7 +49,6 @@ def _tile(rows, cols, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     return offs_m, offs_n, (offs_m < rows) & (offs_n < cols)
 
 
-@Relaunched
 @triton.jit
 def _glu_fwd_kernel(
     gate_ptr,  # [rows, cols]
@@ -70,12 +68,11 @@ def _glu_fwd_kernel(
     offs_m, offs_n, mask = _tile(rows, vec_cols * VEC, BLOCK_M, BLOCK_N)
     gate = tl.load(gate_ptr + offs_m * (stride_gate * VEC) + offs_n, mask=mask, other=0.0)
     up = tl.load(up_ptr + offs_m * (stride_up * VEC) + offs_n, mask=mask, other=0.0)
-    value, _ = _activation(gate.to(tl.float32), ACTIVATION)
+    value, _ = activated(gate.to(tl.float32), ACTIVATION)
     y = value * up.to(tl.float32)
     tl.store(y_ptr + offs_m * (stride_y * VEC) + offs_n, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@Relaunched
 @triton.jit
 def _glu_bwd_kernel(
     dy_ptr,  # [rows, cols]
@@ -103,7 +100,7 @@ def _glu_bwd_kernel(
     gate = tl.load(gate_ptr + offs_m * (stride_gate * VEC) + offs_n, mask=mask, other=0.0)
     up = tl.load(up_ptr + offs_m * (stride_up * VEC) + offs_n, mask=mask, other=0.0)
     dy, gate, up = dy.to(tl.float32), gate.to(tl.float32), up.to(tl.float32)
-    value, slope = _activation(gate, ACTIVATION)
+    value, slope = activated(gate, ACTIVATION)
     element = dgate_ptr.dtype.element_ty
     dgate, dup = (dy * up * slope).to(element), (dy * value).to(element)
     tl.store(dgate_ptr + offs_m * (stride_dgate * VEC) + offs_n, dgate, mask=mask)

@@ -9,6 +9,7 @@ from lora_engine.backends.choice import (
     DTYPES,
     IMPLEMENTATIONS,
     OPERATIONS,
+    PASSES,
     STRATEGIES,
     Choice,
 )
@@ -47,6 +48,7 @@ from lora_engine.backends.selection import (
     runs_fused,
     select,
     takes_few_rows,
+    takes_one_pass,
     takes_one_query,
 )
 
@@ -55,6 +57,7 @@ __all__ = [
     "DTYPES",
     "IMPLEMENTATIONS",
     "OPERATIONS",
+    "PASSES",
     "STRATEGIES",
     "Choice",
     "Extension",
@@ -83,6 +86,7 @@ __all__ = [
     "runs_on",
     "select",
     "takes_few_rows",
+    "takes_one_pass",
     "takes_one_query",
     "triton_interpreted",
     "why_absent",

@@ -28,6 +28,9 @@ OPERATIONS: dict[str, tuple[str, ...]] = {
     "adamw_8bit": ("cpu", "triton", "cuda"),
     "blockwise_4bit": ("cpu", "triton", "cuda"),
 }
+# Kernels that do in one pass what several operations do. Where there are none, or `choose` does not
+# plan it, the operations run one after the other.
+PASSES: dict[str, tuple[str, ...]] = {"glu_lora": ("triton",)}
 # Functions made of several operations: they run where all of these have kernels.
 BLOCKS: dict[str, tuple[str, ...]] = {
     "attention_block": ("rms_norm", "attention", "lora_linear"),
@@ -66,6 +69,14 @@ DECODED_ROWS = 1024
 # Rows of a product without gradients up to which a kernel of our own reads weight and adapters
 # once, where they are: the vendor's product packs the weight at every call.
 FEW_ROWS = 16
+
+
+# Ranks of a linear up to which the pass of a gated activation makes its neighbours' thin products
+# too: their sums stay in registers. 0: it never does.
+FORWARD_PASS_RANKS = 16
+BACKWARD_PASS_RANKS = 16
+# Its rows are of whole vectors, of what Triton finds aligned.
+ALIGNED_COLUMNS = 16
 
 
 class Product(NamedTuple):
@@ -110,13 +121,26 @@ class Queries(NamedTuple):
     dropout: bool
 
 
+class Activation(NamedTuple):
+    """A gated activation of so many columns between adapted linears, in a pass of that kind.
+
+    rank: the largest of a linear whose thin product could be made of the pass's results.
+    apart: something else has to happen to them first: dropout, or DoRA's scale.
+    """
+
+    cols: int
+    rank: int
+    backward: bool
+    apart: bool
+
+
 class Extent(NamedTuple):
     """What the launch of a Triton kernel is chosen by; what `size` is, its launcher says."""
 
     size: int
 
 
-Sizes: TypeAlias = Product | Forward | Head | Packed | Queries | Extent
+Sizes: TypeAlias = Product | Forward | Head | Packed | Queries | Activation | Extent
 
 
 @dataclass(frozen=True)
@@ -176,7 +200,7 @@ class Strategy(NamedTuple):
     """How it is carried out, and why.
 
     Of a Product one of STRATEGIES; of a Forward "few_rows" or "many_rows"; of Queries "one_query"
-    or "sdpa", PyTorch's.
+    or "sdpa", PyTorch's; of an Activation "one_pass" or "one_by_one".
     """
 
     name: str
@@ -188,8 +212,8 @@ class Choice:
     """What runs.
 
     impl: the implementation. reason: why that, and why not another one.
-    plan: for a Product, a Forward or Queries the strategy; for a Head the rows of logits that are
-        held at a time, of a Packed the rows that are decoded at a time.
+    plan: for a Product, a Forward, Queries or an Activation the strategy; for a Head the rows of
+        logits that are held at a time, of a Packed the rows that are decoded at a time.
     launch: for an Extent the line of launch_table.json.
     """
 
@@ -221,6 +245,8 @@ def choose(request: Request, present: Present) -> Choice:
         return replace(choice, plan=_by_rows(choice, sizes))
     if isinstance(sizes, Queries):
         return replace(choice, plan=_by_queries(request, sizes))
+    if isinstance(sizes, Activation):
+        return replace(choice, plan=_by_ranks(choice, sizes))
     if isinstance(sizes, Packed):
         most = DECODED_ROWS if request.device == "cpu" else sizes.rows
         return replace(choice, plan=max(1, min(most, sizes.rows)))
@@ -332,6 +358,21 @@ def _by_queries(request: Request, sizes: Queries) -> Strategy:
     if request.device == "cpu" and sizes.queries == 1 and not sizes.dropout:
         return Strategy("one_query", "PyTorch's kernel for a CPU takes five times as long for one")
     return Strategy("sdpa", "PyTorch's kernels")
+
+
+def _by_ranks(choice: Choice, sizes: Activation) -> Strategy:
+    most = BACKWARD_PASS_RANKS if sizes.backward else FORWARD_PASS_RANKS
+    if choice.impl not in PASSES["glu_lora"]:
+        reason = f"there is no {choice.impl} kernel of one pass"
+    elif sizes.apart:
+        reason = "dropout or DoRA comes between the pass and the products"
+    elif not 0 < sizes.rank <= most:
+        reason = f"the sums of 1 to {most} ranks fit the registers, not those of {sizes.rank}"
+    elif sizes.cols % ALIGNED_COLUMNS:
+        reason = f"rows of {sizes.cols} columns are not aligned"
+    else:
+        return Strategy("one_pass", "the products' operands are not read again")
+    return Strategy("one_by_one", reason)
 
 
 def _chunk_rows(request: Request, head: Head) -> int:

@@ -179,6 +179,62 @@ class LoraLinear(Protocol):
         """Writes dx = dy weight + ds lora_a, each linear's share of the second under its mask."""
 
 
+class DyGradients(NamedTuple):
+    """What `lora_b_bwd` has beside dY."""
+
+    lora_b: Tensor  # [N, R]
+    s: Tensor  # [M, R]
+    ds: Tensor  # [M, R]
+    d_lora_b: Tensor | None  # [N, R] float32
+    spans: Sequence[Span]
+
+
+class XGradient(NamedTuple):
+    """What `lora_a_bwd` has beside X, without dropout."""
+
+    ds: Tensor  # [M, R]
+    d_lora_a: Tensor  # [R, K] float32
+    spans: Sequence[Span]
+
+
+class GluLora(Protocol):
+    """A gated activation between a group (gate, up) and a linear that reads its result.
+
+    It does what `Glu` and `LoraLinear` do one after the other, to their rounding.
+    """
+
+    def glu_lora_fwd(
+        self,
+        gate: Tensor,  # [M, K]
+        up: Tensor,  # [M, K]
+        y: Tensor,  # [M, K]
+        lora_a: Tensor,  # [R, K]
+        s: Tensor,  # [M, R]
+        spans: Sequence[Span],
+        *,
+        activation: str,
+    ) -> None:
+        """Writes y, and s as `lora_a_fwd` of y."""
+
+    def glu_lora_bwd(
+        self,
+        dy: Tensor,  # [M, K]
+        gate: Tensor,  # [M, K]
+        up: Tensor,  # [M, K]
+        dgate: Tensor,  # [M, K]
+        dup: Tensor,  # [M, K]
+        inner: DyGradients,  # N = 2 K
+        outer: XGradient | None,
+        *,
+        activation: str,
+    ) -> None:
+        """Writes dgate and dup, and what the linears' gradients take of this pass.
+
+        That is ds and d_lora_b of `inner`, as `lora_b_bwd` of dgate and dup side by side, and
+        d_lora_a of `outer`, as `lora_a_bwd` of the forward result.
+        """
+
+
 class CrossEntropy(Protocol):
     def cross_entropy(
         self,

@@ -81,6 +81,15 @@ def lora_linear(impl: str) -> contracts.LoraLinear:
 
 
 @cache
+def glu_lora(impl: str) -> contracts.GluLora:
+    if impl == "triton":
+        from lora_engine.backends.triton import glu_lora as triton
+
+        return triton
+    _no_kernels("glu_lora", impl)
+
+
+@cache
 def cross_entropy(impl: str) -> contracts.CrossEntropy:
     if impl == "cpu":
         from lora_engine.backends.cpu import cross_entropy as cpu
@@ -163,6 +172,7 @@ LAUNCHERS: dict[str, Callable[[str], object]] = {
     "rope": rope,
     "glu": glu,
     "lora_linear": lora_linear,
+    "glu_lora": glu_lora,
     "cross_entropy": cross_entropy,
     "attention": attention,
     "adamw": adamw,

@@ -8,6 +8,7 @@ import torch
 
 from lora_engine.backends import devices, extension, hardware, tables
 from lora_engine.backends.choice import (
+    Activation,
     Choice,
     Extent,
     Forward,
@@ -101,6 +102,16 @@ def takes_few_rows(
     """Whether a product of so many rows, without gradients, is one for few rows."""
     choice = _choose_here("lora_linear", device, dtype, Forward(rows), impl, format)
     return _strategy(choice) == "few_rows"
+
+
+def takes_one_pass(
+    sizes: Activation, device: torch.device, dtype: torch.dtype, impl: str | None = None
+) -> bool:
+    """Whether a gated activation's pass makes its neighbours' thin products (`launchers.glu_lora`).
+
+    `impl`: as for the operation `glu`.
+    """
+    return _strategy(_choose_here("glu", device, dtype, sizes, impl)) == "one_pass"
 
 
 def takes_one_query(

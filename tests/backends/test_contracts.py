@@ -14,9 +14,10 @@ import lora_engine
 from lora_engine import backends
 from lora_engine.backends import contracts, launchers
 
+KERNELS = {**backends.OPERATIONS, **backends.PASSES}
 # Operations with kernels of their own; a linear head's are those of cross_entropy.
-WITH_LAUNCHERS = [name for name in backends.OPERATIONS if name != "linear_cross_entropy"]
-IMPLEMENTED = [(name, impl) for name in WITH_LAUNCHERS for impl in backends.OPERATIONS[name]]
+WITH_LAUNCHERS = [name for name in KERNELS if name != "linear_cross_entropy"]
+IMPLEMENTED = [(name, impl) for name in WITH_LAUNCHERS for impl in KERNELS[name]]
 
 
 def contract_of(operation: str) -> Any:
@@ -66,7 +67,7 @@ def test_every_operation_has_a_contract_and_every_contract_an_operation() -> Non
 
 @pytest.mark.parametrize("operation", WITH_LAUNCHERS)
 def test_other_implementations_are_refused(operation: str) -> None:
-    for impl in {*backends.IMPLEMENTATIONS, "metal"} - {*backends.OPERATIONS[operation]}:
+    for impl in {*backends.IMPLEMENTATIONS, "metal"} - {*KERNELS[operation]}:
         with pytest.raises(ValueError, match=f"{operation}: there are no {impl} kernels"):
             launchers.LAUNCHERS[operation](impl)
 

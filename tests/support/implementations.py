@@ -52,7 +52,8 @@ BACKENDS = {
 def implementations(operation: str) -> tuple[str, ...]:
     """Those with kernels for an operation or a block; "torch" where it is made of torch's own."""
     parts = backends.BLOCKS.get(operation, (operation,))
-    found = [backends.OPERATIONS.get(part, ("torch",)) for part in parts]
+    kernels = {**backends.OPERATIONS, **backends.PASSES}
+    found = [kernels.get(part, ("torch",)) for part in parts]
     return tuple(impl for impl in found[0] if all(impl in others for others in found))
 
 

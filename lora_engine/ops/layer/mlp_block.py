@@ -12,6 +12,7 @@ from lora_engine.backends import launchers
 from lora_engine.ops import augmented
 from lora_engine.ops.context import Context
 from lora_engine.ops.layer.blocks import Branch, Call, check_branch, implementation, products
+from lora_engine.ops.layer.gated import Wanted, activate, activate_backward
 from lora_engine.ops.lora import few_rows
 from lora_engine.ops.lora.linear import adapted_linears
 from lora_engine.ops.tensors import (
@@ -134,16 +135,16 @@ class _MlpBlock(torch.autograd.Function):
         gate, up = gate_up.split(list(inner.out_features), dim=1)
         width = outer.in_features
         hs = empty_rows(rows.shape[0], width + outer.padded_rank, dtype=x.dtype, device=x.device)
-        kernels = launchers.glu(call.implementation("glu", x))
-        kernels.glu_fwd(gate, up, hs[:, :width], activation=call.activation)
-        y, outer_unscaled = call.outer.forward(hs, residual=rows)
+        activate(call, gate, up, hs, call.activation)
+        h, s = hs[:, :width], hs[:, width:]
+        y, outer_unscaled = call.outer.forward_with(h, s, rows, hs)
         ctx.kept = _Kept(call, x.shape)
         saved = _Saved(
             x=rows,
             rstd=rstd,
             s=xs[:, inner.in_features :].clone(),
             gate_up=gate_up,
-            outer_s=hs[:, width:].clone(),
+            outer_s=s.clone(),
             unscaled=unscaled,
             outer_unscaled=outer_unscaled,
         )
@@ -168,8 +169,7 @@ class _MlpBlock(torch.autograd.Function):
         d_out = outer.claim_gradient([dy])
         outer_ds, outer_d_b = outer.fill_ds(d_out, saved.outer_s, wanted=outer_wants_b)
         dh = outer.input_gradient(d_out)
-        gate, up = saved.gate_up.split(list(inner.group.out_features), dim=1)
-        parts = dgate, dup = augmented.empty(
+        parts = augmented.empty(
             x.shape[0],
             list(inner.group.out_features),
             inner.group.padded_rank,
@@ -177,18 +177,21 @@ class _MlpBlock(torch.autograd.Function):
             device=x.device,
             zeros=False,
         )
-        h = dh  # the activation takes the place of its gradient
-        kernels = launchers.glu(call.implementation("glu", x))
-        kernels.glu_bwd(dh, gate, up, dgate, dup, h, activation=call.activation)
-        outer_d_a = outer.lora_a_gradient(outer_ds, h, wanted=outer_wants_a)
-        del dh, h
-
-        dys = inner.claim_gradient(parts)
-        ds, d_b = inner.fill_ds(dys, saved.s, wanted=wants_b)
+        dys, made = activate_backward(
+            call,
+            dh,
+            saved.gate_up,
+            parts,
+            saved.s,
+            outer_ds,
+            Wanted(outer_a=outer_wants_a, inner_b=wants_b),
+            call.activation,
+        )
+        del dh
         dx, dweight, d_a = call.inner_gradients(
             as_rows(dy),
             dys,
-            ds,
+            made.inner_ds,
             x,
             saved.rstd,
             (asked.x, asked.norm_weight),
@@ -200,6 +203,8 @@ class _MlpBlock(torch.autograd.Function):
         )
         return (
             *grads,
-            *inner.factor_gradients(needs, d_a, d_b, parts, saved.unscaled),
-            *outer.factor_gradients(outer_needs, outer_d_a, outer_d_b, [dy], saved.outer_unscaled),
+            *inner.factor_gradients(needs, d_a, made.inner_d_b, parts, saved.unscaled),
+            *outer.factor_gradients(
+                outer_needs, made.outer_d_a, outer_d_b, [dy], saved.outer_unscaled
+            ),
         )

@@ -60,21 +60,42 @@ class LoraProduct:
         X stands in the front columns of `xs`; S is written behind it.
         """
         k = self.group.in_features
-        return self.forward_apart(xs[:, :k], xs[:, k:], residual, xs)
+        self.fill_s(xs[:, :k], xs[:, k:])
+        return self.forward_with(xs[:, :k], xs[:, k:], residual, xs)
 
     def forward_apart(
+        self,
+        x: Tensor,  # [M, K]
+        s: Tensor,  # [M, R]
+    ) -> tuple[Tensor, Tensor | None]:
+        """`forward` for an X that stands anywhere."""
+        self.fill_s(x, s)
+        return self.forward_with(x, s)
+
+    def fill_s(
+        self,
+        x: Tensor,  # [M, K]
+        s: Tensor,  # [M, R]
+    ) -> None:
+        """Writes S of x."""
+        placed = self.group.placed
+        if placed.rank:
+            self.kernels.lora_a_fwd(x, placed.lora_a, s, self.spans, self.dropout)
+            self.route(s)
+
+    def route(self, s: Tensor) -> None:
+        """Zeroes, in S or dS [M, R], the columns that a row does not use."""
+        if self.columns is not None:
+            s.mul_(self.columns)
+
+    def forward_with(
         self,
         x: Tensor,  # [M, K]
         s: Tensor,  # [M, R]
         residual: Tensor | None = None,  # [M, N]
         joined: Tensor | None = None,  # [M, K + R]
     ) -> tuple[Tensor, Tensor | None]:
-        """`forward` for an X that stands anywhere; `joined` is x and s as one, if they are."""
-        placed = self.group.placed
-        if placed.rank:
-            self.kernels.lora_a_fwd(x, placed.lora_a, s, self.spans, self.dropout)
-            if self.columns is not None:
-                s.mul_(self.columns)
+        """`forward` with S that is made; `joined` is x and s as one, if they are."""
         bias, dora = self.filling.bias, self.filling.dora
         if dora is None:
             first, second = (residual, None) if bias is None else (bias, residual)
@@ -131,18 +152,20 @@ class LoraProduct:
 
         None for either without adapters.
         """
-        lora_b = self.group.placed.lora_b
-        n, rank = lora_b.shape
-        if not rank:
+        if not self.group.padded_rank:
             return None, None
-        dy, ds = dys.split((n, rank), dim=1)
-        d_lora_b = None
+        made = self.dy_gradients(dys, s, wanted=wanted)
+        self.kernels.lora_b_bwd(dys[:, : made.lora_b.shape[0]], *made)
+        self.route(made.ds)
+        return made.ds, made.d_lora_b
+
+    def dy_gradients(self, dys: Tensor, s: Tensor, *, wanted: bool) -> contracts.DyGradients:
+        """What is to be made of dY in `dys`, not yet written; see `fill_ds`."""
+        lora_b, d_lora_b = self.group.placed.lora_b, None
+        n, rank = lora_b.shape
         if wanted:
             d_lora_b = torch.empty(n, rank, dtype=accumulate_dtype(dys.dtype), device=dys.device)
-        self.kernels.lora_b_bwd(dy, lora_b, s, ds, d_lora_b, self.spans)
-        if self.columns is not None:
-            ds.mul_(self.columns)
-        return ds, d_lora_b
+        return contracts.DyGradients(lora_b, s, dys[:, n:], d_lora_b, self.spans)
 
     def input_gradient(self, dys: Tensor) -> Tensor:
         """dX [M, K] from `dys` with dS filled in."""
@@ -167,10 +190,15 @@ class LoraProduct:
         """dSᵀ X [R, K], if wanted."""
         if not wanted or ds is None:
             return None
+        made = self.x_gradient(ds)
+        self.kernels.lora_a_bwd(ds, x, made.d_lora_a, self.spans, self.dropout)
+        return made.d_lora_a
+
+    def x_gradient(self, ds: Tensor) -> contracts.XGradient:
+        """What is to be made of dS and X, not yet written; see `lora_a_gradient`."""
         shape = self.group.placed.lora_a.shape
         d_lora_a = torch.empty(shape, dtype=accumulate_dtype(ds.dtype), device=ds.device)
-        self.kernels.lora_a_bwd(ds, x, d_lora_a, self.spans, self.dropout)
-        return d_lora_a
+        return contracts.XGradient(ds, d_lora_a, self.spans)
 
     def factor_gradients(
         self,

@@ -1,0 +1,99 @@
+"""The gated activation between a block's products, with or without their thin products.
+
+Where kernels have one pass for it, S of the down projection is made of h before h leaves the
+registers; in the backward pass dS and dB of gate and up, and dA of down, of dgate, dup and h.
+Elsewhere, and where dropout or DoRA come between, these are products of their own that read what
+the activation wrote.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from lora_engine import backends
+from lora_engine.backends import launchers
+from lora_engine.backends.choice import Activation
+from lora_engine.ops.layer.blocks import Call
+from lora_engine.ops.lora.product import LoraProduct
+
+
+def activate(
+    call: Call,
+    gate: Tensor,  # [M, I]
+    up: Tensor,  # [M, I]
+    hs: Tensor,  # [M, I + R]
+    activation: str,
+) -> None:
+    """Writes h in the front columns of `hs` and S of the outer product behind it."""
+    outer = call.outer
+    width = outer.group.in_features
+    h, s = hs[:, :width], hs[:, width:]
+    sizes = Activation(width, _rank(outer), backward=False, apart=outer.dropout is not None)
+    if not backends.takes_one_pass(sizes, h.device, h.dtype, call.impl):
+        kernels = launchers.glu(call.implementation("glu", h))
+        kernels.glu_fwd(gate, up, h, activation=activation)
+        outer.fill_s(h, s)
+        return
+    one_pass = launchers.glu_lora(call.implementation("glu", h))
+    lora_a = outer.group.placed.lora_a
+    one_pass.glu_lora_fwd(gate, up, h, lora_a, s, outer.spans, activation=activation)
+    outer.route(s)
+
+
+class Wanted(NamedTuple):
+    """Which gradients of factors are: A of the outer product, B of the inner one."""
+
+    outer_a: bool
+    inner_b: bool
+
+
+class FactorGradients(NamedTuple):
+    """dS [M, R] and dB [N, R] of the inner product, dA [R, I] of the outer; None if not made."""
+
+    inner_ds: Tensor | None
+    inner_d_b: Tensor | None
+    outer_d_a: Tensor | None
+
+
+def activate_backward(
+    call: Call,
+    dh: Tensor,  # [M, I]; overwritten
+    gate_up: Tensor,  # [M, 2 I]
+    parts: Sequence[Tensor],  # dgate, dup [M, I] each: with padding columns, not yet written
+    inner_s: Tensor,  # [M, R]
+    outer_ds: Tensor | None,  # [M, R]
+    wanted: Wanted,
+    activation: str,
+) -> tuple[Tensor, FactorGradients]:
+    """Writes dgate and dup; returns them with dS behind, [M, 2 I + R], and what is made of them."""
+    inner, outer = call.inner, call.outer
+    dgate, dup = parts
+    gate, up = gate_up.split(list(inner.group.out_features), dim=1)
+    sizes = Activation(
+        dh.shape[1],
+        max(_rank(inner), _rank(outer) if wanted.outer_a else 0),
+        backward=True,
+        apart=inner.filling.dora is not None or (wanted.outer_a and outer.dropout is not None),
+    )
+    if not backends.takes_one_pass(sizes, dh.device, dh.dtype, call.impl):
+        h = dh  # the activation takes the place of its gradient
+        kernels = launchers.glu(call.implementation("glu", dh))
+        kernels.glu_bwd(dh, gate, up, dgate, dup, h, activation=activation)
+        d_a = outer.lora_a_gradient(outer_ds, h, wanted=wanted.outer_a)
+        dys = inner.claim_gradient(parts)
+        ds, d_b = inner.fill_ds(dys, inner_s, wanted=wanted.inner_b)
+        return dys, FactorGradients(ds, d_b, d_a)
+    dys = inner.claim_gradient(parts)
+    of_inner = inner.dy_gradients(dys, inner_s, wanted=wanted.inner_b)
+    of_outer = outer.x_gradient(outer_ds) if wanted.outer_a and outer_ds is not None else None
+    one_pass = launchers.glu_lora(call.implementation("glu", dh))
+    one_pass.glu_lora_bwd(dh, gate, up, dgate, dup, of_inner, of_outer, activation=activation)
+    inner.route(of_inner.ds)
+    d_a = None if of_outer is None else of_outer.d_lora_a
+    return dys, FactorGradients(of_inner.ds, of_inner.d_lora_b, d_a)
+
+
+def _rank(product: LoraProduct) -> int:
+    """The largest total rank of a linear's adapters."""
+    return max(columns.stop - columns.start for _, columns in product.spans)
