@@ -22,7 +22,14 @@ COLS = (64, 576, 1001, 1536, 4096, 8192, 14336, 28672)
 WIDEST_NORM = 65536
 VOCABS = (1001, 32000, 49152, 50257, 128256, 151936, 262144)
 # (head_dim, query heads, key heads, padding columns): aligned, padded to a power of two, unaligned.
-ATTENTION_HEADS = ((16, 4, 2, 0), (64, 32, 8, 48), (80, 8, 8, 1), (128, 32, 8, 48), (256, 16, 8, 0))
+ATTENTION_HEADS = (
+    (16, 4, 2, 0),
+    (64, 9, 3, 1),
+    (64, 32, 8, 48),
+    (80, 8, 8, 0),
+    (256, 16, 8, 0),
+    (128, 32, 8, 48),
+)
 # The last is what --quick takes where the dtype makes no other line of the table.
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -113,57 +120,35 @@ def rope(dtype: torch.dtype) -> Iterator[Call]:
 
 @operation
 def attention(dtype: torch.dtype) -> Iterator[Call]:
-    """Causal and not, within a window, with parents; heads of every line, padded and unaligned."""
+    """Causal and not, with a window and parents; heads of every line, padded, unaligned."""
     from lora_engine.backends.triton import attention
 
     bounds, parents = empty(5, dtype=torch.int32), empty(4, dtype=torch.int32)
-    native = dtype != torch.float32
     kinds: tuple[dict[str, Any], ...] = (
         {"causal": True, "window": 0},
         {"causal": False, "window": 0},
         {"causal": True, "window": 512, "parents": parents},
     )
     for dim, heads, kv_heads, padding in ATTENTION_HEADS:
+        if dtype == torch.float32 and dim > 128:
+            continue
         widths = [heads * dim, kv_heads * dim, kv_heads * dim]
-        q, k, v = empty(ROWS, sum(widths) + padding, dtype=dtype).split(
-            [*widths[:2], widths[2] + padding], 1
-        )
-        v = v[:, : widths[2]]
+        q, k, v, _ = empty(ROWS, sum(widths) + padding, dtype=dtype).split((*widths, padding), 1)
         o, lse = empty(ROWS, widths[0], dtype=dtype), empty(heads, ROWS, dtype=torch.float32)
-        tables = empty(ROWS, dim, dtype=torch.float32)
+        table = empty(ROWS, dim, dtype=torch.float32)
+        # Tiles of wide, unaligned and float32 heads are small.
+        native = dtype != torch.float32 and dim <= 128 and padding % 8 == 0
         for kind in kinds:
+            cos = None if kind["window"] else table
             options = {"head_dim": dim, "scale": dim**-0.5, **kind}
-            rotation = (None, None) if kind["window"] else (tables, tables)
-            matrix = ("_attention_fwd_kernel",) if native else ()
-            yield call(
-                attention.attention_fwd,
-                q,
-                k,
-                v,
-                bounds,
-                *rotation,
-                o,
-                lse,
-                **options,
-                matrix=matrix,
-            )
-            matrix = ("_attention_bwd_dq_kernel", "_attention_bwd_dkv_kernel") if native else ()
-            yield call(
-                attention.attention_bwd,
-                o,
-                q,
-                k,
-                v,
-                bounds,
-                *rotation,
-                o,
-                lse,
-                q,
-                k,
-                v,
-                **options,
-                matrix=matrix,
-            )
+            forward = (attention.attention_fwd, q, k, v, bounds, cos, cos, o, lse)
+            backward = (attention.attention_bwd, o, q, k, v, bounds, cos, cos, o, lse, q, k, v)
+            for given, kernels in (
+                (forward, ("_attention_fwd_kernel",)),
+                (backward, ("_attention_bwd_dq_kernel", "_attention_bwd_dkv_kernel")),
+            ):
+                matrix = {"matrix" if native else "any_matrix": kernels}
+                yield call(*given, **options, **matrix)
 
 
 @operation

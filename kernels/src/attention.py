@@ -137,7 +137,8 @@ def attention_bwd(
         last = torch.zeros_like(parents)
         _attention_last_kernel[(sequences,)](parents, last, num_warps=1)
     strides, vec = _strides(d_o, q, k, v, dk, dv)
-    config = _config("attention_bwd_dkv", q, vec, head_dim, window)
+    kernel = "attention_bwd_dkv" if parents is None or vec == 1 else "attention_bwd_dkv_parents"
+    config = _config(kernel, q, vec, head_dim, window)
     _attention_bwd_dkv_kernel[_grid(q, cu_seqlens, config["BLOCK_N"], kv_heads)](
         d_o,
         q,

@@ -48,6 +48,7 @@ from lora_engine.backends.selection import (
     runs_fused,
     select,
     takes_few_rows,
+    takes_flash_attention,
     takes_one_pass,
     takes_one_query,
 )
@@ -86,6 +87,7 @@ __all__ = [
     "runs_on",
     "select",
     "takes_few_rows",
+    "takes_flash_attention",
     "takes_one_pass",
     "takes_one_query",
     "triton_interpreted",

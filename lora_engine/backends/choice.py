@@ -78,6 +78,16 @@ BACKWARD_PASS_RANKS = 16
 # Its rows are of whole vectors, of what Triton finds aligned.
 ALIGNED_COLUMNS = 16
 
+# Head sizes up to which the Triton kernels of attention fit a program's registers; of float32 and
+# of other dtypes.
+WIDEST_HEADS = {torch.float32: 128}
+WIDEST_HEAD = 256
+
+# Head sizes [least, most] that PyTorch's FlashAttention takes on GPUs of a capability, or of any
+# other (None), before our kernels.
+FLASH_HEADS: dict[int | None, tuple[int, int]] = {None: (0, 0)}
+FLASH_DTYPES = (torch.bfloat16, torch.float16)
+
 
 class Product(NamedTuple):
     """A product Y [m, n] = X [m, k] Wᵀ with r adapter columns, or dX of the same kind.
@@ -134,13 +144,20 @@ class Activation(NamedTuple):
     apart: bool
 
 
+class Heads(NamedTuple):
+    """Attention within packed sequences, with heads of this size."""
+
+    head_dim: int
+    parents: bool = False
+
+
 class Extent(NamedTuple):
     """What the launch of a Triton kernel is chosen by; what `size` is, its launcher says."""
 
     size: int
 
 
-Sizes: TypeAlias = Product | Forward | Head | Packed | Queries | Activation | Extent
+Sizes: TypeAlias = Product | Forward | Head | Packed | Queries | Activation | Heads | Extent
 
 
 @dataclass(frozen=True)
@@ -184,7 +201,7 @@ class Present:
     isa: the instruction set of the C++ kernels; None: they cannot run. problem: why, if so.
     triton, interpreted: whether it is installed, and interprets its kernels in this process.
     architectures: that the CUDA kernels were built for. emulated: they take CPU tensors.
-    gpu: whether torch finds a CUDA device.
+    gpu: whether torch finds a CUDA device. flash: whether it has FlashAttention.
     """
 
     isa: str | None
@@ -194,13 +211,15 @@ class Present:
     architectures: tuple[str, ...]
     emulated: bool
     gpu: bool
+    flash: bool = False
 
 
 class Strategy(NamedTuple):
     """How it is carried out, and why.
 
     Of a Product one of STRATEGIES; of a Forward "few_rows" or "many_rows"; of Queries "one_query"
-    or "sdpa", PyTorch's; of an Activation "one_pass" or "one_by_one".
+    or "sdpa", PyTorch's; of an Activation "one_pass" or "one_by_one"; of Heads "tiles", the
+    implementation's own, or "flash", PyTorch's.
     """
 
     name: str
@@ -212,8 +231,8 @@ class Choice:
     """What runs.
 
     impl: the implementation. reason: why that, and why not another one.
-    plan: for a Product, a Forward, Queries or an Activation the strategy; for a Head the rows of
-        logits that are held at a time, of a Packed the rows that are decoded at a time.
+    plan: for a Product, a Forward, Queries, an Activation or Heads the strategy; for a Head the
+        rows of logits that are held at a time, of a Packed the rows that are decoded at a time.
     launch: for an Extent the line of launch_table.json.
     """
 
@@ -247,6 +266,8 @@ def choose(request: Request, present: Present) -> Choice:
         return replace(choice, plan=_by_queries(request, sizes))
     if isinstance(sizes, Activation):
         return replace(choice, plan=_by_ranks(choice, sizes))
+    if isinstance(sizes, Heads):
+        return replace(choice, plan=_by_heads(request, present, sizes))
     if isinstance(sizes, Packed):
         most = DECODED_ROWS if request.device == "cpu" else sizes.rows
         return replace(choice, plan=max(1, min(most, sizes.rows)))
@@ -309,6 +330,10 @@ def _why_not(request: Request, impl: str, present: Present) -> str | None:
     if request.operation == "lora_linear" and request.format not in FORMATS[impl]:
         known = ", ".join(FORMATS[impl])
         return f"the {impl} kernels take weights that are {known}, not {request.format}"
+    if impl == "triton" and isinstance(request.sizes, Heads):
+        most = WIDEST_HEADS.get(request.dtype, WIDEST_HEAD)
+        if request.operation == "attention" and request.sizes.head_dim > most:
+            return f"the {impl} kernels take heads of up to {most} in {_name(request.dtype)}"
     elsewhere = f"the tensors are on {request.device}"
     if impl == "cpu":
         return present.problem if request.device == "cpu" else elsewhere
@@ -373,6 +398,20 @@ def _by_ranks(choice: Choice, sizes: Activation) -> Strategy:
     else:
         return Strategy("one_pass", "the products' operands are not read again")
     return Strategy("one_by_one", reason)
+
+
+def _by_heads(request: Request, present: Present, sizes: Heads) -> Strategy:
+    ours = "the implementation's own kernels: "
+    if request.device != "cuda" or request.impl is not None:
+        return Strategy("tiles", ours + "there are no others")
+    if not present.flash:
+        return Strategy("tiles", ours + "this PyTorch has no FlashAttention")
+    if sizes.parents or sizes.head_dim % 8 or request.dtype not in FLASH_DTYPES:
+        return Strategy("tiles", ours + "FlashAttention does not take the case")
+    least, most = FLASH_HEADS.get(request.capability, FLASH_HEADS[None])
+    if not least <= sizes.head_dim <= most:
+        return Strategy("tiles", ours + "FlashAttention is not faster at this head size")
+    return Strategy("flash", "PyTorch's FlashAttention is faster at this head size")
 
 
 def _chunk_rows(request: Request, head: Head) -> int:

@@ -57,6 +57,13 @@ def triton_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+def has_flash_attention() -> bool:
+    """Whether this build of PyTorch has FlashAttention for packed sequences."""
+    return torch.backends.cuda.is_flash_attention_available() and hasattr(
+        torch.ops.aten, "_flash_attention_backward"
+    )
+
+
 def triton_interpreted() -> bool:
     """Whether Triton kernels are interpreted in this process, on CPU tensors."""
     if not triton_installed():

@@ -116,6 +116,14 @@ def attention(impl: str) -> contracts.Attention:
 
 
 @cache
+def flash_attention() -> contracts.Attention:
+    """PyTorch's, where `backends.takes_flash_attention`."""
+    from lora_engine.backends import flash_attention as torch_flash
+
+    return torch_flash
+
+
+@cache
 def adamw(impl: str) -> contracts.AdamW:
     if impl == "cpu":
         from lora_engine.backends.cpu import adamw as cpu

@@ -13,6 +13,7 @@ from lora_engine.backends.choice import (
     Extent,
     Forward,
     Head,
+    Heads,
     Packed,
     Present,
     Product,
@@ -37,6 +38,7 @@ def present() -> Present:
         architectures=extension.cuda_architectures(),
         emulated=extension.cuda_emulation is not None,
         gpu=devices.gpu_count() > 0,
+        flash=hardware.has_flash_attention(),
     )
 
 
@@ -64,12 +66,13 @@ def select(
     dtype: torch.dtype,
     impl: str | None = None,
     format: str = "dense",
+    sizes: Sizes | None = None,
 ) -> str:
     """What an operation calls: `explain`, with one warning where the reference is not by choice.
 
     Raises UserError for tensors on another GPU than the current one: Triton launches on that.
     """
-    choice = _choose_here(operation, device, dtype, None, impl, format)
+    choice = _choose_here(operation, device, dtype, sizes, impl, format)
     if choice.impl == "triton" and not hardware.is_current(device):
         raise UserError(
             f"lora_engine.{operation}: the tensors are on {device}, which is not torch's current "
@@ -80,9 +83,15 @@ def select(
     return choice.impl
 
 
-def runs_fused(block: str, device: torch.device, dtype: torch.dtype, format: str = "dense") -> bool:
+def runs_fused(
+    block: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    format: str = "dense",
+    sizes: Sizes | None = None,
+) -> bool:
     """Whether all parts of a block of BLOCKS have kernels, with base weights of this format."""
-    return _choose_here(block, device, dtype, None, None, format).impl != "reference"
+    return _choose_here(block, device, dtype, sizes, None, format).impl != "reference"
 
 
 def product_strategy(
@@ -120,6 +129,13 @@ def takes_one_query(
     """Whether attention of so many new tokens with a cache is that of one query on a CPU."""
     sizes = Queries(queries, dropout)
     return _strategy(_choose_here("attention", device, dtype, sizes)) == "one_query"
+
+
+def takes_flash_attention(
+    device: torch.device, dtype: torch.dtype, heads: Heads, impl: str | None = None
+) -> bool:
+    """Whether attention within packed sequences is PyTorch's FlashAttention."""
+    return _strategy(_choose_here("attention", device, dtype, heads, impl)) == "flash"
 
 
 def chunk_rows(device: torch.device, dtype: torch.dtype, rows: int, classes: int) -> int:

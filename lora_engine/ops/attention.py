@@ -9,6 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from lora_engine import backends, reference
 from lora_engine.backends import contracts, launchers
+from lora_engine.backends.choice import Heads
 from lora_engine.ops import augmented
 from lora_engine.ops.context import Context
 from lora_engine.ops.tensors import accumulate_dtype, as_rows, check, shape_of
@@ -68,7 +69,8 @@ def attention(
     if parents is not None:
         check_parents(parents, cu_seqlens.numel() - 1, causal)
     scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
-    impl = backends.select("attention", q.device, q.dtype, impl)
+    asked, heads = impl, Heads(head_dim, parents is not None)
+    impl = backends.select("attention", q.device, q.dtype, asked, sizes=heads)
     if impl == "reference":
         qs, ks, vs = (x.unflatten(-1, (-1, head_dim)).flatten(0, -3) for x in (q, k, v))
         return reference.attention(
@@ -99,10 +101,20 @@ def attention(
             parents=parents,
             padding_columns=padding_columns,
             grad_padding_columns=grad_padding_columns,
-            kernels=launchers.attention(impl),
+            kernels=kernels_for(q, heads, impl, asked),
         ),
     )
     return result
+
+
+def kernels_for(x: Tensor, heads: Heads, impl: str, asked: str | None) -> contracts.Attention:
+    """What launches attention for tensors like x, of the implementation that was chosen.
+
+    asked: the implementation that a caller forces.
+    """
+    if backends.takes_flash_attention(x.device, x.dtype, heads, asked):
+        return launchers.flash_attention()
+    return launchers.attention(impl)
 
 
 def _check(
@@ -145,6 +157,10 @@ def _check(
     check(
         cu_seqlens.dim() == 1 and cu_seqlens.dtype == torch.int32 and cu_seqlens.numel() >= 1,
         f"attention: cu_seqlens {shape_of(cu_seqlens)} is not [S + 1] int32",
+    )
+    check(
+        cu_seqlens.device == q.device,
+        f"attention: cu_seqlens is on {cu_seqlens.device}, q on {q.device}",
     )
     if backends.reads_at_once(cu_seqlens):
         bounds = cu_seqlens.tolist()

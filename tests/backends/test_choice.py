@@ -6,11 +6,13 @@ import pytest
 import torch
 
 from lora_engine import backends
+from lora_engine.backends import choice
 from lora_engine.backends.choice import (
     CHUNK_BYTES,
     DECODED_ROWS,
     Extent,
     Head,
+    Heads,
     Packed,
     Present,
     Product,
@@ -132,6 +134,40 @@ def test_a_block_runs_where_all_of_its_parts_have_kernels() -> None:
     assert found.impl == "reference"
     assert found.reason == "rms_norm: triton is not installed"
     assert all(part in backends.OPERATIONS for parts in backends.BLOCKS.values() for part in parts)
+
+
+def test_heads_wider_than_the_kernels_take_run_as_the_reference() -> None:
+    wide = on_gpu("attention", sizes=Heads(256))
+    assert choose(replace(wide, dtype=torch.bfloat16), WITH_GPU).impl == "triton"
+    found = choose(wide, WITH_GPU)
+    assert found.impl == "reference"
+    assert found.reason == "the triton kernels take heads of up to 128 in float32"
+    block = choose(replace(wide, operation="attention_block"), WITH_GPU)
+    assert block.reason == f"attention: {found.reason}"
+    assert choose(on_cpu("attention", sizes=Heads(512)), BARE).impl == "cpu"
+
+
+def test_flash_attention_takes_the_heads_of_its_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "FLASH_HEADS", {90: (128, 256), None: (0, 64)})
+    with_flash = replace(WITH_GPU, flash=True)
+
+    def plan(heads: Heads, present: Present = with_flash, capability: int = 90, **more) -> str:
+        request = on_gpu("attention", capability, sizes=heads)
+        found = choose(replace(request, **{"dtype": torch.bfloat16, **more}), present)
+        assert found.impl == "triton"
+        assert isinstance(found.plan, Strategy)
+        return found.plan.name
+
+    assert plan(Heads(128)) == plan(Heads(256)) == plan(Heads(64), capability=80) == "flash"
+    assert plan(Heads(64)) == plan(Heads(128), capability=80) == "tiles"
+    assert (
+        plan(Heads(128, parents=True)) == plan(Heads(132)) == plan(Heads(128), WITH_GPU) == "tiles"
+    )
+    assert plan(Heads(128), dtype=torch.float32) == plan(Heads(128), impl="triton") == "tiles"
+    on_a_cpu = choose(on_cpu("attention", sizes=Heads(128)), replace(BARE, flash=True))
+    assert on_a_cpu.plan == Strategy(
+        "tiles", "the implementation's own kernels: there are no others"
+    )
 
 
 def test_a_product_s_plan_is_its_strategy() -> None:

@@ -48,6 +48,12 @@ def test_a_module_has_the_functions_of_its_contract(operation: str, impl: str) -
         assert inspect.signature(getattr(module, name), eval_str=True) == signature, name
 
 
+def test_pytorch_s_flash_attention_keeps_the_contract_of_our_kernels() -> None:
+    module = launchers.flash_attention()
+    for name, signature in methods(contracts.Attention).items():
+        assert inspect.signature(getattr(module, name), eval_str=True) == signature, name
+
+
 @pytest.mark.parametrize(("operation", "impl"), IMPLEMENTED)
 def test_what_launches_comes_from_the_package_that_was_asked_for(operation: str, impl: str) -> None:
     module = module_of(operation, impl)

@@ -106,7 +106,7 @@ class DecoderLayerForward:
         qkv, output = forward.qkv.lora, forward.output.lora
         if qkv is None or output is None:
             return None
-        if not runs_fused("attention_block", x, qkv, output):
+        if not runs_fused("attention_block", x, qkv, output, module.self_attn.head_dim):
             return None
         head_norms = None
         if hasattr(module.self_attn, "q_norm"):

@@ -9,9 +9,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lora_engine import reference
-from lora_engine.backends import launchers
+from lora_engine.backends import contracts
+from lora_engine.backends.choice import Heads
 from lora_engine.ops import augmented
-from lora_engine.ops.attention import check_parents
+from lora_engine.ops.attention import check_parents, kernels_for
 from lora_engine.ops.context import Context
 from lora_engine.ops.layer.blocks import Branch, Call, check_branch, implementation, products
 from lora_engine.ops.lora.linear import adapted_linears
@@ -65,7 +66,8 @@ def attention_block(
             f"attention_block: the heads' norm {shape_of(head_norm.weight)} does not fit heads of "
             f"{head_dim} in {shape_of(x)}",
         )
-    if implementation("attention_block", x, branch, impl) == "reference":
+    heads = Heads(head_dim, parents is not None)
+    if implementation("attention_block", x, branch, impl, heads) == "reference":
         (out_projection,) = adapted_linears(branch.outer)
         return reference.attention_block(
             augmented.operand(x),
@@ -117,6 +119,11 @@ class _AttentionCall(Call):
     window: int
     parents: Tensor | None  # [S] int32
     head_norms: tuple[PreNorm, PreNorm] | None  # of q and of k
+
+    def attention_kernels(self, x: Tensor) -> contracts.Attention:
+        """What launches attention for tensors like x."""
+        heads = Heads(self.head_dim, self.parents is not None)
+        return kernels_for(x, heads, self.implementation("attention", x), self.impl)
 
 
 class _Needs(NamedTuple):
@@ -191,7 +198,7 @@ class _AttentionBlock(torch.autograd.Function):
         os = empty_rows(rows.shape[0], width + outer.padded_rank, dtype=x.dtype, device=x.device)
         heads = width // call.head_dim
         lse = torch.empty(heads, rows.shape[0], dtype=rstd.dtype, device=x.device)
-        launchers.attention(call.implementation("attention", x)).attention_fwd(
+        call.attention_kernels(x).attention_fwd(
             q,
             k,
             v,
@@ -257,7 +264,7 @@ class _AttentionBlock(torch.autograd.Function):
             device=x.device,
             zeros=False,
         )
-        launchers.attention(call.implementation("attention", x)).attention_bwd(
+        call.attention_kernels(x).attention_bwd(
             d_o,
             q,
             k,

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lora_engine import backends
 from lora_engine.backends import contracts, launchers
+from lora_engine.backends.choice import Heads
 from lora_engine.ops import augmented
 from lora_engine.ops.lora.group import LoraGroup
 from lora_engine.ops.lora.linear import make_product
@@ -48,19 +49,31 @@ class Branch:
         return self.routes is None and all(dropout is None for dropout in self.dropouts)
 
 
-def implementation(block: str, x: Tensor, branch: Branch, impl: str | None) -> str:
-    """What computes the block for tensors like x: the reference unless both groups have kernels."""
+def implementation(
+    block: str, x: Tensor, branch: Branch, impl: str | None, heads: Heads | None = None
+) -> str:
+    """What computes the block for tensors like x: the reference unless both groups have kernels.
+
+    heads: of a block with attention.
+    """
     inner, outer = (
-        backends.select(block, x.device, x.dtype, impl, group.base.format)
+        backends.select(block, x.device, x.dtype, impl, group.base.format, heads)
         for group in (branch.inner, branch.outer)
     )
     return outer if inner != "reference" else inner
 
 
-def runs_fused(block: str, x: Tensor, inner: LoraGroup, outer: LoraGroup) -> bool:
-    """Whether all parts of the block have kernels for tensors like x, over these groups' bases."""
+def runs_fused(
+    block: str, x: Tensor, inner: LoraGroup, outer: LoraGroup, head_dim: int | None = None
+) -> bool:
+    """Whether all parts of the block have kernels for tensors like x, over these groups' bases.
+
+    head_dim: of a block with attention.
+    """
+    heads = None if head_dim is None else Heads(head_dim)
     return all(
-        backends.runs_fused(block, x.device, x.dtype, group.base.format) for group in (inner, outer)
+        backends.runs_fused(block, x.device, x.dtype, group.base.format, heads)
+        for group in (inner, outer)
     )
 
 

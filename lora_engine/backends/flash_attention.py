@@ -1,0 +1,139 @@
+"""PyTorch's FlashAttention-2 for packed sequences, behind the contract of our own kernels.
+
+`choice` says where it runs. It takes bfloat16 and float16, and no parents. Its results are copied
+into the caller's tensors, and rotation is a launch of our own.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_engine.backends import launchers
+
+
+def attention_fwd(
+    q: Tensor,  # [tokens, q_heads head_dim]
+    k: Tensor,  # [tokens, kv_heads head_dim]
+    v: Tensor,  # [tokens, kv_heads head_dim]
+    cu_seqlens: Tensor,  # [sequences + 1] int32
+    cos: Tensor | None,  # [tokens, head_dim] float32
+    sin: Tensor | None,  # [tokens, head_dim] float32
+    o: Tensor,  # [tokens, q_heads head_dim]
+    lse: Tensor,  # [q_heads, tokens] float32
+    *,
+    head_dim: int,
+    scale: float,
+    causal: bool,
+    window: int,
+    parents: Tensor | None = None,  # [sequences] int32
+) -> None:
+    """Writes o and lse, the logarithm of each query's sum of exponentials."""
+    if parents is not None:
+        raise ValueError("FlashAttention knows no parents")
+    if q.numel() == 0:
+        return
+    queries, keys, values = _heads(q, k, v, head_dim=head_dim)
+    queries, keys = _rotated(queries, keys, cos, sin)
+    tokens = q.shape[0]
+    result, sums, *_ = torch.ops.aten._flash_attention_forward(
+        queries,
+        keys,
+        values,
+        cu_seqlens,
+        cu_seqlens,
+        tokens,
+        tokens,
+        0.0,
+        causal,
+        False,
+        **_options(scale, window),
+    )
+    o.copy_(result.flatten(1))
+    lse.copy_(sums)
+
+
+def attention_bwd(
+    d_o: Tensor,  # [tokens, q_heads head_dim]
+    q: Tensor,  # [tokens, q_heads head_dim]
+    k: Tensor,  # [tokens, kv_heads head_dim]
+    v: Tensor,  # [tokens, kv_heads head_dim]
+    cu_seqlens: Tensor,  # [sequences + 1] int32
+    cos: Tensor | None,  # [tokens, head_dim] float32
+    sin: Tensor | None,  # [tokens, head_dim] float32
+    o: Tensor,  # [tokens, q_heads head_dim], of the forward pass
+    lse: Tensor,  # [q_heads, tokens] float32, of the forward pass
+    dq: Tensor,  # [tokens, q_heads head_dim]
+    dk: Tensor,  # [tokens, kv_heads head_dim]
+    dv: Tensor,  # [tokens, kv_heads head_dim]
+    *,
+    head_dim: int,
+    scale: float,
+    causal: bool,
+    window: int,
+    parents: Tensor | None = None,  # [sequences] int32
+) -> None:
+    """Writes dq, dk and dv."""
+    if parents is not None:
+        raise ValueError("FlashAttention knows no parents")
+    if q.numel() == 0:
+        return
+    queries, keys, values, d_out, out = _heads(q, k, v, d_o, o, head_dim=head_dim)
+    queries, keys = _rotated(queries, keys, cos, sin)
+    tokens = q.shape[0]
+    no_dropout = torch.empty(2, dtype=torch.uint64, device=q.device)
+    found = torch.ops.aten._flash_attention_backward(
+        d_out,
+        queries,
+        keys,
+        values,
+        out,
+        lse,
+        cu_seqlens,
+        cu_seqlens,
+        tokens,
+        tokens,
+        0.0,
+        causal,
+        no_dropout,
+        no_dropout.new_empty(0),
+        **_options(scale, window),
+    )
+    raw_dq, raw_dk, raw_dv = found
+    dq_heads, dk_heads, dv_heads = _heads(dq, dk, dv, head_dim=head_dim)
+    dv_heads.copy_(raw_dv)
+    if cos is None or sin is None:
+        dq_heads.copy_(raw_dq)
+        dk_heads.copy_(raw_dk)
+    else:
+        launchers.rope("triton").rope(
+            raw_dq, raw_dk, dq_heads, dk_heads, cos, sin, None, interleaved=False, inverse=True
+        )
+
+
+def _heads(*tensors: Tensor, head_dim: int) -> list[Tensor]:
+    """Tensors [tokens, heads head_dim] as [tokens, heads, head_dim]."""
+    return [x.unflatten(1, (-1, head_dim)) for x in tensors]
+
+
+def _rotated(
+    q: Tensor,  # [tokens, q_heads, head_dim]
+    k: Tensor,  # [tokens, kv_heads, head_dim]
+    cos: Tensor | None,  # [tokens, head_dim]
+    sin: Tensor | None,  # [tokens, head_dim]
+) -> tuple[Tensor, Tensor]:
+    """q and k rotated into memory of their own; themselves without tables."""
+    if cos is None or sin is None:
+        return q, k
+    turned_q, turned_k = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
+    launchers.rope("triton").rope(
+        q, k, turned_q, turned_k, cos, sin, None, interleaved=False, inverse=False
+    )
+    return turned_q, turned_k
+
+
+def _options(scale: float, window: int) -> dict[str, Any]:
+    """A window counts the token itself here, and does not there."""
+    if window == 0:
+        return {"scale": scale}
+    return {"scale": scale, "window_size_left": window - 1, "window_size_right": 0}
