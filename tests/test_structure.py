@@ -19,7 +19,7 @@ LAYERS: list[set[str]] = [
     {"quantization"},
     {"reference"},
     {"backends"},
-    {"backends.cpu", "backends.cuda", "backends.triton"},
+    {"backends.cpu", "backends.cuda", "backends.triton", "backends.flash_attention"},
     {"backends.launchers"},
     {"ops"},
     {"ops.lora", "ops.head"},

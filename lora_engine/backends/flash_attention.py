@@ -4,12 +4,10 @@
 into the caller's tensors, and rotation is a launch of our own.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from lora_engine.backends import launchers
+from lora_engine.backends.triton.rope import rope
 
 
 def attention_fwd(
@@ -35,7 +33,7 @@ def attention_fwd(
         return
     queries, keys, values = _heads(q, k, v, head_dim=head_dim)
     queries, keys = _rotated(queries, keys, cos, sin)
-    tokens = q.shape[0]
+    tokens, (before, behind) = q.shape[0], _sides(window)
     result, sums, *_ = torch.ops.aten._flash_attention_forward(
         queries,
         keys,
@@ -47,7 +45,9 @@ def attention_fwd(
         0.0,
         causal,
         False,
-        **_options(scale, window),
+        scale=scale,
+        window_size_left=before,
+        window_size_right=behind,
     )
     o.copy_(result.flatten(1))
     lse.copy_(sums)
@@ -80,7 +80,7 @@ def attention_bwd(
         return
     queries, keys, values, d_out, out = _heads(q, k, v, d_o, o, head_dim=head_dim)
     queries, keys = _rotated(queries, keys, cos, sin)
-    tokens = q.shape[0]
+    tokens, (before, behind) = q.shape[0], _sides(window)
     no_dropout = torch.empty(2, dtype=torch.uint64, device=q.device)
     found = torch.ops.aten._flash_attention_backward(
         d_out,
@@ -97,7 +97,9 @@ def attention_bwd(
         causal,
         no_dropout,
         no_dropout.new_empty(0),
-        **_options(scale, window),
+        scale=scale,
+        window_size_left=before,
+        window_size_right=behind,
     )
     raw_dq, raw_dk, raw_dv = found
     dq_heads, dk_heads, dv_heads = _heads(dq, dk, dv, head_dim=head_dim)
@@ -106,9 +108,7 @@ def attention_bwd(
         dq_heads.copy_(raw_dq)
         dk_heads.copy_(raw_dk)
     else:
-        launchers.rope("triton").rope(
-            raw_dq, raw_dk, dq_heads, dk_heads, cos, sin, None, interleaved=False, inverse=True
-        )
+        rope(raw_dq, raw_dk, dq_heads, dk_heads, cos, sin, None, interleaved=False, inverse=True)
 
 
 def _heads(*tensors: Tensor, head_dim: int) -> list[Tensor]:
@@ -126,14 +126,10 @@ def _rotated(
     if cos is None or sin is None:
         return q, k
     turned_q, turned_k = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
-    launchers.rope("triton").rope(
-        q, k, turned_q, turned_k, cos, sin, None, interleaved=False, inverse=False
-    )
+    rope(q, k, turned_q, turned_k, cos, sin, None, interleaved=False, inverse=False)
     return turned_q, turned_k
 
 
-def _options(scale: float, window: int) -> dict[str, Any]:
-    """A window counts the token itself here, and does not there."""
-    if window == 0:
-        return {"scale": scale}
-    return {"scale": scale, "window_size_left": window - 1, "window_size_right": 0}
+def _sides(window: int) -> tuple[int | None, int | None]:
+    """A window as FlashAttention has it: keys before and behind the query, which is not counted."""
+    return (window - 1, 0) if window else (None, None)
