@@ -11,7 +11,7 @@ result is a new one, and faulting in its pages takes longer than anything that i
 On a GPU the level-2 cache is flushed before each call. Values are compared of bitsandbytes' own
 codes, since its kernel for a GPU divides approximately; how many codes differ is printed. Without
 bitsandbytes ours are timed alone. Quantising waits for the GPU once, to refuse what is not finite;
-the kernel alone is timed as well.
+each implementation's kernel is timed alone as well.
 """
 
 import argparse
@@ -19,6 +19,7 @@ import importlib.util
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ import torch
 from benchmarks.common import measure, output
 from lora_engine import QuantizedWeight, backends, quantize_weight
 from lora_engine.backends import launchers
+from lora_engine.errors import UnavailableError
 from lora_engine.quantization.blockwise_4bit import BLOCKS, ascending_codes, code_bounds
 
 
@@ -65,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "quantise": lambda: quantize_weight(weight, args.format, **options),
     }
     if args.device == "cuda":
-        runs["quantise, the kernel"] = kernel_run(weight, packed)
+        runs |= kernel_runs(weight, packed, out)
     what = f"{args.format}, {args.rows} x {args.cols} {args.dtype}, blocks of {args.block}"
     what += ", double quantisation" if args.double_quant else ""
     if args.device == "cpu" or importlib.util.find_spec("bitsandbytes") is not None:
@@ -88,19 +90,38 @@ def main(argv: Sequence[str] | None = None) -> None:
         output.write(args.out, {**context, "what": what, "seconds": medians}, text)
 
 
-def kernel_run(weight: torch.Tensor, packed: QuantizedWeight) -> measure.Thunk:
-    """Finding codes and absmax, without what is done to absmax after that."""
-    format = packed.format
+def kernel_runs(
+    weight: torch.Tensor, packed: QuantizedWeight, out: torch.Tensor
+) -> dict[str, measure.Thunk]:
+    """Every implementation's kernels: codes and absmax, without what is done to absmax after that.
+
+    Raises SystemExit where their bits differ.
+    """
+    format, runs = packed.format, {}
     codes, absmax = (
         torch.empty(entry.shape, dtype=entry.dtype, device=weight.device)
         for entry in replace(format, nested=False).layout(packed.shape).values()
     )
-    launcher = launchers.blockwise_4bit(
-        backends.select("blockwise_4bit", weight.device, weight.dtype)
-    )
     bounds = code_bounds(format.code, weight.device)
     ascending = ascending_codes(format.code, weight.device)
-    return lambda: launcher.quantize_4bit(weight, bounds, ascending, codes, absmax, format.block)
+    for impl in ("cuda", "triton"):
+        try:
+            backends.select("blockwise_4bit", weight.device, weight.dtype, impl)
+        except UnavailableError as error:
+            print(error)
+            continue
+        launcher = launchers.blockwise_4bit(impl)
+        quantise = partial(
+            launcher.quantize_4bit, weight, bounds, ascending, codes, absmax, format.block
+        )
+        quantise()
+        if not torch.equal(codes, packed.tensors["codes"]):
+            raise SystemExit(f"{impl}: the codes are not the operation's")
+        if not torch.equal(packed.dequantize(impl=impl), packed.dequantize()):
+            raise SystemExit(f"{impl}: the values are not the operation's")
+        runs[f"dequantise, {impl}"] = partial(packed.rows, 0, len(weight), out=out, impl=impl)
+        runs[f"quantise, {impl} kernel"] = quantise
+    return runs
 
 
 def bitsandbytes_runs(

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from benchmarks.kernels import four_bit
+from lora_engine import backends
 
 SMALL = ["--rows", "64", "--cols", "128", "--rounds", "2"]
 
@@ -44,3 +45,17 @@ def test_other_values_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_rows_that_end_inside_a_block_are_refused() -> None:
     with pytest.raises(SystemExit):
         four_bit.parse_arguments(["--cols", "100"])
+
+
+def test_kernels_of_every_implementation_that_can_run(capsys: pytest.CaptureFixture[str]) -> None:
+    if not backends.triton_interpreted():
+        pytest.skip("triton is not installed, or compiles for the GPU in this process")
+    weight = torch.randn(8, 128).bfloat16()
+    packed = four_bit.quantize_weight(weight, double_quant=True)
+    out = torch.empty_like(weight)
+    runs = four_bit.kernel_runs(weight, packed, out)
+    assert "impl='cuda' is not available" in capsys.readouterr().out
+    assert set(runs) == {"dequantise, triton", "quantise, triton kernel"}
+    for run in runs.values():
+        run()
+    assert torch.equal(out, packed.dequantize())
