@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 from lora_engine.backends.triton import launch
+from lora_engine.backends.triton.relaunch import Relaunched
 from torch import Tensor
 
 from lora_engine.backends.contracts import AdamWHyper
@@ -31,6 +32,7 @@ def adamw_step(g, p, m, v, from_grad1, beta2, from_grad2, eps, decay, step_size,
     return p, m, v
 
 
+@Relaunched
 @triton.jit
 def _adamw_kernel(
     params_ptr,  # [count]
@@ -70,6 +72,7 @@ def _adamw_kernel(
     tl.store(exp_avg_sq_ptr + offs, v, mask=mask)
 
 
+@Relaunched
 @triton.jit
 def _square_sum_kernel(
     grads_ptr,  # [count]
@@ -88,6 +91,7 @@ def _square_sum_kernel(
     tl.store(partials_ptr + pid, tl.sum(total, axis=0))
 
 
+@Relaunched
 @triton.jit
 def _norm_kernel(
     partials_ptr,  # [count]

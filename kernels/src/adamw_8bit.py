@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from lora_engine.backends.triton import launch
 from lora_engine.backends.triton.adamw import adamw_step, clipping_scale
+from lora_engine.backends.triton.relaunch import Relaunched
 from torch import Tensor
 
 from lora_engine.backends.contracts import AdamWHyper
@@ -56,6 +57,7 @@ def _block_inverse(absmax):
     return tl.where(absmax > 1e-37, 1.0 / tl.where(absmax > 1e-37, absmax, 1.0), 0.0)
 
 
+@Relaunched
 @triton.jit
 def _adamw_8bit_kernel(
     params_ptr,  # [count]

@@ -18,6 +18,7 @@ from lora_engine.backends.triton.attention_tiles import (
     store_rows,
     visible,
 )
+from lora_engine.backends.triton.relaunch import Relaunched
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -105,6 +106,7 @@ def _dq_of_run(
     )  # fmt: skip
 
 
+@Relaunched
 @triton.jit(do_not_specialize=["sequences", "window"])
 def _attention_bwd_dq_kernel(
     d_o_ptr,  # [tokens, heads, D]
@@ -290,6 +292,7 @@ def _dkv_of_sequence(
     return dk, dv
 
 
+@Relaunched
 @triton.jit(do_not_specialize=["sequences", "window"])
 def _attention_bwd_dkv_kernel(
     d_o_ptr,  # [tokens, heads, D]
@@ -379,6 +382,7 @@ def _attention_bwd_dkv_kernel(
     store_rows(dv_ptr, stride_dv, first, length, dv, D, BLOCK_N, BLOCK_D)
 
 
+@Relaunched
 @triton.jit
 def _attention_last_kernel(
     parents_ptr,  # [sequences]

@@ -10,6 +10,7 @@ from lora_engine.backends.triton.attention_tiles import (
     store_rows,
     visible,
 )
+from lora_engine.backends.triton.relaunch import Relaunched
 
 LOG_2 = tl.constexpr(0.6931471805599453)
 
@@ -112,6 +113,7 @@ def _attend_run(
     return acc, m, total
 
 
+@Relaunched
 @triton.jit(do_not_specialize=["sequences", "window"])
 def _attention_fwd_kernel(
     q_ptr,  # [tokens, heads, D]

@@ -7,6 +7,7 @@ fused with an addition.
 import triton
 import triton.language as tl
 from lora_engine.backends.triton import launch
+from lora_engine.backends.triton.relaunch import Relaunched
 from torch import Tensor
 
 from lora_engine.backends.contracts import BlockScales
@@ -38,6 +39,7 @@ def _looked_up(table, places, SIZE: tl.constexpr):
     return tl.gather(table, places.reshape([SIZE]), 0).reshape(places.shape)
 
 
+@Relaunched
 @triton.jit
 def _dequantize_4bit_kernel(
     codes_ptr,  # [values / 2]
@@ -102,6 +104,7 @@ def _places(x, bounds_ptr, SIZE: tl.constexpr):
     return places + (x > _looked_up(bounds, places, SIZE)).to(tl.int32)
 
 
+@Relaunched
 @triton.jit
 def _quantize_4bit_kernel(
     w_ptr,  # [size]

@@ -8,6 +8,7 @@ block to the first, finds what the first read last still in the L2 cache.
 import triton
 import triton.language as tl
 from lora_engine.backends.triton import launch
+from lora_engine.backends.triton.relaunch import Relaunched
 from torch import Tensor
 
 # Stands for -inf where two of them would be subtracted.
@@ -124,6 +125,7 @@ def _gradient_block(
         tl.store(grad_ptr + offs, grad.to(grad_ptr.dtype.element_ty))
 
 
+@Relaunched
 @triton.jit
 def _cross_entropy_kernel(
     logits_ptr,  # [rows, cols]

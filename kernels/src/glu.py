@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 from lora_engine.backends.triton import launch
+from lora_engine.backends.triton.relaunch import Relaunched
 from torch import Tensor
 
 
@@ -49,6 +50,7 @@ def _tile(rows, cols, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     return offs_m, offs_n, (offs_m < rows) & (offs_n < cols)
 
 
+@Relaunched
 @triton.jit
 def _glu_fwd_kernel(
     gate_ptr,  # [rows, cols]
@@ -73,6 +75,7 @@ def _glu_fwd_kernel(
     tl.store(y_ptr + offs_m * (stride_y * VEC) + offs_n, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
+@Relaunched
 @triton.jit
 def _glu_bwd_kernel(
     dy_ptr,  # [rows, cols]

@@ -5,9 +5,11 @@ import triton
 import triton.language as tl
 from lora_engine.backends.triton import launch
 from lora_engine.backends.triton.norm_rows import blocks, rows_per_program
+from lora_engine.backends.triton.relaunch import Relaunched
 from torch import Tensor
 
 
+@Relaunched
 @triton.jit
 def _layer_norm_fwd_kernel(
     x_ptr,  # [rows, N]
@@ -68,6 +70,7 @@ def _layer_norm_fwd_kernel(
         tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
+@Relaunched
 @triton.jit
 def _layer_norm_bwd_kernel(
     dy_ptr,  # [rows, N]

@@ -22,6 +22,7 @@ from lora_engine.backends.triton.lora_tiles import (
     split_rows,
 )
 from lora_engine.backends.triton.philox import keep_mask, signed_words
+from lora_engine.backends.triton.relaunch import Relaunched
 from torch import Tensor
 
 from lora_engine.values import Dropout
@@ -30,6 +31,7 @@ from lora_engine.values import Dropout
 PRECISION = "ieee"
 
 
+@Relaunched
 @triton.jit(do_not_specialize=["M", "seed_low", "seed_high", "threshold"])
 def _lora_a_fwd_kernel(
     x_ptr,  # [M, K]
@@ -80,6 +82,7 @@ def _lora_a_fwd_kernel(
     )
 
 
+@Relaunched
 @triton.jit(do_not_specialize=["M", "chunk"])
 def _lora_b_bwd_kernel(
     dy_ptr,  # [M, N]
@@ -149,6 +152,7 @@ def _lora_b_bwd_kernel(
         tl.store(db_ptr + rows[:, None] * P + offs_p[None, :], db, mask=mask_n[:, None])
 
 
+@Relaunched
 @triton.jit(do_not_specialize=["M", "chunk", "seed_low", "seed_high", "threshold"])
 def _lora_a_bwd_kernel(
     ds_ptr,  # [M, R]

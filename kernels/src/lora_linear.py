@@ -15,6 +15,7 @@ from lora_engine.backends.triton import launch
 from lora_engine.backends.triton.lora_factors import PRECISION, lora_a_bwd, lora_a_fwd, lora_b_bwd
 from lora_engine.backends.triton.lora_tiles import Span, aligned, choose, padded, rank_runs
 from lora_engine.backends.triton.philox import keep_mask, signed_words
+from lora_engine.backends.triton.relaunch import Relaunched
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -37,6 +38,7 @@ def _load_columns(ptr, stride, offs_out, offs_in, N, end, ROWS_ARE_OUT: tl.const
     return tile
 
 
+@Relaunched
 @triton.jit(do_not_specialize=["M", "seed_low", "seed_high", "threshold"])
 def _two_segment_kernel(
     x,  # [M, K], a tensor descriptor where TMA

@@ -7,9 +7,11 @@ import triton
 import triton.language as tl
 from lora_engine.backends.triton import launch
 from lora_engine.backends.triton.lora_tiles import Span, choose, rank_tiles
+from lora_engine.backends.triton.relaunch import Relaunched
 from torch import Tensor
 
 
+@Relaunched
 @triton.jit(do_not_specialize=["M"])
 def _sum_blocks_kernel(
     part_ptr,  # [blocks of N, M, P], float32
@@ -39,6 +41,7 @@ def _sum_blocks_kernel(
     )
 
 
+@Relaunched
 @triton.jit(do_not_specialize=["chunks", "rows"])
 def _sum_chunks_kernel(
     part_ptr,  # [chunks, rows, P], float32

@@ -1,6 +1,7 @@
 """How the ranks and the rows of a LoRA group are divided among programs."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 import triton
@@ -49,9 +50,13 @@ def rank_runs(spans: Sequence[Span], *, merge: bool) -> list[tuple[int, int, int
     A linear's index is the substream of its dropout mask. `merge` joins adjacent runs, where no
     mask makes a difference between them.
     """
+    return _rank_runs(tuple((c.start, c.stop) for _, c in spans), merge)
+
+
+def _rank_runs(columns: tuple[tuple[int, int], ...], merge: bool) -> list[tuple[int, int, int]]:
     runs: list[tuple[int, int, int]] = []
-    columns = [(c.start, c.stop, i) for i, (_, c) in enumerate(spans) if c.stop > c.start]
-    for start, end, substream in sorted(columns):
+    present = [(start, stop, i) for i, (start, stop) in enumerate(columns) if stop > start]
+    for start, end, substream in sorted(present):
         if merge and runs and runs[-1][1] == start:
             runs[-1] = (runs[-1][0], end, runs[-1][2])
         else:
@@ -67,7 +72,14 @@ def rank_tiles(
     A tile works the columns from `first` that lie in [start, end), and writes zeros to its others
     before `stop`: each of `rank_runs` owns the padding up to the next.
     """
-    runs = rank_runs(spans, merge=merge)
+    return _rank_tiles(tuple((c.start, c.stop) for _, c in spans), total, widest, merge)
+
+
+@lru_cache(1024)
+def _rank_tiles(
+    columns: tuple[tuple[int, int], ...], total: int, widest: int, merge: bool
+) -> tuple[int, tuple[tuple[int, ...], ...]]:
+    runs = _rank_runs(columns, merge)
     firsts = [0, *(start for start, _, _ in runs[1:])]
     stops = [*firsts[1:], total]
     block = min(widest, padded(max(b - a for a, b in zip(firsts, stops, strict=True))))

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 from lora_engine.backends.triton import launch
+from lora_engine.backends.triton.relaunch import Relaunched
 from torch import Tensor
 
 
@@ -86,6 +87,7 @@ def _rotate_heads(
             tl.store(y_rows + offs, rest, mask=mask & (offs < D))
 
 
+@Relaunched
 @triton.jit
 def _rope_kernel(
     q_ptr,  # [tokens, heads_q, D]
