@@ -22,11 +22,13 @@ from lora_engine.backends.triton.glu import activated
 from lora_engine.backends.triton.lora_factors import PRECISION
 from lora_engine.backends.triton.lora_sums import sum_blocks, sum_chunks
 from lora_engine.backends.triton.lora_tiles import Span, padded, split_rows
+from lora_engine.backends.triton.relaunch import Relaunched
 from torch import Tensor
 
 from lora_engine.backends.contracts import DyGradients, XGradient
 
 
+@Relaunched
 @triton.jit(do_not_specialize=["M", "share"])
 def _glu_lora_fwd_kernel(
     gate_ptr,  # [M, N]
@@ -96,6 +98,7 @@ def _products(
     return db
 
 
+@Relaunched
 @triton.jit(do_not_specialize=["M", "chunk"])
 def _glu_lora_bwd_kernel(
     dh_ptr,  # [M, N]
