@@ -5,6 +5,7 @@ import logging
 import os
 import platform
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from lora_engine.models.load.transformers_files import (
     quiet_transformers,
     readable_folder,
 )
+from lora_engine.models.quantized.quantize import SKIPPED, quantize_model
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHORT_NAMES = {"smollm2": smollm2_gguf_path}
@@ -37,6 +39,9 @@ def load_model(
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "auto",
     cache_dir: str | Path | None = None,
+    quantize: str | None = None,
+    double_quant: bool = False,
+    quantize_skip: Sequence[str] = SKIPPED,
 ) -> tuple[Any, Any]:
     """A transformers causal language model on `device`, in eval mode, and its tokenizer.
 
@@ -45,6 +50,9 @@ def load_model(
     dtype: "float32", "bfloat16", "float16" or the torch dtype; "auto" takes `preferred_dtype`.
     device: "cpu", "cuda", "cuda:1", …; "auto" takes the GPU if there is one.
     cache_dir: where converted GGUF files are kept; the user's cache folder if None.
+    quantize: the format of the linears' weights, "nf4" or "fp4", with double_quant and
+        quantize_skip as `quantize_model` has them; None: they stay as they are. Each weight is
+        read from the file, quantised on `device` and forgotten before the next.
 
     The tokenizer has a pad token, the end token if it brought none. Weights are read from
     safetensors only, and code that comes with a model is never run. Raises UserError, one line,
@@ -58,6 +66,11 @@ def load_model(
         resolved = str(converted_gguf(resolved, chosen_dtype, cache))
     tokenizer = _tokenizer(str(source), resolved)
     model = _model(str(source), resolved, chosen_dtype)
+    if quantize is not None:
+        quantize_model(
+            model, quantize, double_quant=double_quant, skip=quantize_skip, device=chosen_device
+        )
+    _leave_the_file(model)
     return model.to(chosen_device).eval(), tokenizer
 
 
@@ -228,7 +241,6 @@ def _model(source: str, resolved: str, dtype: torch.dtype) -> Any:
             ignore_mismatched_sizes=True,  # they are refused below, in one line
         )
     check_weights(source, model, info)
-    _leave_the_file(model)
     return model
 
 

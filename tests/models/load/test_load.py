@@ -24,6 +24,7 @@ from lora_engine.models.load.gguf import (
 )
 from lora_engine.models.load.load import load_model, load_tokenizer, preferred_dtype
 from lora_engine.models.load.origin import Base, base_of
+from lora_engine.ops import quantize_weight
 
 TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n'"
@@ -122,6 +123,24 @@ class TestFolder:
         _, tokenizer = load_model(str(folder), dtype="float32")
         assert tokenizer.pad_token == tokenizer.eos_token == "<|im_end|>"
         assert load_tokenizer(folder).pad_token == "<|im_end|>"
+
+    def test_weights_of_four_bits(self, folder):
+        options = {"dtype": "bfloat16", "device": "cpu"}
+        model, _ = load_model(folder, quantize="nf4", double_quant=True, **options)
+        dense, _ = load_model(folder, **options)
+        assert model.lm_head.weight.equal(dense.lm_head.weight)
+        found = 0
+        for name, layer in dense.model.named_modules():
+            if type(layer) is torch.nn.Linear:
+                packed = model.model.get_submodule(name).quantized
+                expected = quantize_weight(layer.weight, "nf4", double_quant=True)
+                assert packed.dequantize().equal(expected.dequantize()), name
+                found += 1
+        assert found == 7 * len(dense.model.layers)
+        skipped, _ = load_model(folder, quantize="fp4", quantize_skip=["*_proj"], **options)
+        assert type(skipped.model.layers[0].mlp.up_proj) is torch.nn.Linear
+        with pytest.raises(UserError, match="format 'int3'"):
+            load_model(folder, quantize="int3", **options)
 
     def test_progress_bars_come_back(self, folder):
         from transformers.utils import logging
