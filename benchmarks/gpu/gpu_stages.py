@@ -93,6 +93,8 @@ LORA_LINEAR = module(
 
 SANITIZE = module("benchmarks.gpu.sanitize", (), None, "sanitize")
 
+ATTENTION = module("benchmarks.gpu.attention", (), None, "attention")
+
 TRAIN_STEP = module(
     "benchmarks.gpu.train_step",
     ("--device", "cuda"),
@@ -108,5 +110,6 @@ STEPS = (
     Step("sanitize", 0.4, SANITIZE),
     Step("kernels", 0.6, KERNELS, repeats=True),
     Step("lora_linear", 0.6, LORA_LINEAR, repeats=True),
+    Step("attention", 0.4, ATTENTION, repeats=True),
     Step("train_step", 0.9, TRAIN_STEP, repeats=True),
 )
