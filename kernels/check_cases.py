@@ -254,6 +254,11 @@ def blockwise_4bit(dtype: torch.dtype) -> Iterator[Call]:
         w = empty(ROWS, cols + 16, dtype=dtype)[:, :cols]
         for scales in (BlockScales(flat(blocks)), BlockScales(*nested)):
             yield call(blockwise_4bit.dequantize_4bit, codes, scales, values, w, 0, 64)
+    for rows, cols in ((1, 1), (3, 8)):  # sizes of one, for which Triton makes kernels of their own
+        w, plain = empty(rows, cols, dtype=dtype), BlockScales(flat(1))
+        codes = flat(-(-rows * cols // 2), torch.uint8)
+        yield call(blockwise_4bit.dequantize_4bit, codes, plain, values, w, 0, 32)
+        yield call(blockwise_4bit.quantize_4bit, w, flat(15), ascending, codes, flat(1), 32)
     for rows in (1001, ROWS):  # an odd number of values, and a multiple of all blocks
         w = empty(rows, rows, dtype=dtype)
         codes = flat(-(-w.numel() // 2), torch.uint8)

@@ -95,14 +95,13 @@ def dequantize_4bit_(
     rows, cols = out.shape
     layout = format.layout((first_row + rows, cols))
     for name, (shape, dtype) in layout.items():
-        check(
-            first_row >= 0
-            and name in tensors
-            and tensors[name].dtype == dtype
-            and tensors[name].numel() >= math.prod(shape),
-            f"dequantize_4bit_: rows {first_row} to {first_row + rows} of {cols} values do not "
-            f"lie within {name} {shape_of(tensors[name]) if name in tensors else '(missing)'}",
-        )
+        tensor = tensors.get(name)
+        fits = tensor is not None and tensor.dtype == dtype and tensor.numel() >= math.prod(shape)
+        if first_row < 0 or not fits:  # the message is made where it is needed: see check
+            raise ValueError(
+                f"dequantize_4bit_: rows {first_row} to {first_row + rows} of {cols} values do "
+                f"not lie within {name} {'(missing)' if tensor is None else shape_of(tensor)}"
+            )
     scales = BlockScales(*(tensors[name] for name in layout if name != "codes"))
     impl = _select(out, impl)
     if impl == "reference":

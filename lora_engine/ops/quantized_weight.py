@@ -102,21 +102,22 @@ class QuantizedWeight:
         )
         if out is None:
             out = torch.empty(rows, cols, dtype=self.dtype, device=self.device)
-        check(
-            out.shape == (rows, cols) and (out.stride(1) == 1 or cols == 1),
-            f"out is {shape_of(out)}, expected [{rows}, {cols}] with columns one apart",
-        )
-        check(
-            out.is_floating_point() and out.device == self.device,
-            f"out is {shape_of(out)} on {out.device}, expected floating point on {self.device}",
-        )
-        check(
-            not (out.requires_grad and torch.is_grad_enabled()),
-            "out requires a gradient, and decoding has none",
-        )
+        elif problem := self._why_not_into(out, rows):
+            raise ValueError(f"out is {shape_of(out)} on {out.device}, {problem}")
         if out.numel():
             dequantize_4bit_(out, self.tensors, self.format, first_row=start, impl=impl)
         return out
+
+    def _why_not_into(self, out: Tensor, rows: int) -> str | None:
+        """Why so many rows cannot be written into `out`; None if they can."""
+        cols = self.shape[1]
+        if out.shape != (rows, cols) or (out.stride(1) != 1 and cols != 1):
+            return f"expected [{rows}, {cols}] with columns one apart"
+        if not out.is_floating_point() or out.device != self.device:
+            return f"expected floating point on {self.device}"
+        if out.requires_grad and torch.is_grad_enabled():
+            return "which requires a gradient, and decoding has none"
+        return None
 
     def to(self, device: str | torch.device) -> "QuantizedWeight":
         """The same weight on `device`; itself if it is there."""

@@ -157,7 +157,7 @@ def test_arguments_that_do_not_fit_are_refused(weight: torch.Tensor) -> None:
     ):
         with pytest.raises(ValueError, match="out is"):
             packed.rows(0, 2, out=out)
-    with pytest.raises(ValueError, match="out requires a gradient"):
+    with pytest.raises(ValueError, match="which requires a gradient"):
         packed.rows(0, 2, out=torch.empty(2, 256, requires_grad=True))
     with pytest.raises(ValueError, match="did you mean nf4"):
         quantize_weight(weight, "nf44")
