@@ -4,9 +4,9 @@
     mlp_block:        x + down(glu(gate_up(norm(x))))       ops/layer/mlp_block.py
 
 Between the products nothing is saved that one pointwise pass gives again. For a token: x and the
-norm's 1 / rms, S of both groups, q, k, v and attention's output (or gate and up). The norm's
-output, normed heads and the activation are made again in the backward pass, where their gradients
-are being read anyway.
+norm's 1 / rms, S of both groups, q, k, v and attention's output (or gate and up). Normed heads and
+the activation are made again in the backward pass, where their gradients are being read anyway. The
+norm's output is not needed for dA, whose sum is taken of x.
 The residual is added by the product that makes the branch's output, and its gradient by the norm's
 backward pass.
 """
@@ -153,10 +153,9 @@ class Call:
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Gradients of x, of the norm's weight, and of the inner A."""
         rows, cols = x.shape
+        d_lora_a = self._inner_a_gradient(ds, x, rstd) if wants_a and ds is not None else None
         if not any(needs):
-            normed = torch.empty_like(x)
-            self._norm_into(normed, x, rstd)
-            return None, None, self.inner.lora_a_gradient(ds, normed, wanted=wants_a)
+            return None, None, d_lora_a
         d_normed = self.inner.input_gradient(dys)
         (dx,) = augmented.empty(
             rows, [cols], self.grad_padding_columns, dtype=x.dtype, device=x.device
@@ -165,7 +164,23 @@ class Call:
         self.norm_kernels(x).rms_norm_bwd(
             d_normed, dy, x, self.norm.weight, rstd, dx, dweight, self.norm.offset
         )
-        normed = d_normed  # not needed any more; the call below rewrites rstd with the same values
-        self._norm_into(normed, x, rstd)
-        d_lora_a = self.inner.lora_a_gradient(ds, normed, wanted=wants_a)
         return dx, None if dweight is None else dweight.to(x.dtype), d_lora_a
+
+    def _inner_a_gradient(
+        self,
+        ds: Tensor,  # [M, R]
+        x: Tensor,  # [M, H]
+        rstd: Tensor,  # [M]
+    ) -> Tensor | None:
+        """dSᵀ norm(x) [R, H] without norm(x): a factor of each row goes to dS, of each column last.
+
+        In float16 dS / rms(x) may be too small to be represented, so norm(x) is made again.
+        """
+        if x.dtype == torch.float16:
+            normed = torch.empty_like(x)
+            self._norm_into(normed, x, rstd)
+            return self.inner.lora_a_gradient(ds, normed, wanted=True)
+        of_rows = torch.mul(ds, rstd[:, None], out=ds.new_empty(ds.shape))
+        d_lora_a = self.inner.lora_a_gradient(of_rows, x, wanted=True)
+        weight = self.norm.weight.to(rstd.dtype) + self.norm.offset
+        return None if d_lora_a is None else d_lora_a.mul_(weight)
