@@ -41,6 +41,7 @@ from lora_engine.backends.hardware import (
     triton_interpreted,
 )
 from lora_engine.backends.selection import (
+    attention_plan,
     chunk_rows,
     decoded_rows,
     explain,
@@ -48,7 +49,6 @@ from lora_engine.backends.selection import (
     runs_fused,
     select,
     takes_few_rows,
-    takes_flash_attention,
     takes_one_pass,
     takes_one_query,
 )
@@ -62,6 +62,7 @@ __all__ = [
     "STRATEGIES",
     "Choice",
     "Extension",
+    "attention_plan",
     "capability",
     "capability_text",
     "chunk_rows",
@@ -87,7 +88,6 @@ __all__ = [
     "runs_on",
     "select",
     "takes_few_rows",
-    "takes_flash_attention",
     "takes_one_pass",
     "takes_one_query",
     "triton_interpreted",

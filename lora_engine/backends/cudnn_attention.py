@@ -1,8 +1,8 @@
 """cuDNN's attention for packed sequences of one length, behind the contract of our own kernels.
 
-`choice` says where it runs. T tokens are B sequences of T / B tokens, [B, heads, T / B, head_dim] to
-cuDNN. For sequences of several lengths PyTorch asks cuDNN for a new plan at every call. Rotation is
-a launch of our own, and results are copied into the caller's tensors.
+`choice` says where it runs. T tokens are B sequences of T / B tokens each, which cuDNN is given as
+[B, heads, T / B, head_dim]. For sequences of several lengths PyTorch asks cuDNN for a new plan at
+every call. Rotation is a launch of our own, and results are copied into the caller's tensors.
 """
 
 import torch

@@ -7,7 +7,7 @@ into the caller's tensors, and rotation is a launch of our own.
 import torch
 from torch import Tensor
 
-from lora_engine.backends.triton.rope import rope
+from lora_engine.backends.torch_attention import heads_of, rotated, write_gradients
 
 
 def attention_fwd(
@@ -31,8 +31,8 @@ def attention_fwd(
         raise ValueError("FlashAttention knows no parents")
     if q.numel() == 0:
         return
-    queries, keys, values = _heads(q, k, v, head_dim=head_dim)
-    queries, keys = _rotated(queries, keys, cos, sin)
+    queries, keys, values = heads_of(q, k, v, head_dim=head_dim)
+    queries, keys = rotated(queries, keys, cos, sin)
     tokens, (before, behind) = q.shape[0], _sides(window)
     result, sums, *_ = torch.ops.aten._flash_attention_forward(
         queries,
@@ -78,8 +78,8 @@ def attention_bwd(
         raise ValueError("FlashAttention knows no parents")
     if q.numel() == 0:
         return
-    queries, keys, values, d_out, out = _heads(q, k, v, d_o, o, head_dim=head_dim)
-    queries, keys = _rotated(queries, keys, cos, sin)
+    queries, keys, values, d_out, out = heads_of(q, k, v, d_o, o, head_dim=head_dim)
+    queries, keys = rotated(queries, keys, cos, sin)
     tokens, (before, behind) = q.shape[0], _sides(window)
     no_dropout = torch.empty(2, dtype=torch.uint64, device=q.device)
     found = torch.ops.aten._flash_attention_backward(
@@ -101,33 +101,7 @@ def attention_bwd(
         window_size_left=before,
         window_size_right=behind,
     )
-    raw_dq, raw_dk, raw_dv = found
-    dq_heads, dk_heads, dv_heads = _heads(dq, dk, dv, head_dim=head_dim)
-    dv_heads.copy_(raw_dv)
-    if cos is None or sin is None:
-        dq_heads.copy_(raw_dq)
-        dk_heads.copy_(raw_dk)
-    else:
-        rope(raw_dq, raw_dk, dq_heads, dk_heads, cos, sin, None, interleaved=False, inverse=True)
-
-
-def _heads(*tensors: Tensor, head_dim: int) -> list[Tensor]:
-    """Tensors [tokens, heads head_dim] as [tokens, heads, head_dim]."""
-    return [x.unflatten(1, (-1, head_dim)) for x in tensors]
-
-
-def _rotated(
-    q: Tensor,  # [tokens, q_heads, head_dim]
-    k: Tensor,  # [tokens, kv_heads, head_dim]
-    cos: Tensor | None,  # [tokens, head_dim]
-    sin: Tensor | None,  # [tokens, head_dim]
-) -> tuple[Tensor, Tensor]:
-    """q and k rotated into memory of their own; themselves without tables."""
-    if cos is None or sin is None:
-        return q, k
-    turned_q, turned_k = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
-    rope(q, k, turned_q, turned_k, cos, sin, None, interleaved=False, inverse=False)
-    return turned_q, turned_k
+    write_gradients(found, (dq, dk, dv), cos, sin, head_dim=head_dim)
 
 
 def _sides(window: int) -> tuple[int | None, int | None]:

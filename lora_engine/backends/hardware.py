@@ -64,6 +64,13 @@ def has_flash_attention() -> bool:
     )
 
 
+def has_cudnn_attention() -> bool:
+    """Whether this build of PyTorch has cuDNN's attention."""
+    return torch.backends.cudnn.is_available() and hasattr(
+        torch.ops.aten, "_scaled_dot_product_cudnn_attention_backward"
+    )
+
+
 def triton_interpreted() -> bool:
     """Whether Triton kernels are interpreted in this process, on CPU tensors."""
     if not triton_installed():

@@ -116,11 +116,15 @@ def attention(impl: str) -> contracts.Attention:
 
 
 @cache
-def flash_attention() -> contracts.Attention:
-    """PyTorch's, where `backends.takes_flash_attention`."""
-    from lora_engine.backends import flash_attention as torch_flash
+def torch_attention(plan: str) -> contracts.Attention:
+    """PyTorch's, by `backends.attention_plan`: "flash" or "cudnn"."""
+    if plan == "cudnn":
+        from lora_engine.backends import cudnn_attention
 
-    return torch_flash
+        return cudnn_attention
+    from lora_engine.backends import flash_attention
+
+    return flash_attention
 
 
 @cache

@@ -39,6 +39,7 @@ def present() -> Present:
         emulated=extension.cuda_emulation is not None,
         gpu=devices.gpu_count() > 0,
         flash=hardware.has_flash_attention(),
+        cudnn=hardware.has_cudnn_attention(),
     )
 
 
@@ -131,11 +132,11 @@ def takes_one_query(
     return _strategy(_choose_here("attention", device, dtype, sizes)) == "one_query"
 
 
-def takes_flash_attention(
+def attention_plan(
     device: torch.device, dtype: torch.dtype, heads: Heads, impl: str | None = None
-) -> bool:
-    """Whether attention within packed sequences is PyTorch's FlashAttention."""
-    return _strategy(_choose_here("attention", device, dtype, heads, impl)) == "flash"
+) -> str:
+    """What attention within packed sequences runs: "tiles", "flash" or "cudnn"."""
+    return _strategy(_choose_here("attention", device, dtype, heads, impl))
 
 
 def chunk_rows(device: torch.device, dtype: torch.dtype, rows: int, classes: int) -> int:

@@ -28,6 +28,7 @@ def attention(
     causal: bool = True,
     window: int = 0,
     parents: Tensor | None = None,  # [S] int32
+    equal_lengths: bool = False,
     padding_columns: int = 0,
     grad_padding_columns: int = 0,
     impl: str | None = None,
@@ -41,6 +42,8 @@ def attention(
     (causal only) sequence s continues the earlier sequence `parents[s]`, if that is not -1: its
     queries see that one's tokens and whatever that one continues, then their own, as though all
     stood in one sequence, and the gradients of k and v sum over all that saw them.
+    `equal_lengths` says that all sequences have the same number of tokens, which only the caller
+    knows without waiting for a GPU: there are faster kernels for that.
     `padding_columns` leaves columns behind each token of the result for `ops.lora_linear`,
     `grad_padding_columns` behind the gradients of q, k and v, which lie side by side in one buffer.
     Memory beyond the result is one float a token and head.
@@ -62,6 +65,7 @@ def attention(
             causal=causal,
             window=window,
             parents=parents,
+            equal_lengths=equal_lengths,
             impl=impl,
         )
         return out.view(q.shape)
@@ -69,7 +73,10 @@ def attention(
     if parents is not None:
         check_parents(parents, cu_seqlens.numel() - 1, causal)
     scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
-    asked, heads = impl, Heads(head_dim, parents is not None)
+    heads = heads_of(
+        head_dim, cu_seqlens, q.numel() // max(1, q.shape[-1]), parents, window, equal_lengths
+    )
+    asked = impl
     impl = backends.select("attention", q.device, q.dtype, asked, sizes=heads)
     if impl == "reference":
         qs, ks, vs = (x.unflatten(-1, (-1, head_dim)).flatten(0, -3) for x in (q, k, v))
@@ -112,9 +119,25 @@ def kernels_for(x: Tensor, heads: Heads, impl: str, asked: str | None) -> contra
 
     asked: the implementation that a caller forces.
     """
-    if backends.takes_flash_attention(x.device, x.dtype, heads, asked):
-        return launchers.flash_attention()
-    return launchers.attention(impl)
+    plan = backends.attention_plan(x.device, x.dtype, heads, asked)
+    return launchers.attention(impl) if plan == "tiles" else launchers.torch_attention(plan)
+
+
+def heads_of(
+    head_dim: int,
+    cu_seqlens: Tensor,  # [S + 1]
+    tokens: int,
+    parents: Tensor | None,
+    window: int,
+    equal_lengths: bool,
+) -> Heads:
+    """What attention is chosen by. ValueError if so many tokens cannot be equal sequences."""
+    kind = Heads(head_dim, parents is not None, window > 0)
+    sequences = cu_seqlens.numel() - 1
+    if not equal_lengths or sequences < 1:
+        return kind
+    check(tokens % sequences == 0, f"attention: {tokens} tokens are no {sequences} equal sequences")
+    return kind._replace(length=tokens // sequences)
 
 
 def _check(

@@ -170,6 +170,25 @@ def test_flash_attention_takes_the_heads_of_its_table(monkeypatch: pytest.Monkey
     )
 
 
+def test_cudnn_takes_equal_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "CUDNN_HEADS", {90: (64, 128), None: (0, 0)})
+    monkeypatch.setattr(choice, "CUDNN_LENGTH", 128)
+    present = replace(WITH_GPU, cudnn=True)
+
+    def plan(heads: Heads, capability: int = 90, present: Present = present, **more) -> str:
+        request = on_gpu("attention", capability, sizes=heads)
+        found = choose(replace(request, **{"dtype": torch.bfloat16, **more}), present)
+        assert isinstance(found.plan, Strategy)
+        return found.plan.name
+
+    equal = Heads(128, length=2048)
+    assert plan(equal) == plan(Heads(64, length=128)) == "cudnn"
+    assert plan(Heads(128)) == plan(Heads(128, length=2000)) == plan(equal, 80) == "tiles"
+    assert plan(equal._replace(window=True)) == plan(equal._replace(parents=True)) == "tiles"
+    assert plan(Heads(256, length=2048)) == plan(equal, present=WITH_GPU) == "tiles"
+    assert plan(equal, dtype=torch.float32) == plan(equal, impl="triton") == "tiles"
+
+
 def test_a_product_s_plan_is_its_strategy() -> None:
     masked, plain = Product(8192, 4096, 6144, 48, dropout=True), Product(8192, 6144, 4096, 48)
 

@@ -48,9 +48,10 @@ def test_a_module_has_the_functions_of_its_contract(operation: str, impl: str) -
         assert inspect.signature(getattr(module, name), eval_str=True) == signature, name
 
 
-def test_pytorch_s_flash_attention_keeps_the_contract_of_our_kernels() -> None:
+@pytest.mark.parametrize("plan", ["flash", "cudnn"])
+def test_pytorch_s_attentions_keep_the_contract_of_our_kernels(plan: str) -> None:
     pytest.importorskip("triton")
-    module = launchers.flash_attention()
+    module = launchers.torch_attention(plan)
     for name, signature in methods(contracts.Attention).items():
         assert inspect.signature(getattr(module, name), eval_str=True) == signature, name
 

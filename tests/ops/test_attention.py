@@ -204,7 +204,7 @@ def test_shared_gradients_do_not_depend_on_the_threads(isa: str) -> None:
 def test_flash_attention_where_it_is_chosen(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, options: dict, rotated: bool
 ) -> None:
-    monkeypatch.setattr(backends, "takes_flash_attention", lambda *_: True)
+    monkeypatch.setattr(backends, "attention_plan", lambda *_: "flash")
     monkeypatch.setattr(launchers, "attention", lambda impl: pytest.fail("our kernels run"))
     lengths = [1, 40, 0, 201]
     gpu = torch.device("cuda")
@@ -218,6 +218,48 @@ def test_flash_attention_where_it_is_chosen(
         tolerance=TOLERANCE[dtype],
         floor=0.3,
     )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("rotated", [False, True], ids=["plain", "rotated"])
+@pytest.mark.parametrize(
+    "count,length,heads,kv_heads,head_dim",
+    [(3, 128, 4, 2, 64), (1, 384, 9, 3, 64), (2, 256, 8, 1, 128), (2, 128, 2, 2, 96)],
+)
+def test_cudnn_s_attention_where_it_is_chosen(
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: torch.dtype,
+    causal: bool,
+    rotated: bool,
+    count: int,
+    length: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+) -> None:
+    monkeypatch.setattr(backends, "attention_plan", lambda *_: "cudnn")
+    monkeypatch.setattr(launchers, "attention", lambda impl: pytest.fail("our kernels run"))
+    lengths = [length] * count
+    gpu = torch.device("cuda")
+    bounds = cu_seqlens(lengths).to(gpu)
+    options: dict = {"causal": causal}
+    if rotated:
+        options |= {name: x.to(gpu) for name, x in tables(sum(lengths), head_dim).items()}
+    check(
+        lambda q, k, v: ops.attention(q, k, v, bounds, equal_lengths=True, **options),
+        lambda q, k, v: reference.attention(q, k, v, bounds, **options),
+        [x.to(gpu) for x in inputs(lengths, heads, kv_heads, head_dim, dtype)],
+        tolerance=TOLERANCE[dtype],
+        floor=0.3,
+    )
+
+
+def test_equal_sequences_have_equal_lengths() -> None:
+    q, k, v = inputs([3, 4], 2, 2, 8, torch.float32)
+    with pytest.raises(ValueError, match="7 tokens are no 2 equal sequences"):
+        ops.attention(q, k, v, cu_seqlens([3, 4]), equal_lengths=True)
 
 
 def test_a_sequence_with_nan_leaves_the_others_alone(backend: Backend) -> None:

@@ -109,11 +109,17 @@ class AttentionForward(_ProjectedAttention):
         past_key_values: Cache | None = None,
         cu_seq_lens_q: Tensor | None = None,  # [S + 1] int32
         sequence_parents: Tensor | None = None,  # [S] int32
+        max_length_q: int | None = None,
         **others: object,
     ) -> tuple[Tensor, Tensor | None]:
         module = self.module
         inputs = LayerInputs(
-            position_embeddings, attention_mask, past_key_values, cu_seq_lens_q, sequence_parents
+            position_embeddings,
+            attention_mask,
+            past_key_values,
+            cu_seq_lens_q,
+            sequence_parents,
+            max_length_q,
         )
         if not self.intact():
             return self.original(hidden_states, **inputs.keywords(), **others)
@@ -131,6 +137,7 @@ class AttentionForward(_ProjectedAttention):
                     attention_mask,
                     past_key_values,
                     cu_seq_lens_q=cu_seq_lens_q,
+                    max_length_q=max_length_q,
                     **others,
                 )
             # PyTorch's linear copies the weight for each row of a batch that is not contiguous.
@@ -151,6 +158,7 @@ class AttentionForward(_ProjectedAttention):
             softmax_scale=module.scaling,
             window=self.window,
             parents=sequences.parents,
+            equal_lengths=sequences.equal_lengths,
             padding_columns=self.output.padding_columns,
             grad_padding_columns=self.qkv.padding_columns,
         )
@@ -174,6 +182,7 @@ class AttentionForward(_ProjectedAttention):
             inputs.attention_mask,
             inputs.cu_seq_lens_q,
             inputs.sequence_parents,
+            inputs.max_length_q,
         )
 
     def whole_sequences(self, inputs: LayerInputs) -> bool:

@@ -210,6 +210,7 @@ def attend(
     sliding_window: int | None = None,
     cu_seq_lens_q: Tensor | None = None,  # [S + 1] int32
     sequence_parents: Tensor | None = None,  # [S] int32
+    max_length_q: int | None = None,
     **others: object,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention as transformers' AttentionInterface wants it, [B, Q, Hq, D].
@@ -224,6 +225,7 @@ def attend(
         "sliding_window": sliding_window,
         "cu_seq_lens_q": cu_seq_lens_q,
         "sequence_parents": sequence_parents,
+        "max_length_q": max_length_q,
     }
     options = {name: value for name, value in known.items() if value is not None} | others
     refused = [
@@ -254,6 +256,7 @@ def attend(
         attention_mask,
         cu_seq_lens_q,
         sequence_parents,
+        max_length_q,
     )
     window = sliding_window or 0
     check_window(module, attention_mask, window)
@@ -276,6 +279,7 @@ def attend(
         softmax_scale=scaling,
         window=window,
         parents=sequences.parents,
+        equal_lengths=sequences.equal_lengths,
     )
     return unpad(out, sequences.token_index, batch * length).view(
         batch, length, heads, head_dim

@@ -43,13 +43,19 @@ class DecoderLayerForward:
         *,
         cu_seq_lens_q: Tensor | None = None,  # [S + 1] int32
         sequence_parents: Tensor | None = None,  # [S] int32
+        max_length_q: int | None = None,
         output_rows: Tensor | None = None,  # [U] int64
         **others: object,
     ) -> Tensor:
         """As the layer's own forward; what is not ours to know goes to the attention module."""
         module = self.module
         inputs = LayerInputs(
-            position_embeddings, attention_mask, past_key_values, cu_seq_lens_q, sequence_parents
+            position_embeddings,
+            attention_mask,
+            past_key_values,
+            cu_seq_lens_q,
+            sequence_parents,
+            max_length_q,
         )
         # transformers 5 checkpoints in the class's forward, which an instance's own replaces; its
         # first releases in __call__.
@@ -139,6 +145,7 @@ class DecoderLayerForward:
             softmax_scale=module.self_attn.scaling,
             window=forward.window,
             parents=sequences.parents,
+            equal_lengths=sequences.equal_lengths,
             head_norms=head_norms,
         )
 

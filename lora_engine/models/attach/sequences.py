@@ -17,12 +17,14 @@ class LayerInputs(NamedTuple):
     past_key_values: Cache | None = None
     cu_seq_lens_q: Tensor | None = None  # [S + 1] int32
     sequence_parents: Tensor | None = None  # [S] int32, as `Sequences.parents`
+    max_length_q: int | None = None  # of the sequences of cu_seq_lens_q
 
     def keywords(self) -> dict[str, object]:
         """As arguments of a layer's own forward, which may not know what packed batches add."""
         packed = {
             "cu_seq_lens_q": self.cu_seq_lens_q,
             "sequence_parents": self.sequence_parents,
+            "max_length_q": self.max_length_q,
         }
         return {
             "position_embeddings": self.position_embeddings,
@@ -40,6 +42,7 @@ class Sequences(NamedTuple):
     cos: Tensor  # [T, D] in the type arithmetic is done in
     sin: Tensor  # [T, D]
     parents: Tensor | None = None  # [S] int32: the earlier sequence each continues, or -1
+    equal_lengths: bool = False  # whether all are known to have as many tokens
 
 
 class _Key(NamedTuple):
@@ -51,6 +54,7 @@ class _Key(NamedTuple):
     attention_mask: Tensor | None
     cu_seqlens: Tensor | None
     parents: Tensor | None
+    longest: int | None
 
     def is_same(self, other: "_Key") -> bool:
         """Whether the tensors are the other's, not only equal to them."""
@@ -61,6 +65,7 @@ class _Key(NamedTuple):
             and self.attention_mask is other.attention_mask
             and self.cu_seqlens is other.cu_seqlens
             and self.parents is other.parents
+            and self.longest == other.longest
         )
 
 
@@ -78,16 +83,18 @@ class SequenceFinder:
         attention_mask: Tensor | None,
         cu_seqlens: Tensor | None,
         parents: Tensor | None = None,
+        longest: int | None = None,
     ) -> Sequences:
         """The sequences of a batch [B, L].
 
         From `cu_seqlens` over the flattened batch unless None; else from `attention_mask` [B, L],
         in which padding is 0 and the tokens of a row that have the same number are a sequence;
-        else every row is one. `parents` belong to `cu_seqlens`.
+        else every row is one. `parents` and `longest`, the most tokens of a sequence, belong to
+        `cu_seqlens`.
         """
-        key = _Key(shape, *position_embeddings, attention_mask, cu_seqlens, parents)
+        key = _Key(shape, *position_embeddings, attention_mask, cu_seqlens, parents, longest)
         if self._found is None or self._key is None or not key.is_same(self._key):
-            sequences = _find(shape, position_embeddings, attention_mask, cu_seqlens)
+            sequences = _find(shape, position_embeddings, attention_mask, cu_seqlens, longest)
             self._found = sequences._replace(parents=parents)
             self._key = key
         return self._found
@@ -98,18 +105,23 @@ def _find(
     position_embeddings: tuple[Tensor, Tensor],
     attention_mask: Tensor | None,
     cu_seqlens: Tensor | None,
+    longest: int | None,
 ) -> Sequences:
     rows, length = shape
     index = None
+    equal_lengths = False
     if cu_seqlens is not None:
         bounds = cu_seqlens.to(torch.int32)
+        # As many tokens as if all had the most: so all have.
+        equal_lengths = longest is not None and longest * (len(bounds) - 1) == rows * length
     elif attention_mask is not None:
         bounds, index = of_mask(attention_mask)
     else:
         device = position_embeddings[0].device
         bounds = torch.arange(0, rows * length + 1, length, dtype=torch.int32, device=device)
+        equal_lengths = True
     cos, sin = (_per_token(table, rows, index) for table in position_embeddings)
-    return Sequences(bounds, index, cos, sin)
+    return Sequences(bounds, index, cos, sin, equal_lengths=equal_lengths)
 
 
 def of_mask(mask: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -12,7 +12,7 @@ from lora_engine import reference
 from lora_engine.backends import contracts
 from lora_engine.backends.choice import Heads
 from lora_engine.ops import augmented
-from lora_engine.ops.attention import check_parents, kernels_for
+from lora_engine.ops.attention import check_parents, heads_of, kernels_for
 from lora_engine.ops.context import Context
 from lora_engine.ops.layer.blocks import Branch, Call, check_branch, implementation, products
 from lora_engine.ops.lora.linear import adapted_linears
@@ -40,6 +40,7 @@ def attention_block(
     softmax_scale: float | None = None,
     window: int = 0,
     parents: Tensor | None = None,  # [S] int32
+    equal_lengths: bool = False,
     head_norms: tuple[PreNorm, PreNorm] | None = None,
     impl: str | None = None,
 ) -> Tensor:
@@ -66,7 +67,8 @@ def attention_block(
             f"attention_block: the heads' norm {shape_of(head_norm.weight)} does not fit heads of "
             f"{head_dim} in {shape_of(x)}",
         )
-    heads = Heads(head_dim, parents is not None)
+    tokens = x.numel() // max(1, x.shape[-1])
+    heads = heads_of(head_dim, cu_seqlens, tokens, parents, window, equal_lengths)
     if implementation("attention_block", x, branch, impl, heads) == "reference":
         (out_projection,) = adapted_linears(branch.outer)
         return reference.attention_block(
@@ -93,7 +95,7 @@ def attention_block(
         outer,
         branch.grad_padding_columns,
         impl,
-        head_dim=head_dim,
+        heads=heads,
         scale=head_dim**-0.5 if softmax_scale is None else softmax_scale,
         window=window,
         parents=parents,
@@ -114,16 +116,19 @@ def attention_block(
 
 @dataclass(frozen=True)
 class _AttentionCall(Call):
-    head_dim: int
+    heads: Heads
     scale: float
     window: int
     parents: Tensor | None  # [S] int32
     head_norms: tuple[PreNorm, PreNorm] | None  # of q and of k
 
+    @property
+    def head_dim(self) -> int:
+        return self.heads.head_dim
+
     def attention_kernels(self, x: Tensor) -> contracts.Attention:
         """What launches attention for tensors like x."""
-        heads = Heads(self.head_dim, self.parents is not None)
-        return kernels_for(x, heads, self.implementation("attention", x), self.impl)
+        return kernels_for(x, self.heads, self.implementation("attention", x), self.impl)
 
 
 class _Needs(NamedTuple):
