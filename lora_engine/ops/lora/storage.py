@@ -1,7 +1,7 @@
 """Which base keeps a group's weights: nothing above names a class of base weights."""
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import NoReturn, Protocol, TypeAlias, cast
 
 from torch import Tensor
 
@@ -10,14 +10,17 @@ from lora_engine.ops.lora.quantized_base import QuantizedBase
 from lora_engine.ops.quantized_weight import QuantizedWeight
 from lora_engine.ops.tensors import check, shape_of
 
+# Weights of the kind that a class takes: what has no value is of every kind.
+Kind: TypeAlias = Sequence[NoReturn]
+
 
 class Storage(Protocol):
     """A class of base weights, for tensors or for packed weights."""
 
-    def __call__(self, weights: Sequence[Any], rank: int) -> BaseWeight:
+    def __call__(self, weights: Kind, rank: int) -> BaseWeight:
         """The base of these weights, with place for `rank` ranks if it has one for factors."""
 
-    def takes(self, weights: Sequence[Any]) -> bool:
+    def takes(self, weights: Kind) -> bool:
         """Whether it can keep the weights, at least one, as one group."""
 
 
@@ -27,7 +30,7 @@ STORAGES: list[Storage] = [DenseBase, QuantizedBase]
 
 def has_base(weights: Sequence[Tensor | QuantizedWeight]) -> bool:
     """Whether there is a base for the weights, at least one, of linears that share their input."""
-    return any(storage.takes(weights) for storage in STORAGES)
+    return any(storage.takes(cast(Kind, weights)) for storage in STORAGES)
 
 
 def base_of(weights: Sequence[Tensor | QuantizedWeight], rank: int) -> BaseWeight:
@@ -37,8 +40,8 @@ def base_of(weights: Sequence[Tensor | QuantizedWeight], rank: int) -> BaseWeigh
     """
     check(len(weights) > 0, "a group of linears needs weights")
     for storage in STORAGES:
-        if storage.takes(weights):
-            return storage(weights, rank)
+        if storage.takes(cast(Kind, weights)):
+            return storage(cast(Kind, weights), rank)
     raise ValueError(f"no base weight keeps {', '.join(map(_described, weights))} as one group")
 
 
