@@ -154,12 +154,14 @@ class Heads(NamedTuple):
     """Attention within packed sequences, with heads of this size.
 
     length: of all sequences alike, where the host knows it; else 0.
+    repeatable: whether two runs have to give the same bits.
     """
 
     head_dim: int
     parents: bool = False
     window: bool = False
     length: int = 0
+    repeatable: bool = False
 
 
 class Extent(NamedTuple):
@@ -419,6 +421,8 @@ def _by_heads(request: Request, present: Present, sizes: Heads) -> Strategy:
         return Strategy("tiles", ours + "there are no others")
     if sizes.parents or sizes.head_dim % 8 or request.dtype not in FLASH_DTYPES:
         return Strategy("tiles", ours + "PyTorch's do not take the case")
+    if sizes.repeatable:
+        return Strategy("tiles", ours + "PyTorch's do not give the same bits twice")
 
     def is_faster(table: dict[int | None, tuple[int, int]]) -> bool:
         least, most = table.get(request.capability, table[None])

@@ -132,7 +132,8 @@ def heads_of(
     equal_lengths: bool,
 ) -> Heads:
     """What attention is chosen by. ValueError if so many tokens cannot be equal sequences."""
-    kind = Heads(head_dim, parents is not None, window > 0)
+    repeatable = torch.are_deterministic_algorithms_enabled()
+    kind = Heads(head_dim, parents is not None, window > 0, repeatable=repeatable)
     sequences = cu_seqlens.numel() - 1
     if not equal_lengths or sequences < 1:
         return kind

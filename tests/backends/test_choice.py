@@ -185,6 +185,7 @@ def test_cudnn_takes_equal_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
     assert plan(equal) == plan(Heads(64, length=128)) == "cudnn"
     assert plan(Heads(128)) == plan(Heads(128, length=2000)) == plan(equal, 80) == "tiles"
     assert plan(equal._replace(window=True)) == plan(equal._replace(parents=True)) == "tiles"
+    assert plan(equal._replace(repeatable=True)) == "tiles"
     assert plan(Heads(256, length=2048)) == plan(equal, present=WITH_GPU) == "tiles"
     assert plan(equal, dtype=torch.float32) == plan(equal, impl="triton") == "tiles"
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lora_engine import backends, ops, reference
 from lora_engine.backends import launchers
+from lora_engine.ops.attention import heads_of
 from lora_engine.testing import cu_seqlens
 
 OPERATION = "attention"
@@ -260,6 +261,16 @@ def test_equal_sequences_have_equal_lengths() -> None:
     q, k, v = inputs([3, 4], 2, 2, 8, torch.float32)
     with pytest.raises(ValueError, match="7 tokens are no 2 equal sequences"):
         ops.attention(q, k, v, cu_seqlens([3, 4]), equal_lengths=True)
+
+
+def test_only_our_kernels_give_the_same_bits_twice() -> None:
+    bounds = cu_seqlens([8, 8])
+    assert not heads_of(64, bounds, 16, None, 0, True).repeatable
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert heads_of(64, bounds, 16, None, 0, True).repeatable
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_a_sequence_with_nan_leaves_the_others_alone(backend: Backend) -> None:
