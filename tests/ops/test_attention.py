@@ -82,7 +82,7 @@ def test_matches_pytorch(
         lambda q, k, v: ops.attention(q, k, v, bounds, impl=backend.impl),
         peer(lengths),
         backend.put(*inputs(lengths, heads, kv_heads, dim, dtype)),
-        floor=0.3,  # one token's scores have no gradient but rounding's
+        floor=0.5,  # one token's scores have no gradient but rounding's
         alone=not interpreted(backend),
     )
 
@@ -254,6 +254,7 @@ def test_cudnn_s_attention_where_it_is_chosen(
         [x.to(gpu) for x in inputs(lengths, heads, kv_heads, head_dim, dtype)],
         tolerance=TOLERANCE[dtype],
         floor=0.3,
+        alone=False,  # dq is added up in no fixed order
     )
 
 
