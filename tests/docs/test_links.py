@@ -30,6 +30,8 @@ SYMBOL = re.compile(r"([A-Za-z_][\w.]*)(?:\(.*\)|=.*)?")
 SOURCES = re.compile(r"\.(?:py|cpp|hpp|cu|cuh|j2|toml|yaml)$|^Makefile$")
 FOREIGN_SYMBOLS = {
     "AutoPeftModelForCausalLM",
+    "BitsAndBytesConfig",
+    "bnb_4bit_compute_dtype",
     "maxnreg",
     "prefetcht1",
     "tf32x3",
