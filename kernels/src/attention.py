@@ -48,7 +48,7 @@ def attention_fwd(
     window = _window(window, q)
     heads = q.shape[1] // head_dim
     strides, vec = _strides(q, k, v, o)
-    config = _config("attention_fwd", q, vec, head_dim, window)
+    config = _config("attention_fwd", vec, head_dim, window, parents, k, v)
     _attention_fwd_kernel[_grid(q, cu_seqlens, config["BLOCK_M"], heads)](
         q,
         k,
@@ -110,7 +110,7 @@ def attention_bwd(
         "D": head_dim,
     }
     strides, vec = _strides(d_o, q, k, v, o, dq)
-    config = _config("attention_bwd_dq", q, vec, head_dim, window)
+    config = _config("attention_bwd_dq", vec, head_dim, window, parents, k, v)
     _attention_bwd_dq_kernel[_grid(q, cu_seqlens, config["BLOCK_M"], heads)](
         d_o,
         q,
@@ -137,8 +137,7 @@ def attention_bwd(
         last = torch.zeros_like(parents)
         _attention_last_kernel[(sequences,)](parents, last, num_warps=1)
     strides, vec = _strides(d_o, q, k, v, dk, dv)
-    kernel = "attention_bwd_dkv" if parents is None or vec == 1 else "attention_bwd_dkv_parents"
-    config = _config(kernel, q, vec, head_dim, window)
+    config = _config("attention_bwd_dkv", vec, head_dim, window, parents, q, d_o)
     _attention_bwd_dkv_kernel[_grid(q, cu_seqlens, config["BLOCK_N"], kv_heads)](
         d_o,
         q,
@@ -197,13 +196,30 @@ def _window(window: int, x: Tensor) -> int:
     return window if window < x.shape[0] else 0
 
 
-def _config(kernel: str, x: Tensor, vec: int, head_dim: int, window: int) -> dict[str, Any]:
+def _config(
+    kernel: str, vec: int, head_dim: int, window: int, parents: Tensor | None, *tensors: Tensor
+) -> dict[str, Any]:
+    """Launch parameters: of `kernel` where `tensors` may be read by tensor descriptors.
+
+    Without, more registers are taken: parents, and heads that are padded, have lines of their own.
+    """
+    x = tensors[0]
     block = max(SMALLEST_DOT, triton.next_power_of_2(head_dim))
-    name = kernel if vec > 1 else f"{kernel}_unaligned"
+    aligned = vec > 1 and all(y.data_ptr() % 16 == 0 for y in tensors)
+    described = aligned and block == head_dim and parents is None
+    name = kernel if described else f"{kernel}_pointers" if aligned else f"{kernel}_unaligned"
     config: dict[str, Any] = {**launch.config(name, x.device, x.dtype, block), "BLOCK_D": block}
     if "SPLIT" in config:  # within a window there are few tiles without a mask
         config["SPLIT"] = bool(config["SPLIT"]) and not window
+    config["TMA"] = bool(config["TMA"]) and described
+    if config["TMA"]:  # each thread has an allocator of its own, and so autograd's
+        triton.set_allocator(_scratch)
     return config
+
+
+def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
+    """Memory for the tensor descriptors that a kernel makes."""
+    return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
 def _strides(*tensors: Tensor) -> tuple[list[int], int]:

@@ -12,8 +12,10 @@ import triton.language as tl
 from lora_engine.backends.triton.attention_tiles import (
     find_tile,
     key_range,
+    load_head,
     load_rows,
     query_range,
+    rows_of,
     run_length,
     store_rows,
     visible,
@@ -30,8 +32,9 @@ def _dq_of_keys(
     d_o,  # [BLOCK_M, BLOCK_D]
     lse,  # [BLOCK_M], in units of log 2
     delta,  # [BLOCK_M]
-    k_ptr,  # [length, D]: a run
-    v_ptr,  # [length, D]
+    k_rows,  # of a run
+    v_rows,
+    column,  # the key head's first
     stride_k,
     stride_v,
     row,  # the position of the first query
@@ -44,6 +47,7 @@ def _dq_of_keys(
     CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr,
     PRECISION: tl.constexpr,
+    TMA: tl.constexpr,
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -51,8 +55,8 @@ def _dq_of_keys(
 ):
     """Adds dS K / scale over the keys of tiles in [start, end)."""
     for first in tl.range(start, end, BLOCK_N):
-        k = load_rows(k_ptr, stride_k, first, length, MASKED, D, BLOCK_N, BLOCK_D)
-        v = load_rows(v_ptr, stride_v, first, length, MASKED, D, BLOCK_N, BLOCK_D)
+        k = load_head(k_rows, column, stride_k, first, length, MASKED, TMA, D, BLOCK_N, BLOCK_D)
+        v = load_head(v_rows, column, stride_v, first, length, MASKED, TMA, D, BLOCK_N, BLOCK_D)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         p = tl.exp2(scores * scale - lse[:, None])
         if MASKED:
@@ -73,8 +77,9 @@ def _dq_of_run(
     d_o,  # [BLOCK_M, BLOCK_D]
     lse,  # [BLOCK_M], in units of log 2
     delta,  # [BLOCK_M]
-    k_ptr,  # [length, D]: a run
-    v_ptr,  # [length, D]
+    k_rows,  # of a run
+    v_rows,
+    column,  # the key head's first
     stride_k,
     stride_v,
     row,  # the position of the first query
@@ -85,6 +90,7 @@ def _dq_of_run(
     CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr,
     PRECISION: tl.constexpr,
+    TMA: tl.constexpr,
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -94,15 +100,15 @@ def _dq_of_run(
     start, full_end, end = key_range(row, length, window, CAUSAL, WINDOW, BLOCK_M, BLOCK_N)
     if SPLIT:
         dq = _dq_of_keys(
-            dq, q, d_o, lse, delta, k_ptr, v_ptr, stride_k, stride_v,
+            dq, q, d_o, lse, delta, k_rows, v_rows, column, stride_k, stride_v,
             row, start, full_end, length, window, scale,
-            False, CAUSAL, WINDOW, PRECISION, D, BLOCK_M, BLOCK_N, BLOCK_D,
+            False, CAUSAL, WINDOW, PRECISION, TMA, D, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
         start = full_end
     return _dq_of_keys(
-        dq, q, d_o, lse, delta, k_ptr, v_ptr, stride_k, stride_v,
+        dq, q, d_o, lse, delta, k_rows, v_rows, column, stride_k, stride_v,
         row, start, end, length, window, scale,
-        True, CAUSAL, WINDOW, PRECISION, D, BLOCK_M, BLOCK_N, BLOCK_D,
+        True, CAUSAL, WINDOW, PRECISION, TMA, D, BLOCK_M, BLOCK_N, BLOCK_D,
     )  # fmt: skip
 
 
@@ -136,6 +142,7 @@ def _attention_bwd_dq_kernel(
     GROUP: tl.constexpr,
     VEC: tl.constexpr,
     PRECISION: tl.constexpr,
+    TMA: tl.constexpr,
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -161,8 +168,8 @@ def _attention_bwd_dq_kernel(
     o_ptr += token * stride_o + head * D
     d_o_ptr += token * stride_do + head * D
     dq_ptr += token * stride_dq + head * D
-    k_ptr += head // GROUP * D
-    v_ptr += head // GROUP * D
+    column = head // GROUP * D
+    width = heads // GROUP * D
     o = load_rows(o_ptr, stride_o, first, rows, True, D, BLOCK_M, BLOCK_D)
     d_o = load_rows(d_o_ptr, stride_do, first, rows, True, D, BLOCK_M, BLOCK_D)
     delta = tl.sum(o.to(tl.float32) * d_o.to(tl.float32), axis=1)
@@ -176,10 +183,12 @@ def _attention_bwd_dq_kernel(
 
     dq = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     if parents_ptr is None:
+        k_rows = rows_of(k_ptr, token, stride_k, rows, width, TMA, BLOCK_N, BLOCK_D)
+        v_rows = rows_of(v_ptr, token, stride_v, rows, width, TMA, BLOCK_N, BLOCK_D)
         dq = _dq_of_run(
-            dq, q, d_o, lse, delta, k_ptr + token * stride_k, v_ptr + token * stride_v, stride_k,
-            stride_v, first, rows, window, scale,
-            SPLIT, CAUSAL, WINDOW, PRECISION, D, BLOCK_M, BLOCK_N, BLOCK_D,
+            dq, q, d_o, lse, delta, k_rows, v_rows, column, stride_k, stride_v,
+            first, rows, window, scale,
+            SPLIT, CAUSAL, WINDOW, PRECISION, TMA, D, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
     else:
         run = sequence
@@ -188,8 +197,8 @@ def _attention_bwd_dq_kernel(
             origin = tl.load(cu_seqlens_ptr + run).to(tl.int64)
             dq = _dq_of_run(
                 dq, q, d_o, lse, delta, k_ptr + origin * stride_k, v_ptr + origin * stride_v,
-                stride_k, stride_v, row, run_length(cu_seqlens_ptr, run), window, scale,
-                False, CAUSAL, WINDOW, PRECISION, D, BLOCK_M, BLOCK_N, BLOCK_D,
+                column, stride_k, stride_v, row, run_length(cu_seqlens_ptr, run), window, scale,
+                False, CAUSAL, WINDOW, PRECISION, False, D, BLOCK_M, BLOCK_N, BLOCK_D,
             )  # fmt: skip
             run = tl.load(parents_ptr + run)
             row += run_length(cu_seqlens_ptr, run)
@@ -202,8 +211,9 @@ def _dkv_of_queries(
     dv,  # [BLOCK_N, BLOCK_D] float32
     k,  # [BLOCK_N, BLOCK_D]
     v,  # [BLOCK_N, BLOCK_D]
-    q_ptr,  # [rows, D]: of a sequence that sees the keys
-    d_o_ptr,  # [rows, D]
+    q_rows,  # of a sequence that sees the keys
+    d_o_rows,
+    column,  # the head's first
     lse_ptr,  # [rows]
     delta_ptr,  # [rows]
     stride_q,
@@ -217,6 +227,7 @@ def _dkv_of_queries(
     CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr,
     PRECISION: tl.constexpr,
+    TMA: tl.constexpr,
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -229,8 +240,8 @@ def _dkv_of_queries(
     there are.
     """
     for first in tl.range(start, end, BLOCK_M):
-        q = load_rows(q_ptr, stride_q, first, rows, True, D, BLOCK_M, BLOCK_D)
-        d_o = load_rows(d_o_ptr, stride_do, first, rows, True, D, BLOCK_M, BLOCK_D)
+        q = load_head(q_rows, column, stride_q, first, rows, True, TMA, D, BLOCK_M, BLOCK_D)
+        d_o = load_head(d_o_rows, column, stride_do, first, rows, True, TMA, D, BLOCK_M, BLOCK_D)
         offs = first + tl.arange(0, BLOCK_M)
         # Queries that do not exist have an infinite lse, and so probabilities of zero.
         lse = tl.load(lse_ptr + offs, mask=offs < rows, other=float("inf"))
@@ -254,8 +265,8 @@ def _dkv_of_sequence(
     dv,  # [BLOCK_N, BLOCK_D] float32
     k,  # [BLOCK_N, BLOCK_D]
     v,  # [BLOCK_N, BLOCK_D]
-    q_ptr,  # [tokens, heads, D]
-    d_o_ptr,  # [tokens, heads, D]
+    q_rows,  # of a sequence that sees the keys
+    d_o_rows,
     lse_ptr,  # [heads, tokens]
     delta_ptr,  # [heads, tokens]
     stride_q,
@@ -271,6 +282,7 @@ def _dkv_of_sequence(
     WINDOW: tl.constexpr,
     GROUP: tl.constexpr,
     PRECISION: tl.constexpr,
+    TMA: tl.constexpr,
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -280,14 +292,12 @@ def _dkv_of_sequence(
     start, end = query_range(key, rows, window, CAUSAL, WINDOW, BLOCK_M, BLOCK_N)
     for member in range(GROUP):
         head = kv_head * GROUP + member
-        queries = q_ptr + token * stride_q + head * D
-        d_outs = d_o_ptr + token * stride_do + head * D
         lses = lse_ptr + tl.cast(head, tl.int64) * tokens + token
         deltas = delta_ptr + tl.cast(head, tl.int64) * tokens + token
         dk, dv = _dkv_of_queries(
-            dk, dv, k, v, queries, d_outs, lses, deltas, stride_q, stride_do,
+            dk, dv, k, v, q_rows, d_o_rows, head * D, lses, deltas, stride_q, stride_do,
             key, start, end, rows, window, scale,
-            CAUSAL, WINDOW, PRECISION, D, BLOCK_M, BLOCK_N, BLOCK_D,
+            CAUSAL, WINDOW, PRECISION, TMA, D, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
     return dk, dv
 
@@ -322,6 +332,7 @@ def _attention_bwd_dkv_kernel(
     GROUP: tl.constexpr,
     VEC: tl.constexpr,
     PRECISION: tl.constexpr,
+    TMA: tl.constexpr,
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -355,10 +366,13 @@ def _attention_bwd_dkv_kernel(
     scale = softmax_scale * LOG2_E
 
     if parents_ptr is None:
+        width = kv_heads * GROUP * D
+        q_rows = rows_of(q_ptr, token, stride_q, length, width, TMA, BLOCK_M, BLOCK_D)
+        d_o_rows = rows_of(d_o_ptr, token, stride_do, length, width, TMA, BLOCK_M, BLOCK_D)
         dk, dv = _dkv_of_sequence(
-            dk, dv, k, v, q_ptr, d_o_ptr, lse_ptr, delta_ptr, stride_q, stride_do,
+            dk, dv, k, v, q_rows, d_o_rows, lse_ptr, delta_ptr, stride_q, stride_do,
             kv_head, token, first, length, tokens, window, scale,
-            CAUSAL, WINDOW, GROUP, PRECISION, D, BLOCK_M, BLOCK_N, BLOCK_D,
+            CAUSAL, WINDOW, GROUP, PRECISION, TMA, D, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
     else:
         other = sequence
@@ -371,11 +385,12 @@ def _attention_bwd_dkv_kernel(
                 ancestor = tl.load(parents_ptr + ancestor)
                 behind += run_length(cu_seqlens_ptr, ancestor)
             rows = tl.where(ancestor == sequence, run_length(cu_seqlens_ptr, other), 0)
+            origin = tl.load(cu_seqlens_ptr + other).to(tl.int64)
             dk, dv = _dkv_of_sequence(
-                dk, dv, k, v, q_ptr, d_o_ptr, lse_ptr, delta_ptr, stride_q, stride_do,
-                kv_head, tl.load(cu_seqlens_ptr + other).to(tl.int64), first - behind, rows,
+                dk, dv, k, v, q_ptr + origin * stride_q, d_o_ptr + origin * stride_do, lse_ptr,
+                delta_ptr, stride_q, stride_do, kv_head, origin, first - behind, rows,
                 tokens, window, scale,
-                CAUSAL, WINDOW, GROUP, PRECISION, D, BLOCK_M, BLOCK_N, BLOCK_D,
+                CAUSAL, WINDOW, GROUP, PRECISION, False, D, BLOCK_M, BLOCK_N, BLOCK_D,
             )  # fmt: skip
             other += 1
     store_rows(dk_ptr, stride_dk, first, length, dk * softmax_scale, D, BLOCK_N, BLOCK_D)

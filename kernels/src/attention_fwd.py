@@ -5,7 +5,9 @@ import triton.language as tl
 from lora_engine.backends.triton.attention_tiles import (
     find_tile,
     key_range,
+    load_head,
     load_rows,
+    rows_of,
     run_length,
     store_rows,
     visible,
@@ -21,8 +23,9 @@ def _attend(
     acc,  # [BLOCK_M, BLOCK_D] float32
     m,  # [BLOCK_M]
     total,  # [BLOCK_M]
-    k_ptr,  # [length, D]: a run
-    v_ptr,  # [length, D]
+    k_rows,  # of a run
+    v_rows,
+    column,  # the key head's first
     stride_k,
     stride_v,
     row,  # the position of the first query
@@ -35,6 +38,7 @@ def _attend(
     CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr,
     PRECISION: tl.constexpr,
+    TMA: tl.constexpr,
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -46,7 +50,7 @@ def _attend(
     Scores and m are in units of log 2, so that exponentials are powers of two.
     """
     for first in tl.range(start, end, BLOCK_N):
-        k = load_rows(k_ptr, stride_k, first, length, MASKED, D, BLOCK_N, BLOCK_D)
+        k = load_head(k_rows, column, stride_k, first, length, MASKED, TMA, D, BLOCK_N, BLOCK_D)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if MASKED:
             keys = first + tl.arange(0, BLOCK_N)
@@ -64,7 +68,7 @@ def _attend(
             p = tl.exp2(scores * scale - new_m[:, None])
         correction = tl.exp2(m - safe_m)
         total = total * correction + tl.sum(p, axis=1)
-        v = load_rows(v_ptr, stride_v, first, length, MASKED, D, BLOCK_N, BLOCK_D)
+        v = load_head(v_rows, column, stride_v, first, length, MASKED, TMA, D, BLOCK_N, BLOCK_D)
         acc = tl.dot(p.to(v.dtype), v, acc * correction[:, None], input_precision=PRECISION)
         m = new_m
     return acc, m, total
@@ -76,8 +80,9 @@ def _attend_run(
     acc,  # [BLOCK_M, BLOCK_D] float32
     m,  # [BLOCK_M]
     total,  # [BLOCK_M]
-    k_ptr,  # [length, D]: a run
-    v_ptr,  # [length, D]
+    k_rows,  # of a run
+    v_rows,
+    column,  # the key head's first
     stride_k,
     stride_v,
     row,  # the position of the first query
@@ -88,6 +93,7 @@ def _attend_run(
     CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr,
     PRECISION: tl.constexpr,
+    TMA: tl.constexpr,
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -100,15 +106,15 @@ def _attend_run(
     start, full_end, end = key_range(row, length, window, CAUSAL, WINDOW, BLOCK_M, BLOCK_N)
     if SPLIT:
         acc, m, total = _attend(
-            q, acc, m, total, k_ptr, v_ptr, stride_k, stride_v,
+            q, acc, m, total, k_rows, v_rows, column, stride_k, stride_v,
             row, start, full_end, length, window, scale,
-            False, CAUSAL, WINDOW, PRECISION, D, BLOCK_M, BLOCK_N, BLOCK_D,
+            False, CAUSAL, WINDOW, PRECISION, TMA, D, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
         start = full_end
     acc, m, total = _attend(
-        q, acc, m, total, k_ptr, v_ptr, stride_k, stride_v,
+        q, acc, m, total, k_rows, v_rows, column, stride_k, stride_v,
         row, start, end, length, window, scale,
-        True, CAUSAL, WINDOW, PRECISION, D, BLOCK_M, BLOCK_N, BLOCK_D,
+        True, CAUSAL, WINDOW, PRECISION, TMA, D, BLOCK_M, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     return acc, m, total
 
@@ -139,6 +145,7 @@ def _attention_fwd_kernel(
     GROUP: tl.constexpr,
     VEC: tl.constexpr,
     PRECISION: tl.constexpr,
+    TMA: tl.constexpr,
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -149,6 +156,7 @@ def _attention_fwd_kernel(
     A program has a tile of queries of one head. Under a causal mask the last tile of a sequence has
     most keys: it comes first, so that the short ones fill the device's last wave. NEGATED: of
     scores with a negative scale, whose largest is that of -Q. SPLIT: see `_attend_run`.
+    TMA: keys and values come through tensor descriptors, without parents and for D = BLOCK_D.
     """
     head = tl.program_id(0) % heads
     tile = tl.num_programs(0) // heads - 1 - tl.program_id(0) // heads
@@ -164,17 +172,19 @@ def _attention_fwd_kernel(
     q = load_rows(q_ptr, stride_q, first, rows, True, D, BLOCK_M, BLOCK_D)
     if NEGATED:
         q = (-q.to(tl.float32)).to(q.dtype)
-    k_ptr += head // GROUP * D
-    v_ptr += head // GROUP * D
+    column = head // GROUP * D
+    width = heads // GROUP * D
     acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     m = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     total = tl.zeros([BLOCK_M], dtype=tl.float32)
 
     if parents_ptr is None:
+        k_rows = rows_of(k_ptr, token, stride_k, rows, width, TMA, BLOCK_N, BLOCK_D)
+        v_rows = rows_of(v_ptr, token, stride_v, rows, width, TMA, BLOCK_N, BLOCK_D)
         acc, m, total = _attend_run(
-            q, acc, m, total, k_ptr + token * stride_k, v_ptr + token * stride_v, stride_k,
-            stride_v, first, rows, window, scale,
-            SPLIT, CAUSAL, WINDOW, PRECISION, D, BLOCK_M, BLOCK_N, BLOCK_D,
+            q, acc, m, total, k_rows, v_rows, column, stride_k, stride_v,
+            first, rows, window, scale,
+            SPLIT, CAUSAL, WINDOW, PRECISION, TMA, D, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
     else:
         run = sequence
@@ -182,9 +192,9 @@ def _attention_fwd_kernel(
         while run >= 0:
             origin = tl.load(cu_seqlens_ptr + run).to(tl.int64)
             acc, m, total = _attend_run(
-                q, acc, m, total, k_ptr + origin * stride_k, v_ptr + origin * stride_v, stride_k,
-                stride_v, row, run_length(cu_seqlens_ptr, run), window, scale,
-                False, CAUSAL, WINDOW, PRECISION, D, BLOCK_M, BLOCK_N, BLOCK_D,
+                q, acc, m, total, k_ptr + origin * stride_k, v_ptr + origin * stride_v, column,
+                stride_k, stride_v, row, run_length(cu_seqlens_ptr, run), window, scale,
+                False, CAUSAL, WINDOW, PRECISION, False, D, BLOCK_M, BLOCK_N, BLOCK_D,
             )  # fmt: skip
             run = tl.load(parents_ptr + run)
             row += run_length(cu_seqlens_ptr, run)

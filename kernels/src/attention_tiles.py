@@ -138,6 +138,48 @@ def load_rows(
 
 
 @triton.jit
+def rows_of(
+    ptr,  # [tokens, heads, D]
+    token,  # the first of the run, int64
+    stride,
+    length,  # of the run
+    width,  # heads D
+    TMA: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """A run's rows [length, width], for `load_head`: a tensor descriptor if TMA, else a pointer."""
+    if TMA:
+        rows = tl.make_tensor_descriptor(
+            ptr + token * stride, [length, width], [stride, 1], [BLOCK, BLOCK_D]
+        )
+    else:
+        rows = ptr + token * stride
+    return rows
+
+
+@triton.jit
+def load_head(
+    rows,  # of `rows_of`
+    column,  # the head's first
+    stride,
+    start,
+    length,
+    MASKED: tl.constexpr,
+    TMA: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """As `load_rows` of one head."""
+    if TMA:
+        tile = rows.load([start, column])
+    else:
+        tile = load_rows(rows + column, stride, start, length, MASKED, D, BLOCK, BLOCK_D)
+    return tile
+
+
+@triton.jit
 def store_rows(
     ptr,  # [length, D]: a head of a sequence
     stride,
