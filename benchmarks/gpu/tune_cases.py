@@ -62,7 +62,8 @@ class Call:
     """A launch, what it writes, and what it cannot do without.
 
     inplace: inputs that it changes. bytes: read and written at least. matmuls: its products, where
-    they take longer than the bytes.
+    they take longer than the bytes. looser: how many times as far as usual results may be apart:
+    sums of rounded terms, which cancel.
     """
 
     run: Thunk
@@ -70,6 +71,7 @@ class Call:
     bytes: int
     inplace: tuple[Tensor, ...] = ()
     matmuls: tuple[Matmul, ...] = ()
+    looser: float = 1.0
 
 
 # Takes a device, a dtype and the case's sizes by name.

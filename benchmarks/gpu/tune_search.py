@@ -23,6 +23,7 @@ _ATTENTION: Axes = {
     "BLOCK_N": _ABOUT,
     "num_stages": "stages",
     "SPLIT": "flag",
+    "TMA": "flag",
     **_WARPS,
 }
 _SUMS: Axes = {"BLOCK_M": _ABOUT, "num_stages": "stages", **_WARPS}

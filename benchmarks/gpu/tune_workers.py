@@ -155,12 +155,15 @@ class Prepared:
         return self.call.outputs
 
 
-def difference(found: Tensor, wanted: Tensor) -> str | None:
-    """What is wrong with a result where it should be `wanted`; None if nothing is."""
+def difference(found: Tensor, wanted: Tensor, looser: float = 1.0) -> str | None:
+    """What is wrong with a result where it should be `wanted`; None if nothing is.
+
+    looser: of the call.
+    """
     if not wanted.is_floating_point():
         apart = (found.int() - wanted.int()).abs().max().item()  # codes: one is a rounding
         return f"codes up to {apart} apart" if apart > 1 else None
-    tolerance = TOLERANCE[wanted.dtype]
+    tolerance = looser * TOLERANCE[wanted.dtype]
     a, b = found.float(), wanted.float()
     size = b.nan_to_num(0.0).square().mean().sqrt()
     off = (a - b).abs() - tolerance * b.abs()
@@ -203,7 +206,7 @@ class Measuring:
         prepared = self._prepare(case, present)
         self.launched.use(case.kernel, parameters)
         for index, pair in enumerate(zip(prepared.results(), self.wanted, strict=True)):
-            problem = difference(*pair)
+            problem = difference(*pair, looser=prepared.call.looser)
             if problem:
                 raise ValueError(f"result {index}: {problem}")
 

@@ -429,6 +429,7 @@ def test_a_difference_is_found_where_there_is_one() -> None:
     wrong = x.clone()
     wrong[3] += 1
     assert "1 of 100 values differ" in (tune_workers.difference(wrong, x) or "")
+    assert tune_workers.difference(wrong, x, looser=1e6) is None
     codes = torch.arange(10, dtype=torch.uint8)
     assert tune_workers.difference(codes + 1, codes) is None
     assert tune_workers.difference(codes + 2, codes) == "codes up to 2 apart"
