@@ -2,7 +2,8 @@
 
 Without a cache, attention rotates q and k itself and the output projection reads its buffer in
 place. With a cache (generation) attention is transformers' (`attention_function.attend`). Where
-attention has no kernel (on a GPU) transformers' runs with and without a cache, after our rotation.
+attention has no kernel (without Triton) transformers' runs with and without a cache, after our
+rotation.
 """
 
 from collections.abc import Callable
