@@ -44,8 +44,8 @@ NVIDIA_SMI = (
 )  # fmt: skip
 # Runs in PYTHON; what fails to import is said, not hidden.
 FACTS = """
-import importlib, json, platform, site, sys
-facts = {"python": platform.python_version(), "executable": sys.executable}
+import importlib, json, platform, site
+facts = {"python": platform.python_version()}
 for name in ("torch", "triton", "numpy", "transformers", "liger_kernel", "pybind11", "setuptools"):
     try:
         module = importlib.import_module(name)
