@@ -74,6 +74,15 @@ def test_imports_go_one_way(path: Path) -> None:
     assert not above
 
 
+def test_a_wheel_has_every_package() -> None:
+    tomllib = pytest.importorskip("tomllib")  # of Python 3.11
+    root = PACKAGE.parent
+    built = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]
+    named = set(built["packages"]) - set(built["package-dir"])
+    found = {path.parent.relative_to(root) for path in PACKAGE.rglob("__init__.py")}
+    assert named == {".".join(path.parts) for path in found}
+
+
 def test_only_operations_call_the_reference() -> None:
     """Others ask an operation, with impl="reference" where they want its arithmetic."""
     callers = {
