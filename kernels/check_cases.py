@@ -272,7 +272,8 @@ def lora_linear(dtype: torch.dtype) -> Iterator[Call]:
     """A group of three linears, aligned and not, with few ranks and many, masked and not."""
     from lora_engine.backends.triton import lora_linear as lora
 
-    from lora_engine.values import Dropout
+    from lora_engine.backends.lora_parts import AdapterPart, Placing
+    from lora_engine.values import Dropout, LoraFactors
 
     dropout = Dropout(0.1, 2**40 + 5)
     for r, pad, rows in ((16, 0, ROWS), (16, 0, 512), (64, 0, 512), (3, 1, ROWS), (256, 0, ROWS)):
@@ -285,17 +286,24 @@ def lora_linear(dtype: torch.dtype) -> Iterator[Call]:
         weight, lora_a, lora_b = whole[:n, :k], whole[n:, :k], whole[:n, k:]
         s, dx = empty(rows, ranks, dtype=dtype), empty(rows, k, dtype=dtype)
         d_lora_a = empty(ranks, k, dtype=torch.float32)
-        d_lora_b = empty(n, ranks, dtype=torch.float32)
+        d_lora_b = empty(n * r, dtype=torch.float32)
+        parts = [AdapterPart(*span, 2.0) for span in spans]
+        placings = []
+        for out, columns in spans:
+            a, b = empty(r, k, dtype=torch.float32), empty(out.stop - out.start, r, dtype=dtype)
+            placings.append(Placing(LoraFactors(a, b, 2.0), lora_a[columns], lora_b[out, columns]))
+        yield call(lora.place_factors, lora_a, lora_b, placings)
         y, bias = empty(rows, n, dtype=dtype), empty(n, dtype=dtype)
         # float32 is multiplied exactly, without matrix instructions.
         wide = dtype != torch.float32 and pad == 0
         for mask in (None, dropout):
-            yield call(lora.lora_a_fwd, x, lora_a, s, spans, mask)
+            for copy in (None, s):
+                yield call(lora.lora_a_fwd, x, lora_a, s, spans, mask, copy)
             yield call(lora.lora_a_bwd, s, x, d_lora_a, spans, mask)
             expected = ("_two_segment_kernel",) if wide else ()
             yield call(lora.lora_linear_dx, dy, weight, s, lora_a, dx, spans, mask, matrix=expected)
         for grad in (None, d_lora_b):
-            yield call(lora.lora_b_bwd, dy, lora_b, s, s, grad, spans)
+            yield call(lora.lora_b_bwd, dy, lora_b, s, s, grad, spans, parts)
         for addend in (None, bias):
             expected = ("_two_segment_kernel",) if wide else ()
             yield call(lora.lora_linear_fwd, x, weight, s, lora_b, y, addend, matrix=expected)
@@ -307,6 +315,7 @@ def glu_lora(dtype: torch.dtype) -> Iterator[Call]:
     from lora_engine.backends.triton import glu_lora
 
     from lora_engine.backends.contracts import DyGradients, XGradient
+    from lora_engine.backends.lora_parts import AdapterPart
 
     rank, cols = 16, 14336
     for gate_rank, up_rank, outer_rank in ((16, 16, 16), (8, 8, 8), (16, 0, 16), (0, 16, 0)):
@@ -326,12 +335,16 @@ def glu_lora(dtype: torch.dtype) -> Iterator[Call]:
         for activation in ("silu", "gelu", "gelu_tanh"):
             if outer_rank:
                 forward = gate, up, y, lora_a, s, outer_spans
-                yield call(glu_lora.glu_lora_fwd, *forward, activation=activation)
+                for copy in (None, s):
+                    yield call(glu_lora.glu_lora_fwd, *forward, copy, activation=activation)
             outer = None
             if outer_rank:
                 d_a = empty(rank, cols, dtype=torch.float32)
                 outer = XGradient(outer_ds, d_a, outer_spans)
-            for d_b in (None, empty(2 * cols, ranks, dtype=torch.float32)):
-                inner = DyGradients(lora_b, empty(ROWS, ranks, dtype=dtype), ds, d_b, spans)
+            parts = [AdapterPart(*span, 2.0) for span in spans]
+            size_of_b = cols * (gate_rank + up_rank)
+            for d_b in (None, empty(size_of_b, dtype=torch.float32)):
+                inner_s = empty(ROWS, ranks, dtype=dtype)
+                inner = DyGradients(lora_b, inner_s, ds, d_b, spans, parts)
                 backward = dy, gate, up, dgate, dup, inner, outer
                 yield call(glu_lora.glu_lora_bwd, *backward, activation=activation)

@@ -66,16 +66,17 @@ def _lora_b_bwd(
 ) -> Call:
     from lora_engine.backends.triton import lora_linear as lora
 
+    from lora_engine.backends.lora_parts import AdapterPart
+
     ranks, spans = linears * rank, _group(linears, rank, outputs)
-    n = linears * outputs
+    n, parts = linears * outputs, [AdapterPart(*span, 2.0) for span in spans]
     dy, ds = normal(device, dtype, tokens, n + ranks).split((n, ranks), dim=1)
     lora_b, s = normal(device, dtype, n, ranks), normal(device, dtype, tokens, ranks)
-    d_lora_b = torch.zeros(n, ranks, device=device)
-    blocks = [d_lora_b[rows, columns] for rows, columns in spans]  # the rest is left as it is
+    d_lora_b = empty(device, torch.float32, n * rank)
     return Call(
-        lambda: lora.lora_b_bwd(dy, lora_b, s, ds, d_lora_b, spans),
-        (ds, *blocks),
-        moved(dy, lora_b, s, ds, *blocks),
+        lambda: lora.lora_b_bwd(dy, lora_b, s, ds, d_lora_b, spans, parts),
+        (ds, d_lora_b),
+        moved(dy, lora_b, s, ds, d_lora_b),
     )
 
 
@@ -141,23 +142,25 @@ def _glu_lora_bwd(
     from lora_engine.backends.triton import glu_lora
 
     from lora_engine.backends.contracts import DyGradients, XGradient
+    from lora_engine.backends.lora_parts import AdapterPart
 
     ranks, spans = 2 * rank, _group(2, rank, cols)
     gate, up = normal(device, dtype, tokens, 2 * cols).split(cols, dim=1)
     dgate, dup, ds = normal(device, dtype, tokens, 2 * cols + ranks).split((cols, cols, ranks), 1)
     dh, s = normal(device, dtype, tokens, cols), normal(device, dtype, tokens, ranks)
-    lora_b, d_lora_b = normal(device, dtype, 2 * cols, ranks), torch.zeros(2 * cols, ranks)
-    inner = DyGradients(lora_b, s, ds, d_lora_b.to(device), spans)
+    lora_b = normal(device, dtype, 2 * cols, ranks)
+    d_lora_b = empty(device, torch.float32, 2 * cols * rank)
+    parts = [AdapterPart(*span, 2.0) for span in spans]
+    inner = DyGradients(lora_b, s, ds, d_lora_b, spans, parts)
     outer_ds, d_lora_a = (
         normal(device, dtype, tokens, rank),
         empty(device, torch.float32, rank, cols),
     )
     outer = XGradient(outer_ds, d_lora_a, _group(1, rank))
-    blocks = [inner.d_lora_b[rows, columns] for rows, columns in spans]
     return Call(
         lambda: glu_lora.glu_lora_bwd(dh, gate, up, dgate, dup, inner, outer, activation="silu"),
-        (dgate, dup, ds, *blocks, d_lora_a),
-        moved(dh, gate, up, dgate, dup, lora_b, s, ds, *blocks, outer_ds, d_lora_a),
+        (dgate, dup, ds, d_lora_b, d_lora_a),
+        moved(dh, gate, up, dgate, dup, lora_b, s, ds, d_lora_b, outer_ds, d_lora_a),
     )
 
 
@@ -168,9 +171,6 @@ def _by_width(itemsize: int, *, width: int, **_: int) -> int:
 @kernel(
     "lora_sum_chunks",
     [
-        {"chunks": 8, "rows": 4096, "width": 16},
-        {"chunks": 2, "rows": 28672, "width": 16},
-        {"chunks": 4, "rows": 4096, "width": 64},
         {"chunks": 8, "rows": 32, "width": 4096},
         {"chunks": 2, "rows": 16, "width": 14336},
     ],
@@ -184,8 +184,7 @@ def _lora_sum_chunks(
     from lora_engine.backends.triton import lora_sums
 
     part, out = normal(device, dtype, chunks, rows, width), empty(device, dtype, rows, width)
-    blocks = ((0, rows, 0, width),)
-    return Call(lambda: lora_sums.sum_chunks(part, out, blocks, width), (out,), moved(part, out))
+    return Call(lambda: lora_sums.sum_chunks(part, out), (out,), moved(part, out))
 
 
 # The wide products in a kernel of our own.

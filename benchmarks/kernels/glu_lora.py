@@ -16,6 +16,7 @@ from benchmarks.common import measure, output
 from benchmarks.gpu.tune_cases import empty, moved, normal
 from lora_engine.backends import launchers
 from lora_engine.backends.contracts import DyGradients, XGradient
+from lora_engine.backends.lora_parts import AdapterPart
 from lora_engine.testing import error
 
 # (hidden size, intermediate size)
@@ -46,8 +47,9 @@ class Mlp:
             normal(device, dtype, 2 * cols, 2 * rank, padding=hidden),
             normal(device, dtype, tokens, 2 * rank),
             ds,
-            torch.zeros(2 * cols, 2 * rank, device=device),
+            empty(device, torch.float32, 2 * cols * rank),
             spans,
+            [AdapterPart(*span, 2.0) for span in spans],
         )
         outer_ds = normal(device, dtype, tokens, rank, padding=hidden)
         self.outer = XGradient(outer_ds, empty(device, torch.float32, rank, cols), self.outer_spans)
@@ -58,8 +60,7 @@ class Mlp:
     def backward_results(self) -> tuple[Tensor, ...]:
         d_b = self.inner.d_lora_b
         assert d_b is not None
-        blocks = [d_b[rows, columns] for rows, columns in self.inner.spans]
-        return self.dgate, self.dup, self.inner.ds, *blocks, self.outer.d_lora_a
+        return self.dgate, self.dup, self.inner.ds, d_b, self.outer.d_lora_a
 
     def forward_apart(self) -> None:
         launchers.glu("triton").glu_fwd(self.gate, self.up, self.h, activation=self.activation)

@@ -20,7 +20,7 @@ import triton.language as tl
 from lora_engine.backends.triton import launch
 from lora_engine.backends.triton.glu import activated
 from lora_engine.backends.triton.lora_factors import PRECISION
-from lora_engine.backends.triton.lora_sums import sum_blocks, sum_chunks
+from lora_engine.backends.triton.lora_sums import Gradients, sum_chunks, sum_thin
 from lora_engine.backends.triton.lora_tiles import Span, padded, split_rows
 from lora_engine.backends.triton.relaunch import Relaunched
 from torch import Tensor
@@ -217,13 +217,15 @@ def glu_lora_fwd(
     lora_a: Tensor,  # [R, K]
     s: Tensor,  # [M, R]
     spans: Sequence[Span],
+    copy: Tensor | None = None,  # [M, R]
     *,
     activation: str,
 ) -> None:
-    """Writes y, and s = y lora_aᵀ of one linear: 0 in its other columns. Launch size: M."""
+    """Writes y, and s and copy = y lora_aᵀ of one linear: 0 in other columns. Launch size: M."""
     rows, cols = gate.shape
     if gate.numel() == 0:
-        s.zero_()
+        for result in (s,) if copy is None else (s, copy):
+            result.zero_()
         return
     ((_, columns),) = spans
     block_p = padded(columns.stop - columns.start)
@@ -250,7 +252,7 @@ def glu_lora_fwd(
         P=block_p,
         **config,
     )
-    sum_blocks(part, s, spans, {columns.start: (0, shares)})
+    sum_thin(part, s, spans, {columns.start: (0, shares)}, copy=copy)
 
 
 def glu_lora_bwd(
@@ -270,8 +272,8 @@ def glu_lora_bwd(
     if gate.numel() == 0 or not linears:
         inner.ds.zero_()
     if gate.numel() == 0:
-        for n, r in linears if inner.d_lora_b is not None else ():
-            inner.d_lora_b[n, r].zero_()
+        if inner.d_lora_b is not None:
+            inner.d_lora_b.zero_()
         if outer is not None:
             outer.d_lora_a.zero_()
         return
@@ -326,12 +328,11 @@ def glu_lora_bwd(
     if linears:
         ends = zip((gate_columns, up_columns), (blocks, 2 * blocks), strict=True)
         block_range = {r.start: (end - blocks, end) for r, end in ends if r.stop > r.start}
-        sum_blocks(ds_part, inner.ds, linears, block_range)
-    if has_db:
-        corners = tuple((n.start, n.stop, r.start, r.stop) for n, r in linears)
-        sum_chunks(db_part, inner.d_lora_b, corners, width)
+        gradients = None
+        if inner.d_lora_b is not None:
+            gradients = Gradients(db_part, inner.d_lora_b, inner.parts)
+        sum_thin(ds_part, inner.ds, linears, block_range, gradients=gradients)
     if outer is not None:
         outer.d_lora_a[: outer_columns.start].zero_()
         outer.d_lora_a[outer_columns.stop :].zero_()
-        ranks = outer_columns.stop - outer_columns.start
-        sum_chunks(da_part, outer.d_lora_a[outer_columns], ((0, ranks, 0, cols),), cols)
+        sum_chunks(da_part, outer.d_lora_a[outer_columns])

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 from lora_engine.backends.triton import launch
-from lora_engine.backends.triton.lora_sums import sum_blocks, sum_chunks
+from lora_engine.backends.triton.lora_sums import Gradients, sum_chunks, sum_thin
 from lora_engine.backends.triton.lora_tiles import (
     Span,
     aligned,
@@ -25,6 +25,7 @@ from lora_engine.backends.triton.philox import keep_mask, signed_words
 from lora_engine.backends.triton.relaunch import Relaunched
 from torch import Tensor
 
+from lora_engine.backends.lora_parts import AdapterPart
 from lora_engine.values import Dropout
 
 # float32 products take no tf32 short cut. They run on the ordinary arithmetic units.
@@ -37,6 +38,7 @@ def _lora_a_fwd_kernel(
     x_ptr,  # [M, K]
     a_ptr,  # [R, K]
     s_ptr,  # [M, R]
+    copy_ptr,  # [M, R]
     M,
     K,
     scale,
@@ -46,8 +48,10 @@ def _lora_a_fwd_kernel(
     stride_xm: tl.constexpr,
     stride_ar: tl.constexpr,
     stride_sm: tl.constexpr,
+    stride_cm: tl.constexpr,
     TILES: tl.constexpr,  # see rank_tiles
     DROPOUT: tl.constexpr,
+    HAS_COPY: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -75,11 +79,12 @@ def _lora_a_fwd_kernel(
         acc = tl.dot(x, tl.trans(a), acc, input_precision=PRECISION)
     if DROPOUT:
         acc *= scale
-    tl.store(
-        s_ptr + offs_m.to(tl.int64)[:, None] * stride_sm + offs_r[None, :],
-        acc.to(s_ptr.dtype.element_ty),
-        mask=mask_m[:, None] & (offs_r < choose(TILES, tile, 3))[None, :],
-    )
+    s = acc.to(s_ptr.dtype.element_ty)
+    rows = offs_m.to(tl.int64)[:, None]
+    mask = mask_m[:, None] & (offs_r < choose(TILES, tile, 3))[None, :]
+    tl.store(s_ptr + rows * stride_sm + offs_r[None, :], s, mask=mask)
+    if HAS_COPY:
+        tl.store(copy_ptr + rows * stride_cm + offs_r[None, :], s, mask=mask)
 
 
 @Relaunched
@@ -220,11 +225,13 @@ def lora_a_fwd(
     s: Tensor,  # [M, R]
     spans: Sequence[Span],
     dropout: Dropout | None = None,
+    copy: Tensor | None = None,  # [M, R]
 ) -> None:
-    """Writes s = drop_i(x) lora_aᵀ, and 0 in columns of no span. Launch size: M."""
+    """Writes s = drop_i(x) lora_aᵀ, and 0 in columns of no span; to copy too. Launch size: M."""
     rows, cols = x.shape
     if rows == 0 or cols == 0 or not has_ranks(spans):
-        s.zero_()
+        for result in (s,) if copy is None else (s, copy):
+            result.zero_()
         return
     block_r, tiles = rank_tiles(spans, s.shape[1], 128, merge=dropout is None)
     name = by_rank("lora_a_fwd", block_r) if aligned(x, lora_a) else "lora_a_fwd_unaligned"
@@ -234,6 +241,7 @@ def lora_a_fwd(
         x,
         lora_a,
         s,
+        s if copy is None else copy,
         rows,
         cols,
         1.0 if dropout is None else dropout.scale,
@@ -241,8 +249,10 @@ def lora_a_fwd(
         stride_xm=x.stride(0),
         stride_ar=lora_a.stride(0),
         stride_sm=s.stride(0),
+        stride_cm=0 if copy is None else copy.stride(0),
         TILES=tiles,
         DROPOUT=dropout is not None,
+        HAS_COPY=copy is not None,
         PRECISION=PRECISION,
         BLOCK_R=block_r,
         **config,
@@ -254,19 +264,21 @@ def lora_b_bwd(
     lora_b: Tensor,  # [N, R]
     s: Tensor,  # [M, R]
     ds: Tensor,  # [M, R]
-    d_lora_b: Tensor | None,  # [N, R], float32
+    d_lora_b: Tensor | None,  # [E], float32
     spans: Sequence[Span],
+    parts: Sequence[AdapterPart] = (),
 ) -> None:
-    """Writes ds = dy lora_b and d_lora_b = dyᵀ s, each linear's block alone, in one pass over dy.
+    """Writes ds = dy lora_b, each linear's columns alone, and d_lora_b = scale dyᵀ s of each part,
+    one [n, r] after the other. One pass over dy.
 
-    Columns of ds in no span become 0; d_lora_b outside the blocks is left as it is. Launch size: M.
+    Columns of ds in no span become 0. Launch size: M.
     """
     rows, cols = dy.shape
     linears = [(n, r) for n, r in spans if n.stop > n.start and r.stop > r.start]
     if not linears or rows == 0:
         ds.zero_()
-        for n, r in linears if d_lora_b is not None else ():
-            d_lora_b[n, r].zero_()
+        if d_lora_b is not None:
+            d_lora_b.zero_()
         return
     width = max(r.stop - r.start for _, r in linears)
     block_r = min(64, padded(width))
@@ -303,10 +315,8 @@ def lora_b_bwd(
         BLOCK_R=block_r,
         **config,
     )
-    sum_blocks(ds_part, ds, linears, block_range)
-    if d_lora_b is not None:
-        corners = tuple((n.start, n.stop, r.start, r.stop) for n, r in linears)
-        sum_chunks(db_part, d_lora_b, corners, width)
+    gradients = None if d_lora_b is None else Gradients(db_part, d_lora_b, parts)
+    sum_thin(ds_part, ds, linears, block_range, gradients=gradients)
 
 
 def lora_a_bwd(
@@ -326,7 +336,10 @@ def lora_a_bwd(
     config = launch.config(by_rank("lora_a_bwd", block_r), x.device, x.dtype, rows)
     blocks = launch.cdiv(cols, config["BLOCK_K"])
     chunks, chunk = split_rows(rows, config["BLOCK_M"], blocks * len(tiles), x.device)
-    part = torch.empty(chunks, rank, cols, dtype=torch.float32, device=x.device)
+    whole = chunks == 1 and d_lora_a.is_contiguous()
+    part = (
+        d_lora_a if whole else torch.empty(chunks, rank, cols, dtype=torch.float32, device=x.device)
+    )
     _lora_a_bwd_kernel[(len(tiles), blocks, chunks)](
         ds,
         x,
@@ -345,4 +358,5 @@ def lora_a_bwd(
         BLOCK_R=block_r,
         **config,
     )
-    sum_chunks(part, d_lora_a, ((0, rank, 0, cols),), cols)
+    if not whole:
+        sum_chunks(part, d_lora_a)

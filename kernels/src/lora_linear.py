@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from lora_engine.backends.triton import launch
 from lora_engine.backends.triton.lora_factors import PRECISION, lora_a_bwd, lora_a_fwd, lora_b_bwd
+from lora_engine.backends.triton.lora_place import place_factors
 from lora_engine.backends.triton.lora_tiles import Span, aligned, choose, padded, rank_runs
 from lora_engine.backends.triton.philox import keep_mask, signed_words
 from lora_engine.backends.triton.relaunch import Relaunched
@@ -21,7 +22,14 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lora_engine.values import Dropout
 
-__all__ = ["lora_a_bwd", "lora_a_fwd", "lora_b_bwd", "lora_linear_dx", "lora_linear_fwd"]
+__all__ = [
+    "lora_a_bwd",
+    "lora_a_fwd",
+    "lora_b_bwd",
+    "lora_linear_dx",
+    "lora_linear_fwd",
+    "place_factors",
+]
 
 
 @triton.jit

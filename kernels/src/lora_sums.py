@@ -1,31 +1,36 @@
 """Second stages of the sums over rows and over columns of dY: partial sums, added in order."""
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from lora_engine.backends.triton import launch
-from lora_engine.backends.triton.lora_tiles import Span, choose, rank_tiles
+from lora_engine.backends.triton.lora_tiles import Span, choose, padded, rank_tiles
 from lora_engine.backends.triton.relaunch import Relaunched
 from torch import Tensor
 
+from lora_engine.backends.lora_parts import AdapterPart, split_parts
 
-@Relaunched
-@triton.jit(do_not_specialize=["M"])
-def _sum_blocks_kernel(
+
+@triton.jit
+def _sum_s(
     part_ptr,  # [blocks of N, M, P], float32
-    ds_ptr,  # [M, R]
+    s_ptr,  # [M, R]
+    copy_ptr,  # [M, R]
+    pid,
     M,
-    stride_dsm: tl.constexpr,
-    TILES: tl.constexpr,  # rank_tiles with (first block, end block) of the tile's linear
+    stride_sm: tl.constexpr,
+    stride_cm: tl.constexpr,
+    TILES: tl.constexpr,
     P: tl.constexpr,
+    HAS_COPY: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """dS = sum of part over the blocks of columns of dY of each linear, in their order."""
-    tile = tl.program_id(0)
-    offs_m = (tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    tile = pid % len(TILES)
+    offs_m = ((pid // len(TILES)) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     offs_r = choose(TILES, tile, 0) + tl.arange(0, BLOCK_R)
     offs_p = offs_r - choose(TILES, tile, 1)
     mask_m = offs_m < M
@@ -34,74 +39,203 @@ def _sum_blocks_kernel(
     for block in range(choose(TILES, tile, 5), choose(TILES, tile, 6)):
         rows = M.to(tl.int64) * block + offs_m
         acc += tl.load(part_ptr + rows[:, None] * P + offs_p[None, :], mask=mask, other=0.0)
-    tl.store(
-        ds_ptr + offs_m[:, None] * stride_dsm + offs_r[None, :],
-        acc.to(ds_ptr.dtype.element_ty),
-        mask=mask_m[:, None] & (offs_r < choose(TILES, tile, 3))[None, :],
-    )
+    s = acc.to(s_ptr.dtype.element_ty)
+    mask = mask_m[:, None] & (offs_r < choose(TILES, tile, 3))[None, :]
+    tl.store(s_ptr + offs_m[:, None] * stride_sm + offs_r[None, :], s, mask=mask)
+    if HAS_COPY:
+        tl.store(copy_ptr + offs_m[:, None] * stride_cm + offs_r[None, :], s, mask=mask)
+
+
+@triton.jit
+def _sum_db(
+    part_ptr,  # [chunks of M, N, P], float32
+    db_ptr,  # [E], float32
+    pid,
+    N,
+    chunks,
+    scale,
+    PARTS: tl.constexpr,
+    P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    part = 0
+    for i in tl.static_range(1, len(PARTS)):
+        part = tl.where(pid >= PARTS[i][0], i, part)
+    width = choose(PARTS, part, 4)
+    blocks_c = tl.cdiv(width, BLOCK_C)
+    block = pid - choose(PARTS, part, 0)
+    offs_n = (block // blocks_c) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_c = (block % blocks_c) * BLOCK_C + tl.arange(0, BLOCK_C)
+    first_row = choose(PARTS, part, 1)
+    mask_n = offs_n < choose(PARTS, part, 2) - first_row
+    mask = mask_n[:, None] & (offs_c < width)[None, :]
+    offs_p = choose(PARTS, part, 3) + offs_c
+    acc = tl.zeros([BLOCK_N, BLOCK_C], dtype=tl.float32)
+    for chunk in range(chunks):
+        rows = N.to(tl.int64) * chunk + first_row + offs_n
+        acc += tl.load(part_ptr + rows[:, None] * P + offs_p[None, :], mask=mask, other=0.0)
+    db_ptrs = db_ptr + choose(PARTS, part, 5) + offs_n[:, None] * width + offs_c[None, :]
+    tl.store(db_ptrs, acc * scale, mask=mask)
 
 
 @Relaunched
-@triton.jit(do_not_specialize=["chunks", "rows"])
-def _sum_chunks_kernel(
-    part_ptr,  # [chunks, rows, P], float32
-    out_ptr,  # [rows, ...], float32
+@triton.jit(do_not_specialize=["M", "N", "chunks", "s_programs"])
+def _sum_thin_kernel(
+    part_ptr,  # [blocks of N, M, P], float32
+    s_ptr,  # [M, R]
+    copy_ptr,  # [M, R]
+    db_part_ptr,  # [chunks of M, N, P], float32
+    db_ptr,  # [E], float32
+    M,
+    N,
     chunks,
+    s_programs,
+    scale,
+    stride_sm: tl.constexpr,
+    stride_cm: tl.constexpr,
+    TILES: tl.constexpr,  # rank_tiles with (first block, end block) of the tile's linear
+    PARTS: tl.constexpr,  # (first program, first row, end row, first column of P, width, place)
+    P: tl.constexpr,
+    HAS_COPY: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """S = sum of part over the blocks of columns of each linear, in their order, by the first
+    s_programs programs; by the others dB = scale * sum of db_part over the chunks of rows, in
+    their order, each adapter's [n, r] at its place. S is S or dS.
+    """
+    pid = tl.program_id(0)
+    if pid < s_programs:
+        _sum_s(
+            part_ptr,
+            s_ptr,
+            copy_ptr,
+            pid,
+            M,
+            stride_sm,
+            stride_cm,
+            TILES,
+            P,
+            HAS_COPY,
+            BLOCK_M,
+            BLOCK_R,
+        )
+    else:
+        pid -= s_programs
+        _sum_db(db_part_ptr, db_ptr, pid, N, chunks, scale, PARTS, P, BLOCK_N, BLOCK_C)
+
+
+@Relaunched
+@triton.jit(do_not_specialize=["chunks", "pitch", "rows"])
+def _sum_chunks_kernel(
+    part_ptr,  # [chunks, pitch, K], float32
+    out_ptr,  # [rows, K], float32
+    chunks,
+    pitch,
     rows,
     stride_out: tl.constexpr,
-    BLOCKS: tl.constexpr,  # (first row, end row, first column, end column)
-    P: tl.constexpr,
+    K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """out = sum of part over the chunks of rows, in their order."""
     offs_m = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
-    offs_p = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    first = tl.zeros([BLOCK_M], dtype=tl.int32)
-    width = tl.zeros([BLOCK_M], dtype=tl.int32)
-    for i in tl.static_range(len(BLOCKS)):
-        here = (offs_m >= BLOCKS[i][0]) & (offs_m < BLOCKS[i][1])
-        first = tl.where(here, BLOCKS[i][2], first)
-        width = tl.where(here, BLOCKS[i][3] - BLOCKS[i][2], width)
-    mask = offs_p[None, :] < width[:, None]
+    offs_k = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask = (offs_m < rows)[:, None] & (offs_k < K)[None, :]
     acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     for chunk in range(chunks):
-        row = rows.to(tl.int64) * chunk + offs_m
-        acc += tl.load(part_ptr + row[:, None] * P + offs_p[None, :], mask=mask, other=0.0)
-    columns = first[:, None] + offs_p[None, :]
-    tl.store(out_ptr + offs_m[:, None] * stride_out + columns, acc, mask=mask)
+        row = pitch.to(tl.int64) * chunk + offs_m
+        acc += tl.load(part_ptr + row[:, None] * K + offs_k[None, :], mask=mask, other=0.0)
+    tl.store(out_ptr + offs_m[:, None] * stride_out + offs_k[None, :], acc, mask=mask)
 
 
-def sum_blocks(
+class Gradients(NamedTuple):
+    """Partial sums of dB, and where its sums go."""
+
+    part: Tensor  # [chunks of M, N, P], float32
+    d_lora_b: Tensor  # [E], float32
+    parts: Sequence[AdapterPart]
+
+
+def sum_thin(
     part: Tensor,  # [blocks of N, M, P], float32
-    ds: Tensor,  # [M, R]
+    s: Tensor,  # [M, R]
     spans: Sequence[Span],
     block_range: Mapping[int, tuple[int, int]],
+    *,
+    copy: Tensor | None = None,  # [M, R]
+    gradients: Gradients | None = None,
 ) -> None:
-    """Writes ds: each linear's columns from its own range of blocks, by first column; else 0."""
-    rows = ds.shape[0]
-    block_r, tiles = rank_tiles(spans, ds.shape[1], 64, merge=False)
+    """Writes s (S or dS) and copy, each linear's columns from its own range of blocks, by first
+    column, else 0; and the sums of `gradients`, see `contracts.LoraLinear.lora_b_bwd`."""
+    rows = s.shape[0]
+    block_r, tiles = rank_tiles(spans, s.shape[1], 64, merge=False)
     with_blocks = tuple((*tile, *block_range[tile[1]]) for tile in tiles)
-    config = launch.config("lora_sum_blocks", ds.device, torch.float32, rows)
-    _sum_blocks_kernel[(len(tiles), launch.cdiv(rows, config["BLOCK_M"]))](
+    config = launch.config("lora_sum_thin", s.device, torch.float32, rows)
+    programs = s_programs = len(tiles) * launch.cdiv(rows, config["BLOCK_M"])
+    db_part, db, parts = part, part, ()
+    table: list[tuple[int, ...]] = [(0, 0, 0, 0, 1, 0)]
+    block_c, scales = 16, [1.0]
+    if gradients is not None:
+        db_part, db, parts = gradients
+        scales = list({float(each.scale) for each in parts})
+        block_c = min(64, padded(max(c.stop - c.start for _, c, _ in parts)))
+        table, db_programs = _table_of_parts(spans, parts, config["BLOCK_N"], block_c)
+        programs += db_programs
+    _sum_thin_kernel[(programs,)](
         part,
-        ds,
+        s,
+        s if copy is None else copy,
+        db_part,
+        db,
         rows,
-        stride_dsm=ds.stride(0),
+        db_part.shape[1],
+        db_part.shape[0],
+        s_programs,
+        scales[0] if len(scales) == 1 else 1.0,
+        stride_sm=s.stride(0),
+        stride_cm=0 if copy is None else copy.stride(0),
         TILES=with_blocks,
+        PARTS=tuple(table),
         P=part.shape[2],
+        HAS_COPY=copy is not None,
         BLOCK_R=block_r,
+        BLOCK_C=block_c,
         **config,
     )
+    if len(scales) > 1:
+        for each, gradient in zip(parts, split_parts(db, parts), strict=True):
+            gradient *= each.scale
+
+
+def _table_of_parts(
+    spans: Sequence[Span], parts: Sequence[AdapterPart], block_n: int, block_c: int
+) -> tuple[list[tuple[int, ...]], int]:
+    """PARTS of the kernel, and how many programs they take together."""
+    table, programs, place = [], 0, 0
+    for rows, columns, _ in parts:
+        n, width = rows.stop - rows.start, columns.stop - columns.start
+        if n * width == 0:
+            continue
+        start = next(c.start for r, c in spans if r == rows)
+        table.append((programs, rows.start, rows.stop, columns.start - start, width, place))
+        programs += launch.cdiv(n, block_n) * launch.cdiv(width, block_c)
+        place += n * width
+    return table, programs
 
 
 def sum_chunks(
-    part: Tensor, out: Tensor, blocks: tuple[tuple[int, int, int, int], ...], width: int
+    part: Tensor,  # [chunks, rows or more, K], float32
+    out: Tensor,  # [rows, K], float32
 ) -> None:
-    """Sums part [chunks, rows, P] over chunks into each block of `out`, at most `width` wide."""
-    chunks, rows, pitch = part.shape
-    config = launch.config("lora_sum_chunks", out.device, torch.float32, width)
-    grid = (launch.cdiv(rows, config["BLOCK_M"]), launch.cdiv(width, config["BLOCK_N"]))
+    """Writes the sum of part over chunks."""
+    chunks, pitch, cols = part.shape
+    rows = out.shape[0]
+    config = launch.config("lora_sum_chunks", out.device, torch.float32, cols)
+    grid = (launch.cdiv(rows, config["BLOCK_M"]), launch.cdiv(cols, config["BLOCK_N"]))
     _sum_chunks_kernel[grid](
-        part, out, chunks, rows, stride_out=out.stride(0), BLOCKS=blocks, P=pitch, **config
+        part, out, chunks, pitch, rows, stride_out=out.stride(0), K=cols, **config
     )

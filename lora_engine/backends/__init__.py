@@ -20,6 +20,7 @@ from lora_engine.backends.devices import (
     moved,
     peak_memory_bytes,
     preferred_device,
+    reads_beside_operands,
     reset_peak_memory,
     why_absent,
 )
@@ -83,6 +84,7 @@ __all__ = [
     "preferred_device",
     "product_strategy",
     "reads_at_once",
+    "reads_beside_operands",
     "reset_peak_memory",
     "runs_fused",
     "runs_on",

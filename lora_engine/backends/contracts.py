@@ -11,6 +11,7 @@ from typing import NamedTuple, Protocol, TypeAlias
 
 from torch import Tensor
 
+from lora_engine.backends.lora_parts import AdapterPart, Placing
 from lora_engine.values import Dropout
 
 # A linear's rows of [N, ...] and its columns of [..., R]. A group's columns ascend.
@@ -117,6 +118,14 @@ class Glu(Protocol):
 
 
 class LoraLinear(Protocol):
+    def place_factors(
+        self,
+        lora_a: Tensor,  # [R, K]
+        lora_b: Tensor,  # [N, R]
+        placings: Sequence[Placing],
+    ) -> None:
+        """Writes A and scaling * B of each adapter to its place, rounded once."""
+
     def lora_a_fwd(
         self,
         x: Tensor,  # [M, K]
@@ -124,8 +133,9 @@ class LoraLinear(Protocol):
         s: Tensor,  # [M, R]
         spans: Sequence[Span],
         dropout: Dropout | None = None,
+        copy: Tensor | None = None,  # [M, R]
     ) -> None:
-        """Writes s = drop_i(x) lora_aᵀ, and 0 in columns of no span."""
+        """Writes s = drop_i(x) lora_aᵀ, and 0 in columns of no span; to copy too."""
 
     def lora_b_bwd(
         self,
@@ -133,12 +143,14 @@ class LoraLinear(Protocol):
         lora_b: Tensor,  # [N, R]
         s: Tensor,  # [M, R]
         ds: Tensor,  # [M, R]
-        d_lora_b: Tensor | None,  # [N, R] float32
+        d_lora_b: Tensor | None,  # [E] float32
         spans: Sequence[Span],
+        parts: Sequence[AdapterPart] = (),
     ) -> None:
-        """Writes ds = dy lora_b and d_lora_b = dyᵀ s, each linear's block alone.
+        """Writes ds = dy lora_b, each linear's columns alone, and d_lora_b = scale dyᵀ s of each
+        part, one [n, r] after the other.
 
-        Columns of ds in no span become 0; d_lora_b outside the blocks is left as it is.
+        Columns of ds in no span become 0.
         """
 
     def lora_a_bwd(
@@ -185,8 +197,9 @@ class DyGradients(NamedTuple):
     lora_b: Tensor  # [N, R]
     s: Tensor  # [M, R]
     ds: Tensor  # [M, R]
-    d_lora_b: Tensor | None  # [N, R] float32
+    d_lora_b: Tensor | None  # [E] float32
     spans: Sequence[Span]
+    parts: Sequence[AdapterPart] = ()
 
 
 class XGradient(NamedTuple):
@@ -211,10 +224,11 @@ class GluLora(Protocol):
         lora_a: Tensor,  # [R, K]
         s: Tensor,  # [M, R]
         spans: Sequence[Span],
+        copy: Tensor | None = None,  # [M, R]
         *,
         activation: str,
     ) -> None:
-        """Writes y, and s as `lora_a_fwd` of y."""
+        """Writes y, and s and copy as `lora_a_fwd` of y."""
 
     def glu_lora_bwd(
         self,

@@ -26,6 +26,15 @@ def preferred_device() -> torch.device:
     return torch.device("cuda" if gpu_count() else "cpu")
 
 
+def reads_beside_operands(device: torch.device) -> bool:
+    """Whether products of torch's may read what stands between an operand's rows.
+
+    oneDNN's do (`ops.tensors.front_columns`); those of a GPU load no element that is not the
+    operand's.
+    """
+    return device.type != "cuda"
+
+
 def why_absent(device: torch.device) -> str | None:
     """Why no tensor can be on `device`, and what can be done; None where one can."""
     if device.type == "cuda":

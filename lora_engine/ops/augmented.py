@@ -8,7 +8,8 @@ consumer claimed them before; otherwise it copies them into a buffer with paddin
 consumer at most writes the padding, and tensors from elsewhere work too, at the cost of a copy.
 
 Products of these tensors alone may read the padding columns as well (see `front_columns`). So
-`empty` zeroes them, and `operand` copies a tensor from elsewhere that is part of a wider one.
+`empty` zeroes them where they do, and `operand` copies a tensor from elsewhere that is part of a
+wider one.
 """
 
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lora_engine import backends
 from lora_engine.ops.tensors import empty_rows, front_columns, not_a_view
 
 _ATTRIBUTE = "_lora_engine_padding"
@@ -40,8 +42,9 @@ def empty(
 ) -> tuple[Tensor, ...]:
     """One tensor [rows, width] for each width, adjacent in one buffer with so many padding columns.
 
-    The tensors are uninitialised, the padding columns zero. With `zeros=False` these are
-    uninitialised too, for a caller that claims them before any product reads the tensors.
+    The tensors are uninitialised, the padding columns zero. These are uninitialised too on devices
+    whose products do not read them, and with `zeros=False`, for a caller that claims them before
+    any product reads the tensors.
     """
     if padding_columns == 0 and len(widths) == 1:
         return (empty_rows(rows, widths[0], dtype=dtype, device=device),)
@@ -50,6 +53,7 @@ def empty(
     # .data has a version counter of its own: writing padding columns does not mark the columns that
     # autograd may have saved as changed.
     padding = _Padding(buffer.data, tuple(widths))
+    zeros = zeros and backends.reads_beside_operands(device)
     front = front_columns(buffer, cols) if zeros else buffer[:, :cols]
     parts = front.split(list(widths), dim=1)
     for part in parts:

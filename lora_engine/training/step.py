@@ -95,7 +95,8 @@ class TrainStep:
             random_before = random_state.capture()
             on_device = batch.to(flat.device)
             loss = batch_loss(self.model, on_device, self.objective)
-            with adapters_of(self.model, on_device):  # checkpointed layers run again
+            # Checkpointed layers run again, and need their adapters.
+            with adapters_of(self.model, on_device), flat.collecting():
                 # Dividing by the step's weight, not the micro-batch's, weights every token alike.
                 (loss.total / weight).backward()
             metrics = {n: Mean(m.total.detach(), m.count) for n, m in loss.metrics.items()}

@@ -9,6 +9,7 @@ from implementations import Backend
 from oracle import TOLERANCE
 from torch import Tensor
 
+from lora_engine.backends.lora_parts import AdapterPart
 from lora_engine.reference.dropout import drop
 from lora_engine.testing import assert_as_good_as
 from lora_engine.values import Dropout
@@ -35,6 +36,16 @@ class Group:
             found.append((slice(row, row + out), slice(column, column + rank)))
             row, column = row + out, column + rank + self.gap
         return found
+
+    @property
+    def parts(self) -> list[AdapterPart]:
+        """One adapter of each linear, of a scale of its own; see `backends.lora_parts`."""
+        return [AdapterPart(*span, 0.5 + i) for i, span in enumerate(self.spans)]
+
+    @property
+    def size_of_b(self) -> int:
+        """The elements of all adapters' B."""
+        return sum(out * rank for out, rank in zip(self.outs, self.ranks, strict=True))
 
     @property
     def total(self) -> int:

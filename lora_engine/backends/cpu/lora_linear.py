@@ -15,7 +15,18 @@ from lora_engine.backends.cpu.kernels import (
     kernels,
     pointer,
 )
+from lora_engine.backends.lora_parts import AdapterPart, Placing, split_parts
 from lora_engine.values import Dropout
+
+
+def place_factors(
+    lora_a: Tensor,  # [R, K]
+    lora_b: Tensor,  # [N, R]
+    placings: Sequence[Placing],
+) -> None:
+    """Writes A and scaling * B of each adapter to its place, rounded once."""
+    for placing in placings:
+        placing.by_torch()
 
 
 def lora_a_fwd(
@@ -24,8 +35,9 @@ def lora_a_fwd(
     s: Tensor,  # [M, R]
     spans: Sequence[Span],
     dropout: Dropout | None = None,
+    copy: Tensor | None = None,  # [M, R]
 ) -> None:
-    """Writes s = drop_i(x) lora_aᵀ, and 0 in columns of no span."""
+    """Writes s = drop_i(x) lora_aᵀ, and 0 in columns of no span; to copy too."""
     for unused in _unused(spans, s.shape[1]):
         s[:, unused] = 0
     for kept, part in _kept(x, spans, dropout):
@@ -43,6 +55,8 @@ def lora_a_fwd(
                 spans=part,
             ),
         )
+    if copy is not None:
+        copy.copy_(s)
 
 
 def lora_b_bwd(
@@ -50,13 +64,19 @@ def lora_b_bwd(
     lora_b: Tensor,  # [N, R]
     s: Tensor,  # [M, R]
     ds: Tensor,  # [M, R]
-    d_lora_b: Tensor | None,  # [N, R], float32 (float64 for float64)
+    d_lora_b: Tensor | None,  # [E], float32 (float64 for float64)
     spans: Sequence[Span],
+    parts: Sequence[AdapterPart] = (),
 ) -> None:
-    """Writes ds = dy lora_b and d_lora_b = dyᵀ s, of each span alone.
+    """Writes ds = dy lora_b, each linear's columns alone, and d_lora_b = scale dyᵀ s of each part,
+    one [n, r] after the other.
 
-    Columns of ds in no span become 0; d_lora_b outside the spans is left as it is.
+    Columns of ds in no span become 0.
     """
+    whole = None  # [N, R]
+    if d_lora_b is not None:
+        alone = len(parts) == 1 and d_lora_b.numel() == lora_b.numel()
+        whole = d_lora_b.view(lora_b.shape) if alone else d_lora_b.new_empty(lora_b.shape)
     for unused in _unused(spans, ds.shape[1]):
         ds[:, unused] = 0
     kernels().lora_b_bwd(
@@ -66,16 +86,19 @@ def lora_b_bwd(
             lora_b=lora_b.data_ptr(),
             s=s.data_ptr(),
             ds=ds.data_ptr(),
-            d_lora_b=pointer(d_lora_b),
+            d_lora_b=pointer(whole),
             rows=dy.shape[0],
             dy_stride=dy.stride(0),
             b_stride=lora_b.stride(0),
             s_stride=s.stride(0),
             ds_stride=ds.stride(0),
-            d_stride=0 if d_lora_b is None else d_lora_b.stride(0),
+            d_stride=0 if whole is None else whole.stride(0),
             spans=spans,
         ),
     )
+    if d_lora_b is not None and whole is not None:
+        for part, gradient in zip(parts, split_parts(d_lora_b, parts), strict=True):
+            torch.mul(whole[part.rows, part.columns], part.scale, out=gradient)
 
 
 def lora_a_bwd(

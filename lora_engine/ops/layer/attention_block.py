@@ -195,7 +195,8 @@ class _AttentionBlock(torch.autograd.Function):
         rows = as_rows(x)
         inner, outer = call.inner.group, call.outer.group
         xs, rstd = call.normed(rows)
-        qkv, unscaled = call.inner.forward(xs)
+        s = torch.empty(rows.shape[0], inner.padded_rank, dtype=x.dtype, device=x.device)
+        qkv, unscaled = call.inner.forward(xs, copy=s)
         q, k, v = qkv.split(list(inner.out_features), dim=1)
         if call.head_norms is not None:
             q, k, _ = _norm_heads(call, call.head_norms, q, k)
@@ -223,7 +224,7 @@ class _AttentionBlock(torch.autograd.Function):
         saved = _Saved(
             x=rows,
             rstd=rstd,
-            s=xs[:, inner.in_features :].clone(),
+            s=s,
             qkv=qkv,
             os=os,
             lse=lse,

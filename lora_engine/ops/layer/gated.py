@@ -23,9 +23,10 @@ def activate(
     gate: Tensor,  # [M, I]
     up: Tensor,  # [M, I]
     hs: Tensor,  # [M, I + R]
+    copy: Tensor,  # [M, R]
     activation: str,
 ) -> None:
-    """Writes h in the front columns of `hs` and S of the outer product behind it."""
+    """Writes h in the front columns of `hs`, and S of the outer product behind it and to `copy`."""
     outer = call.outer
     width = outer.group.in_features
     h, s = hs[:, :width], hs[:, width:]
@@ -33,12 +34,12 @@ def activate(
     if not backends.takes_one_pass(sizes, h.device, h.dtype, call.impl):
         kernels = launchers.glu(call.implementation("glu", h))
         kernels.glu_fwd(gate, up, h, activation=activation)
-        outer.fill_s(h, s)
+        outer.fill_s(h, s, copy)
         return
     one_pass = launchers.glu_lora(call.implementation("glu", h))
     lora_a = outer.group.placed.lora_a
-    one_pass.glu_lora_fwd(gate, up, h, lora_a, s, outer.spans, activation=activation)
-    outer.route(s)
+    one_pass.glu_lora_fwd(gate, up, h, lora_a, s, outer.spans, copy, activation=activation)
+    outer.route(s, copy)
 
 
 class Wanted(NamedTuple):
@@ -49,7 +50,7 @@ class Wanted(NamedTuple):
 
 
 class FactorGradients(NamedTuple):
-    """dS [M, R] and dB [N, R] of the inner product, dA [R, I] of the outer; None if not made."""
+    """dS [M, R] and dB [E] of the inner product, dA [R, I] of the outer; None if not made."""
 
     inner_ds: Tensor | None
     inner_d_b: Tensor | None

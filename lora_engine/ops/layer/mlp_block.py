@@ -131,20 +131,21 @@ class _MlpBlock(torch.autograd.Function):
         rows = as_rows(x)
         inner, outer = call.inner.group, call.outer.group
         xs, rstd = call.normed(rows)
-        gate_up, unscaled = call.inner.forward(xs)
+        s = torch.empty(rows.shape[0], inner.padded_rank, dtype=x.dtype, device=x.device)
+        gate_up, unscaled = call.inner.forward(xs, copy=s)
         gate, up = gate_up.split(list(inner.out_features), dim=1)
         width = outer.in_features
         hs = empty_rows(rows.shape[0], width + outer.padded_rank, dtype=x.dtype, device=x.device)
-        activate(call, gate, up, hs, call.activation)
-        h, s = hs[:, :width], hs[:, width:]
-        y, outer_unscaled = call.outer.forward_with(h, s, rows, hs)
+        outer_s = torch.empty(rows.shape[0], outer.padded_rank, dtype=x.dtype, device=x.device)
+        activate(call, gate, up, hs, outer_s, call.activation)
+        y, outer_unscaled = call.outer.forward_with(hs[:, :width], hs[:, width:], rows, hs)
         ctx.kept = _Kept(call, x.shape)
         saved = _Saved(
             x=rows,
             rstd=rstd,
-            s=xs[:, inner.in_features :].clone(),
+            s=s,
             gate_up=gate_up,
-            outer_s=s.clone(),
+            outer_s=outer_s,
             unscaled=unscaled,
             outer_unscaled=outer_unscaled,
         )

@@ -8,6 +8,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from lora_engine.backends.lora_parts import AdapterPart
 from lora_engine.ops.lora.trained import OfAdapter, OfGroup
 from lora_engine.ops.tensors import check, shape_of
 from lora_engine.values import LoraFactors
@@ -23,6 +24,11 @@ class Block:
     linear: int
     rows: slice
     columns: slice
+
+    @property
+    def scales_by_tensor(self) -> bool:
+        """Whether the scaling is a tensor, whose value the host does not know."""
+        return isinstance(self.factors.scaling, Tensor)
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,19 @@ class AdapterSet:
     def rank(self) -> int:
         """The total of all ranks."""
         return self.spans[-1][1].stop if self.spans else 0
+
+    @cached_property
+    def parts(self) -> tuple[AdapterPart, ...]:
+        """Of each block what its gradient of B is made of; a scaling that is a tensor is left."""
+        return tuple(
+            AdapterPart(b.rows, b.columns, 1.0 if b.scales_by_tensor else b.factors.scaling)
+            for b in self.blocks
+        )
+
+    @cached_property
+    def size_of_b(self) -> int:
+        """The elements of all adapters' B."""
+        return sum(block.factors.lora_b.numel() for block in self.blocks)
 
     @cached_property
     def has_magnitude(self) -> bool:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lora_engine import backends
+from lora_engine.backends import contracts
 from lora_engine.backends.choice import Product
 from lora_engine.ops.lora.adapters import Adapters, AdapterSet, total_rank
 from lora_engine.ops.lora.base import BaseWeight, DenseBase, Factors, padded_rank
@@ -110,17 +111,17 @@ class LoraGroup:
         return self.adapters.tensors(self.biases).row()
 
     @torch.no_grad()
-    def fill(self) -> Filling:
+    def fill(self, kernels: contracts.LoraLinear) -> Filling:
         """Places the adapters' factors as they are now."""
         adapters = self.adapters
-        self.placed.write(adapters)
+        self.placed.write(adapters, kernels)
         dora = magnitude_scale(self.base, adapters)
         return Filling(self.placed.writes, adapters, self.biases, self._bias(adapters), dora)
 
-    def fill_again(self, filling: Filling) -> None:
+    def fill_again(self, filling: Filling, kernels: contracts.LoraLinear) -> None:
         """Places the factors of `filling` again, if others were placed since."""
         if filling.write != self.placed.writes:
-            self.placed.write(filling.adapters)
+            self.placed.write(filling.adapters, kernels)
 
     def _bias(self, adapters: AdapterSet) -> Tensor | None:
         """[N]: the linears' biases plus the adapters' times their scaling; None without any."""

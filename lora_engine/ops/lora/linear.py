@@ -72,7 +72,7 @@ def make_product(
     if routes is not None and group.padded_rank:
         columns = group.adapters.route(routes.reshape(-1), group.padded_rank)
     kernels = launchers.lora_linear(impl)
-    return LoraProduct(group, group.fill(), kernels, dropout, columns)
+    return LoraProduct(group, group.fill(kernels), kernels, dropout, columns)
 
 
 def _check(x: Tensor, group: LoraGroup, routes: Tensor | None) -> None:

@@ -1,11 +1,11 @@
 """The adapters' factors as products read them: cast, scaled, and side by side."""
 
 import torch
-from torch import Tensor
 
+from lora_engine.backends import contracts
+from lora_engine.backends.lora_parts import Placing
 from lora_engine.ops.lora.adapters import AdapterSet
 from lora_engine.ops.lora.base import Factors
-from lora_engine.values import LoraFactors
 
 
 class PlacedFactors:
@@ -18,7 +18,7 @@ class PlacedFactors:
         self.lora_a, self.lora_b = factors
         self.writes = 0
         self._adapters: AdapterSet | None = None  # whose factors A and sB hold
-        self._parts: list[tuple[LoraFactors, Tensor, Tensor]] = []
+        self._placings: list[Placing] = []
 
     @property
     def rank(self) -> int:
@@ -26,17 +26,15 @@ class PlacedFactors:
         return self.lora_a.shape[0]
 
     @torch.no_grad()
-    def write(self, adapters: AdapterSet) -> None:
+    def write(self, adapters: AdapterSet, kernels: contracts.LoraLinear) -> None:
         """Copies A and scaling * B of every adapter, zeros elsewhere."""
         if adapters is not self._adapters:
             self.lora_a.zero_()
             self.lora_b.zero_()
             self._adapters = adapters
-            self._parts = [
-                (b.factors, self.lora_a[b.columns], self.lora_b[b.rows, b.columns])
+            self._placings = [
+                Placing(b.factors, self.lora_a[b.columns], self.lora_b[b.rows, b.columns])
                 for b in adapters.blocks
             ]
-        for factors, lora_a, lora_b in self._parts:
-            lora_a.copy_(factors.lora_a)
-            torch.mul(factors.lora_b, factors.scaling, out=lora_b)
+        kernels.place_factors(self.lora_a, self.lora_b, self._placings)
         self.writes += 1

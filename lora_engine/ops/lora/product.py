@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from lora_engine.backends import contracts
+from lora_engine.backends.lora_parts import split_parts
 from lora_engine.ops import augmented
 from lora_engine.ops.lora.group import Filling, LoraGroup
 from lora_engine.ops.lora.trained import OfAdapter, OfGroup
@@ -48,19 +49,20 @@ class LoraProduct:
 
     def begin_backward(self) -> None:
         """Places this call's factors again, if a later call placed others."""
-        self.group.fill_again(self.filling)
+        self.group.fill_again(self.filling, self.kernels)
 
     def forward(
         self,
         xs: Tensor,  # [M, K + R]
         residual: Tensor | None = None,  # [M, N]
+        copy: Tensor | None = None,  # [M, R]
     ) -> tuple[Tensor, Tensor | None]:
         """Y [M, N] with biases and `residual` added, and with DoRA also Y before its scale.
 
-        X stands in the front columns of `xs`; S is written behind it.
+        X stands in the front columns of `xs`; S is written behind it, and to `copy`.
         """
         k = self.group.in_features
-        self.fill_s(xs[:, :k], xs[:, k:])
+        self.fill_s(xs[:, :k], xs[:, k:], copy)
         return self.forward_with(xs[:, :k], xs[:, k:], residual, xs)
 
     def forward_apart(
@@ -76,17 +78,20 @@ class LoraProduct:
         self,
         x: Tensor,  # [M, K]
         s: Tensor,  # [M, R]
+        copy: Tensor | None = None,  # [M, R]
     ) -> None:
-        """Writes S of x."""
+        """Writes S of x, to `copy` too."""
         placed = self.group.placed
         if placed.rank:
-            self.kernels.lora_a_fwd(x, placed.lora_a, s, self.spans, self.dropout)
-            self.route(s)
+            self.kernels.lora_a_fwd(x, placed.lora_a, s, self.spans, self.dropout, copy)
+            self.route(s, copy)
 
-    def route(self, s: Tensor) -> None:
-        """Zeroes, in S or dS [M, R], the columns that a row does not use."""
+    def route(self, *copies: Tensor | None) -> None:
+        """Zeroes, in copies of S or dS [M, R], the columns that a row does not use."""
         if self.columns is not None:
-            s.mul_(self.columns)
+            for s in copies:
+                if s is not None:
+                    s.mul_(self.columns)
 
     def forward_with(
         self,
@@ -148,9 +153,10 @@ class LoraProduct:
     def fill_ds(
         self, dys: Tensor, s: Tensor, *, wanted: bool
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Writes dS [M, R] behind dY in `dys` [M, N + R]; returns it, and dYᵀ S [N, R], if wanted.
+        """Writes dS [M, R] behind dY in `dys` [M, N + R]; returns it, and dB [E], if wanted.
 
-        None for either without adapters.
+        dB is every adapter's s dYᵀ S, see `lora_parts.split_parts`. None for either without
+        adapters.
         """
         if not self.group.padded_rank:
             return None, None
@@ -161,11 +167,12 @@ class LoraProduct:
 
     def dy_gradients(self, dys: Tensor, s: Tensor, *, wanted: bool) -> contracts.DyGradients:
         """What is to be made of dY in `dys`, not yet written; see `fill_ds`."""
-        lora_b, d_lora_b = self.group.placed.lora_b, None
-        n, rank = lora_b.shape
+        lora_b, d_lora_b, adapters = self.group.placed.lora_b, None, self.filling.adapters
         if wanted:
-            d_lora_b = torch.empty(n, rank, dtype=accumulate_dtype(dys.dtype), device=dys.device)
-        return contracts.DyGradients(lora_b, s, dys[:, n:], d_lora_b, self.spans)
+            dtype = accumulate_dtype(dys.dtype)
+            d_lora_b = torch.empty(adapters.size_of_b, dtype=dtype, device=dys.device)
+        ds = dys[:, lora_b.shape[0] :]
+        return contracts.DyGradients(lora_b, s, ds, d_lora_b, adapters.spans, adapters.parts)
 
     def input_gradient(self, dys: Tensor) -> Tensor:
         """dX [M, K] from `dys` with dS filled in."""
@@ -211,19 +218,25 @@ class LoraProduct:
         """Gradients of `filling.tensors()`, each in its tensor's dtype, where `needs` says so.
 
         grads: of the linears' outputs, as autograd passed them. unscaled: Y before DoRA's scale.
-        d_lora_a and d_lora_b may be overwritten, and the gradients may be views of them.
+        d_lora_a and d_lora_b may be overwritten, and the gradients may be views of them, each of
+        one piece, which autograd may take as a parameter's without a copy.
         """
         named = self._by_name(needs)
         gradients = OfGroup[Tensor | None]([], [])
         sums = self._bias_sums(named, grads)
-        for block, needed in zip(self.filling.adapters.blocks, named.adapters, strict=True):
+        adapters = self.filling.adapters
+        d_bs: Sequence[Tensor | None] = [None] * len(adapters.blocks)
+        if d_lora_b is not None:
+            d_bs = split_parts(d_lora_b, adapters.parts)
+        for block, needed, d_b in zip(adapters.blocks, named.adapters, d_bs, strict=True):
             factors, dora = block.factors, self.filling.dora
-            d_a = d_b = d_magnitude = d_bias = None
+            d_a = d_magnitude = d_bias = None
             if needed.lora_a and d_lora_a is not None:
-                d_a = _part(d_lora_a, factors.lora_a, block.columns).to(factors.lora_a.dtype)
-            if needed.lora_b and d_lora_b is not None:
-                d_b = _part(d_lora_b, factors.lora_b, block.rows, block.columns)
-                d_b = d_b.mul_(factors.scaling).to(factors.lora_b.dtype)
+                d_a = d_lora_a[block.columns].to(factors.lora_a.dtype)
+            if d_b is not None:
+                if block.scales_by_tensor:
+                    d_b.mul_(factors.scaling)
+                d_b = d_b.to(factors.lora_b.dtype) if needed.lora_b else None
             if needed.magnitude and unscaled is not None and dora is not None:
                 grad = grads[block.linear]
                 dy = grad.reshape(-1, grad.shape[-1]).to(dora.norm.dtype)
@@ -253,11 +266,6 @@ class LoraProduct:
 
     def _by_name(self, needs: Sequence[bool]) -> OfGroup[bool]:
         return OfGroup.of_row(needs, len(self.filling.adapters.blocks))
-
-
-def _part(whole: Tensor, factor: Tensor, *place: slice) -> Tensor:
-    """One factor's gradient, out of the gradients [R, K] or [N, R] of all factors."""
-    return whole if whole.shape == factor.shape else whole[place]
 
 
 def _matmul(a: Tensor, b: Tensor, addend: Tensor | None) -> Tensor:

@@ -5,6 +5,7 @@ One optimiser launch and one reduction for the norm then serve any number of par
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -15,6 +16,7 @@ from lora_engine.training.optimizer.shared_memory import compact_strides, groups
 
 ALIGNMENT = 64  # bytes; every parameter starts on a cache line, as a tensor of its own would
 RATE_ALIGNMENT = 1024  # bytes, 256 values: a block of 8-bit moments never spans two learning rates
+MOST_COLLECTED = 2**20  # values of a parameter whose gradient may be held twice
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +116,34 @@ class FlatParameters:
             for parameter, grad in entry.views(self.grad):
                 is_view = entry.dtype == torch.float32 and parameter.requires_grad
                 parameter.grad = grad if is_view else None
+
+    @contextmanager
+    def collecting(self) -> Iterator[None]:
+        """For a backward pass: adds the gradients to `grad` after it, all in a few launches.
+
+        Meanwhile the `.grad` of float32 parameters hold this pass's alone. The additions that
+        autograd would make one by one cost a launch for each parameter, most of them for a few
+        thousand values. Large gradients and those of tied parameters are added by autograd: a
+        second tensor of all of the first would cost memory, and of tied ones memory is the same.
+        """
+        collected = [
+            (entry.parameters[0], entry.view(self.grad))
+            for entry in self.entries
+            if entry.dtype == torch.float32
+            and len(entry.parameters) == 1
+            and entry.numel <= MOST_COLLECTED
+        ]
+        for parameter, _ in collected:
+            parameter.grad = None
+        try:
+            yield
+            found = [(view, p.grad) for p, view in collected if p.grad is not None]
+            if found:
+                with torch.no_grad():
+                    torch._foreach_add_([view for view, _ in found], [g for _, g in found])
+        finally:
+            for parameter, view in collected:
+                parameter.grad = view
 
     def publish(self) -> None:
         """Tell the parameters that `data` changed: round masters into parameters of other dtypes

@@ -1,6 +1,6 @@
 """A gated activation that makes its neighbours' thin products: its kernels, and who takes them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from lora_engine import backends
 from lora_engine.backends import choice, launchers, selection
 from lora_engine.backends.contracts import DyGradients, XGradient
+from lora_engine.backends.lora_parts import AdapterPart, split_parts
 from lora_engine.testing import error
 
 OPERATION = "glu_lora"
@@ -62,6 +63,10 @@ class Operands:
     def new(self, rows: int, cols: int, dtype: torch.dtype | None = None) -> Tensor:
         return wide_nan(rows, cols, dtype or self.dtype, self.backend)
 
+    def new_b(self, parts: Sequence[AdapterPart]) -> Tensor:
+        size = sum((n.stop - n.start) * (r.stop - r.start) for n, r, _ in parts)
+        return torch.full((size,), float("nan"), device=self.backend.device)
+
     def results(self, count: int) -> list[Tensor]:
         return [self.new(self.rows, self.cols) for _ in range(count)]
 
@@ -75,11 +80,12 @@ def test_forward(
     if not sizes[2][2]:
         pytest.skip("nothing to make of h")
     h, alone = x.results(2)
-    s = x.new(x.rows, x.outer_rank)
+    s, copy = (x.new(x.rows, x.outer_rank) for _ in range(2))
     launchers.glu(backend.impl).glu_fwd(x.gate, x.up, alone, activation=activation)
     launchers.glu_lora(backend.impl).glu_lora_fwd(
-        x.gate, x.up, h, x.lora_a, s, x.outer_spans, activation=activation
+        x.gate, x.up, h, x.lora_a, s, x.outer_spans, copy, activation=activation
     )
+    assert torch.equal(s, copy)
     assert error(h, alone) <= ROUNDING[dtype]
     rank = sizes[2][2]
     agree(s[:, :rank], lambda h, a: h @ a.T, [h, x.lora_a[:rank]])
@@ -94,7 +100,8 @@ def test_backward(
     x = Operands(backend, dtype, sizes)
     dgate, dup, *alone = x.results(5)
     ds = x.new(x.rows, x.ranks)
-    d_b = x.new(2 * x.cols, x.ranks, torch.float32)
+    parts = [AdapterPart(*span, 2.5) for span in x.inner_spans]
+    d_b = x.new_b(parts)
     d_a = x.new(x.outer_rank, x.cols, torch.float32)
     launchers.glu(backend.impl).glu_bwd(x.dy, x.gate, x.up, *alone, activation=activation)
     h = alone[2]
@@ -105,17 +112,19 @@ def test_backward(
         x.up,
         dgate,
         dup,
-        DyGradients(x.lora_b, x.s, ds, d_b, x.inner_spans),
+        DyGradients(x.lora_b, x.s, ds, d_b, x.inner_spans, parts),
         XGradient(x.outer_ds, d_a, x.outer_spans) if rank else None,
         activation=activation,
     )
     outside = torch.ones(x.ranks, dtype=torch.bool)
-    for dy, expected, (rows, columns) in zip((dgate, dup), alone, x.inner_spans, strict=False):
+    each = zip((dgate, dup), alone, x.inner_spans, split_parts(d_b, parts), strict=False)
+    for dy, expected, (rows, columns), gradient in each:
         assert error(dy, expected) <= ROUNDING[dtype]
         outside[columns] = False
         if columns.stop > columns.start:
             agree(ds[:, columns], lambda dy, b: dy @ b, [dy, x.lora_b[rows, columns]], "ds")
-            agree(d_b[rows, columns], lambda dy, s: dy.T @ s, [dy, x.s[:, columns]], "d_lora_b")
+            s = x.s[:, columns]
+            agree(gradient, lambda dy, s: dy.T @ s * 2.5, [dy, s], "d_lora_b")
     assert (ds[:, outside] == 0).all()
     if rank:
         agree(d_a[:rank], lambda ds, h: ds.T @ h, [x.outer_ds[:, :rank], h], "d_lora_a")
@@ -130,11 +139,12 @@ def test_two_runs_are_bitwise_equal(backend: Backend) -> None:
     def run() -> list[Tensor]:
         h, dgate, dup = x.results(3)
         s, ds = x.new(x.rows, x.outer_rank), x.new(x.rows, x.ranks)
-        d_b = torch.zeros(2 * x.cols, x.ranks, device=backend.device)
+        parts = [AdapterPart(*span, 0.5) for span in x.inner_spans]
+        d_b = x.new_b(parts)
         d_a = x.new(x.outer_rank, x.cols)
         kernels = launchers.glu_lora(backend.impl)
         kernels.glu_lora_fwd(x.gate, x.up, h, x.lora_a, s, x.outer_spans, activation="silu")
-        inner = DyGradients(x.lora_b, x.s, ds, d_b, x.inner_spans)
+        inner = DyGradients(x.lora_b, x.s, ds, d_b, x.inner_spans, parts)
         outer = XGradient(x.outer_ds, d_a, x.outer_spans)
         kernels.glu_lora_bwd(x.dy, x.gate, x.up, dgate, dup, inner, outer, activation="silu")
         return [h, dgate, dup, s, ds, d_b, d_a]

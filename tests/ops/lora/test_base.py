@@ -5,10 +5,12 @@ import torch
 from base_weights import BASES, kept
 from torch import Tensor
 
+from lora_engine.backends import launchers
 from lora_engine.ops import BaseWeight, DenseBase, LoraFactors, LoraGroup
 
 OUTS, FEATURES, RANK = (12, 5), 10, 6
 WHOLE = torch.randn(sum(OUTS), FEATURES)
+KERNELS = launchers.lora_linear("cpu")
 
 
 def base_of(kind: str, dtype: torch.dtype = torch.float32) -> BaseWeight:
@@ -24,7 +26,7 @@ def filled(base: BaseWeight) -> tuple[LoraGroup, Tensor, Tensor]:
     """A group with an adapter of the second linear, and what A and sB are to be."""
     factors = LoraFactors(torch.randn(RANK, FEATURES), torch.randn(OUTS[1], RANK), 0.5)
     group = LoraGroup(base, [None, factors], capacity=RANK)
-    group.fill()
+    group.fill(KERNELS)
     lora_a = torch.zeros(group.padded_rank, FEATURES)
     lora_b = torch.zeros(sum(OUTS), group.padded_rank)
     lora_a[:RANK], lora_b[OUTS[0] :, :RANK] = factors.lora_a, 0.5 * factors.lora_b
@@ -66,14 +68,14 @@ def test_augmented_operands_hold_the_factors(kind: str) -> None:
 def test_factors_of_other_adapters_leave_nothing_behind(kind: str) -> None:
     group, *_ = filled(base_of(kind))
     other = LoraFactors(torch.randn(2, FEATURES), torch.randn(OUTS[0], 2), 2.0)
-    before = group.fill()
+    before = group.fill(KERNELS)
     group.set_adapters([other, None])
-    group.fill()
+    group.fill(KERNELS)
     lora_a, lora_b = group.placed.lora_a, group.placed.lora_b
     assert torch.equal(lora_a[:2], other.lora_a) and not lora_a[2:].any()
     assert torch.equal(lora_b[: OUTS[0], :2], 2 * other.lora_b)
     assert not lora_b[:, 2:].any() and not lora_b[OUTS[0] :].any()
-    group.fill_again(before)
+    group.fill_again(before, KERNELS)
     assert torch.equal(lora_a[:RANK], before.adapters.blocks[0].factors.lora_a)
     assert not lora_b[: OUTS[0]].any()
 

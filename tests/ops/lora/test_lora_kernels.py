@@ -1,5 +1,6 @@
 """The products of a LoRA group against float64, each implementation by its own functions."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -22,10 +23,12 @@ from torch import Tensor
 
 from lora_engine import backends
 from lora_engine.backends import contracts, launchers
+from lora_engine.backends.lora_parts import AdapterPart, Placing, split_parts
 from lora_engine.reference.dropout import drop, dropout_mask
-from lora_engine.values import Dropout
+from lora_engine.values import Dropout, LoraFactors
 
 OPERATION = "lora_linear"
+PARTS = ("one_scale", "scales", "two_adapters", "ds_alone")
 SMALL_TILES = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "BLOCK_R": 16, "GROUP_M": 2}
 
 
@@ -71,9 +74,9 @@ def test_lora_a_fwd(
     dropout: Dropout | None,
 ) -> None:
     inputs = make(group, backend, dtype)
-    s = wide_nan(group.rows, group.total, dtype, backend)
-    kernels_of(backend).lora_a_fwd(inputs.x, inputs.lora_a, s, group.spans, dropout)
-    assert untouched(s)
+    s, copy = (wide_nan(group.rows, group.total, dtype, backend) for _ in range(2))
+    kernels_of(backend).lora_a_fwd(inputs.x, inputs.lora_a, s, group.spans, dropout, copy)
+    assert untouched(s) and untouched(copy) and torch.equal(s, copy)
     outside = torch.ones(group.total, dtype=torch.bool)
     for i, (_, columns) in enumerate(group.spans):
         outside[columns] = False
@@ -85,7 +88,22 @@ def test_lora_a_fwd(
     assert (s[:, outside] == 0).all()
 
 
-@pytest.mark.parametrize("with_db", [True, False], ids=["", "ds_alone"])
+def one_scale(group: Group) -> list[AdapterPart]:
+    return [part._replace(scale=2.5) for part in group.parts]
+
+
+def two_adapters_of_a_linear(group: Group) -> list[AdapterPart]:
+    found = []
+    for rows, columns, scale in group.parts:
+        middle = (columns.start + columns.stop) // 2
+        found.append(AdapterPart(rows, slice(columns.start, middle), scale))
+        found.append(AdapterPart(rows, slice(middle, columns.stop), scale))
+    return found
+
+
+@pytest.mark.parametrize(
+    "parts_of", [one_scale, lambda group: group.parts, two_adapters_of_a_linear, None], ids=PARTS
+)
 @by_group
 def test_lora_b_bwd(
     backend: Backend,
@@ -93,24 +111,28 @@ def test_lora_b_bwd(
     poisoned: None,
     small_tiles: None,
     group: Group,
-    with_db: bool,
+    parts_of: Callable[[Group], list[AdapterPart]] | None,
 ) -> None:
     inputs = make(group, backend, dtype)
+    with_db, parts = parts_of is not None, (parts_of or one_scale)(group)
     ds = wide_nan(group.rows, group.total, dtype, backend)
-    n = sum(group.outs)
-    d_lora_b = wide_nan(n, group.total, factor_dtype(dtype), backend) if with_db else None
-    kernels_of(backend).lora_b_bwd(inputs.dy, inputs.lora_b, inputs.s, ds, d_lora_b, group.spans)
+    d_lora_b, d_bs = None, [None] * len(parts)
+    if with_db:
+        d_lora_b = torch.full((group.size_of_b,), math.nan, dtype=factor_dtype(dtype))
+        (d_lora_b,) = backend.put(d_lora_b)
+        d_bs = split_parts(d_lora_b, parts)
+    operands = inputs.dy, inputs.lora_b, inputs.s
+    kernels_of(backend).lora_b_bwd(*operands, ds, d_lora_b, group.spans, parts)
     assert untouched(ds)
     outside = torch.ones(group.total, dtype=torch.bool)
-    for rows, columns in group.spans:
+    for (rows, columns, scale), d_b in zip(parts, d_bs, strict=True):
         outside[columns] = False
         dy = inputs.dy[:, rows]
         agree(ds[:, columns], lambda dy, b: dy @ b, [dy, inputs.lora_b[rows, columns]], "ds")
-        if d_lora_b is not None:
-            d_b = d_lora_b[rows, columns]
-            agree(d_b, lambda dy, s: dy.T @ s, [dy, inputs.s[:, columns]], "d_lora_b")
+        if d_b is not None:
+            s = inputs.s[:, columns]
+            agree(d_b, lambda dy, s, scale=scale: dy.T @ s * scale, [dy, s], "d_lora_b")
     assert (ds[:, outside] == 0).all()
-    assert d_lora_b is None or untouched(d_lora_b)
 
 
 @by_dropout
@@ -136,6 +158,39 @@ def test_lora_a_bwd(
             [inputs.ds[:, columns], inputs.x],
         )
     assert (d_lora_a[outside] == 0).all()
+
+
+PLACED = (torch.float32, torch.bfloat16, torch.float64)
+
+
+@pytest.mark.parametrize("scales", [(0.1,) * 6, (0.5, 4, 0.1, 0.5, 0.1, 8.0)], ids=["one", "many"])
+@pytest.mark.parametrize("factors_dtype", PLACED, ids=str)
+def test_factors_are_placed_as_torch_would(
+    backend: Backend,
+    dtype: torch.dtype,
+    scales: tuple[float, ...],
+    factors_dtype: torch.dtype,
+) -> None:
+    """Six adapters: more than one launch takes; B is a transpose, one adapter has no rank."""
+    if factors_dtype == torch.bfloat16 != dtype:  # torch rounds products to bfloat16 there
+        scales = tuple(0.25 if scale == 0.1 else scale for scale in scales)
+    k, sizes = 70, [(130, 8), (33, 3), (65, 0), (40, 5), (1, 1), (24, 16)]
+    n, r = sum(out for out, _ in sizes), sum(rank for _, rank in sizes)
+    lora_a, lora_b = (wide_nan(*shape, dtype, backend) for shape in ((r, k), (n, r)))
+    expected = [lora_a.clone(), lora_b.clone()]
+    placings, row, column = [], 0, 0
+    for (out, rank), scale in zip(sizes, scales, strict=True):
+        tensors = torch.randn(rank, k), torch.randn(rank, out).t()
+        a, b = backend.put(*(tensor.to(factors_dtype) for tensor in tensors))
+        at = slice(row, row + out), slice(column, column + rank)
+        placings.append(Placing(LoraFactors(a, b, scale), lora_a[at[1]], lora_b[at]))
+        expected[0][at[1]].copy_(a)
+        torch.mul(b, scale, out=expected[1][at])
+        row, column = row + out, column + rank
+    kernels_of(backend).place_factors(lora_a, lora_b, placings)
+    assert untouched(lora_a) and untouched(lora_b)
+    for placed, exact in zip((lora_a, lora_b), expected, strict=True):
+        assert torch.equal(placed.nan_to_num(9e9), exact.nan_to_num(9e9))
 
 
 def force_tma(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,9 +298,9 @@ def test_two_runs_are_bitwise_equal(
     def run() -> list[Tensor]:
         s, ds = (wide_nan(150, 24, torch.float32, backend) for _ in range(2))
         d_a = wide_nan(24, 96, torch.float32, backend)
-        d_b = torch.zeros(128, 24, device=backend.device)
+        d_b = torch.full((group.size_of_b,), math.nan, device=backend.device)
         kernels.lora_a_fwd(inputs.x, inputs.lora_a, s, group.spans, dropout)
-        kernels.lora_b_bwd(inputs.dy, inputs.lora_b, s, ds, d_b, group.spans)
+        kernels.lora_b_bwd(inputs.dy, inputs.lora_b, s, ds, d_b, group.spans, group.parts)
         kernels.lora_a_bwd(ds, inputs.x, d_a, group.spans, dropout)
         return [s, ds, d_a, d_b]
 
@@ -267,16 +322,18 @@ def test_gradients_are_those_of_autograd(backend: Backend, small_tiles: None) ->
     kernels = kernels_of(backend)
     s, ds, y, dx, d_a, d_b = (
         torch.full(shape, float("nan"), device=backend.device)
-        for shape in ((50, 12), (50, 12), (50, 72), (50, 48), (12, 48), (72, 12))
+        for shape in ((50, 12), (50, 12), (50, 72), (50, 48), (12, 48), (group.size_of_b,))
     )
     kernels.lora_a_fwd(inputs.x, inputs.lora_a, s, group.spans, dropout)
     kernels.lora_linear_fwd(inputs.x, inputs.weight, s, inputs.lora_b, y)
-    kernels.lora_b_bwd(inputs.dy, inputs.lora_b, s, ds, d_b, group.spans)
+    parts = [part._replace(scale=1.0) for part in group.parts]
+    kernels.lora_b_bwd(inputs.dy, inputs.lora_b, s, ds, d_b, group.spans, parts)
     kernels.lora_a_bwd(ds, inputs.x, d_a, group.spans, dropout)
     kernels.lora_linear_dx(inputs.dy, inputs.weight, ds, inputs.lora_a, dx, group.spans, dropout)
     assert x.grad is not None and a.grad is not None and b.grad is not None
     pairs = [(y, expected), (dx, x.grad), (d_a, a.grad)]
-    pairs += [(d_b[rows, cols], b.grad[rows, cols]) for rows, cols in group.spans]
+    d_bs = zip(group.spans, split_parts(d_b, parts), strict=True)
+    pairs += [(part, b.grad[rows, cols]) for (rows, cols), part in d_bs]
     for ours, exact in pairs:
         torch.testing.assert_close(ours.cpu().double(), exact.detach(), rtol=1e-5, atol=1e-6)
 

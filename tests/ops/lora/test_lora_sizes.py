@@ -1,5 +1,6 @@
 """The CPU's products of few ranks: every size of tile, several blocks of rows, any thread count."""
 
+import math
 from collections.abc import Iterator
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from lora_engine.backends import DTYPES
 from lora_engine.backends.cpu import lora_linear
+from lora_engine.backends.lora_parts import split_parts
 
 BACKEND = Backend("cpu", CPU)
 RANKS = (1, 3, 8, 16, 17, 64, 256)
@@ -38,10 +40,10 @@ def products(group: Group, inputs: Inputs) -> list[Tensor]:
     """s, ds, d_lora_b and d_lora_a, in buffers whose last columns are not theirs."""
     dtype = inputs.x.dtype
     s, ds = (wide_nan(group.rows, group.total, dtype, BACKEND) for _ in range(2))
-    d_b = wide_nan(sum(group.outs), group.total, accumulator(dtype), BACKEND)
+    d_b = torch.full((group.size_of_b,), math.nan, dtype=accumulator(dtype))
     d_a = wide_nan(group.total, group.cols, accumulator(dtype), BACKEND)
     lora_linear.lora_a_fwd(inputs.x, inputs.lora_a, s, group.spans)
-    lora_linear.lora_b_bwd(inputs.dy, inputs.lora_b, inputs.s, ds, d_b, group.spans)
+    lora_linear.lora_b_bwd(inputs.dy, inputs.lora_b, inputs.s, ds, d_b, group.spans, group.parts)
     lora_linear.lora_a_bwd(inputs.ds, inputs.x, d_a, group.spans)
     return [s, ds, d_b, d_a]
 
@@ -51,19 +53,18 @@ def products(group: Group, inputs: Inputs) -> list[Tensor]:
 def test_sizes(isa: str, poisoned: None, group: Group, dtype: torch.dtype) -> None:
     inputs = make(group, BACKEND, dtype, spare=7)
     results = products(group, inputs)
-    assert all(untouched(result) for result in results)
     s, ds, d_b, d_a = results
+    assert all(untouched(result) for result in (s, ds, d_a))
     gaps = torch.ones(group.total, dtype=torch.bool)
-    for rows, cols in group.spans:
+    for (rows, cols, scale), part in zip(group.parts, split_parts(d_b, group.parts), strict=True):
         gaps[cols] = False
         dy, b = inputs.dy[:, rows], inputs.lora_b[rows, cols]
         agree(s[:, cols], lambda x, a: x @ a.T, [inputs.x, inputs.lora_a[cols]], "s")
         agree(ds[:, cols], lambda dy, b: dy @ b, [dy, b], "ds")
-        agree(d_b[rows, cols], lambda dy, s: dy.T @ s, [dy, inputs.s[:, cols]], "d_lora_b")
+        operands = [dy, inputs.s[:, cols]]
+        agree(part, lambda dy, s, scale=scale: dy.T @ s * scale, operands, "d_lora_b")
         agree(d_a[cols], lambda ds, x: ds.T @ x, [inputs.ds[:, cols], inputs.x], "d_lora_a")
-        d_b[rows, cols] = float("nan")
     assert (s[:, gaps] == 0).all() and (ds[:, gaps] == 0).all() and (d_a[gaps] == 0).all()
-    assert d_b.isnan().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])

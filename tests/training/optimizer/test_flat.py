@@ -57,6 +57,37 @@ def test_zero_grad_takes_back_gradients_that_someone_else_dropped():
     assert flat.entries[0].view(flat.grad).tolist() == [1, 1, 1, 1]
 
 
+def test_collected_gradients_add_up_in_few_launches(monkeypatch):
+    """Small ones in one call; autograd adds large and tied ones, a hook those of 16 bits."""
+    monkeypatch.setattr("lora_engine.training.optimizer.flat.MOST_COLLECTED", 20)
+    tied = torch.ones(4, 2)
+    parameters = [*named((3, 5), (7,), (5, 5), (2,)), ("half", nn.Parameter(torch.ones(6).half()))]
+    parameters += [("tied", nn.Parameter(tied)), ("transpose", nn.Parameter(tied.t()))]
+    flat, seen, calls = FlatParameters(parameters), [], []
+    a, b, large, _, half, first, second = (p for _, p in parameters)
+    add = torch._foreach_add_
+    monkeypatch.setattr(torch, "_foreach_add_", lambda x, y: calls.append(len(x)) or add(x, y))
+    a.register_hook(seen.append)
+    for factor in (1, 10):
+        with flat.collecting():
+            total = sum((p * i).sum() for i, p in enumerate((a, b, large, half), 1))
+            ((total + first.sum() + (second * 2).sum()) * factor).backward()
+    sums = [entry.view(flat.grad).unique().tolist() for entry in flat.entries]
+    assert sums == [[11.0], [22.0], [33.0], [0.0], [44.0], [33.0]]
+    assert calls == [2, 2] and [grad.unique().tolist() for grad in seen] == [[1.0], [10.0]]
+    for entry in flat.entries[:4]:
+        assert entry.parameters[0].grad.data_ptr() == entry.view(flat.grad).data_ptr()
+
+
+def test_a_pass_that_fails_leaves_the_gradients_views():
+    ((_, a),) = parameters = named((4,))
+    flat = FlatParameters(parameters)
+    with pytest.raises(ZeroDivisionError), flat.collecting():
+        a.sum().backward()
+        raise ZeroDivisionError
+    assert a.grad.data_ptr() == flat.grad.data_ptr() and not flat.grad.any()
+
+
 def test_bfloat16_gradients_accumulate_in_float32():
     ((_, p),) = parameters = named((1,), dtype=torch.bfloat16)
     flat = FlatParameters(parameters)

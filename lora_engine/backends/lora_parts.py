@@ -1,0 +1,40 @@
+"""The adapters of a LoRA group as launchers take them: where factors go and gradients come from."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lora_engine.values import LoraFactors
+
+
+class AdapterPart(NamedTuple):
+    """One adapter of a group: its linear's rows of B, its columns, and what multiplies B."""
+
+    rows: slice
+    columns: slice
+    scale: float
+
+
+class Placing(NamedTuple):
+    """One adapter's factors, and where products read them."""
+
+    factors: LoraFactors
+    lora_a: Tensor  # [r, K], of the group's [R, K]
+    lora_b: Tensor  # [n, r], of the group's [N, R]
+
+    def by_torch(self) -> None:
+        """Writes A and scaling * B there, whatever kind of tensors they are."""
+        self.lora_a.copy_(self.factors.lora_a)
+        torch.mul(self.factors.lora_b, self.factors.scaling, out=self.lora_b)
+
+
+def split_parts(d_lora_b: Tensor, parts: Sequence[AdapterPart]) -> list[Tensor]:
+    """Each part's [n, r] of d_lora_b [E], which holds them one after the other."""
+    found, place = [], d_lora_b.storage_offset()
+    for rows, columns, _ in parts:
+        n, r = rows.stop - rows.start, columns.stop - columns.start
+        found.append(d_lora_b.as_strided((n, r), (r, 1), place))
+        place += n * r
+    return found
