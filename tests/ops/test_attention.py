@@ -264,6 +264,34 @@ def test_equal_sequences_have_equal_lengths() -> None:
         ops.attention(q, k, v, cu_seqlens([3, 4]), equal_lengths=True)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("options", [{}, {"causal": False}, {"window": 17}], ids=str)
+def test_tiles_by_tensor_descriptors(
+    monkeypatch: pytest.MonkeyPatch, poisoned: None, dim: int, options: dict
+) -> None:
+    gpu = torch.device("cuda")
+    if (backends.capability(gpu) or 0) < 90:
+        pytest.skip("the GPU has no tensor descriptors")
+    from lora_engine.backends.triton import launch
+
+    table = launch.launch_parameters
+
+    def with_descriptors(kernel: str, *line: object) -> dict[str, int]:
+        return table(kernel, *line) | ({"TMA": 1} if kernel.startswith("attention") else {})
+
+    monkeypatch.setattr(launch, "launch_parameters", with_descriptors)
+    lengths = [1, 40, 0, 301]
+    bounds = cu_seqlens(lengths).to(gpu)
+    check(
+        lambda q, k, v: ops.attention(q, k, v, bounds, impl="triton", **options),
+        lambda q, k, v: reference.attention(q, k, v, bounds, **options),
+        [x.to(gpu) for x in inputs(lengths, 4, 2, dim, torch.bfloat16)],
+        tolerance=TOLERANCE[torch.bfloat16],
+        floor=0.3,
+    )
+
+
 def test_only_our_kernels_give_the_same_bits_twice() -> None:
     bounds = cu_seqlens([8, 8])
     assert not heads_of(64, bounds, 16, None, 0, True).repeatable
