@@ -272,7 +272,7 @@ def lora_linear(dtype: torch.dtype) -> Iterator[Call]:
     """A group of three linears, aligned and not, with few ranks and many, masked and not."""
     from lora_engine.backends.triton import lora_linear as lora
 
-    from lora_engine.backends.lora_parts import AdapterPart, Placing
+    from lora_engine.backends.lora_parts import AdapterPart, Placing, ScaledColumns, ScaledRows
     from lora_engine.values import Dropout, LoraFactors
 
     dropout = Dropout(0.1, 2**40 + 5)
@@ -299,11 +299,13 @@ def lora_linear(dtype: torch.dtype) -> Iterator[Call]:
         for mask in (None, dropout):
             for copy in (None, s):
                 yield call(lora.lora_a_fwd, x, lora_a, s, spans, mask, copy)
-            yield call(lora.lora_a_bwd, s, x, d_lora_a, spans, mask)
+            for columns_scaled in (None, ScaledColumns(empty(k, dtype=dtype), 1.0)):
+                yield call(lora.lora_a_bwd, s, x, d_lora_a, spans, mask, columns_scaled)
             expected = ("_two_segment_kernel",) if wide else ()
             yield call(lora.lora_linear_dx, dy, weight, s, lora_a, dx, spans, mask, matrix=expected)
+        rows_scaled = ScaledRows(empty(rows, dtype=torch.float32), s)
         for grad in (None, d_lora_b):
-            yield call(lora.lora_b_bwd, dy, lora_b, s, s, grad, spans, parts)
+            yield call(lora.lora_b_bwd, dy, lora_b, s, s, grad, spans, parts, rows_scaled)
         for addend in (None, bias):
             expected = ("_two_segment_kernel",) if wide else ()
             yield call(lora.lora_linear_fwd, x, weight, s, lora_b, y, addend, matrix=expected)

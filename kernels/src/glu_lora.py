@@ -270,7 +270,9 @@ def glu_lora_bwd(
     rows, cols = gate.shape
     linears = [(n, r) for n, r in inner.spans if r.stop > r.start]
     if gate.numel() == 0 or not linears:
-        inner.ds.zero_()
+        for result in (inner.ds, None if inner.scaled is None else inner.scaled.ds):
+            if result is not None:
+                result.zero_()
     if gate.numel() == 0:
         if inner.d_lora_b is not None:
             inner.d_lora_b.zero_()
@@ -331,7 +333,7 @@ def glu_lora_bwd(
         gradients = None
         if inner.d_lora_b is not None:
             gradients = Gradients(db_part, inner.d_lora_b, inner.parts)
-        sum_thin(ds_part, inner.ds, linears, block_range, gradients=gradients)
+        sum_thin(ds_part, inner.ds, linears, block_range, scaled=inner.scaled, gradients=gradients)
     if outer is not None:
         outer.d_lora_a[: outer_columns.start].zero_()
         outer.d_lora_a[outer_columns.stop :].zero_()

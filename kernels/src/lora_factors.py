@@ -25,7 +25,7 @@ from lora_engine.backends.triton.philox import keep_mask, signed_words
 from lora_engine.backends.triton.relaunch import Relaunched
 from torch import Tensor
 
-from lora_engine.backends.lora_parts import AdapterPart
+from lora_engine.backends.lora_parts import AdapterPart, ScaledColumns, ScaledRows
 from lora_engine.values import Dropout
 
 # float32 products take no tf32 short cut. They run on the ordinary arithmetic units.
@@ -267,18 +267,19 @@ def lora_b_bwd(
     d_lora_b: Tensor | None,  # [E], float32
     spans: Sequence[Span],
     parts: Sequence[AdapterPart] = (),
+    scaled: ScaledRows | None = None,
 ) -> None:
     """Writes ds = dy lora_b, each linear's columns alone, and d_lora_b = scale dyᵀ s of each part,
-    one [n, r] after the other. One pass over dy.
+    one [n, r] after the other; and what `scaled` asks for. One pass over dy.
 
     Columns of ds in no span become 0. Launch size: M.
     """
     rows, cols = dy.shape
     linears = [(n, r) for n, r in spans if n.stop > n.start and r.stop > r.start]
     if not linears or rows == 0:
-        ds.zero_()
-        if d_lora_b is not None:
-            d_lora_b.zero_()
+        for result in (ds, d_lora_b, None if scaled is None else scaled.ds):
+            if result is not None:
+                result.zero_()
         return
     width = max(r.stop - r.start for _, r in linears)
     block_r = min(64, padded(width))
@@ -316,7 +317,7 @@ def lora_b_bwd(
         **config,
     )
     gradients = None if d_lora_b is None else Gradients(db_part, d_lora_b, parts)
-    sum_thin(ds_part, ds, linears, block_range, gradients=gradients)
+    sum_thin(ds_part, ds, linears, block_range, scaled=scaled, gradients=gradients)
 
 
 def lora_a_bwd(
@@ -325,8 +326,12 @@ def lora_a_bwd(
     d_lora_a: Tensor,  # [R, K], float32
     spans: Sequence[Span],
     dropout: Dropout | None = None,
+    scaled: ScaledColumns | None = None,
 ) -> None:
-    """Writes d_lora_a = dsᵀ drop_i(x), and 0 in rows of no span. Launch size: M."""
+    """Writes d_lora_a = dsᵀ drop_i(x), its columns times `scaled`, and 0 in rows of no span.
+
+    Launch size: M.
+    """
     rows, cols = x.shape
     rank = ds.shape[1]
     if rows == 0 or cols == 0 or not has_ranks(spans):
@@ -336,7 +341,7 @@ def lora_a_bwd(
     config = launch.config(by_rank("lora_a_bwd", block_r), x.device, x.dtype, rows)
     blocks = launch.cdiv(cols, config["BLOCK_K"])
     chunks, chunk = split_rows(rows, config["BLOCK_M"], blocks * len(tiles), x.device)
-    whole = chunks == 1 and d_lora_a.is_contiguous()
+    whole = chunks == 1 and d_lora_a.is_contiguous() and scaled is None
     part = (
         d_lora_a if whole else torch.empty(chunks, rank, cols, dtype=torch.float32, device=x.device)
     )
@@ -359,4 +364,4 @@ def lora_a_bwd(
         **config,
     )
     if not whole:
-        sum_chunks(part, d_lora_a)
+        sum_chunks(part, d_lora_a, scaled)

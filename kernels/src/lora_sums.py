@@ -11,7 +11,7 @@ from lora_engine.backends.triton.lora_tiles import Span, choose, padded, rank_ti
 from lora_engine.backends.triton.relaunch import Relaunched
 from torch import Tensor
 
-from lora_engine.backends.lora_parts import AdapterPart, split_parts
+from lora_engine.backends.lora_parts import AdapterPart, ScaledColumns, ScaledRows, split_parts
 
 
 @triton.jit
@@ -19,6 +19,7 @@ def _sum_s(
     part_ptr,  # [blocks of N, M, P], float32
     s_ptr,  # [M, R]
     copy_ptr,  # [M, R]
+    factors_ptr,  # [M], float32
     pid,
     M,
     stride_sm: tl.constexpr,
@@ -26,6 +27,7 @@ def _sum_s(
     TILES: tl.constexpr,
     P: tl.constexpr,
     HAS_COPY: tl.constexpr,
+    HAS_FACTORS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
@@ -43,6 +45,9 @@ def _sum_s(
     mask = mask_m[:, None] & (offs_r < choose(TILES, tile, 3))[None, :]
     tl.store(s_ptr + offs_m[:, None] * stride_sm + offs_r[None, :], s, mask=mask)
     if HAS_COPY:
+        if HAS_FACTORS:
+            factors = tl.load(factors_ptr + offs_m, mask=mask_m, other=0.0)
+            s = (s.to(tl.float32) * factors[:, None]).to(s_ptr.dtype.element_ty)
         tl.store(copy_ptr + offs_m[:, None] * stride_cm + offs_r[None, :], s, mask=mask)
 
 
@@ -85,6 +90,7 @@ def _sum_thin_kernel(
     part_ptr,  # [blocks of N, M, P], float32
     s_ptr,  # [M, R]
     copy_ptr,  # [M, R]
+    factors_ptr,  # [M], float32
     db_part_ptr,  # [chunks of M, N, P], float32
     db_ptr,  # [E], float32
     M,
@@ -98,6 +104,7 @@ def _sum_thin_kernel(
     PARTS: tl.constexpr,  # (first program, first row, end row, first column of P, width, place)
     P: tl.constexpr,
     HAS_COPY: tl.constexpr,
+    HAS_FACTORS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -105,7 +112,8 @@ def _sum_thin_kernel(
 ):
     """S = sum of part over the blocks of columns of each linear, in their order, by the first
     s_programs programs; by the others dB = scale * sum of db_part over the chunks of rows, in
-    their order, each adapter's [n, r] at its place. S is S or dS.
+    their order, each adapter's [n, r] at its place. S is S or dS. The copy is S, or S of each row
+    times its factor.
     """
     pid = tl.program_id(0)
     if pid < s_programs:
@@ -113,6 +121,7 @@ def _sum_thin_kernel(
             part_ptr,
             s_ptr,
             copy_ptr,
+            factors_ptr,
             pid,
             M,
             stride_sm,
@@ -120,6 +129,7 @@ def _sum_thin_kernel(
             TILES,
             P,
             HAS_COPY,
+            HAS_FACTORS,
             BLOCK_M,
             BLOCK_R,
         )
@@ -133,15 +143,18 @@ def _sum_thin_kernel(
 def _sum_chunks_kernel(
     part_ptr,  # [chunks, pitch, K], float32
     out_ptr,  # [rows, K], float32
+    weight_ptr,  # [K]
     chunks,
     pitch,
     rows,
+    offset,
     stride_out: tl.constexpr,
     K: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """out = sum of part over the chunks of rows, in their order."""
+    """out = sum of part over the chunks of rows, in their order, times weight + offset."""
     offs_m = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     offs_k = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = (offs_m < rows)[:, None] & (offs_k < K)[None, :]
@@ -149,6 +162,9 @@ def _sum_chunks_kernel(
     for chunk in range(chunks):
         row = pitch.to(tl.int64) * chunk + offs_m
         acc += tl.load(part_ptr + row[:, None] * K + offs_k[None, :], mask=mask, other=0.0)
+    if HAS_WEIGHT:
+        weight = tl.load(weight_ptr + offs_k, mask=offs_k < K, other=0.0).to(tl.float32)
+        acc *= (weight + offset)[None, :]
     tl.store(out_ptr + offs_m[:, None] * stride_out + offs_k[None, :], acc, mask=mask)
 
 
@@ -167,11 +183,15 @@ def sum_thin(
     block_range: Mapping[int, tuple[int, int]],
     *,
     copy: Tensor | None = None,  # [M, R]
+    scaled: ScaledRows | None = None,
     gradients: Gradients | None = None,
 ) -> None:
-    """Writes s (S or dS) and copy, each linear's columns from its own range of blocks, by first
-    column, else 0; and the sums of `gradients`, see `contracts.LoraLinear.lora_b_bwd`."""
-    rows = s.shape[0]
+    """Writes s (S or dS) and copy or what `scaled` asks for, each linear's columns from its own
+    range of blocks, by first column, else 0; and the sums of `gradients`, see
+    `contracts.LoraLinear.lora_b_bwd`."""
+    rows, factors = s.shape[0], None
+    if scaled is not None:
+        factors, copy = scaled
     block_r, tiles = rank_tiles(spans, s.shape[1], 64, merge=False)
     with_blocks = tuple((*tile, *block_range[tile[1]]) for tile in tiles)
     config = launch.config("lora_sum_thin", s.device, torch.float32, rows)
@@ -189,6 +209,7 @@ def sum_thin(
         part,
         s,
         s if copy is None else copy,
+        part if factors is None else factors,
         db_part,
         db,
         rows,
@@ -202,6 +223,7 @@ def sum_thin(
         PARTS=tuple(table),
         P=part.shape[2],
         HAS_COPY=copy is not None,
+        HAS_FACTORS=factors is not None,
         BLOCK_R=block_r,
         BLOCK_C=block_c,
         **config,
@@ -230,12 +252,23 @@ def _table_of_parts(
 def sum_chunks(
     part: Tensor,  # [chunks, rows or more, K], float32
     out: Tensor,  # [rows, K], float32
+    scaled: ScaledColumns | None = None,
 ) -> None:
-    """Writes the sum of part over chunks."""
+    """Writes the sum of part over chunks, its columns times `scaled`."""
     chunks, pitch, cols = part.shape
     rows = out.shape[0]
     config = launch.config("lora_sum_chunks", out.device, torch.float32, cols)
     grid = (launch.cdiv(rows, config["BLOCK_M"]), launch.cdiv(cols, config["BLOCK_N"]))
     _sum_chunks_kernel[grid](
-        part, out, chunks, pitch, rows, stride_out=out.stride(0), K=cols, **config
+        part,
+        out,
+        part if scaled is None else scaled.weight,
+        chunks,
+        pitch,
+        rows,
+        0.0 if scaled is None else float(scaled.offset),
+        stride_out=out.stride(0),
+        K=cols,
+        HAS_WEIGHT=scaled is not None,
+        **config,
     )

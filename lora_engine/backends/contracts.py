@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol, TypeAlias
 
 from torch import Tensor
 
-from lora_engine.backends.lora_parts import AdapterPart, Placing
+from lora_engine.backends.lora_parts import AdapterPart, Placing, ScaledColumns, ScaledRows
 from lora_engine.values import Dropout
 
 # A linear's rows of [N, ...] and its columns of [..., R]. A group's columns ascend.
@@ -146,9 +146,10 @@ class LoraLinear(Protocol):
         d_lora_b: Tensor | None,  # [E] float32
         spans: Sequence[Span],
         parts: Sequence[AdapterPart] = (),
+        scaled: ScaledRows | None = None,
     ) -> None:
         """Writes ds = dy lora_b, each linear's columns alone, and d_lora_b = scale dyᵀ s of each
-        part, one [n, r] after the other.
+        part, one [n, r] after the other; and what `scaled` asks for.
 
         Columns of ds in no span become 0.
         """
@@ -160,8 +161,9 @@ class LoraLinear(Protocol):
         d_lora_a: Tensor,  # [R, K] float32
         spans: Sequence[Span],
         dropout: Dropout | None = None,
+        scaled: ScaledColumns | None = None,
     ) -> None:
-        """Writes d_lora_a = dsᵀ drop_i(x), and 0 in rows of no span."""
+        """Writes d_lora_a = dsᵀ drop_i(x), its columns times `scaled`, and 0 in rows of no span."""
 
     def lora_linear_fwd(
         self,
@@ -200,6 +202,7 @@ class DyGradients(NamedTuple):
     d_lora_b: Tensor | None  # [E] float32
     spans: Sequence[Span]
     parts: Sequence[AdapterPart] = ()
+    scaled: ScaledRows | None = None
 
 
 class XGradient(NamedTuple):
@@ -244,8 +247,8 @@ class GluLora(Protocol):
     ) -> None:
         """Writes dgate and dup, and what the linears' gradients take of this pass.
 
-        That is ds and d_lora_b of `inner`, as `lora_b_bwd` of dgate and dup side by side, and
-        d_lora_a of `outer`, as `lora_a_bwd` of the forward result.
+        That is ds, d_lora_b and what `scaled` asks for of `inner`, as `lora_b_bwd` of dgate and
+        dup side by side, and d_lora_a of `outer`, as `lora_a_bwd` of the forward result.
         """
 
 

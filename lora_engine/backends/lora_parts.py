@@ -30,6 +30,20 @@ class Placing(NamedTuple):
         torch.mul(self.factors.lora_b, self.factors.scaling, out=self.lora_b)
 
 
+class ScaledRows(NamedTuple):
+    """dS once more with each row times a factor, of dS as it is rounded."""
+
+    factors: Tensor  # [M] float32
+    ds: Tensor  # [M, R]: to be written
+
+
+class ScaledColumns(NamedTuple):
+    """What each column of dA is multiplied by: weight + offset, as a norm multiplies x."""
+
+    weight: Tensor  # [K]
+    offset: float
+
+
 def split_parts(d_lora_b: Tensor, parts: Sequence[AdapterPart]) -> list[Tensor]:
     """Each part's [n, r] of d_lora_b [E], which holds them one after the other."""
     found, place = [], d_lora_b.storage_offset()

@@ -15,7 +15,13 @@ from lora_engine.backends.cpu.kernels import (
     kernels,
     pointer,
 )
-from lora_engine.backends.lora_parts import AdapterPart, Placing, split_parts
+from lora_engine.backends.lora_parts import (
+    AdapterPart,
+    Placing,
+    ScaledColumns,
+    ScaledRows,
+    split_parts,
+)
 from lora_engine.values import Dropout
 
 
@@ -67,9 +73,10 @@ def lora_b_bwd(
     d_lora_b: Tensor | None,  # [E], float32 (float64 for float64)
     spans: Sequence[Span],
     parts: Sequence[AdapterPart] = (),
+    scaled: ScaledRows | None = None,
 ) -> None:
     """Writes ds = dy lora_b, each linear's columns alone, and d_lora_b = scale dyᵀ s of each part,
-    one [n, r] after the other.
+    one [n, r] after the other; and what `scaled` asks for.
 
     Columns of ds in no span become 0.
     """
@@ -99,6 +106,8 @@ def lora_b_bwd(
     if d_lora_b is not None and whole is not None:
         for part, gradient in zip(parts, split_parts(d_lora_b, parts), strict=True):
             torch.mul(whole[part.rows, part.columns], part.scale, out=gradient)
+    if scaled is not None:
+        torch.mul(ds, scaled.factors[:, None], out=scaled.ds)
 
 
 def lora_a_bwd(
@@ -107,8 +116,9 @@ def lora_a_bwd(
     d_lora_a: Tensor,  # [R, K], float32 (float64 for float64)
     spans: Sequence[Span],
     dropout: Dropout | None = None,
+    scaled: ScaledColumns | None = None,
 ) -> None:
-    """Writes d_lora_a = dsᵀ drop_i(x), and 0 in rows of no span."""
+    """Writes d_lora_a = dsᵀ drop_i(x), its columns times `scaled`, and 0 in rows of no span."""
     for unused in _unused(spans, d_lora_a.shape[0]):
         d_lora_a[unused] = 0
     for kept, part in _kept(x, spans, dropout):
@@ -126,6 +136,8 @@ def lora_a_bwd(
                 spans=part,
             ),
         )
+    if scaled is not None:
+        d_lora_a.mul_(scaled.weight.to(d_lora_a.dtype) + scaled.offset)
 
 
 def lora_linear_fwd(

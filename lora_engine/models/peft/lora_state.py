@@ -61,12 +61,13 @@ def is_altered(module: nn.Module) -> bool:
 
     It has hooks, or somebody gave it a forward of its own.
     """
+    own = module.__dict__  # asked of hundreds of modules in a step
     return bool(
-        module._forward_pre_hooks
-        or module._forward_hooks
-        or module._backward_pre_hooks
-        or module._backward_hooks
-        or "forward" in vars(module)
+        own["_forward_pre_hooks"]
+        or own["_forward_hooks"]
+        or own["_backward_pre_hooks"]
+        or own["_backward_hooks"]
+        or "forward" in own
     )
 
 

@@ -300,11 +300,13 @@ class _AttentionBlock(torch.autograd.Function):
             )
 
         dys = inner.claim_gradient(parts)
-        ds, d_b = inner.fill_ds(dys, saved.s, wanted=wants_b)
+        scaled = call.scaled_ds(x, saved.rstd, wants_a=wants_a)
+        ds, d_b = inner.fill_ds(dys, saved.s, wanted=wants_b, scaled=scaled)
         dx, dweight, d_a = call.inner_gradients(
             as_rows(dy),
             dys,
             ds,
+            scaled,
             x,
             saved.rstd,
             (asked.x, asked.norm_weight),

@@ -20,6 +20,7 @@ from torch import Tensor
 from lora_engine import backends
 from lora_engine.backends import contracts, launchers
 from lora_engine.backends.choice import Heads
+from lora_engine.backends.lora_parts import ScaledColumns, ScaledRows
 from lora_engine.ops import augmented
 from lora_engine.ops.lora.group import LoraGroup
 from lora_engine.ops.lora.linear import make_product
@@ -145,15 +146,21 @@ class Call:
         dy: Tensor,  # [M, H]: of the block's output, that is of the residual too
         dys: Tensor,  # [M, N + R]: of the inner products, with dS filled in
         ds: Tensor | None,  # [M, R]: that dS
+        scaled: ScaledRows | None,
         x: Tensor,
         rstd: Tensor,
         needs: Sequence[bool],  # of x, of the norm's weight
         *,
         wants_a: bool,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Gradients of x, of the norm's weight, and of the inner A."""
+        """Gradients of x, of the norm's weight, and of the inner A.
+
+        scaled: `scaled_ds`, written with dS.
+        """
         rows, cols = x.shape
-        d_lora_a = self._inner_a_gradient(ds, x, rstd) if wants_a and ds is not None else None
+        d_lora_a = None
+        if wants_a and ds is not None:
+            d_lora_a = self._inner_a_gradient(ds, scaled, x, rstd)
         if not any(needs):
             return None, None, d_lora_a
         d_normed = self.inner.input_gradient(dys)
@@ -166,21 +173,36 @@ class Call:
         )
         return dx, None if dweight is None else dweight.to(x.dtype), d_lora_a
 
+    def scaled_ds(
+        self,
+        x: Tensor,  # [M, H]
+        rstd: Tensor,  # [M]
+        *,
+        wants_a: bool,
+    ) -> ScaledRows | None:
+        """dS / rms(x) of the inner product for `inner_gradients`, to be written with dS.
+
+        None where that needs none, as in float16: dS / rms(x) may be too small for it.
+        """
+        if not wants_a or x.dtype == torch.float16:
+            return None
+        rank = self.inner.group.padded_rank
+        return ScaledRows(rstd, torch.empty(x.shape[0], rank, dtype=x.dtype, device=x.device))
+
     def _inner_a_gradient(
         self,
         ds: Tensor,  # [M, R]
+        scaled: ScaledRows | None,
         x: Tensor,  # [M, H]
         rstd: Tensor,  # [M]
     ) -> Tensor | None:
         """dSᵀ norm(x) [R, H] without norm(x): a factor of each row goes to dS, of each column last.
 
-        In float16 dS / rms(x) may be too small to be represented, so norm(x) is made again.
+        Without the first, norm(x) is made again.
         """
-        if x.dtype == torch.float16:
+        if scaled is None:
             normed = torch.empty_like(x)
             self._norm_into(normed, x, rstd)
             return self.inner.lora_a_gradient(ds, normed, wanted=True)
-        of_rows = torch.mul(ds, rstd[:, None], out=ds.new_empty(ds.shape))
-        d_lora_a = self.inner.lora_a_gradient(of_rows, x, wanted=True)
-        weight = self.norm.weight.to(rstd.dtype) + self.norm.offset
-        return None if d_lora_a is None else d_lora_a.mul_(weight)
+        columns = ScaledColumns(self.norm.weight, self.norm.offset)
+        return self.inner.lora_a_gradient(scaled.ds, x, wanted=True, scaled=columns)

@@ -14,6 +14,7 @@ from torch import Tensor
 from lora_engine import backends
 from lora_engine.backends import launchers
 from lora_engine.backends.choice import Activation
+from lora_engine.backends.lora_parts import ScaledRows
 from lora_engine.ops.layer.blocks import Call
 from lora_engine.ops.lora.product import LoraProduct
 
@@ -65,9 +66,13 @@ def activate_backward(
     inner_s: Tensor,  # [M, R]
     outer_ds: Tensor | None,  # [M, R]
     wanted: Wanted,
+    scaled: ScaledRows | None,
     activation: str,
 ) -> tuple[Tensor, FactorGradients]:
-    """Writes dgate and dup; returns them with dS behind, [M, 2 I + R], and what is made of them."""
+    """Writes dgate and dup; returns them with dS behind, [M, 2 I + R], and what is made of them.
+
+    `scaled`: as for `LoraProduct.fill_ds`.
+    """
     inner, outer = call.inner, call.outer
     dgate, dup = parts
     gate, up = gate_up.split(list(inner.group.out_features), dim=1)
@@ -83,14 +88,14 @@ def activate_backward(
         kernels.glu_bwd(dh, gate, up, dgate, dup, h, activation=activation)
         d_a = outer.lora_a_gradient(outer_ds, h, wanted=wanted.outer_a)
         dys = inner.claim_gradient(parts)
-        ds, d_b = inner.fill_ds(dys, inner_s, wanted=wanted.inner_b)
+        ds, d_b = inner.fill_ds(dys, inner_s, wanted=wanted.inner_b, scaled=scaled)
         return dys, FactorGradients(ds, d_b, d_a)
     dys = inner.claim_gradient(parts)
-    of_inner = inner.dy_gradients(dys, inner_s, wanted=wanted.inner_b)
+    of_inner = inner.dy_gradients(dys, inner_s, wanted=wanted.inner_b, scaled=scaled)
     of_outer = outer.x_gradient(outer_ds) if wanted.outer_a and outer_ds is not None else None
     one_pass = launchers.glu_lora(call.implementation("glu", dh))
     one_pass.glu_lora_bwd(dh, gate, up, dgate, dup, of_inner, of_outer, activation=activation)
-    inner.route(of_inner.ds)
+    inner.route(of_inner.ds, None if scaled is None else scaled.ds)
     d_a = None if of_outer is None else of_outer.d_lora_a
     return dys, FactorGradients(of_inner.ds, of_inner.d_lora_b, d_a)
 

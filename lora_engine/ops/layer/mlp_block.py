@@ -178,6 +178,7 @@ class _MlpBlock(torch.autograd.Function):
             device=x.device,
             zeros=False,
         )
+        scaled = call.scaled_ds(x, saved.rstd, wants_a=wants_a)
         dys, made = activate_backward(
             call,
             dh,
@@ -186,6 +187,7 @@ class _MlpBlock(torch.autograd.Function):
             saved.s,
             outer_ds,
             Wanted(outer_a=outer_wants_a, inner_b=wants_b),
+            scaled,
             call.activation,
         )
         del dh
@@ -193,6 +195,7 @@ class _MlpBlock(torch.autograd.Function):
             as_rows(dy),
             dys,
             made.inner_ds,
+            scaled,
             x,
             saved.rstd,
             (asked.x, asked.norm_weight),

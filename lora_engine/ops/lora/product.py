@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lora_engine.backends import contracts
-from lora_engine.backends.lora_parts import split_parts
+from lora_engine.backends.lora_parts import ScaledColumns, ScaledRows, split_parts
 from lora_engine.ops import augmented
 from lora_engine.ops.lora.group import Filling, LoraGroup
 from lora_engine.ops.lora.trained import OfAdapter, OfGroup
@@ -151,28 +151,31 @@ class LoraProduct:
         return buffer
 
     def fill_ds(
-        self, dys: Tensor, s: Tensor, *, wanted: bool
+        self, dys: Tensor, s: Tensor, *, wanted: bool, scaled: ScaledRows | None = None
     ) -> tuple[Tensor | None, Tensor | None]:
         """Writes dS [M, R] behind dY in `dys` [M, N + R]; returns it, and dB [E], if wanted.
 
         dB is every adapter's s dYᵀ S, see `lora_parts.split_parts`. None for either without
-        adapters.
+        adapters, and then `scaled`, which else is written too, is left as it is.
         """
         if not self.group.padded_rank:
             return None, None
-        made = self.dy_gradients(dys, s, wanted=wanted)
+        made = self.dy_gradients(dys, s, wanted=wanted, scaled=scaled)
         self.kernels.lora_b_bwd(dys[:, : made.lora_b.shape[0]], *made)
-        self.route(made.ds)
+        self.route(made.ds, None if scaled is None else scaled.ds)
         return made.ds, made.d_lora_b
 
-    def dy_gradients(self, dys: Tensor, s: Tensor, *, wanted: bool) -> contracts.DyGradients:
+    def dy_gradients(
+        self, dys: Tensor, s: Tensor, *, wanted: bool, scaled: ScaledRows | None = None
+    ) -> contracts.DyGradients:
         """What is to be made of dY in `dys`, not yet written; see `fill_ds`."""
         lora_b, d_lora_b, adapters = self.group.placed.lora_b, None, self.filling.adapters
         if wanted:
             dtype = accumulate_dtype(dys.dtype)
             d_lora_b = torch.empty(adapters.size_of_b, dtype=dtype, device=dys.device)
         ds = dys[:, lora_b.shape[0] :]
-        return contracts.DyGradients(lora_b, s, ds, d_lora_b, adapters.spans, adapters.parts)
+        parts = adapters.spans, adapters.parts
+        return contracts.DyGradients(lora_b, s, ds, d_lora_b, *parts, scaled)
 
     def input_gradient(self, dys: Tensor) -> Tensor:
         """dX [M, K] from `dys` with dS filled in."""
@@ -193,12 +196,19 @@ class LoraProduct:
                 dx.addmm_(dys[:, rows], weight)
         return dx
 
-    def lora_a_gradient(self, ds: Tensor | None, x: Tensor, *, wanted: bool) -> Tensor | None:
-        """dSᵀ X [R, K], if wanted."""
+    def lora_a_gradient(
+        self,
+        ds: Tensor | None,  # [M, R]
+        x: Tensor,  # [M, K]
+        *,
+        wanted: bool,
+        scaled: ScaledColumns | None = None,
+    ) -> Tensor | None:
+        """dSᵀ X [R, K], its columns times `scaled`, if wanted."""
         if not wanted or ds is None:
             return None
         made = self.x_gradient(ds)
-        self.kernels.lora_a_bwd(ds, x, made.d_lora_a, self.spans, self.dropout)
+        self.kernels.lora_a_bwd(ds, x, made.d_lora_a, self.spans, self.dropout, scaled)
         return made.d_lora_a
 
     def x_gradient(self, ds: Tensor) -> contracts.XGradient:

@@ -101,6 +101,14 @@ class FlatParameters:
         self.entries, self.rates, size = _layout(named, rate_of)
         self.data = torch.zeros(size, dtype=torch.float32, device=self.device)
         self.grad = torch.zeros_like(self.data)
+        self._grad_views = [list(entry.views(self.grad)) for entry in self.entries]
+        self._collected = [
+            views[0]
+            for entry, views in zip(self.entries, self._grad_views, strict=True)
+            if entry.dtype == torch.float32
+            and len(entry.parameters) == 1
+            and entry.numel <= MOST_COLLECTED
+        ]
         self._hooks: list[RemovableHandle] = []
         self._attach()
 
@@ -112,8 +120,8 @@ class FlatParameters:
     def zero_grad(self) -> None:
         """Set all gradients to zero and the `.grad` of float32 parameters to views of `grad`."""
         self.grad.zero_()
-        for entry in self.entries:
-            for parameter, grad in entry.views(self.grad):
+        for entry, views in zip(self.entries, self._grad_views, strict=True):
+            for parameter, grad in views:
                 is_view = entry.dtype == torch.float32 and parameter.requires_grad
                 parameter.grad = grad if is_view else None
 
@@ -126,13 +134,7 @@ class FlatParameters:
         thousand values. Large gradients and those of tied parameters are added by autograd: a
         second tensor of all of the first would cost memory, and of tied ones memory is the same.
         """
-        collected = [
-            (entry.parameters[0], entry.view(self.grad))
-            for entry in self.entries
-            if entry.dtype == torch.float32
-            and len(entry.parameters) == 1
-            and entry.numel <= MOST_COLLECTED
-        ]
+        collected = self._collected
         for parameter, _ in collected:
             parameter.grad = None
         try:

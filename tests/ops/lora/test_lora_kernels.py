@@ -23,7 +23,13 @@ from torch import Tensor
 
 from lora_engine import backends
 from lora_engine.backends import contracts, launchers
-from lora_engine.backends.lora_parts import AdapterPart, Placing, split_parts
+from lora_engine.backends.lora_parts import (
+    AdapterPart,
+    Placing,
+    ScaledColumns,
+    ScaledRows,
+    split_parts,
+)
 from lora_engine.reference.dropout import drop, dropout_mask
 from lora_engine.values import Dropout, LoraFactors
 
@@ -122,8 +128,11 @@ def test_lora_b_bwd(
         (d_lora_b,) = backend.put(d_lora_b)
         d_bs = split_parts(d_lora_b, parts)
     operands = inputs.dy, inputs.lora_b, inputs.s
-    kernels_of(backend).lora_b_bwd(*operands, ds, d_lora_b, group.spans, parts)
-    assert untouched(ds)
+    (factors,) = backend.put(torch.rand(group.rows, dtype=factor_dtype(dtype)))
+    scaled = ScaledRows(factors, wide_nan(group.rows, group.total, dtype, backend))
+    kernels_of(backend).lora_b_bwd(*operands, ds, d_lora_b, group.spans, parts, scaled)
+    assert untouched(ds) and untouched(scaled.ds)
+    assert torch.equal(scaled.ds, (ds * factors[:, None]).to(dtype))
     outside = torch.ones(group.total, dtype=torch.bool)
     for (rows, columns, scale), d_b in zip(parts, d_bs, strict=True):
         outside[columns] = False
@@ -135,6 +144,7 @@ def test_lora_b_bwd(
     assert (ds[:, outside] == 0).all()
 
 
+@pytest.mark.parametrize("with_scaled", [True, False], ids=["scaled", ""])
 @by_dropout
 @by_group
 def test_lora_a_bwd(
@@ -144,18 +154,21 @@ def test_lora_a_bwd(
     small_tiles: None,
     group: Group,
     dropout: Dropout | None,
+    with_scaled: bool,
 ) -> None:
     inputs = make(group, backend, dtype)
     d_lora_a = wide_nan(group.total, group.cols, factor_dtype(dtype), backend)
-    kernels_of(backend).lora_a_bwd(inputs.ds, inputs.x, d_lora_a, group.spans, dropout)
+    weight = inputs.weight[0]
+    scaled = ScaledColumns(weight, 1.0) if with_scaled else None
+    kernels_of(backend).lora_a_bwd(inputs.ds, inputs.x, d_lora_a, group.spans, dropout, scaled)
     assert untouched(d_lora_a)
     outside = torch.ones(group.total, dtype=torch.bool)
     for i, (_, columns) in enumerate(group.spans):
         outside[columns] = False
         agree(
             d_lora_a[columns],
-            lambda ds, x, i=i: ds.T @ masked(x, dropout, i),
-            [inputs.ds[:, columns], inputs.x],
+            lambda ds, x, w, i=i: ds.T @ masked(x, dropout, i) * (w + 1 if with_scaled else 1),
+            [inputs.ds[:, columns], inputs.x, weight],
         )
     assert (d_lora_a[outside] == 0).all()
 
