@@ -55,7 +55,7 @@ def empty(
     padding = _Padding(buffer.data, tuple(widths))
     zeros = zeros and backends.reads_beside_operands(device)
     front = front_columns(buffer, cols) if zeros else buffer[:, :cols]
-    parts = front.split(list(widths), dim=1)
+    parts = front.split_with_sizes(widths, dim=1)
     for part in parts:
         setattr(part, _ATTRIBUTE, padding)
     return tuple(parts)
@@ -117,6 +117,13 @@ def claim(parts: Sequence[Tensor], padding_columns: int) -> Tensor:
     return buffer
 
 
+def _views_rows(part: Tensor) -> bool:
+    """Whether `part` [..., cols] as rows is a view of it, in the same order."""
+    if part.dim() == 2:
+        return True
+    return part.reshape(-1, part.shape[-1]).data_ptr() == part.data_ptr()
+
+
 def _are_columns(parts: Sequence[Tensor], padding: _Padding, padding_columns: int) -> bool:
     buffer = padding.buffer
     widths = tuple(part.shape[-1] for part in parts)
@@ -126,7 +133,7 @@ def _are_columns(parts: Sequence[Tensor], padding: _Padding, padding_columns: in
     for part in parts:
         same_place = part.data_ptr() == buffer.data_ptr() + column * buffer.element_size()
         same_rows = part.numel() == buffer.shape[0] * part.shape[-1] and (
-            part.shape[-1] == 0 or part.reshape(-1, part.shape[-1]).data_ptr() == part.data_ptr()
+            part.shape[-1] == 0 or _views_rows(part)
         )
         if getattr(part, _ATTRIBUTE, None) is not padding or not (same_place and same_rows):
             return False

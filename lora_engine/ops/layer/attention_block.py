@@ -197,7 +197,7 @@ class _AttentionBlock(torch.autograd.Function):
         xs, rstd = call.normed(rows)
         s = torch.empty(rows.shape[0], inner.padded_rank, dtype=x.dtype, device=x.device)
         qkv, unscaled = call.inner.forward(xs, copy=s)
-        q, k, v = qkv.split(list(inner.out_features), dim=1)
+        q, k, v = qkv.split_with_sizes(inner.out_features, dim=1)
         if call.head_norms is not None:
             q, k, _ = _norm_heads(call, call.head_norms, q, k)
         width = outer.in_features
@@ -257,7 +257,7 @@ class _AttentionBlock(torch.autograd.Function):
         outer_ds, outer_d_b = outer.fill_ds(d_out, os[:, width:], wanted=outer_wants_b)
         d_o = outer.input_gradient(d_out)
         outer_d_a = outer.lora_a_gradient(outer_ds, os[:, :width], wanted=outer_wants_a)
-        raw_q, raw_k, v = saved.qkv.split(list(inner.group.out_features), dim=1)
+        raw_q, raw_k, v = saved.qkv.split_with_sizes(inner.group.out_features, dim=1)
         q, k = raw_q, raw_k
         rstd_heads: list[Tensor] | None = None
         if call.head_norms is not None:
@@ -334,7 +334,7 @@ def _norm_heads(
     """q and k with every head normed, and each head's 1 / rms [T Hq], [T Hkv]."""
     width = q.shape[1] + k.shape[1]
     buffer = empty_rows(q.shape[0], width, dtype=q.dtype, device=q.device)
-    results = buffer.split([q.shape[1], k.shape[1]], dim=1)
+    results = buffer.split_with_sizes([q.shape[1], k.shape[1]], dim=1)
     rstds = []
     for norm, x, y in zip(norms, (q, k), results, strict=True):
         heads = _heads(x, norm)

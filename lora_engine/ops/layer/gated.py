@@ -75,7 +75,7 @@ def activate_backward(
     """
     inner, outer = call.inner, call.outer
     dgate, dup = parts
-    gate, up = gate_up.split(list(inner.group.out_features), dim=1)
+    gate, up = gate_up.split_with_sizes(inner.group.out_features, dim=1)
     sizes = Activation(
         dh.shape[1],
         max(_rank(inner), _rank(outer) if wanted.outer_a else 0),

@@ -133,7 +133,7 @@ class _MlpBlock(torch.autograd.Function):
         xs, rstd = call.normed(rows)
         s = torch.empty(rows.shape[0], inner.padded_rank, dtype=x.dtype, device=x.device)
         gate_up, unscaled = call.inner.forward(xs, copy=s)
-        gate, up = gate_up.split(list(inner.out_features), dim=1)
+        gate, up = gate_up.split_with_sizes(inner.out_features, dim=1)
         width = outer.in_features
         hs = empty_rows(rows.shape[0], width + outer.padded_rank, dtype=x.dtype, device=x.device)
         outer_s = torch.empty(rows.shape[0], outer.padded_rank, dtype=x.dtype, device=x.device)

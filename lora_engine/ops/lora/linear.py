@@ -148,7 +148,7 @@ def _forward(x: Tensor, product: LoraProduct) -> tuple[tuple[Tensor, ...], _Save
 
 def _outputs(y: Tensor, shape: torch.Size, group: LoraGroup) -> tuple[Tensor, ...]:
     """Every linear's part [..., N_i] of y [M, N]."""
-    parts = (y,) if len(group.out_features) == 1 else y.split(group.out_features, dim=1)
+    parts = (y,) if len(group.out_features) == 1 else y.split_with_sizes(group.out_features, dim=1)
     return tuple(part.view(*shape[:-1], part.shape[1]) for part in parts)
 
 

@@ -14,6 +14,7 @@ DoRA multiplies each column of Y by magnitude / norm, and so each column of dY f
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -231,7 +232,7 @@ class LoraProduct:
         d_lora_a and d_lora_b may be overwritten, and the gradients may be views of them, each of
         one piece, which autograd may take as a parameter's without a copy.
         """
-        named = self._by_name(needs)
+        named = _by_name(tuple(needs), len(self.filling.adapters.blocks))
         gradients = OfGroup[Tensor | None]([], [])
         sums = self._bias_sums(named, grads)
         adapters = self.filling.adapters
@@ -271,11 +272,19 @@ class LoraProduct:
 
     def wants(self, needs: Sequence[bool]) -> tuple[bool, bool]:
         """Whether any lora_a, and whether any lora_b, needs a gradient."""
-        adapters = self._by_name(needs).adapters
-        return any(a.lora_a for a in adapters), any(a.lora_b for a in adapters)
+        return _wanted(tuple(needs), len(self.filling.adapters.blocks))
 
-    def _by_name(self, needs: Sequence[bool]) -> OfGroup[bool]:
-        return OfGroup.of_row(needs, len(self.filling.adapters.blocks))
+
+# The same for every call of a layer as a rule.
+@lru_cache
+def _by_name(needs: tuple[bool, ...], adapters: int) -> OfGroup[bool]:
+    return OfGroup.of_row(needs, adapters)
+
+
+@lru_cache
+def _wanted(needs: tuple[bool, ...], adapters: int) -> tuple[bool, bool]:
+    named = _by_name(needs, adapters).adapters
+    return any(a.lora_a for a in named), any(a.lora_b for a in named)
 
 
 def _matmul(a: Tensor, b: Tensor, addend: Tensor | None) -> Tensor:
