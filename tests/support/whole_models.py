@@ -61,7 +61,9 @@ def adapted(
     config = {**ADAPTERS["lora" if adapters == "two" else adapters], **more}
     model = with_lora(model_of(name, dtype, layers=layers), **config)
     if adapters == "two":
-        other = peft.LoraConfig(r=3, lora_alpha=9, target_modules=["q_proj", "up_proj"])
+        targets = ["q_proj", "up_proj"]
+        dropout = config.get("lora_dropout", 0.0)  # another one would be left to PEFT
+        other = peft.LoraConfig(r=3, lora_alpha=9, target_modules=targets, lora_dropout=dropout)
         model.add_adapter("other", other)
         model.base_model.set_adapter(["default", "other"])
     with torch.no_grad():
