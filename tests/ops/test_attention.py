@@ -322,10 +322,13 @@ def test_a_sequence_with_nan_leaves_the_others_alone(backend: Backend) -> None:
 
 @pytest.mark.parametrize("scale", [0.0, -0.4], ids=str)
 def test_scales_that_are_not_positive(backend: Backend, scale: float) -> None:
-    if backend.impl == "cpu":
-        pytest.skip("the C++ kernels multiply hidden scores, which are -inf, by the scale")
     lengths = [5, 150]
     (bounds,) = backend.put(cu_seqlens(lengths))
+    if backend.impl == "cpu":
+        q, k, v = inputs(lengths, 2, 1, 16, torch.float32)
+        with pytest.raises(ValueError, match="positive softmax_scale, not"):
+            ops.attention(q, k, v, bounds, softmax_scale=scale)
+        return
     check(
         lambda q, k, v: ops.attention(q, k, v, bounds, softmax_scale=scale, impl=backend.impl),
         lambda q, k, v: reference.attention(q, k, v, bounds, softmax_scale=scale),

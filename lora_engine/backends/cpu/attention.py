@@ -27,7 +27,12 @@ def attention_fwd(
     window: int,
     parents: Tensor | None = None,  # [sequences] int32
 ) -> None:
-    """Writes o and lse, the logarithm of each query's sum of exponentials."""
+    """Writes o and lse, the logarithm of each query's sum of exponentials.
+
+    Raises ValueError for a scale that is not positive: hidden scores, -inf, are multiplied by it.
+    """
+    if not scale > 0:
+        raise ValueError(f"attention: the C++ kernels take a positive softmax_scale, not {scale}")
     kernels().attention_fwd(
         dtype_code(q.dtype),
         _arguments(q, k, v, cu_seqlens, parents, cos, sin, o, lse, head_dim, scale, causal, window),
