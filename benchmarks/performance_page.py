@@ -170,7 +170,7 @@ def _gpu(folder: Path) -> list[str]:
     commit = environment.get("commit") or "unknown"
     link = f"../{folder.relative_to(ROOT)}" if folder.is_relative_to(ROOT) else folder.name
     parts = [
-        f"## On an {versions.get('device', 'unknown GPU')}",
+        f"## On an {versions.get('device', 'unknown GPU')}: {folder.name}",
         f"[{folder.name}]({link}): {driver}{software}; commit {commit[:12]}.",
     ]
     stages = [
