@@ -80,7 +80,7 @@ def lora_b_bwd(
 
     Columns of ds in no span become 0.
     """
-    whole = None  # [N, R]
+    whole, alone = None, False  # [N, R]
     if d_lora_b is not None:
         alone = len(parts) == 1 and d_lora_b.numel() == lora_b.numel()
         whole = d_lora_b.view(lora_b.shape) if alone else d_lora_b.new_empty(lora_b.shape)
@@ -103,7 +103,9 @@ def lora_b_bwd(
             spans=spans,
         ),
     )
-    if d_lora_b is not None and whole is not None:
+    if whole is not None and alone:
+        whole.mul_(parts[0].scale)
+    elif d_lora_b is not None and whole is not None:
         for part, gradient in zip(parts, split_parts(d_lora_b, parts), strict=True):
             torch.mul(whole[part.rows, part.columns], part.scale, out=gradient)
     if scaled is not None:

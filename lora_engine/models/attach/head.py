@@ -135,7 +135,7 @@ def _why_not_lora(head: LoraLinear) -> str | None:
         return "several adapters are active at once"
     if any(one.magnitude is not None for one in factors):
         return "DoRA"
-    if lora_state.dropout_now(head) > 0:
+    if lora_state.adapter_state(head).dropout > 0:
         return "lora_dropout > 0"
     return lora_state.why_not_active(head)
 

@@ -51,6 +51,7 @@ class LinearGroup:
                 patches.set_storage(layer.weight, view)
             held = layer.weight.detach() if view is None else view
             self._placed.append((layer, layer.weight, held))
+        self._dropout = 0.0
         self._state: tuple[object, ...] | None = None
         self._problem: str | None = None
         self._watched: list[nn.Module] = []
@@ -75,7 +76,9 @@ class LinearGroup:
                 return False
             if parameter.requires_grad:
                 return False
-        state = (self.router.names, *map(lora_state.adapter_state, self._adapted))
+        states = [lora_state.adapter_state(module) for module in self._adapted]
+        self._dropout = max([state.dropout for state in states], default=0.0)
+        state = (self.router.names, *states)
         if state != self._state:
             self._problem = self._take_adapters(self.lora)
             parts = (part for module in self.modules for part in module.modules())
@@ -102,13 +105,13 @@ class LinearGroup:
         return same
 
     def dropout(self) -> ops.Dropout | None:
-        """The dropout of the next call, with a seed drawn from torch's generator; None for none."""
-        p = 0.0
-        for module in self._adapted:
-            p = max(p, lora_state.dropout_now(module))
-        if p == 0.0:
+        """The dropout of the call that was found ready, with a seed drawn from torch's generator.
+
+        None for none.
+        """
+        if self._dropout == 0.0:
             return None
-        return ops.Dropout(p, int(torch.randint(2**62, ()).item()))
+        return ops.Dropout(self._dropout, int(torch.randint(2**62, ()).item()))
 
     def routes(self, x: Tensor) -> Tensor | None:
         """The adapter of each of x's rows [...], if rows are routed."""
@@ -182,7 +185,7 @@ def are_altered(modules: Iterable[nn.Module]) -> bool:
 
     It has hooks, or someone but us gave it another forward.
     """
-    return any(not _is_ours(module) for module in filter(lora_state.is_altered, modules))
+    return not all(map(_is_ours, lora_state.altered(modules)))
 
 
 def _is_ours(module: nn.Module) -> bool:

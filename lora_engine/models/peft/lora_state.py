@@ -1,8 +1,8 @@
 """What PEFT's LoRA layers are doing at the moment, and whether a group of ours can do it."""
 
 import sys
-from collections.abc import Mapping, Sequence
-from typing import Literal, TypeAlias, TypeGuard, cast
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal, NamedTuple, TypeAlias, TypeGuard, cast
 
 import torch
 from torch import nn
@@ -56,19 +56,21 @@ def hooks_everywhere() -> bool:
     return torch.nn.modules.module._has_any_global_hook()
 
 
-def is_altered(module: nn.Module) -> bool:
-    """Whether a call of this module may do other than its class and its parameters say.
+def altered(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    """Those of which a call may do other than their classes and their parameters say.
 
-    It has hooks, or somebody gave it a forward of its own.
+    They have hooks, or somebody gave them a forward of their own. A step asks of hundreds, so
+    their attributes are read past nn.Module's __getattr__, without a call for each.
     """
-    own = module.__dict__  # asked of hundreds of modules in a step
-    return bool(
-        own["_forward_pre_hooks"]
+    return [
+        module
+        for module in modules
+        if (own := module.__dict__)["_forward_pre_hooks"]
         or own["_forward_hooks"]
         or own["_backward_pre_hooks"]
         or own["_backward_hooks"]
         or "forward" in own
-    )
+    ]
 
 
 def _has_own_hooks(module: nn.Module) -> bool:
@@ -88,14 +90,20 @@ def autocast_to_another_half(device: torch.device, dtype: torch.dtype) -> bool:
     return {dtype, torch.get_autocast_dtype(device.type)} == {torch.float16, torch.bfloat16}
 
 
-def adapter_state(module: LoraLinear) -> tuple[object, ...]:
-    """What decides which of a LoRA layer's adapters run, and how."""
+class AdapterState(NamedTuple):
+    """What decides which of a LoRA layer's adapters run, and how.
+
+    dropout: the probability with which their inputs are dropped.
+    """
+
+    dropout: float
+    rest: tuple[object, ...]
+
+
+def adapter_state(module: LoraLinear) -> AdapterState:
+    """The layer's state at this moment."""
     running = _running(module)
-    state: list[object] = [
-        module.disable_adapters,
-        bool(module.merged),
-        _dropout_of(module, running),
-    ]
+    state: list[object] = [module.disable_adapters, bool(module.merged)]
     lora_a, lora_b = _parts(module, "lora_A"), _parts(module, "lora_B")
     for name in running:
         scaling, magnitude = module.scaling[name], _magnitude(module, name)
@@ -107,7 +115,7 @@ def adapter_state(module: LoraLinear) -> tuple[object, ...]:
             id(_bias(lora_b[name])),
             id(magnitude),
         ]
-    return tuple(state)
+    return AdapterState(_dropout_of(module, running), tuple(state))
 
 
 _Part: TypeAlias = Literal["lora_A", "lora_B", "lora_dropout"]
@@ -165,11 +173,6 @@ def active_factors(module: nn.Module, names: Sequence[str]) -> list[ops.LoraFact
             )
         )
     return found
-
-
-def dropout_now(module: LoraLinear) -> float:
-    """The probability with which the active adapters' inputs are dropped at this moment."""
-    return _dropout_of(module, _running(module))
 
 
 def why_not(modules: Sequence[nn.Module]) -> str | None:
