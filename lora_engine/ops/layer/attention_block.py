@@ -244,19 +244,20 @@ class _AttentionBlock(torch.autograd.Function):
         call, shape = ctx.kept
         saved = _Saved(*ctx.saved_tensors[: len(_Saved._fields)])
         asked = _Needs(*ctx.needs_input_grad[: len(_Needs._fields)])
-        x, os = saved.x, saved.os
+        x = saved.x
         inner, outer = call.inner, call.outer
         inner.begin_backward()
         outer.begin_backward()
-        width = outer.group.in_features
+        widths = outer.group.in_features, outer.group.padded_rank
+        o, outer_s = saved.os.split_with_sizes(widths, dim=1)
         needs, outer_needs = call.split(ctx.needs_input_grad[len(asked) :])
         wants_a, wants_b = inner.wants(needs)
         outer_wants_a, outer_wants_b = outer.wants(outer_needs)
 
         d_out = outer.claim_gradient([dy])
-        outer_ds, outer_d_b = outer.fill_ds(d_out, os[:, width:], wanted=outer_wants_b)
+        outer_ds, outer_d_b = outer.fill_ds(d_out, outer_s, wanted=outer_wants_b)
         d_o = outer.input_gradient(d_out)
-        outer_d_a = outer.lora_a_gradient(outer_ds, os[:, :width], wanted=outer_wants_a)
+        outer_d_a = outer.lora_a_gradient(outer_ds, o, wanted=outer_wants_a)
         raw_q, raw_k, v = saved.qkv.split_with_sizes(inner.group.out_features, dim=1)
         q, k = raw_q, raw_k
         rstd_heads: list[Tensor] | None = None
@@ -278,7 +279,7 @@ class _AttentionBlock(torch.autograd.Function):
             saved.cu_seqlens,
             saved.cos,
             saved.sin,
-            os[:, :width],
+            o,
             saved.lse,
             *parts,
             head_dim=call.head_dim,

@@ -23,15 +23,14 @@ def activate(
     call: Call,
     gate: Tensor,  # [M, I]
     up: Tensor,  # [M, I]
-    hs: Tensor,  # [M, I + R]
+    h: Tensor,  # [M, I]
+    s: Tensor,  # [M, R]
     copy: Tensor,  # [M, R]
     activation: str,
 ) -> None:
-    """Writes h in the front columns of `hs`, and S of the outer product behind it and to `copy`."""
+    """Writes h, and S of the outer product to `s` and to `copy`."""
     outer = call.outer
-    width = outer.group.in_features
-    h, s = hs[:, :width], hs[:, width:]
-    sizes = Activation(width, _rank(outer), backward=False, apart=outer.dropout is not None)
+    sizes = Activation(h.shape[1], _rank(outer), backward=False, apart=outer.dropout is not None)
     if not backends.takes_one_pass(sizes, h.device, h.dtype, call.impl):
         kernels = launchers.glu(call.implementation("glu", h))
         kernels.glu_fwd(gate, up, h, activation=activation)

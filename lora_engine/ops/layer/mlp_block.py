@@ -137,8 +137,9 @@ class _MlpBlock(torch.autograd.Function):
         width = outer.in_features
         hs = empty_rows(rows.shape[0], width + outer.padded_rank, dtype=x.dtype, device=x.device)
         outer_s = torch.empty(rows.shape[0], outer.padded_rank, dtype=x.dtype, device=x.device)
-        activate(call, gate, up, hs, outer_s, call.activation)
-        y, outer_unscaled = call.outer.forward_with(hs[:, :width], hs[:, width:], rows, hs)
+        h, s_behind = hs.split_with_sizes((width, outer.padded_rank), dim=1)
+        activate(call, gate, up, h, s_behind, outer_s, call.activation)
+        y, outer_unscaled = call.outer.forward_with(h, s_behind, rows, hs)
         ctx.kept = _Kept(call, x.shape)
         saved = _Saved(
             x=rows,

@@ -78,6 +78,11 @@ class AdapterSet:
         )
 
     @cached_property
+    def ranks(self) -> tuple[int, ...]:
+        """Of each block, which has as many columns after those of the one before."""
+        return tuple(block.columns.stop - block.columns.start for block in self.blocks)
+
+    @cached_property
     def size_of_b(self) -> int:
         """The elements of all adapters' B."""
         return sum(block.factors.lora_b.numel() for block in self.blocks)

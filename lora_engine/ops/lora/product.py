@@ -62,9 +62,9 @@ class LoraProduct:
 
         X stands in the front columns of `xs`; S is written behind it, and to `copy`.
         """
-        k = self.group.in_features
-        self.fill_s(xs[:, :k], xs[:, k:], copy)
-        return self.forward_with(xs[:, :k], xs[:, k:], residual, xs)
+        x, s = xs.split_with_sizes((self.group.in_features, self.group.padded_rank), dim=1)
+        self.fill_s(x, s, copy)
+        return self.forward_with(x, s, residual, xs)
 
     def forward_apart(
         self,
@@ -236,14 +236,18 @@ class LoraProduct:
         gradients = OfGroup[Tensor | None]([], [])
         sums = self._bias_sums(named, grads)
         adapters = self.filling.adapters
-        d_bs: Sequence[Tensor | None] = [None] * len(adapters.blocks)
+        d_as: Sequence[Tensor | None] = [None] * len(adapters.blocks)
+        d_bs = d_as
+        if d_lora_a is not None:
+            d_as = d_lora_a.split_with_sizes((*adapters.ranks, len(d_lora_a) - adapters.rank))
         if d_lora_b is not None:
             d_bs = split_parts(d_lora_b, adapters.parts)
-        for block, needed, d_b in zip(adapters.blocks, named.adapters, d_bs, strict=True):
+        each = zip(adapters.blocks, named.adapters, d_as, d_bs, strict=False)
+        for block, needed, d_a, d_b in each:
             factors, dora = block.factors, self.filling.dora
-            d_a = d_magnitude = d_bias = None
-            if needed.lora_a and d_lora_a is not None:
-                d_a = d_lora_a[block.columns].to(factors.lora_a.dtype)
+            d_magnitude = d_bias = None
+            if d_a is not None:
+                d_a = d_a.to(factors.lora_a.dtype) if needed.lora_a else None
             if d_b is not None:
                 if block.scales_by_tensor:
                     d_b.mul_(factors.scaling)
