@@ -28,6 +28,8 @@ from lora_engine.quantization.nested_absmax import (
     quantize_absmax,
 )
 
+_WEIGHTS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
 
 def quantize_4bit(
     w: Tensor,  # [N, K] float32, bfloat16, float16 or float64
@@ -38,12 +40,15 @@ def quantize_4bit(
     """w as the tensors of `format.layout`, each value as the code that is nearest to w / absmax.
 
     With `format.nested` the absmax are quantised in PyTorch: they are few. Raises ValueError where
-    w is no matrix, is empty, or has values that are not finite in float32.
+    w is no matrix, has another dtype, is empty or on meta, or has values that are not finite in
+    float32, or whose scales have no mean in it.
     """
     check(
-        w.dim() == 2 and w.is_floating_point() and w.numel() > 0,
-        f"quantize_4bit: the weight is {shape_of(w)}, expected a matrix of floating-point numbers",
+        w.dim() == 2 and w.dtype in _WEIGHTS and w.numel() > 0,
+        f"quantize_4bit: the weight is {shape_of(w)}, expected a matrix of float32, bfloat16, "
+        "float16 or float64",
     )
+    check(not w.is_meta, "quantize_4bit: the weight is on meta, which holds no numbers")
     w = w.detach().contiguous()
     impl = _select(w, impl)
     w = w if w.dtype in _dtypes(impl) else w.float()
@@ -70,6 +75,7 @@ def quantize_4bit(
     if not format.nested:
         return {"codes": codes, "absmax": absmax}
     absmax_codes, nested_absmax, offset = quantize_absmax(absmax)
+    check(bool(offset.isfinite()), "quantize_4bit: the mean of the scales is not finite in float32")
     return {
         "codes": codes,
         "absmax": absmax_codes,

@@ -177,7 +177,7 @@ def quantize_weight(
     Raises ValueError for another format or block, and for a weight that is no matrix or not finite.
     """
     if format not in FORMATS:
-        close = nearest(format, FORMATS)
+        close = nearest(str(format), FORMATS)
         hint = f"did you mean {close}?" if close else f"expected one of {', '.join(FORMATS)}"
         raise ValueError(f"format {format!r}: {hint}")
     wanted = Blockwise4bit(cast(Code, format), block, double_quant)

@@ -76,9 +76,9 @@ class Blockwise4bit:
     def __post_init__(self) -> None:
         if self.code not in _VALUES:
             raise ValueError(f"code {self.code!r}: expected nf4 or fp4")
-        if self.block not in BLOCKS:
+        if type(self.block) is not int or self.block not in BLOCKS:
             known = ", ".join(map(str, BLOCKS))
-            raise ValueError(f"{self.code}: block {self.block}, expected one of {known}")
+            raise ValueError(f"{self.code}: block {self.block!r}, expected one of {known}")
 
     @property
     def name(self) -> str:

@@ -30,7 +30,7 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     scaled = (blocks * (1.0 / nested_absmax)[:, None]).clamp(-1.0, 1.0)
     points = ((scaled + 1.0) * 0.5 * (_GRID - 1) + 0.5).nan_to_num(0.0).long()
     codes = torch.where(nested_absmax[:, None] > 0, _codes_of_grid(absmax.device)[points], 0)
-    return codes.view(-1)[: absmax.numel()], nested_absmax, offset
+    return codes.view(-1)[: absmax.numel()].clone(), nested_absmax, offset
 
 
 @cache

@@ -286,6 +286,20 @@ def test_values_that_are_not_finite_are_refused(
             ops.quantize_4bit(w, Blockwise4bit("nf4", 64, nested), impl=backend.impl)
 
 
+def test_scales_without_a_finite_mean_are_refused() -> None:
+    w = torch.full((4, 64), 3e38)
+    assert torch.equal(ops.quantize_weight(w).dequantize(), w)
+    with pytest.raises(ValueError, match="mean of the scales is not finite"):
+        ops.quantize_weight(w, double_quant=True)
+
+
+def test_weights_without_numbers_are_refused() -> None:
+    with pytest.raises(ValueError, match="on meta, which holds no numbers"):
+        ops.quantize_weight(torch.empty(4, 64, device="meta"))
+    with pytest.raises(ValueError, match="float8_e4m3fn, expected a matrix of float32"):
+        ops.quantize_weight(torch.zeros(4, 64).to(torch.float8_e4m3fn))
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_bits_do_not_depend_on_torch_defaults(dtype: torch.dtype) -> None:
     """A program may load a model under a default dtype or a default device of its own."""

@@ -15,6 +15,7 @@ from lora_engine.models.attach.saving import patch_ways_out
 from lora_engine.models.attach.walk import Walk
 from lora_engine.models.proof.closeness import coarsest_dtype
 from lora_engine.models.proof.proof import own_results, same_logits, same_training
+from lora_engine.models.quantized.stored import not_packed_anew
 
 VERIFY_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
@@ -52,7 +53,8 @@ def accelerate(
     expected = _loss_and_gradients(model, verify) if verify is not None else None
     backends.keep_freed_memory(next(inner.parameters()).device)
     try:
-        report = _attach_proven(inner)
+        with not_packed_anew(inner):
+            report = _attach_proven(inner)
         attached = attachment(inner)
         assert attached is not None
         patch_ways_out(inner, peft_tuner(model), attached.patches)

@@ -31,7 +31,7 @@ from lora_engine.models.families.structure import (
 )
 from lora_engine.models.peft.lora_state import base_layer, is_linear, is_lora
 from lora_engine.models.proof.probed_layers import kind_of
-from lora_engine.models.quantized.stored import stored_weight, weight_count
+from lora_engine.models.quantized.stored import decoded_dtype, weight_count
 
 TYPICAL_ROWS = 4096
 
@@ -234,9 +234,9 @@ class Walk:
 
 def _agrees(module: nn.Module, forward: Any, first: nn.Linear) -> bool:
     """Whether `forward` computes what the module's own does, on two tokens that `first` takes."""
-    features, weight = first.in_features, stored_weight(first)
+    features = first.in_features
     probe = torch.linspace(-1.0, 1.0, 2 * features).view(1, 2, features)
-    probe = probe.to(weight.device, weight.dtype)
+    probe = probe.to(first.weight.device, decoded_dtype(first))
     training = {part: part.training for part in module.modules()}
     module.eval()  # dropout would make them differ
     try:

@@ -41,7 +41,7 @@ def load_model(
     cache_dir: str | Path | None = None,
     quantize: str | None = None,
     double_quant: bool = False,
-    quantize_skip: Sequence[str] = SKIPPED,
+    quantize_skip: str | Sequence[str] = SKIPPED,
 ) -> tuple[Any, Any]:
     """A transformers causal language model on `device`, in eval mode, and its tokenizer.
 
@@ -58,6 +58,8 @@ def load_model(
     safetensors only, and code that comes with a model is never run. Raises UserError, one line,
     for what is not there, not a model, or not complete.
     """
+    if quantize is None and (double_quant or quantize_skip is not SKIPPED):
+        raise UserError("load_model: double_quant and quantize_skip need quantize, nf4 or fp4")
     chosen_device = resolve_device(device)
     chosen_dtype = resolve_dtype(dtype, chosen_device)
     resolved = resolve_source(source)

@@ -38,7 +38,15 @@ class QuantizedLinear(nn.Linear):
         )
 
     def forward(self, input: Tensor) -> Tensor:
-        """input [..., K] times the decoded weight, plus the bias: [..., N], in input's dtype."""
+        """input [..., K] times the decoded weight, plus the bias: [..., N], in input's dtype.
+
+        Raises ValueError for an input that is not floating point.
+        """
+        if not input.is_floating_point():
+            raise ValueError(
+                f"the input of {self} is {input.dtype}; a model that casts to the dtype of this "
+                "layer's weight needs the layer in quantize_model's skip"
+            )
         y: Tensor = _Product.apply(input, self.quantized)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
@@ -70,6 +78,10 @@ class QuantizedLinear(nn.Linear):
     ) -> None:
         name = f"{prefix}weight"
         others = {k: v for k, v in state_dict.items() if k != name and not k.startswith(f"{name}.")}
+        rest = (local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        if len(others) == len(state_dict):  # nothing of the weight, as in a file of adapters
+            super()._load_from_state_dict(others, prefix, *rest)
+            return
         try:
             read = QuantizedWeight.from_state_dict(state_dict, name)
         except ValueError as error:
@@ -80,9 +92,26 @@ class QuantizedLinear(nn.Linear):
             return
         tensors = dict(read.tensors)
         others[name] = tensors.pop("codes").view(-1, 1)
-        self._scales = {k: tensor.to(self.weight.device) for k, tensor in tensors.items()}
-        rest = (local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        if local_metadata.get("assign_to_params_buffers", False):
+            self._scales = tensors
+        elif self._has_table_of(tensors):
+            self._copy_scales(tensors)
+        else:
+            error_msgs.append(f"{name}: nested_quant_map is another table than {self} has")
+            return
         super()._load_from_state_dict(others, prefix, *rest)
+
+    def _has_table_of(self, tensors: dict[str, Tensor]) -> bool:
+        mine, theirs = self._scales.get("nested_code"), tensors.get("nested_code")
+        if mine is None or theirs is None or mine.is_meta:
+            return True
+        return torch.equal(mine, theirs.to(mine.device))
+
+    def _copy_scales(self, tensors: dict[str, Tensor]) -> None:
+        """Writes scales where this module's are, which `accelerate` may hold already."""
+        for name, tensor in tensors.items():
+            if name != "nested_code":  # one table for all weights
+                self._scales[name].copy_(tensor)
 
 
 class _Product(torch.autograd.Function):

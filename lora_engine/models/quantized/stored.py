@@ -1,6 +1,8 @@
 """How a linear's weight is stored, whoever stored it."""
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -31,6 +33,35 @@ def stored_weight(layer: nn.Linear) -> Tensor | QuantizedWeight:
     return _of_bitsandbytes(layer) if _is_bitsandbytes_4bit(layer) else layer.weight
 
 
+def decoded_dtype(layer: nn.Linear) -> torch.dtype:
+    """The dtype of the numbers that the layer's weight stands for, however it is stored."""
+    if isinstance(layer, QuantizedLinear):
+        return layer.dtype
+    state: Any = getattr(layer.weight, "quant_state", None)
+    dtype: torch.dtype = layer.weight.dtype if state is None else state.dtype
+    return dtype
+
+
+@contextmanager
+def not_packed_anew(model: nn.Module) -> Iterator[None]:
+    """Within, bitsandbytes packs no weight anew for this CPU, which it does in eval mode.
+
+    That rounds the scales, and they stay rounded.
+    """
+    layers: list[Any] = [
+        module
+        for module in model.modules()
+        if _is_bitsandbytes_4bit(module) and getattr(module, "support_avx512bf16_for_cpu", False)
+    ]
+    for layer in layers:
+        layer.support_avx512bf16_for_cpu = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.support_avx512bf16_for_cpu = True
+
+
 def weight_count(module: nn.Module) -> int:
     """The numbers that the module's own parameters stand for."""
     sizes = {name: p.numel() for name, p in module.named_parameters(recurse=False)}
@@ -45,7 +76,7 @@ def _is_bitsandbytes_4bit(module: object) -> bool:
 
 
 def _why_not_bitsandbytes(layer: Any) -> str | None:
-    state: Any = layer.weight.quant_state
+    state: Any = getattr(layer.weight, "quant_state", None)
     if state is None:
         return "bitsandbytes has not quantised its weight yet: move the model to its device"
     if getattr(state, "packing_format_for_cpu", False):
@@ -56,6 +87,10 @@ def _why_not_bitsandbytes(layer: Any) -> str | None:
         return f"its weight is {list(state.shape)} in blocks of {state.blocksize}"
     if state.nested and state.state2.blocksize != NESTED_BLOCK:
         return f"its scales are quantised in blocks of {state.state2.blocksize}"
+    try:
+        _of_bitsandbytes(layer)
+    except ValueError as error:  # scales that it keeps for a CPU, of a weight that it unpacked
+        return f"bitsandbytes keeps its weight otherwise: {error}"
     return None
 
 

@@ -124,6 +124,11 @@ class TestFolder:
         assert tokenizer.pad_token == tokenizer.eos_token == "<|im_end|>"
         assert load_tokenizer(folder).pad_token == "<|im_end|>"
 
+    @pytest.mark.parametrize("options", [{"double_quant": True}, {"quantize_skip": ["q_proj"]}])
+    def test_options_of_a_format_that_is_not_given(self, folder, options):
+        with pytest.raises(UserError, match="need quantize, nf4 or fp4"):
+            load_model(folder, **options)
+
     def test_weights_of_four_bits(self, folder):
         options = {"dtype": "bfloat16", "device": "cpu"}
         model, _ = load_model(folder, quantize="nf4", double_quant=True, **options)
@@ -137,7 +142,7 @@ class TestFolder:
                 assert packed.dequantize().equal(expected.dequantize()), name
                 found += 1
         assert found == 7 * len(dense.model.layers)
-        skipped, _ = load_model(folder, quantize="fp4", quantize_skip=["*_proj"], **options)
+        skipped, _ = load_model(folder, quantize="fp4", quantize_skip=["up_*"], **options)
         assert type(skipped.model.layers[0].mlp.up_proj) is torch.nn.Linear
         with pytest.raises(UserError, match="format 'int3'"):
             load_model(folder, quantize="int3", **options)

@@ -95,3 +95,45 @@ def test_a_copy_has_memory_of_its_own() -> None:
 def test_it_says_what_it_is() -> None:
     expected = "in_features=80, out_features=24, bias=True, nf4, block=64, double_quant=True"
     assert str(layer_of()) == f"QuantizedLinear({expected})"
+
+
+def test_a_state_without_the_weight_leaves_it() -> None:
+    """As of an adapter's file, which is loaded with `strict=False`."""
+    layer = layer_of()
+    before = layer.quantized.dequantize()
+    found = layer.load_state_dict({"bias": torch.zeros(24)}, strict=False)
+    assert found.missing_keys == ["weight"] and not found.unexpected_keys
+    assert torch.equal(layer.quantized.dequantize(), before) and not layer.bias.any()
+    with pytest.raises(RuntimeError, match=r'Missing key.*"weight"'):
+        layer.load_state_dict({"bias": torch.zeros(24)})
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_a_state_is_written_into_the_memory_that_others_hold(double_quant: bool) -> None:
+    layer, other = (layer_of(seed=seed, double_quant=double_quant) for seed in (0, 1))
+    held = layer.quantized
+    layer.load_state_dict(other.state_dict())
+    assert torch.equal(held.dequantize(), other.quantized.dequantize())
+    layer.load_state_dict(layer_of(double_quant=double_quant).state_dict(), assign=True)
+    assert torch.equal(held.dequantize(), other.quantized.dequantize())
+    expected = layer_of(double_quant=double_quant).quantized
+    assert torch.equal(layer.quantized.dequantize(), expected.dequantize())
+
+
+def test_another_table_of_scales_is_refused() -> None:
+    layer, state = layer_of(), layer_of().state_dict()
+    state["weight.nested_quant_map"] = state["weight.nested_quant_map"] / 2
+    with pytest.raises(RuntimeError, match="nested_quant_map is another table"):
+        layer.load_state_dict(state)
+
+
+def test_tensors_of_a_state_are_no_parts_of_larger_ones() -> None:
+    """safetensors' `save_model` writes no others."""
+    for name, tensor in layer_of().state_dict().items():
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes, name
+
+
+def test_an_input_that_was_cast_to_the_codes_dtype_is_refused() -> None:
+    layer = layer_of()
+    with pytest.raises(ValueError, match=r"input of QuantizedLinear.*is torch\.uint8"):
+        layer(torch.randn(3, 80).to(layer.weight.dtype))

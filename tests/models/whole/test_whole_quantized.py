@@ -2,8 +2,10 @@
 
 import copy
 import warnings
+from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from torch import nn
@@ -20,7 +22,7 @@ import lora_engine
 from lora_engine import ops
 from lora_engine.models.attach.linear_group import LinearGroup
 from lora_engine.models.quantized.linear import QuantizedLinear
-from lora_engine.models.quantized.stored import stored_weight
+from lora_engine.models.quantized.stored import decoded_dtype, stored_weight, why_not_stored
 from lora_engine.testing import error, with_lora
 
 
@@ -123,6 +125,37 @@ def test_restore_gives_back_the_packed_weights(device: torch.device) -> None:
         assert torch.equal(x, expected[name]), name
 
 
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_other_weights_loaded_into_an_accelerated_model_count(
+    double_quant: bool, device: torch.device
+) -> None:
+    model, given = packed(device, double_quant=double_quant), batch_of("right", device)
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        other = packed(device, double_quant=double_quant)
+        state = other.state_dict()
+        for name, tensor in state.items():
+            if name.endswith(".weight.absmax"):
+                tensor.copy_(tensor.roll(1))
+    expected = {n: x.clone() for n, x in training_results(other, given).items()}
+    lora_engine.accelerate(model)
+    model.load_state_dict(state)
+    for name, x in training_results(model, given).items():
+        assert error(x, expected[name]) < 2e-5, name
+
+
+def test_adapters_of_a_file_are_loaded(tmp_path: Path, device: torch.device) -> None:
+    model, given = packed(device), batch_of("right", device)
+    expected = {n: x.clone() for n, x in training_results(model, given).items()}
+    lora_engine.accelerate(model)
+    model.save_pretrained(tmp_path)
+    base = packed(device).unload()
+    read = peft.PeftModel.from_pretrained(base, tmp_path, is_trainable=True)
+    lora_engine.accelerate(read)
+    for name, x in training_results(read, given).items():
+        assert error(x, expected[name]) < 2e-5, name
+
+
 @pytest.fixture(scope="module")
 def bnb() -> Any:
     with warnings.catch_warnings():
@@ -190,3 +223,28 @@ def test_bitsandbytes_linears_that_compute_otherwise_are_left(
     report = lora_engine.accelerate(model)
     reasons = {e.detail for e in report.left if e.operation == "linear"}
     assert reasons == {"it computes in torch.bfloat16, and decodes its weight to torch.float32"}
+
+
+def test_a_try_does_not_have_bitsandbytes_pack_its_weights_anew(bnb: Any) -> None:
+    """On a CPU with bfloat16's AVX-512 it does so in eval mode, and scales stay rounded."""
+    model = loaded(bnb, torch.device("cpu"), torch.float32)
+    layers = [m for m in model.modules() if isinstance(m, bnb.nn.Linear4bit)]
+    for layer in layers:
+        layer.support_avx512bf16_for_cpu = True
+    before = [stored_weight(layer).dequantize() for layer in layers]
+    report = lora_engine.accelerate(model)
+    assert {entry.operation for entry in report.left} <= {"attention"}
+    for layer, weight in zip(layers, before, strict=True):
+        assert layer.support_avx512bf16_for_cpu
+        assert torch.equal(stored_weight(layer).dequantize(), weight)
+
+
+def test_scales_that_bitsandbytes_keeps_for_a_cpu_are_left_to_it(bnb: Any) -> None:
+    layer = linear_4bit(bnb, nn.Linear(64, 32, bias=False), torch.device("cpu"))
+    assert why_not_stored(layer) is None
+    state = layer.weight.quant_state
+    state.absmax, state.nested = torch.ones(2, 32, dtype=torch.bfloat16), False
+    reason = why_not_stored(layer)
+    assert reason is not None and "keeps its weight otherwise" in reason
+    assert r"absmax is [2, 32] bfloat16" in reason
+    assert decoded_dtype(layer) == torch.float32
