@@ -63,6 +63,11 @@ def backend_of(item: pytest.Item) -> object:
     return getattr(params.get("backend"), "impl", None)
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("there is no GPU")
+
+
 GPU_LOST = 3
 
 
