@@ -228,8 +228,8 @@ struct FewRowsArgs {
   int64_t adapter_count;
 };
 
-// A weight of `size` values in blocks of `block` consecutive ones, a power of two from 32; two codes
-// in a byte, the first in its upper half. See lora_engine/quantization/blockwise_4bit.py.
+// A weight of `size` values in blocks of `block` consecutive ones, a power of two from 32; two
+// codes in a byte, the first in its upper half. See lora_engine/quantization/blockwise_4bit.py.
 struct Quantize4bitArgs {
   const void* w;             // [size]
   const float* bounds;       // [15], ascending: between the values of neighbouring codes
