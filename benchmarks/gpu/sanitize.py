@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common.journal import Journal, started
+from benchmarks.gpu.gpu_stages import PYTEST
 
 ROOT = Path(__file__).resolve().parents[2]
-PYTEST = "import sys; sys.path.pop(0); import pytest; sys.exit(pytest.main())"
 TOOLS = ("memcheck", "racecheck")
 FOUND = 9
 LOG_LINES = 12
