@@ -1,7 +1,7 @@
 """Packed batches: many sequences in one row of tokens, without padding."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -10,6 +10,9 @@ from torch import Tensor
 from lora_engine import backends
 from lora_engine.data.prefixes import Segment, shared_segments, whole_segments
 from lora_engine.data.render import Example
+
+# The role of examples whose log-probabilities alone are read, for a statistic.
+MISMATCHED = "mismatched"
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,11 @@ class PackedBatch:
     origins: where each example comes from.
     num_tokens: tokens of the examples, shared ones counted for each.
     adapters: name of the adapter of each sequence, S of them; none if no example names one.
+    last_index: int64 [E]; where the last token of each of the E examples stands.
+    roles: `Example.role` of each example; none if no example has one.
+    columns: float32, [E] or [U], by name: numbers for the objective, of each example or target.
+    mismatched: the examples of that role, which are in no other field; None if there are none.
+    statistics: scalars by name that the objective took over all batches of a step.
     """
 
     input_ids: Tensor
@@ -42,6 +50,16 @@ class PackedBatch:
     origins: tuple[str, ...]
     num_tokens: int
     adapters: tuple[str, ...] = ()
+    last_index: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    roles: tuple[str, ...] = ()
+    columns: Mapping[str, Tensor] = field(default_factory=dict)
+    mismatched: "PackedBatch | None" = None
+    statistics: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def num_examples(self) -> int:
+        """E."""
+        return len(self.target_counts)
 
     @property
     def num_rows(self) -> int:
@@ -58,6 +76,10 @@ class PackedBatch:
         """S."""
         return self.cu_seqlens.numel() - 1
 
+    def with_role(self, role: str) -> list[int]:
+        """The places of the examples of a role."""
+        return [place for place, own in enumerate(self.roles) if own == role]
+
     def to(self, device: torch.device | str) -> "PackedBatch":
         """The same batch with its tensors on `device`; the host waits for no GPU."""
         return replace(
@@ -68,18 +90,32 @@ class PackedBatch:
             parents=None if self.parents is None else backends.moved(self.parents, device),
             target_index=backends.moved(self.target_index, device),
             target_ids=backends.moved(self.target_ids, device),
+            last_index=backends.moved(self.last_index, device),
+            columns={name: backends.moved(x, device) for name, x in self.columns.items()},
+            mismatched=None if self.mismatched is None else self.mismatched.to(device),
+            statistics={name: backends.moved(x, device) for name, x in self.statistics.items()},
         )
 
 
 def collate(examples: Sequence[Example], *, share_prefixes: bool = False) -> PackedBatch:
     """Pack `examples` into one batch on the CPU.
 
-    In their order; with `share_prefixes` tokens that examples begin with in common are one
-    sequence, which the rest of each continues, if the same adapter learns from them. The loss and
-    its gradients are the same.
+    In their order, each before its `others`, which are examples of the batch like it; those that
+    are mismatched make a batch of their own. With `share_prefixes` tokens that examples begin with
+    in common are one sequence, which the rest of each continues, if the same adapter learns from
+    them. The loss and its gradients are the same.
 
     Raises ValueError for no examples, or an empty one.
     """
+    sequences = [sequence for example in examples for sequence in example.sequences]
+    mismatched = [sequence for sequence in sequences if sequence.role == MISMATCHED]
+    batch = _packed([s for s in sequences if s.role != MISMATCHED], share_prefixes)
+    if not mismatched:
+        return batch
+    return replace(batch, mismatched=_packed(mismatched, share_prefixes))
+
+
+def _packed(examples: Sequence[Example], share_prefixes: bool) -> PackedBatch:
     lengths = [len(example.input_ids) for example in examples]
     if not lengths or min(lengths) == 0:
         raise ValueError(f"cannot pack {len(lengths)} examples of lengths {lengths}")
@@ -112,7 +148,31 @@ def collate(examples: Sequence[Example], *, share_prefixes: bool = False) -> Pac
         origins=tuple(example.origin for example in examples),
         num_tokens=sum(lengths),
         adapters=tuple(adapters[s.members[0]] for s in segments) if any(adapters) else (),
+        last_index=torch.tensor([int(places[-1]) for places in rows]),
+        roles=tuple(e.role for e in examples) if any(e.role for e in examples) else (),
+        columns={name: _column(name, examples) for name in _names(examples)},
     )
+
+
+def _names(examples: Iterable[Example]) -> dict[str, None]:
+    return {name: None for example in examples for name in example.columns}
+
+
+def _column(name: str, examples: Sequence[Example]) -> Tensor:
+    """[E] or [U] float32: the examples' numbers; 0 for an example that has none."""
+    values = [example.columns.get(name, 0.0) for example in examples]
+    if not any(isinstance(value, Sequence) for value in values):
+        return torch.tensor(values, dtype=torch.float32)
+    of_targets: list[float] = []
+    for example, value in zip(examples, values, strict=True):
+        each = value if isinstance(value, Sequence) else [value] * example.num_targets
+        if len(each) != example.num_targets:
+            raise ValueError(
+                f"{example.origin}: column {name!r} has {len(each)} numbers for "
+                f"{example.num_targets} targets"
+            )
+        of_targets += each
+    return torch.tensor(of_targets, dtype=torch.float32)
 
 
 def _rows(

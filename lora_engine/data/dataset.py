@@ -1,16 +1,18 @@
 """A data source as tokenized examples, with an account of every record that is not among them."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, overload
 
 import numpy as np
 
+from lora_engine.data.batch import MISMATCHED
 from lora_engine.data.encode import Encoder
 from lora_engine.data.listing import group, raise_listed, without_origin
+from lora_engine.data.pairs import check_answers, example_of, with_mismatched
 from lora_engine.data.records import Record, Source, read_records
-from lora_engine.data.render import Example, LossOn, tokenize
+from lora_engine.data.render import Example, LossOn
 from lora_engine.data.template import Tokenizer
 from lora_engine.errors import UserError
 
@@ -68,8 +70,12 @@ class TokenizedDataset(Sequence[Example]):
 
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens per example, int64 [n]."""
-        return np.array([len(example) for example in self.examples], dtype=np.int64)
+        """Tokens of each of the examples' sequences, int64."""
+        return np.array([len(sequence) for sequence in self.sequences()], dtype=np.int64)
+
+    def sequences(self) -> Iterator[Example]:
+        """The examples, each followed by its `others`."""
+        return (sequence for example in self.examples for sequence in example.sequences)
 
     @property
     def num_tokens(self) -> int:
@@ -79,7 +85,7 @@ class TokenizedDataset(Sequence[Example]):
     @property
     def num_targets(self) -> int:
         """Tokens that the loss is taken over."""
-        return sum(example.num_targets for example in self.examples)
+        return sum(s.num_targets for s in self.sequences() if s.role != MISMATCHED)
 
     @property
     def num_records(self) -> int:
@@ -89,7 +95,11 @@ class TokenizedDataset(Sequence[Example]):
     @property
     def truncated(self) -> tuple[str, ...]:
         """Origins of the examples that were cut to max_length."""
-        return tuple(example.origin for example in self.examples if example.truncated)
+        return tuple(
+            example.origin
+            for example in self.examples
+            if any(sequence.truncated for sequence in example.sequences)
+        )
 
 
 @dataclass(frozen=True)
@@ -119,7 +129,8 @@ def prepare(
     """Read, render and tokenize `source` (see `read_records`); a TokenizedDataset stays as it is.
 
     max_length: longest example in tokens; None for no limit.
-    on_too_long: "truncate" keeps the first max_length tokens, "drop" leaves the record out.
+    on_too_long: "truncate" keeps the first max_length tokens, or the last of the prompt and the
+        answer where answers are compared or judged; "drop" leaves the record out.
     split: split of a hub dataset.
     limit: use only the first `limit` records.
 
@@ -140,7 +151,9 @@ def prepare(
     keep = max_length if on_too_long == "truncate" else None
     for record in records:
         try:
-            example = tokenize(record, tokenizer, max_length=keep, loss_on=loss_on, encoder=encoder)
+            example = example_of(
+                record, tokenizer, max_length=keep, loss_on=loss_on, encoder=encoder
+            )
         except UserError as error:
             problems.append(without_origin(error, record.origin))
             continue
@@ -152,6 +165,7 @@ def prepare(
         else:
             examples.append(example)
     raise_listed(name, problems, len(records))
+    examples = with_mismatched(examples, max_length)
     dataset = TokenizedDataset(
         examples,
         name=name,
@@ -198,8 +212,10 @@ def _reason_to_drop(record: Record, example: Example, max_length: int | None) ->
     if not record.has_answer():
         roles = {message["role"] for message in record.messages}
         return NO_ASSISTANT if roles and "assistant" not in roles else NO_ANSWER
-    if max_length is not None and len(example) > max_length:
+    if max_length is not None and max(map(len, example.sequences)) > max_length:
         return TOO_LONG
+    if example.role:
+        return check_answers(example)
     if example.num_targets == 0:
         if example.truncated:
             return ANSWER_CUT_OFF
@@ -208,9 +224,14 @@ def _reason_to_drop(record: Record, example: Example, max_length: int | None) ->
 
 
 def _find_duplicates(examples: Iterable[Example]) -> Iterable[Duplicate]:
-    first: dict[tuple[tuple[int, ...], tuple[bool, ...], str], str] = {}
+    first: dict[tuple[object, ...], str] = {}
     for example in examples:
-        key = (tuple(example.input_ids), tuple(example.supervised), example.adapter)
+        taught = (
+            (tuple(s.input_ids), tuple(s.supervised), s.role)
+            for s in example.sequences
+            if s.role != MISMATCHED
+        )
+        key = (*taught, example.adapter)
         if key in first:
             yield Duplicate(example.origin, first[key])
         else:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lora_engine.data.account import ignored_line
+from lora_engine.data.batch import MISMATCHED
 from lora_engine.data.dataset import (
     Dropped,
     Duplicate,
@@ -56,6 +57,7 @@ class DataReport:
     length_common: tokens that all examples begin with in common.
     leakage: what of this data is also in the training data; None for the training data itself.
     adapters: examples that name each adapter.
+    roles: sequences of each `Example.role`: chosen and rejected answers, say.
     notes: what was done with texts that their authors may not expect.
     ignored: fields that nothing reads, and how many records have them.
     """
@@ -79,6 +81,7 @@ class DataReport:
     adapters: tuple[tuple[str, int], ...] = ()
     notes: tuple[Finding, ...] = ()
     ignored: tuple[tuple[str, int], ...] = ()
+    roles: tuple[tuple[str, int], ...] = ()
 
 
 def report(
@@ -107,7 +110,13 @@ def report(
         truncated=dataset.truncated,
         dropped=dataset.dropped,
         duplicates=dataset.duplicates,
-        samples=tuple(sample(example, tokenizer) for example in _spread(dataset, num_samples)),
+        samples=tuple(
+            sample(sequence, tokenizer)
+            for example in _spread(dataset, num_samples)
+            for sequence in example.sequences
+            if sequence.role != MISMATCHED
+        ),
+        roles=tuple(Counter(e.role for e in dataset.sequences() if e.role).items()),
         leakage=find_leakage(train, dataset) if train is not None else None,
         adapters=tuple(Counter(e.adapter for e in dataset if e.adapter).items()),
         notes=group((example.origin, note) for example in dataset for note in example.notes),
@@ -130,7 +139,7 @@ def sample(example: Example, tokenizer: Tokenizer) -> Sample:
     """The example's text as the model sees it, special tokens included."""
     tokens = zip(example.input_ids, example.supervised, strict=True)
     return Sample(
-        example.origin,
+        f"{example.origin}, {example.role}" if example.role else example.origin,
         tuple(
             (tokenizer.decode([token for token, _ in run]), supervised)
             for supervised, run in groupby(tokens, key=lambda token: token[1])
@@ -178,6 +187,8 @@ def _counts(data: DataReport) -> "Table":
     adapters = ", ".join(f"{count:,} for {name}" for name, count in data.adapters)
     examples = f"{data.num_examples:,}" + (f" ({adapters})" if adapters else "")
     table.add_row("examples", Text(examples))  # names of adapters are not markup
+    if data.roles:
+        table.add_row("answers", ", ".join(f"{count:,} {role}" for role, count in data.roles))
     table.add_row("tokens", f"{data.num_tokens:,}")
     table.add_row("learned from", f"{data.num_targets:,} tokens ({share:.1%})")
     table.add_row(

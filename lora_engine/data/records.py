@@ -1,10 +1,15 @@
 """Read training records from files, the hub or memory, and check them before any work.
 
-A record is one of three kinds, told by its fields (the first that matches counts):
+A record is of one kind, told by its fields (the first that matches counts):
 
+- preference: `chosen` and `rejected`, with `prompt` or with a beginning in common
 - `messages`: a chat, a list of {"role": ..., "content": ...}
+- unpaired: `prompt`, `completion` and `label`, true or false
 - `prompt` and `completion`: two strings
 - `text`: one string
+- `prompt` alone, and any other fields
+
+What a preference, an unpaired record or a prompt holds are strings or messages.
 
 Any of them may name, in `adapter`, the one of several adapters that learns from it. Other fields
 are not read; `Record.ignored` names them.
@@ -13,19 +18,21 @@ are not read; `Record.ignored` names them.
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
+from lora_engine.data.fields import Messages, kind_of, messages_of, string_of
 from lora_engine.data.listing import raise_listed, without_origin
+from lora_engine.data.preferences import is_preference, preference_of
 from lora_engine.data.readers import SUFFIXES, Row, RowError, read_file
-from lora_engine.data.strings import check_string, check_strings, field_name
+from lora_engine.data.strings import check_strings, field_name
 from lora_engine.errors import UserError, nearest, reason
 
 if TYPE_CHECKING:
     import datasets
 
-Kind = Literal["messages", "completion", "text"]
+Kind = Literal["messages", "completion", "text", "preference", "unpaired", "prompt"]
 InMemory: TypeAlias = "Sequence[Mapping[str, object]] | Sequence[Record] | datasets.Dataset"
 Source: TypeAlias = "str | Path | InMemory"
 
@@ -41,8 +48,12 @@ class Record:
 
     kind: which of the fields below are set.
     messages: the chat, for kind "messages".
-    prompt, completion: for kind "completion".
+    prompt, completion: for kind "completion"; messages too for "unpaired", as is the prompt of
+        "preference" and "prompt".
     text: for kind "text".
+    chosen, rejected: two answers to the prompt, for kind "preference".
+    label: whether the completion is wanted, for kind "unpaired".
+    columns: other fields that something reads: of "prompt" all of them, of "preference" `margin`.
     adapter: name of the adapter that learns from it ("": none named).
     origin: where it stands, "file:line" where there are lines.
     group: records of one group belong on one side of a train/held-out split ("": no group).
@@ -50,10 +61,14 @@ class Record:
     """
 
     kind: Kind
-    messages: tuple[Mapping[str, object], ...] = ()
-    prompt: str = ""
-    completion: str = ""
+    messages: Messages = ()
+    prompt: str | Messages = ""
+    completion: str | Messages = ""
     text: str = ""
+    chosen: str | Messages = ""
+    rejected: str | Messages = ""
+    label: bool | None = None
+    columns: Mapping[str, object] = field(default_factory=dict)
     adapter: str = ""
     origin: str = ""
     group: str = ""
@@ -61,17 +76,25 @@ class Record:
 
     def has_answer(self) -> bool:
         """Whether the record has text to learn from; tokenization may still leave no target."""
-        if self.kind == "messages":
-            return any(
-                message["role"] == "assistant"
-                and (not _is_blank(message.get("content")) or message.get("tool_calls"))
-                for message in self.messages
-            )
-        return bool((self.completion if self.kind == "completion" else self.text).strip())
+        match self.kind:
+            case "messages":
+                return _answers(self.messages)
+            case "preference":
+                return _answers(self.chosen) and _answers(self.rejected)
+            case "completion" | "unpaired":
+                return _answers(self.completion)
+            case "text":
+                return _answers(self.text)
+            case "prompt":
+                return False
 
     def content_key(self) -> str:
         """A digest that two records share only if their contents are the same."""
-        content = (self.kind, self.messages, self.prompt, self.completion, self.text)
+        content: tuple[object, ...] = (
+            *(self.kind, self.messages, self.prompt, self.completion, self.text),
+        )
+        if self.kind in ("preference", "unpaired", "prompt"):
+            content += (self.chosen, self.rejected, self.label, self.columns)
         encoded = json.dumps(content, sort_keys=True, default=str).encode()
         return hashlib.sha256(encoded).hexdigest()
 
@@ -115,24 +138,26 @@ def _checked(row: Row) -> Record:
     if not isinstance(row.value, Record):
         return parse_record(row.value, row.origin)
     record = row.value
-    check_string(record.prompt, f"{row.origin}: 'prompt'")
-    check_string(record.completion, f"{row.origin}: 'completion'")
-    check_string(record.text, f"{row.origin}: 'text'")
-    check_string(record.adapter, f"{row.origin}: 'adapter'")
-    check_strings(record.messages, f"{row.origin}: 'messages'")
+    for name in ("messages", "prompt", "completion", "text", "chosen", "rejected", "adapter"):
+        check_strings(getattr(record, name), f"{row.origin}: {name!r}")
     return record
 
 
 def parse_record(row: object, origin: str) -> Record:
     """Check one row. Raises UserError "origin: what is wrong"."""
     if not isinstance(row, Mapping):
-        raise UserError(f"{origin}: expected an object with fields, got {_name(row)}")
+        raise UserError(f"{origin}: expected an object with fields, got {kind_of(row)}")
     present = {field for field in FIELDS if row.get(field) is not None}
-    adapter = "" if row.get("adapter") is None else _string(row, "adapter", origin)
+    adapter = "" if row.get("adapter") is None else string_of(row, "adapter", origin)
+    if is_preference(row):
+        parts, read = preference_of(row, origin)
+        group = _digest(0, json.dumps(parts["prompt"], sort_keys=True, default=str))
+        ignored = () if parts["kind"] == "prompt" else _ignored(row, read)
+        return Record(**parts, adapter=adapter, origin=origin, group=group, ignored=ignored)
     if "messages" in present:
         return Record(
             "messages",
-            _messages(row["messages"], origin),
+            messages_of(row["messages"], origin),
             adapter=adapter,
             origin=origin,
             ignored=_ignored(row, ("messages",)),
@@ -140,8 +165,8 @@ def parse_record(row: object, origin: str) -> Record:
     if {"prompt", "completion"} <= present:
         return Record(
             "completion",
-            prompt=_string(row, "prompt", origin),
-            completion=_string(row, "completion", origin),
+            prompt=string_of(row, "prompt", origin),
+            completion=string_of(row, "completion", origin),
             adapter=adapter,
             origin=origin,
             ignored=_ignored(row, ("prompt", "completion")),
@@ -149,7 +174,7 @@ def parse_record(row: object, origin: str) -> Record:
     if "text" in present:
         return Record(
             "text",
-            text=_string(row, "text", origin),
+            text=string_of(row, "text", origin),
             adapter=adapter,
             origin=origin,
             ignored=_ignored(row, ("text",)),
@@ -174,6 +199,17 @@ def _ignored(row: Mapping[str, object], read: tuple[str, ...]) -> tuple[str, ...
         f"{field} (beside {' and '.join(read)})" if field in FIELDS else field_name(field)
         for field in beside
         if not _is_empty(row[field])
+    )
+
+
+def _answers(said: str | Messages) -> bool:
+    """Whether a text, or what an assistant says in messages, holds more than white space."""
+    if isinstance(said, str):
+        return bool(said.strip())
+    return any(
+        message["role"] == "assistant"
+        and (not _is_blank(message.get("content")) or bool(message.get("tool_calls")))
+        for message in said
     )
 
 
@@ -237,45 +273,6 @@ def _side_keys(records: Sequence[Record], contents: Sequence[str]) -> list[str]:
 
 def _digest(seed: int, key: str) -> str:
     return hashlib.sha256(f"{seed}:{key}".encode()).hexdigest()
-
-
-def _messages(value: object, origin: str) -> tuple[Mapping[str, object], ...]:
-    if not isinstance(value, list | tuple) or not value:
-        raise UserError(f"{origin}: 'messages' must be a non-empty list, got {_name(value)}")
-    return tuple(_message(m, f"{origin}: message {i}") for i, m in enumerate(value, start=1))
-
-
-def _message(message: object, where: str) -> Mapping[str, object]:
-    if not isinstance(message, Mapping):
-        raise UserError(f"{where}: expected an object, got {_name(message)}")
-    check_strings(message, where)
-    # Columnar files spell an absent field as null.
-    message = {key: value for key, value in message.items() if value is not None}
-    role, content = message.get("role"), message.get("content")
-    if not isinstance(role, str) or not role:
-        raise UserError(f"{where}: 'role' must be a string such as 'user', got {_name(role)}")
-    if content is None and message.get("tool_calls"):
-        return message
-    if not isinstance(content, str):
-        raise UserError(f"{where}: 'content' must be a string, got {_name(content)}")
-    return message
-
-
-def _string(row: Mapping[str, object], field: str, origin: str) -> str:
-    value = row[field]
-    if not isinstance(value, str):
-        raise UserError(f"{origin}: {field!r} must be a string, got {_name(value)}")
-    check_string(value, f"{origin}: {field!r}")
-    return value
-
-
-def _name(value: object) -> str:
-    # Without the value, so that the same mistake in many records is told once.
-    names = {str: "a string", list: "a list", dict: "an object", type(None): "nothing"}
-    names |= {int: "a number", float: "a number", bool: "true or false"}
-    if isinstance(value, list | tuple) and not value:
-        return "an empty list"
-    return names.get(type(value), f"{type(value).__name__} {value!r}"[:60])
 
 
 def _built_in(split: str | None) -> list[Record]:
@@ -346,7 +343,9 @@ def _rows_in_memory(
     try:
         rows = enumerate(source)
     except TypeError as error:
-        raise UserError(f"expected records, or where to read them, got {_name(source)}") from error
+        raise UserError(
+            f"expected records, or where to read them, got {kind_of(source)}"
+        ) from error
     for number, value in rows:
         origin = f"{prefix}:{number}"
         if isinstance(value, Record):

@@ -20,8 +20,8 @@ in it keep their meaning. A text, a completion or an assistant's message that en
 gets no second one.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from lora_engine.data.control import MARKER, ControlTokens
@@ -48,6 +48,11 @@ class Example:
     adapter: name of the adapter that learns from it ("": none named).
     notes: what was done with its text that its author may not expect.
     ignored: keys of its messages, "messages.KEY", that the chat template does not read.
+    role: what it is to an objective: "chosen" or "rejected" of a pair, "desirable" or
+        "undesirable", "mismatched"; "" where it is learned from as it is.
+    others: what has to be in the same batch: the rejected answer to a chosen one, an answer to
+        another prompt for one that is judged.
+    columns: numbers for the objective by name, one for the example or one for each target.
     """
 
     input_ids: list[int]
@@ -57,9 +62,22 @@ class Example:
     adapter: str = ""
     notes: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
+    role: str = ""
+    others: tuple["Example", ...] = ()
+    columns: Mapping[str, float | Sequence[float]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.input_ids)
+
+    @property
+    def sequences(self) -> tuple["Example", ...]:
+        """The example and its `others`."""
+        return (self, *self.others)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all its sequences."""
+        return sum(len(sequence) for sequence in self.sequences)
 
     @property
     def num_targets(self) -> int:
@@ -83,16 +101,18 @@ def tokenize(
     max_length: int | None = None,
     loss_on: LossOn = "assistant",
     encoder: Encoder | None = None,
+    asked: int = 0,
 ) -> Example:
     """Token ids and mask of `record`, cut to its first `max_length` tokens (None: whole).
 
     loss_on: "assistant" learns from assistant messages and completions, "all" from every token.
+    asked: how many messages of a chat are the prompt, from which nothing is learned.
     encoder: the tokenizer's, made once for many records.
     Raises UserError if the record cannot be rendered, or not masked exactly.
     """
     encoder = encoder or Encoder(tokenizer)
     if record.kind == "messages":
-        text = _chat(record.messages, tokenizer, encoder.control, loss_on, record.origin)
+        text = _chat(record.messages, tokenizer, encoder.control, loss_on, record.origin, asked)
         ids, supervised = encoder.encode_segments(text.segments, origin=record.origin)
     else:
         text, ids, supervised = _encode_plain(record, encoder, loss_on)
@@ -114,6 +134,7 @@ def _chat(
     control: ControlTokens,
     loss_on: LossOn,
     origin: str,
+    asked: int = 0,
 ) -> Text:
     """The chat, rendered by the tokenizer's template and cut at the assistant's turns."""
     messages, marked, notes = _prepared(messages, control)
@@ -125,7 +146,7 @@ def _chat(
             messages, whole = marked, rendered
             notes = (*notes, _spelled_note(spelled))
     return Text(
-        _chat_segments(messages, whole, tokenizer, control, loss_on, origin),
+        _chat_segments(messages, whole, tokenizer, control, loss_on, origin, asked),
         notes,
         _unread_keys(messages, whole, tokenizer),
     )
@@ -201,13 +222,14 @@ def _chat_segments(
     control: ControlTokens,
     loss_on: LossOn,
     origin: str,
+    asked: int = 0,
 ) -> list[Segment]:
     if loss_on == "all":
         return [Segment(whole, True)]
     segments: list[Segment] = []
     position = 0
     for index, message in enumerate(messages):
-        if message["role"] != "assistant":
+        if message["role"] != "assistant" or index < asked:
             continue
         start, end = _turn_span(messages, index, whole, tokenizer, control, origin)
         if not position <= start <= end:
@@ -248,6 +270,7 @@ def _completion(
     record: Record, control: ControlTokens, eos: str, bos: str, loss_on: LossOn
 ) -> tuple[Text, list[str]]:
     """Prompt and completion, and the tokens that end them."""
+    assert isinstance(record.prompt, str) and isinstance(record.completion, str)
     prompt = record.prompt.removeprefix(bos)
     completion, ends = control.split_end(record.completion)
     notes = [_ended_note(ends)] if ends else []

@@ -24,7 +24,7 @@ def check_rows(dataset: TokenizedDataset, rows: int | None, tokenizer: Tokenizer
     if rows is None:
         return
     problems: list[tuple[str, str]] = []
-    for example in dataset:
+    for example in dataset.sequences():
         ids = example.input_ids
         if not ids or len(ids) != len(example.supervised):
             counts = f"{len(ids)} tokens and {len(example.supervised)} marks of what is learned"

@@ -38,7 +38,7 @@ class BatchSource:
         self._examples = examples
         self._epochs = epochs
         self._sampler = PackedSampler(
-            [len(example) for example in examples],
+            [example.num_tokens for example in examples],
             tokens_per_batch,
             seed=seed,
             shuffle=shuffle,
@@ -79,7 +79,8 @@ class BatchSource:
         share = max(tokens // len(firsts), 2)
         chosen = {index: _cut(candidates[index], share) for index in firsts.values()}
         for index, example in enumerate(candidates):
-            if index not in chosen and sum(map(len, chosen.values())) + len(example) <= tokens:
+            taken = sum(each.num_tokens for each in chosen.values())
+            if index not in chosen and taken + example.num_tokens <= tokens:
                 chosen[index] = example
         kept = [example for _, example in sorted(chosen.items())]
         return collate(kept, share_prefixes=self.share_prefixes)
@@ -101,11 +102,22 @@ def fingerprint(examples: Sequence[Example]) -> str:
         digest.update(array("q", example.input_ids).tobytes())
         digest.update(bytes(example.supervised))
         digest.update(example.adapter.encode())
+        if example.role or example.columns:
+            digest.update(repr((example.role, sorted(example.columns.items()))).encode())
+        if example.others:
+            digest.update(fingerprint(example.others).encode())
     return digest.hexdigest()
 
 
 def _cut(example: Example, length: int) -> Example:
-    """At most `length` (2 or more) consecutive tokens of an example, with a target if any."""
+    """At most `length` (2 or more) consecutive tokens of an example, with a target if any.
+
+    Of several sequences each has an equal share of them.
+    """
+    if example.others:
+        share = max(length // len(example.sequences), 2)
+        others = tuple(_cut(other, share) for other in example.others)
+        return replace(_cut(replace(example, others=()), share), others=others)
     if len(example) <= length:
         return example
     first = next((at for at, taught in enumerate(example.supervised) if at and taught), 1)

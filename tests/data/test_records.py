@@ -100,7 +100,7 @@ BAD_LINES = {
     b'["text"]': "expected an object with fields, got a list",
     b'{"question": "a", "answer": "b"}': "needs 'messages', 'prompt' and 'completion', or 'text'; "
     "has 'question', 'answer'",
-    b'{"prompt": "a"}': "has 'prompt'",
+    b'{"chosen": "a"}': "has 'chosen', but no 'rejected' to compare it with",
     b'{"prompt": "a", "completion": 3}': "'completion' must be a string, got a number",
     b'{"messages": []}': "'messages' must be a non-empty list, got an empty list",
     b'{"messages": "hi"}': "'messages' must be a non-empty list, got a string",
