@@ -11,6 +11,7 @@ import torch
 
 from lora_engine.backends import hardware, tables
 from lora_engine.errors import UnavailableError
+from lora_engine.quantization.formats import NAMES
 
 IMPLEMENTATIONS = ("reference", "cpu", "triton", "cuda")
 
@@ -43,8 +44,8 @@ DTYPES = {
 }
 # How a base weight may be stored that an implementation's products read.
 FORMATS = {
-    "cpu": ("dense", "nf4", "fp4"),
-    "triton": ("dense", "nf4", "fp4"),
+    "cpu": ("dense", *NAMES),
+    "triton": ("dense", *NAMES),
 }
 
 # How the wide products of a LoRA group are taken.

@@ -3,18 +3,24 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import NamedTuple, cast, get_args
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from lora_engine.errors import nearest
 from lora_engine.ops.blockwise_4bit import dequantize_4bit_, quantize_4bit
 from lora_engine.ops.tensors import check, shape_of
 from lora_engine.quantization.bitsandbytes_state import from_bitsandbytes, to_bitsandbytes
-from lora_engine.quantization.blockwise_4bit import Blockwise4bit, Code
+from lora_engine.quantization.blockwise_4bit import Blockwise4bit
+from lora_engine.quantization.format import Format, TorchFormat, WritableFormat
+from lora_engine.quantization.formats import WRITABLE, writable_format
+from lora_engine.quantization.packed_state import STATE, from_packed_state, to_packed_state
 
-FORMATS: tuple[str, ...] = get_args(Code)
+FORMATS = WRITABLE
+
+# Values that PyTorch's operations decode at a time: their float32 intermediates stay in a cache.
+_DECODED_VALUES = 1 << 19
+_WEIGHTS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class QuantizationError(NamedTuple):
@@ -38,7 +44,7 @@ class QuantizedWeight:
     Raises ValueError where a tensor is missing or has another shape or dtype.
     """
 
-    format: Blockwise4bit
+    format: Format
     tensors: Mapping[str, Tensor]
     shape: tuple[int, int]
     dtype: torch.dtype
@@ -104,8 +110,17 @@ class QuantizedWeight:
             out = torch.empty(rows, cols, dtype=self.dtype, device=self.device)
         elif problem := self._why_not_into(out, rows):
             raise ValueError(f"out is {shape_of(out)} on {out.device}, {problem}")
-        if out.numel():
+        if out.numel() == 0:
+            return out
+        if isinstance(self.format, Blockwise4bit):
             dequantize_4bit_(out, self.tensors, self.format, first_row=start, impl=impl)
+            return out
+        _check_impl(self.format, impl)
+        format, step = cast(TorchFormat, self.format), max(1, _DECODED_VALUES // cols)
+        for first in range(start, stop, step):
+            last = min(first + step, stop)
+            decoded = format.decode(self.tensors, self.shape, first, last)
+            out[first - start : last - start].copy_(decoded)
         return out
 
     def _why_not_into(self, out: Tensor, rows: int) -> str | None:
@@ -118,6 +133,13 @@ class QuantizedWeight:
         if out.requires_grad and torch.is_grad_enabled():
             return "which requires a gradient, and decoding has none"
         return None
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether no value is NaN or infinite. Waits for the device."""
+        if isinstance(self.format, Blockwise4bit):
+            return all(bool(tensor.isfinite().all()) for tensor in self.tensors.values())
+        return cast(TorchFormat, self.format).is_finite(self.tensors)
 
     def to(self, device: str | torch.device) -> "QuantizedWeight":
         """The same weight on `device`; itself if it is there."""
@@ -140,13 +162,20 @@ class QuantizedWeight:
         return QuantizationError((off.square().mean().sqrt() / size).item(), off.abs().max().item())
 
     def state_dict(self, name: str) -> dict[str, Tensor]:
-        """Tensors for a safetensors file, by the keys that bitsandbytes has for weight `name`."""
-        entries = to_bitsandbytes(self.tensors, self.format, self.shape, self.dtype)
+        """Tensors for a safetensors file, by their keys there.
+
+        NF4 and FP4 have the keys that bitsandbytes has for weight `name`; see
+        `quantization.packed_state` for the others.
+        """
+        if isinstance(self.format, Blockwise4bit):
+            entries = to_bitsandbytes(self.tensors, self.format, self.shape, self.dtype)
+        else:
+            entries = to_packed_state(self.tensors, self.format, self.shape, self.dtype)
         return {name + suffix: tensor for suffix, tensor in entries.items()}
 
     @staticmethod
     def from_state_dict(state: Mapping[str, Tensor], name: str) -> "QuantizedWeight":
-        """The weight `name` out of a state dict with bitsandbytes' keys.
+        """The weight `name` out of a state dict with the keys of `state_dict`.
 
         Raises ValueError, with the weight's name, where entries are missing or do not fit.
         """
@@ -156,7 +185,11 @@ class QuantizedWeight:
             if key == name or key.startswith(f"{name}.")
         }
         try:
-            return QuantizedWeight(*from_bitsandbytes(entries))
+            if STATE not in entries:
+                return QuantizedWeight(*from_bitsandbytes(entries))
+            read = QuantizedWeight(*from_packed_state(entries))
+            check(read.is_finite, "has values that are not finite")
+            return read
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
 
@@ -165,21 +198,49 @@ def quantize_weight(
     weight: Tensor,  # [N, K]
     format: str = "nf4",
     *,
-    block: int = 64,
+    block: int | None = None,
     double_quant: bool = False,
     impl: str | None = None,
 ) -> QuantizedWeight:
     """`weight` in packed bits; it dequantises to the weight's dtype.
 
-    format: one of FORMATS. block: so many consecutive values share a scale; 32, 64, … 4096.
-    double_quant: quantise the scales as well, which saves 0.37 bits a parameter with blocks of 64.
+    format: one of FORMATS. fp8 has a scale for each row, fp8_tensor one, fp8_block one for each
+        tile of 128 by 128; q4_0 and the like are GGUF's.
+    block: so many consecutive values share a scale. nf4, fp4: 32, 64, … 4096, by default 64. int8:
+        any number, by default a row. int4: any number, by default 128.
+    double_quant: of nf4 and fp4: quantise the scales as well, which saves 0.37 bits a parameter
+        with blocks of 64.
 
-    Raises ValueError for another format or block, and for a weight that is no matrix or not finite.
+    Raises ValueError for another format or block, for a weight that is no matrix, of another dtype
+    or not finite, and for columns that are no whole number of the format's blocks.
     """
-    if format not in FORMATS:
-        close = nearest(str(format), FORMATS)
-        hint = f"did you mean {close}?" if close else f"expected one of {', '.join(FORMATS)}"
-        raise ValueError(f"format {format!r}: {hint}")
-    wanted = Blockwise4bit(cast(Code, format), block, double_quant)
-    tensors = quantize_4bit(weight, wanted, impl=impl)
+    wanted = writable_format(format, block, double_quant)
+    if isinstance(wanted, Blockwise4bit):
+        tensors = quantize_4bit(weight, wanted, impl=impl)
+    else:
+        _check_impl(wanted, impl)
+        tensors = _encoded(weight, wanted)
     return QuantizedWeight(wanted, tensors, (weight.shape[0], weight.shape[1]), weight.dtype)
+
+
+def _encoded(weight: Tensor, format: Format) -> dict[str, Tensor]:
+    check(
+        weight.dim() == 2 and weight.dtype in _WEIGHTS and weight.numel() > 0,
+        f"{format.name}: the weight is {shape_of(weight)}, expected a matrix of float32, bfloat16, "
+        "float16 or float64",
+    )
+    check(not weight.is_meta, f"{format.name}: the weight is on meta, which holds no numbers")
+    format.layout((weight.shape[0], weight.shape[1]))  # raises for columns that do not fit
+    exact = weight.detach().float().contiguous()
+    check(
+        bool(exact.isfinite().all()),
+        f"{format.name}: the weight has values that are not finite in float32",
+    )
+    return cast(WritableFormat, format).encode(exact)
+
+
+def _check_impl(format: Format, impl: str | None) -> None:
+    check(
+        impl in (None, "reference"),
+        f"{format.name}: impl {impl!r}, expected reference: PyTorch's operations alone do it",
+    )

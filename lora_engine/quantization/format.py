@@ -1,8 +1,10 @@
-"""What a format of packed weights says of each tensor that it keeps."""
+"""What a format of packed weights says of itself, whichever it is."""
 
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, Protocol
 
 import torch
+from torch import Tensor
 
 
 class Entry(NamedTuple):
@@ -10,3 +12,99 @@ class Entry(NamedTuple):
 
     shape: tuple[int, ...]
     dtype: torch.dtype
+
+
+class Format(Protocol):
+    """A frozen dataclass: how the bits of one weight [N, K] are laid out.
+
+    Its fields are strings, integers and booleans, so that a file can hold them as JSON.
+    """
+
+    @property
+    def name(self) -> str:
+        """What users and `backends.choice.FORMATS` call it."""
+
+    def layout(self, shape: tuple[int, int]) -> Mapping[str, Entry]:
+        """The tensors of a weight [N, K]; `codes`, the largest, is always one of them.
+
+        Raises ValueError for a shape that the format cannot hold.
+        """
+
+
+class TorchFormat(Format, Protocol):
+    """A format that PyTorch's operations decode, on any device."""
+
+    def decode(
+        self,
+        tensors: Mapping[str, Tensor],  # those of layout(shape)
+        shape: tuple[int, int],
+        start: int,
+        stop: int,
+    ) -> Tensor:
+        """Rows [stop - start, K] of the weight, float32, in new memory."""
+
+    def is_finite(self, tensors: Mapping[str, Tensor]) -> bool:
+        """Whether no value of the weight is NaN or infinite."""
+
+
+class WritableFormat(TorchFormat, Protocol):
+    """A format that weights can be put in."""
+
+    def encode(
+        self,
+        w: Tensor,  # [N, K] float32, finite, contiguous
+    ) -> dict[str, Tensor]:
+        """The tensors of `layout`, each value as the code that is nearest, or next to it."""
+
+
+def scale_dtype(name: str) -> torch.dtype:
+    """The dtype of scales by its name. Raises ValueError for a name that is none of theirs."""
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in dtypes:
+        raise ValueError(f"scales of {name}: expected one of {', '.join(dtypes)}")
+    return dtypes[name]
+
+
+def group_count(cols: int, group: int) -> int:
+    """Groups of so many columns in a row, of which the last may be shorter; 0 stands for one."""
+    return -(-cols // group) if group else 1
+
+
+def in_groups_(
+    values: Tensor,  # [R, K] float32, contiguous
+    operation: Callable[[Tensor, Tensor], Tensor],  # in place: Tensor.mul_, div_, sub_
+    of_group: Tensor,  # [R, G] or [1, G]
+    group: int,
+) -> Tensor:
+    """`values`, changed by `operation` with what their group of columns has."""
+    cols = values.shape[1]
+    of_group = of_group.float()
+    if group == 0 or group >= cols:
+        return operation(values, of_group)
+    full = cols // group
+    operation(values[:, : full * group].unflatten(1, (full, group)), of_group[:, :full, None])
+    if full * group < cols:
+        operation(values[:, full * group :], of_group[:, full:])
+    return values
+
+
+def group_absmax(
+    w: Tensor,  # [N, K] float32
+    group: int,
+) -> Tensor:
+    """[N, G]: the largest magnitude of each group of columns."""
+    cols = w.shape[1]
+    count = group_count(cols, group)
+    size = group or cols
+    padded = torch.nn.functional.pad(w, (0, count * size - cols)) if count * size > cols else w
+    return padded.unflatten(1, (count, size)).abs().amax(dim=2)
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether no value is NaN or infinite."""
+    return bool(tensor.isfinite().all())
+
+
+def e4m3_finite(bits: Tensor) -> bool:
+    """Whether no byte is one of e4m3fn's two NaNs; it has no infinity."""
+    return not bool((bits & 0x7F == 0x7F).any())

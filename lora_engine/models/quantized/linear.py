@@ -7,15 +7,17 @@ import torch
 from torch import Tensor, nn
 
 from lora_engine.ops import QuantizedWeight
+from lora_engine.quantization.blockwise_4bit import Blockwise4bit
 
 
 class QuantizedLinear(nn.Linear):
     """A linear whose frozen weight is kept in packed bits and decoded for each product.
 
-    weight: the codes as a parameter, [ceil(N K / 2), 1] uint8, as bitsandbytes keeps them; the
-    state dict has bitsandbytes' keys. It moves with the module from device to device, but keeps its
-    scales and the dtype it decodes to when the module's dtype is changed. PEFT puts its LoRA layers
-    around it as around any linear; their `merge` cannot write into packed bits.
+    weight: the codes as a parameter, of NF4 and FP4 [ceil(N K / 2), 1] uint8 as bitsandbytes keeps
+    them; the state dict has the keys of `QuantizedWeight.state_dict`. It moves with the module from
+    device to device, but keeps its scales and the dtype it decodes to when the module's dtype is
+    changed. PEFT puts its LoRA layers around it as around any linear; their `merge` cannot write
+    into packed bits.
     """
 
     def __init__(self, quantized: QuantizedWeight, bias: Tensor | None = None) -> None:
@@ -23,7 +25,9 @@ class QuantizedLinear(nn.Linear):
         self.out_features, self.in_features = quantized.shape
         self.format, self.dtype = quantized.format, quantized.dtype
         tensors = dict(quantized.tensors)
-        self.weight = nn.Parameter(tensors.pop("codes").view(-1, 1), requires_grad=False)
+        codes = tensors.pop("codes")
+        self._codes_shape = codes.shape
+        self.weight = nn.Parameter(_as_parameter(codes), requires_grad=False)
         self.register_parameter("bias", None)
         if bias is not None:
             self.bias = nn.Parameter(bias.detach(), requires_grad=False)
@@ -32,7 +36,8 @@ class QuantizedLinear(nn.Linear):
     @property
     def quantized(self) -> QuantizedWeight:
         """The weight, over this module's own memory."""
-        tensors = {"codes": self.weight.detach().view(-1), **self._scales}
+        codes = self.weight.detach().view(self._codes_shape)
+        tensors = {"codes": codes, **self._scales}
         return QuantizedWeight(
             self.format, tensors, (self.out_features, self.in_features), self.dtype
         )
@@ -51,7 +56,11 @@ class QuantizedLinear(nn.Linear):
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def extra_repr(self) -> str:
-        kind = f"{self.format.name}, block={self.format.block}, double_quant={self.format.nested}"
+        if isinstance(self.format, Blockwise4bit):
+            of = self.format
+            kind = f"{of.name}, block={of.block}, double_quant={of.nested}"
+        else:
+            kind = str(self.format)
         return f"{super().extra_repr()}, {kind}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedLinear":
@@ -91,7 +100,7 @@ class QuantizedLinear(nn.Linear):
             error_msgs.append(f"{name}: is {read.format} {list(read.shape)}, expected {self}")
             return
         tensors = dict(read.tensors)
-        others[name] = tensors.pop("codes").view(-1, 1)
+        others[name] = _as_parameter(tensors.pop("codes"))
         if local_metadata.get("assign_to_params_buffers", False):
             self._scales = tensors
         elif self._has_table_of(tensors):
@@ -112,6 +121,11 @@ class QuantizedLinear(nn.Linear):
         for name, tensor in tensors.items():
             if name != "nested_code":  # one table for all weights
                 self._scales[name].copy_(tensor)
+
+
+def _as_parameter(codes: Tensor) -> Tensor:
+    """The codes as a module shows them: one column where they are a vector."""
+    return codes.view(-1, 1) if codes.dim() == 1 else codes
 
 
 class _Product(torch.autograd.Function):

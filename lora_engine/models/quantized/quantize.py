@@ -21,14 +21,14 @@ def quantize_model(
     model: nn.Module,
     format: str = "nf4",
     *,
-    block: int = 64,
+    block: int | None = None,
     double_quant: bool = False,
     skip: str | Sequence[str] = SKIPPED,
     device: str | torch.device | None = None,
 ) -> None:
     """Puts a `QuantizedLinear` in the place of every linear of `model`, one after the other.
 
-    For LoRA over 4-bit weights (QLoRA): quantise, then `peft.get_peft_model`, then `accelerate`.
+    For LoRA over packed weights (QLoRA): quantise, then `peft.get_peft_model`, then `accelerate`.
     format, block, double_quant: see `quantize_weight`. skip: patterns of names, or of their last
     parts, of linears that stay, or one pattern. Norms, embeddings, linears that share an
     embedding's weight, those that the model's class keeps in float32 (`_keep_in_fp32_modules`) and
@@ -74,7 +74,7 @@ def _packed(
     linear: nn.Linear,
     device: str | torch.device | None,
     format: str,
-    block: int,
+    block: int | None,
     double_quant: bool,
 ) -> QuantizedLinear:
     weight = linear.weight.detach()
