@@ -33,6 +33,7 @@ LAYERS: list[set[str]] = [
     {"evaluation"},
     {"training.config"},
     {"training", "training.run", "training.optimizer", "training.preflight"},
+    {"export"},
     {"machine"},
     {"report"},
     {"app"},

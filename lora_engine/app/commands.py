@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
 
 import typer
 
+from lora_engine.app import deploy_commands
 from lora_engine.app.failures import Interrupted, RunFailed
 
 if TYPE_CHECKING:
@@ -139,6 +140,10 @@ def doctor(
         _console().print(examination.render(sections))
     if examination.has_problem(sections):
         raise typer.Exit(1)
+
+
+for after_training in (deploy_commands.merge,):
+    app.command()(_interruptible(after_training))
 
 
 def _train(source: str, overrides: Sequence[str], resume: bool) -> None:

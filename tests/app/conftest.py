@@ -58,3 +58,30 @@ def settings(tmp_path: Path, saved_model: Path, monkeypatch: pytest.MonkeyPatch)
         "samples: {count: 3, max_new_tokens: 5}\n"
     )
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory, saved_model):
+    """A folder with a configuration, its data and its finished run, to be copied."""
+    from lora_engine.app.config import load_config
+    from lora_engine.app.finetune import finetune
+
+    place = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        shutil.copytree(saved_model, "tiny")
+        Path("rows.jsonl").write_text(
+            "".join(
+                json.dumps({"prompt": f"{i}", "completion": f"is {i}"}) + "\n" for i in range(9)
+            )
+        )
+        Path("run.yaml").write_text(CONFIG)
+        finetune(load_config("run.yaml"))
+    return place
+
+
+@pytest.fixture
+def finished(folder, finished_run):
+    """The working folder is a copy of `finished_run`."""
+    shutil.copytree(finished_run, folder, dirs_exist_ok=True)
+    return folder

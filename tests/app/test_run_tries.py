@@ -1,41 +1,13 @@
 """Runs that cannot go on, or would replace what is not theirs."""
 
 import json
-import shutil
 import threading
 from pathlib import Path
 
 import pytest
-from tries import CONFIG, MISTAKE, Try, check, run, snapshot, tries
+from tries import MISTAKE, Try, check, run, snapshot, tries
 
 from lora_engine.training.run.folder import RunFolder
-
-
-@pytest.fixture(scope="session")
-def finished_run(tmp_path_factory, saved_model):
-    """A folder with a configuration, its data and its finished run, to be copied."""
-    from lora_engine.app.config import load_config
-    from lora_engine.app.finetune import finetune
-
-    place = tmp_path_factory.mktemp("finished")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(place)
-        shutil.copytree(saved_model, "tiny")
-        Path("rows.jsonl").write_text(
-            "".join(
-                json.dumps({"prompt": f"{i}", "completion": f"is {i}"}) + "\n" for i in range(9)
-            )
-        )
-        Path("run.yaml").write_text(CONFIG)
-        finetune(load_config("run.yaml"))
-    return place
-
-
-@pytest.fixture
-def finished(folder, finished_run):
-    """The working folder is a copy of `finished_run`."""
-    shutil.copytree(finished_run, folder, dirs_exist_ok=True)
-    return folder
 
 
 def every_checkpoint(name: str, content: bytes):

@@ -28,7 +28,7 @@ samples: {count: 1, max_new_tokens: 2}
 
 # A line says how to mend it in one of these ways.
 MEND = re.compile(
-    r"[Dd]id you mean|Possible options|Missing argument|Input should be|not in the range"
+    r"[Dd]id you mean|Possible options|Missing (argument|option)|Input should be|not in the range"
     r"|requires an argument|expected|shipped configs|; (?!this is)|\bget the|\bgive\b|\buse\b"
     r"|change it back|bring it back|move it away|choose another|mend or remove|get it anew"
     r"|\btakes\b|\bmust be\b|\brun:|indent|first in line|needs at least"

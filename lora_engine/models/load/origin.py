@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,8 @@ from lora_engine.models.attach.head import transformers_model
 
 # In a converted model's folder: what it was converted from.
 CONVERTED_FROM = "converted_from.json"
+# In an adapter's folder: the model that it was trained on, as `Base` has it.
+BASE_FILE = "base.json"
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
@@ -41,10 +43,43 @@ def base_of(model: Any) -> Base:
     revision = getattr(inner.config, "_commit_hash", None)
     path = Path(source)
     if source and path.is_dir():
-        return _converted(path) or _in_hub_cache(path) or _local_folder(path)
+        return base_of_folder(path)
     if _HUB_ID.fullmatch(source):
         return Base(source, source, revision)
     return Base(path.name)
+
+
+def base_of_folder(folder: Path) -> Base:
+    """The model in a local folder; reads its files to hash them."""
+    return _converted(folder) or _in_hub_cache(folder) or _local_folder(folder)
+
+
+def write_base(folder: Path, base: Base) -> None:
+    """Note in an adapter's `folder` which model it was trained on."""
+    text = json.dumps(asdict(base), indent=2, sort_keys=True) + "\n"
+    (folder / BASE_FILE).write_text(text, encoding="utf-8")
+
+
+def read_base(folder: Path) -> Base | None:
+    """What `write_base` noted; None for an adapter that others saved."""
+    try:
+        known = json.loads((folder / BASE_FILE).read_text(encoding="utf-8"))
+        return Base(known["name"], known["hub_id"], known["revision"], dict(known["files"]))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def how_they_differ(trained_on: Base, other: Base) -> str | None:
+    """What shows that these are two models; None if nothing does, as of another file format."""
+    known = set(trained_on.files.values()) - {""}
+    found = set(other.files.values()) - {""}
+    if known and found and known != found:
+        return f"trained on {trained_on.name or 'a model'}, whose weight files had other contents"
+    same_model = trained_on.hub_id is not None and trained_on.hub_id == other.hub_id
+    revisions = trained_on.revision, other.revision
+    if same_model and all(revisions) and revisions[0] != revisions[1]:
+        return f"trained on revision {trained_on.revision} of {trained_on.hub_id}"
+    return None
 
 
 def sha256_of(path: Path) -> str:

@@ -1,6 +1,7 @@
 """Files and folders that are there whole or not at all, also after a crash or a power cut."""
 
 import contextlib
+import ctypes
 import os
 import re
 import shutil
@@ -8,6 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lora_engine.files import sync_file
+
+# Of Linux's renameat2: relative names begin at the working folder; two names change places.
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
 def _finish_tree(folder: Path) -> None:
@@ -49,7 +53,9 @@ def remove_leftovers(parent: Path, names: str) -> None:
 def new_folder(target: Path) -> Iterator[Path]:
     """Yields an empty folder to fill; on success it is flushed and renamed to `target`.
 
-    A `target` that exists is replaced. On an exception nothing but `target` as it was remains.
+    A `target` that exists is replaced: the names change places in one step where the system can, so
+    that a kill leaves the old folder or the new. On an exception nothing but `target` as it was
+    remains.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".tmp-{target.name}-{os.getpid()}")
@@ -58,10 +64,23 @@ def new_folder(target: Path) -> Iterator[Path]:
     try:
         yield temporary
         _finish_tree(temporary)
-        if target.exists():
-            remove_folder(target)
-        temporary.rename(target)
+        if not _exchanged(temporary, target):
+            if target.exists():
+                remove_folder(target)
+            temporary.rename(target)
         sync_file(target.parent)
+        shutil.rmtree(temporary, ignore_errors=True)  # holds the folder that was replaced
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def _exchanged(one: Path, other: Path) -> bool:
+    """Whether the two folders now have each other's name; False where that cannot be done."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):  # not Linux, or an old C library
+        return False
+    names = (os.fsencode(one.absolute()), os.fsencode(other.absolute()))
+    # A missing folder, or a file system without exchange, is answered with an error.
+    return renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0

@@ -91,6 +91,23 @@ def model_card(base: Base, facts: CardFacts, *, tokenizer: bool) -> str:
     )
 
 
+def merged_card(base: Base, adapters: list[Path]) -> str:
+    """The card of a base with adapters merged into it; adapters: their folders.
+
+    What their own cards say of data, settings and figures is part of it.
+    """
+    lines = [f"# {_code(base.name or 'A model')} with an adapter merged into it", ""]
+    lines += [*_base_section(base), *_loading(base, "model", tokenizer=True)]
+    for folder in adapters:
+        try:
+            card = (folder / "README.md").read_text(encoding="utf-8")
+        except (OSError, ValueError):
+            continue
+        start = card.find("## Adapter")
+        lines += [card[start:].rstrip(), ""] if start >= 0 else []
+    return _card(base, "transformers", lines)
+
+
 def index_card(base: Base, folders: list[str]) -> str:
     """The card of a folder that holds a folder for each adapter."""
     lines = [f"- {_code(name)}" for name in folders]

@@ -5,6 +5,7 @@ A PeftModel becomes its adapter:
     adapter_config.json          names the base by its hub id, or by its file's or folder's name
     adapter_model.safetensors    in PEFT's format
     tokenizer.json, tokenizer_config.json, chat_template.jinja    what the run used
+    base.json                    the base: hub id, revision, SHA-256 of its files
     README.md                    the model card: base (with the SHA-256 of its files), how to load
                                  it, data, settings, figures
 
@@ -16,7 +17,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lora_engine.models.load.origin import Base, base_of
+from lora_engine.models.load.origin import Base, base_of, write_base
 from lora_engine.models.load.transformers_files import quiet_transformers
 from lora_engine.models.peft.routing import active_adapters
 from lora_engine.training.run.atomic import new_folder
@@ -50,6 +51,7 @@ def _complete_adapters(
     for name, peft_config in model.peft_config.items():
         own = folder if name == "default" else folder / name
         _name_base(own / "adapter_config.json", base)
+        write_base(own, base)
         _save_tokenizer(tokenizer, own)
         beside = [other for other in active if other != name]
         card = adapter_card(

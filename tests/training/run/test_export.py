@@ -29,6 +29,7 @@ FILES = {
     "README.md",
     "adapter_config.json",
     "adapter_model.safetensors",
+    "base.json",
     "chat_template.jinja",
     "tokenizer.json",
     "tokenizer_config.json",
@@ -151,7 +152,7 @@ def test_without_a_tokenizer_the_card_loads_none(tmp_path, loaded):
     model, _ = loaded
     export_model(trained(model), None, tmp_path / "adapter", facts())
     names = {path.name for path in (tmp_path / "adapter").iterdir()}
-    assert names == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    assert names == FILES - {"chat_template.jinja", "tokenizer.json", "tokenizer_config.json"}
     assert "Tokenizer" not in (tmp_path / "adapter/README.md").read_text()
 
 

@@ -1,0 +1,1 @@
+"""From a trained adapter to what other programs run: merged, verified, written in their formats."""

@@ -1,0 +1,79 @@
+"""The folder that a merge or an export writes: whole or not there, and nobody's files replaced."""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lora_engine.errors import UserError
+from lora_engine.files import naming, user_path
+from lora_engine.training.run.atomic import new_folder, remove_leftovers
+from lora_engine.training.run.lock import locked
+
+
+@contextmanager
+def result_folder(target: str | Path, report: str, *, overwrite: bool) -> Iterator[Path]:
+    """Yields an empty folder to fill, which becomes `target` once the context ends well.
+
+    report: the name of the file written by `write_report`, which lists all others. With `overwrite`
+    a folder of such a result is replaced; whoever reads it sees the old or the new at any moment.
+    Raises UserError for a folder that holds anything else, and if another process writes there.
+    """
+    try:
+        path = user_path(target)
+    except ValueError as error:
+        raise UserError(f"--to {str(target)!r}: {error}") from error
+    path = path.absolute()
+    lock = path.parent / f".lora-engine-{path.name}.lock"
+    with naming(path), locked(lock):
+        _check(path, report, overwrite)
+        remove_leftovers(path.parent, re.escape(path.name))
+        with new_folder(path) as folder:
+            yield folder
+
+
+def write_report(folder: Path, name: str, content: dict[str, Any]) -> None:
+    """`content`, with the names of the folder's files as "files", as JSON in the file `name`."""
+    files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    text = json.dumps({**content, "files": [*files, name]}, indent=2, ensure_ascii=False)
+    (folder / name).write_text(text + "\n", encoding="utf-8")
+
+
+def check_space(folder: Path, nbytes: int) -> None:
+    """Raises UserError if the disk of `folder` has no room for that many bytes."""
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if free < nbytes:
+        raise UserError(
+            f"{folder}: the disk has {free / 1e9:,.1f} GB free and {nbytes / 1e9:,.1f} GB are to "
+            "be written; free some space, or take a folder on another disk"
+        )
+
+
+def _check(path: Path, report: str, overwrite: bool) -> None:
+    if os.path.lexists(path) and not path.is_dir():
+        raise UserError(f"{path}: is a file, --to must be a folder; give another")
+    if path.is_symlink():
+        raise UserError(f"{path}: is a link; give the folder that it leads to")
+    there = [p for p in path.rglob("*") if not p.is_dir()] if path.is_dir() else []
+    if not there:
+        return
+    if not overwrite:
+        raise UserError(f"{path}: is not empty; give another folder, or --overwrite to replace it")
+    known = _known(path / report)
+    foreign = [p for p in there if str(p.relative_to(path)) not in known]
+    if foreign:
+        raise UserError(
+            f"{foreign[0]}: was not written by this command; move it away, or give another folder"
+        )
+
+
+def _known(report: Path) -> set[str]:
+    try:
+        return set(map(str, json.loads(report.read_text(encoding="utf-8"))["files"]))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return set()

@@ -1,0 +1,268 @@
+"""Merged weights against PEFT's own merge in float64, and against what PEFT computes adapter-on."""
+
+import json
+from copy import deepcopy
+from functools import cache
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_model import save_tiny_model
+
+from lora_engine.errors import UserError
+from lora_engine.export.adapter import read_adapter
+from lora_engine.export.merge import merge_folder
+from lora_engine.export.verify import TOLERANCES, compare, load_plain, with_adapters
+
+ROWS = [[3 + (7 * i + j) % 90 for j in range(40)] for i in range(3)]
+LINEARS = ["q_proj", "down_proj"]
+
+VARIANTS = {
+    "lora": {"target_modules": "all-linear"},
+    "rslora": {"target_modules": LINEARS, "use_rslora": True},
+    "dora": {"target_modules": LINEARS, "use_dora": True},
+    "dora-rslora": {"target_modules": LINEARS, "use_dora": True, "use_rslora": True},
+    "alphas": {"target_modules": LINEARS, "alpha_pattern": {"layers.1.self_attn.q_proj": 64}},
+    "ranks": {"target_modules": LINEARS, "rank_pattern": {"down_proj": 2}},
+    "bias-of-b": {"target_modules": ["q_proj"], "lora_bias": True},
+    "biases": {"target_modules": ["q_proj"], "bias": "all"},
+    "embedding": {"target_modules": ["embed_tokens", "q_proj"]},
+    "dora-embedding": {"target_modules": ["embed_tokens"], "use_dora": True},
+    "head": {"target_modules": ["lm_head", "v_proj"]},
+    "head-saved": {"target_modules": LINEARS, "modules_to_save": ["lm_head"]},
+    "norm-saved": {"target_modules": LINEARS, "modules_to_save": ["norm"]},
+}
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    """Folders of a model with biases, of one whose head is its embedding, and of bfloat16."""
+    root = tmp_path_factory.mktemp("bases")
+    loud = {"initializer_range": 0.2}  # so that every weight counts in the logits
+    plain = save_tiny_model(root / "plain", attention_bias=True, **loud)
+    tied = save_tiny_model(root / "tied", tie_word_embeddings=True, **loud)
+    half = save_tiny_model(root / "half", dtype=torch.bfloat16, **loud)
+    return {"plain": plain, "tied": tied, "half": half}
+
+
+@cache
+def loaded(base: Path):
+    return load_plain(base)
+
+
+def save_adapter(base: Path, folder: Path, seed=1, name="default", **settings) -> Path:
+    """An adapter of random values on the model in `base`, as PEFT saves it."""
+    torch.manual_seed(seed)
+    model = deepcopy(loaded(base))
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, **settings)
+    wrapped = peft.get_peft_model(model, config, adapter_name=name)
+    with torch.no_grad():
+        for parameter in wrapped.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn(parameter.shape))
+    wrapped.save_pretrained(folder)
+    return folder if name == "default" else folder / name
+
+
+def merged_by_peft(base: Path, adapters) -> dict[str, torch.Tensor]:
+    """PEFT's merge_and_unload, in float64."""
+    model = with_adapters(deepcopy(loaded(base)).double(), adapters).double()
+    names = [adapter.name for adapter, _ in adapters]
+    return dict(model.merge_and_unload(adapter_names=names).state_dict())
+
+
+def assert_merged(base, adapters, target, dtype=None):
+    """Every tensor within half a unit in the last place of PEFT's, computed in float64."""
+    result = merge_folder(base, adapters, target, dtype)
+    oracle = merged_by_peft(base, adapters)
+    ours = load_file(target / "model.safetensors")
+    before = load_file(base / "model.safetensors")
+    assert set(before) <= set(ours) <= set(oracle)
+    changed = [n for n in before if not torch.equal(ours[n].float(), before[n].float())]
+    assert set(changed) == set(result.changed) - ({"lm_head.weight"} - set(before))
+    for name, tensor in ours.items():
+        assert tensor.dtype == (dtype or before.get(name, tensor).dtype)
+        step = torch.finfo(tensor.dtype).eps / 2
+        slack = step * oracle[name].abs() + 2e-7
+        assert ((tensor.double() - oracle[name]).abs() <= slack).all(), name
+    return result
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_merge_is_peft_s_in_float64_rounded_once(bases, tmp_path, variant):
+    adapter = read_adapter(save_adapter(bases["plain"], tmp_path / "a", **VARIANTS[variant]))
+    target = tmp_path / "merged"
+    target.mkdir()
+    result = assert_merged(bases["plain"], [(adapter, 1.0)], target)
+    assert result.changed and not result.untied
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float16, torch.float32])
+def test_the_result_has_the_base_s_dtype_or_the_one_asked_for(bases, tmp_path, dtype):
+    adapter = read_adapter(save_adapter(bases["half"], tmp_path / "a", target_modules=LINEARS))
+    (tmp_path / "merged").mkdir()
+    result = assert_merged(bases["half"], [(adapter, 1.0)], tmp_path / "merged", dtype)
+    expected = str(dtype or torch.bfloat16).removeprefix("torch.")
+    assert result.dtypes == (expected,)
+    config = json.loads((tmp_path / "merged/config.json").read_text())
+    assert (config.get("dtype") or config["torch_dtype"]) == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "untied"),
+    [
+        ({"target_modules": LINEARS}, False),
+        ({"target_modules": ["lm_head"]}, True),
+        ({"target_modules": ["embed_tokens"]}, True),
+        ({"target_modules": LINEARS, "modules_to_save": ["embed_tokens"]}, True),
+        (
+            {
+                "target_modules": LINEARS,
+                "modules_to_save": ["embed_tokens"],
+                "ensure_weight_tying": True,
+            },
+            False,
+        ),
+        ({"target_modules": ["embed_tokens"], "ensure_weight_tying": True}, False),
+    ],
+    ids=lambda value: str(value),
+)
+@pytest.mark.filterwarnings("ignore")
+def test_head_and_embedding_part_only_where_the_adapter_parts_them(
+    bases, tmp_path, settings, untied
+):
+    adapter = read_adapter(save_adapter(bases["tied"], tmp_path / "a", **settings))
+    (tmp_path / "merged").mkdir()
+    result = merge_folder(bases["tied"], [(adapter, 1.0)], tmp_path / "merged")
+    assert result.untied == untied
+    found = compare(bases["tied"], [(adapter, 1.0)], tmp_path / "merged", ROWS)
+    assert found.problem(TOLERANCES["float32"]) is None
+    assert found.kl_without > 1e-5
+
+
+def two_adapters(base, tmp_path, **settings):
+    folders = [
+        save_adapter(base, tmp_path / "a", seed, name, target_modules=LINEARS, **settings)
+        for seed, name in ((1, "one"), (2, "two"))
+    ]
+    return [read_adapter(folder, folder.name) for folder in folders]
+
+
+def test_weighted_adapters_add_up(bases, tmp_path):
+    one, two = two_adapters(bases["plain"], tmp_path)
+    (tmp_path / "merged").mkdir()
+    chosen = [(one, 0.75), (two, -0.5)]
+    assert_merged(bases["plain"], chosen, tmp_path / "merged")
+    assert compare(bases["plain"], chosen, tmp_path / "merged", ROWS).kl < 1e-9
+
+
+def test_dora_adapters_follow_each_other_as_in_peft(bases, tmp_path):
+    chosen = [(a, 1.0) for a in two_adapters(bases["plain"], tmp_path, use_dora=True)]
+    (tmp_path / "merged").mkdir()
+    assert_merged(bases["plain"], chosen, tmp_path / "merged")
+    assert compare(bases["plain"], chosen, tmp_path / "merged", ROWS).kl < 1e-9
+
+
+def test_shards_stay_and_long_tensors_are_merged_in_pieces(bases, tmp_path, monkeypatch):
+    monkeypatch.setattr("lora_engine.export.shards._PIECE", 100)  # a few rows
+    base = tmp_path / "sharded"
+    load_plain(bases["tied"]).save_pretrained(base, max_shard_size="20kB")
+    adapter = read_adapter(
+        save_adapter(base, tmp_path / "a", target_modules=["lm_head", *LINEARS], use_dora=True)
+    )
+    (tmp_path / "merged").mkdir()
+    result = merge_folder(base, [(adapter, 1.0)], tmp_path / "merged")
+    files = sorted(path.name for path in (tmp_path / "merged").glob("*.safetensors"))
+    assert files == sorted(path.name for path in base.glob("*.safetensors")) and len(files) > 2
+    index = json.loads((tmp_path / "merged/model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == result.total_bytes
+    assert "lm_head.weight" in index["weight_map"]
+    assert compare(base, [(adapter, 1.0)], tmp_path / "merged", ROWS).kl < 1e-9
+
+
+def test_a_conv1d_stores_its_weight_transposed(tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=97, n_embd=32, n_layer=1, n_head=2, n_positions=64)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    adapter = read_adapter(
+        save_adapter(
+            tmp_path / "gpt2", tmp_path / "a", target_modules=["c_attn", "c_fc"], use_dora=True,
+            fan_in_fan_out=True,
+        )
+    )  # fmt: skip
+    (tmp_path / "merged").mkdir()
+    merge_folder(tmp_path / "gpt2", [(adapter, 1.0)], tmp_path / "merged")
+    found = compare(tmp_path / "gpt2", [(adapter, 1.0)], tmp_path / "merged", ROWS)
+    assert found.kl < 1e-9 and found.kl_without > 1e-6
+
+
+def test_what_has_no_sum_is_refused(bases, tmp_path):
+    one, _ = two_adapters(bases["plain"], tmp_path / "dora", use_dora=True)
+    with pytest.raises(UserError, match=r"one=0\.5: the adapter is DoRA"):
+        merge_folder(bases["plain"], [(one, 0.5)], tmp_path)
+    saved, other = two_adapters(bases["plain"], tmp_path / "saved", modules_to_save=["lm_head"])
+    with pytest.raises(UserError, match=r"such as lm_head.weight, .* merge it alone"):
+        merge_folder(bases["plain"], [(saved, 1.0), (other, 1.0)], tmp_path)
+
+
+def test_another_base_is_refused_by_its_shapes(bases, tmp_path):
+    adapter = read_adapter(save_adapter(bases["plain"], tmp_path / "a", target_modules=LINEARS))
+    wide = save_tiny_model(tmp_path / "wide", hidden_size=64)
+    with pytest.raises(
+        UserError, match=r"down_proj.weight is \[64, 48\], the adapter .* \[32, 48\]"
+    ):
+        merge_folder(wide, [(adapter, 1.0)], tmp_path)
+    low = save_tiny_model(tmp_path / "low", layers=1)
+    with pytest.raises(UserError, match=r"has no tensor model.layers.1\.\S+, which the adapter"):
+        merge_folder(low, [(adapter, 1.0)], tmp_path)
+
+
+def broken(folder, **changes):
+    """The adapter in `folder` with other settings."""
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    return folder
+
+
+def test_adapters_that_cannot_be_merged_are_told_in_one_line(bases, tmp_path):
+    folder = save_adapter(bases["plain"], tmp_path / "a", target_modules=LINEARS)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    for change, line in (
+        ({"peft_type": "LOHA"}, "peft_type is 'LOHA'"),
+        ({"peft_type": "LORA", "init_lora_weights": "pissa"}, "alters the base"),
+        ({"init_lora_weights": True, "target_parameters": ["x"]}, "target_parameters is set"),
+    ):
+        with pytest.raises(UserError, match=line):
+            read_adapter(broken(folder, **change))
+    broken(folder, target_parameters=None)
+    first = next(iter(tensors))
+    for altered, line in (
+        ({k: v for k, v in tensors.items() if k != first}, r"not a pair of matrices"),
+        ({**tensors, "base_model.model.x.token_adapter.weight": torch.ones(1)}, "cannot be merged"),
+        ({**tensors, "other": torch.ones(1)}, "does not begin with base_model.model"),
+    ):
+        save_file(altered, folder / "adapter_model.safetensors")
+        with pytest.raises(UserError, match=line):
+            read_adapter(folder)
+    (folder / "adapter_model.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{")
+    with pytest.raises(UserError, match="cannot be read, get the complete file"):
+        read_adapter(folder)
+    (folder / "adapter_model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"has no adapter_model.safetensors; copy it"):
+        read_adapter(folder)
+
+
+def test_a_merge_that_went_wrong_is_noticed(bases, tmp_path):
+    adapter = read_adapter(save_adapter(bases["half"], tmp_path / "a", target_modules=LINEARS))
+    # As if the adapter had been left out of one weight of many, and of all.
+    (tmp_path / "merged").mkdir()
+    merge_folder(bases["half"], [(adapter, 1.0)], tmp_path / "merged")
+    found = compare(bases["half"], [(adapter, 1.0)], tmp_path / "merged", ROWS)
+    assert found.problem(TOLERANCES["bfloat16"]) is None
+    unmerged = compare(bases["half"], [(adapter, 1.0)], bases["half"], ROWS)
+    assert unmerged.kl == unmerged.kl_without > 0
+    assert "100% of what the adapter changes is lost" in unmerged.problem(TOLERANCES["bfloat16"])

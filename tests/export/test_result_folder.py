@@ -1,0 +1,137 @@
+"""A result's folder is the old one or the new one at every moment, and never another's files."""
+
+import errno
+import json
+import os
+import resource
+import signal
+import sys
+
+import pytest
+
+from lora_engine.errors import UserError
+from lora_engine.export.folder import check_space, result_folder, write_report
+
+REPORT = "report.json"
+BIG = 20_000
+
+
+def write_result(target, text, overwrite=False):
+    with result_folder(target, REPORT, overwrite=overwrite) as folder:
+        (folder / "inner").mkdir()
+        (folder / "inner" / "weights").write_text(text * BIG)
+        write_report(folder, REPORT, {"text": text})
+
+
+def content(target):
+    """What a reader of the folder sees: the one text that all of its files agree on."""
+    text = json.loads((target / REPORT).read_text())["text"]
+    assert (target / "inner" / "weights").read_text() == text * BIG
+    assert {p.name for p in target.iterdir()} == {"inner", REPORT}
+    return text
+
+
+def in_a_child(work):
+    """The exit status of a process that does `work`."""
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            work()
+            status = 0
+        finally:
+            os._exit(status)
+    return os.waitpid(pid, 0)[1]
+
+
+def dies_at(event, target):
+    """A child that replaces the result and is killed at its n-th call of the system."""
+    count = 0
+
+    def hook(name, args):
+        nonlocal count
+        if name == "open" or name.startswith(("os.", "shutil.", "ctypes.")):
+            count += 1
+            if count == event:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    def work():
+        sys.addaudithook(hook)
+        write_result(target, "new", overwrite=True)
+
+    return in_a_child(work)
+
+
+def test_a_kill_at_any_moment_leaves_the_old_or_the_new(tmp_path):
+    target = tmp_path / "result"
+    seen = []
+    for event in range(1, 200):
+        write_result(target, "old", overwrite=True)
+        status = dies_at(event, target)
+        seen.append(content(target))
+        if status == 0:
+            break
+        assert status == signal.SIGKILL
+    assert seen[0] == "old" and seen[-1] == "new" and len(seen) > 20
+    assert sorted(seen, reverse=True) == seen  # old up to a moment, and new from then on
+    write_result(target, "last", overwrite=True)  # removes what the killed ones left
+    assert [path.name for path in tmp_path.iterdir()] == ["result"]
+
+
+def test_a_disk_that_is_full_leaves_the_old(tmp_path):
+    target = tmp_path / "result"
+    write_result(target, "old")
+
+    def work():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (BIG, BIG))
+        with pytest.raises(OSError) as caught:
+            write_result(target, "new", overwrite=True)
+        assert caught.value.errno == errno.EFBIG and caught.value.filename == str(target)
+
+    assert in_a_child(work) == 0
+    assert content(target) == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["result"]
+
+
+def test_an_error_leaves_nothing_where_nothing_was(tmp_path):
+    with pytest.raises(ZeroDivisionError), result_folder(tmp_path / "r", REPORT, overwrite=False):
+        raise ZeroDivisionError
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_people_s_files_are_not_replaced(tmp_path):
+    target = tmp_path / "result"
+    write_result(target, "old")
+    with pytest.raises(UserError, match=r"is not empty; give another folder, or --overwrite"):
+        write_result(target, "new")
+    (target / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"notes.txt: was not written by this command"):
+        write_result(target, "new", overwrite=True)
+    assert (target / "notes.txt").read_text() == "mine"
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / REPORT).write_text("[]")
+    with pytest.raises(UserError, match="was not written by this command"):
+        write_result(other, "new", overwrite=True)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match=r"file: is a file, --to must be a folder"):
+        write_result(tmp_path / "file", "new", overwrite=True)
+
+
+def test_one_writer_at_a_time(tmp_path):
+    with result_folder(tmp_path / "result", REPORT, overwrite=False):
+
+        def work():
+            with pytest.raises(UserError, match="is running in it"):
+                from lora_engine.training.run import lock
+
+                lock._holders.clear()  # which the fork has copied
+                write_result(tmp_path / "result", "new")
+
+        assert in_a_child(work) == 0
+
+
+def test_a_disk_without_room_is_told_before_anything_is_written(tmp_path):
+    check_space(tmp_path / "not" / "there", 1000)
+    with pytest.raises(UserError, match=r"GB free and 9,000,000.0 GB are to be written; free some"):
+        check_space(tmp_path / "not" / "there", 9 * 10**15)
