@@ -32,6 +32,9 @@ ROOMS = ("objectives", "ops", "backends", "backends/cpu", "models/families")
 # Files of the way that this step, of SFT on an accelerated model, passes by.
 BESIDE = ("models/attach/embedding.py", "training/callbacks.py", "training/loop.py")
 
+# Rooms of which no file has an Any, whether a batch passes through it or not.
+TYPED = ("models/attach", "models/peft", "evaluation", "training/preflight", "training/optimizer")
+
 RECORDS = [
     {
         "messages": [
@@ -148,6 +151,15 @@ def test_a_batch_passes_through_typed_code_without_lookups_by_string(passed: set
         str(path.relative_to(PACKAGE)): list(dead_ends(path.read_text())) for path in sorted(way)
     }
     assert {name: ends for name, ends in found.items() if ends} == {}
+
+
+def test_what_stands_beside_the_way_is_typed_too() -> None:
+    untyped = {
+        str(path.relative_to(PACKAGE)): ends
+        for path in sorted(files_of(TYPED))
+        if (ends := [end for end in dead_ends(path.read_text()) if end.endswith(": Any")])
+    }
+    assert untyped == {}
 
 
 def test_the_whole_way_is_seen(passed: set[Path]) -> None:

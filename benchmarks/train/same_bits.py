@@ -1,7 +1,7 @@
 """Whether two revisions train to the same bits: losses and final weights, one value by the other.
 
-    python -m benchmarks.train.same_bits main HEAD
-    python -m benchmarks.train.same_bits HEAD~3 HEAD dora dropout
+    python benchmarks/train/same_bits.py main HEAD
+    python benchmarks/train/same_bits.py HEAD~3 HEAD dora dropout
 
 Runs short_trainings.py with lora_engine as it is at each revision. Exit status 1 if any bit differs
 or a training fails at either. An extension of the same sources is built once and kept in
@@ -23,10 +23,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from benchmarks.common.text_table import table
-from benchmarks.train.short_trainings import CASES
+ROOT = Path(__file__).resolve().parents[2]
+if not __package__:  # started by its path, which puts its own folder on the import path, not ROOT
+    sys.path[0] = str(ROOT)
 
-ROOT = Path(__file__).parents[2]
+from benchmarks.common.text_table import table  # noqa: E402
+from benchmarks.train.short_trainings import CASES  # noqa: E402
+
 EXTENSION = f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
 EXTENSION_SOURCES = ("csrc", "setup.py")
 SHOWN = 3  # differing tensors that a line names

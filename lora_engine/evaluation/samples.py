@@ -3,11 +3,12 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
 from lora_engine.evaluation.modes import inference
+from lora_engine.models.families.modules import CausalLm
 
 BATCH_SIZE = 8
 PROMPT_TOKENS_OF_PLAIN_TEXT = 0.5
@@ -32,6 +33,15 @@ class ExampleLike(Protocol):
     def adapter(self) -> str: ...
 
 
+class TextTokenizer(Protocol):
+    """What writing texts takes of a tokenizer of transformers."""
+
+    pad_token_id: int | None
+    eos_token_id: int | None
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str: ...
+
+
 @dataclass(frozen=True)
 class Prompt:
     """The tokens before a held-out answer, and that answer.
@@ -46,7 +56,9 @@ class Prompt:
     adapter: str = ""
 
 
-def choose_prompts(examples: Sequence[ExampleLike], tokenizer: Any, count: int) -> list[Prompt]:
+def choose_prompts(
+    examples: Sequence[ExampleLike], tokenizer: TextTokenizer, count: int
+) -> list[Prompt]:
     """`count` distinct prompts spread evenly over `examples`, whole ones before truncated ones.
 
     Fewer if there are fewer.
@@ -62,7 +74,7 @@ def choose_prompts(examples: Sequence[ExampleLike], tokenizer: Any, count: int) 
     return list(chosen.values())
 
 
-def split_example(example: ExampleLike, tokenizer: Any) -> Prompt | None:
+def split_example(example: ExampleLike, tokenizer: TextTokenizer) -> Prompt | None:
     """The example's last supervised run as reference, all before it as prompt.
 
     An example that is supervised from its start (plain text) is cut in the middle. None if
@@ -101,7 +113,7 @@ def _boundary(shared: str) -> int:
 
 
 def generate(
-    model: Any, tokenizer: Any, prompts: Sequence[Prompt], *, max_new_tokens: int
+    model: CausalLm, tokenizer: TextTokenizer, prompts: Sequence[Prompt], *, max_new_tokens: int
 ) -> list[str]:
     """The model's greedy continuation of every prompt, as text without special tokens.
 
@@ -119,7 +131,7 @@ def generate(
 
 
 def _generate_batch(
-    model: Any, tokenizer: Any, prompts: Sequence[Prompt], max_new_tokens: int
+    model: CausalLm, tokenizer: TextTokenizer, prompts: Sequence[Prompt], max_new_tokens: int
 ) -> list[str]:
     from transformers import GenerationConfig
 
@@ -149,7 +161,7 @@ def _generate_batch(
     return [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers]
 
 
-def _stop_tokens(model: Any, tokenizer: Any) -> list[int]:
+def _stop_tokens(model: CausalLm, tokenizer: TextTokenizer) -> list[int]:
     """End-of-text tokens of the tokenizer and of the model's own generation settings."""
     configured = getattr(model.generation_config, "eos_token_id", None)
     candidates = configured if isinstance(configured, list) else [configured]

@@ -1,7 +1,7 @@
 """What the training loop can be told: `TrainConfig`."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -26,7 +26,7 @@ _FREE_ON_RESUME = frozenset(
 )
 
 
-def _as_path(value: Any) -> Any:
+def _as_path(value: object) -> object:
     return user_path(value) if isinstance(value, str | Path) else value
 
 

@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from lora_engine.errors import UserError
 from lora_engine.files import naming
@@ -100,7 +100,7 @@ class MetricsLog:
     def close(self) -> None:
         self._file.close()
 
-    def _append(self, own: dict[str, Any], metrics: Mapping[str, float]) -> None:
+    def _append(self, own: Mapping[str, object], metrics: Mapping[str, float]) -> None:
         """metrics: an objective's; UserError for a name that is taken."""
         if taken := own.keys() & metrics.keys():
             raise UserError(

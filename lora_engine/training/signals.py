@@ -2,13 +2,16 @@
 
 import signal
 import threading
+from collections.abc import Callable
 from types import FrameType, TracebackType
-from typing import Any
+from typing import TypeAlias
 
 # Windows has no SIGHUP.
 _SIGNALS = [
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
 ]
+
+Handler: TypeAlias = Callable[[int, FrameType | None], object] | int | None
 
 
 class Interrupted(Exception):
@@ -25,7 +28,7 @@ class InterruptGuard:
 
     def __init__(self) -> None:
         self.requested: signal.Signals | None = None
-        self._previous: dict[signal.Signals, Any] = {}
+        self._previous: dict[signal.Signals, Handler] = {}
 
     def check(self) -> None:
         """Raises Interrupted if a signal came."""

@@ -1,6 +1,9 @@
 import math
 import os
+import runpy
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -78,6 +81,15 @@ def test_trainings_are_chosen_by_words(capsys):
     with pytest.raises(SystemExit):
         same_bits.parse_arguments(["main", "HEAD", "no such"])
     assert "no training is called so" in capsys.readouterr().err
+
+
+def test_it_starts_by_its_path_as_well_as_by_its_module_s_name(monkeypatch):
+    script = Path(same_bits.__file__)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "benchmarks"]:
+        monkeypatch.delitem(sys.modules, name)
+    elsewhere = [path for path in sys.path if Path(path or ".").resolve() != same_bits.ROOT]
+    monkeypatch.setattr(sys, "path", [str(script.parent), *elsewhere])
+    assert runpy.run_path(str(script))["CASES"] == short_trainings.CASES
 
 
 def test_a_training_repeats_its_bits_and_another_rate_changes_them():

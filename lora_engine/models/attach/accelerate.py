@@ -1,7 +1,5 @@
 """`accelerate`: our kernels under a transformers model; `restore`: the model as it was."""
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -13,6 +11,7 @@ from lora_engine.models.attach.head import peft_tuner, transformers_model
 from lora_engine.models.attach.patches import Patches
 from lora_engine.models.attach.saving import patch_ways_out
 from lora_engine.models.attach.walk import Walk
+from lora_engine.models.families.modules import CausalLm
 from lora_engine.models.proof.closeness import coarsest_dtype
 from lora_engine.models.proof.proof import own_results, same_logits, same_training
 from lora_engine.models.quantized.stored import not_packed_anew
@@ -80,7 +79,7 @@ def _replace_kept_forward(model: nn.Module, inner: nn.Module, patches: Patches) 
             patches.set_attribute(around, "forward", inner.forward)
 
 
-def _check_is_of_transformers(model: Any) -> None:
+def _check_is_of_transformers(model: object) -> None:
     from transformers import PreTrainedModel
 
     if isinstance(model, PreTrainedModel):
@@ -106,7 +105,7 @@ def is_accelerated(model: nn.Module) -> bool:
     return attachment(transformers_model(model)) is not None
 
 
-def _attach_proven(model: Any) -> CoverageReport:
+def _attach_proven(model: CausalLm) -> CoverageReport:
     """Replaces what is recognised, as long as the model's results are its own: see proof.py."""
     own = own_results(model)
     left = dict.fromkeys(("attention", "loss"), own.error) if own.error else {}
@@ -131,7 +130,9 @@ def _attach_proven(model: Any) -> CoverageReport:
         left[part] = problem
 
 
-def _loss_and_gradients(model: Any, batch: dict[str, Tensor]) -> tuple[float, dict[str, Tensor]]:
+def _loss_and_gradients(
+    model: nn.Module, batch: dict[str, Tensor]
+) -> tuple[float, dict[str, Tensor]]:
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     was_training = model.training
     model.train()

@@ -1,18 +1,18 @@
 """Which attention a model's layers run: lora_engine's in the place of the model's own."""
 
 from collections.abc import Iterator
-from typing import Any
 
 from lora_engine.models.attach import attention_function
 from lora_engine.models.attach.patches import Patches
+from lora_engine.models.families.modules import CausalLm, Config
 
 
-def use_attention(model: Any, patches: Patches) -> str | None:
+def use_attention(model: CausalLm, patches: Patches) -> str | None:
     """Puts lora_engine's attention under a transformers model.
 
     Returns the name of the model's own, or None where its class takes no other.
     """
-    before: str = model.config._attn_implementation
+    before = model.config._attn_implementation
     attention_function.register()
     model.set_attn_implementation(attention_function.IMPLEMENTATION)
     if model.config._attn_implementation != attention_function.IMPLEMENTATION:
@@ -24,7 +24,7 @@ def use_attention(model: Any, patches: Patches) -> str | None:
     return before
 
 
-def _copied_configs(model: Any, implementation: str) -> Iterator[Any]:
+def _copied_configs(model: CausalLm, implementation: str) -> Iterator[Config]:
     """Configurations that layers have to themselves: PEFT copies layers with theirs."""
     from transformers import PreTrainedModel
 
@@ -36,10 +36,12 @@ def _copied_configs(model: Any, implementation: str) -> Iterator[Any]:
         if _runs(part.config, attention_function.IMPLEMENTATION)
     }
     for part in model.modules():
-        config = getattr(part, "config", None)
-        if type(config) in kinds and id(config) not in shared and _runs(config, implementation):
+        config: Config | None = getattr(part, "config", None)
+        if config is None or type(config) not in kinds or id(config) in shared:
+            continue
+        if _runs(config, implementation):
             yield config
 
 
-def _runs(config: Any, implementation: str) -> bool:
-    return bool(config._attn_implementation == implementation)
+def _runs(config: Config, implementation: str) -> bool:
+    return config._attn_implementation == implementation

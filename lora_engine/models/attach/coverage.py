@@ -2,10 +2,10 @@
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import nn
 
+from lora_engine.models.families.modules import CausalLm
 from lora_engine.models.families.structure import EXPERTS_OF_A_TOKEN
 
 
@@ -80,7 +80,7 @@ class CoverageReport:
         return f"{table}\n{total}"
 
 
-def active_share(model: Any, name: str) -> float:
+def active_share(model: CausalLm, name: str) -> float:
     """The share of a module's weights that one token is multiplied with: below 1 in experts."""
     config = model.config.get_text_config()
     counts = (getattr(config, key, None) for key in EXPERTS_OF_A_TOKEN)

@@ -1,7 +1,6 @@
 """The result of a causal language model whose logits are made when somebody reads them."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,22 +43,22 @@ class CausalLmOutput(CausalLMOutputWithPast):
     What walks over all of it by `items()` or `values()` passes LazyLogits on without making them.
     """
 
-    def __getattribute__(self, name: str) -> Any:
+    def __getattribute__(self, name: str) -> object:
         value = super().__getattribute__(name)
         return value.value() if isinstance(value, LazyLogits) else value
 
-    def __getitem__(self, key: Any) -> Any:
+    def __getitem__(self, key: str | int | slice) -> object:
         if isinstance(key, str):
-            value = dict(self.items())[key]
+            value = dict(super().items())[key]
             return value.value() if isinstance(value, LazyLogits) else value
-        names = list(self.keys())[key]
+        names = list(super().keys())[key]
         return tuple(self[name] for name in names) if isinstance(names, list) else self[names]
 
-    def get(self, key: str, default: Any = None) -> Any:
+    def get(self, key: str, default: object = None) -> object:
         """As a dictionary's."""
         value = super().get(key, default)
         return value.value() if isinstance(value, LazyLogits) else value
 
-    def to_tuple(self) -> tuple[Any, ...]:
+    def to_tuple(self) -> tuple[object, ...]:
         """Every result that there is, logits among them."""
-        return self[:]
+        return tuple(self[name] for name in self)

@@ -4,15 +4,15 @@ In an accelerated model frozen weights are views of larger buffers, and not cont
 """
 
 from collections.abc import Callable
-from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lora_engine.models.attach.attachment import detach
 from lora_engine.models.attach.patches import Patches
+from lora_engine.models.families.modules import CausalLm, PeftTuner
 
 
-def patch_ways_out(model: Any, tuner: Any, patches: Patches) -> None:
+def patch_ways_out(model: CausalLm, tuner: PeftTuner | None, patches: Patches) -> None:
     """Makes saving and unloading work as before.
 
     model: a transformers model. tuner: PEFT's model around it, or None.
@@ -26,10 +26,10 @@ def patch_ways_out(model: Any, tuner: Any, patches: Patches) -> None:
 class _RestoreFirst:
     """Takes back what `accelerate` did, then calls the original: it changes the model's modules."""
 
-    def __init__(self, model: nn.Module, original: Callable[..., Any]) -> None:
+    def __init__(self, model: nn.Module, original: Callable[..., object]) -> None:
         self.model, self.original = model, original
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> object:
         detach(self.model)
         return self.original(*args, **kwargs)
 
@@ -37,10 +37,12 @@ class _RestoreFirst:
 class _SaveContiguous:
     """`save_pretrained` of a copy of each weight that is not contiguous."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: CausalLm) -> None:
         self.model, self.original = model, model.save_pretrained
 
-    def __call__(self, *args: Any, state_dict: dict[str, Any] | None = None, **kwargs: Any) -> Any:
+    def __call__(
+        self, *args: object, state_dict: dict[str, Tensor] | None = None, **kwargs: object
+    ) -> object:
         tensors = self.model.state_dict() if state_dict is None else state_dict
         whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
         return self.original(*args, state_dict=whole, **kwargs)

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from functools import update_wrapper
-from typing import Any
 
 import torch
 from torch import nn
@@ -23,6 +22,12 @@ from lora_engine.models.attach.mlp import MlpForward, activation_name, is_gated_
 from lora_engine.models.attach.norm import LayerNormForward, RmsNormForward, norm_forward
 from lora_engine.models.attach.sequences import SequenceFinder
 from lora_engine.models.attach.supervised_padding import LabelledForward
+from lora_engine.models.families.modules import (
+    Attention,
+    CausalLm,
+    GatedMlp,
+    LoraEmbedding,
+)
 from lora_engine.models.families.structure import (
     ATTENTION_CLASSES,
     DECODER_CLASSES,
@@ -42,7 +47,7 @@ class Walk:
     left: why attention, or the loss, are to be left to transformers.
     """
 
-    def __init__(self, model: Any, attached: Attachment, left: Mapping[str, str]) -> None:
+    def __init__(self, model: CausalLm, attached: Attachment, left: Mapping[str, str]) -> None:
         self.model, self.attached = model, attached
         self.patches, self.router = attached.patches, attached.router
         self.left = left
@@ -50,7 +55,8 @@ class Walk:
         self.finder = SequenceFinder()
         self.covered: set[nn.Module] = set()  # linears inside a replaced layer
         self.served: set[nn.Module] = set()  # modules whose parameters our kernels read
-        self.agrees: dict[Any, bool] = {}  # kind of MLP -> whether MlpForward computes the same
+        # kind of MLP -> whether MlpForward computes the same
+        self.agrees: dict[tuple[object, ...], bool] = {}
         weight = next(model.parameters())
         self.device, self.dtype = weight.device, weight.dtype
 
@@ -100,7 +106,7 @@ class Walk:
                 kind = type(module).__name__
                 self.report.add(name, kind, False, "not recognised: runs as transformers has it")
 
-    def _last_layer(self) -> Any:
+    def _last_layer(self) -> nn.Module | None:
         layers = getattr(self.model.base_model, "layers", None)
         return layers[-1] if layers else None
 
@@ -141,7 +147,7 @@ class Walk:
         strategy = group.lora.forward_strategy(TYPICAL_ROWS)
         return f"{strategy} product, {self._how('lora_linear', group.lora.base.format)}"
 
-    def _attention(self, name: str, module: Any, padding_of: dict[nn.Module, int]) -> None:
+    def _attention(self, name: str, module: Attention, padding_of: dict[nn.Module, int]) -> None:
         qkv = self._group(f"{name}.qkv", [module.q_proj, module.k_proj, module.v_proj])
         output = self._group(f"{name}.o_proj", [module.o_proj])
         if self.attached.own_attention is None:
@@ -153,7 +159,7 @@ class Walk:
             self.report.add(name, "attention + rope", True, self._how("attention"))
         self._note_padding(name, NORM_OF_ATTENTION, qkv, padding_of)
 
-    def _mlp(self, name: str, module: Any, padding_of: dict[nn.Module, int]) -> None:
+    def _mlp(self, name: str, module: GatedMlp, padding_of: dict[nn.Module, int]) -> None:
         linears = [module.gate_proj, module.up_proj, module.down_proj]
         activation = activation_name(module.act_fn)
         if activation is None or not all(map(is_linear, linears)):
@@ -192,7 +198,7 @@ class Walk:
         if group.lora is not None:
             self.patches.set_forward(module, SingleLinear(group))
 
-    def _embedding(self, name: str, module: Any) -> None:
+    def _embedding(self, name: str, module: LoraEmbedding) -> None:
         problem = why_no_embedding(module)
         self.covered.add(module)
         if problem is None:
@@ -232,7 +238,7 @@ class Walk:
         self.report.add(name, "linear_cross_entropy", problem is None, how)
 
 
-def _agrees(module: nn.Module, forward: Any, first: nn.Linear) -> bool:
+def _agrees(module: nn.Module, forward: MlpForward, first: nn.Linear) -> bool:
     """Whether `forward` computes what the module's own does, on two tokens that `first` takes."""
     features = first.in_features
     probe = torch.linspace(-1.0, 1.0, 2 * features).view(1, 2, features)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
 
@@ -98,6 +99,12 @@ class CausalLm(nn.Module):
 
     get_input_embeddings: Callable[[], nn.Module]
     get_output_embeddings: Callable[[], nn.Module | None]
+    set_attn_implementation: Callable[[str], None]
+    save_pretrained: Callable[..., object]
+
+    device: torch.device
+    generation_config: object
+    generate: Callable[..., Tensor]  # [B, L] int64
 
 
 class Magnitude(nn.Module):
@@ -152,12 +159,16 @@ class PeftTuner(nn.Module):
 
     model: CausalLm
 
+    set_adapter: Callable[[Sequence[str]], None]
+
 
 class PeftCausalLm(nn.Module):
     """PEFT's model around a causal language model."""
 
     active_adapters: Sequence[str]
+    base_model: PeftTuner
     peft_config: Mapping[str, object]
 
+    add_adapter: Callable[[str, object], None]
     get_base_model: Callable[[], CausalLm]
     disable_adapter: Callable[[], AbstractContextManager[None]]

@@ -5,11 +5,16 @@ import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from lora_engine.errors import UserError
+
+if TYPE_CHECKING:  # neither is needed to read a configuration
+    from torch import nn
+
+    from lora_engine.models.families.modules import PeftCausalLm
 
 LONGEST_NAME = 64
 
@@ -164,7 +169,7 @@ class LoraConfig(_Section):
         return f"lora.adapters.{adapter}.{field}" if getattr(own, field, None) else f"lora.{field}"
 
 
-def add_adapters(model: Any, lora: LoraConfig) -> Any:
+def add_adapters(model: "nn.Module", lora: LoraConfig) -> "PeftCausalLm":
     """`model` in a PeftModel with the LoRA adapters that `lora` describes, all of them active.
 
     Each is initialised from lora.seed. Raises UserError, naming the key, for a name or pattern
@@ -192,7 +197,7 @@ def add_adapters(model: Any, lora: LoraConfig) -> Any:
             key=lambda field, adapter=name: lora.key(adapter, field),  # type: ignore[misc]
         )
         _check_rank(adapted, own.r, lora.key(name, "r"))
-    wrapped: Any = None
+    wrapped: PeftCausalLm | None = None
     for name, own in settings.items():
         torch.manual_seed(lora.seed)
         with _user_errors(lora, name):
@@ -200,13 +205,14 @@ def add_adapters(model: Any, lora: LoraConfig) -> Any:
                 wrapped = peft.get_peft_model(model, _peft_config(own), adapter_name=name)
             else:
                 wrapped.add_adapter(name, _peft_config(own))
+    assert wrapped is not None
     if len(settings) > 1:
         wrapped.base_model.set_adapter(list(settings))
     _check_bias(wrapped, lora)
     return wrapped
 
 
-def _peft_config(lora: LoraConfig) -> Any:
+def _peft_config(lora: LoraConfig) -> object:
     import peft
 
     return peft.LoraConfig(
@@ -248,7 +254,7 @@ def _user_errors(lora: LoraConfig, name: str) -> Iterator[None]:
         warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 
 
-def _check_rank(adapted: Sequence[Any], r: int, key: str) -> None:
+def _check_rank(adapted: Sequence["nn.Module"], r: int, key: str) -> None:
     """Refuses a rank beyond the layers' own sizes, and one that the memory cannot hold."""
     import torch
 
@@ -279,15 +285,17 @@ def _check_rank(adapted: Sequence[Any], r: int, key: str) -> None:
         )
 
 
-def _sizes(module: Any) -> tuple[int, int]:
+def _sizes(module: "nn.Module") -> tuple[int, int]:
     """Rows and columns of the matrix an adapter is for."""
-    if hasattr(module, "in_features"):  # also of weights whose values are packed
+    import torch
+
+    if isinstance(module, torch.nn.Linear):  # also one whose values are packed
         return module.out_features, module.in_features
     rows, *columns = next(module.parameters()).shape
     return rows, math.prod(columns)
 
 
-def _check_bias(model: Any, lora: LoraConfig) -> None:
+def _check_bias(model: "nn.Module", lora: LoraConfig) -> None:
     trained = (name for name, p in model.named_parameters() if p.requires_grad)
     if lora.bias != "none" and not any(name.endswith("bias") for name in trained):
         where = "the model" if lora.bias == "all" else "what gets an adapter"

@@ -6,7 +6,6 @@ is a regular expression for the whole name. PEFT itself is silent as long as one
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 from torch import nn
 
@@ -72,8 +71,9 @@ def takes_adapter(module: nn.Module) -> bool:
     return isinstance(module, kinds)
 
 
-def _all_linear(model: Any, modules: dict[str, nn.Module]) -> list[str]:
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+def _all_linear(model: nn.Module, modules: dict[str, nn.Module]) -> list[str]:
+    head_of: Callable[[], object] = getattr(model, "get_output_embeddings", lambda: None)
+    head = head_of()
     return [n for n, m in modules.items() if isinstance(m, nn.Linear) and m is not head]
 
 
@@ -181,5 +181,5 @@ def _list(names: Sequence[str]) -> str:
     return ", ".join(names[:_MOST_SHOWN]) + more
 
 
-def _shown(name: Any) -> str:
+def _shown(name: str) -> str:
     return repr(str(name)) if len(name) <= 60 else repr(name[:57] + "…")

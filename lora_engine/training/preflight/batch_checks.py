@@ -1,7 +1,6 @@
 """Refuses batches that teach nothing or that the model cannot take, before they are tried."""
 
 from collections.abc import Mapping
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -16,14 +15,16 @@ _IGNORED = -100
 _TELLING = 4
 
 
-def check_batch(model: nn.Module, batch: Any, objective: Objective) -> None:
+def check_batch(
+    model: nn.Module, batch: PackedBatch | Mapping[str, object], objective: Objective
+) -> None:
     """Raises UserError where no token of the batch is supervised, a packed batch has no weight for
     the objective, or token ids or labels are beyond the model's vocabulary.
 
     Labels are checked for causal language models with transformers' own loss only: others may take
     labels of any kind.
     """
-    inner: Any = transformers_model(model)
+    inner = transformers_model(model)
     ids: Tensor | None
     labels: Tensor | None
     if isinstance(batch, PackedBatch):
@@ -49,11 +50,11 @@ def check_batch(model: nn.Module, batch: Any, objective: Objective) -> None:
             f"preflight: {objective.name} has nothing to learn from in the batch; give one to "
             "which it gives weight"
         )
-    if ignored is not None:
+    if not isinstance(batch, PackedBatch) and ignored is not None:
         _check_shift(batch, ignored)
 
 
-def _check_shift(batch: Mapping[str, Any], ignored: int) -> None:
+def _check_shift(batch: Mapping[str, object], ignored: int) -> None:
     """Raises UserError where labels are off by one token.
 
     A model shifts `labels` itself, so they equal input_ids; `shift_labels` it takes as they are.
@@ -61,7 +62,9 @@ def _check_shift(batch: Mapping[str, Any], ignored: int) -> None:
     shifts_itself = not isinstance(batch.get("shift_labels"), Tensor)
     name = "labels" if shifts_itself else "shift_labels"
     ids, labels = batch.get("input_ids"), batch[name]
-    if not isinstance(ids, Tensor) or ids.shape != labels.shape or ids.dim() != 2:
+    if not (isinstance(ids, Tensor) and isinstance(labels, Tensor)):
+        return
+    if ids.shape != labels.shape or ids.dim() != 2:
         return
     labels, own, following = labels[:, :-1], ids[:, :-1], ids[:, 1:]
     labelled = labels != ignored
@@ -79,7 +82,7 @@ def _check_shift(batch: Mapping[str, Any], ignored: int) -> None:
         raise UserError(f"preflight: {name} of the batch are off by one token; {mend}")
 
 
-def _tokens(batch: Mapping[str, Any]) -> Tensor | None:
+def _tokens(batch: Mapping[str, object]) -> Tensor | None:
     for name in ("input_ids", "labels"):
         if isinstance(batch.get(name), list | tuple):
             raise UserError(
@@ -93,7 +96,7 @@ def _tokens(batch: Mapping[str, Any]) -> Tensor | None:
     return ids if isinstance(ids, Tensor) else None
 
 
-def _labels(model: Any, batch: Mapping[str, Any]) -> Tensor | None:
+def _labels(model: nn.Module, batch: Mapping[str, object]) -> Tensor | None:
     """The labels that a causal language model compares with its predictions, or None."""
     own_loss = "_loss_function" in vars(model)  # the property `loss_function` was assigned to
     if getattr(model, "loss_type", None) != "ForCausalLM" or own_loss:
@@ -111,13 +114,13 @@ def _labels(model: Any, batch: Mapping[str, Any]) -> Tensor | None:
     return labels[..., 1:]  # nothing predicts the first one
 
 
-def _ignored(batch: Mapping[str, Any]) -> int:
+def _ignored(batch: Mapping[str, object]) -> int:
     """The label of tokens that are not supervised."""
     index = batch.get("ignore_index")
     return index if isinstance(index, int) else _IGNORED
 
 
-def _check_ids(name: str, ids: Tensor, model: Any, layer: str, ignored: int | None) -> None:
+def _check_ids(name: str, ids: Tensor, model: nn.Module, layer: str, ignored: int | None) -> None:
     if ids.is_floating_point() or ids.is_complex():
         raise UserError(
             f"preflight: {name} of the batch are {str(ids.dtype).removeprefix('torch.')}; give "
@@ -137,7 +140,7 @@ def _check_ids(name: str, ids: Tensor, model: Any, layer: str, ignored: int | No
         )
 
 
-def _rows(layer: Any) -> int | None:
+def _rows(layer: nn.Module) -> int | None:
     """How many tokens an embedding or a head has; None where that cannot be read off it."""
     weight = getattr(layer, "weight", None)
     if isinstance(weight, Tensor) and weight.ndim == 2 and weight.is_floating_point():

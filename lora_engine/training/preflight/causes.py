@@ -4,7 +4,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ class Place(NamedTuple):
     layer: str
 
 
-def place_of(model: Any, name: str) -> Place:
+def place_of(model: nn.Module, name: str) -> Place:
     adapters = getattr(model, "peft_config", {})
     parts = name.split(".")
     for index in range(len(parts) - 1, 0, -1):
@@ -78,10 +78,10 @@ def why_out_of_range(model: nn.Module, trial: Trial) -> str | None:
     """The message for an embedding that is asked for rows beyond its last; None if none is."""
     entered: list[str] = []
 
-    def note(name: str) -> Callable[[nn.Module, Any], None]:
+    def note(name: str) -> Callable[[nn.Module, object], None]:
         return lambda module, args: entered.append(name)
 
-    def leave(module: nn.Module, args: Any, output: Any) -> None:
+    def leave(module: nn.Module, args: object, output: object) -> None:
         entered.pop()
 
     handles = []
@@ -128,7 +128,7 @@ def why_nonfinite_gradient(model: nn.Module, names: Sequence[str]) -> str:
     )
 
 
-def why_no_gradient(model: Any, name: str, more: int, gradient: Tensor | None) -> str:
+def why_no_gradient(model: nn.Module, name: str, more: int, gradient: Tensor | None) -> str:
     """The message for a parameter on which the loss depends, whose gradient is None or zero."""
     what = "no gradient" if gradient is None else "a gradient of zero"
     reason = _why_out_of_use(model, place_of(model, name))
@@ -140,7 +140,7 @@ def why_no_gradient(model: Any, name: str, more: int, gradient: Tensor | None) -
 
 
 def why_idle(
-    model: Any, trial: Trial, layers: Sequence[list[str]], groups: Sequence[list[str]]
+    model: nn.Module, trial: Trial, layers: Sequence[list[str]], groups: Sequence[list[str]]
 ) -> str | None:
     """The message for parameters without a gradient on which the loss does not depend.
 
@@ -186,7 +186,7 @@ def why_independent(names: Sequence[str]) -> str:
     )
 
 
-def why_out_of_use(model: Any, names: Sequence[str]) -> str | None:
+def why_out_of_use(model: nn.Module, names: Sequence[str]) -> str | None:
     """The message where PEFT does not run the adapter of one of these parameters, or None."""
     for name in names:
         reason = _why_out_of_use(model, place_of(model, name))
@@ -196,10 +196,10 @@ def why_out_of_use(model: Any, names: Sequence[str]) -> str | None:
     return None
 
 
-def _why_out_of_use(model: Any, place: Place) -> str | None:
+def _why_out_of_use(model: nn.Module, place: Place) -> str | None:
     if place.adapter is None:
         return None
-    layer: Any = model.get_submodule(place.layer)
+    layer = model.get_submodule(place.layer)
     if getattr(layer, "merged", False):
         return "the adapter is merged into the base weight: call model.unmerge_adapter()"
     if getattr(layer, "disable_adapters", False) is True:
@@ -224,7 +224,7 @@ def _why_disconnected(model: nn.Module) -> str:
     )
 
 
-def _checkpoints_reentrantly(module: Any) -> bool:
+def _checkpoints_reentrantly(module: nn.Module) -> bool:
     function = getattr(module, "_gradient_checkpointing_func", None)
     if not getattr(module, "gradient_checkpointing", False) or function is None:
         return False
@@ -263,7 +263,7 @@ def _frozen_at_zero(model: nn.Module, place: Place) -> str | None:
 
 
 def _outputs(
-    model: Any, trial: Trial, parameters: Sequence[list[str]]
+    model: nn.Module, trial: Trial, parameters: Sequence[list[str]]
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Sum of the outputs' absolute values, by layer, for the layers of these parameters that ran:
     with the model's own values, and with noise on the trained ones."""
@@ -293,8 +293,8 @@ def _watched(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, float]]:
     """Collects the sum of the absolute values of each layer's outputs, by layer."""
     sums: dict[str, float] = {}
 
-    def watch(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def note(module: nn.Module, args: Any, output: Any) -> None:
+    def watch(name: str) -> Callable[[nn.Module, object, object], None]:
+        def note(module: nn.Module, args: object, output: object) -> None:
             tensor = output[0] if isinstance(output, tuple) else output
             if isinstance(tensor, Tensor) and tensor.numel():
                 sums[name] = sums.get(name, 0.0) + float(tensor.detach().double().abs().sum())

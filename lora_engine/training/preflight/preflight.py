@@ -3,8 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +29,7 @@ from lora_engine.training.preflight.causes import (
 )
 from lora_engine.training.preflight.descent import descend, rounding
 from lora_engine.training.preflight.slopes import check_slopes
-from lora_engine.training.preflight.trial import Gradients, Trial, on_device, trial
+from lora_engine.training.preflight.trial import Gradients, Loss, Trial, on_device, trial
 
 
 @dataclass(frozen=True)
@@ -70,9 +69,9 @@ class PreflightReport:
 
 def preflight(
     model: nn.Module,
-    batch: Any,
+    batch: object,
     *,
-    loss: Callable[[Any, Any], Tensor] | None = None,
+    loss: Loss | None = None,
     objective: Objective = SFT(),
 ) -> PreflightReport:
     """Try one training step of `model` on `batch`, and put everything back.
@@ -103,17 +102,17 @@ def preflight(
             "give one, loss=lambda model, batch: …"
         )
     if loss is None:
-        batch = on_device(model, batch)
+        batch = taken = on_device(model, batch)
         check_objective(objective, "preflight")
-        check_batch(model, batch, objective)
+        check_batch(model, taken, objective)
     frozen = _frozen(model)
     sums = {name: _checksum(p) for name, p in frozen.items()}
     with trial(model, batch, objective, loss) as tried:
         checks = _Preflight(model, tried)
         _check_unchanged(frozen, sums)  # first: the checks below would name other causes
-        result = checks.run()
+        report = checks.run()
         _check_unchanged(frozen, sums)
-    return PreflightReport(**result, seconds=time.perf_counter() - started)
+    return replace(report, seconds=time.perf_counter() - started)
 
 
 class _Preflight:
@@ -129,7 +128,7 @@ class _Preflight:
                 raise
             raise UserError(problem) from error
 
-    def run(self) -> dict[str, Any]:
+    def run(self) -> PreflightReport:
         if not math.isfinite(self.before):
             raise UserError(why_nonfinite(self.model, self.trial, self.before))
         check_values(self.model)
@@ -156,18 +155,19 @@ class _Preflight:
         falls = after < self.before - 3 * noise
         return self._report(after if falls else self.before, gradients, missing)
 
-    def _report(self, after: float, gradients: Gradients, missing: list[str]) -> dict[str, Any]:
+    def _report(self, after: float, gradients: Gradients, missing: list[str]) -> PreflightReport:
         norms: dict[str, float] = {}
         for name, gradient in gradients.items():
             group = self._group(name)
             norms[group] = math.hypot(norms.get(group, 0.0), _norm(gradient))
-        return {
-            "loss_before": self.before,
-            "loss_after": after,
-            "parameters": len(gradients),
-            "unreached": len(missing),
-            "gradient_norms": norms,
-        }
+        return PreflightReport(
+            loss_before=self.before,
+            loss_after=after,
+            parameters=len(gradients),
+            unreached=len(missing),
+            gradient_norms=norms,
+            seconds=0.0,
+        )
 
     def _checked(self, gradients: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
         """`gradients`; UserError if one is not finite."""

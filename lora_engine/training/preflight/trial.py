@@ -4,7 +4,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from lora_engine.objectives.base import Objective
 from lora_engine.training import random_state
 
 Gradients = Mapping[str, Tensor | None]
-Loss = Callable[[Any, Any], Tensor]
+Loss: TypeAlias = Callable[..., Tensor]  # of the model and the batch
 
 # The first is GradScaler's: without a scale, small gradients of float16 would be zero.
 _LOSS_SCALES = (2.0**16, 2.0**12, 2.0**8, 2.0**4, 1.0)
@@ -39,7 +39,7 @@ class Trial:
     """
 
     def __init__(
-        self, model: nn.Module, batch: Any, objective: Objective, loss: Loss | None = None
+        self, model: nn.Module, batch: object, objective: Objective, loss: Loss | None = None
     ) -> None:
         self.model = model
         self.batch = batch
@@ -157,7 +157,7 @@ class Trial:
 
 @contextmanager
 def trial(
-    model: nn.Module, batch: Any, objective: Objective, loss: Loss | None = None
+    model: nn.Module, batch: object, objective: Objective, loss: Loss | None = None
 ) -> Iterator[Trial]:
     """A Trial of the model; on leaving, by an exception too, everything is as it was.
 
@@ -198,7 +198,7 @@ def with_values(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None
         _surely(lambda: put(own))
 
 
-def on_device(model: nn.Module, batch: Any) -> Any:
+def on_device(model: nn.Module, batch: object) -> PackedBatch | Mapping[str, object]:
     """The batch with its tensors on the device of the model's first parameter."""
     device = next(model.parameters()).device
     if isinstance(batch, PackedBatch):
@@ -216,7 +216,7 @@ def _of_objective(objective: Objective, batch: PackedBatch) -> Loss:
     return lambda model, batch: batch_loss(model, batch, objective).total / weight
 
 
-def _own_loss(model: Any, batch: Any) -> Tensor:
+def _own_loss(model: nn.Module, batch: Mapping[str, object]) -> Tensor:
     taken = inspect.signature(transformers_model(model).forward).parameters
     some = any(p.kind == inspect.Parameter.VAR_KEYWORD for p in taken.values())
     if not some and (unknown := [name for name in batch if name not in taken]):
@@ -236,7 +236,7 @@ def _own_loss(model: Any, batch: Any) -> Tensor:
 
 
 def _mean_of(loss: Loss) -> Loss:
-    def mean(model: Any, batch: Any) -> Tensor:
+    def mean(model: nn.Module, batch: object) -> Tensor:
         value = loss(model, batch)
         if not isinstance(value, Tensor) or not value.is_floating_point() or not value.numel():
             kind = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else value
@@ -357,5 +357,5 @@ def _surely(put_back: Callable[[], None]) -> None:
         raise
 
 
-def _plain(module: nn.Module) -> dict[str, Any]:
+def _plain(module: nn.Module) -> dict[str, object]:
     return {name: value for name, value in vars(module).items() if isinstance(value, _PLAIN)}
