@@ -138,8 +138,17 @@ def _checked(row: Row) -> Record:
     if not isinstance(row.value, Record):
         return parse_record(row.value, row.origin)
     record = row.value
-    for name in ("messages", "prompt", "completion", "text", "chosen", "rejected", "adapter"):
-        check_strings(getattr(record, name), f"{row.origin}: {name!r}")
+    written = {
+        "messages": record.messages,
+        "prompt": record.prompt,
+        "completion": record.completion,
+        "text": record.text,
+        "chosen": record.chosen,
+        "rejected": record.rejected,
+        "adapter": record.adapter,
+    }
+    for name, value in written.items():
+        check_strings(value, f"{row.origin}: {name!r}")
     return record
 
 
