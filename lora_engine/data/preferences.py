@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping
-from typing import Any, NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias, TypedDict
 
 from lora_engine.data.fields import Messages, kind_of, messages_of, string_of
 from lora_engine.data.strings import check_strings
@@ -16,10 +16,22 @@ _OF_OTHER_KINDS = ("messages", "completion", "text", "chosen", "rejected")
 _LABELS = {"true": True, "false": False}
 
 
-class Parts(NamedTuple):
-    """fields: arguments of a Record, its kind among them. read: the row's fields they are of."""
+class Fields(TypedDict, total=False):
+    """Arguments of a Record."""
 
-    fields: dict[str, Any]
+    prompt: Said
+    completion: Said
+    chosen: Said
+    rejected: Said
+    label: bool | None
+    columns: Mapping[str, object]
+
+
+class Parts(NamedTuple):
+    """What a Record is made of. read: the row's fields that it is made from."""
+
+    kind: Literal["preference", "unpaired", "prompt"]
+    fields: Fields
     read: tuple[str, ...]
 
 
@@ -42,11 +54,12 @@ def preference_of(row: Mapping[str, object], origin: str) -> Parts:
     if row.get("completion") is None:
         columns = {name: value for name, value in row.items() if name not in ("prompt", "adapter")}
         check_strings(columns, f"{origin}: the columns")
-        return Parts({"kind": "prompt", "prompt": prompt, "columns": columns}, ("prompt",))
+        return Parts("prompt", {"prompt": prompt, "columns": columns}, ("prompt",))
     prompt, completion = _alike(prompt, _said(row, "completion", origin))
     label = _label(row["label"])
     return Parts(
-        {"kind": "unpaired", "prompt": prompt, "completion": completion, "label": label},
+        "unpaired",
+        {"prompt": prompt, "completion": completion, "label": label},
         ("prompt", "completion", "label"),
     )
 
@@ -69,10 +82,10 @@ def _preference(row: Mapping[str, object], origin: str) -> Parts:
             raise UserError(f"{origin}: 'margin' must be a number, got {kind_of(margin)}")
         fields["columns"] = {"margin": float(margin)}
         read = (*read, "margin")
-    return Parts({"kind": "preference", **fields}, read)
+    return Parts("preference", fields, read)
 
 
-def _of_texts(prompt: str | None, chosen: str, rejected: str, origin: str) -> dict[str, Any]:
+def _of_texts(prompt: str | None, chosen: str, rejected: str, origin: str) -> Fields:
     if prompt is None:
         shared = os.path.commonprefix([chosen, rejected])  # noqa: RUF071 (characters are meant)
         # No word is cut in two, and a space before the answers belongs to them.
@@ -85,9 +98,7 @@ def _of_texts(prompt: str | None, chosen: str, rejected: str, origin: str) -> di
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
-def _of_messages(
-    prompt: Said | None, chosen: Messages, rejected: Messages, origin: str
-) -> dict[str, Any]:
+def _of_messages(prompt: Said | None, chosen: Messages, rejected: Messages, origin: str) -> Fields:
     """The conversation before the answers, and what follows it in each.
 
     The answers may repeat the prompt; without one, it is what both begin with.

@@ -159,10 +159,10 @@ def parse_record(row: object, origin: str) -> Record:
     present = {field for field in FIELDS if row.get(field) is not None}
     adapter = "" if row.get("adapter") is None else string_of(row, "adapter", origin)
     if is_preference(row):
-        parts, read = preference_of(row, origin)
+        kind, parts, read = preference_of(row, origin)
         group = _digest(0, json.dumps(parts["prompt"], sort_keys=True, default=str))
-        ignored = () if parts["kind"] == "prompt" else _ignored(row, read)
-        return Record(**parts, adapter=adapter, origin=origin, group=group, ignored=ignored)
+        ignored = () if kind == "prompt" else _ignored(row, read)
+        return Record(kind, **parts, adapter=adapter, origin=origin, group=group, ignored=ignored)
     if "messages" in present:
         return Record(
             "messages",
