@@ -25,6 +25,8 @@ from lora_engine.app.config_schema import (
     find_switch_for_number,
 )
 from lora_engine.app.config_yaml import parse_mapping, parse_value, read_config
+from lora_engine.data.formats.columns import Layout
+from lora_engine.data.formats.recognise import FIELDS, FormatName
 from lora_engine.errors import UserError, nearest
 from lora_engine.files import user_path
 from lora_engine.models.peft.adapters import LoraConfig
@@ -66,10 +68,28 @@ class DataConfig(_Section):
     """The examples to learn from, and those held out to measure by."""
 
     train: Source = Field(
-        description="A `.jsonl`, `.json`, `.parquet` or `.csv` file, a hub dataset id, or "
-        "`docstrings`: the Python standard library's functions and their docstrings.",
+        description="A file (`.jsonl`, `.json`, `.parquet`, `.csv`, `.tsv`, `.txt`, `.md`, "
+        "`.arrow`; text also with `.gz` or `.zst` behind), a folder, a pattern as `a/*.jsonl`, "
+        "a hub dataset id, or `docstrings`: the Python standard library's functions and their "
+        "docstrings.",
     )
-    split: str | None = Field(default=None, description="Split of a hub dataset to train on.")
+    split: str | None = Field(
+        default=None, description="Split of a folder or a hub dataset to train on."
+    )
+    format: FormatName | None = Field(
+        default=None, description="Format of the records; null recognises it by their fields."
+    )
+    columns: dict[str, str] | None = Field(
+        default=None,
+        description="Which column is what, where no format is recognised: `{user: question, "
+        "assistant: reply}` makes chats, `{prompt: …, completion: …}` plain pairs, `{text: …}` "
+        "text. A dot steps into an object or list.",
+    )
+    template: str | dict[str, str] | None = Field(
+        default=None,
+        description='What the user says, written from columns: `"{question}\\n{context}"`; or a '
+        "template of each of `system`, `user`, `assistant`, `prompt`, `completion` and `text`.",
+    )
     eval: Source | None = Field(
         default=None, description="Held-out examples, a source like `train`."
     )
@@ -97,6 +117,18 @@ class DataConfig(_Section):
     seed: int = Field(
         default=0, ge=0, lt=2**32, description="Seed of the choice of held-out examples."
     )
+
+    def layout(self) -> Layout:
+        """What the records' fields are."""
+        return Layout(self.format, self.columns, self.template)
+
+    @model_validator(mode="after")
+    def _layout_is_one(self) -> "DataConfig":
+        try:
+            self.layout().check(FIELDS)
+        except UserError as error:
+            raise ValueError(str(error)) from error
+        return self
 
     @model_validator(mode="after")
     def _eval_split_has_a_source(self) -> "DataConfig":

@@ -177,13 +177,19 @@ def prepare_data(data: DataConfig, tokenizer: Any) -> tuple[TokenizedDataset, To
         "loss_on": data.loss_on,
         "on_too_long": data.on_too_long,
     }
+    layout = data.layout()
     if data.eval is not None:
-        train_data = prepare(data.train, tokenizer, split=data.split, **options)
+        train_data = prepare(data.train, tokenizer, split=data.split, layout=layout, **options)
         eval_data = prepare(
-            data.eval, tokenizer, split=data.eval_split, limit=data.eval_limit, **options
+            data.eval,
+            tokenizer,
+            split=data.eval_split,
+            limit=data.eval_limit,
+            layout=layout,
+            **options,
         )
     else:
-        records = read_records(data.train, split=data.split)
+        records = read_records(data.train, split=data.split, layout=layout)
         try:
             training, heldout = split_heldout(records, data.eval_fraction, seed=data.seed)
         except UserError as error:

@@ -9,6 +9,7 @@ import numpy as np
 
 from lora_engine.data.batch import MISMATCHED
 from lora_engine.data.encode import Encoder
+from lora_engine.data.formats.columns import RECOGNISED, Layout
 from lora_engine.data.listing import group, raise_listed, without_origin
 from lora_engine.data.pairs import check_answers, example_of, with_mismatched
 from lora_engine.data.records import Record, Source, read_records
@@ -45,7 +46,7 @@ class TokenizedDataset(Sequence[Example]):
     """Examples in the order of their records.
 
     name: what the data is called in messages.
-    kinds: number of records of each kind, dropped ones included.
+    kinds: number of records of each kind, dropped ones included. formats: the same of formats.
     duplicates: examples that repeat an earlier one. They stay in: repeating may be meant.
     ignored: fields of records, and keys of messages as "messages.KEY", that hold something and
         that nothing reads, each with its number of records.
@@ -54,6 +55,7 @@ class TokenizedDataset(Sequence[Example]):
     examples: Sequence[Example]
     name: str = "data"
     kinds: tuple[tuple[str, int], ...] = ()
+    formats: tuple[tuple[str, int], ...] = ()
     dropped: tuple[Dropped, ...] = ()
     duplicates: tuple[Duplicate, ...] = ()
     ignored: tuple[tuple[str, int], ...] = ()
@@ -125,6 +127,7 @@ def prepare(
     on_too_long: OnTooLong = "truncate",
     split: str | None = None,
     limit: int | None = None,
+    layout: Layout = RECOGNISED,
 ) -> TokenizedDataset:
     """Read, render and tokenize `source` (see `read_records`); a TokenizedDataset stays as it is.
 
@@ -133,6 +136,7 @@ def prepare(
         answer where answers are compared or judged; "drop" leaves the record out.
     split: split of a hub dataset.
     limit: use only the first `limit` records.
+    layout: what the records' fields are, where that is not to be recognised.
 
     A record with nothing to learn from is dropped and accounted for. Raises UserError for a
     source that cannot be read, malformed records (all are listed), or no example left.
@@ -141,7 +145,7 @@ def prepare(
         return source
     if max_length is not None and max_length < 2:
         raise UserError(f"max_length must be at least 2 tokens, got {max_length}")
-    records = read_records(source, split=split)[:limit]
+    records = read_records(source, split=split, layout=layout)[:limit]
     name = str(source) if isinstance(source, str) else getattr(source, "name", "data")
     examples: list[Example] = []
     dropped: list[Dropped] = []
@@ -170,6 +174,7 @@ def prepare(
         examples,
         name=name,
         kinds=tuple(sorted(Counter(record.kind for record in records).items())),
+        formats=tuple(sorted(Counter(r.format for r in records if r.format).items())),
         dropped=tuple(dropped),
         duplicates=tuple(_find_duplicates(examples)),
         ignored=tuple(ignored.items()),
@@ -209,6 +214,8 @@ def _prompt(example: Example) -> tuple[int, ...]:
 
 
 def _reason_to_drop(record: Record, example: Example, max_length: int | None) -> str | None:
+    if record.drop:
+        return record.drop
     if not record.has_answer():
         roles = {message["role"] for message in record.messages}
         return NO_ASSISTANT if roles and "assistant" not in roles else NO_ANSWER

@@ -2,32 +2,22 @@
 
 A row that cannot be parsed is yielded as a RowError and reading goes on, so that one pass finds
 every malformed line. Lines end where each format says: JSON Lines at \\n alone, CSV at \\n, \\r\\n
-or \\r outside quotes.
+or \\r outside quotes. Text files may be compressed (see `unpack`).
 """
 
 import csv
-import io
 import json
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
+from lora_engine.data.unpack import COMPRESSED, opened, read_text
 from lora_engine.errors import UserError, reason
 
 _JSON_BLANKS = " \t\r\n"
-# What files begin with that are compressed, or text in another encoding.
-_OTHER_FORMATS = {
-    b"\x1f\x8b": "is compressed (gzip); unpack it first",
-    b"BZh": "is compressed (bzip2); unpack it first",
-    b"\xfd7zXZ\x00": "is compressed (xz); unpack it first",
-    b"\x28\xb5\x2f\xfd": "is compressed (zstd); unpack it first",
-    b"PK\x03\x04": "is a zip archive; unpack it first",
-    b"PAR1": "is a Parquet file; name it .parquet",
-    b"\xff\xfe": "is UTF-16 text; save it as UTF-8",
-    b"\xfe\xff": "is UTF-16 text; save it as UTF-8",
-}
 
 
 @dataclass(frozen=True)
@@ -48,8 +38,7 @@ class RowError:
 
 def read_jsonl(path: Path) -> Iterator[Row | RowError]:
     """One JSON value per line; blank lines are skipped. Origins count lines from 1."""
-    _check_format(path)
-    with path.open("rb") as file:
+    with opened(path) as file:
         for number, raw in enumerate(file, start=1):
             origin = f"{path}:{number}"
             try:
@@ -66,8 +55,7 @@ def read_jsonl(path: Path) -> Iterator[Row | RowError]:
 
 def read_json(path: Path) -> Iterator[Row | RowError]:
     """A JSON array of records. Origins are the lines where the records begin."""
-    _check_format(path)
-    text = _read_text(path)
+    text = read_text(path)
     position = _skip(text, 0)
     if text[position : position + 1] != "[":
         raise UserError(f"{path}:1: expected a JSON list of records; one per line is .jsonl")
@@ -102,15 +90,29 @@ def read_json(path: Path) -> Iterator[Row | RowError]:
 
 
 def read_csv(path: Path) -> Iterator[Row | RowError]:
-    """A CSV file with a header line. Origins are the lines where the records end."""
-    _check_format(path)
+    """A CSV file with a header line, or a TSV one. Origins are the lines where records end."""
     previous_limit = csv.field_size_limit(sys.maxsize)  # the default refuses 128 KiB cells
+    delimiter = "\t" if file_kind(path) == ".tsv" else ","
     try:
-        # newline="" leaves line ends as they are, inside and outside quoted cells
-        reader = csv.DictReader(io.StringIO(_read_text(path), newline=""), strict=True)
-        yield from _csv_rows(reader, path)
+        with opened(path) as file:
+            reader = csv.DictReader(_lines(path, file), strict=True, delimiter=delimiter)
+            yield from _csv_rows(reader, path)
     finally:
         csv.field_size_limit(previous_limit)
+
+
+# A line with its end, of any kind that CSV knows.
+_LINE = re.compile(r"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+")
+
+
+def _lines(path: Path, file: BinaryIO) -> Iterator[str]:
+    """Lines with their ends as they are, which quoted CSV cells need."""
+    for number, raw in enumerate(file, start=1):
+        try:
+            text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}:{number}: is not UTF-8 text") from error
+        yield from _LINE.findall(text)
 
 
 def _csv_rows(reader: csv.DictReader, path: Path) -> Iterator[Row | RowError]:
@@ -168,6 +170,37 @@ def read_parquet(path: Path) -> Iterator[Row | RowError]:
         ) from error
 
 
+def read_arrow(path: Path) -> Iterator[Row | RowError]:
+    """An Arrow file, in the file or the stream format. Origins count rows from 1."""
+    import pyarrow
+
+    number = 0
+    try:
+        with pyarrow.memory_map(str(path)) as source:
+            is_file = source.read(6) == b"ARROW1"
+            source.seek(0)
+            if is_file:
+                reader = pyarrow.ipc.open_file(source)
+                batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
+            else:
+                batches = iter(pyarrow.ipc.open_stream(source))
+            for batch in batches:
+                for offset in range(0, batch.num_rows, 1024):
+                    for value in batch.slice(offset, 1024).to_pylist():
+                        number += 1
+                        yield Row(value, f"{path}:{number}")
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
+        after = f" after row {number}" if number else ""
+        raise UserError(
+            f"{path}: is not a readable Arrow file{after}, get it anew: {reason(error)}"
+        ) from error
+
+
+def read_document(path: Path) -> Iterator[Row | RowError]:
+    """A plain text as one record, `text`. Its origin is its first line."""
+    yield Row({"text": read_text(path)}, f"{path}:1")
+
+
 class _Batch(Protocol):
     """What is used of a pyarrow.RecordBatch."""
 
@@ -189,17 +222,43 @@ def _parquet_rows(
             yield RowError(f"holds a value that cannot be read: {reason(error)}", origin)
 
 
-SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
+_READERS: dict[str, Callable[[Path], Iterator[Row | RowError]]] = {
+    ".jsonl": read_jsonl,
+    ".ndjson": read_jsonl,
+    ".json": read_json,
+    ".parquet": read_parquet,
+    ".csv": read_csv,
+    ".tsv": read_csv,
+    ".txt": read_document,
+    ".md": read_document,
+    ".markdown": read_document,
+    ".arrow": read_arrow,
+}
+_BINARY = (".parquet", ".arrow")
+
+
+def file_kind(path: Path) -> str:
+    """The suffix that says what a file holds, in small letters: ".jsonl" of a.JSONL.gz."""
+    suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
+    if suffixes and suffixes[-1] in COMPRESSED:
+        kind = suffixes[0] if len(suffixes) == 2 else ""
+        return "" if kind in _BINARY else kind
+    return suffixes[-1] if suffixes else ""
+
+
+def is_readable(path: Path) -> bool:
+    """Whether the file's name says that it holds records."""
+    return file_kind(path) in _READERS
+
+
+def readable_suffixes() -> str:
+    """The suffixes of files that can be read, for people."""
+    return f"{', '.join(_READERS)}, all but {' and '.join(_BINARY)} also with .gz or .zst behind"
 
 
 def read_file(path: Path) -> Iterator[Row | RowError]:
-    """The rows of a file whose suffix is one of SUFFIXES."""
-    suffix = path.suffix.lower()
-    if suffix == ".jsonl":
-        return read_jsonl(path)
-    if suffix == ".json":
-        return read_json(path)
-    return read_parquet(path) if suffix == ".parquet" else read_csv(path)
+    """The rows of a file that `is_readable`."""
+    return _READERS[file_kind(path)](path)
 
 
 class _RepeatedKey(ValueError):
@@ -225,25 +284,6 @@ def _unusable(error: Exception) -> str:
     if isinstance(error, RecursionError):
         return "is nested too deeply"
     return "holds a number with too many digits"
-
-
-def _check_format(path: Path) -> None:
-    """Raises UserError if `path` begins as no text in UTF-8 does."""
-    with path.open("rb") as file:
-        head = file.read(8)
-    for magic, problem in _OTHER_FORMATS.items():
-        if head.startswith(magic):
-            raise UserError(f"{path}: {problem}")
-
-
-def _read_text(path: Path) -> str:
-    try:
-        # newline="" keeps line ends as they are, which quoted CSV cells need
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            return file.read()
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise UserError(f"{path}:{line}: is not UTF-8 text") from error
 
 
 def _skip(text: str, position: int) -> int:

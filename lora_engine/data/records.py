@@ -1,6 +1,6 @@
 """Read training records from files, the hub or memory, and check them before any work.
 
-A record is of one kind, told by its fields (the first that matches counts):
+A record is of one kind, told by its fields once its format is known (see `formats`):
 
 - preference: `chosen` and `rejected`, with `prompt` or with a beginning in common
 - `messages`: a chat, a list of {"role": ..., "content": ...}
@@ -8,38 +8,43 @@ A record is of one kind, told by its fields (the first that matches counts):
 - `prompt` and `completion`: two strings
 - `text`: one string
 - `prompt` alone, and any other fields
+- `input_ids` and `supervised`: token ids, and which of them are learned
 
 What a preference, an unpaired record or a prompt holds are strings or messages.
 
-Any of them may name, in `adapter`, the one of several adapters that learns from it. Other fields
-are not read; `Record.ignored` names them.
+Any of them may name, in `adapter`, the one of several adapters that learns from it, and say in
+`weight` how much its part of the loss counts; so may messages. Other fields are not read;
+`Record.ignored` names them.
 """
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias, TypedDict
 
 from lora_engine.data.fields import Messages, kind_of, messages_of, string_of
+from lora_engine.data.formats.base import COMMON, is_empty
+from lora_engine.data.formats.columns import RECOGNISED, Layout
+from lora_engine.data.formats.recognise import recognise
 from lora_engine.data.listing import raise_listed, without_origin
 from lora_engine.data.preferences import is_preference, preference_of
-from lora_engine.data.readers import SUFFIXES, Row, RowError, read_file
+from lora_engine.data.readers import Row, RowError
+from lora_engine.data.sources import open_source
 from lora_engine.data.strings import check_strings, field_name
-from lora_engine.errors import UserError, nearest, reason
+from lora_engine.data.weights import message_weights, record_weight
+from lora_engine.errors import UserError
 
 if TYPE_CHECKING:
     import datasets
 
-Kind = Literal["messages", "completion", "text", "preference", "unpaired", "prompt"]
+Kind = Literal["messages", "completion", "text", "preference", "unpaired", "prompt", "tokens"]
 InMemory: TypeAlias = "Sequence[Mapping[str, object]] | Sequence[Record] | datasets.Dataset"
-Source: TypeAlias = "str | Path | InMemory"
+Source: TypeAlias = "str | Path | Sequence[str | Path] | InMemory"
 
-FIELDS = ("messages", "prompt", "completion", "text")
-# Sources that come with the package, by name.
-BUILT_IN = ("docstrings",)
-NAMED = 12  # fields named of a record that has none of those above
+FIELDS = ("messages", "prompt", "completion", "text", "input_ids")
+NAMED = 12  # fields named of a record without an answer
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,11 @@ class Record:
     chosen, rejected: two answers to the prompt, for kind "preference".
     label: whether the completion is wanted, for kind "unpaired".
     columns: other fields that something reads: of "prompt" all of them, of "preference" `margin`.
+    tokens, supervised: token ids and whether each is learned, for kind "tokens".
+    weight: what multiplies its part of the loss. message_weights: the same for each of its
+        messages; empty: all 1.
+    format: the name of the format it was read by; "" for one made in memory.
+    drop: why nothing can be learned from it ("": something can).
     adapter: name of the adapter that learns from it ("": none named).
     origin: where it stands, "file:line" where there are lines.
     group: records of one group belong on one side of a train/held-out split ("": no group).
@@ -69,6 +79,12 @@ class Record:
     rejected: str | Messages = ""
     label: bool | None = None
     columns: Mapping[str, object] = field(default_factory=dict)
+    tokens: tuple[int, ...] = ()
+    supervised: tuple[bool, ...] = ()
+    weight: float = 1.0
+    message_weights: tuple[float, ...] = ()
+    format: str = ""
+    drop: str = ""
     adapter: str = ""
     origin: str = ""
     group: str = ""
@@ -85,6 +101,8 @@ class Record:
                 return _answers(self.completion)
             case "text":
                 return _answers(self.text)
+            case "tokens":
+                return any(self.supervised[1:])
             case "prompt":
                 return False
 
@@ -95,26 +113,27 @@ class Record:
         )
         if self.kind in ("preference", "unpaired", "prompt"):
             content += (self.chosen, self.rejected, self.label, self.columns)
+        if self.kind == "tokens":
+            content += (self.tokens, self.supervised)
         encoded = json.dumps(content, sort_keys=True, default=str).encode()
         return hashlib.sha256(encoded).hexdigest()
 
 
-def read_records(source: "Source", *, split: str | None = None) -> list[Record]:
+def read_records(
+    source: "Source", *, split: str | None = None, layout: Layout = RECOGNISED
+) -> list[Record]:
     """Every record of `source`, checked.
 
-    source: a .jsonl, .json, .parquet or .csv file, a hub dataset id, "docstrings" (the Python
-    standard library, see `docstrings.py`), a list of dicts or Records, or a datasets.Dataset.
-    split: which split of a hub dataset or DatasetDict ("train" if None).
+    source: a file, folder, glob or several of them (see `sources` and `readers`), a hub dataset id,
+    "docstrings" (the Python standard library, see `docstrings.py`), a list of dicts or Records, or
+    a datasets.Dataset.
+    split: which split of a folder, a hub dataset or a DatasetDict ("train" if None).
+    layout: the format, columns and template of its records, where they are not to be recognised.
 
     Raises UserError for a missing source, and one UserError that lists every malformed record
     with its file and line.
     """
-    if isinstance(source, str | Path):
-        if str(source) in BUILT_IN:
-            return _built_in(split)
-        name, rows = _open(source, split)
-    else:
-        name, rows = "data", _rows_in_memory(source, split)
+    name, rows = open_source(source, split)
     records: list[Record] = []
     problems: list[tuple[str, str]] = []
     try:
@@ -123,7 +142,7 @@ def read_records(source: "Source", *, split: str | None = None) -> list[Record]:
                 problems.append((item.origin, item.problem))
                 continue
             try:
-                records.append(_checked(item))
+                records.append(_checked(item, layout))
             except UserError as error:
                 problems.append(without_origin(error, item.origin))
     except OSError as error:
@@ -134,10 +153,22 @@ def read_records(source: "Source", *, split: str | None = None) -> list[Record]:
     return records
 
 
-def _checked(row: Row) -> Record:
-    if not isinstance(row.value, Record):
+def _checked(row: Row, layout: Layout) -> Record:
+    if isinstance(row.value, Record):
+        return _checked_again(row.value, row.origin)
+    if not isinstance(row.value, Mapping):
         return parse_record(row.value, row.origin)
-    record = row.value
+    try:
+        reading = recognise(row.value, layout)
+    except UserError as error:
+        raise UserError(f"{row.origin}: {error}") from error
+    record = parse_record(reading.fields, row.origin)
+    ignored = (*reading.ignored, *record.ignored)
+    return replace(record, format=reading.format, ignored=ignored)
+
+
+def _checked_again(record: Record, origin: str) -> Record:
+    """A record made in memory, whose strings nobody has looked at."""
     written = {
         "messages": record.messages,
         "prompt": record.prompt,
@@ -148,8 +179,16 @@ def _checked(row: Row) -> Record:
         "adapter": record.adapter,
     }
     for name, value in written.items():
-        check_strings(value, f"{row.origin}: {name!r}")
-    return record
+        check_strings(value, f"{origin}: {name!r}")
+    return record if record.origin else replace(record, origin=origin)
+
+
+class _Shared(TypedDict):
+    """What records of every kind have."""
+
+    adapter: str
+    weight: float
+    origin: str
 
 
 def parse_record(row: object, origin: str) -> Record:
@@ -157,57 +196,50 @@ def parse_record(row: object, origin: str) -> Record:
     if not isinstance(row, Mapping):
         raise UserError(f"{origin}: expected an object with fields, got {kind_of(row)}")
     present = {field for field in FIELDS if row.get(field) is not None}
-    adapter = "" if row.get("adapter") is None else string_of(row, "adapter", origin)
+    shared: _Shared = {
+        "adapter": "" if row.get("adapter") is None else string_of(row, "adapter", origin),
+        "weight": record_weight(row, origin),
+        "origin": origin,
+    }
+    if row.get("drop"):
+        return Record("text", drop=str(row["drop"]), **shared)
     if is_preference(row):
         kind, parts, read = preference_of(row, origin)
         group = _digest(0, json.dumps(parts["prompt"], sort_keys=True, default=str))
         ignored = () if kind == "prompt" else _ignored(row, read)
-        return Record(kind, **parts, adapter=adapter, origin=origin, group=group, ignored=ignored)
+        return Record(kind, **parts, group=group, ignored=ignored, **shared)
+    if "input_ids" in present:
+        tokens, supervised = row["input_ids"], row["supervised"]
+        return Record("tokens", tokens=tuple(tokens), supervised=tuple(supervised), **shared)
     if "messages" in present:
-        return Record(
-            "messages",
-            messages_of(row["messages"], origin),
-            adapter=adapter,
-            origin=origin,
-            ignored=_ignored(row, ("messages",)),
-        )
+        messages = messages_of(row["messages"], origin)
+        weights = message_weights(messages, origin)
+        ignored = _ignored(row, ("messages",))
+        return Record("messages", messages, message_weights=weights, ignored=ignored, **shared)
     if {"prompt", "completion"} <= present:
         return Record(
             "completion",
             prompt=string_of(row, "prompt", origin),
             completion=string_of(row, "completion", origin),
-            adapter=adapter,
-            origin=origin,
             ignored=_ignored(row, ("prompt", "completion")),
+            **shared,
         )
     if "text" in present:
-        return Record(
-            "text",
-            text=string_of(row, "text", origin),
-            adapter=adapter,
-            origin=origin,
-            ignored=_ignored(row, ("text",)),
-        )
-    fields = [repr(field) for field in row if row[field] is not None]
-    empty = [repr(field) for field in FIELDS if field in row and row[field] is None]
-    more = f" and {len(fields) - NAMED} more" if len(fields) > NAMED else ""
-    holds = [f"{', '.join(fields[:NAMED])}{more}"] if fields else []
-    holds += [f"nothing in {', '.join(empty)}"] if empty else []
-    raise UserError(
-        f"{origin}: needs 'messages', 'prompt' and 'completion', or 'text'; "
-        f"has {', but '.join(holds) or 'no fields'}"
-    )
+        text = string_of(row, "text", origin)
+        return Record("text", text=text, ignored=_ignored(row, ("text",)), **shared)
+    fields = ", ".join(map(repr, list(row)[:NAMED])) or "no fields"
+    raise UserError(f"{origin}: holds nothing to learn from in {fields}")
 
 
 def _ignored(row: Mapping[str, object], read: tuple[str, ...]) -> tuple[str, ...]:
     """The fields that hold something beside those that are read."""
     if len(row) == len(read):
         return ()
-    beside = (field for field in row if field not in read and field != "adapter")
+    beside = (field for field in row if field not in read and field not in COMMON)
     return tuple(
         f"{field} (beside {' and '.join(read)})" if field in FIELDS else field_name(field)
         for field in beside
-        if not _is_empty(row[field])
+        if not is_empty(row[field])
     )
 
 
@@ -225,11 +257,6 @@ def _answers(said: str | Messages) -> bool:
 def _is_blank(content: object) -> bool:
     """Whether a message's content is no text but white space."""
     return not (content.strip() if isinstance(content, str) else content)
-
-
-def _is_empty(value: object) -> bool:
-    """Whether a cell holds nothing: null, or a string, list or object of no length."""
-    return value is None or (isinstance(value, str | bytes | list | tuple | Mapping) and not value)
 
 
 def split_heldout(
@@ -282,82 +309,3 @@ def _side_keys(records: Sequence[Record], contents: Sequence[str]) -> list[str]:
 
 def _digest(seed: int, key: str) -> str:
     return hashlib.sha256(f"{seed}:{key}".encode()).hexdigest()
-
-
-def _built_in(split: str | None) -> list[Record]:
-    from lora_engine.data.docstrings import docstring_records
-
-    if split is not None:
-        raise UserError(f"docstrings: has no split {split!r}; leave the split out")
-    return docstring_records()
-
-
-def _open(source: str | Path, split: str | None) -> tuple[str, Iterable[Row | RowError]]:
-    try:
-        path = Path(source).expanduser()
-        is_file, exists = path.is_file(), path.exists() or path.is_symlink()
-    except (OSError, RuntimeError) as error:  # a name too long; a home that does not exist
-        raise UserError(f"{source}: is not a path that can be read: {reason(error)}") from error
-    if is_file:
-        if path.suffix.lower() not in SUFFIXES:
-            raise UserError(
-                f"{source}: cannot read {path.suffix or 'a file without a suffix'}; "
-                f"use {', '.join(SUFFIXES)}"
-            )
-        return str(source), read_file(path)
-    if path.is_dir():
-        raise UserError(f"{source}: is a folder; name one of its files ({', '.join(SUFFIXES)})")
-    if exists:
-        raise UserError(f"{source}: is neither a file nor a link to one; save the data to a file")
-    if isinstance(source, Path) or path.suffix in SUFFIXES or not _looks_like_hub_id(source):
-        raise UserError(f"{source}: no such file{_alternative(path) or '; check the path'}")
-    if "/" not in source and (close := nearest(source, BUILT_IN)):
-        raise UserError(f"{source}: no such file; did you mean {close}?")
-    return source, _rows_in_memory(_load_hub(source, split), split, prefix=source)
-
-
-def _looks_like_hub_id(source: str) -> bool:
-    return source.count("/") <= 1 and not source.startswith((".", "/", "~"))
-
-
-def _alternative(path: Path) -> str:
-    try:
-        beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-    except OSError:  # a folder that may not be listed
-        beside = []
-    close = nearest(path.name, beside)
-    return f"; did you mean {path.parent / close}?" if close else ""
-
-
-def _load_hub(name: str, split: str | None) -> "datasets.Dataset":
-    import datasets
-
-    try:
-        return datasets.load_dataset(name, split=split or "train")
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise UserError(
-            f"{name}: no such file, and not loadable from the Hugging Face hub: {reason(error)}"
-        ) from error
-
-
-def _rows_in_memory(
-    source: Iterable[object] | Mapping[str, Iterable[object]],
-    split: str | None,
-    prefix: str = "record",
-) -> Iterator[Row | RowError]:
-    if isinstance(source, Mapping):  # datasets.DatasetDict
-        if (split := split or "train") not in source:
-            raise UserError(f"the data has no split {split!r}; it has {', '.join(source)}")
-        source = source[split]
-    try:
-        rows = enumerate(source)
-    except TypeError as error:
-        raise UserError(
-            f"expected records, or where to read them, got {kind_of(source)}"
-        ) from error
-    for number, value in rows:
-        origin = f"{prefix}:{number}"
-        if isinstance(value, Record):
-            origin = value.origin or origin
-            value = value if value.origin else replace(value, origin=origin)
-        yield Row(value, origin)

@@ -33,7 +33,7 @@ from lora_engine.errors import UserError
 
 LossOn = Literal["assistant", "all"]
 # The keys of a message that are not told of when a template leaves them out.
-_COMMON_KEYS = frozenset(("role", "content"))
+_COMMON_KEYS = frozenset(("role", "content", "weight"))
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,9 @@ def tokenize(
     Raises UserError if the record cannot be rendered, or not masked exactly.
     """
     encoder = encoder or Encoder(tokenizer)
-    if record.kind == "messages":
+    if record.kind == "tokens":
+        text, ids, supervised = Text([]), list(record.tokens), list(record.supervised)
+    elif record.kind == "messages":
         text = _chat(record.messages, tokenizer, encoder.control, loss_on, record.origin, asked)
         ids, supervised = encoder.encode_segments(text.segments, origin=record.origin)
     else:
@@ -229,7 +231,7 @@ def _chat_segments(
     segments: list[Segment] = []
     position = 0
     for index, message in enumerate(messages):
-        if message["role"] != "assistant" or index < asked:
+        if message["role"] != "assistant" or index < asked or message.get("weight") == 0:
             continue
         start, end = _turn_span(messages, index, whole, tokenizer, control, origin)
         if not position <= start <= end:

@@ -47,7 +47,7 @@ def template(name: str, text: str, *words: str) -> Try:
 FILES = [
     source("no file", "gone.jsonl", "gone.jsonl", "no such file"),
     source("near file", "row.jsonl", "row.jsonl", "did you mean rows.jsonl"),
-    source("folder", "tiny", "tiny", "is a folder"),
+    source("folder of no data", "tiny", "tiny", "JSON list"),
     source("another kind", "run.yaml", "run.yaml", ".jsonl"),
     source("below a file", "rows.jsonl/a.jsonl", "rows.jsonl/a.jsonl"),
     source("near built-in", "docstring", "docstring", "did you mean docstrings"),

@@ -62,19 +62,17 @@ def test_findings_of_one_kind_are_grouped():
 
 def test_fields_that_nothing_reads_are_counted_unless_they_are_empty(tokenizer):
     rows = [
-        {"text": "a", "weight": 0.5, "id": 1, "tags": []},
-        {"text": "b", "weight": 0, "source": "", "adapter": "one", "tools": None},
-        {"text": "c", "label": False, "prompt": "d"},
-        {**chat(), "text": "e", "system": "f"},
-        {"prompt": "a", "completion": "", "weight": 1},
+        {"text": "a", "score": 0.5, "id": 1, "tags": []},
+        {"text": "b", "score": 0, "source": "", "adapter": "one", "tools": None},
+        {"text": "c", "label": False, "prompt": ""},
+        {"text": "d e", "prompt": "d"},
+        {"prompt": "a", "completion": "", "score": 1},
     ]
     assert dict(prepare(rows, tokenizer).ignored) == {
-        "weight": 3,
+        "score": 3,
         "id": 1,
         "label": 1,
-        "prompt (beside text)": 1,
-        "text (beside messages)": 1,
-        "system": 1,
+        "prompt": 1,
     }
 
 
@@ -88,8 +86,8 @@ def test_names_of_fields_can_be_shown_and_written(tokenizer):
 
 
 def test_what_records_in_memory_ignore_is_kept(tokenizer):
-    records = read_records([{"text": "a", "weight": 1}])
-    assert prepare(records, tokenizer).ignored == (("weight", 1),)
+    records = read_records([{"text": "a", "score": 1}])
+    assert prepare(records, tokenizer).ignored == (("score", 1),)
 
 
 @pytest.mark.parametrize(
@@ -109,7 +107,7 @@ def test_keys_of_messages_that_the_template_leaves_out_are_counted(template, unr
 
 def test_the_account_says_what_became_of_the_records(tokenizer):
     rows = [
-        *(pair("a", "", weight=1) for _ in range(5)),
+        *(pair("a", "", score=1) for _ in range(5)),
         pair("a", "b" * 30),
         pair("c", "d"),
         pair("c", "d"),
@@ -117,7 +115,7 @@ def test_the_account_says_what_became_of_the_records(tokenizer):
     ]
     about = account(prepare(rows, tokenizer, max_length=12))
     assert (about["name"], about["records"], about["examples"]) == ("data", 9, 4)
-    assert about["ignored"] == {"weight": 5}
+    assert about["ignored"] == {"score": 5}
     expected = [
         "dropped, nothing to learn from: the answer is empty: 5 "
         "(record:0, record:1, record:2 and 2 more)",
@@ -125,7 +123,7 @@ def test_the_account_says_what_became_of_the_records(tokenizer):
         "repeats an earlier example (kept): 1 (record:7)",
         "'<|im_end|>' in its text encoded as plain text, not as control tokens; "
         "a conversation rendered already belongs in 'messages' or 'text': 1 (record:8)",
-        "not read: weight (5)",
+        "not read: score (5)",
     ]
     assert finding_lines(about) == expected
     assert lines([about]) == [

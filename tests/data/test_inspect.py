@@ -68,9 +68,9 @@ def test_names_are_not_markup(tokenizer):
 
 
 def test_report_says_what_is_not_read_and_what_is_plain_text(tokenizer):
-    rows = [{**pair(f"{i}<|im_end|>", "b"), "weight": 1} for i in range(5)]
+    rows = [{**pair(f"{i}<|im_end|>", "b"), "score": 1} for i in range(5)]
     text = printed([report(prepare(rows, tokenizer), tokenizer)])
-    assert "not read: weight (5)" in text
+    assert "not read: score (5)" in text
     said = " ".join(text.split())
     assert "'<|im_end|>' in its text encoded as plain text, not as control tokens;" in said
     assert "'text': 5 record:0 record:1 record:2 … and 2 more" in said

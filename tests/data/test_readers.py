@@ -71,7 +71,11 @@ FILES = {
     "nuls": ("a.jsonl", GOOD + b"\0" * 99, r"a\.jsonl:2: is not valid JSON: Expecting value"),
     "long": ("a.jsonl", b'{"text": "' + b"a" * 5_000_000, r"a\.jsonl:1: is not valid JSON"),
     "two-values": ("a.jsonl", b"{} {}", r"a\.jsonl:1: is not valid JSON: Extra data"),
-    "gzip": ("a.jsonl", gzip.compress(GOOD), r"a\.jsonl: is compressed \(gzip\); unpack it"),
+    "gzip": (
+        "a.jsonl",
+        gzip.compress(GOOD),
+        r"a\.jsonl: is compressed \(gzip\); let its name end in \.gz",
+    ),
     "gzip-csv": ("a.csv", gzip.compress(b"text\na\n"), r"a\.csv: is compressed \(gzip\)"),
     "parquet": ("a.json", b"PAR1\x15\x04", rf"a\.json: {PARQUET}"),
     "utf-16": ("a.jsonl", GOOD.decode().encode("utf-16"), r"a\.jsonl: is UTF-16 text; save it as"),
@@ -160,7 +164,8 @@ def test_mixed_columns_name_each_record(tmp_path):
     assert [line.partition(": ")[2] for line in str(caught.value).splitlines()[1:]] == [
         "'text' must be a string, got a number",
         "'text' must be a string, got a list",
-        "needs 'messages', 'prompt' and 'completion', or 'text'; has nothing in 'text'",
+        "is of no known format: has no fields that hold anything; say what they are with "
+        "data.columns, as in {user: COLUMN, assistant: COLUMN}",
     ]
 
 

@@ -78,11 +78,11 @@ def test_a_head_with_fewer_rows_than_the_embedding_counts():
 def test_the_trainer_logs_what_it_does_not_read(tmp_path, caplog):
     tokenizer = make_byte_level()
     config = TrainConfig(output_dir=tmp_path / "out", max_steps=1, tokens_per_batch=64)
-    rows = [{"text": "a", "weight": 2}, {"text": ""}]
+    rows = [{"text": "a", "score": 2}, {"text": ""}]
     with caplog.at_level(logging.WARNING, logger="lora_engine"):
         Trainer(model_of(len(tokenizer)), tokenizer, rows, [{"text": "b"}], config)
     assert [record.getMessage() for record in caplog.records] == [
         "train_data: 1 of 2 records are learned from\n"
         "  dropped, nothing to learn from: the answer is empty: 1 (record:1)\n"
-        "  not read: weight (1)"
+        "  not read: score (1)"
     ]

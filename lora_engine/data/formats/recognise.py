@@ -1,0 +1,183 @@
+"""Which format a record has, told by its fields; where two fit, a rule, or a refusal.
+
+1. `data.format`, where it is given, and the columns that `data.columns` names.
+2. Else the formats whose fields the record has.
+3. One that reads all fields of another and more goes before it: a pair of answers before a prompt,
+   a judged answer before an answer to learn.
+4. One whose fields are empty gives way to one whose fields are not.
+5. A text that says all that another format's fields say, one after the other, is a rendering of
+   them and not read; so is a prompt that is one of their messages, or that a text begins with.
+6. What is left must be one, or one that the objective learns from. Otherwise the record is refused.
+"""
+
+from collections.abc import Collection, Iterator, Mapping
+from typing import Literal, NamedTuple
+
+from lora_engine.data.formats import chat, instructions, plain, preference
+from lora_engine.data.formats.base import COMMON, EVERY, Fields, Format, is_empty
+from lora_engine.data.formats.columns import Layout, laid_out
+from lora_engine.data.strings import field_name
+from lora_engine.errors import UserError, nearest
+
+FormatName = Literal[
+    "messages",
+    "sharegpt",
+    "alpaca",
+    "dolly",
+    "question-answer",
+    "turn",
+    "prompt-completion",
+    "text",
+    "preference",
+    "openai-preference",
+    "scored",
+    "unpaired",
+    "prompts",
+    "tokens",
+]
+FORMATS = (*chat.FORMATS, *preference.FORMATS, *instructions.FORMATS, *plain.FORMATS)
+BY_NAME = {format.name: format for format in FORMATS}
+# Every field that a format reads, which is what `data.columns` may name.
+FIELDS = tuple(
+    dict.fromkeys(field for f in FORMATS for field in (*f.fields, *COMMON) if field != "*")
+)
+_NAMED = 12  # fields named of a record that has no format
+
+
+class Reading(NamedTuple):
+    """A record as one of the kinds: by which format, and its fields that nothing reads."""
+
+    format: str
+    fields: dict[str, object]
+    ignored: tuple[str, ...]
+
+
+def recognise(row: Fields, layout: Layout, wanted: Collection[str] = ()) -> Reading:
+    """The row by the format that it has.
+
+    wanted: formats that the objective learns from, by name; where several fit these go first.
+    Raises UserError, without the row's place, for a row of no format or of several, and for values
+    that are not what its format has.
+    """
+    used: set[str] | None = None
+    given = {key: value for key, value in row.items() if value is not None}
+    fields = given
+    if layout.columns or layout.template:
+        fields, used = laid_out(given, layout)
+    else:
+        for key in chat.MEDIA:
+            if not is_empty(given.get(key)):
+                raise UserError(chat.media_problem(key))
+    format = _format(fields, layout, wanted)
+    made = format.read(fields)
+    for field in COMMON:
+        if field in fields:
+            made[field] = fields[field]
+    known = {*format.fields, *COMMON}
+    if used is None:
+        used = set(given) if format.fields == EVERY else known
+    elif format.fields != EVERY:
+        for field in layout.columns or ():
+            if field not in known:
+                raise UserError(
+                    f"data.columns names {field!r}, which records of the format {format.name} "
+                    f"do not have; they have {', '.join(format.fields)}"
+                )
+    left = [key for key in given if key not in used and not is_empty(given[key])]
+    return Reading(format.name, made, tuple(map(field_name, left)))
+
+
+def _format(fields: Fields, layout: Layout, wanted: Collection[str]) -> Format:
+    if layout.format is not None:
+        format = BY_NAME[layout.format]
+        if not format.fits(fields):
+            raise UserError(
+                f"data.format is {format.name}, which needs {format.needs}; {_has(fields)}"
+            )
+        return format
+    fit = [format for format in FORMATS if format.fits(fields)]
+    if not fit:
+        raise UserError(_unknown(fields, layout))
+    fit = [f for f in fit if not any(f.name in other.over for other in fit)]
+    if len(fit) > 1:
+        filled = {key: value for key, value in fields.items() if not is_empty(value)}
+        fit = [format for format in fit if format.fits(filled)] or fit
+    if len(fit) > 1:
+        fit = _without_renderings(fit, fields)
+    if len(fit) > 1:
+        fit = [format for format in fit if format.name in wanted] or fit
+    if len(fit) > 1:
+        names = [f"{format.name} ({format.needs})" for format in fit]
+        raise UserError(
+            f"fits {' and '.join(names)}; say which with data.format, or name the columns that "
+            "count with data.columns"
+        )
+    return fit[0]
+
+
+def _without_renderings(fit: list[Format], fields: Fields) -> list[Format]:
+    """The formats but a text or prompt that says what another one says."""
+    said = {format.name: _said(format, fields) for format in fit}
+    text, prompt = said.pop("text", None), said.pop("prompts", None)
+    if text and any(_in_order(other, text[0]) for other in said.values()):
+        text = None
+    if prompt and any(set(prompt) <= set(other) for other in said.values()):
+        prompt = None
+    if text and prompt and text[0].startswith(prompt[0]):
+        prompt = None
+    kept = {*said, *(["text"] if text else []), *(["prompts"] if prompt else [])}
+    return [format for format in fit if format.name in kept]
+
+
+def _said(format: Format, fields: Fields) -> list[str]:
+    """What a reading says, without the names of roles and what it gives to templates."""
+    try:
+        read = format.read(fields)
+    except UserError:
+        return []
+    said = ("messages", "prompt", "completion", "text", "chosen", "rejected")
+    texts = (text for field in said for text in _texts(read.get(field)))
+    return [text.strip() for text in texts if text.strip()]
+
+
+def _texts(value: object) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            if key not in ("role", "type"):
+                yield from _texts(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _texts(inner)
+
+
+def _in_order(texts: list[str], whole: str) -> bool:
+    """Whether the texts stand in `whole` one after the other."""
+    position = 0
+    for text in texts:
+        place = whole.find(text, position)
+        if place < 0:
+            return False
+        position = place + len(text)
+    return bool(texts)
+
+
+def _has(fields: Fields) -> str:
+    """'has 'a', 'b', but nothing in 'c''."""
+    held = [repr(field_name(field)) for field in fields]
+    more = f" and {len(held) - _NAMED} more" if len(held) > _NAMED else ""
+    return f"has {', '.join(held[:_NAMED])}{more}" if held else "has no fields that hold anything"
+
+
+def _unknown(fields: Fields, layout: Layout) -> str:
+    if layout.columns or layout.template:
+        return f"is of no known format with data.columns and data.template applied; {_has(fields)}"
+    start = f"is of no known format: {_has(fields)}"
+    for name in map(field_name, fields):
+        close = nearest(name, ("messages", "conversations", "completion", "text"))
+        if close and close != name:
+            return f"{start}; did you mean {close}? Or data.columns: {{{close}: {name}}}"
+    return (
+        f"{start}; say what they are with data.columns, as in {{user: COLUMN, assistant: COLUMN}}"
+    )
