@@ -110,9 +110,38 @@ class DataConfig(_Section):
     on_too_long: Literal["truncate", "drop"] = Field(
         default="truncate", description="What becomes of longer examples."
     )
-    loss_on: Literal["assistant", "all"] = Field(
+    chat_template: str | None = Field(
+        default=None,
+        description="A Jinja template, or a file with one, in place of the tokenizer's.",
+    )
+    chat_template_kwargs: dict[str, Any] = Field(
+        default={},
+        description="Variables of the chat template, such as `{enable_thinking: false}`; those "
+        "in a record's own `chat_template_kwargs` go before them.",
+    )
+    tools: list[dict[str, Any]] | str | None = Field(
+        default=None,
+        description="Tools that the chat template is given for records without their own: a list, "
+        "or a JSON file.",
+    )
+    documents: list[dict[str, Any]] | str | None = Field(
+        default=None, description="The same for documents."
+    )
+    loss_on: Literal["assistant", "last_assistant", "completion", "all"] = Field(
         default="assistant",
-        description="Learn from the assistant's tokens only, or from all tokens.",
+        description="Learn from all that the assistant writes, from its last message only, from "
+        "what it writes after the last message of a user, or from all tokens.",
+    )
+    train_on_reasoning: bool = Field(
+        default=True, description="Learn from the reasoning in the assistant's messages too."
+    )
+    train_on_tool_calls: bool = Field(
+        default=True, description="Learn from the tool calls in the assistant's messages too."
+    )
+    on_undecidable: Literal["refuse", "drop"] = Field(
+        default="refuse",
+        description="What becomes of a conversation that the chat template cannot write, or where "
+        "what is learned cannot be told from the rest.",
     )
     seed: int = Field(
         default=0, ge=0, lt=2**32, description="Seed of the choice of held-out examples."

@@ -17,7 +17,13 @@ FieldPath = tuple[str | int, ...]
 
 NAME = "NAME"
 
-_NAMES = {int: "a whole number", float: "a number", bool: "true or false", Path: "a path"}
+_NAMES = {
+    Any: "values",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    Path: "a path",
+}
 
 
 def dotted(path: FieldPath) -> str:
@@ -228,7 +234,8 @@ def _member_name(member: Any) -> str:
     if get_origin(member) is Literal:
         return " or ".join(map(str, get_args(member)))
     if get_origin(member) in (list, tuple, Sequence):
-        return "a list of " + " or ".join(_member_name(a) for a in get_args(member))
+        names = " or ".join(_member_name(a) for a in get_args(member))
+        return f"a list of {names.replace('values by name', 'objects')}"
     if member is type(None):
         return "null"
     if section_of(member):

@@ -21,6 +21,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
 
+from lora_engine.app.chat_settings import set_chat_template, template_inputs
 from lora_engine.app.config import DataConfig, RunConfig, dump_config, load_config
 from lora_engine.data import TokenizedDataset, prepare, read_records, split_heldout
 from lora_engine.data.account import account, lines
@@ -176,6 +177,10 @@ def prepare_data(data: DataConfig, tokenizer: Any) -> tuple[TokenizedDataset, To
         "max_length": data.max_length,
         "loss_on": data.loss_on,
         "on_too_long": data.on_too_long,
+        "on_undecidable": data.on_undecidable,
+        "train_on_reasoning": data.train_on_reasoning,
+        "train_on_tool_calls": data.train_on_tool_calls,
+        "inputs": template_inputs(data),
     }
     layout = data.layout()
     if data.eval is not None:
@@ -213,6 +218,7 @@ def examine_data(config: RunConfig) -> list[DataReport]:
 
 def _examples(config: RunConfig, tokenizer: Any) -> tuple[TokenizedDataset, TokenizedDataset]:
     """`prepare_data`, with the adapters that the records name checked."""
+    set_chat_template(tokenizer, config.data)
     datasets = prepare_data(config.data, tokenizer)
     for dataset in datasets:
         check_adapters(dataset, list(config.lora.of_adapters()) if config.lora else [])

@@ -101,6 +101,10 @@ class ControlTokens:
         """`message` with stand-ins in all its strings, keys included."""
         return {self.mark(key): self._mark_value(value) for key, value in message.items()}
 
+    def mark_values(self, values: Sequence[object]) -> tuple[object, ...]:
+        """`values` with stand-ins in all their strings, keys included."""
+        return tuple(map(self._mark_value, values))
+
     def _mark_value(self, value: object) -> object:
         if isinstance(value, str):
             return self.mark(value)

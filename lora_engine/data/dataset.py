@@ -10,19 +10,21 @@ import numpy as np
 from lora_engine.data.batch import MISMATCHED
 from lora_engine.data.encode import Encoder
 from lora_engine.data.formats.columns import RECOGNISED, Layout
+from lora_engine.data.inputs import NO_INPUTS, TemplateInputs
 from lora_engine.data.listing import group, raise_listed, without_origin
 from lora_engine.data.pairs import check_answers, example_of, with_mismatched
 from lora_engine.data.records import Record, Source, read_records
 from lora_engine.data.render import Example, LossOn
-from lora_engine.data.template import Tokenizer
+from lora_engine.data.template import Tokenizer, Undecided
 from lora_engine.errors import UserError
 
 NO_ANSWER = "nothing to learn from: the answer is empty"
 NO_ASSISTANT = "nothing to learn from: no message has the role 'assistant'"
-NOT_WRITTEN = "nothing to learn from: the chat template does not write the answer"
+NOT_LEARNED = "nothing to learn from: no part of an answer is to be learned"
 ANSWER_CUT_OFF = "nothing to learn from: the answer lies beyond max_length"
 TOO_LONG = "longer than max_length"
 OnTooLong = Literal["truncate", "drop"]
+OnUndecidable = Literal["refuse", "drop"]
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,10 @@ def prepare(
     max_length: int | None = 2048,
     loss_on: LossOn = "assistant",
     on_too_long: OnTooLong = "truncate",
+    on_undecidable: OnUndecidable = "refuse",
+    train_on_reasoning: bool = True,
+    train_on_tool_calls: bool = True,
+    inputs: TemplateInputs = NO_INPUTS,
     split: str | None = None,
     limit: int | None = None,
     layout: Layout = RECOGNISED,
@@ -134,6 +140,10 @@ def prepare(
     max_length: longest example in tokens; None for no limit.
     on_too_long: "truncate" keeps the first max_length tokens, or the last of the prompt and the
         answer where answers are compared or judged; "drop" leaves the record out.
+    on_undecidable: "refuse" counts a record as malformed that the chat template cannot write or
+        whose learned tokens cannot be told from the rest, "drop" leaves it out.
+    loss_on, train_on_reasoning, train_on_tool_calls: what is learned, see `tokenize`.
+    inputs: what the chat template is given where a record brings nothing of its own.
     split: split of a hub dataset.
     limit: use only the first `limit` records.
     layout: what the records' fields are, where that is not to be recognised.
@@ -151,15 +161,25 @@ def prepare(
     dropped: list[Dropped] = []
     problems: list[tuple[str, str]] = []
     ignored: Counter[str] = Counter()
-    encoder = Encoder(tokenizer)
+    encoder = Encoder(tokenizer, inputs)
     keep = max_length if on_too_long == "truncate" else None
     for record in records:
         try:
             example = example_of(
-                record, tokenizer, max_length=keep, loss_on=loss_on, encoder=encoder
+                record,
+                tokenizer,
+                max_length=keep,
+                loss_on=loss_on,
+                encoder=encoder,
+                train_on_reasoning=train_on_reasoning,
+                train_on_tool_calls=train_on_tool_calls,
             )
         except UserError as error:
-            problems.append(without_origin(error, record.origin))
+            problem = without_origin(error, record.origin)
+            if isinstance(error, Undecided) and on_undecidable == "drop":
+                dropped.append(Dropped(*problem))
+            else:
+                problems.append(problem)
             continue
         ignored.update(record.ignored)
         ignored.update(example.ignored)
@@ -226,7 +246,7 @@ def _reason_to_drop(record: Record, example: Example, max_length: int | None) ->
     if example.num_targets == 0:
         if example.truncated:
             return ANSWER_CUT_OFF
-        return NOT_WRITTEN if record.kind == "messages" else NO_ANSWER
+        return NOT_LEARNED if record.kind == "messages" else NO_ANSWER
     return None
 
 

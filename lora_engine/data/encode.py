@@ -6,8 +6,9 @@ from functools import cached_property
 from itertools import accumulate, pairwise
 
 from lora_engine.data.control import ControlTokens
-from lora_engine.data.template import Tokenizer
-from lora_engine.errors import UserError
+from lora_engine.data.inputs import NO_INPUTS, TemplateInputs
+from lora_engine.data.template import Tokenizer, Undecided
+from lora_engine.data.turns import TurnEnds
 
 # Precedes a text whose beginning must not be taken for that of the whole.
 _ANCHOR = "\n"
@@ -22,11 +23,16 @@ class Segment:
 
 
 class Encoder:
-    """Encodes text by `tokenizer`; what stand-ins stand for is spelled out in plain tokens."""
+    """Encodes text by `tokenizer`; what stand-ins stand for is spelled out in plain tokens.
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    inputs: what the chat template is given where a record brings nothing of its own.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, inputs: TemplateInputs = NO_INPUTS) -> None:
         self.tokenizer = tokenizer
+        self.inputs = inputs
         self.control = ControlTokens(tokenizer)
+        self.ends = TurnEnds(tokenizer, self.control)
 
     def encode_segments(
         self, segments: Sequence[Segment], *, origin: str = ""
@@ -36,7 +42,7 @@ class Encoder:
         Each segment is encoded by itself, which is how generation encodes a prompt, if that spells
         the same text as encoding the whole. It does not for tokenizers that put a space before
         whatever they encode; there the whole is encoded, and cut where a token ends at the
-        boundary. Raises UserError "origin: why" where no token ends there, and where text cannot
+        boundary. Raises Undecided "origin: why" where no token ends there, and where text cannot
         be told from a control token.
         """
         parts = [self.encode(segment.text, origin) for segment in segments]
@@ -102,7 +108,7 @@ class Encoder:
         ids = self._encode_plain(pieces, inner)
         if self._has_control(ids) or self._decode(ids).strip() != text.strip():
             tokens = ", ".join(map(repr, self.control.found_in(text)))
-            raise UserError(
+            raise Undecided(
                 f"{origin}: the text holds {tokens}, a control token that this tokenizer cannot "
                 "write as plain text; take it out of the text"
             )
@@ -144,7 +150,7 @@ class Encoder:
             cut = token_ends.get(len(head))
             if cut is None or not spelled.startswith(head):
                 ending = self.control.unmark(text)[-20:]
-                raise UserError(
+                raise Undecided(
                     f"{origin}: the tokenizer merges the end of {ending!r} with what follows, so "
                     "the answer does not begin at a token; move a space at the end of the prompt "
                     "to the start of the answer"

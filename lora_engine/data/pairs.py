@@ -32,6 +32,8 @@ def example_of(
     max_length: int | None = None,
     loss_on: LossOn = "assistant",
     encoder: Encoder | None = None,
+    train_on_reasoning: bool = True,
+    train_on_tool_calls: bool = True,
 ) -> Example:
     """`tokenize` for a record of any kind that has answers. Raises UserError for one without."""
     encoder = encoder or Encoder(tokenizer)
@@ -46,7 +48,15 @@ def example_of(
                 f"{record.origin}: has a 'prompt' but no answer to learn from; give 'completion', "
                 f"or 'chosen' and 'rejected', beside it (it has {fields})"
             )
-    return tokenize(record, tokenizer, max_length=max_length, loss_on=loss_on, encoder=encoder)
+    return tokenize(
+        record,
+        tokenizer,
+        max_length=max_length,
+        loss_on=loss_on,
+        encoder=encoder,
+        train_on_reasoning=train_on_reasoning,
+        train_on_tool_calls=train_on_tool_calls,
+    )
 
 
 def tokenize_pair(

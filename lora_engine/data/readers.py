@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
+from lora_engine.data.strings import without_nulls
 from lora_engine.data.unpack import COMPRESSED, opened, read_text
 from lora_engine.errors import UserError, reason
 
@@ -161,7 +162,7 @@ def read_parquet(path: Path) -> Iterator[Row | RowError]:
                 yield from _parquet_rows(batch, path, number, problems)
             else:
                 for offset, value in enumerate(values, start=number + 1):
-                    yield Row(value, f"{path}:{offset}")
+                    yield Row(without_nulls(value), f"{path}:{offset}")
             number += batch.num_rows
     except problems as error:
         after = f" after row {number}" if number else ""
@@ -188,7 +189,7 @@ def read_arrow(path: Path) -> Iterator[Row | RowError]:
                 for offset in range(0, batch.num_rows, 1024):
                     for value in batch.slice(offset, 1024).to_pylist():
                         number += 1
-                        yield Row(value, f"{path}:{number}")
+                        yield Row(without_nulls(value), f"{path}:{number}")
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         after = f" after row {number}" if number else ""
         raise UserError(
@@ -217,7 +218,7 @@ def _parquet_rows(
     for index in range(batch.num_rows):
         origin = f"{path}:{before + index + 1}"
         try:
-            yield Row(batch.slice(index, 1).to_pylist()[0], origin)
+            yield Row(without_nulls(batch.slice(index, 1).to_pylist()[0]), origin)
         except problems as error:
             yield RowError(f"holds a value that cannot be read: {reason(error)}", origin)
 

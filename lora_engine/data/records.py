@@ -28,6 +28,7 @@ from lora_engine.data.fields import Messages, kind_of, messages_of, string_of
 from lora_engine.data.formats.base import COMMON, is_empty
 from lora_engine.data.formats.columns import RECOGNISED, Layout
 from lora_engine.data.formats.recognise import recognise
+from lora_engine.data.inputs import INPUT_FIELDS, NO_INPUTS, TemplateInputs, inputs_of
 from lora_engine.data.listing import raise_listed, without_origin
 from lora_engine.data.preferences import is_preference, preference_of
 from lora_engine.data.readers import Row, RowError
@@ -62,6 +63,7 @@ class Record:
     tokens, supervised: token ids and whether each is learned, for kind "tokens".
     weight: what multiplies its part of the loss. message_weights: the same for each of its
         messages; empty: all 1.
+    given: what the chat template is given beside messages.
     format: the name of the format it was read by; "" for one made in memory.
     drop: why nothing can be learned from it ("": something can).
     adapter: name of the adapter that learns from it ("": none named).
@@ -83,6 +85,7 @@ class Record:
     supervised: tuple[bool, ...] = ()
     weight: float = 1.0
     message_weights: tuple[float, ...] = ()
+    given: TemplateInputs = NO_INPUTS
     format: str = ""
     drop: str = ""
     adapter: str = ""
@@ -115,6 +118,8 @@ class Record:
             content += (self.chosen, self.rejected, self.label, self.columns)
         if self.kind == "tokens":
             content += (self.tokens, self.supervised)
+        if self.given != NO_INPUTS:
+            content += (self.given.tools, self.given.documents, self.given.variables)
         encoded = json.dumps(content, sort_keys=True, default=str).encode()
         return hashlib.sha256(encoded).hexdigest()
 
@@ -206,16 +211,26 @@ def parse_record(row: object, origin: str) -> Record:
     if is_preference(row):
         kind, parts, read = preference_of(row, origin)
         group = _digest(0, json.dumps(parts["prompt"], sort_keys=True, default=str))
+        given = NO_INPUTS if isinstance(parts["prompt"], str) else inputs_of(row, origin)
+        read = read if given == NO_INPUTS else (*read, *INPUT_FIELDS)
         ignored = () if kind == "prompt" else _ignored(row, read)
-        return Record(kind, **parts, group=group, ignored=ignored, **shared)
+        return Record(kind, **parts, given=given, group=group, ignored=ignored, **shared)
     if "input_ids" in present:
         tokens, supervised = row["input_ids"], row["supervised"]
         return Record("tokens", tokens=tuple(tokens), supervised=tuple(supervised), **shared)
     if "messages" in present:
         messages = messages_of(row["messages"], origin)
         weights = message_weights(messages, origin)
-        ignored = _ignored(row, ("messages",))
-        return Record("messages", messages, message_weights=weights, ignored=ignored, **shared)
+        given = inputs_of(row, origin)
+        ignored = _ignored(row, ("messages", *INPUT_FIELDS))
+        return Record(
+            "messages",
+            messages,
+            message_weights=weights,
+            given=given,
+            ignored=ignored,
+            **shared,
+        )
     if {"prompt", "completion"} <= present:
         return Record(
             "completion",
@@ -233,11 +248,10 @@ def parse_record(row: object, origin: str) -> Record:
 
 def _ignored(row: Mapping[str, object], read: tuple[str, ...]) -> tuple[str, ...]:
     """The fields that hold something beside those that are read."""
-    if len(row) == len(read):
-        return ()
+    by = " and ".join(field for field in read if field not in INPUT_FIELDS)
     beside = (field for field in row if field not in read and field not in COMMON)
     return tuple(
-        f"{field} (beside {' and '.join(read)})" if field in FIELDS else field_name(field)
+        f"{field} (beside {by})" if field in FIELDS else field_name(field)
         for field in beside
         if not is_empty(row[field])
     )

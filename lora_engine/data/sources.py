@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, cast
 
 from lora_engine.data.fields import kind_of
 from lora_engine.data.readers import Row, RowError, is_readable, read_file, readable_suffixes
+from lora_engine.data.strings import without_nulls
 from lora_engine.errors import UserError, nearest, reason
 
 if TYPE_CHECKING:
@@ -90,7 +91,9 @@ def rows_in_memory(
     except TypeError as error:
         what = kind_of(source)
         raise UserError(f"expected records, or where to read them, got {what}") from error
+    is_columnar = hasattr(source, "features")  # a datasets.Dataset
     for number, value in rows:
+        value = without_nulls(value) if is_columnar else value
         yield Row(value, getattr(value, "origin", "") or f"{prefix}:{number}")
 
 

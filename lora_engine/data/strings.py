@@ -68,3 +68,22 @@ def strings_in(value: object) -> Iterator[str]:
     elif isinstance(value, list | tuple):
         for inner in value:
             yield from strings_in(inner)
+
+
+def without_nulls(value: object) -> object:
+    """A row of a columnar source without the fields of its objects, at any depth, that are null.
+
+    Such a source gives every object the fields of all and spells an absent one as null. The row's
+    own fields and the elements of lists stay.
+    """
+    if isinstance(value, Mapping):
+        return {key: _pruned(inner) for key, inner in value.items()}
+    return value
+
+
+def _pruned(value: object) -> object:
+    if isinstance(value, Mapping):
+        return {key: _pruned(inner) for key, inner in value.items() if inner is not None}
+    if isinstance(value, list | tuple):
+        return [_pruned(inner) for inner in value]
+    return value

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Protocol, TypeAlias, TypedDict
 
+from lora_engine.data.inputs import NO_INPUTS, TemplateInputs
 from lora_engine.data.strings import surrogate_in
 from lora_engine.errors import UserError
 
@@ -54,11 +55,23 @@ class Tokenizer(Protocol):
         split_special_tokens: bool = False,
     ) -> Encoding: ...
     def apply_chat_template(
-        self, conversation: list[Message], *, tokenize: bool, add_generation_prompt: bool
+        self,
+        conversation: list[Message],
+        *,
+        tokenize: bool,
+        add_generation_prompt: bool,
+        **variables: object,
     ) -> object: ...
+    def get_chat_template(
+        self, chat_template: str | None = None, tools: list[object] | None = None
+    ) -> str: ...
     def convert_tokens_to_ids(self, tokens: list[str]) -> list[int]: ...
     def convert_ids_to_tokens(self, ids: Sequence[int]) -> list[str]: ...
     def decode(self, ids: Sequence[int], *, clean_up_tokenization_spaces: bool = False) -> str: ...
+
+
+class Undecided(UserError):
+    """A record that the template cannot write, or whose learned tokens cannot be told apart."""
 
 
 class _OutOfTime(Exception):
@@ -71,12 +84,16 @@ def render(
     origin: str,
     *,
     generation_prompt: bool = False,
+    inputs: TemplateInputs = NO_INPUTS,
+    variables: Mapping[str, object] | None = None,
 ) -> str:
     """The conversation as the tokenizer's template writes it.
 
     generation_prompt: with the beginning of the assistant's next message.
+    variables: more of them, beside those of `inputs`.
     Raises UserError "origin: why" if the template is missing, fails in any way, takes more than
-    SECONDS (in the main thread) or writes what no tokenizer takes.
+    SECONDS (in the main thread) or writes what no tokenizer takes; an Undecided where that may be
+    this conversation's fault.
     """
     from jinja2.exceptions import TemplateError, TemplateSyntaxError
 
@@ -85,10 +102,15 @@ def render(
             f"{origin}: the tokenizer has no chat template for 'messages'; use a model that was "
             "trained to chat, or records with 'prompt' and 'completion', or 'text'"
         )
+    given: dict[str, object] = {**inputs.variables, **(variables or {})}
+    if inputs.tools:
+        given["tools"] = list(inputs.tools)
+    if inputs.documents:
+        given["documents"] = list(inputs.documents)
     try:
         with _time_limit(SECONDS):
             text = tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=generation_prompt
+                list(messages), tokenize=False, add_generation_prompt=generation_prompt, **given
             )
     except TemplateSyntaxError as error:
         raise UserError(
@@ -96,24 +118,28 @@ def render(
             f"{error.lineno})"
         ) from error
     except TemplateError as error:
-        raise UserError(
+        raise Undecided(
             f"{origin}: the chat template refuses this conversation: {_reason(error)}"
         ) from error
     except Exception as error:  # whatever a program can raise
-        raise UserError(
+        raise Undecided(
             f"{origin}: the chat template fails on this conversation: {_reason(error)}"
         ) from error
     return _checked(text, messages, origin)
 
 
 def try_render(
-    messages: Sequence[Message], tokenizer: Tokenizer, *, generation_prompt: bool = False
+    messages: Sequence[Message],
+    tokenizer: Tokenizer,
+    *,
+    generation_prompt: bool = False,
+    inputs: TemplateInputs = NO_INPUTS,
 ) -> str | None:
     """The rendering of a changed conversation, or None where the template refuses it."""
     if not messages:
         return None
     try:
-        return render(messages, tokenizer, "", generation_prompt=generation_prompt)
+        return render(messages, tokenizer, "", generation_prompt=generation_prompt, inputs=inputs)
     except UserError:
         return None
 

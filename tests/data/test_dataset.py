@@ -6,7 +6,7 @@ from lora_engine.data.dataset import (
     ANSWER_CUT_OFF,
     NO_ANSWER,
     NO_ASSISTANT,
-    NOT_WRITTEN,
+    NOT_LEARNED,
     TOO_LONG,
     Dropped,
     Duplicate,
@@ -63,8 +63,20 @@ def test_a_template_that_leaves_the_answer_out():
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     asks_only = "{% for m in messages %}{{ m.content if m.role == 'user' }}{% endfor %}"
     tokenizer = make_byte_level(asks_only)
-    dataset = prepare([{"messages": messages}, pair("a", "b")], tokenizer)
-    assert dataset.dropped == (Dropped("record:0", NOT_WRITTEN),)
+    records = [{"messages": messages}, pair("a", "b")]
+    with pytest.raises(UserError, match="record:0: the chat template does not write the text of"):
+        prepare(records, tokenizer)
+    (dropped,) = prepare(records, tokenizer, on_undecidable="drop").dropped
+    assert dropped.origin == "record:0"
+    assert dropped.reason.startswith("the chat template does not write the text of message 2")
+
+
+def test_an_answer_of_which_nothing_is_to_be_learned(tokenizer):
+    asked, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+    rows = [{"messages": [asked, {**answer, "weight": weight}]} for weight in (0, 1)]
+    dataset = prepare(rows, tokenizer)
+    assert dataset.dropped == (Dropped("record:0", NOT_LEARNED),)
+    assert [example.origin for example in dataset] == ["record:1"]
 
 
 def test_too_long_examples_can_be_dropped_instead_of_cut(tokenizer):

@@ -144,9 +144,9 @@ def test_truncation_keeps_the_beginning(tokenizer):
 
 def test_a_template_that_rewrites_the_answer_is_refused():
     tokenizer = make_byte_level(templates.NO_EXACT_MASK)
-    with pytest.raises(UserError, match=r"^chat\.jsonl:1: .* rewrites message 2 .*loss_on: all"):
-        tokenize(chat("Hello", "Yes", "Hello", "No"), tokenizer)
-    assert all(tokenize(chat("Hello", "Yes"), tokenizer, loss_on="all").supervised)
+    with pytest.raises(UserError, match=r"^chat\.jsonl:1: .* writes message 2 .*loss_on: all"):
+        tokenize(chat("Hello", "yes", "Hello", "no"), tokenizer)
+    assert all(tokenize(chat("Hello", "yes"), tokenizer, loss_on="all").supervised)
 
 
 def test_a_conversation_the_template_refuses_names_its_place():

@@ -73,10 +73,10 @@ CHATML_TOOLS = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
-# Says how long the conversation is before it begins and rewrites the text: no exact mask.
+# Says how long the conversation is before it begins and looks at the text: no exact mask.
 NO_EXACT_MASK = (
     "{{ messages | length }} messages\n{% for message in messages %}"
-    "{{ message['role'] + ': ' + message['content'] | upper + '\n' }}{% endfor %}"
+    "{{ message['role'] + ': ' + message['content'] | capitalize + '\n' }}{% endfor %}"
 )
 
 SPECIAL_TOKENS = (

@@ -1,0 +1,206 @@
+"""The form of messages that a chat template takes, found by rendering.
+
+Templates differ in what they take: arguments of a call as JSON text or as a mapping, content as
+text or as a list of parts, a call without content or with an empty one. The form that a record
+has is tried first. A form is right if the template writes all that the messages say, and a
+mapping neither as Python spells it nor text as JSON within JSON.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+
+from lora_engine.data.inputs import TemplateInputs
+from lora_engine.data.marks import Leaf, Marked, Marker, read_marks
+from lora_engine.data.template import Message, Tokenizer, Undecided, render, try_render
+from lora_engine.errors import UserError
+
+_Form = Callable[[Message], Message]
+_EVERY, _SAID, _NOTHING = 2, 1, 0
+# A part of a content as Python or JSON spells it.
+_PART = re.compile(r"""(["'])type\1: *(["'])text\2""", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Written:
+    """Messages in the form that the template takes, as it writes them.
+
+    whole: the rendering.
+    marked: the same with the marks; the places of leaves that `levels` leaves out are not known.
+    leaves: what is marked, by its number.
+    """
+
+    messages: Sequence[Message]
+    whole: str
+    marked: Marked
+    leaves: Sequence[Leaf]
+    levels: Sequence[int]
+
+    def unwritten(self) -> list[Leaf]:
+        """Leaves with text that the rendering does not have."""
+        seen = {mark.leaf for mark in self.marked.marks}
+        return [leaf for i, leaf in enumerate(self.leaves) if i not in seen and not leaf.blank]
+
+
+def write(
+    messages: Sequence[Message], tokenizer: Tokenizer, inputs: TemplateInputs, origin: str
+) -> Written:
+    """The messages in the first form that the template writes well, or else in one it writes.
+
+    Raises the template's error of the form that they have if it refuses all.
+    """
+    first: Written | None = None
+    refused: UserError | None = None
+    for candidate in _forms(messages):
+        try:
+            written = write_as_is(candidate, tokenizer, inputs, origin)
+        except Undecided as error:
+            refused = refused or error
+            continue
+        if _is_well_written(written):
+            return written
+        first = first or written
+    if first is not None:
+        return first
+    assert refused is not None  # there is a form, and it was refused
+    raise refused
+
+
+def write_as_is(
+    messages: Sequence[Message], tokenizer: Tokenizer, inputs: TemplateInputs, origin: str
+) -> Written:
+    """The rendering of the messages, with the places of as much of them as can be seen."""
+    whole = render(messages, tokenizer, origin, inputs=inputs)
+
+    def marked_by(levels: Sequence[int]) -> Written | None:
+        marker = Marker(levels)
+        rendered = try_render(marker.mark(messages), tokenizer, inputs=inputs)
+        if rendered is None or (marked := read_marks(rendered)).text != whole:
+            return None
+        return Written(messages, whole, marked, marker.leaves, levels)
+
+    count = len(messages)
+    for level in (_EVERY, _SAID):
+        if written := marked_by([level] * count):
+            return written
+    levels = [_NOTHING] * count  # the template looks at some text: each message by itself
+    for i in range(count):
+        for level in (_EVERY, _SAID):
+            if marked_by([level if j == i else _NOTHING for j in range(count)]):
+                levels[i] = level
+                break
+    none = [_NOTHING] * count
+    return marked_by(levels) or Written(messages, whole, Marked(whole, ()), (), none)
+
+
+def _is_well_written(written: Written) -> bool:
+    if any(leaf.part != "reasoning" for leaf in written.unwritten()):
+        return False
+    for message in written.messages:
+        if isinstance(message.get("content"), list | tuple) and _PART.search(written.whole):
+            return False
+        for arguments in _arguments_in(message):
+            if any(spelled in written.whole for spelled in _misspelled(arguments)):
+                return False
+    return True
+
+
+def _misspelled(arguments: object) -> Iterator[str]:
+    """What a template writes that takes the other form of these arguments."""
+    if isinstance(arguments, Mapping) and arguments:
+        yield str(arguments)
+    elif isinstance(arguments, str) and '"' in arguments:
+        yield json.dumps(arguments)[1:-1]
+        yield json.dumps(arguments, ensure_ascii=False)[1:-1]
+
+
+def _forms(messages: Sequence[Message]) -> Iterator[list[Message]]:
+    """The messages as they are, then in other forms, without repeating one."""
+    seen: list[list[Message]] = []
+    arguments: list[_Form] = [
+        _as_is,
+        partial(_with_arguments, as_text=False),
+        partial(_with_arguments, as_text=True),
+    ]
+    contents: list[_Form] = [_as_is, _with_text, _with_parts]
+    absents: list[_Form] = [_as_is, _with_content]
+    places = product(range(len(arguments)), range(len(contents)), range(len(absents)))
+    for i, j, k in sorted(places, key=sum):
+        candidate = [absents[k](contents[j](arguments[i](message))) for message in messages]
+        if candidate not in seen:
+            seen.append(candidate)
+            yield candidate
+
+
+def _as_is(message: Message) -> Message:
+    return message
+
+
+def _with_text(message: Message) -> Message:
+    """Parts that are all text, as one text."""
+    content = message.get("content")
+    if not isinstance(content, list | tuple):
+        return message
+    texts = [part.get("text") if isinstance(part, Mapping) else part for part in content]
+    if not all(isinstance(text, str) for text in texts):
+        return message
+    return {**message, "content": "".join(map(str, texts))}
+
+
+def _with_parts(message: Message) -> Message:
+    """A text as a list of one part."""
+    content = message.get("content")
+    if not isinstance(content, str):
+        return message
+    return {**message, "content": [{"type": "text", "text": content}]}
+
+
+def _with_content(message: Message) -> Message:
+    """A call without text, as one with an empty text."""
+    return {"content": "", **message} if message.get("tool_calls") else message
+
+
+def _with_arguments(message: Message, *, as_text: bool) -> Message:
+    """Arguments of calls as JSON text, or as a mapping."""
+    calls = message.get("tool_calls")
+    if not isinstance(calls, list | tuple):
+        return message
+    return {**message, "tool_calls": [_call(call, as_text) for call in calls]}
+
+
+def _call(call: object, as_text: bool) -> object:
+    if not isinstance(call, Mapping):
+        return call
+    if isinstance(function := call.get("function"), Mapping):
+        return {**call, "function": _call(function, as_text)}
+    if "name" not in call:
+        return call
+    arguments = call.get("arguments")
+    if as_text and not isinstance(arguments, str):
+        return {**call, "arguments": json.dumps(arguments or {}, ensure_ascii=False)}
+    if not as_text and not isinstance(arguments, Mapping):
+        mapping = _mapping(arguments)
+        return call if mapping is None else {**call, "arguments": mapping}
+    return call
+
+
+def _mapping(arguments: object) -> Mapping[str, object] | None:
+    """What JSON text of an object says; none for text that is not one."""
+    if arguments is None or (isinstance(arguments, str) and not arguments.strip()):
+        return {}
+    try:
+        value = json.loads(arguments) if isinstance(arguments, str) else None
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, Mapping) else None
+
+
+def _arguments_in(message: Message) -> Iterator[object]:
+    calls = message.get("tool_calls")
+    for call in calls if isinstance(calls, list | tuple) else ():
+        if isinstance(call, Mapping):
+            function = call.get("function")
+            yield (function if isinstance(function, Mapping) else call).get("arguments")
