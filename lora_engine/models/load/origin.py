@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_engine.models.attach.head import transformers_model
+from lora_engine.models.load.gguf_head import hub_id_of_gguf
 
 # In a converted model's folder: what it was converted from.
 CONVERTED_FROM = "converted_from.json"
@@ -44,6 +45,9 @@ def base_of(model: Any) -> Base:
     path = Path(source)
     if source and path.is_dir():
         return base_of_folder(path)
+    if source and path.is_file():
+        hub_id = hub_id_of_gguf(path)
+        return Base(hub_id or path.name, hub_id, files={path.name: sha256_of(path)})
     if _HUB_ID.fullmatch(source):
         return Base(source, source, revision)
     return Base(path.name)

@@ -5,12 +5,13 @@ from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lora_engine import backends
 from lora_engine.errors import UserError, nearest
 from lora_engine.models.quantized.linear import QuantizedLinear
-from lora_engine.ops import quantize_weight
+from lora_engine.models.quantized.record import record_quantization
+from lora_engine.ops import QuantizedWeight, quantize_weight
 
 # Linears that stay as they are: of heads, and those that choose experts.
 SKIPPED = ("lm_head", "score", "classifier", "router", "gate", "shared_expert_gate")
@@ -49,13 +50,14 @@ def quantize_model(
         if "forward" in vars(module) or hasattr(module, "base_layer"):
             what = f"{name or type(model).__name__} has an adapter or a forward of its own"
             raise UserError(f"quantize_model: {what}; quantise the model before that")
-    found = _linears(model, skip)
+    found = linears_to_quantize(model, skip)
     while found:
         linear = next(iter(found))
         places = found.pop(linear)  # the model's is then the last reference to a dense weight
         packed = _packed(places[0].name, linear, device, format, block, double_quant)
         for place in places:
             setattr(place.parent, place.child, packed)
+    record_quantization(model)
 
 
 def _check_device(device: str | torch.device) -> None:
@@ -85,17 +87,25 @@ def _packed(
         )
     if any((linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks)):
         raise UserError(f"quantize_model: {name} has hooks; quantise the model before that")
-    try:
-        quantized = quantize_weight(
-            weight if device is None else weight.to(device),
-            format,
-            block=block,
-            double_quant=double_quant,
-        )
-    except ValueError as error:
-        raise UserError(f"quantize_model: {name}.weight: {error}") from error
+    quantized = packed_weight(
+        name + ".weight",
+        weight if device is None else weight.to(device),
+        format,
+        block,
+        double_quant,
+    )
     bias = None if linear.bias is None else linear.bias.to(quantized.device)
     return QuantizedLinear(quantized, bias).train(linear.training)
+
+
+def packed_weight(
+    name: str, weight: Tensor, format: str, block: int | None, double_quant: bool
+) -> QuantizedWeight:
+    """`quantize_weight`, whose errors are UserErrors that name the weight."""
+    try:
+        return quantize_weight(weight, format, block=block, double_quant=double_quant)
+    except ValueError as error:
+        raise UserError(f"quantize_model: {name}: {error}") from error
 
 
 class _Place(NamedTuple):
@@ -106,8 +116,10 @@ class _Place(NamedTuple):
     name: str
 
 
-def _linears(model: nn.Module, skip: str | Sequence[str]) -> dict[nn.Linear, list[_Place]]:
-    """The linears that are to be replaced, and where each is."""
+def linears_to_quantize(
+    model: nn.Module, skip: str | Sequence[str]
+) -> dict[nn.Linear, list[_Place]]:
+    """The linears that `quantize_model` replaces, and where each is."""
     if isinstance(skip, str):
         skip = (skip,)
     if not isinstance(skip, Sequence) or not all(isinstance(pattern, str) for pattern in skip):
