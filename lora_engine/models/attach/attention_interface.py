@@ -36,7 +36,7 @@ def _copied_configs(model: CausalLm, implementation: str) -> Iterator[Config]:
         if _runs(part.config, attention_function.IMPLEMENTATION)
     }
     for part in model.modules():
-        config: Config | None = getattr(part, "config", None)
+        config: Config | None = vars(part).get("config")
         if config is None or type(config) not in kinds or id(config) in shared:
             continue
         if _runs(config, implementation):

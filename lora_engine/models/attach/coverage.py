@@ -82,11 +82,13 @@ class CoverageReport:
 
 def active_share(model: CausalLm, name: str) -> float:
     """The share of a module's weights that one token is multiplied with: below 1 in experts."""
+    path = name.split(".")
+    if "experts" not in path:
+        return 1.0
     config = model.config.get_text_config()
     counts = (getattr(config, key, None) for key in EXPERTS_OF_A_TOKEN)
     active = next((count for count in counts if isinstance(count, int)), None)
-    path = name.split(".")
-    if active is None or "experts" not in path:
+    if active is None:
         return 1.0
     experts = model.get_submodule(".".join(path[: path.index("experts") + 1]))
     if isinstance(experts, nn.ModuleList):

@@ -94,15 +94,15 @@ class Walk:
 
     def _account(self) -> None:
         """Counts weights, and notes each module with parameters that nothing was said of."""
-        told = {part for module in self.covered for part in module.modules()}
         served = {part for module in self.served for part in module.modules()}
+        told = served.union(part for module in self.covered for part in module.modules())
         for name, module in self.model.named_modules():
-            own = list(module.parameters(recurse=False))
+            own = [p for p in module._parameters.values() if p is not None]
             if not own or isinstance(module, nn.Embedding):
                 continue
             size, active = weight_count(module), active_share(self.model, name)
             self.report.count(size, active, module in served)
-            if module not in told | served:
+            if module not in told:
                 kind = type(module).__name__
                 self.report.add(name, kind, False, "not recognised: runs as transformers has it")
 

@@ -1,7 +1,8 @@
 """A model's repeated layers while it is tried: each replaced forward gets its own forward's input.
 
 Layers that differ only in their weights and their place are of one kind. The first of a kind runs
-and the others return their input; the last layer of a list always runs. A run with transformers'
+and the others return their input; the last layer of a list, which may be told to compute some rows
+alone, also runs where that is asked for. A run with transformers'
 forwards records the input and the output of each layer. In a run with replaced forwards, each layer
 reads the recorded input and passes the recorded output on, so that layers are compared one by one
 and rounding does not add up from layer to layer.
@@ -19,6 +20,9 @@ from torch import Tensor, nn
 from lora_engine.models.proof.closeness import HALF, coarsest_dtype, excess, noise_of
 
 _MOST_PARAMETERS = 2**28  # of a layer that is also run in float32
+# Attributes of a module that are compared between two, and those that say its place or its mode.
+_SETTINGS = (str, int, float, bool, type(None))
+_OF_A_PLACE = frozenset({"layer_idx", "layer_id", "layer_number", "training"})
 
 
 @dataclass
@@ -34,6 +38,7 @@ class _Layer:
     module: nn.Module
     stands_in: "_Layer | None"  # the layer of its kind that runs in its place; None: it runs
     first: "_Layer | None"  # the first layer of its kind; None: it is the first
+    last: bool  # of its list
     noise: float | None = None  # relative error of its own forward in half precision
     calls: list[_Call] = field(default_factory=list)
     replayed: int = 0
@@ -51,23 +56,24 @@ class ProbedLayers:
         self.dtype = coarsest_dtype(model)
         self.problem: str | None = None
         self._mask: Tensor | None = None
-        self._exact = False
+        self._exact = self._last = False
 
     @contextmanager
-    def recording(self, *, exact: bool = False) -> Iterator[None]:
+    def recording(self, *, exact: bool = False, last: bool = False) -> Iterator[None]:
         """Within, the layers' inputs and outputs for one batch are recorded.
 
         exact: the first layer of each kind also runs in float32, if it computes in half precision.
+        last: the last layers of lists run, whatever their kind.
         """
-        self._exact = exact
+        self._exact, self._last = exact, last
         with self._forwards(self._record):
             yield
 
     @contextmanager
-    def replaying(self, mask: Tensor | None = None) -> Iterator[None]:
+    def replaying(self, mask: Tensor | None = None, *, last: bool = False) -> Iterator[None]:
         """Within, the layers' forwards are compared with those recorded for the next batch, in the
-        rows that are no padding."""
-        self._mask = mask
+        rows that are no padding. `last` is that of the recording."""
+        self._mask, self._last = mask, last
         with self._forwards(self._replay):
             yield
 
@@ -92,11 +98,16 @@ class ProbedLayers:
                 else:
                     object.__setattr__(layer.module, "forward", forward)
 
+    def _passes(self, layer: _Layer) -> bool:
+        """Whether the layer returns its input, as another of its kind runs in its place."""
+        runs = layer.last and self._last
+        return not runs and layer.stands_in is not None and bool(layer.stands_in.calls)
+
     def _record(self, layer: _Layer, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         hidden = _hidden(args, kwargs)
         if layer.running or hidden is None:
             return own(*args, **kwargs)
-        if layer.stands_in is not None and layer.stands_in.calls:
+        if self._passes(layer):
             return hidden
         inputs = hidden.detach().clone()
         exact = (
@@ -115,7 +126,7 @@ class ProbedLayers:
 
     def _replay(self, layer: _Layer, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         hidden = _hidden(args, kwargs)
-        if layer.stands_in is not None and layer.stands_in.calls and hidden is not None:
+        if hidden is not None and self._passes(layer):
             return hidden
         if hidden is None or layer.replayed >= len(layer.calls):
             return own(*args, **kwargs)
@@ -183,8 +194,8 @@ def _layers(model: nn.Module) -> Iterator[_Layer]:
             if not list(module.children()):
                 continue
             kind = (types[i], *kind_of(module))
-            stands_in = None if i + 1 == len(layers) else kinds.get(kind)
-            layer = _Layer(f"{name}.{i}", module, stands_in, kinds.get(kind))
+            first, last = kinds.get(kind), i + 1 == len(layers)
+            layer = _Layer(f"{name}.{i}", module, first, first, last)
             kinds.setdefault(kind, layer)
             yield layer
 
@@ -200,16 +211,16 @@ def kind_of(module: nn.Module) -> tuple[Any, ...]:
     """All that two modules of one kind have in common: everything but weights and place."""
     parts: list[Any] = []
     for name, part in module.named_modules():
-        settings = tuple(
+        attributes = vars(part)
+        settings = frozenset(
             (key, value)
-            for key, value in sorted(vars(part).items())
-            if isinstance(value, str | int | float | bool | None)
-            and key not in ("layer_idx", "layer_id", "layer_number", "training")
+            for key, value in attributes.items()
+            if isinstance(value, _SETTINGS) and key not in _OF_A_PLACE
         )
-        own = (*part.named_parameters(recurse=False), *part.named_buffers(recurse=False))
-        shapes = tuple((n, tuple(x.shape), x.dtype, x.requires_grad) for n, x in own)
+        own = (*part._parameters.items(), *part._buffers.items())
+        shapes = tuple((n, x.shape, x.dtype, x.requires_grad) for n, x in own if x is not None)
         altered = len(part._forward_hooks) + len(part._forward_pre_hooks)
-        forward = vars(part).get("forward")
+        forward = attributes.get("forward")
         parts.append((name, type(part), settings, shapes, altered, type(forward)))
     return tuple(parts)
 

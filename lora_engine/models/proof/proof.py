@@ -66,7 +66,7 @@ def own_results(model: Any) -> Results:
                 if len(own.logits) == 1 and last and why_no_head(model) is None:
                     hidden = _without_padding(last[0], batch)
                     own.beyond_head = not _are_logits(own, hidden, output_head(model))
-            with own.layers.recording():
+            with own.layers.recording(last=True):
                 own.loss, own.gradients = _train(model)
     except Exception as error:  # whatever a model needs beyond token ids
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
@@ -106,7 +106,7 @@ def same_training(model: Any, own: Results) -> str | None:
     if own.beyond_head and isinstance(vars(model).get("forward"), CausalLmForward):
         return "the model's logits are more than its head's product with the hidden states"
     try:
-        with measuring(model), own.layers.replaying():
+        with measuring(model), own.layers.replaying(last=True):
             model.training = (
                 True  # the model alone is in training: its parts stay in eval mode, without dropout
             )

@@ -64,7 +64,8 @@ def not_packed_anew(model: nn.Module) -> Iterator[None]:
 
 def weight_count(module: nn.Module) -> int:
     """The numbers that the module's own parameters stand for."""
-    sizes = {name: p.numel() for name, p in module.named_parameters(recurse=False)}
+    own = module._parameters.items()
+    sizes = {name: p.numel() for name, p in own if p is not None}
     if isinstance(module, nn.Linear) and type(module) is not nn.Linear and "weight" in sizes:
         sizes["weight"] = module.in_features * module.out_features
     return sum(sizes.values())
