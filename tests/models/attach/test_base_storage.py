@@ -94,7 +94,8 @@ def test_a_model_is_served(stored: None, known: None, monkeypatch: pytest.Monkey
 def test_a_format_that_no_kernel_reads_runs_as_the_reference(stored: None) -> None:
     theirs, model = results(model_of()), model_of()
     report = lora_engine.accelerate(model)
-    reason = "the cpu kernels take weights that are dense, nf4, fp4, not pieces"
+    known = ", ".join(choice.FORMATS["cpu"])
+    reason = f"the cpu kernels take weights that are {known}, not pieces"
     products = {e.detail for e in report.entries if e.operation == "lora_linear"}
     assert products == {f"base_add product, {reason}"}
     selection._warn_once.cache_clear()
