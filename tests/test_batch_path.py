@@ -140,8 +140,12 @@ def dead_ends(source: str) -> Iterator[str]:
             yield f"line {node.lineno}: an attribute by a name that is computed"
         if called in ("vars", "globals", "locals") and not asks_for_one_name(node):
             yield f"line {node.lineno}: {called}"
-        is_value = isinstance(node.func, ast.Subscript) and called[0].islower()  # not Generic[T]()
-        if is_value and not is_spelled_out(node.func.slice):
+        if (
+            isinstance(node.func, ast.Subscript)
+            and called[0].islower()  # not Generic[T]()
+            and called.partition("[")[0] not in ("dict", "list", "set")
+            and not is_spelled_out(node.func.slice)
+        ):
             yield f"line {node.lineno}: what is called is looked up"
 
 
@@ -204,4 +208,6 @@ def test_a_dead_end_is_seen(source: str) -> None:
 
 def test_names_that_are_spelled_out_are_none() -> None:
     assert not list(dead_ends("_KEY = 'key'\ngetattr(x, _KEY)\nhasattr(x, 'p')\nforwards[0](x)"))
-    assert not list(dead_ends("vars(x).get('p')\nvars(x)['p']\n'p' in vars(x)\nOfGroup[bool]()"))
+    assert not list(
+        dead_ends("vars(x).get('p')\nvars(x)['p']\n'p' in vars(x)\nOfGroup[bool]()\nlist[int]()")
+    )

@@ -127,9 +127,10 @@ def _forms(messages: Sequence[Message]) -> Iterator[list[Message]]:
     ]
     contents: list[_Form] = [_as_is, _with_text, _with_parts]
     absents: list[_Form] = [_as_is, _with_content]
-    places = product(range(len(arguments)), range(len(contents)), range(len(absents)))
-    for i, j, k in sorted(places, key=sum):
-        candidate = [absents[k](contents[j](arguments[i](message))) for message in messages]
+    choices = product(enumerate(arguments), enumerate(contents), enumerate(absents))
+    nearest = sorted(choices, key=lambda of: sum(place for place, _ in of))
+    for (_, of_arguments), (_, of_content), (_, of_absent) in nearest:
+        candidate = [of_absent(of_content(of_arguments(message))) for message in messages]
         if candidate not in seen:
             seen.append(candidate)
             yield candidate
