@@ -158,6 +158,7 @@ class PeftTuner(nn.Module):
     """What puts PEFT's adapters into the layers of a model."""
 
     model: CausalLm
+    set_adapter: Callable[[str | Sequence[str]], None]
 
     set_adapter: Callable[[Sequence[str]], None]
 
@@ -168,6 +169,7 @@ class PeftCausalLm(nn.Module):
     active_adapters: Sequence[str]
     base_model: PeftTuner
     peft_config: Mapping[str, object]
+    base_model: PeftTuner
 
     add_adapter: Callable[[str, object], None]
     get_base_model: Callable[[], CausalLm]
