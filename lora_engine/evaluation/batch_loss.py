@@ -15,7 +15,7 @@ from lora_engine.models.attach.packed import can_share_prefixes, packed_hidden_s
 from lora_engine.models.attach.scalar_head import scalar_head
 from lora_engine.models.peft.routing import active_adapters, adapters_of, is_peft
 from lora_engine.objectives.answers import loss_of
-from lora_engine.objectives.base import Divergence, Loss, Objective, TargetScores
+from lora_engine.objectives.base import Divergence, Loss, Objective, TargetScores, Teacher
 from lora_engine.ops import linear_divergence
 from lora_engine.ops.context import Context
 
@@ -134,13 +134,12 @@ class _Taught(NamedTuple):
 def _taught(model: nn.Module, batch: PackedBatch, divergence: Divergence) -> _Taught:
     """What the teacher makes of the batch, in evaluation mode and without gradients."""
     teacher = divergence.teacher
-    if isinstance(teacher, nn.Module):
-        with inference(teacher):
-            whole = batch
-            if batch.parents is not None and not can_share_prefixes(teacher):
-                whole = without_shared_prefixes(batch)
-            hidden = packed_hidden_states(teacher, whole, whole.target_index)
-            return _Taught(output_head(teacher), hidden)
+    if isinstance(teacher, Teacher):
+        other = teacher.model
+        with inference(other):
+            whole = batch if can_share_prefixes(other) else without_shared_prefixes(batch)
+            hidden = packed_hidden_states(other, whole, whole.target_index)
+            return _Taught(output_head(other), hidden)
     if not is_peft(model) or not active_adapters(model):
         raise UserError(
             "the objective's teacher is an adapter of the model or the model without adapters, and "

@@ -66,7 +66,10 @@ def first_nonfinite_layer(model: nn.Module, batch: PackedBatch, objective: Objec
     def results() -> tuple[torch.Tensor | None, ...]:
         scores = target_scores(model, batch, objective)
         scored.append(scores)
-        return tuple(vars(scores).values())
+        return (
+            *(scores.logprobs, scores.total, scores.entropy, scores.reference),
+            *(scores.divergence, scores.values),
+        )
 
     layer = first_nonfinite(model, results, unseen)
     if layer is not None:

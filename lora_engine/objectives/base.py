@@ -1,7 +1,7 @@
 """The protocol of an objective: what it reads of a model, what it returns, how means are taken."""
 
 from collections.abc import Mapping
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import Field, asdict, dataclass, field
 from typing import ClassVar, Literal, Protocol
 
 from torch import Tensor, nn
@@ -16,18 +16,35 @@ NATS_PER_TARGET = "nats per supervised token"
 Kind = Literal["plain", "pairs", "labelled"]
 
 
-@dataclass(frozen=True, eq=False)
+class Teacher:
+    """A model that another one learns from; whatever copies settings leaves it where it is.
+
+    name: what messages and checkpoints call it; a run is resumed with a teacher of the same name.
+    """
+
+    def __init__(self, model: nn.Module, name: str = "") -> None:
+        self.model = model
+        self.name = name or type(model).__name__
+
+    def __deepcopy__(self, memo: object) -> "Teacher":
+        return self
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True)
 class Divergence:
     """Of the model's distribution p over the vocabulary from a teacher's q, at each target.
 
-    teacher: a model of the same vocabulary; or an adapter of the model's own by its name; or "",
-        the model without its adapters.
+    teacher: of the same vocabulary; or an adapter of the model's own by its name; or "", the model
+        without its adapters.
     beta: 0 is the forward KL(q, p), 1 the reverse KL(p, q); between them, with the mixture
         m = beta q + (1 - beta) p, beta KL(q, m) + (1 - beta) KL(p, m) (arXiv:2306.13649).
     temperature: divides the logits of both.
     """
 
-    teacher: nn.Module | str = ""
+    teacher: Teacher | str = ""
     beta: float = 0.0
     temperature: float = 1.0
 
@@ -145,13 +162,7 @@ class Objective(Protocol):
 
 
 def settings_of(objective: Objective) -> dict[str, object]:
-    """The objective's name and fields, as JSON values; of a model that is a field, its name."""
-    values = {own.name: getattr(objective, own.name) for own in fields(objective)}
-    return {"name": objective.name, **{name: _named(value) for name, value in values.items()}}
-
-
-def _named(value: object) -> object:
-    if not isinstance(value, nn.Module):
-        return value
-    config = getattr(value, "config", None)
-    return getattr(config, "_name_or_path", "") or type(value).__name__
+    """The objective's name and fields, as JSON values; a teacher by its name."""
+    values = asdict(objective)
+    named = {key: str(x) if isinstance(x, Teacher) else x for key, x in values.items()}
+    return {"name": objective.name, **named}

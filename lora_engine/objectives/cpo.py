@@ -1,7 +1,7 @@
 """Contrastive preference optimisation: pairs compared without a reference."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch.nn.functional import logsigmoid
@@ -18,7 +18,14 @@ from lora_engine.objectives.sequences import (
     sides,
     sums,
 )
-from lora_engine.objectives.settings import check_settings
+from lora_engine.objectives.settings import (
+    check_choice,
+    check_not_negative,
+    check_positive,
+    check_share,
+)
+
+LossType = Literal["sigmoid", "hinge", "ipo"]
 
 
 @dataclass(frozen=True)
@@ -32,7 +39,7 @@ class CPO:
     plus nll_weight times the chosen answers' mean cross-entropy, which holds them up.
     """
 
-    loss_type: Literal["sigmoid", "hinge", "ipo"] = "sigmoid"
+    loss_type: LossType = "sigmoid"
     beta: float = 0.1
     nll_weight: float = 1.0
     label_smoothing: float = 0.0
@@ -41,7 +48,10 @@ class CPO:
     reads: ClassVar[Reads] = Reads(each_logprob=True, examples="pairs")
 
     def __post_init__(self) -> None:
-        check_settings(self, positive=("beta",), not_negative=("nll_weight", "label_smoothing"))
+        check_choice(get_args(LossType), loss_type=self.loss_type)
+        check_positive(beta=self.beta)
+        check_not_negative(nll_weight=self.nll_weight)
+        check_share(label_smoothing=self.label_smoothing)
 
     def weight(self, batch: PackedBatch) -> dict[str, float]:
         """Tokens of the chosen answers, and pairs."""

@@ -1,13 +1,11 @@
 """Distillation: the model's distributions drawn to those of a teacher."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import nn
-
 from lora_engine.data.batch import PackedBatch
-from lora_engine.objectives.base import Divergence, Loss, Mean, Reads, TargetScores
-from lora_engine.objectives.settings import check_settings
+from lora_engine.objectives.base import Divergence, Loss, Mean, Reads, TargetScores, Teacher
+from lora_engine.objectives.settings import check_positive, check_share
 
 
 @dataclass(frozen=True)
@@ -15,8 +13,8 @@ class Distill:
     """(1 − cross_entropy) times the mean over targets of a divergence of the model's distribution
     from the teacher's, times temperature², plus cross_entropy times −log p(target).
 
-    teacher: a model of the same vocabulary, on the same device; an adapter of the model's own by
-        its name; or "", the model without its adapters.
+    teacher: `Teacher(model)`, a model of the same vocabulary on the same device; an adapter of the
+        model's own by its name; or "", the model without its adapters.
     beta: 0 is the forward KL, which covers what the teacher does; 1 the reverse KL, which keeps to
         what it does most; between them the generalised Jensen-Shannon divergence
         (arXiv:2306.13649).
@@ -24,7 +22,7 @@ class Distill:
         (arXiv:1503.02531).
     """
 
-    teacher: nn.Module | str = field(default="", repr=False)
+    teacher: Teacher | str = ""
     beta: float = 0.0
     temperature: float = 1.0
     cross_entropy: float = 0.0
@@ -32,10 +30,8 @@ class Distill:
     unit: ClassVar[str] = "nats per token"
 
     def __post_init__(self) -> None:
-        check_settings(self, positive=("temperature",), not_negative=("beta", "cross_entropy"))
-        for name in ("beta", "cross_entropy"):
-            if getattr(self, name) > 1:
-                raise ValueError(f"{name}: expected 0 to 1, got {getattr(self, name)}")
+        check_positive(temperature=self.temperature)
+        check_share(beta=self.beta, cross_entropy=self.cross_entropy)
 
     @property
     def reads(self) -> Reads:

@@ -1,7 +1,7 @@
 """Direct preference optimisation: answers compared under the model and its reference."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -17,7 +17,9 @@ from lora_engine.objectives.sequences import (
     sides,
     sums,
 )
-from lora_engine.objectives.settings import check_settings
+from lora_engine.objectives.settings import check_choice, check_positive
+
+LossType = Literal["sigmoid", "sigmoid_norm", "hinge", "ipo", "robust"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class DPO:
     label_smoothing: ε, the share of pairs whose answers are taken to be the wrong way round.
     """
 
-    loss_type: Literal["sigmoid", "sigmoid_norm", "hinge", "ipo", "robust"] = "sigmoid"
+    loss_type: LossType = "sigmoid"
     beta: float = 0.1
     label_smoothing: float = 0.0
     name: ClassVar[str] = "dpo"
@@ -44,15 +46,12 @@ class DPO:
     reads: ClassVar[Reads] = Reads(each_logprob=True, reference=True, examples="pairs")
 
     def __post_init__(self) -> None:
-        check_settings(self, positive=("beta",))
+        check_choice(get_args(LossType), loss_type=self.loss_type)
+        check_positive(beta=self.beta)
         smooths = self.loss_type in ("sigmoid", "sigmoid_norm", "robust")
         if not 0 <= self.label_smoothing < 0.5 or (self.label_smoothing and not smooths):
-            raise ValueError(
-                f"label_smoothing: expected 0 to below 0.5, and 0 for {self.loss_type}, got "
-                f"{self.label_smoothing}"
-                if not smooths
-                else f"label_smoothing: expected 0 to below 0.5, got {self.label_smoothing}"
-            )
+            wanted = "0 to below 0.5" if smooths else f"0 with {self.loss_type}"
+            raise ValueError(f"label_smoothing: expected {wanted}, got {self.label_smoothing!r}")
 
     def weight(self, batch: PackedBatch) -> int:
         """Its pairs."""

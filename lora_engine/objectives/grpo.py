@@ -1,7 +1,7 @@
 """Group-relative policy optimisation and its family: one file, for they differ by a line each."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -9,9 +9,10 @@ from torch import Tensor
 from lora_engine.data.batch import PackedBatch
 from lora_engine.objectives.base import Loss, Mean, Reads, TargetScores
 from lora_engine.objectives.sequences import at_targets, counts, means, spread, sums
-from lora_engine.objectives.settings import check_settings
+from lora_engine.objectives.settings import check_choice, check_not_negative, check_positive
 
 LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo", "gspo", "cispo", "sapo", "rloo", "reinforce"]
+Correction = Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 _OF_TOKENS = ("dapo", "cispo")
 _OF_SEQUENCES = ("gspo", "rloo")
 
@@ -57,17 +58,27 @@ class GRPO:
     max_completion_length: int = 256
     sapo_positive: float = 1.0
     sapo_negative: float = 1.05
-    sampler_correction: Literal[
-        "none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"
-    ] = "token_truncate"
+    sampler_correction: Correction = "token_truncate"
     sampler_cap: float = 3.0
     name: ClassVar[str] = "grpo"
     unit: ClassVar[str] = "advantage per token or sequence"
 
     def __post_init__(self) -> None:
-        positive = ("temperature", "sampler_cap", "sapo_positive", "sapo_negative")
-        rest = ("epsilon_low", "epsilon_high", "kl_weight", "entropy_weight")
-        check_settings(self, positive=(*positive, "max_completion_length"), not_negative=rest)
+        check_choice(get_args(LossType), loss_type=self.loss_type)
+        check_choice(get_args(Correction), sampler_correction=self.sampler_correction)
+        check_positive(
+            temperature=self.temperature,
+            sampler_cap=self.sampler_cap,
+            sapo_positive=self.sapo_positive,
+            sapo_negative=self.sapo_negative,
+            max_completion_length=self.max_completion_length,
+        )
+        check_not_negative(
+            epsilon_low=self.epsilon_low,
+            epsilon_high=self.epsilon_high,
+            kl_weight=self.kl_weight,
+            entropy_weight=self.entropy_weight,
+        )
 
     @property
     def reads(self) -> Reads:

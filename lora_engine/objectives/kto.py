@@ -1,7 +1,7 @@
 """Kahneman-Tversky optimisation: answers judged one by one, good or bad."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -9,7 +9,9 @@ from torch import Tensor
 from lora_engine.data.batch import PackedBatch
 from lora_engine.objectives.base import Loss, Mean, Reads, TargetScores
 from lora_engine.objectives.sequences import log_ratios, of_role, sums
-from lora_engine.objectives.settings import check_settings
+from lora_engine.objectives.settings import check_choice, check_not_negative, check_positive
+
+LossType = Literal["kto", "apo_zero"]
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,7 @@ class KTO:
     or 0 where that is less: one number for all batches of a step, and not differentiated.
     """
 
-    loss_type: Literal["kto", "apo_zero"] = "kto"
+    loss_type: LossType = "kto"
     beta: float = 0.1
     desirable_weight: float = 1.0
     undesirable_weight: float = 1.0
@@ -31,8 +33,11 @@ class KTO:
     unit: ClassVar[str] = "per answer"
 
     def __post_init__(self) -> None:
-        weights = ("desirable_weight", "undesirable_weight")
-        check_settings(self, positive=("beta",), not_negative=weights)
+        check_choice(get_args(LossType), loss_type=self.loss_type)
+        check_positive(beta=self.beta)
+        check_not_negative(
+            desirable_weight=self.desirable_weight, undesirable_weight=self.undesirable_weight
+        )
 
     @property
     def reads(self) -> Reads:

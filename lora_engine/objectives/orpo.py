@@ -19,7 +19,7 @@ from lora_engine.objectives.sequences import (
     sides,
     sums,
 )
-from lora_engine.objectives.settings import check_settings
+from lora_engine.objectives.settings import check_not_negative
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class ORPO:
     reads: ClassVar[Reads] = Reads(each_logprob=True, examples="pairs")
 
     def __post_init__(self) -> None:
-        check_settings(self, not_negative=("beta",))
+        check_not_negative(beta=self.beta)
 
     def weight(self, batch: PackedBatch) -> dict[str, float]:
         """Tokens of the chosen answers, and pairs."""

@@ -8,7 +8,7 @@ import torch
 from lora_engine.data.batch import PackedBatch
 from lora_engine.objectives.base import Loss, Mean, Reads, TargetScores
 from lora_engine.objectives.sequences import at_targets
-from lora_engine.objectives.settings import check_settings
+from lora_engine.objectives.settings import check_not_negative, check_positive
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,12 @@ class PPO:
     unit: ClassVar[str] = "advantage per token"
 
     def __post_init__(self) -> None:
-        rest = ("value_clip", "value_weight", "entropy_weight")
-        check_settings(self, positive=("clip", "temperature"), not_negative=rest)
+        check_positive(clip=self.clip, temperature=self.temperature)
+        check_not_negative(
+            value_clip=self.value_clip,
+            value_weight=self.value_weight,
+            entropy_weight=self.entropy_weight,
+        )
 
     @property
     def reads(self) -> Reads:

@@ -8,7 +8,7 @@ from torch.nn.functional import logsigmoid
 from lora_engine.data.batch import PackedBatch
 from lora_engine.objectives.base import Loss, Mean, Reads, TargetScores
 from lora_engine.objectives.sequences import num_pairs, of_role, sides
-from lora_engine.objectives.settings import check_settings
+from lora_engine.objectives.settings import check_not_negative
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Reward:
     reads: ClassVar[Reads] = Reads(values="examples", examples="pairs")
 
     def __post_init__(self) -> None:
-        check_settings(self, not_negative=("centre",))
+        check_not_negative(centre=self.centre)
 
     def weight(self, batch: PackedBatch) -> int:
         """Its pairs."""

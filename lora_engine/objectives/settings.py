@@ -1,28 +1,32 @@
-"""Checks of an objective's own settings, when it is made."""
+"""Checks of an objective's own settings, when it is made; each raises ValueError "name: why"."""
 
 import math
-from collections.abc import Iterable
-from dataclasses import fields
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from collections.abc import Sequence
 
 
-def check_settings(
-    objective: Any, *, positive: Iterable[str] = (), not_negative: Iterable[str] = ()
-) -> None:
-    """Raises ValueError "field: expected …, got …" for a number out of range, or a choice that is
-    none of a field's Literal."""
-    for name in positive:
-        value = getattr(objective, name)
+def check_positive(**values: float) -> None:
+    """Numbers above 0, by their names."""
+    for name, value in values.items():
         if not 0 < value < math.inf:
             raise ValueError(f"{name}: expected a number > 0, got {value!r}")
-    for name in not_negative:
-        value = getattr(objective, name)
+
+
+def check_not_negative(**values: float) -> None:
+    """Numbers of 0 or more, by their names."""
+    for name, value in values.items():
         if not 0 <= value < math.inf:
             raise ValueError(f"{name}: expected a number ≥ 0, got {value!r}")
-    hints = get_type_hints(type(objective))
-    for own in fields(objective):
-        if get_origin(hints[own.name]) is not Literal:
-            continue
-        value, choices = getattr(objective, own.name), get_args(hints[own.name])
+
+
+def check_share(**values: float) -> None:
+    """Numbers from 0 to 1, by their names."""
+    for name, value in values.items():
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name}: expected a number from 0 to 1, got {value!r}")
+
+
+def check_choice(choices: Sequence[str], **values: str) -> None:
+    """One of the choices, by its name."""
+    for name, value in values.items():
         if value not in choices:
-            raise ValueError(f"{own.name}: expected {' or '.join(choices)}, got {value!r}")
+            raise ValueError(f"{name}: expected {' or '.join(choices)}, got {value!r}")

@@ -8,7 +8,7 @@ from torch.nn.functional import logsigmoid
 from lora_engine.data.batch import PackedBatch
 from lora_engine.objectives.base import Loss, Reads, TargetScores
 from lora_engine.objectives.sequences import Sides, means, num_pairs, pair_metrics, sides
-from lora_engine.objectives.settings import check_settings
+from lora_engine.objectives.settings import check_not_negative, check_positive, check_share
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,9 @@ class SimPO:
     reads: ClassVar[Reads] = Reads(each_logprob=True, examples="pairs")
 
     def __post_init__(self) -> None:
-        check_settings(self, positive=("beta",), not_negative=("gamma", "label_smoothing"))
+        check_positive(beta=self.beta)
+        check_not_negative(gamma=self.gamma)
+        check_share(label_smoothing=self.label_smoothing)
 
     def weight(self, batch: PackedBatch) -> int:
         """Its pairs."""

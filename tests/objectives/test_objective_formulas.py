@@ -340,7 +340,7 @@ WRONG = {
     "a beta of 0": (lambda: DPO(beta=0), "beta: expected a number > 0, got 0"),
     "no loss type": (lambda: DPO("sigmod"), "loss_type: expected sigmoid or .* got 'sigmod'"),
     "half wrong": (lambda: DPO(label_smoothing=0.5), r"label_smoothing: expected 0 to below 0\.5"),
-    "smoothed hinge": (lambda: DPO("hinge", label_smoothing=0.1), "and 0 for hinge"),
+    "smoothed hinge": (lambda: DPO("hinge", label_smoothing=0.1), "expected 0 with hinge"),
     "a weight below 0": (
         lambda: KTO(desirable_weight=-1),
         "desirable_weight: expected a number ≥ 0",

@@ -22,7 +22,7 @@ from lora_engine.data.batch import collate, without_shared_prefixes
 from lora_engine.data.dataset import TokenizedDataset
 from lora_engine.evaluation.batch_loss import target_scores, with_statistics
 from lora_engine.evaluation.heldout import evaluate
-from lora_engine.objectives.base import Loss, Reads
+from lora_engine.objectives.base import Loss, Reads, Teacher, settings_of
 from lora_engine.objectives.distill import Distill
 from lora_engine.objectives.dpo import DPO
 from lora_engine.objectives.kto import KTO
@@ -174,7 +174,7 @@ def test_teachers():
     )
     base = tiny_llama()
     before, trained = trainable(model), list(model.active_adapters)
-    expected = distilled(base, model, examples, beta=0.3, temperature=2.0)
+    expected = distilled(Teacher(base), model, examples, beta=0.3, temperature=2.0)
     assert expected.metrics["divergence"] > 0.01
     own = distilled("", model, examples, beta=0.3, temperature=2.0)
     assert own.loss == pytest.approx(expected.loss, rel=1e-5)
@@ -192,7 +192,14 @@ def test_teachers():
     small = tiny_llama()
     small.resize_token_embeddings(60)
     with pytest.raises(UserError, match="the teacher has 60 tokens and the model 61"):
-        distilled(small, model, examples)
+        distilled(Teacher(small), model, examples)
+
+
+def test_the_settings_of_a_run_name_the_teacher():
+    teacher = Teacher(tiny_llama(), "large")
+    settings = settings_of(Distill(teacher, beta=0.5))
+    assert settings["name"] == "distill" and settings["teacher"] == "large"
+    assert settings_of(Distill(Teacher(tiny_llama())))["teacher"] == "LlamaForCausalLM"
 
 
 def test_a_teacher_that_cannot_share_rows_has_its_own():
@@ -201,7 +208,9 @@ def test_a_teacher_that_cannot_share_rows_has_its_own():
     model = model_for("distill")
     shared, plain = (collate(twins, share_prefixes=share) for share in (True, False))
     assert shared.parents is not None
-    losses = [evaluate(model, [b], Distill(tiny_llama(), beta=1.0)).loss for b in (shared, plain)]
+    losses = [
+        evaluate(model, [b], Distill(Teacher(tiny_llama()), beta=1.0)).loss for b in (shared, plain)
+    ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 

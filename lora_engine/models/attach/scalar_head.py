@@ -1,15 +1,11 @@
 """The head that makes one number of a hidden state: of a reward model, or of a policy's values."""
 
 from collections.abc import Callable
-from typing import Any
 
 from torch import Tensor, nn
 
 from lora_engine.errors import UserError
 from lora_engine.models.attach.head import transformers_model
-
-# What models call it: transformers' sequence classifiers, and policies with values.
-NAMES = ("score", "value_head")
 
 
 def scalar_head(
@@ -17,13 +13,15 @@ def scalar_head(
 ) -> Callable[[Tensor], Tensor]:  # [U, H] -> [U]
     """The model's scalar head as it is now, PEFT's copy of it included, in float32 or more.
 
+    `score`, as transformers' sequence classifiers call it, or the `value_head` of a policy.
+
     Raises UserError where there is none, or it makes more than one number.
     """
-    inner: Any = transformers_model(model)
-    head = next((found for name in NAMES if (found := getattr(inner, name, None))), None)
+    inner = transformers_model(model)
+    head = getattr(inner, "score", None) or getattr(inner, "value_head", None)
     if not isinstance(head, nn.Module):
         raise UserError(
-            f"{type(inner).__name__} has no scalar head ({' or '.join(NAMES)}); load the model "
+            f"{type(inner).__name__} has no scalar head (score or value_head); load the model "
             'with lora_engine.load_model(source, head="scalar")'
         )
     weight = next(head.parameters())

@@ -160,8 +160,6 @@ class PeftTuner(nn.Module):
     model: CausalLm
     set_adapter: Callable[[str | Sequence[str]], None]
 
-    set_adapter: Callable[[Sequence[str]], None]
-
 
 class PeftCausalLm(nn.Module):
     """PEFT's model around a causal language model."""
@@ -169,7 +167,6 @@ class PeftCausalLm(nn.Module):
     active_adapters: Sequence[str]
     base_model: PeftTuner
     peft_config: Mapping[str, object]
-    base_model: PeftTuner
 
     add_adapter: Callable[[str, object], None]
     get_base_model: Callable[[], CausalLm]
