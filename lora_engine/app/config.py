@@ -64,14 +64,52 @@ class ModelConfig(_Section):
     )
 
 
+class DataSource(_Section):
+    """One of several sources of training examples.
+
+    A format, columns or template of its own stands for all three of `data`.
+    """
+
+    path: Source = Field(description="A source as `data.train` takes it.")
+    weight: Annotated[float, Field(gt=0, le=10**6)] | None = Field(
+        default=None, description="Its share of an epoch's examples, over the sum of the weights."
+    )
+    limit: Annotated[int, Field(ge=1, le=10**12)] | None = Field(
+        default=None, description="Use its first records only."
+    )
+    split: str | None = Field(default=None, description="Split of a folder or a hub dataset.")
+    format: FormatName | None = Field(default=None, description="As `data.format`.")
+    columns: dict[str, str] | None = Field(default=None, description="As `data.columns`.")
+    template: str | dict[str, str] | None = Field(default=None, description="As `data.template`.")
+
+    def layout(self) -> Layout | None:
+        """What its records' fields are; None: as those of the others."""
+        own = Layout(self.format, self.columns, self.template)
+        return None if own == Layout() else own
+
+    @model_validator(mode="after")
+    def _layout_is_one(self) -> "DataSource":
+        _check_layout(self.layout() or Layout())
+        return self
+
+
+def _check_layout(layout: Layout) -> None:
+    try:
+        layout.check(FIELDS)
+    except UserError as error:
+        raise ValueError(str(error)) from error
+
+
 class DataConfig(_Section):
     """The examples to learn from, and those held out to measure by."""
 
-    train: Source = Field(
+    train: Source | list[Source | DataSource] = Field(
         description="A file (`.jsonl`, `.json`, `.parquet`, `.csv`, `.tsv`, `.txt`, `.md`, "
         "`.arrow`; text also with `.gz` or `.zst` behind), a folder, a pattern as `a/*.jsonl`, "
         "a hub dataset id, or `docstrings`: the Python standard library's functions and their "
-        "docstrings.",
+        "docstrings. Or a list of these, each by itself or as `{path: …}` with a `split`, "
+        "`format`, `columns` or `template` of its own, a `limit` of records, and a `weight`: its "
+        "share of an epoch's examples.",
     )
     split: str | None = Field(
         default=None, description="Split of a folder or a hub dataset to train on."
@@ -107,8 +145,12 @@ class DataConfig(_Section):
         description="Use at most this many held-out examples; null uses all.",
     )
     max_length: int = Field(default=2048, ge=2, le=10**7, description="Longest example in tokens.")
-    on_too_long: Literal["truncate", "drop"] = Field(
-        default="truncate", description="What becomes of longer examples."
+    on_too_long: Literal["split", "truncate", "drop"] = Field(
+        default="split",
+        description="What becomes of longer examples: `split` makes several of a text, which end "
+        "at a paragraph, line, sentence or word, and truncates others; `truncate` keeps the "
+        "beginning of a text, and of others as much as leaves a whole answer, if one fits; `drop` "
+        "leaves them out.",
     )
     chat_template: str | None = Field(
         default=None,
@@ -143,20 +185,49 @@ class DataConfig(_Section):
         description="What becomes of a conversation that the chat template cannot write, or where "
         "what is learned cannot be told from the rest.",
     )
+    processes: Annotated[int, Field(ge=1, le=1024)] | None = Field(
+        default=None,
+        description="Processes that tokenise; null takes one for each processor where a source is "
+        "of 4 MB or more.",
+    )
+    cache: bool = Field(
+        default=True,
+        description="Keep the tokens of sources of 4 MB or more in `~/.cache/lora_engine/data`, "
+        "and read them from there where content, tokenizer and settings are the same. The folder "
+        "can be deleted at any time.",
+    )
     seed: int = Field(
-        default=0, ge=0, lt=2**32, description="Seed of the choice of held-out examples."
+        default=0,
+        ge=0,
+        lt=2**32,
+        description="Seed of the choice of held-out examples and of a mixture's.",
     )
 
     def layout(self) -> Layout:
         """What the records' fields are."""
         return Layout(self.format, self.columns, self.template)
 
+    def sources(self) -> list[DataSource]:
+        """The sources to train on."""
+        given = self.train if isinstance(self.train, list) else [self.train]
+        return [
+            DataSource(path=one, split=self.split) if isinstance(one, str) else one for one in given
+        ]
+
+    def name(self) -> str:
+        """What the training data are called for people."""
+        paths = [source.path for source in self.sources()]
+        more = f" and {len(paths) - 2} more" if len(paths) > 3 else ""
+        return ", ".join(paths[: 2 if more else 3]) + more
+
     @model_validator(mode="after")
     def _layout_is_one(self) -> "DataConfig":
-        try:
-            self.layout().check(FIELDS)
-        except UserError as error:
-            raise ValueError(str(error)) from error
+        _check_layout(self.layout())
+        weighted = [source.weight is not None for source in self.sources()]
+        if not weighted:
+            raise ValueError("train names no source; give one")
+        if any(weighted) and not all(weighted):
+            raise ValueError("train gives a weight to some sources only; give one to each, or none")
         return self
 
     @model_validator(mode="after")

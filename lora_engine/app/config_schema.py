@@ -4,7 +4,7 @@ import types
 from collections.abc import Iterator, Sequence
 from datetime import date
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import annotated_types
 from pydantic import BaseModel
@@ -225,8 +225,10 @@ def _unknown_key(model: type[BaseModel], path: FieldPath) -> str:
 
 
 def _members(annotation: Any) -> tuple[Any, ...]:
+    if get_origin(annotation) is Annotated:
+        annotation = get_args(annotation)[0]
     if get_origin(annotation) in (Union, types.UnionType):
-        return get_args(annotation)
+        return tuple(inner for member in get_args(annotation) for inner in _members(member))
     return (annotation,)
 
 
@@ -234,7 +236,8 @@ def _member_name(member: Any) -> str:
     if get_origin(member) is Literal:
         return " or ".join(map(str, get_args(member)))
     if get_origin(member) in (list, tuple, Sequence):
-        names = " or ".join(_member_name(a) for a in get_args(member))
+        items = (item for inner in get_args(member) for item in _members(inner))
+        names = " or ".join(map(_member_name, items))
         return f"a list of {names.replace('values by name', 'objects')}"
     if member is type(None):
         return "null"

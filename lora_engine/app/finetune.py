@@ -16,14 +16,15 @@ import json
 import math
 import shlex
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
 
-from lora_engine.app.chat_settings import set_chat_template, template_inputs
-from lora_engine.app.config import DataConfig, RunConfig, dump_config, load_config
-from lora_engine.data import TokenizedDataset, prepare, read_records, split_heldout
+from lora_engine.app.chat_settings import set_chat_template
+from lora_engine.app.config import RunConfig, dump_config, load_config
+from lora_engine.app.datasets import Reading, prepare_data
+from lora_engine.data import TokenizedDataset
 from lora_engine.data.account import account, lines
 from lora_engine.data.adapters import check_adapters
 from lora_engine.data.inspect import DataReport, report
@@ -55,7 +56,8 @@ class Observer(Protocol):
     """Is told what a run is doing; its further methods are callbacks of the Trainer.
 
     If it has a method on_data(lines), that is called before training with lines about records that
-    were dropped or cut and fields that are not read, where there are any.
+    were dropped or cut and fields that are not read, where there are any. One on_reading(source,
+    bytes done, bytes in all or 0, records) is called while data are read.
     """
 
     def stage(self, text: str) -> None:
@@ -98,8 +100,9 @@ def _finetune(config: RunConfig, resume: bool, observer: Observer | None) -> Out
         config.model.path, dtype=config.model.dtype, device=config.model.device
     )
     origin = _origin(config, model)
-    tell(f"reading {config.data.train}")
-    train_data, eval_data = _examples(config, tokenizer)
+    tell(f"reading {config.data.name()}")
+    reading = getattr(observer, "on_reading", None)
+    train_data, eval_data = _examples(config, tokenizer, reading)
     for dataset in (train_data, eval_data):
         check_vocabulary(dataset, model, tokenizer)
     accounts = [account(train_data), account(eval_data)]
@@ -171,55 +174,21 @@ def _finetune(config: RunConfig, resume: bool, observer: Observer | None) -> Out
     return Outcome(folder, result, summary)
 
 
-def prepare_data(data: DataConfig, tokenizer: Any) -> tuple[TokenizedDataset, TokenizedDataset]:
-    """The training and the held-out examples that `data` describes."""
-    options: dict[str, Any] = {
-        "max_length": data.max_length,
-        "loss_on": data.loss_on,
-        "on_too_long": data.on_too_long,
-        "on_undecidable": data.on_undecidable,
-        "train_on_reasoning": data.train_on_reasoning,
-        "train_on_tool_calls": data.train_on_tool_calls,
-        "inputs": template_inputs(data),
-    }
-    layout = data.layout()
-    if data.eval is not None:
-        train_data = prepare(data.train, tokenizer, split=data.split, layout=layout, **options)
-        eval_data = prepare(
-            data.eval,
-            tokenizer,
-            split=data.eval_split,
-            limit=data.eval_limit,
-            layout=layout,
-            **options,
-        )
-    else:
-        records = read_records(data.train, split=data.split, layout=layout)
-        try:
-            training, heldout = split_heldout(records, data.eval_fraction, seed=data.seed)
-        except UserError as error:
-            raise UserError(f"{data.train}: {error}") from error
-        train_data = prepare(training, tokenizer, **options)
-        eval_data = prepare(heldout, tokenizer, limit=data.eval_limit, **options)
-    return (
-        replace(train_data, name=f"{data.train}, training"),
-        replace(eval_data, name=f"{data.eval or data.train}, held out"),
-    )
-
-
-def examine_data(config: RunConfig) -> list[DataReport]:
+def examine_data(config: RunConfig, reading: Reading | None = None) -> list[DataReport]:
     """What is in the training and in the held-out data; reads the tokenizer, not the model."""
     tokenizer = load_tokenizer(config.model.path)
-    train_data, eval_data = _examples(config, tokenizer)
+    train_data, eval_data = _examples(config, tokenizer, reading)
     for dataset in (train_data, eval_data):
         check_rows(dataset, configured_vocabulary(config.model.path), tokenizer)
     return [report(train_data, tokenizer), report(eval_data, tokenizer, train=train_data)]
 
 
-def _examples(config: RunConfig, tokenizer: Any) -> tuple[TokenizedDataset, TokenizedDataset]:
+def _examples(
+    config: RunConfig, tokenizer: Any, reading: Reading | None
+) -> tuple[TokenizedDataset, TokenizedDataset]:
     """`prepare_data`, with the adapters that the records name checked."""
     set_chat_template(tokenizer, config.data)
-    datasets = prepare_data(config.data, tokenizer)
+    datasets = prepare_data(config.data, tokenizer, reading)
     for dataset in datasets:
         check_adapters(dataset, list(config.lora.of_adapters()) if config.lora else [])
     return datasets
@@ -329,7 +298,7 @@ def _description(
         "model": model_name(config),
         "method": _method(config.lora),
         "device": next(model.parameters()).device.type,
-        "data": config.data.train,
+        "data": config.data.name(),
         "train_examples": len(train_data),
         "eval_examples": len(eval_data),
         "parameters": sum(size for size, _ in sizes),

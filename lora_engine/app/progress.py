@@ -22,6 +22,7 @@ from lora_engine.training.state import TrainResult
 PLAIN_LINES = 20
 REMEMBER = 0.9
 SHOWN_LINES = 8
+READING_SECONDS = 5.0
 
 
 class ConsoleProgress:
@@ -37,6 +38,7 @@ class ConsoleProgress:
         self._tokens = 0
         self._seconds = 0.0
         self._started = 0.0
+        self._told_reading = time.monotonic()
 
     def stage(self, text: str) -> None:
         """A line about what begins now."""
@@ -46,6 +48,14 @@ class ConsoleProgress:
         """What of the data was dropped, cut or not read."""
         for line in lines:
             self._console.print(Text(visible(line), "yellow"), soft_wrap=True)
+
+    def on_reading(self, source: str, done: int, size: int, records: int) -> None:
+        """A part of a source is tokenised; told every few seconds."""
+        if time.monotonic() - self._told_reading < READING_SECONDS:
+            return
+        self._told_reading = time.monotonic()
+        share = f" ({min(done / size, 1):.0%})" if size else ""
+        self.stage(f"reading {source}: {records:,} records{share}")
 
     def on_start(self, trainer: Beginning) -> None:
         """Training begins, or continues at trainer.state.step."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from lora_engine.data.blocks import Block, find_blocks, template_with_blocks
 from lora_engine.data.control import ControlTokens
@@ -49,6 +49,14 @@ class Text:
     ignored: tuple[str, ...] = ()
 
 
+class Span(NamedTuple):
+    """Characters [start, end) of a rendering that are learned, and the message they are of."""
+
+    start: int
+    end: int
+    message: int
+
+
 @dataclass(frozen=True)
 class Chat:
     """Makes segments of chats that are given the same `inputs`."""
@@ -77,8 +85,9 @@ class Chat:
             return Text([Segment(written.whole, True)], tuple(notes), unread)
         self._check(written, inputs)
         spans, more, added = self._spans(written, inputs, learned)
-        segments = _cut(written.whole, spans)
-        segments += [Segment(added, True)] if added else []
+        segments = _cut(written.whole, spans, weights)
+        if added:
+            segments.append(Segment(added, True, weights[learned[-1]] if weights else 1.0))
         return Text(segments, (*notes, *more), unread)
 
     def _with_stand_ins(self, written: Written) -> tuple[Written, TemplateInputs, tuple[str, ...]]:
@@ -117,8 +126,8 @@ class Chat:
 
     def _spans(
         self, written: Written, inputs: TemplateInputs, learned: Sequence[int]
-    ) -> tuple[list[tuple[int, int]], tuple[str, ...], str]:
-        """(characters that are learned, notes, text to learn that is added at the end)."""
+    ) -> tuple[list[Span], tuple[str, ...], str]:
+        """(what is learned, notes, text to learn that is added at the end)."""
         encoder, tokenizer = self.encoder, self.encoder.tokenizer
         turns = Turns(
             written, tokenizer, inputs, encoder.ends, self.origin, self.learning.reasoning
@@ -127,8 +136,8 @@ class Chat:
         if template is None:
             found = turns.find(learned)
             spans = [
-                span
-                for turn in found
+                Span(*span, index)
+                for index, turn in zip(learned, found, strict=True)
                 for span in self._parts(turn.start, turn.end, turn.reasoning_end, turn.calls)
             ]
             added = "".join(turn.added for turn in found if self._learns_end(turn.calls, turn.end))
@@ -144,9 +153,10 @@ class Chat:
                     f"message {index + 1}; put one around what an assistant says"
                 )
             for block in of_message:
-                spans += self._parts(
+                parts = self._parts(
                     block.start, block.end, *turns.parts(index, block.start, block.end)
                 )
+                spans += [Span(*part, index) for part in parts]
             if self._lacks_end(of_message[-1], written.whole):
                 notes[
                     f"its {{% generation %}} blocks leave out {encoder.ends.closing.strip()!r}, so "
@@ -257,20 +267,21 @@ def _without_each(inputs: TemplateInputs) -> Iterator[tuple[str, TemplateInputs]
         yield "documents", TemplateInputs(inputs.tools, (), inputs.variables)
 
 
-def _cut(whole: str, spans: Sequence[tuple[int, int]]) -> list[Segment]:
-    """`whole` in segments, of which those in `spans` are learned; spans that touch are one."""
-    segments: list[Segment] = []
-    position = 0
-    merged: list[tuple[int, int]] = []
-    for start, end in spans:
+def _cut(whole: str, spans: Sequence[Span], weights: Sequence[float]) -> list[Segment]:
+    """`whole` in segments, of which those in `spans` are learned; spans that touch are one, if they
+    weigh the same. weights: of each message; none: 1."""
+    learned: list[tuple[int, int, float]] = []
+    for start, end, message in spans:
+        weight = weights[message] if weights else 1.0
         if start >= end:
             continue
-        if merged and merged[-1][1] == start:
-            merged[-1] = (merged[-1][0], end)
-        else:
-            merged.append((start, end))
-    for start, end in merged:
-        segments += [Segment(whole[position:start], False), Segment(whole[start:end], True)]
+        if learned and learned[-1][1:] == (start, weight):
+            start = learned.pop()[0]
+        learned.append((start, end, weight))
+    segments: list[Segment] = []
+    position = 0
+    for start, end, weight in learned:
+        segments += [Segment(whole[position:start], False), Segment(whole[start:end], True, weight)]
         position = end
     segments.append(Segment(whole[position:], False))
     return [segment for segment in segments if segment.text]

@@ -16,10 +16,14 @@ _ANCHOR = "\n"
 
 @dataclass(frozen=True)
 class Segment:
-    """A piece of text, which may hold stand-ins (see `control`), and whether it is learned."""
+    """A piece of text, which may hold stand-ins (see `control`), and whether it is learned.
+
+    weight: what multiplies the loss of its tokens.
+    """
 
     text: str
     supervised: bool
+    weight: float = 1.0
 
 
 class Encoder:
@@ -37,7 +41,16 @@ class Encoder:
     def encode_segments(
         self, segments: Sequence[Segment], *, origin: str = ""
     ) -> tuple[list[int], list[bool]]:
-        """Token ids [n] and supervised [n]; no token lies in two segments.
+        """Token ids [n] and supervised [n] of `encode_parts`."""
+        parts = self.encode_parts(segments, origin=origin)
+        ids = [token for part in parts for token in part]
+        supervised = [
+            segment.supervised for segment, part in zip(segments, parts, strict=True) for _ in part
+        ]
+        return ids, supervised
+
+    def encode_parts(self, segments: Sequence[Segment], *, origin: str = "") -> list[list[int]]:
+        """Token ids of each segment; no token lies in two.
 
         Each segment is encoded by itself, which is how generation encodes a prompt, if that spells
         the same text as encoding the whole. It does not for tokenizers that put a space before
@@ -51,11 +64,7 @@ class Encoder:
             joined = [token for part in parts for token in part]
             if joined != whole and self._spell(joined) != self._spell(whole):
                 parts = self._cut(whole, segments, origin)
-        ids = [token for part in parts for token in part]
-        supervised = [
-            segment.supervised for segment, part in zip(segments, parts, strict=True) for _ in part
-        ]
-        return ids, supervised
+        return parts
 
     def encode(self, text: str, origin: str = "") -> list[int]:
         """Token ids of `text`, without the tokens that the tokenizer puts around a whole text."""

@@ -13,13 +13,8 @@ import numpy as np
 
 from lora_engine.data.account import ignored_line
 from lora_engine.data.batch import MISMATCHED
-from lora_engine.data.dataset import (
-    Dropped,
-    Duplicate,
-    Leakage,
-    TokenizedDataset,
-    find_leakage,
-)
+from lora_engine.data.dataset import Dropped, TokenizedDataset
+from lora_engine.data.leakage import Duplicate, Leakage, find_leakage
 from lora_engine.data.listing import PLACES, Finding, group
 from lora_engine.data.prefixes import common_length
 from lora_engine.data.render import Example

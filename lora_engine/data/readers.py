@@ -41,17 +41,24 @@ def read_jsonl(path: Path) -> Iterator[Row | RowError]:
     """One JSON value per line; blank lines are skipped. Origins count lines from 1."""
     with opened(path) as file:
         for number, raw in enumerate(file, start=1):
-            origin = f"{path}:{number}"
-            try:
-                line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
-                if line.strip(_JSON_BLANKS):
-                    yield Row(_decoder.decode(line.rstrip("\r\n")), origin)
-            except UnicodeDecodeError as error:
-                yield RowError(f"is not UTF-8 text (byte {error.start + 1})", origin)
-            except json.JSONDecodeError as error:
-                yield RowError(f"is not valid JSON: {error.msg} (column {error.colno})", origin)
-            except (ValueError, RecursionError) as error:
-                yield RowError(_unusable(error), origin)
+            if (row := parse_line(raw, number, path)) is not None:
+                yield row
+
+
+def parse_line(raw: bytes, number: int, path: Path) -> Row | RowError | None:
+    """The JSON value in line `number` of a file; None for a blank line."""
+    origin = f"{path}:{number}"
+    try:
+        line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+        if not line.strip(_JSON_BLANKS):
+            return None
+        return Row(_decoder.decode(line.rstrip("\r\n")), origin)
+    except UnicodeDecodeError as error:
+        return RowError(f"is not UTF-8 text (byte {error.start + 1})", origin)
+    except json.JSONDecodeError as error:
+        return RowError(f"is not valid JSON: {error.msg} (column {error.colno})", origin)
+    except (ValueError, RecursionError) as error:
+        return RowError(_unusable(error), origin)
 
 
 def read_json(path: Path) -> Iterator[Row | RowError]:

@@ -28,6 +28,7 @@ from lora_engine.data.fields import Messages, kind_of, messages_of, string_of
 from lora_engine.data.formats.base import COMMON, is_empty
 from lora_engine.data.formats.columns import RECOGNISED, Layout
 from lora_engine.data.formats.recognise import recognise
+from lora_engine.data.heldout import choose_heldout, digest
 from lora_engine.data.inputs import INPUT_FIELDS, NO_INPUTS, TemplateInputs, inputs_of
 from lora_engine.data.listing import raise_listed, without_origin
 from lora_engine.data.preferences import is_preference, preference_of
@@ -147,7 +148,7 @@ def read_records(
                 problems.append((item.origin, item.problem))
                 continue
             try:
-                records.append(_checked(item, layout))
+                records.append(record_of(item, layout))
             except UserError as error:
                 problems.append(without_origin(error, item.origin))
     except OSError as error:
@@ -158,7 +159,8 @@ def read_records(
     return records
 
 
-def _checked(row: Row, layout: Layout) -> Record:
+def record_of(row: Row, layout: Layout) -> Record:
+    """The record in a row, checked. Raises UserError "origin: what is wrong"."""
     if isinstance(row.value, Record):
         return _checked_again(row.value, row.origin)
     if not isinstance(row.value, Mapping):
@@ -210,7 +212,7 @@ def parse_record(row: object, origin: str) -> Record:
         return Record("text", drop=str(row["drop"]), **shared)
     if is_preference(row):
         kind, parts, read = preference_of(row, origin)
-        group = _digest(0, json.dumps(parts["prompt"], sort_keys=True, default=str))
+        group = digest(0, json.dumps(parts["prompt"], sort_keys=True, default=str))
         given = NO_INPUTS if isinstance(parts["prompt"], str) else inputs_of(row, origin)
         read = read if given == NO_INPUTS else (*read, *INPUT_FIELDS)
         ignored = () if kind == "prompt" else _ignored(row, read)
@@ -282,44 +284,8 @@ def split_heldout(
     on the contents and the seed only, not on the order. Train keeps the order of `records`;
     the held-out records are shuffled, so that the first few are a fair sample.
     """
-    if not 0 < fraction < 1:
-        raise UserError(f"held-out fraction must lie between 0 and 1, got {fraction}")
     contents = [record.content_key() for record in records]
-    keys = _side_keys(records, contents)
-    sizes: dict[str, int] = {}
-    for key in keys:
-        sizes[key] = sizes.get(key, 0) + 1
-    target, taken = max(1, round(fraction * len(records))), 0
-    heldout_keys: set[str] = set()
-    for key in sorted(sizes, key=lambda key: _digest(seed, key)):
-        if taken + sizes[key] <= target:
-            heldout_keys.add(key)
-            taken += sizes[key]
-    if not heldout_keys or len(heldout_keys) == len(sizes):
-        raise UserError(
-            f"cannot hold out {fraction:.0%} of the records ({len(records)}, or {len(sizes)} where "
-            "those of the same content or group count as one); give another fraction, more records "
-            "or an eval file"
-        )
-    train = [r for r, key in zip(records, keys, strict=True) if key not in heldout_keys]
-    heldout = sorted(
-        (i for i, key in enumerate(keys) if key in heldout_keys),
-        key=lambda i: (_digest(seed, contents[i]), i),
-    )
+    heldout = choose_heldout(contents, [r.group for r in records], fraction, seed=seed)
+    chosen = set(heldout)
+    train = [record for i, record in enumerate(records) if i not in chosen]
     return train, [records[i] for i in heldout]
-
-
-def _side_keys(records: Sequence[Record], contents: Sequence[str]) -> list[str]:
-    """The key by which each record is assigned to a side.
-
-    A record without a group goes by its content. A content that appears in several groups would
-    tie them together, so it goes with the first of them.
-    """
-    first_group: dict[str, str] = {}
-    for record, content in zip(records, contents, strict=True):
-        first_group.setdefault(content, record.group)
-    return [first_group[content] or content for content in contents]
-
-
-def _digest(seed: int, key: str) -> str:
-    return hashlib.sha256(f"{seed}:{key}".encode()).hexdigest()

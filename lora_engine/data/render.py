@@ -23,6 +23,9 @@ from lora_engine.data.records import Record
 from lora_engine.data.template import Tokenizer
 from lora_engine.errors import UserError
 
+# The column of what multiplies the loss of each target.
+WEIGHT = "weight"
+
 
 @dataclass(frozen=True)
 class Example:
@@ -96,6 +99,7 @@ def tokenize(
     that is this record's fault.
     """
     encoder = encoder or Encoder(tokenizer)
+    weights: list[float] = []
     if record.kind == "tokens":
         text, ids, supervised = Text([]), list(record.tokens), list(record.supervised)
     elif record.kind == "messages":
@@ -103,7 +107,7 @@ def tokenize(
         inputs = record.given.over(encoder.inputs)
         chat = Chat(encoder, inputs, learning, record.origin)
         text = chat.text(record.messages, record.message_weights)
-        ids, supervised = encoder.encode_segments(text.segments, origin=record.origin)
+        ids, supervised, weights = _encode_chat(text, encoder, record.origin)
     else:
         text, ids, supervised = _encode_plain(record, encoder, loss_on)
     end = len(ids) if max_length is None else max_length
@@ -115,7 +119,33 @@ def tokenize(
         record.adapter,
         text.notes,
         text.ignored,
+        columns=_weights(weights[:end], supervised[:end], record.weight),
     )
+
+
+def _encode_chat(
+    text: Text, encoder: Encoder, origin: str
+) -> tuple[list[int], list[bool], list[float]]:
+    """Token ids, whether each is learned, and the weight of each; no weights where all are 1."""
+    parts = encoder.encode_parts(text.segments, origin=origin)
+    ids: list[int] = []
+    supervised: list[bool] = []
+    weights: list[float] = []
+    for segment, part in zip(text.segments, parts, strict=True):
+        ids += part
+        supervised += [segment.supervised] * len(part)
+        weights += [segment.weight] * len(part)
+    return ids, supervised, [] if set(weights) <= {1.0} else weights
+
+
+def _weights(
+    of_tokens: Sequence[float], supervised: Sequence[bool], of_record: float
+) -> Mapping[str, float | Sequence[float]]:
+    """The column of weights of an example's targets; none where all are 1."""
+    if of_tokens:
+        pairs = list(zip(of_tokens, supervised, strict=True))[1:]
+        return {WEIGHT: [of_record * weight for weight, learned in pairs if learned]}
+    return {} if of_record == 1 else {WEIGHT: of_record}
 
 
 def _encode_plain(

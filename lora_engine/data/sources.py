@@ -8,7 +8,7 @@ import glob
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, TypeAlias, cast
 
 from lora_engine.data.fields import kind_of
 from lora_engine.data.readers import Row, RowError, is_readable, read_file, readable_suffixes
@@ -18,6 +18,8 @@ from lora_engine.errors import UserError, nearest, reason
 if TYPE_CHECKING:
     import datasets
 
+# A file, or the rows of what is none.
+Part: TypeAlias = "Path | Iterable[Row | RowError]"
 # Sources that come with the package, by name.
 BUILT_IN = ("docstrings",)
 _SPLITS = {
@@ -30,21 +32,30 @@ _ABOUT = ("readme", "license", "licence", "changelog", "citation")
 _ON_DISK = ("dataset_dict.json", "dataset_info.json")
 
 
-def open_source(source: object, split: str | None) -> tuple[str, Iterable[Row | RowError]]:
-    """What the source is called in messages, and its rows.
+def open_source(source: object, split: str | None) -> tuple[str, Iterator[Row | RowError]]:
+    """What the source is called in messages, and its rows. Raises as `open_parts`."""
+    name, parts = open_parts(source, split)
+    return name, (row for part in parts for row in _rows(part))
+
+
+def _rows(part: Part) -> Iterable[Row | RowError]:
+    return read_file(part) if isinstance(part, Path) else part
+
+
+def open_parts(source: object, split: str | None) -> tuple[str, list[Part]]:
+    """What the source is called in messages, and its files, or rows of what is none.
 
     source: a file, folder, glob, hub id or built-in name; several of them; or rows in memory.
     Raises UserError for what is not there or cannot be read.
     """
     if isinstance(source, str | Path):
-        return str(source), _rows(source, split)
+        return str(source), _parts(source, split)
     if _is_paths(source):
         paths = cast("Sequence[str | Path]", source)
-        parts = [_rows(path, split) for path in paths]
         names = ", ".join(map(str, paths[:2]))
         name = names if len(paths) < 3 else f"{names} and {len(paths) - 2:,} more"
-        return name, (row for rows in parts for row in rows)
-    return "data", rows_in_memory(source, split)
+        return name, [part for path in paths for part in _parts(path, split)]
+    return "data", [rows_in_memory(source, split)]
 
 
 def files_of(source: str | Path, split: str | None = None) -> list[Path] | None:
@@ -78,6 +89,11 @@ def files_of(source: str | Path, split: str | None = None) -> list[Path] | None:
     return None
 
 
+def files_among(source: str | Path, split: str | None) -> list[Path] | None:
+    """`files_of`, None also for a name that comes with the package."""
+    return None if str(source) in BUILT_IN else files_of(source, split)
+
+
 def rows_in_memory(
     source: object, split: str | None, prefix: str = "record"
 ) -> Iterator[Row | RowError]:
@@ -97,19 +113,19 @@ def rows_in_memory(
         yield Row(value, getattr(value, "origin", "") or f"{prefix}:{number}")
 
 
-def _rows(source: str | Path, split: str | None) -> Iterable[Row | RowError]:
+def _parts(source: str | Path, split: str | None) -> list[Part]:
     if str(source) in BUILT_IN:
-        return _built_in(split)
-    files = files_of(source, split)
+        return [_built_in(split)]
+    files = files_among(source, split)
     if files is not None:
-        return (row for file in files for row in read_file(file))
+        return list(files)
     source = str(source)
     path = Path(source).expanduser()
     if path.is_dir():
-        return rows_in_memory(_load_on_disk(path), split, prefix=source)
+        return [rows_in_memory(_load_on_disk(path), split, prefix=source)]
     if "/" not in source and (close := nearest(source, BUILT_IN)):
         raise UserError(f"{source}: no such file; did you mean {close}?")
-    return rows_in_memory(_load_hub(source, split), split, prefix=source)
+    return [rows_in_memory(_load_hub(source, split), split, prefix=source)]
 
 
 def _is_paths(source: object) -> bool:

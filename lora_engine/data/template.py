@@ -46,6 +46,7 @@ class Tokenizer(Protocol):
     added_tokens_decoder: Mapping[int, AddedToken]
 
     def __len__(self) -> int: ...
+    def get_vocab(self) -> Mapping[str, int]: ...
     def __call__(
         self,
         text: str,

@@ -89,3 +89,12 @@ def read_text(path: Path) -> str:
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
         raise UserError(f"{path}:{line}: is not UTF-8 text") from error
+
+
+def skip(file: BinaryIO, offset: int) -> None:
+    """Goes to `offset` in a file that is at its beginning; what is packed has to be unpacked."""
+    if file.seekable():
+        file.seek(offset)
+        return
+    while offset > 0 and (read := file.read(min(offset, 1 << 20))):
+        offset -= len(read)

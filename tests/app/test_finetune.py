@@ -53,7 +53,7 @@ def test_run_leaves_its_files_and_learns(settings, accelerate):
 
 def test_a_run_says_what_it_does_not_learn_from(settings):
     rows = [
-        {"prompt": f"{i}:", "completion": "" if i % 8 == 0 else f"{i}<end>", "weight": i + 1}
+        {"prompt": f"{i}:", "completion": "" if i % 8 == 0 else f"{i}<end>", "score": i + 1}
         for i in range(40)
     ]
     (settings / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -66,12 +66,12 @@ def test_a_run_says_what_it_does_not_learn_from(settings):
         "(rows.jsonl:1, rows.jsonl:9, rows.jsonl:17 and 2 more)",
         "  already ends in '<end>', gets no second end: 35 "
         "(rows.jsonl:2, rows.jsonl:3, rows.jsonl:4 and 32 more)",
-        "  not read: weight (40)",
+        "  not read: score (40)",
     ]
     assert observer.told[:4] == told
     training, heldout = summary["data_accounts"]
     assert (training["records"], training["examples"]) == (40, 35)
-    assert training["ignored"] == {"weight": 40} and heldout["ignored"] == {"weight": 3}
+    assert training["ignored"] == {"score": 40} and heldout["ignored"] == {"score": 3}
     assert training["findings"][0]["count"] == 5
     page = unescape((settings / "out/report.html").read_text())
     assert all(line.strip() in page for line in told[1:])

@@ -147,7 +147,8 @@ def test_null_lora_is_full_fine_tuning_and_can_be_given_back():
         (
             "model: {path: tiny}\ndata: {split: train}\n",
             [],
-            "run.yaml:2: data.train: is required, expected text",
+            "run.yaml:2: data.train: is required, expected text or a list of text or a section of "
+            "keys",
         ),
         (
             BASE + "model: {path: other}\n",

@@ -2,17 +2,9 @@ import chat_templates as templates
 import pytest
 from small_tokenizers import make_byte_level
 
-from lora_engine.data.dataset import (
-    ANSWER_CUT_OFF,
-    NO_ANSWER,
-    NO_ASSISTANT,
-    NOT_LEARNED,
-    TOO_LONG,
-    Dropped,
-    Duplicate,
-    find_leakage,
-    prepare,
-)
+from lora_engine.data.dataset import Dropped, prepare
+from lora_engine.data.leakage import Duplicate, find_leakage
+from lora_engine.data.recipe import NO_ANSWER, NO_ASSISTANT, NOT_LEARNED, TOO_LONG
 from lora_engine.data.render import Example
 from lora_engine.errors import UserError
 
@@ -49,13 +41,12 @@ def test_every_dropped_record_has_a_reason(tokenizer):
     )
     assert dataset.dropped == (
         Dropped("record:1", NO_ANSWER),
-        Dropped("record:2", ANSWER_CUT_OFF),
         Dropped("record:3", NO_ASSISTANT),
         Dropped("record:5", NO_ASSISTANT),
         Dropped("record:6", NO_ANSWER),
     )
-    assert dataset.truncated == ("record:4",)
-    assert [example.origin for example in dataset] == ["record:0", "record:4"]
+    assert dataset.truncated == ("record:2", "record:4")
+    assert [example.origin for example in dataset] == ["record:0", "record:2", "record:4"]
     assert dataset.num_records == 7
 
 

@@ -1,0 +1,147 @@
+"""The training and the held-out examples that a configuration's `data` section describes."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from lora_engine.app.chat_settings import template_inputs
+from lora_engine.app.config import DataConfig, DataSource
+from lora_engine.data import cache
+from lora_engine.data.chunks import chunks_of, first_rows, source_size
+from lora_engine.data.dataset import TokenizedDataset, dataset_of
+from lora_engine.data.heldout import choose_heldout
+from lora_engine.data.listing import raise_listed
+from lora_engine.data.mixture import mixed
+from lora_engine.data.recipe import Recipe
+from lora_engine.data.sources import files_among
+from lora_engine.data.store import OutcomeStore, StoredExamples, joined
+from lora_engine.data.template import Tokenizer
+from lora_engine.data.tokenising import PARALLEL_BYTES, Tokenised, tokenise, usable_processes
+from lora_engine.errors import UserError
+
+# Told of progress: what is read, its bytes that are done and their number (0: not known), records.
+Reading = Callable[[str, int, int, int], None]
+
+
+def prepare_data(
+    data: DataConfig, tokenizer: Tokenizer, reading: Reading | None = None
+) -> tuple[TokenizedDataset, TokenizedDataset]:
+    """The training and the held-out examples. Raises UserError for data that cannot be used."""
+    recipe = recipe_of(data)
+    name = data.name()
+    stores = [_tokenised(source, data, recipe, tokenizer, reading) for source in data.sources()]
+    store = joined(stores)
+    ends = np.cumsum([len(part) for part in stores])
+    if data.eval is not None:
+        training = np.arange(len(store))
+        source = DataSource(path=data.eval, split=data.eval_split, limit=data.eval_limit)
+        eval_store = _tokenised(source, data, recipe, tokenizer, reading)
+        heldout: Sequence[int] = range(len(eval_store))
+    else:
+        eval_store = store
+        heldout = _heldout(store, data, name)
+        training = np.setdiff1d(np.arange(len(store)), heldout)
+        heldout = heldout[: data.eval_limit]
+    train_data = dataset_of(f"{name}, training", store, training.tolist(), data.max_length)
+    train_data = _mixed(train_data, data, ends)
+    eval_name = f"{data.eval or name}, held out"
+    return train_data, dataset_of(eval_name, eval_store, heldout, data.max_length)
+
+
+def recipe_of(data: DataConfig) -> Recipe:
+    """What decides the tokens."""
+    return Recipe(
+        max_length=data.max_length,
+        on_too_long=data.on_too_long,
+        on_undecidable=data.on_undecidable,
+        loss_on=data.loss_on,
+        train_on_reasoning=data.train_on_reasoning,
+        train_on_tool_calls=data.train_on_tool_calls,
+        inputs=template_inputs(data),
+        layout=data.layout(),
+    )
+
+
+def _tokenised(
+    source: DataSource,
+    data: DataConfig,
+    recipe: Recipe,
+    tokenizer: Tokenizer,
+    reading: Reading | None,
+) -> OutcomeStore:
+    """The outcomes of one source, from the cache where it is large and was read before."""
+    if (layout := source.layout()) is not None:
+        recipe = replace(recipe, layout=layout)
+    size = source_size(source.path, source.split)
+    folder = cache.default_folder()
+    files = files_among(source.path, source.split)
+    kept = data.cache and files and size >= PARALLEL_BYTES and source.limit is None
+    key = cache.key_of(files, recipe, tokenizer) if kept and files else ""
+    done = cache.load(folder, key) if key else None
+    if done is None:
+        done = _worked_out(source, data, recipe, tokenizer, reading, size)
+        if key:
+            cache.save(folder, key, done)
+    raise_listed(source.path, done.problems, len(done.store) + len(done.problems))
+    if not len(done.store):
+        raise UserError(f"{source.path}: holds no records; give a source that has some")
+    return done.store
+
+
+def _worked_out(
+    source: DataSource,
+    data: DataConfig,
+    recipe: Recipe,
+    tokenizer: Tokenizer,
+    reading: Reading | None,
+    size: int,
+) -> Tokenised:
+    def tell(done: int, records: int) -> None:
+        if reading is not None:
+            reading(source.path, done, size, records)
+
+    _, chunks = chunks_of(source.path, source.split)
+    processes = data.processes or (usable_processes() if size >= PARALLEL_BYTES else 1)
+    return tokenise(
+        chunks if source.limit is None else first_rows(chunks, source.limit),
+        recipe,
+        tokenizer,
+        processes=processes,
+        progress=tell,
+    )
+
+
+def _heldout(store: OutcomeStore, data: DataConfig, name: str) -> list[int]:
+    contents = [store.key(i).hex() for i in range(len(store))]
+    groups = [store.group(i) for i in range(len(store))]
+    try:
+        return choose_heldout(contents, groups, data.eval_fraction, seed=data.seed)
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from error
+
+
+def _mixed(dataset: TokenizedDataset, data: DataConfig, ends: np.ndarray) -> TokenizedDataset:
+    """The dataset with its sources in the shares that they are given, if they are.
+
+    ends: where the records of each source end.
+    """
+    sources = data.sources()
+    weights = [source.weight for source in sources if source.weight is not None]
+    if not weights:
+        return dataset
+    examples: Any = dataset.examples
+    if not isinstance(examples, StoredExamples):
+        raise UserError("data.train: judged answers cannot be mixed by weight; leave weight out")
+    of_source = np.searchsorted(ends, examples.records, side="right")
+    numbers = [np.flatnonzero(of_source == i) for i in range(len(sources))]
+    for source, own in zip(sources, numbers, strict=True):
+        if not len(own):
+            raise UserError(f"{source.path}: no example is left to mix; leave the source out")
+    chosen = mixed(numbers, weights, seed=data.seed)
+    shares = tuple(
+        (source.path, len(own), len(taken))
+        for source, own, taken in zip(sources, numbers, chosen, strict=True)
+    )
+    return replace(dataset, examples=examples.taken(np.concatenate(chosen)), mixture=shares)

@@ -1,0 +1,49 @@
+"""Supervised fine-tuning in which records or messages weigh more or less than others."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar
+
+from lora_engine.data.batch import PackedBatch
+from lora_engine.data.dataset import TokenizedDataset
+from lora_engine.data.render import WEIGHT
+from lora_engine.errors import UserError
+from lora_engine.objectives.base import NATS_PER_TARGET, Loss, Objective, Reads, TargetScores
+from lora_engine.objectives.sft import SFT
+
+
+@dataclass(frozen=True)
+class WeightedSFT:
+    """−Σ w log p(target) / Σ w, w the weight of each target: of its record times its message.
+
+    Targets of equal weight count as in `SFT`, whatever that weight is.
+    """
+
+    name: ClassVar[str] = "weighted sft"
+    unit: ClassVar[str] = NATS_PER_TARGET
+    reads: ClassVar[Reads] = Reads(each_logprob=True)
+
+    def weight(self, batch: PackedBatch) -> float:
+        """The sum of its targets' weights."""
+        return float(batch.columns[WEIGHT].double().sum())
+
+    def __call__(self, scores: TargetScores, batch: PackedBatch) -> Loss:
+        """In nats."""
+        weights = batch.columns[WEIGHT].to(scores.logprobs.dtype)
+        return Loss(-(scores.logprobs * weights).sum())
+
+
+def with_weights(objective: Objective, datasets: Iterable[TokenizedDataset]) -> Objective:
+    """The objective that takes the weights that examples have: WeightedSFT for SFT.
+
+    Raises UserError for weights that the objective would not take.
+    """
+    weighted = next((dataset.name for dataset in datasets if dataset.has_column(WEIGHT)), None)
+    if weighted is None or isinstance(objective, WeightedSFT):
+        return objective
+    if isinstance(objective, SFT):
+        return WeightedSFT()
+    raise UserError(
+        f"{weighted}: has records or messages with a 'weight', which the objective "
+        f"{objective.name} does not take; leave the weights out"
+    )

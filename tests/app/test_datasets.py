@@ -1,0 +1,128 @@
+"""Training and held-out examples as the `data` section describes them."""
+
+import json
+
+import pytest
+from small_tokenizers import make_byte_level
+
+from lora_engine.app import datasets
+from lora_engine.app.config import DataConfig
+from lora_engine.data.dataset import prepare
+from lora_engine.data.records import read_records, split_heldout
+from lora_engine.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_byte_level()
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Two files of pairs, and one with columns of its own."""
+    for name, count in (("a", 30), ("b", 10)):
+        rows = [{"prompt": f"{name} {i}", "completion": f" {i}"} for i in range(count)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows = [{"frage": f"c {i}", "antwort": str(i)} for i in range(20)]
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+def prepared(tokenizer, **data):
+    return datasets.prepare_data(DataConfig(**data), tokenizer)
+
+
+def origins(dataset) -> list[str]:
+    return [example.origin for example in dataset]
+
+
+def test_records_are_split_as_split_heldout_splits_them(tokenizer, files):
+    path = str(files / "a.jsonl")
+    train, heldout = prepared(tokenizer, train=path, eval_fraction=0.2, seed=3)
+    expected = split_heldout(read_records(path), 0.2, seed=3)
+    assert [origins(train), origins(heldout)] == [[r.origin for r in side] for side in expected]
+    assert (train.name, heldout.name) == (f"{path}, training", f"{path}, held out")
+    limited = prepared(tokenizer, train=path, eval_fraction=0.2, seed=3, eval_limit=2)[1]
+    assert origins(limited) == origins(heldout)[:2]
+
+
+def test_several_sources_with_columns_of_their_own(tokenizer, files):
+    columns = {"user": "frage", "assistant": "antwort"}
+    sources = [str(files / "b.jsonl"), {"path": str(files / "c.jsonl"), "columns": columns}]
+    train, heldout = prepared(tokenizer, train=sources, eval_fraction=0.2)
+    assert dict(train.formats).keys() == {"prompt-completion", "turn"}
+    assert train.num_records + heldout.num_records == 30
+    limited = [{"path": str(files / "a.jsonl"), "limit": 4}, str(files / "b.jsonl")]
+    train, heldout = prepared(tokenizer, train=limited, eval_fraction=0.2)
+    assert train.num_records + heldout.num_records == 14
+
+
+def test_a_mixture_keeps_held_out_records_out_of_training(tokenizer, files):
+    sources = [
+        {"path": str(files / "a.jsonl"), "weight": 1},
+        {"path": str(files / "b.jsonl"), "weight": 3},
+    ]
+    train, heldout = prepared(tokenizer, train=sources, eval_fraction=0.25)
+    assert not set(origins(train)) & set(origins(heldout))
+    of_b = sum("b.jsonl" in origin for origin in origins(train))
+    assert of_b / len(train) == pytest.approx(0.75, abs=0.02)
+    assert len(train) == train.num_records and not train.duplicates
+    assert [(source, taken) for source, _, taken in train.mixture] == [
+        (sources[0]["path"], len(train) - of_b),
+        (sources[1]["path"], of_b),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("data", "line"),
+    [
+        ({"train": []}, "train names no source"),
+        ({"train": [{"path": "a", "weight": 1}, "b"]}, "a weight to some sources only"),
+        ({"train": "a", "columns": {"usr": "b"}}, "'usr' is no field of any format; did you mean"),
+        ({"train": [{"path": "a", "template": "b"}]}, "template: names no column"),
+    ],
+)
+def test_settings_that_cannot_be_meant(data, line):
+    with pytest.raises(ValueError, match=line):
+        DataConfig(**data)
+
+
+def test_large_sources_are_kept_in_the_cache(tokenizer, files, monkeypatch):
+    monkeypatch.setattr(datasets, "PARALLEL_BYTES", 100)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(files / "cache"))
+    data = {"train": str(files / "a.jsonl"), "processes": 1}
+    assert prepared(tokenizer, **data, cache=False) and not (files / "cache").exists()
+    first = prepared(tokenizer, **data)
+    assert len(list((files / "cache/lora_engine/data").iterdir())) == 1
+    calls = []
+    monkeypatch.setattr(datasets, "tokenise", lambda *a, **k: calls.append(a))
+    again = prepared(tokenizer, **data)
+    assert [list(side) for side in again] == [list(side) for side in first] and not calls
+
+
+def test_what_is_wrong_is_told_from_the_cache_too(tokenizer, files, monkeypatch):
+    monkeypatch.setattr(datasets, "PARALLEL_BYTES", 100)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(files / "cache"))
+    (files / "a.jsonl").write_text('{"text": "a"}\n{oops\n' * 9)
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"9 of 18 records .*a\.jsonl:2"):
+            prepared(tokenizer, train=str(files / "a.jsonl"), processes=1)
+        assert len(list((files / "cache/lora_engine/data").iterdir())) == 1
+
+
+def test_progress_is_told(tokenizer, files):
+    told = []
+    datasets.prepare_data(
+        DataConfig(train=str(files / "a.jsonl")), tokenizer, lambda *done: told.append(done)
+    )
+    size = (files / "a.jsonl").stat().st_size
+    assert told == [(str(files / "a.jsonl"), size, size, 30)]
+
+
+def test_documents_of_a_folder(tokenizer, tmp_path):
+    for number in range(4):
+        (tmp_path / f"{number}.md").write_text(f"# Part {number}\n\n" + "Some words. " * 30)
+    train, heldout = prepared(tokenizer, train=str(tmp_path), eval_fraction=0.3, max_length=50)
+    assert train.num_records == 3 and len(train) > 6
+    whole = prepare(tmp_path, tokenizer, max_length=None)
+    assert train.num_tokens + heldout.num_tokens == whole.num_tokens
