@@ -1,5 +1,6 @@
 """Packed batches: many sequences in one row of tokens, without padding."""
 
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -188,3 +189,33 @@ def _rows(
         for member in segment.members:
             rows[member][segment.start : segment.end] = np.arange(begin, end)
     return rows
+
+
+def without_shared_prefixes(batch: PackedBatch) -> PackedBatch:
+    """The same examples, each a sequence of its own, for a model that cannot share their rows."""
+    if batch.parents is None:
+        return batch
+    parents, bounds = batch.parents.tolist(), batch.cu_seqlens.tolist()
+    rows, lengths, ends = [], [], []
+    for last in batch.last_index.tolist():
+        path = [bisect_right(bounds, last) - 1]
+        ends.append(path[0])
+        while parents[path[-1]] >= 0:
+            path.append(parents[path[-1]])
+        spans = [torch.arange(bounds[part], bounds[part + 1]) for part in reversed(path)]
+        rows += spans
+        lengths.append(sum(map(len, spans)))
+    device = batch.input_ids.device
+    kept = torch.cat(rows).to(device)
+    starts = torch.tensor([0, *lengths]).cumsum(0)
+    first = torch.repeat_interleave(starts[:-1], torch.tensor(batch.target_counts)).to(device)
+    return replace(
+        batch,
+        input_ids=batch.input_ids[kept],
+        position_ids=batch.position_ids[kept],
+        cu_seqlens=starts.to(device, torch.int32),
+        parents=None,
+        target_index=first + batch.position_ids[batch.target_index],
+        last_index=(starts[1:] - 1).to(device),
+        adapters=tuple(batch.adapters[end] for end in ends) if batch.adapters else (),
+    )

@@ -160,6 +160,28 @@ def check_answers(example: Example) -> str | None:
     return None
 
 
+def check_roles(examples: Sequence[Example], kind: str, objective: str, name: str) -> None:
+    """UserError unless every example is of the kind that the objective learns from.
+
+    kind: "plain", "pairs" or "labelled". name: what the data is called in the message.
+    """
+    first = {"pairs": (CHOSEN,), "labelled": ROLES["labelled"]}.get(kind, ("",))
+    wrong = [example for example in examples if example.role not in first]
+    if wrong:
+        raise UserError(
+            f"{name}: objective {objective} learns from records of {_FIELDS[kind]}, and "
+            f"{len(wrong):,} of {len(examples):,} are not ({wrong[0].origin}); give such records, "
+            "or another objective"
+        )
+
+
+_FIELDS = {
+    "plain": "'messages', 'prompt' and 'completion', or 'text'",
+    "pairs": "'chosen' and 'rejected'",
+    "labelled": "'prompt', 'completion' and 'label'",
+}
+
+
 def check_labels(examples: Sequence[Example], name: str) -> None:
     """UserError where every judged example has the same label: nothing tells good from bad."""
     roles = {example.role for example in examples}

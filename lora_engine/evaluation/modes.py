@@ -25,10 +25,28 @@ def inference(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def without_adapters(model: PeftCausalLm) -> Iterator[None]:
     """The PeftModel computes as its base model does; which parameters are trained stays as is."""
-    trained = [(p, p.requires_grad) for p in model.parameters()]  # PEFT switches them off and on
-    try:
-        with model.disable_adapter():
+    with _keeping_trained(model), model.disable_adapter():
+        yield
+
+
+@contextmanager
+def with_adapter(model: PeftCausalLm, name: str) -> Iterator[None]:
+    """The PeftModel computes with one of its adapters alone; which parameters are trained stays."""
+    active = list(model.active_adapters)
+    with _keeping_trained(model):
+        model.base_model.set_adapter(name)
+        try:
             yield
+        finally:
+            model.base_model.set_adapter(active)
+
+
+@contextmanager
+def _keeping_trained(model: nn.Module) -> Iterator[None]:
+    """PEFT's switches change which parameters require gradients; here they are put back."""
+    trained = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        yield
     finally:
         for parameter, requires_grad in trained:
             parameter.requires_grad_(requires_grad)

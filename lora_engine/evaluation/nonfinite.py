@@ -12,7 +12,7 @@ from lora_engine.evaluation.batch_loss import target_scores
 from lora_engine.models.attach.head import transformers_model
 from lora_engine.models.peft.lora_state import is_lora
 from lora_engine.models.peft.routing import is_routed
-from lora_engine.objectives.answers import loss_of
+from lora_engine.objectives.answers import loss_of, terms_of
 from lora_engine.objectives.base import Objective, TargetScores
 
 _SHOWN_SAMPLES = 8
@@ -66,14 +66,17 @@ def first_nonfinite_layer(model: nn.Module, batch: PackedBatch, objective: Objec
     def results() -> tuple[torch.Tensor | None, ...]:
         scores = target_scores(model, batch, objective)
         scored.append(scores)
-        return scores.logprobs, scores.total, scores.entropy, scores.reference
+        return (
+            *(scores.logprobs, scores.total, scores.entropy, scores.reference),
+            *(scores.divergence, scores.values),
+        )
 
     layer = first_nonfinite(model, results, unseen)
     if layer is not None:
         return layer
     with torch.no_grad():
-        total = loss_of(objective, scored[0], batch).total
-    return None if _is_finite(total) else f"objective {objective.name}"
+        terms = terms_of(loss_of(objective, scored[0], batch))
+    return None if _is_finite(terms) else f"objective {objective.name}"
 
 
 def first_nonfinite(

@@ -1,10 +1,11 @@
 """What an objective answers, checked: a slip in one is a line that names it, not a wrong number."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import is_dataclass
 from numbers import Real
 
+import torch
 from torch import Tensor
 
 from lora_engine.data.batch import PackedBatch
@@ -35,20 +36,62 @@ def check_objective(objective: object, where: str) -> None:
         )
 
 
-def weight_of(objective: Objective, batch: PackedBatch) -> float:
-    """What the batch, which is on the CPU, contributes to the divisor of the loss.
+# The name of the one term of a loss that does not name its terms.
+WHOLE = ""
+
+
+def weight_of(objective: Objective, batch: PackedBatch) -> dict[str, float]:
+    """What the batch, which is on the CPU, contributes to the divisor of each term of the loss.
 
     Raises UserError for what is no finite number of 0 or more.
     """
     answer: object = objective.weight(batch)
-    single = isinstance(answer, Tensor) and answer.numel() == 1
-    weight = float(answer) if isinstance(answer, Real) or single else math.nan  # type: ignore[arg-type]
-    if not 0 <= weight < math.inf:
+    by_term = answer if isinstance(answer, Mapping) else {WHOLE: answer}
+    weights = {}
+    for term, value in by_term.items():
+        single = isinstance(value, Tensor) and value.numel() == 1
+        weight = float(value) if isinstance(value, Real) or single else math.nan  # type: ignore[arg-type]
+        if not 0 <= weight < math.inf:
+            raise UserError(
+                f"objective {objective.name}: its weight of a batch is {answer!r}; give a finite "
+                "number of 0 or more"
+            )
+        weights[term] = weight
+    return weights
+
+
+def has_weight(objective: Objective, batch: PackedBatch) -> bool:
+    """Whether the batch, which is on the CPU, has anything that the objective learns from."""
+    return any(weight_of(objective, batch).values())
+
+
+def added(weights: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """The weights of several batches, by term."""
+    total: dict[str, float] = {}
+    for of_batch in weights:
+        for term, weight in of_batch.items():
+            total[term] = total.get(term, 0.0) + weight
+    return total
+
+
+def terms_of(loss: Loss) -> dict[str, Tensor]:
+    """The terms of a loss by their names."""
+    return dict(loss.total) if isinstance(loss.total, Mapping) else {WHOLE: loss.total}
+
+
+def mean_of(objective: Objective, loss: Loss, weights: Mapping[str, float]) -> Tensor:
+    """The sum of the loss's terms, each over its weight in all batches of a step.
+
+    Raises UserError for terms that are not those of the weights.
+    """
+    terms = terms_of(loss)
+    if terms.keys() != weights.keys():
         raise UserError(
-            f"objective {objective.name}: its weight of a batch is {answer!r}; give a finite "
-            "number of 0 or more"
+            f"objective {objective.name}: its loss has the terms {list(terms)}, its weight of a "
+            f"batch {list(weights)}; give both the same names"
         )
-    return weight
+    parts = [total / weights[term] for term, total in terms.items() if weights[term]]
+    return parts[0] if len(parts) == 1 else torch.stack(parts).sum()
 
 
 def loss_of(objective: Objective, scores: TargetScores, batch: PackedBatch) -> Loss:
@@ -62,11 +105,12 @@ def loss_of(objective: Objective, scores: TargetScores, batch: PackedBatch) -> L
             f"objective {objective.name}: returns {_kind(answer)}, expected an "
             "objectives.base.Loss(total, metrics)"
         )
-    if not _is_scalar(answer.total) or not answer.total.is_floating_point():
-        raise UserError(
-            f"objective {objective.name}: its loss is {_kind(answer.total)}; sum it over the batch "
-            "to a tensor of one floating-point number without dimensions"
-        )
+    for total in terms_of(answer).values():
+        if not _is_scalar(total) or not total.is_floating_point():
+            raise UserError(
+                f"objective {objective.name}: its loss is {_kind(total)}; sum it over the batch "
+                "to a tensor of one floating-point number without dimensions"
+            )
     metrics: object = answer.metrics
     if not isinstance(metrics, Mapping):
         raise UserError(

@@ -2,14 +2,51 @@
 
 from collections.abc import Mapping
 from dataclasses import Field, asdict, dataclass, field
-from typing import ClassVar, Protocol
+from typing import ClassVar, Literal, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_engine.data.batch import PackedBatch
 
 # The unit of a loss whose exponential is the perplexity.
 NATS_PER_TARGET = "nats per supervised token"
+
+
+# What the examples are: texts to learn, pairs of a chosen and a rejected answer, judged answers.
+Kind = Literal["plain", "pairs", "labelled"]
+
+
+class Teacher:
+    """A model that another one learns from; whatever copies settings leaves it where it is.
+
+    name: what messages and checkpoints call it; a run is resumed with a teacher of the same name.
+    """
+
+    def __init__(self, model: nn.Module, name: str = "") -> None:
+        self.model = model
+        self.name = name or type(model).__name__
+
+    def __deepcopy__(self, memo: object) -> "Teacher":
+        return self
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Of the model's distribution p over the vocabulary from a teacher's q, at each target.
+
+    teacher: of the same vocabulary; or an adapter of the model's own by its name; or "", the model
+        without its adapters.
+    beta: 0 is the forward KL(q, p), 1 the reverse KL(p, q); between them, with the mixture
+        m = beta q + (1 - beta) p, beta KL(q, m) + (1 - beta) KL(p, m) (arXiv:2306.13649).
+    temperature: divides the logits of both.
+    """
+
+    teacher: Teacher | str = ""
+    beta: float = 0.0
+    temperature: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -21,16 +58,29 @@ class Reads:
     entropy: of the softmax at each target, differentiable.
     reference: the targets' log-probabilities under the model without its adapters, in evaluation
         mode.
+    temperature: divides the logits of the log-probabilities and of the entropy.
+    examples: what kind of examples it learns from.
+    divergence: from a teacher's distributions; None: it has no teacher.
+    values: what the model's scalar head is read at: every target (the state before its token), the
+        last token of every example, then instead of log-probabilities; or nothing.
+    mismatched: how far the model has moved from its reference on answers to other prompts, as the
+        batch's statistic "kl".
     """
 
     each_logprob: bool = False
     entropy: bool = False
     reference: bool = False
+    temperature: float = 1.0
+    examples: Kind = "plain"
+    divergence: Divergence | None = None
+    values: Literal["", "targets", "examples"] = ""
+    mismatched: bool = False
 
 
 @dataclass(frozen=True)
 class TargetScores:
-    """What a model says of a batch's U targets. float32 in training, float64 in evaluation.
+    """What a model says of a batch's U targets, or of its E examples where its values of them are
+    read, which have no targets then. float32 in training, float64 in evaluation.
 
     logprobs: [U] log p(target); differentiable if the objective reads each_logprob, otherwise a
         gradient that arrives at them raises UserError.
@@ -38,6 +88,8 @@ class TargetScores:
     correct: [U] bool, whether the target is the most likely token.
     entropy: [U] in nats, if the objective reads it.
     reference: [U], detached, if the objective reads it.
+    divergence: scalar, the sum of the targets' divergences from the teacher, differentiable.
+    values: [U] or [E], of the scalar head, differentiable.
     """
 
     logprobs: Tensor
@@ -45,13 +97,15 @@ class TargetScores:
     correct: Tensor
     entropy: Tensor | None = None
     reference: Tensor | None = None
+    divergence: Tensor | None = None
+    values: Tensor | None = None
 
     def double(self) -> "TargetScores":
         """The same in float64, `total` summed anew."""
         logprobs = self.logprobs.double()
-        entropy = None if self.entropy is None else self.entropy.double()
-        reference = None if self.reference is None else self.reference.double()
-        return TargetScores(logprobs, logprobs.sum(), self.correct, entropy, reference)
+        rest = (self.entropy, self.reference, self.divergence, self.values)
+        doubled = (None if part is None else part.double() for part in rest)
+        return TargetScores(logprobs, logprobs.sum(), self.correct, *doubled)
 
 
 @dataclass(frozen=True)
@@ -68,9 +122,10 @@ class Mean:
 @dataclass(frozen=True)
 class Loss:
     """total: scalar, differentiable; divided by the `weight` of all batches of a step it is what
-    the step minimises. metrics: by the names that people chart."""
+    the step minimises. A loss of several terms has each by its name, and a weight of the same name
+    for it. metrics: by the names that people chart."""
 
-    total: Tensor
+    total: Tensor | Mapping[str, Tensor]
     metrics: Mapping[str, Mean] = field(default_factory=dict)
 
 
@@ -95,10 +150,11 @@ class Objective(Protocol):
     def reads(self) -> Reads:
         """What it reads of the model."""
 
-    def weight(self, batch: PackedBatch) -> float:
+    def weight(self, batch: PackedBatch) -> float | Mapping[str, float]:
         """What the batch contributes to the divisor of the loss: its targets, pairs, sequences.
 
-        The batch is on the CPU. Where it is 0 the model does not see the batch.
+        The batch is on the CPU. Where it is 0 the model does not see the batch. Of a loss of
+        several terms by the name of each.
         """
 
     def __call__(self, scores: TargetScores, batch: PackedBatch) -> Loss:
@@ -106,5 +162,7 @@ class Objective(Protocol):
 
 
 def settings_of(objective: Objective) -> dict[str, object]:
-    """The objective's name and fields, as JSON values."""
-    return {"name": objective.name, **asdict(objective)}
+    """The objective's name and fields, as JSON values; a teacher by its name."""
+    values = asdict(objective)
+    named = {key: str(x) if isinstance(x, Teacher) else x for key, x in values.items()}
+    return {"name": objective.name, **named}

@@ -11,6 +11,11 @@ from lora_engine.ops.blockwise_4bit import dequantize_4bit_, quantize_4bit
 from lora_engine.ops.cross_entropy import cross_entropy
 from lora_engine.ops.glu import glu
 from lora_engine.ops.head.linear_cross_entropy import LinearCrossEntropy, linear_cross_entropy
+from lora_engine.ops.head.linear_divergence import (
+    HeadInput,
+    LinearDivergence,
+    linear_divergence,
+)
 from lora_engine.ops.layer_norm import layer_norm
 from lora_engine.ops.lora.base import BaseWeight, DenseBase
 from lora_engine.ops.lora.embedding import lora_embedding
@@ -29,7 +34,9 @@ __all__ = [
     "BaseWeight",
     "DenseBase",
     "Dropout",
+    "HeadInput",
     "LinearCrossEntropy",
+    "LinearDivergence",
     "LoraFactors",
     "LoraGroup",
     "PreNorm",
@@ -46,6 +53,7 @@ __all__ = [
     "has_base",
     "layer_norm",
     "linear_cross_entropy",
+    "linear_divergence",
     "linear_few_rows",
     "lora_embedding",
     "lora_linear",

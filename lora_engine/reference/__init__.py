@@ -14,6 +14,7 @@ from lora_engine.reference.dropout import drop, dropout_mask
 from lora_engine.reference.glu import glu
 from lora_engine.reference.layer_norm import layer_norm
 from lora_engine.reference.linear_cross_entropy import head_gradients, linear_cross_entropy
+from lora_engine.reference.linear_divergence import linear_divergence
 from lora_engine.reference.lora_embedding import lora_embedding
 from lora_engine.reference.lora_linear import (
     dora_scale,
@@ -41,6 +42,7 @@ __all__ = [
     "head_gradients",
     "layer_norm",
     "linear_cross_entropy",
+    "linear_divergence",
     "lora_delta",
     "lora_embedding",
     "lora_group",

@@ -8,14 +8,14 @@ import torch
 from torch import nn
 
 from lora_engine.data.batch import PackedBatch
-from lora_engine.evaluation.batch_loss import batch_loss
+from lora_engine.evaluation.batch_loss import batch_loss, with_statistics
 from lora_engine.evaluation.nonfinite import (
     NonFiniteError,
     first_nonfinite_layer,
     last_nonfinite_gradient,
 )
 from lora_engine.models.peft.routing import adapters_of
-from lora_engine.objectives.answers import weight_of
+from lora_engine.objectives.answers import added, mean_of, terms_of, weight_of
 from lora_engine.objectives.base import Mean, Objective
 from lora_engine.training import random_state
 from lora_engine.training.optimizer.optimizer import FlatAdamW
@@ -40,7 +40,7 @@ class StepResult:
 class _MicroResult:
     batch: PackedBatch
     random_before: RandomState
-    loss_sum: torch.Tensor
+    terms: Mapping[str, torch.Tensor]
     metrics: Mapping[str, Mean]
 
 
@@ -68,7 +68,7 @@ class TrainStep:
         """
         before = random_state.capture()
         weights = [weight_of(self.objective, batch) for batch in batches]
-        weight = sum(weights)
+        weight = added(weights)
         try:
             micro = self._accumulate(batches, weights, check)
             norm = self.optimizer.grad_norm()
@@ -76,49 +76,59 @@ class TrainStep:
         except BaseException:
             random_state.restore(*before)
             raise
-        if weight:
+        if micro:
             self.optimizer.step(learning_rate, norm)
         tokens = sum(batch.num_tokens for batch in batches)
         targets = sum(batch.num_targets for batch in batches)
         return StepResult(loss, grad_norm, tokens, targets, metrics)
 
     def _accumulate(
-        self, batches: Sequence[PackedBatch], weights: Sequence[float], check: Callable[[], None]
+        self,
+        batches: Sequence[PackedBatch],
+        weights: Sequence[Mapping[str, float]],
+        check: Callable[[], None],
     ) -> list[_MicroResult]:
-        flat, weight = self.optimizer.flat, sum(weights)
+        flat, weight = self.optimizer.flat, added(weights)
         flat.zero_grad()
         micro = []
-        for batch, of_batch in zip(batches, weights, strict=True):
+        weighty = [b for b, w in zip(batches, weights, strict=True) if any(w.values())]
+        for batch in with_statistics(self.model, weighty, self.objective, check):
             check()
-            if not of_batch:
-                continue
             random_before = random_state.capture()
             on_device = batch.to(flat.device)
             loss = batch_loss(self.model, on_device, self.objective)
             # Checkpointed layers run again, and need their adapters.
             with adapters_of(self.model, on_device), flat.collecting():
                 # Dividing by the step's weight, not the micro-batch's, weights every token alike.
-                (loss.total / weight).backward()
+                mean_of(self.objective, loss, weight).backward()
+            terms = {n: total.detach() for n, total in terms_of(loss).items()}
             metrics = {n: Mean(m.total.detach(), m.count) for n, m in loss.metrics.items()}
-            micro.append(_MicroResult(on_device, random_before, loss.total.detach(), metrics))
+            micro.append(_MicroResult(on_device, random_before, terms, metrics))
         return micro
 
     def _read(
-        self, step: int, micro: Sequence[_MicroResult], weight: float, norm: torch.Tensor
+        self,
+        step: int,
+        micro: Sequence[_MicroResult],
+        weight: Mapping[str, float],
+        norm: torch.Tensor,
     ) -> tuple[float, float, dict[str, float]]:
         """Loss, gradient norm and metrics on the host, with the step's only wait for the device."""
         if not micro:
             return 0.0, 0.0, {}
+        terms = list(weight)
         named = [(name, mean) for result in micro for name, mean in result.metrics.items()]
         values = [
             norm,
-            *(result.loss_sum.to(norm.device, torch.float32) for result in micro),
+            *(r.terms[term].to(norm.device, torch.float32) for r in micro for term in terms),
             *(mean.total.to(norm.device, torch.float32) for _, mean in named),
         ]
         grad_norm, *sums = torch.stack(values).tolist()
-        loss_sums, totals = sums[: len(micro)], sums[len(micro) :]
-        for result, value in zip(micro, loss_sums, strict=True):
+        of_losses = len(micro) * len(terms)
+        loss_sums, totals = sums[:of_losses], sums[of_losses:]
+        for number, value in enumerate(loss_sums):
             if not math.isfinite(value):
+                result = micro[number // len(terms)]
                 random_state.restore(*result.random_before)
                 layer = first_nonfinite_layer(self.model, result.batch, self.objective)
                 raise NonFiniteError(f"the loss is {value}", step, result.batch.origins, layer)
@@ -135,4 +145,9 @@ class TrainStep:
                 raise NonFiniteError(f"{name} is {total}", step, origins, None)
             if count:
                 metrics[name] = total / count
-        return math.fsum(loss_sums) / weight, grad_norm, metrics
+        loss = math.fsum(
+            math.fsum(loss_sums[place :: len(terms)]) / weight[term]
+            for place, term in enumerate(terms)
+            if weight[term]
+        )
+        return loss, grad_norm, metrics

@@ -12,6 +12,7 @@ from lora_engine.data.account import account, lines
 from lora_engine.data.adapters import check_adapters
 from lora_engine.data.batch import PackedBatch
 from lora_engine.data.dataset import TokenizedDataset, prepare
+from lora_engine.data.pairs import check_labels, check_roles
 from lora_engine.data.records import Source
 from lora_engine.data.template import Tokenizer
 from lora_engine.data.vocabulary import check_vocabulary
@@ -21,7 +22,7 @@ from lora_engine.models.attach.head import transformers_model
 from lora_engine.models.attach.packed import can_share_prefixes
 from lora_engine.models.peft.routing import active_adapters
 from lora_engine.models.proof.packed_proof import check_packed_training
-from lora_engine.objectives.answers import check_objective, weight_of
+from lora_engine.objectives.answers import check_objective, has_weight
 from lora_engine.objectives.base import Objective
 from lora_engine.objectives.sft import SFT
 from lora_engine.objectives.weighted import with_weights
@@ -92,8 +93,11 @@ class Trainer:
         self.eval_dataset = (
             None if eval_data is None else _tokenized(eval_data, tokenizer, config, "eval_data")
         )
+        check_labels(self.train_dataset.examples, self.train_dataset.name)
         for dataset in (self.train_dataset, self.eval_dataset):
             if dataset is not None:
+                kind = objective.reads.examples
+                check_roles(dataset.examples, kind, objective.name, dataset.name)
                 check_adapters(dataset, active_adapters(model))
                 check_vocabulary(dataset, transformers_model(model), tokenizer)
         datasets = (self.train_dataset, self.eval_dataset)
@@ -246,7 +250,7 @@ class Trainer:
         the first examples that have targets where it gives weight to none."""
         first = self._train_source.first(tokens)
         batches = chain([first], self._train_source.one_epoch())
-        return next((batch for batch in batches if weight_of(self.objective, batch)), first)
+        return next((batch for batch in batches if has_weight(self.objective, batch)), first)
 
     def _plan_steps(self) -> tuple[BatchSource, int]:
         """The training micro-batches and the number of optimiser steps."""

@@ -19,7 +19,7 @@ from training_helpers import (
 from lora_engine import TrainConfig, Trainer, UserError, preflight
 from lora_engine.evaluation.batch_loss import batch_loss
 from lora_engine.evaluation.heldout import evaluate
-from lora_engine.objectives.answers import loss_of, weight_of
+from lora_engine.objectives.answers import WHOLE, loss_of, weight_of
 from lora_engine.objectives.base import Loss, Mean, Reads, TargetScores
 from lora_engine.objectives.sft import SFT
 
@@ -59,7 +59,7 @@ def test_a_weight_that_is_no_number_is_refused(batch, weight):
 @pytest.mark.parametrize("weight", [3, 3.0, np.float32(3), np.int64(3), torch.tensor(3)])
 def test_a_weight_is_a_number_of_any_library(batch, weight):
     result = weight_of(Mine(of_batch=lambda batch: weight), batch)
-    assert (type(result), result) == (float, 3.0)
+    assert result == {WHOLE: 3.0} and type(result[WHOLE]) is float
 
 
 SCORES = TargetScores(torch.zeros(4), torch.zeros(()), torch.ones(4, dtype=torch.bool))

@@ -48,6 +48,15 @@ class Head:
             mean_logit=mean_logit,
         )
 
+    def put_to(
+        self,
+        hidden: Tensor,  # [U, H]
+    ) -> ops.HeadInput:
+        """This head and rows of hidden states, as `ops.linear_divergence` takes them."""
+        return ops.HeadInput(
+            hidden.to(self.weight.dtype), self.weight, self.bias, self.lora, self.softcap
+        )
+
     @property
     def is_trained(self) -> bool:
         """Whether anything the logits are made of requires a gradient."""

@@ -158,8 +158,7 @@ class PeftTuner(nn.Module):
     """What puts PEFT's adapters into the layers of a model."""
 
     model: CausalLm
-
-    set_adapter: Callable[[Sequence[str]], None]
+    set_adapter: Callable[[str | Sequence[str]], None]
 
 
 class PeftCausalLm(nn.Module):

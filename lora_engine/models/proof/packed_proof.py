@@ -8,6 +8,7 @@ from torch import Tensor
 from lora_engine.errors import UserError
 from lora_engine.models.attach.head import output_head, transformers_model
 from lora_engine.models.attach.packed import packed_hidden_states
+from lora_engine.models.attach.scalar_head import scalar_head
 from lora_engine.models.proof.closeness import coarsest_dtype, typical
 from lora_engine.models.proof.proof import measuring, probe_tokens
 
@@ -29,7 +30,8 @@ def check_packed_training(model: Any) -> None:
 
     Training computes log-probabilities, and so every objective, from that product. It differs where
     the model changes hidden states or logits around its head, or where packed sequences would see
-    each other. Two short sequences are tried.
+    each other. Two short sequences are tried. Of a model with a scalar head in place of one for
+    tokens its value at the last token is.
     """
     inner = transformers_model(model)
     ids = probe_tokens(inner, 1, sum(_LENGTHS))[0]
@@ -38,10 +40,15 @@ def check_packed_training(model: Any) -> None:
     with measuring(model):
         alone = [model(input_ids=part[None]).logits[0] for part in ids.split(_LENGTHS)]
         hidden = packed_hidden_states(model, _Probe(ids, positions, bounds.to(torch.int32)))
-        head = output_head(model)
-        packed = head.logits(hidden) if hidden.shape[-1] == head.weight.shape[1] else hidden
+        if inner.get_output_embeddings() is None:
+            last = hidden[bounds[1:] - 1]
+            packed = list(scalar_head(model)(last)[:, None].split(1))
+        else:
+            head = output_head(model)
+            logits = head.logits(hidden) if hidden.shape[-1] == head.weight.shape[1] else hidden
+            packed = list(logits.split(_LENGTHS))
     tolerance = _TOLERANCE[coarsest_dtype(inner)]
-    for expected, actual in zip(alone, packed.split(_LENGTHS), strict=True):
+    for expected, actual in zip(map(torch.atleast_2d, alone), packed, strict=True):
         if actual.shape != expected.shape or typical(
             (actual - expected).float()
         ) > tolerance * typical(expected.float()):

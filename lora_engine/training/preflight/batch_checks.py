@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from lora_engine.data.batch import PackedBatch
 from lora_engine.errors import UserError
 from lora_engine.models.attach.head import transformers_model
-from lora_engine.objectives.answers import weight_of
+from lora_engine.objectives.answers import has_weight
 from lora_engine.objectives.base import Objective
 
 _IGNORED = -100
@@ -45,7 +45,7 @@ def check_batch(
             f"preflight: no token of the batch is supervised{why}, so that it teaches nothing; "
             "look at what cuts or masks the examples, or give another batch"
         )
-    if isinstance(batch, PackedBatch) and not weight_of(objective, batch.to("cpu")):
+    if isinstance(batch, PackedBatch) and not has_weight(objective, batch.to("cpu")):
         raise UserError(
             f"preflight: {objective.name} has nothing to learn from in the batch; give one to "
             "which it gives weight"

@@ -8,7 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from lora_engine.data.batch import PackedBatch
 from lora_engine.errors import UserError
+from lora_engine.evaluation.batch_loss import with_statistics
 from lora_engine.objectives.answers import check_objective
 from lora_engine.objectives.base import Objective
 from lora_engine.objectives.sft import SFT
@@ -105,6 +107,8 @@ def preflight(
         batch = taken = on_device(model, batch)
         check_objective(objective, "preflight")
         check_batch(model, taken, objective)
+        if isinstance(taken, PackedBatch):
+            (batch,) = with_statistics(model, [taken], objective)
     frozen = _frozen(model)
     sums = {name: _checksum(p) for name, p in frozen.items()}
     with trial(model, batch, objective, loss) as tried:

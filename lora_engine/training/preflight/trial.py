@@ -14,7 +14,7 @@ from lora_engine.errors import UserError
 from lora_engine.evaluation.batch_loss import batch_loss
 from lora_engine.models.attach.head import transformers_model
 from lora_engine.models.peft.routing import adapters_of
-from lora_engine.objectives.answers import weight_of
+from lora_engine.objectives.answers import mean_of, weight_of
 from lora_engine.objectives.base import Objective
 from lora_engine.training import random_state
 
@@ -213,7 +213,7 @@ def on_device(model: nn.Module, batch: object) -> PackedBatch | Mapping[str, obj
 
 def _of_objective(objective: Objective, batch: PackedBatch) -> Loss:
     weight = weight_of(objective, batch.to("cpu"))
-    return lambda model, batch: batch_loss(model, batch, objective).total / weight
+    return lambda model, batch: mean_of(objective, batch_loss(model, batch, objective), weight)
 
 
 def _own_loss(model: nn.Module, batch: Mapping[str, object]) -> Tensor:
