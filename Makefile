@@ -1,5 +1,6 @@
 # make demo    set up, then fine-tune SmolLM2-135M on this machine (a few minutes, no GPU needed)
-# make test    set up, then run the tests
+# make test    set up, then run the tests, but for those marked slow
+# make test-slow   the tests marked slow: what takes a process, or many, more than ten seconds
 # make test-machines   the tests that compute, again and again as other processors would
 # make test-shared     training beside other busy programs keeps its share; wants a quiet machine
 # make lint    ruff, mypy and clang-format
@@ -37,13 +38,17 @@ PIP := $(PY) -m pip --disable-pip-version-check --quiet install
 CSRC := $(shell find csrc -name '*.?pp' -o -name '*.cu*')
 BUILD_INPUTS := pyproject.toml setup.py constraints.txt $(CSRC)
 
-.PHONY: demo test test-machines test-shared lint format bench kernels-check same-bits gpu-check clean
+.PHONY: demo test test-slow test-machines test-shared lint format bench kernels-check same-bits gpu-check clean
 
 demo: $(STAMPS)/train $(STAMPS)/model
 	$(BIN)/lora-engine demo $(ARGS)
 
 test: $(STAMPS)/test
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist worksteal $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist worksteal -m "not slow" $(ARGS)
+
+# One after the other: some of them measure.
+test-slow: $(STAMPS)/test
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow $(ARGS)
 
 test-machines: $(STAMPS)/test
 	$(PY) tests/support/machines.py -n $(JOBS) --dist worksteal $(ARGS)

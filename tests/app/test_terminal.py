@@ -219,7 +219,7 @@ def test_a_run_goes_on_without_its_output(run_folder, monkeypatch, capsys, error
 )
 def test_a_process_without_standard_output(redirection, words):
     program = f'"{sys.executable}" -c "from lora_engine.app.cli import main; main()"'
-    script = f"set -o pipefail; {program} doctor --json {redirection}"
+    script = f"set -o pipefail; {program} --help {redirection}"
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
