@@ -4,10 +4,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from lora_engine.data.blocks import Block, find_blocks, template_with_blocks
 from lora_engine.data.control import ControlTokens
 from lora_engine.data.encode import Encoder, Segment
 from lora_engine.data.forms import Written, write, write_as_is
+from lora_engine.data.generation_blocks import Block, find_blocks, template_with_blocks
 from lora_engine.data.inputs import TemplateInputs
 from lora_engine.data.strings import field_name
 from lora_engine.data.template import Message, Undecided, render, try_render
@@ -88,7 +88,7 @@ class Chat:
         segments = _cut(written.whole, spans, weights)
         if added:
             segments.append(Segment(added, True, weights[learned[-1]] if weights else 1.0))
-        return Text(segments, (*notes, *more), unread)
+        return Text(segments, tuple(dict.fromkeys((*notes, *more))), unread)
 
     def _with_stand_ins(self, written: Written) -> tuple[Written, TemplateInputs, tuple[str, ...]]:
         """(the chat with stand-ins for control tokens that it spells, what goes with it, those).
@@ -153,9 +153,8 @@ class Chat:
                     f"message {index + 1}; put one around what an assistant says"
                 )
             for block in of_message:
-                parts = self._parts(
-                    block.start, block.end, *turns.parts(index, block.start, block.end)
-                )
+                start = turns.after_prompt(index, block.start, block.end)
+                parts = self._parts(start, block.end, *turns.parts(index, start, block.end))
                 spans += [Span(*part, index) for part in parts]
             if self._lacks_end(of_message[-1], written.whole):
                 notes[

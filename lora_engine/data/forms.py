@@ -14,7 +14,7 @@ from functools import partial
 from itertools import product
 
 from lora_engine.data.inputs import TemplateInputs
-from lora_engine.data.marks import Leaf, Marked, Marker, read_marks
+from lora_engine.data.marks import Leaf, Mark, Marked, Marker, read_marks
 from lora_engine.data.template import Message, Tokenizer, Undecided, render, try_render
 from lora_engine.errors import UserError
 
@@ -39,20 +39,28 @@ class Written:
     leaves: Sequence[Leaf]
     levels: Sequence[int]
 
-    def unwritten(self) -> list[Leaf]:
-        """Leaves with text that the rendering does not have."""
-        seen = {mark.leaf for mark in self.marked.marks}
-        return [leaf for i, leaf in enumerate(self.leaves) if i not in seen and not leaf.blank]
+    def unwritten(self, marks: Sequence[Mark] | None = None) -> list[Leaf]:
+        """Leaves with text that `marks`, those of the whole rendering by default, do not show.
+
+        The name of a function counts only where nothing else of its call is written.
+        """
+        seen = {mark.leaf for mark in (self.marked.marks if marks is None else marks)}
+        called = {leaf[:3] for i, leaf in enumerate(self.leaves) if i in seen}
+        return [
+            leaf
+            for i, leaf in enumerate(self.leaves)
+            if i not in seen and not leaf.blank and not (leaf.is_name and leaf[:3] in called)
+        ]
 
 
 def write(
     messages: Sequence[Message], tokenizer: Tokenizer, inputs: TemplateInputs, origin: str
 ) -> Written:
-    """The messages in the first form that the template writes well, or else in one it writes.
+    """The messages in the first form that the template writes well, or else most of.
 
     Raises the template's error of the form that they have if it refuses all.
     """
-    first: Written | None = None
+    found: list[Written] = []
     refused: UserError | None = None
     for candidate in _forms(messages):
         try:
@@ -60,11 +68,11 @@ def write(
         except Undecided as error:
             refused = refused or error
             continue
-        if _is_well_written(written):
+        if not _unwritten(written) and not _is_misspelled(written):
             return written
-        first = first or written
-    if first is not None:
-        return first
+        found.append(written)
+    if found:
+        return min(found, key=lambda written: (_is_misspelled(written), _unwritten(written)))
     assert refused is not None  # there is a form, and it was refused
     raise refused
 
@@ -96,16 +104,30 @@ def write_as_is(
     return marked_by(levels) or Written(messages, whole, Marked(whole, ()), (), none)
 
 
-def _is_well_written(written: Written) -> bool:
-    if any(leaf.part != "reasoning" for leaf in written.unwritten()):
-        return False
+def _unwritten(written: Written) -> int:
+    """How much of what is said, reasoning aside, the template leaves out or writes unseen."""
+    unseen = sum(
+        level == _NOTHING and _says_something(message)
+        for level, message in zip(written.levels, written.messages, strict=True)
+    )
+    return unseen + sum(leaf.part != "reasoning" for leaf in written.unwritten())
+
+
+def _says_something(message: Message) -> bool:
+    content = message.get("content")
+    said = content.strip() if isinstance(content, str) else content
+    return bool(said or message.get("tool_calls"))
+
+
+def _is_misspelled(written: Written) -> bool:
+    """Whether the template writes parts of contents, or arguments, as if they were the other."""
     for message in written.messages:
         if isinstance(message.get("content"), list | tuple) and _PART.search(written.whole):
-            return False
+            return True
         for arguments in _arguments_in(message):
             if any(spelled in written.whole for spelled in _misspelled(arguments)):
-                return False
-    return True
+                return True
+    return False
 
 
 def _misspelled(arguments: object) -> Iterator[str]:

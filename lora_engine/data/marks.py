@@ -25,11 +25,16 @@ _END_OF_REASONING = re.compile(
 
 
 class Leaf(NamedTuple):
-    """A run of text of a message; call: which of its calls, of part "call"; blank: it is empty."""
+    """A run of text of a message.
+
+    call: which of its calls, of part "call". is_name: it is the name of the function.
+    blank: it is empty.
+    """
 
     message: int
     part: Part
     call: int = 0
+    is_name: bool = False
     blank: bool = False
 
 
@@ -96,7 +101,9 @@ class Marker:
             return {**call, "function": self._call(function, index, number)}
         leaf = Leaf(index, "call", number)
         return {
-            key: self._value(value, leaf) if key in ("name", "arguments", "parameters") else value
+            key: self._value(value, leaf._replace(is_name=key == "name"))
+            if key in ("name", "arguments", "parameters")
+            else value
             for key, value in call.items()
         }
 

@@ -3,9 +3,9 @@
 A record becomes segments of text, each supervised or not, and the segments become tokens such
 that no token lies in two segments. For a chat, what is supervised of an assistant's message is what
 the model has to write itself: from the end of the generation prompt up to and including what ends
-the turn. A template with `{% generation %}` blocks says itself where that is (see `blocks`); in
-others both ends are found by rendering (see `turns`). Where neither gives an exact place, an
-Undecided says so.
+the turn. A template with `{% generation %}` blocks says itself where that is (see
+`generation_blocks`); in others both ends are found by rendering (see `turns`). Where neither gives
+an exact place, an Undecided says so.
 
 What a message, a prompt or a completion says is text: where it spells a control token, it is
 encoded as plain text (see `control`). A `text` is the whole that the model sees, so control tokens

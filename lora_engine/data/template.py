@@ -86,12 +86,12 @@ def render(
     *,
     generation_prompt: bool = False,
     inputs: TemplateInputs = NO_INPUTS,
-    variables: Mapping[str, object] | None = None,
+    chat_template: str | None = None,
 ) -> str:
     """The conversation as the tokenizer's template writes it.
 
     generation_prompt: with the beginning of the assistant's next message.
-    variables: more of them, beside those of `inputs`.
+    chat_template: in place of the tokenizer's.
     Raises UserError "origin: why" if the template is missing, fails in any way, takes more than
     SECONDS (in the main thread) or writes what no tokenizer takes; an Undecided where that may be
     this conversation's fault.
@@ -103,7 +103,9 @@ def render(
             f"{origin}: the tokenizer has no chat template for 'messages'; use a model that was "
             "trained to chat, or records with 'prompt' and 'completion', or 'text'"
         )
-    given: dict[str, object] = {**inputs.variables, **(variables or {})}
+    given: dict[str, object] = dict(inputs.variables)
+    if chat_template is not None:
+        given["chat_template"] = chat_template
     if inputs.tools:
         given["tools"] = list(inputs.tools)
     if inputs.documents:

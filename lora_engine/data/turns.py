@@ -163,6 +163,15 @@ class Turns:
         """Raises Undecided if the template does not write all that the message says."""
         self._run(index)
 
+    def after_prompt(self, index: int, start: int, end: int) -> int:
+        """`start`, or where the generation prompt ends if that is known and within [start, end)."""
+        run = self._run(index)
+        try:
+            prompt_end = self._start(index, self._floor(run), run[0].position)[0]
+        except Undecided:
+            return start
+        return prompt_end if start <= prompt_end < end else start
+
     def parts(self, index: int, start: int, end: int) -> tuple[int, tuple[int, int]]:
         """(end of the reasoning, tool calls) as in a Turn, of what stands in [start, end)."""
         run = self._run(index)
@@ -190,17 +199,18 @@ class Turns:
             raise self._unwritten(index, "text")
         if not run:
             raise self._refusal(index, "its text cannot be seen in what the template writes")
-        seen = {mark.leaf for mark in run}
-        for number, leaf in enumerate(leaves):
-            if leaf.message != index or leaf.blank or number in seen:
+        nowhere = self.written.unwritten()
+        for leaf in self.written.unwritten(run):
+            if leaf.message != index:
                 continue
-            if leaf.part != "reasoning" or (
+            if leaf.part == "reasoning" and not (
                 self.needs_reasoning and self._is_in_last_answer(index)
             ):
-                what = {"text": "text", "reasoning": "reasoning", "call": "tool calls"}[leaf.part]
-                if any(mark.leaf == number for mark in self.written.marked.marks):
-                    raise self._refusal(index, f"its {what} stands apart from the rest of it")
+                continue
+            what = {"text": "text", "reasoning": "reasoning", "call": "tool calls"}[leaf.part]
+            if leaf in nowhere:
                 raise self._unwritten(index, what)
+            raise self._refusal(index, f"its {what} stands apart from the rest of it")
         return run
 
     def _unwritten(self, index: int, what: str) -> Undecided:
@@ -242,27 +252,19 @@ class Turns:
                 break
             place = gap.rfind(written)
             if place >= 0 and self.ends.is_optional(left):
-                return floor + place + len(written), self._left_out(index, left)
+                return floor + place + len(written), _left_out(left)
         if (
             rendered is not None
             and whole.startswith(rendered)
             and floor <= len(rendered) <= first
             and (not header or (header != self.ends.header and self.ends.is_optional(header)))
         ):
-            return len(rendered), self._left_out(index, header)
+            return len(rendered), _left_out(header)
         if index and self._joins(index, gap):
             return floor, ()
         if not header and (behind := self._behind_last(index)) and gap.startswith(behind):
             return floor + len(behind), ()
         raise self._refusal(index, "the generation prompt is not written before it")
-
-    def _left_out(self, index: int, text: str) -> tuple[str, ...]:
-        if not text.strip():
-            return ()
-        return (
-            f"message {index + 1} has no {text.strip()!r} at its beginning, which the generation "
-            "prompt writes",
-        )
 
     def _joins(self, index: int, gap: str) -> bool:
         """Whether the template writes the message on behind the assistant's one before it."""
@@ -295,7 +297,8 @@ class Turns:
         if self.ends.are_written:
             return last + len(own.rstrip() or own), ""
         if mark := self.ends.mark_at(after[len(own) :]):
-            return last + len(own) + len(mark), ""
+            is_prompt = self.ends.header.strip().startswith(mark.strip())
+            return last + len(own) + (0 if is_prompt else len(mark)), ""
         if is_last and (added := self._next_mark(calls)):
             return len(whole), added
         if self.ends.closing and own.endswith(self.ends.closing):  # white space
@@ -321,10 +324,13 @@ class Turns:
         marks = [m for m in alone.marks if self._message(m) == index] if alone else []
         if alone is None or not marks:
             raise self._refusal(index, "the template does not write the messages up to it")
-        last = next((m for m in run if m.leaf == marks[-1].leaf and not m.opens), None)
-        if last is None:
-            raise self._refusal(index, "its end is written otherwise where more follows")
-        return last.position, alone.text[marks[-1].position :]
+        for mark in reversed(marks):
+            last = next((m for m in run if m.leaf == mark.leaf and not m.opens), None)
+            if last is not None:
+                return last.position, alone.text[mark.position :]
+            if not self.written.leaves[mark.leaf].blank:
+                break
+        raise self._refusal(index, "its end is written otherwise where more follows")
 
     def _next_mark(self, calls: bool) -> str:
         """What the next message would begin with: a tool's behind calls, otherwise a user's."""
@@ -361,7 +367,9 @@ class Turns:
         places = [i for i, mark in enumerate(run) if self._part(mark) == "call"]
         if not places:
             return end, end
-        said = [mark.position for mark in run if self._part(mark) == "text"]
+        leaves = self.written.leaves
+        texts = [mark for mark in run if self._part(mark) == "text"]
+        said = [mark.position for mark in texts if not leaves[mark.leaf].blank]
         before = [p for p in said if p <= run[places[0]].position]
         behind = [p for p in said if p >= run[places[-1]].position]
         return max([thought_end, *before[-1:]]), min([end, *behind[:1]])
@@ -392,3 +400,9 @@ class Turns:
             f"cannot be told from the rest: {why}; give another data.chat_template, learn from all "
             "tokens (loss_on: all), or use records with 'prompt' and 'completion'"
         )
+
+
+def _left_out(text: str) -> tuple[str, ...]:
+    if not text.strip():
+        return ()
+    return (f"an answer is written without {text.strip()!r}, which the generation prompt ends in",)

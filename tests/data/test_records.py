@@ -1,6 +1,8 @@
 import json
 
 import datasets
+import pyarrow
+import pyarrow.parquet
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -278,3 +280,38 @@ def test_a_field_without_a_value_is_not_one_that_is_there():
         read_records([{"prompt": None, "completion": "a"}])
     with pytest.raises(UserError, match=r"has no fields that hold anything"):
         read_records([{}])
+
+
+def test_what_a_columnar_source_lacks_is_not_there_at_any_depth(tmp_path):
+    """Its objects have the fields of all, null where absent; lists keep their elements."""
+
+    def chat(arguments, tools):
+        function = {"name": "f", "arguments": arguments}
+        asked = {"role": "user", "content": "a"}
+        calls = [{"type": "function", "function": function}]
+        answer = {"role": "assistant", "content": "b", "tool_calls": calls}
+        return {"messages": [asked, answer], "tools": tools}
+
+    def tool(**parameters):
+        return {"type": "function", "function": {"name": "f", "parameters": parameters}}
+
+    rows = [
+        chat({"in": "Bern"}, [tool(type="object", needs=["in"])]),
+        chat({"at": {"x": 1}, "list": ["a", None]}, [tool(also={"default": 2})]),
+    ]
+    path = tmp_path / "chats.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    expected = [(record.messages, record.given) for record in read_records(rows)]
+    dataset = datasets.Dataset.from_list(rows)
+    dataset.save_to_disk(str(tmp_path / "saved"))
+    for source in (path, dataset, str(tmp_path / "saved")):
+        got = [(record.messages, record.given) for record in read_records(source)]
+        assert got == expected
+
+
+def test_nulls_that_a_json_file_spells_out_stay(tmp_path):
+    call = {"function": {"name": "f", "arguments": {"in": None}}}
+    path = tmp_path / "chats.jsonl"
+    message = {"role": "assistant", "content": "", "tool_calls": [call]}
+    path.write_text(json.dumps({"messages": [message]}))
+    assert read_records(path)[0].messages[0]["tool_calls"] == [call]

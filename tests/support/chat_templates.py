@@ -91,3 +91,60 @@ SPECIAL_TOKENS = (
     "<|assistant|>",
     "<|end|>",
 )
+
+# Each turn ends in the end-of-sequence token and a line.
+ZEPHYR = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + eos_token + '\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+
+# A system prompt goes into the first question; calls are a list of JSON; roles have an order.
+MISTRAL = (
+    "{% if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] %}"
+    "{% set messages = messages[1:] %}{% endif %}{{ bos_token }}"
+    "{% set asked = messages | selectattr('role', 'equalto', 'user') | list %}"
+    "{% for m in messages %}{% if m['role'] == 'user' %}{% if m == asked[-1] and tools %}"
+    "[AVAILABLE_TOOLS] {{ tools | tojson }}[/AVAILABLE_TOOLS]{% endif %}"
+    "[INST] {% if loop.first and system %}{{ system + '\n\n' }}{% endif %}{{ m['content'] }}[/INST]"
+    "{% elif m['tool_calls'] %}[TOOL_CALLS] [{% for c in m['tool_calls'] %}"
+    "{% if c['id'] | length != 9 %}{{ raise_exception('ids have 9 characters') }}{% endif %}"
+    '{{ \'{"name": "\' + c["function"]["name"] + \'", "arguments": \' }}'
+    '{{ c["function"]["arguments"] | tojson }}, "id": "{{ c["id"] }}"}'
+    "{{ ', ' if not loop.last }}{% endfor %}]{{ eos_token }}"
+    "{% elif m['role'] == 'assistant' %} {{ m['content'] | trim }}{{ eos_token }}"
+    "{% elif m['role'] == 'tool' %}[TOOL_RESULTS] {{ m['content'] }}[/TOOL_RESULTS]"
+    "{% else %}{{ raise_exception('only system, user, tool and assistant roles') }}{% endif %}"
+    "{% endfor %}"
+)
+
+# The prompt opens a thought, or closes it at once; an answer without one has the closing tag alone.
+CLOSES_ONLY = (
+    "{% for m in messages %}{% if m['role'] == 'assistant' %}<|assistant|>"
+    "{% if m['reasoning_content'] and loop.last %}<think>{{ m['reasoning_content'] }}{% endif %}"
+    "</think>{{ m['content'] }}<|end|>{% else %}<|user|>{{ m['content'] }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>"
+    "{{ '<think>' if thinking else '</think>' }}{% endif %}"
+)
+
+# Says the date and a mode in a system turn, and where the assistant writes, in blocks.
+SMOLLM3 = (
+    "{% set thinks = enable_thinking is undefined or enable_thinking %}"
+    "{% set mode = '/think' if thinks else '/no_think' %}"
+    "{{ '<|im_start|>system\nToday: ' + strftime_now('%d %B %Y') + '\nMode: ' + mode + '\n' }}"
+    "{% if tools %}{% for t in tools %}{{ t | string + '\n' }}{% endfor %}{% endif %}"
+    "{{ '<|im_end|>\n' }}{% for m in messages %}{% if m['role'] == 'assistant' %}"
+    "{{ '<|im_start|>assistant\n' }}{% generation %}"
+    "{% if not thinks %}{{ '<think>\n\n</think>\n' }}{% endif %}"
+    "{{ m['content'].lstrip('\n') + '<|im_end|>\n' }}"
+    "{% endgeneration %}"
+    "{% else %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+    "{% if not thinks %}{{ '<think>\n\n</think>\n' }}{% endif %}{% endif %}"
+)
+
+# Takes contents as lists of parts only.
+PARTS_ONLY = (
+    "{% for m in messages %}{{ m['role'] + ': ' }}{% for part in m['content'] %}"
+    "{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)

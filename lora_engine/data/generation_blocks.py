@@ -1,7 +1,6 @@
 """The `{% generation %}` blocks of a chat template: its own word on what the assistant writes."""
 
 import re
-from collections.abc import Callable
 from typing import NamedTuple
 
 from lora_engine.data.forms import Written
@@ -12,6 +11,10 @@ _TAG = re.compile(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})")
 _HEAD, _TAIL = "14142135623730950488", "16887242"
 _MARK = re.compile(f"{_HEAD}([01]){_TAIL}")
 _NAME = "lora_engine_generation_block"
+# The newline goes with the tag before it, so that the template begins at the start of a line.
+_MACRO = (
+    f"{{% macro {_NAME}() %}}{_HEAD}0{_TAIL}{{{{ caller() }}}}{_HEAD}1{_TAIL}{{% endmacro %}}\n"
+)
 
 
 class Block(NamedTuple):
@@ -38,14 +41,8 @@ def find_blocks(
     template: str, written: Written, tokenizer: Tokenizer, inputs: TemplateInputs, origin: str
 ) -> list[Block]:
     """The blocks of the rendering in `written`, found by marks that each writes around itself."""
-    called = _TAG.sub(_call, template)
-    rendered = render(
-        written.messages,
-        tokenizer,
-        origin,
-        inputs=inputs,
-        variables={"chat_template": called, _NAME: _marked},
-    )
+    called = _MACRO + _TAG.sub(_call, template)
+    rendered = render(written.messages, tokenizer, origin, inputs=inputs, chat_template=called)
     pieces = _MARK.split(rendered)  # text, side, text, side, ..., text
     if "".join(pieces[::2]) != written.whole:
         raise Undecided(
@@ -86,7 +83,3 @@ def _first_answer(written: Written) -> int:
 
 def _call(tag: re.Match[str]) -> str:
     return f"{tag[1]}{'endcall' if tag[2] else f'call {_NAME}()'}{tag[3]}"
-
-
-def _marked(*, caller: Callable[[], object]) -> str:
-    return f"{_HEAD}0{_TAIL}{caller()}{_HEAD}1{_TAIL}"
