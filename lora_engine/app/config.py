@@ -42,6 +42,25 @@ def _with_home(source: str) -> str:
 Source = Annotated[str, AfterValidator(_with_home)]
 
 
+# Those of `quantization.formats.WRITABLE`.
+QuantizedFormat = Literal[
+    "nf4",
+    "fp4",
+    "int8",
+    "int4",
+    "fp8",
+    "fp8_tensor",
+    "fp8_block",
+    "mxfp4",
+    "nvfp4",
+    "q4_0",
+    "q4_1",
+    "q5_0",
+    "q5_1",
+    "q8_0",
+]
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -62,6 +81,35 @@ class ModelConfig(_Section):
         default="auto",
         description="`cpu`, `cuda`, `cuda:1`, …; `auto` takes the GPU if there is one.",
     )
+    quantize: QuantizedFormat | None = Field(
+        default=None,
+        description="Format of packed bits for the frozen weights of the linears, each quantised "
+        "as it is read. A folder whose weights are quantised already needs nothing of this.",
+    )
+    double_quant: bool = Field(
+        default=False,
+        description="Of `nf4` and `fp4`: quantise the scales as well, 4.13 bits instead of 4.5.",
+    )
+    quantize_skip: str | tuple[str, ...] | None = Field(
+        default=None,
+        description="Patterns of names, or of their last parts, of linears that are not quantised; "
+        "`null` leaves out heads and routers.",
+    )
+    keep_quantized: bool = Field(
+        default=False,
+        description="Train on the packed weights of a GGUF file themselves, which llama.cpp will "
+        "serve, instead of unpacking them.",
+    )
+
+    @model_validator(mode="after")
+    def _quantisation_is_one(self) -> "ModelConfig":
+        if self.quantize is None and (self.double_quant or self.quantize_skip is not None):
+            raise ValueError("double_quant and quantize_skip need quantize; give it as well")
+        if self.double_quant and self.quantize not in ("nf4", "fp4"):
+            raise ValueError(f"double_quant is of nf4 and fp4, not {self.quantize}; leave it out")
+        if self.quantize is not None and self.keep_quantized:
+            raise ValueError("give either quantize or keep_quantized, not both")
+        return self
 
 
 class DataSource(_Section):
@@ -272,6 +320,12 @@ class RunConfig(_Section):
     def _one_max_length(self) -> "RunConfig":
         if self.train.max_length is not None:
             raise ValueError("train.max_length: give data.max_length instead")
+        return self
+
+    @model_validator(mode="after")
+    def _packed_weights_have_adapters(self) -> "RunConfig":
+        if self.lora is None and (self.model.quantize is not None or self.model.keep_quantized):
+            raise ValueError("lora: weights in packed bits are frozen; give lora, or leave them")
         return self
 
     @model_validator(mode="after")

@@ -43,6 +43,7 @@ from lora_engine.models.load.load import (
     resolve_dtype,
 )
 from lora_engine.models.peft.adapters import LoraConfig, add_adapters
+from lora_engine.models.quantized.linear import QuantizedLinear
 from lora_engine.objectives.base import NATS_PER_TARGET
 from lora_engine.report.page import write_report
 from lora_engine.training.run.folder import RunFolder
@@ -57,7 +58,8 @@ class Observer(Protocol):
 
     If it has a method on_data(lines), that is called before training with lines about records that
     were dropped or cut and fields that are not read, where there are any. One on_reading(source,
-    bytes done, bytes in all or 0, records) is called while data are read.
+    bytes done, bytes in all or 0, records) is called while data are read; one on_load(bytes done,
+    bytes in all) while a model is loaded tensor by tensor.
     """
 
     def stage(self, text: str) -> None:
@@ -96,9 +98,7 @@ def _finetune(config: RunConfig, resume: bool, observer: Observer | None) -> Out
     folder = config.train.output_dir
     config = _with_dtype(config, resume)
     tell(f"loading {model_name(config)}")
-    model, tokenizer = load_model(
-        config.model.path, dtype=config.model.dtype, device=config.model.device
-    )
+    model, tokenizer = _load(config, observer)
     origin = _origin(config, model)
     tell(f"reading {config.data.name()}")
     reading = getattr(observer, "on_reading", None)
@@ -245,6 +245,26 @@ def _with_dtype(config: RunConfig, resume: bool) -> RunConfig:
     chosen = resolve_dtype(dtype, resolve_device(config.model.device))
     name = next(name for name, known in DTYPES.items() if known == chosen)
     return config.model_copy(update={"model": config.model.model_copy(update={"dtype": name})})
+
+
+def _load(config: RunConfig, observer: Observer | None) -> tuple[Any, Any]:
+    """The run's model and tokenizer. Raises UserError for one that nothing could train."""
+    stated = config.model
+    model, tokenizer = load_model(
+        stated.path,
+        dtype=stated.dtype,
+        device=stated.device,
+        quantize=stated.quantize,
+        double_quant=stated.double_quant,
+        quantize_skip=stated.quantize_skip,
+        keep_quantized=stated.keep_quantized,
+        progress=getattr(observer, "on_load", None),
+    )
+    if config.lora is None and any(isinstance(m, QuantizedLinear) for m in model.modules()):
+        raise UserError(
+            f"{stated.path}: its weights are in packed bits, which are frozen; give lora"
+        )
+    return model, tokenizer
 
 
 def _origin(config: RunConfig, model: Any) -> dict[str, Any]:

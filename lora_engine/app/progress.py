@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from rich.console import Console, Group, RenderableType
 from rich.panel import Panel
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -43,6 +43,20 @@ class ConsoleProgress:
     def stage(self, text: str) -> None:
         """A line about what begins now."""
         self._console.print(Text(visible(text), "dim"), soft_wrap=True)
+
+    def on_load(self, read: int, total: int) -> None:
+        """So many bytes of the model's files are read."""
+        if not self._console.is_terminal:
+            return
+        if self._bar is None:
+            self._bar = Progress(
+                BarColumn(bar_width=None), DownloadColumn(), console=self._console, transient=True
+            )
+            self._task = self._bar.add_task("", total=total)
+            self._bar.start()
+        self._bar.update(self._task, completed=read)
+        if read == total:
+            self.close()
 
     def on_data(self, lines: Sequence[str]) -> None:
         """What of the data was dropped, cut or not read."""

@@ -51,3 +51,13 @@ def test_terminal_progress_is_a_bar_that_is_gone_after_an_error(settings):
     assert console._live_stack == []
     run(observer=ConsoleProgress(console))
     assert "4/4" in console.export_text()
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_loading_is_a_bar_that_is_gone_at_its_end(terminal):
+    console = console_text(terminal)
+    progress = ConsoleProgress(console)
+    progress.on_load(5, 10)
+    assert len(console._live_stack) == terminal
+    progress.on_load(10, 10)
+    assert console._live_stack == []

@@ -1,6 +1,7 @@
 """Configuration files: what is accepted, and the one line that says what is not."""
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
@@ -346,6 +347,29 @@ def test_shipped_config_is_valid_and_named_by_its_stem(name):
 def test_file_in_the_folder_wins_over_a_shipped_name():
     Path("demo").write_text(BASE)
     assert load_config("demo").model.path == "tiny"
+
+
+def test_formats_of_weights_are_those_that_are_written():
+    from lora_engine.app.config import QuantizedFormat
+    from lora_engine.quantization.formats import WRITABLE
+
+    assert get_args(QuantizedFormat) == WRITABLE
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        (["model.double_quant=true"], "double_quant and quantize_skip need quantize"),
+        (["model.quantize_skip=[q_proj]"], "double_quant and quantize_skip need quantize"),
+        (["model.quantize=int8", "model.double_quant=true"], "double_quant is of nf4 and fp4"),
+        (["model.quantize=nf4", "model.keep_quantized=true"], "either quantize or keep_quantized"),
+        (["model.quantize=nf4", "lora=null"], "packed bits are frozen; give lora"),
+        (["model.quantize=nf44"], "did you mean nf4"),
+    ],
+)
+def test_quantisation_that_means_nothing_is_refused(settings, match):
+    with pytest.raises(UserError, match=match):
+        load(BASE, *settings)
 
 
 def test_reference_is_current():

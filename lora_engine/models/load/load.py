@@ -49,7 +49,7 @@ def load_model(
     quantize: str | None = None,
     block: int | None = None,
     double_quant: bool = False,
-    quantize_skip: str | Sequence[str] = SKIPPED,
+    quantize_skip: str | Sequence[str] | None = None,
     keep_quantized: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Any, Any]:
@@ -60,9 +60,9 @@ def load_model(
     dtype: "float32", "bfloat16", "float16" or the torch dtype; "auto" takes `preferred_dtype`.
     device: "cpu", "cuda", "cuda:1", …; "auto" takes the GPU if there is one.
     cache_dir: where converted GGUF files are kept; the user's cache folder if None.
-    quantize: the format of the linears' weights, with block, double_quant and quantize_skip as
-        `quantize_model` has them; None: they stay as they are. Each weight is read from the file,
-        quantised on `device` and forgotten before the next.
+    quantize: the format of the linears' weights, with block, double_quant and quantize_skip (its
+        skip, if it is given) as `quantize_model` has them; None: they stay as they are. Each
+        weight is read from the file, quantised on `device` and forgotten before the next.
     keep_quantized: a GGUF file's linears stay in its packed bits instead of being unpacked to
         `dtype`. Folders whose weights are quantised (bitsandbytes, FP8, compressed-tensors, GPTQ,
         AWQ, ModelOpt, or saved here) are always loaded as they are.
@@ -73,8 +73,9 @@ def load_model(
     safetensors only, and code that comes with a model is never run. Raises UserError, one line,
     for what is not there, not a model, or not complete.
     """
-    if quantize is None and (double_quant or block is not None or quantize_skip is not SKIPPED):
+    if quantize is None and (double_quant or block is not None or quantize_skip is not None):
         raise UserError("load_model: block, double_quant and quantize_skip need quantize")
+    skip = SKIPPED if quantize_skip is None else quantize_skip
     chosen_device = resolve_device(device)
     chosen_dtype = resolve_dtype(dtype, chosen_device)
     resolved = resolve_source(source)
@@ -94,7 +95,7 @@ def load_model(
     chosen = None
     if quantize is not None:
         chosen = Quantize(
-            lambda model: linears_to_quantize(model, quantize_skip),
+            lambda model: linears_to_quantize(model, skip),
             lambda name, weight: packed_weight(name, weight, quantize, block, double_quant),
         )
     model = None
@@ -111,7 +112,7 @@ def load_model(
                 quantize,
                 block=block,
                 double_quant=double_quant,
-                skip=quantize_skip,
+                skip=skip,
                 device=chosen_device,
             )
         _leave_the_file(model)

@@ -197,6 +197,7 @@ def add_adapters(model: "nn.Module", lora: LoraConfig) -> "PeftCausalLm":
             key=lambda field, adapter=name: lora.key(adapter, field),  # type: ignore[misc]
         )
         _check_rank(adapted, own.r, lora.key(name, "r"))
+        _check_saved(model, own.modules_to_save or (), lora.key(name, "modules_to_save"))
     wrapped: PeftCausalLm | None = None
     for name, own in settings.items():
         torch.manual_seed(lora.seed)
@@ -252,6 +253,19 @@ def _user_errors(lora: LoraConfig, name: str) -> Iterator[None]:
                 "or neither head nor embedding are in target_modules or modules_to_save"
             )
         warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+
+
+def _check_saved(model: "nn.Module", saved: Sequence[str], key: str) -> None:
+    """Refuses to train the weights of a linear that is kept in packed bits."""
+    from lora_engine.models.quantized.linear import QuantizedLinear
+
+    for path, module in model.named_modules():
+        named = [name for name in saved if path == name or path.endswith(f".{name}")]
+        if named and isinstance(module, QuantizedLinear):
+            raise UserError(
+                f"{key}: {named[0]!r} names {path}, whose weight is in packed bits, which are "
+                "frozen; put it into model.quantize_skip, or adapt it by target_modules"
+            )
 
 
 def _check_rank(adapted: Sequence["nn.Module"], r: int, key: str) -> None:

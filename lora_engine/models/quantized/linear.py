@@ -42,6 +42,15 @@ class QuantizedLinear(nn.Linear):
             self.format, tensors, (self.out_features, self.in_features), self.dtype
         )
 
+    def dequantize(self) -> Tensor:
+        """The weight [N, K] that the bits stand for, in memory of its own."""
+        return self.quantized.dequantize()
+
+    @property
+    def W_q(self) -> Tensor:
+        """The codes. PEFT asks a linear with such an attribute for `dequantize()`, as for DoRA."""
+        return self.weight
+
     def forward(self, input: Tensor) -> Tensor:
         """input [..., K] times the decoded weight, plus the bias: [..., N], in input's dtype.
 
