@@ -18,8 +18,9 @@ from lora_engine.quantization.packed_state import STATE, from_packed_state, to_p
 
 FORMATS = WRITABLE
 
-# Values that PyTorch's operations decode at a time: their float32 intermediates stay in a cache.
-_DECODED_VALUES = 1 << 19
+# Values that PyTorch's operations encode or decode at a time: their float32 intermediates stay in
+# a cache, and leave no holes between what is kept.
+_VALUES_AT_A_TIME = 1 << 19
 _WEIGHTS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -116,7 +117,7 @@ class QuantizedWeight:
             dequantize_4bit_(out, self.tensors, self.format, first_row=start, impl=impl)
             return out
         _check_impl(self.format, impl)
-        format, step = cast(TorchFormat, self.format), max(1, _DECODED_VALUES // cols)
+        format, step = cast(TorchFormat, self.format), max(1, _VALUES_AT_A_TIME // cols)
         for first in range(start, stop, step):
             last = min(first + step, stop)
             decoded = format.decode(self.tensors, self.shape, first, last)
@@ -219,24 +220,46 @@ def quantize_weight(
         tensors = quantize_4bit(weight, wanted, impl=impl)
     else:
         _check_impl(wanted, impl)
-        tensors = _encoded(weight, wanted)
+        tensors = encode_weight(weight, wanted)
     return QuantizedWeight(wanted, tensors, (weight.shape[0], weight.shape[1]), weight.dtype)
 
 
-def _encoded(weight: Tensor, format: Format) -> dict[str, Tensor]:
+def encode_weight(weight: Tensor, format: Format) -> dict[str, Tensor]:
+    """The tensors of `weight` [N, K] in a format that PyTorch's operations encode.
+
+    Some rows at a time: intermediates stay small. Raises ValueError as `quantize_weight` does.
+    """
     check(
         weight.dim() == 2 and weight.dtype in _WEIGHTS and weight.numel() > 0,
         f"{format.name}: the weight is {shape_of(weight)}, expected a matrix of float32, bfloat16, "
         "float16 or float64",
     )
     check(not weight.is_meta, f"{format.name}: the weight is on meta, which holds no numbers")
-    format.layout((weight.shape[0], weight.shape[1]))  # raises for columns that do not fit
-    exact = weight.detach().float().contiguous()
+    rows, cols = weight.shape
+    layout = format.layout((rows, cols))
+    weight = weight.detach()
+    largest = torch.stack(weight.aminmax()).abs().amax().float()
     check(
-        bool(exact.isfinite().all()),
+        bool(largest.isfinite()),
         f"{format.name}: the weight has values that are not finite in float32",
     )
-    return cast(WritableFormat, format).encode(exact)
+    writable = cast(WritableFormat, format)
+    tensors = {
+        name: torch.empty(entry.shape, dtype=entry.dtype, device=weight.device)
+        for name, entry in layout.items()
+    }
+    together = writable.rows_together
+    step = max(1, _VALUES_AT_A_TIME // (cols * together)) * together
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        part = writable.encode(weight[start:stop].float().contiguous(), largest)
+        for name, tensor in tensors.items():
+            if tensor.shape == part[name].shape:  # all rows, or what they share
+                tensor.copy_(part[name])
+            else:
+                first = start // together if tensor.shape[0] != rows else start
+                tensor[first : first + part[name].shape[0]] = part[name]
+    return tensors
 
 
 def _check_impl(format: Format, impl: str | None) -> None:

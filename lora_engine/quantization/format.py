@@ -6,6 +6,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+_LOOKED_AT = 1 << 18  # values
+
 
 class Entry(NamedTuple):
     """A tensor of a packed weight."""
@@ -50,11 +52,19 @@ class TorchFormat(Format, Protocol):
 class WritableFormat(TorchFormat, Protocol):
     """A format that weights can be put in."""
 
+    @property
+    def rows_together(self) -> int:
+        """Rows that have to be encoded at once; a weight's last may be fewer."""
+
     def encode(
         self,
-        w: Tensor,  # [N, K] float32, finite, contiguous
+        w: Tensor,  # [rows, K] float32, finite, contiguous
+        largest: Tensor,  # []
     ) -> dict[str, Tensor]:
-        """The tensors of `layout`, each value as the code that is nearest, or next to it."""
+        """The tensors of `layout` for some rows of a weight whose largest magnitude is `largest`.
+
+        Each value becomes the code that is nearest, or next to it.
+        """
 
 
 def scale_dtype(name: str) -> torch.dtype:
@@ -101,10 +111,12 @@ def group_absmax(
 
 
 def all_finite(tensor: Tensor) -> bool:
-    """Whether no value is NaN or infinite."""
-    return bool(tensor.isfinite().all())
+    """Whether no value is NaN or infinite. Of a large tensor parts are looked at in turn."""
+    parts = tensor.reshape(-1).split(_LOOKED_AT)
+    return all(bool(part.isfinite().all()) for part in parts)
 
 
 def e4m3_finite(bits: Tensor) -> bool:
     """Whether no byte is one of e4m3fn's two NaNs; it has no infinity."""
-    return not bool((bits & 0x7F == 0x7F).any())
+    parts = bits.reshape(-1).split(_LOOKED_AT)
+    return not any(bool((part & 0x7F == 0x7F).any()) for part in parts)

@@ -31,7 +31,8 @@ _TINY = torch.finfo(torch.float32).tiny
 class Fp8:
     """The format of one weight.
 
-    rows, cols: of a block that shares a scale; 0: all of them. scales: their dtype.
+    rows, cols: of a block that shares a scale; 0: all of them, of rows only with those of columns.
+    scales: their dtype.
 
     Raises ValueError for blocks that are no whole number of rows and columns, or unknown scales.
     """
@@ -42,7 +43,7 @@ class Fp8:
 
     def __post_init__(self) -> None:
         for size in (self.rows, self.cols):
-            if type(size) is not int or size < 0:
+            if type(size) is not int or size < 0 or (self.rows == 0 and size):
                 raise ValueError(f"fp8: blocks of {self.rows!r} by {self.cols!r}")
         scale_dtype(self.scales)
 
@@ -67,17 +68,25 @@ class Fp8:
         scale = self._of_rows(tensors["scale"], start, stop)
         return in_groups_(values, Tensor.mul_, scale, self.cols)
 
+    @property
+    def rows_together(self) -> int:
+        """Those of a scale."""
+        return self.rows or 1
+
     def is_finite(self, tensors: Mapping[str, Tensor]) -> bool:
         """Whether no value is NaN or infinite."""
         return all_finite(tensors["scale"]) and e4m3_finite(tensors["codes"])
 
-    def encode(self, w: Tensor) -> dict[str, Tensor]:
+    def encode(self, w: Tensor, largest: Tensor) -> dict[str, Tensor]:
         """Codes of the e4m3 values nearest to w / scale."""
         n, k = w.shape
-        rows, cols = self.rows or n, self.cols or k
-        down, across = group_count(n, rows), group_count(k, cols)
-        padded = torch.nn.functional.pad(w, (0, across * cols - k, 0, down * rows - n))
-        largest = padded.view(down, rows, across, cols).abs().amax(dim=(1, 3))
+        if self.rows == 0:  # and so are the columns
+            largest = largest.view(1, 1)
+        else:
+            cols = self.cols or k
+            down, across = group_count(n, self.rows), group_count(k, cols)
+            padded = torch.nn.functional.pad(w, (0, across * cols - k, 0, down * self.rows - n))
+            largest = padded.view(down, self.rows, across, cols).abs().amax(dim=(1, 3))
         scale = (largest / LARGEST).to(scale_dtype(self.scales))
         steps = self._of_rows(scale.float().clamp(min=_TINY), 0, n)
         scaled = in_groups_(w.clone(), Tensor.div_, steps, self.cols).clamp_(-LARGEST, LARGEST)

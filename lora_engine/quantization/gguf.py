@@ -69,11 +69,16 @@ class Gguf:
         of = TYPES[self.type]
         return of.decode(tensors["codes"][start:stop].view(-1, of.bytes)).view(stop - start, -1)
 
+    @property
+    def rows_together(self) -> int:
+        """Those of a scale."""
+        return 1
+
     def is_finite(self, tensors: Mapping[str, Tensor]) -> bool:
         """Whether no value is NaN or infinite."""
         return self._scales_are_finite(tensors["codes"])
 
-    def encode(self, w: Tensor) -> dict[str, Tensor]:
+    def encode(self, w: Tensor, largest: Tensor) -> dict[str, Tensor]:
         """Codes as llama.cpp's reference chooses them.
 
         Raises ValueError for K formats, whose codes llama.cpp searches for, and for values beyond

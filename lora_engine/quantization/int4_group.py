@@ -113,11 +113,16 @@ class Int4Group:
             in_groups_(values, Tensor.sub_, zero, self.group)
         return in_groups_(values, Tensor.mul_, scale, self.group)
 
+    @property
+    def rows_together(self) -> int:
+        """Those of a scale."""
+        return 1
+
     def is_finite(self, tensors: Mapping[str, Tensor]) -> bool:
         """Whether no value is NaN or infinite."""
         return all_finite(tensors["scale"])
 
-    def encode(self, w: Tensor) -> dict[str, Tensor]:
+    def encode(self, w: Tensor, largest: Tensor) -> dict[str, Tensor]:
         """Codes nearest to w / scale, in compressed-tensors' packing without zero points.
 
         A group's scale is its absmax over half of the range of codes. Raises ValueError for

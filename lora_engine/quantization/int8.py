@@ -66,11 +66,16 @@ class Int8:
         in_groups_(values, Tensor.mul_, tensors["scale"][start:stop], self.group)
         return values.mul_(1 / 127) if self.absmax else values
 
+    @property
+    def rows_together(self) -> int:
+        """Those of a scale."""
+        return 1
+
     def is_finite(self, tensors: Mapping[str, Tensor]) -> bool:
         """Whether no value is NaN or infinite."""
         return all_finite(tensors["scale"])
 
-    def encode(self, w: Tensor) -> dict[str, Tensor]:
+    def encode(self, w: Tensor, largest: Tensor) -> dict[str, Tensor]:
         """Codes of the integers nearest to w / scale."""
         largest = group_absmax(w, self.group)
         scale = (largest if self.absmax else largest / 127).to(scale_dtype(self.scales))

@@ -46,11 +46,16 @@ class Mxfp4:
         values = e2m1.unpack(tensors["codes"][start:stop])
         return in_groups_(values, Tensor.mul_, _powers(tensors["scale"][start:stop]), BLOCK)
 
+    @property
+    def rows_together(self) -> int:
+        """Those of a scale."""
+        return 1
+
     def is_finite(self, tensors: Mapping[str, Tensor]) -> bool:
         """Whether no value is NaN or infinite."""
         return not bool((tensors["scale"] == 255).any())
 
-    def encode(self, w: Tensor) -> dict[str, Tensor]:
+    def encode(self, w: Tensor, largest: Tensor) -> dict[str, Tensor]:
         """Codes nearest to w over the power of two."""
         mantissa, exponent = torch.frexp(group_absmax(w, BLOCK))  # absmax = mantissa * 2^exponent
         exponent = exponent - 1 + (mantissa >= 0.875).int() - 2

@@ -55,14 +55,20 @@ class Nvfp4:
         values = e2m1.unpack(tensors["codes"][start:stop])
         return in_groups_(values, Tensor.mul_, scale, BLOCK)
 
+    @property
+    def rows_together(self) -> int:
+        """Those of a scale."""
+        return 1
+
     def is_finite(self, tensors: Mapping[str, Tensor]) -> bool:
         """Whether no value is NaN or infinite."""
         return all_finite(tensors["global_scale"]) and e4m3_finite(tensors["scale"])
 
-    def encode(self, w: Tensor) -> dict[str, Tensor]:
+    def encode(self, w: Tensor, largest: Tensor) -> dict[str, Tensor]:
         """Codes nearest to w over its block's scale."""
-        largest = w.abs().amax().clamp(min=_TINY)
-        whole = (fp8.LARGEST * e2m1.LARGEST / largest).clamp(max=torch.finfo(torch.float32).max)
+        whole = (fp8.LARGEST * e2m1.LARGEST / largest.clamp(min=_TINY)).clamp(
+            max=torch.finfo(torch.float32).max
+        )
         if not self.divides:
             whole = 1 / whole
         steps = group_absmax(w, BLOCK) / e2m1.LARGEST

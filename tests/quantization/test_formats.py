@@ -219,3 +219,14 @@ def test_weights_that_no_format_takes_are_refused(name: str) -> None:
     ):
         with pytest.raises(ValueError, match=match):
             quantize_weight(weight, name)
+
+
+@pytest.mark.parametrize("name", WRITABLE)
+def test_some_rows_at_a_time_give_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(300, 64, generator=torch.Generator().manual_seed(0))
+    whole = quantize_weight(weight, name)
+    monkeypatch.setattr("lora_engine.ops.quantized_weight._VALUES_AT_A_TIME", 64 * 130)
+    parts = quantize_weight(weight, name)
+    for part, tensor in whole.tensors.items():
+        assert torch.equal(parts.tensors[part], tensor)
+    assert torch.equal(parts.dequantize(), whole.dequantize())

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from lora_engine import QuantizedWeight
+from lora_engine.ops.quantized_weight import encode_weight
 from lora_engine.quantization.int4_group import Int4Group
 from lora_engine.quantization.int8 import Int8
 
@@ -92,7 +93,7 @@ def test_bitsandbytes_int8() -> None:
     packed = QuantizedWeight(format, tensors, (32, 48), torch.float32)
     expected = functional.int8_vectorwise_dequant(codes, absmax)
     assert torch.equal(packed.dequantize(), expected)
-    ours = format.encode(weight.half().float())
+    ours = encode_weight(weight.half().float(), format)
     assert torch.equal(ours["scale"], tensors["scale"])
     assert (ours["codes"] != codes).float().mean() < 0.01  # theirs are rounded in float16
 

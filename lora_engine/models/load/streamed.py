@@ -20,6 +20,7 @@ from lora_engine.models.load.transformers_files import check_weights, quiet_tran
 from lora_engine.models.quantized.linear import QuantizedLinear
 from lora_engine.models.quantized.record import record_quantization
 from lora_engine.ops import QuantizedWeight
+from lora_engine.quantization.format import all_finite
 
 Progress = Callable[[int, int], None]
 
@@ -227,7 +228,7 @@ def _fill_dense(
 ) -> None:
     place, key = work.place, work.keys[""]
     value = files.shards.read(key)
-    if value.is_floating_point() and not bool(value.isfinite().all()):
+    if value.is_floating_point() and not all_finite(value):
         raise UserError(
             f"{files.shards.tensors[key].file}: {key} has values that are not finite; get the "
             "model's own files"

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import lora_engine
 from lora_engine import QuantizedWeight, UserError, quantize_weight
 from lora_engine.models.quantized.linear import QuantizedLinear
+from lora_engine.ops.quantized_weight import encode_weight
 from lora_engine.quantization.format import Format
 from lora_engine.quantization.fp8 import Fp8
 from lora_engine.quantization.int4_group import Int4Group, pack
@@ -70,7 +71,7 @@ def repacked(
 
 
 def int8_rows(weight: Tensor) -> Made:
-    tensors = Int8(absmax=True).encode(weight.float())
+    tensors = encode_weight(weight.float(), Int8(absmax=True))
     return (
         {"weight": tensors["codes"], "SCB": tensors["scale"].view(-1)},
         Int8(absmax=True),
@@ -80,27 +81,27 @@ def int8_rows(weight: Tensor) -> Made:
 
 def fp8_tiles(weight: Tensor) -> Made:
     format = Fp8(32, 32)
-    tensors = format.encode(weight.float())
+    tensors = encode_weight(weight.float(), format)
     codes = tensors["codes"].view(torch.float8_e4m3fn)
     return {"weight": codes, "weight_scale_inv": tensors["scale"]}, format, tensors
 
 
 def fp8_rows(weight: Tensor) -> Made:
     format = Fp8(scales="bfloat16")
-    tensors = format.encode(weight.float())
+    tensors = encode_weight(weight.float(), format)
     codes = tensors["codes"].view(torch.float8_e4m3fn)
     return {"weight": codes, "weight_scale": tensors["scale"]}, format, tensors
 
 
 def compressed_int8(weight: Tensor) -> Made:
     format = Int8(scales="bfloat16")
-    tensors = format.encode(weight.float())
+    tensors = encode_weight(weight.float(), format)
     return {"weight": tensors["codes"], "weight_scale": tensors["scale"]}, format, tensors
 
 
 def compressed_int4(weight: Tensor) -> Made:
     format = Int4Group(group=32)
-    tensors = format.encode(weight.float())
+    tensors = encode_weight(weight.float(), format)
     entries = {
         "weight_packed": tensors["codes"],
         "weight_scale": tensors["scale"],
@@ -124,7 +125,7 @@ def fp4(weight: Tensor, name: str) -> Made:
 
 def modelopt_nvfp4(weight: Tensor) -> Made:
     format = Nvfp4(divides=False)
-    tensors = format.encode(weight.float())
+    tensors = encode_weight(weight.float(), format)
     entries = {
         "weight": tensors["codes"],
         "weight_scale": tensors["scale"].view(torch.float8_e4m3fn),
