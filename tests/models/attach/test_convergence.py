@@ -1,4 +1,4 @@
-"""Twenty steps of a small model follow PEFT's own, without dropout and with it."""
+"""Steps of a small model follow PEFT's own, without dropout and with it."""
 
 import math
 import statistics
@@ -10,10 +10,10 @@ import torch
 import lora_engine
 from lora_engine.testing import tiny_llama, with_lora
 
-STEPS, SEEDS = 20, 20
+SEEDS = 12
 
 
-def losses(seed: int, *, dropout: float, accelerated: bool) -> list[float]:
+def losses(seed: int, *, dropout: float, accelerated: bool, steps: int = 12) -> list[float]:
     """Loss of each step, dropout included, of the same model on the same batches."""
     model: Any = with_lora(tiny_llama(layers=1), r=4, alpha=16, lora_dropout=dropout)
     if accelerated:
@@ -24,7 +24,7 @@ def losses(seed: int, *, dropout: float, accelerated: bool) -> list[float]:
     ids = torch.randint(0, 97, (1, 4, 12), generator=torch.Generator().manual_seed(1))
     torch.manual_seed(seed)
     found = []
-    for step in range(STEPS):
+    for step in range(steps):
         batch = ids[step % len(ids)]
         loss = model(input_ids=batch, labels=batch).loss
         optimizer.zero_grad()
@@ -35,7 +35,7 @@ def losses(seed: int, *, dropout: float, accelerated: bool) -> list[float]:
 
 
 def test_without_dropout_every_step_is_peft_s() -> None:
-    ours, theirs = (losses(0, dropout=0.0, accelerated=x) for x in (True, False))
+    ours, theirs = (losses(0, dropout=0.0, accelerated=x, steps=20) for x in (True, False))
     assert theirs[-1] < 0.95 * theirs[0]
     assert ours == pytest.approx(theirs, rel=1e-4)
 
@@ -47,7 +47,7 @@ def test_with_dropout_the_losses_are_distributed_as_peft_s() -> None:
         for accelerated in (True, False)
     }
     assert runs[True] != runs[False]
-    for step in (0, STEPS // 2, STEPS - 1):
+    for step in (0, 6, 11):
         ours, theirs = ([run[step] for run in runs[x]] for x in (True, False))
         spread = math.hypot(statistics.stdev(ours), statistics.stdev(theirs))
         distance = statistics.mean(ours) - statistics.mean(theirs)

@@ -6,12 +6,15 @@ import torch
 from base_weights import BASES, group_over
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from implementations import Backend
 from oracle import check
 from torch import Tensor
 
 from lora_engine import ops, reference
 from lora_engine.ops import augmented
 from lora_engine.values import AdaptedLinear
+
+OPERATION = "lora_linear"
 
 
 def factors(
@@ -55,15 +58,14 @@ GROUPS = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("shape", [(1, 20), (63, 20), (2, 9, 20)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 20), (2, 9, 20)], ids=str)
 @pytest.mark.parametrize("name", GROUPS)
 def test_matches_oracle(
-    poisoned: None, dtype: torch.dtype, shape: tuple, name: str, group: Group
+    backend: Backend, dtype: torch.dtype, poisoned: None, shape: tuple, name: str
 ) -> None:
     torch.manual_seed(0)
     out, ranks = GROUPS[name]
-    weights = [torch.randn(n, 20).to(dtype) for n in out]
+    weights = backend.put(*(torch.randn(n, 20).to(dtype) for n in out))
     pairs = factors(out, ranks, 20, dtype)
     leaves = [x for pair in pairs if pair for x in pair]
 
@@ -71,10 +73,15 @@ def test_matches_oracle(
         rest = iter(given)
         return [None if p is None else (next(rest), next(rest)) for p in pairs]
 
+    def ours(x: Tensor, *given: Tensor) -> Tensor:
+        adapters = [None if p is None else ops.LoraFactors(*p, 0.5) for p in assemble(given)]
+        group = ops.LoraGroup.dense(weights, adapters)
+        return torch.cat(ops.lora_linear(x, group, impl=backend.impl), -1)
+
     check(
-        lambda x, *given: torch.cat(ops.lora_linear(x, group(weights, assemble(given))), -1),
+        ours,
         lambda x, *given: linears(x, weights, assemble(given)),
-        [torch.randn(shape).to(dtype), *leaves],
+        backend.put(torch.randn(shape).to(dtype), *leaves),
         tolerance=3e-2 if dtype == torch.bfloat16 else None,
     )
 
@@ -141,8 +148,10 @@ def test_any_shape(tokens: int, features: int, out: list[int], rank: int, group:
     assert torch.allclose(y, linears(x, weights, pairs), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("impl", ["reference", "cpu"])
-def test_gradcheck(impl: str, group: Group) -> None:
+@pytest.mark.reference
+def test_gradcheck(backend: Backend, group: Group) -> None:
+    if torch.float64 not in backend.dtypes:
+        pytest.skip("no kernels in float64")
     pairs = factors((3, 2), (2, 1), 5, torch.float64)
     weights = [torch.randn(3, 5).double(), torch.randn(2, 5).double()]
     leaves = [x.requires_grad_() for pair in pairs if pair for x in pair]
@@ -150,7 +159,7 @@ def test_gradcheck(impl: str, group: Group) -> None:
 
     def forward(x: Tensor, *given: Tensor) -> Tensor:
         both = [(given[0], given[1]), (given[2], given[3])]
-        return torch.cat(ops.lora_linear(x, group(weights, both), impl=impl), -1)
+        return torch.cat(ops.lora_linear(x, group(weights, both), impl=backend.impl), -1)
 
     assert torch.autograd.gradcheck(forward, [x, *leaves])
 
@@ -162,8 +171,8 @@ def test_errors_name_the_shapes(group: Group) -> None:
         group([torch.randn(24, 20)], [(torch.randn(4, 19), torch.randn(24, 4))])
 
 
-class TestRoom:
-    """The spare columns behind a producer's rows."""
+class TestPaddingColumns:
+    """Those behind a producer's rows."""
 
     def test_is_used_in_place(self) -> None:
         (x,) = augmented.empty(3, [4], 2, dtype=torch.float32, device=torch.device("cpu"))
