@@ -80,7 +80,7 @@ def _square_sum_kernel(
     count,
     BLOCK: tl.constexpr,
 ):
-    """partials[pid] = sum of grads^2 over every num_programs-th block, in a fixed order."""
+    """partials[pid] = sum of grads^2 over every num_programs-th chunk, in a fixed order."""
     pid = tl.program_id(0).to(tl.int64)
     stride = tl.num_programs(0).to(tl.int64) * BLOCK
     offs = pid * BLOCK + tl.arange(0, BLOCK)

@@ -2,7 +2,7 @@
 
 The first pass keeps a running maximum and sum for each lane (a group of VECTOR columns that one
 thread loads at once), so that nothing crosses threads before its end. The second, from the last
-block to the first, finds what the first read last still in the L2 cache.
+tile to the first, finds what the first read last still in the L2 cache.
 """
 
 import triton
@@ -35,8 +35,8 @@ def _logit(x, cap, HAS_CAP: tl.constexpr):
 
 
 @triton.jit
-def _block(row_ptr, start, lanes, columns, cols, cap, HAS_CAP: tl.constexpr, MASKED: tl.constexpr):
-    """A block [LANES, VECTOR] of the row: raw and capped; -inf beyond its end."""
+def _tile(row_ptr, start, lanes, columns, cols, cap, HAS_CAP: tl.constexpr, MASKED: tl.constexpr):
+    """A tile [LANES, VECTOR] of the row: raw and capped; -inf beyond its end."""
     offs = start + lanes[:, None] * columns.shape[0] + columns[None, :]
     if MASKED:
         x = tl.load(row_ptr + offs, mask=offs < cols, other=float("-inf")).to(tl.float32)
@@ -48,7 +48,7 @@ def _block(row_ptr, start, lanes, columns, cols, cap, HAS_CAP: tl.constexpr, MAS
 
 
 @triton.jit
-def _add_block(
+def _add_tile(
     row_ptr,
     start,
     lanes,
@@ -66,13 +66,13 @@ def _add_block(
     SMOOTH: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """The lanes' running values after one more block.
+    """The lanes' running values after one more tile.
 
     Of each lane: the running maximum of z and the running sum of exp(z - maximum), as in online
     softmax; the maximum of x before the cap; the sum of p d, d = z - maximum, for the entropy; and
     the sum and number of z above -inf, for label smoothing.
     """
-    _, x, z = _block(row_ptr, start, lanes, columns, cols, cap, HAS_CAP, MASKED)
+    _, x, z = _tile(row_ptr, start, lanes, columns, cols, cap, HAS_CAP, MASKED)
     if HAS_CAP:
         highest_x = tl.maximum(highest_x, tl.max(x, axis=1))
     new_max = tl.maximum(running_max, tl.max(z, axis=1))
@@ -93,7 +93,7 @@ def _add_block(
 
 
 @triton.jit
-def _gradient_block(
+def _gradient_tile(
     row_ptr,
     grad_ptr,
     start,
@@ -110,8 +110,8 @@ def _gradient_block(
     SMOOTH: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Writes the gradient of one block."""
-    offs, _, z = _block(row_ptr, start, lanes, columns, cols, cap, HAS_CAP, MASKED)
+    """Writes the gradient of one tile."""
+    offs, _, z = _tile(row_ptr, start, lanes, columns, cols, cap, HAS_CAP, MASKED)
     grad = scale_p * tl.exp(z - lse)
     if SMOOTH:
         grad = tl.where(z > float("-inf"), grad - smoothing_share, 0.0)
@@ -182,8 +182,8 @@ def _cross_entropy_kernel(
             zeros = tl.zeros((BLOCK_N // VECTOR, VECTOR), grad_ptr.dtype.element_ty)
             out_ptr = grad_ptr + row * stride_grad
             offs = lanes[:, None] * VECTOR + columns[None, :]
-            for block in range(whole):
-                tl.store(out_ptr + block * BLOCK_N + offs, zeros)
+            for tile in range(whole):
+                tl.store(out_ptr + tile * BLOCK_N + offs, zeros)
             if ragged:
                 offs += whole * BLOCK_N
                 tl.store(out_ptr + offs, zeros, mask=offs < cols)
@@ -200,14 +200,14 @@ def _cross_entropy_kernel(
             count = tl.zeros((BLOCK_N // VECTOR,), tl.int32)
             # Triton 3.6 asserts that what a loop sums is used once after it: not by this `if`.
             if ragged:
-                highest_x, running_max, running_sum, sum_pd, sum_z, count = _add_block(
+                highest_x, running_max, running_sum, sum_pd, sum_z, count = _add_tile(
                     row_ptr, whole * BLOCK_N, lanes, columns, cols, cap,
                     highest_x, running_max, running_sum, sum_pd, sum_z, count,
                     HAS_CAP, ENTROPY, SMOOTH, True,
                 )  # fmt: skip
-            for block in range(whole):
-                highest_x, running_max, running_sum, sum_pd, sum_z, count = _add_block(
-                    row_ptr, block * BLOCK_N, lanes, columns, cols, cap,
+            for tile in range(whole):
+                highest_x, running_max, running_sum, sum_pd, sum_z, count = _add_tile(
+                    row_ptr, tile * BLOCK_N, lanes, columns, cols, cap,
                     highest_x, running_max, running_sum, sum_pd, sum_z, count,
                     HAS_CAP, ENTROPY, SMOOTH, False,
                 )  # fmt: skip
@@ -244,13 +244,13 @@ def _cross_entropy_kernel(
             smoothing_share = scale * label_smoothing / classes
             out_ptr = grad_ptr + row * stride_grad
             if ragged:
-                _gradient_block(
+                _gradient_tile(
                     row_ptr, out_ptr, whole * BLOCK_N, lanes, columns, cols, target, cap,
                     lse, scale_p, scale_target, smoothing_share, HAS_CAP, SMOOTH, True,
                 )  # fmt: skip
-            for block in range(whole):
-                _gradient_block(
-                    row_ptr, out_ptr, (whole - 1 - block) * BLOCK_N, lanes, columns, cols, target,
+            for tile in range(whole):
+                _gradient_tile(
+                    row_ptr, out_ptr, (whole - 1 - tile) * BLOCK_N, lanes, columns, cols, target,
                     cap, lse, scale_p, scale_target, smoothing_share, HAS_CAP, SMOOTH, False,
                 )  # fmt: skip
 

@@ -1,10 +1,10 @@
-"""LayerNorm. Programs, blocks and sums over rows as in rms_norm.py."""
+"""LayerNorm. Programs, tiles and sums over rows as in rms_norm.py."""
 
 import torch
 import triton
 import triton.language as tl
 from lora_engine.backends.triton import launch
-from lora_engine.backends.triton.norm_rows import blocks, rows_per_program
+from lora_engine.backends.triton.norm_rows import rows_per_program, tile_of
 from lora_engine.backends.triton.relaunch import Relaunched
 from torch import Tensor
 
@@ -180,7 +180,7 @@ def layer_norm_fwd(
     """Writes y, mean and rstd. Launch size: bytes of a row."""
     if not x.numel():
         return
-    config, _ = blocks("layer_norm_fwd", x, y)
+    config, _ = tile_of("layer_norm_fwd", x, y)
     _layer_norm_fwd_kernel[(launch.cdiv(x.shape[0], config["BLOCK_M"]),)](
         x,
         weight,
@@ -215,7 +215,7 @@ def layer_norm_bwd(
         for total in sums:
             total.zero_()
         return
-    config, programs = blocks("layer_norm_bwd_dw" if sums else "layer_norm_bwd", x, dy, dx)
+    config, programs = tile_of("layer_norm_bwd_dw" if sums else "layer_norm_bwd", x, dy, dx)
     share = config["BLOCK_M"]
     if sums:
         share = rows_per_program(rows, share, programs)

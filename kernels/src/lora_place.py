@@ -26,7 +26,7 @@ def _place(
     SLOT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A block of a factor's elements, in the order of its rows."""
+    """A chunk of a factor's elements, in the order of its rows."""
     COLS: tl.constexpr = TABLE[SLOT][3]
     offs = (pid - TABLE[SLOT][0]) * BLOCK + tl.arange(0, BLOCK)
     rows, cols = (offs // COLS).to(tl.int64), offs % COLS

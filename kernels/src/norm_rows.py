@@ -1,4 +1,4 @@
-"""What the norms' launchers share: blocks of rows, and gradients that are sums over all rows."""
+"""What the norms' launchers share: tiles of rows, and gradients that are sums over all rows."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from lora_engine.backends.hardware import multiprocessors
 
 
-def blocks(kernel: str, x: Tensor, *others: Tensor | None) -> tuple[dict[str, Any], int]:
+def tile_of(kernel: str, x: Tensor, *others: Tensor | None) -> tuple[dict[str, Any], int]:
     """The kernel's launch parameters for rows like x's, and how many programs run at a time.
 
     x and `others` are [rows, cols], or [tokens, heads, cols] with heads side by side.

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 from lora_engine.backends.triton import launch
-from lora_engine.backends.triton.norm_rows import blocks, rows_per_program
+from lora_engine.backends.triton.norm_rows import rows_per_program, tile_of
 from lora_engine.backends.triton.relaunch import Relaunched
 from torch import Tensor
 
@@ -191,7 +191,7 @@ def rms_norm_fwd(
     rows = rstd.numel()
     if not x.numel():
         return
-    config, _ = blocks("rms_norm_fwd", x, residual, y, h)
+    config, _ = tile_of("rms_norm_fwd", x, residual, y, h)
     _rms_norm_fwd_kernel[(launch.cdiv(rows, config["BLOCK_M"]),)](
         x,
         residual,
@@ -228,7 +228,7 @@ def rms_norm_bwd(
             dweight.zero_()
         return
     kernel = "rms_norm_bwd" if dweight is None else "rms_norm_bwd_dw"
-    config, programs = blocks(kernel, h, dy, dh, dx)
+    config, programs = tile_of(kernel, h, dy, dh, dx)
     share, partial = config["BLOCK_M"], None
     if dweight is not None:
         share = rows_per_program(rows, share, programs)

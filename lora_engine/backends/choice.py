@@ -365,14 +365,14 @@ def _why_not(request: Request, impl: str, present: Present) -> str | None:
         return elsewhere
     if not present.gpu or request.capability is None:
         return "torch finds no CUDA device"
-    found = hardware.capability_text(request.capability)
+    own = hardware.capability_text(request.capability)
     if request.capability < hardware.OLDEST_CAPABILITY:
         least = hardware.capability_text(hardware.OLDEST_CAPABILITY)
-        return f"the GPU has capability {found}, the kernels need {least}"
+        return f"the GPU has capability {own}, the kernels need {least}"
     if impl == "cuda" and not any(
         hardware.runs_on(a, request.capability) for a in present.architectures
     ):
-        return f"built for {', '.join(present.architectures)}, the GPU has capability {found}"
+        return f"built for {', '.join(present.architectures)}, the GPU has capability {own}"
     return None
 
 
@@ -417,13 +417,13 @@ def _by_ranks(choice: Choice, sizes: Activation) -> Strategy:
 
 
 def _by_heads(request: Request, present: Present, sizes: Heads) -> Strategy:
-    ours = "the implementation's own kernels: "
+    own = "the implementation's own kernels: "
     if request.device != "cuda" or request.impl is not None:
-        return Strategy("tiles", ours + "there are no others")
+        return Strategy("tiles", own + "there are no others")
     if sizes.parents or sizes.head_dim % 8 or request.dtype not in FLASH_DTYPES:
-        return Strategy("tiles", ours + "PyTorch's do not take the case")
+        return Strategy("tiles", own + "PyTorch's do not take the case")
     if sizes.repeatable:
-        return Strategy("tiles", ours + "PyTorch's do not give the same bits twice")
+        return Strategy("tiles", own + "PyTorch's do not give the same bits twice")
 
     def is_faster(table: dict[int | None, tuple[int, int]]) -> bool:
         least, most = table.get(request.capability, table[None])
@@ -433,9 +433,9 @@ def _by_heads(request: Request, present: Present, sizes: Heads) -> Strategy:
     if present.cudnn and alike and is_faster(CUDNN_HEADS):
         return Strategy("cudnn", "cuDNN's attention is faster where all sequences are alike")
     if not present.flash:
-        return Strategy("tiles", ours + "this PyTorch has no FlashAttention")
+        return Strategy("tiles", own + "this PyTorch has no FlashAttention")
     if not is_faster(FLASH_HEADS):
-        return Strategy("tiles", ours + "FlashAttention is not faster at this head size")
+        return Strategy("tiles", own + "FlashAttention is not faster at this head size")
     return Strategy("flash", "PyTorch's FlashAttention is faster at this head size")
 
 

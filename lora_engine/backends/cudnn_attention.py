@@ -77,7 +77,7 @@ def attention_bwd(
     queries, keys = rotated(queries, keys, cos, sin)
     sums = lse.unflatten(1, (sequences, length)).transpose(0, 1).contiguous()
     no_dropout = torch.zeros((), dtype=torch.int64, device=q.device)
-    found = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+    gradients = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
         *(_batched(x, sequences) for x in (d_out, queries, keys, values, out)),
         sums[..., None],
         no_dropout,
@@ -91,7 +91,7 @@ def attention_bwd(
         causal,
         scale=scale,
     )
-    raw = [x.transpose(1, 2).flatten(0, 1) for x in found]
+    raw = [x.transpose(1, 2).flatten(0, 1) for x in gradients]
     write_gradients(raw, (dq, dk, dv), cos, sin, head_dim=head_dim)
 
 

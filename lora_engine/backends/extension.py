@@ -50,13 +50,13 @@ def extension_available() -> bool:
 
 def native() -> ModuleType:
     """The compiled module; UnavailableError where there is none."""
-    found = loaded()
-    if found.module is None:
+    extension = loaded()
+    if extension.module is None:
         raise UnavailableError(
-            f"the C++ extension lora_engine._C cannot run here ({found.problem}); "
+            f"the C++ extension lora_engine._C cannot run here ({extension.problem}); "
             "`pip install -e .` builds it and `lora-engine doctor` says more"
         )
-    return found.module
+    return extension.module
 
 
 def keep_freed_memory(device: torch.device) -> bool:

@@ -82,7 +82,7 @@ def attention_bwd(
     queries, keys = rotated(queries, keys, cos, sin)
     tokens, (before, behind) = q.shape[0], _sides(window)
     no_dropout = torch.empty(2, dtype=torch.uint64, device=q.device)
-    found = torch.ops.aten._flash_attention_backward(
+    gradients = torch.ops.aten._flash_attention_backward(
         d_out,
         queries,
         keys,
@@ -101,7 +101,7 @@ def attention_bwd(
         window_size_left=before,
         window_size_right=behind,
     )
-    write_gradients(found, (dq, dk, dv), cos, sin, head_dim=head_dim)
+    write_gradients(gradients, (dq, dk, dv), cos, sin, head_dim=head_dim)
 
 
 def _sides(window: int) -> tuple[int | None, int | None]:

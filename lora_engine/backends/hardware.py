@@ -95,8 +95,8 @@ def computes_bfloat16(device: torch.device) -> bool | None:
     """Whether a GPU computes in bfloat16; None for a CPU, where it is to be timed."""
     if device.type == "cpu":
         return None
-    found = capability(device)
-    return found is not None and found >= OLDEST_CAPABILITY
+    own = capability(device)
+    return own is not None and own >= OLDEST_CAPABILITY
 
 
 def reads_at_once(x: Tensor) -> bool:

@@ -46,9 +46,9 @@ class ScaledColumns(NamedTuple):
 
 def split_parts(d_lora_b: Tensor, parts: Sequence[AdapterPart]) -> list[Tensor]:
     """Each part's [n, r] of d_lora_b [E], which holds them one after the other."""
-    found, place = [], d_lora_b.storage_offset()
+    split, place = [], d_lora_b.storage_offset()
     for rows, columns, _ in parts:
         n, r = rows.stop - rows.start, columns.stop - columns.start
-        found.append(d_lora_b.as_strided((n, r), (r, 1), place))
+        split.append(d_lora_b.as_strided((n, r), (r, 1), place))
         place += n * r
-    return found
+    return split

@@ -29,10 +29,10 @@ from lora_engine.errors import EngineWarning, UserError
 
 def present() -> Present:
     """What this machine has."""
-    found = extension.loaded()
+    built = extension.loaded()
     return Present(
-        isa=None if found.module is None else found.module.isa(),
-        problem=found.problem,
+        isa=None if built.module is None else built.module.isa(),
+        problem=built.problem,
         triton=hardware.triton_installed(),
         interpreted=hardware.triton_interpreted(),
         architectures=extension.cuda_architectures(),
@@ -167,8 +167,8 @@ def _choose_here(
     format: str = "dense",
 ) -> Choice:
     """`choose` for operations, which ask at every call."""
-    found = extension.loaded(), extension.cuda_emulation
-    return _choose_once(operation, device, dtype, sizes, impl, format, *found)
+    extensions = extension.loaded(), extension.cuda_emulation
+    return _choose_once(operation, device, dtype, sizes, impl, format, *extensions)
 
 
 @lru_cache(4096, typed=True)  # sizes of different types may be equal as tuples

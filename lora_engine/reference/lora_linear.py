@@ -36,10 +36,10 @@ def lora_linear(
     y = F.linear(x, linear.weight)
     for factors in linear.adapters:
         a, b, scaling = factors.lora_a, factors.lora_b, factors.scaling
-        given = x if dropout is None else drop(x, dropout, substream)
+        dropped = x if dropout is None else drop(x, dropout, substream)
         if routes is not None:
-            given = given * (routes == factors.adapter)[..., None]
-        y = y + lora_delta(given, a, b, scaling)
+            dropped = dropped * (routes == factors.adapter)[..., None]
+        y = y + lora_delta(dropped, a, b, scaling)
         if factors.bias is not None:
             y = y + scaling * factors.bias.to(y.dtype)
         if factors.magnitude is not None:

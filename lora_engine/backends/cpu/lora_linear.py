@@ -220,11 +220,11 @@ def _products(spans: Sequence[Span], *, merge: bool) -> list[tuple[int, slice]]:
 
 def _unused(spans: Sequence[Span], ranks: int) -> list[slice]:
     """The columns of [.., ranks] in no span."""
-    done, found = 0, []
+    done, unused = 0, []
     for _, columns in spans:
         if columns.start > done:
-            found.append(slice(done, columns.start))
+            unused.append(slice(done, columns.start))
         done = columns.stop
     if done < ranks:
-        found.append(slice(done, ranks))
-    return found
+        unused.append(slice(done, ranks))
+    return unused

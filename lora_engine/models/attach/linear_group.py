@@ -58,7 +58,7 @@ class LinearGroup:
 
     @property
     def padding_columns(self) -> int:
-        """Spare columns the group's input wants behind each row."""
+        """Padding columns the group's input wants behind each row."""
         return self.lora.padded_rank if self.lora is not None else 0
 
     @property
@@ -135,7 +135,7 @@ class LinearGroup:
                 return problem
         adapters = [lora_state.active_factors(m, self.router.names) for m in self.modules]
         if sum(f.lora_a.shape[0] for factors in adapters for f in factors) > lora.padded_rank:
-            return "the active adapters have more ranks than there is room for: accelerate anew"
+            return "the active adapters have more ranks than were reckoned with: accelerate anew"
         if self.router.names and any(f.bias is not None for factors in adapters for f in factors):
             return "lora_bias=True"
         lora.set_adapters(adapters)

@@ -76,8 +76,8 @@ def read_base(folder: Path) -> Base | None:
 def how_they_differ(trained_on: Base, other: Base) -> str | None:
     """What shows that these are two models; None if nothing does, as of another file format."""
     known = set(trained_on.files.values()) - {""}
-    found = set(other.files.values()) - {""}
-    if known and found and known != found:
+    others = set(other.files.values()) - {""}
+    if known and others and known != others:
         return f"trained on {trained_on.name or 'a model'}, whose weight files had other contents"
     same_model = trained_on.hub_id is not None and trained_on.hub_id == other.hub_id
     revisions = trained_on.revision, other.revision

@@ -159,10 +159,10 @@ def active_factors(module: nn.Module, names: Sequence[str]) -> list[ops.LoraFact
     """The adapters of a linear that run now, numbered by their place in `names`."""
     if not is_lora(module):
         return []
-    found = []
+    factors = []
     for name in _running(module):
         lora_b, bias = _lora_b(module, name)
-        found.append(
+        factors.append(
             ops.LoraFactors(
                 module.lora_A[name].weight,
                 lora_b,
@@ -172,7 +172,7 @@ def active_factors(module: nn.Module, names: Sequence[str]) -> list[ops.LoraFact
                 bias,
             )
         )
-    return found
+    return factors
 
 
 def why_not(modules: Sequence[nn.Module]) -> str | None:
@@ -251,9 +251,9 @@ def _running(module: LoraLinear) -> list[str]:
 
 def _dropout_of(module: LoraLinear, names: Sequence[str]) -> float:
     layers = _parts(module, "lora_dropout")
-    found = 0.0
+    probability = 0.0
     for name in names:
         layer = layers[name]
         if layer.training:
-            found = max(found, vars(layer).get("p", 0.0))
-    return found
+            probability = max(probability, vars(layer).get("p", 0.0))
+    return probability

@@ -72,8 +72,8 @@ def weight_count(module: nn.Module) -> int:
 
 
 def _is_bitsandbytes_4bit(module: object) -> bool:
-    found = sys.modules.get("bitsandbytes")  # a layer of its own has imported it
-    return found is not None and isinstance(module, found.nn.Linear4bit)
+    bitsandbytes = sys.modules.get("bitsandbytes")  # a layer of its own has imported it
+    return bitsandbytes is not None and isinstance(module, bitsandbytes.nn.Linear4bit)
 
 
 def _why_not_bitsandbytes(layer: Any) -> str | None:

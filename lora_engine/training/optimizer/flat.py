@@ -139,10 +139,10 @@ class FlatParameters:
             parameter.grad = None
         try:
             yield
-            found = [(view, p.grad) for p, view in collected if p.grad is not None]
-            if found:
+            arrived = [(view, p.grad) for p, view in collected if p.grad is not None]
+            if arrived:
                 with torch.no_grad():
-                    torch._foreach_add_([view for view, _ in found], [g for _, g in found])
+                    torch._foreach_add_([view for view, _ in arrived], [g for _, g in arrived])
         finally:
             for parameter, view in collected:
                 parameter.grad = view

@@ -95,14 +95,14 @@ class FlatAdamW:
         One tensor per parameter in float32; in 8 bits, where blocks take no notice of parameters,
         the flat codes and what scales them.
         """
-        found = {}
+        moments = {}
         for name, values, absmax in self._moments():
             if absmax is None:
-                found[name] = self.flat.named_copies(values)
+                moments[name] = self.flat.named_copies(values)
             else:
                 parts = {"codes": values, "absmax": absmax}
-                found[name] = {part: x.detach().to("cpu", copy=True) for part, x in parts.items()}
-        return found
+                moments[name] = {part: x.detach().to("cpu", copy=True) for part, x in parts.items()}
+        return moments
 
     @torch.no_grad()
     def load(self, read: Callable[[str], Mapping[str, torch.Tensor]]) -> None:

@@ -228,8 +228,8 @@ def _checkpoints_reentrantly(module: nn.Module) -> bool:
     function = getattr(module, "_gradient_checkpointing_func", None)
     if not getattr(module, "gradient_checkpointing", False) or function is None:
         return False
-    given = function.keywords if isinstance(function, functools.partial) else {}
-    return bool(given.get("use_reentrant", True))
+    options = function.keywords if isinstance(function, functools.partial) else {}
+    return bool(options.get("use_reentrant", True))
 
 
 def _why_zero(model: nn.Module, name: str) -> str:
