@@ -25,6 +25,7 @@ from lora_engine.app.config_schema import (
     find_switch_for_number,
 )
 from lora_engine.app.config_yaml import parse_mapping, parse_value, read_config
+from lora_engine.app.objectives import name_of, objective_of
 from lora_engine.data.formats.columns import Layout
 from lora_engine.data.formats.recognise import FIELDS, FormatName
 from lora_engine.errors import UserError, nearest
@@ -155,9 +156,10 @@ class DataConfig(_Section):
         description="A file (`.jsonl`, `.json`, `.parquet`, `.csv`, `.tsv`, `.txt`, `.md`, "
         "`.arrow`; text also with `.gz` or `.zst` behind), a folder, a pattern as `a/*.jsonl`, "
         "a hub dataset id, or `docstrings`: the Python standard library's functions and their "
-        "docstrings. Or a list of these, each by itself or as `{path: …}` with a `split`, "
-        "`format`, `columns` or `template` of its own, a `limit` of records, and a `weight`: its "
-        "share of an epoch's examples.",
+        "docstrings; `docstring_pairs` has a worse one beside each, `docstring_labels` says of "
+        "each whether it is a good one. Or a list of these, each by itself or as `{path: …}` with "
+        "a `split`, `format`, `columns` or `template` of its own, a `limit` of records, and a "
+        "`weight`: its share of an epoch's examples.",
     )
     split: str | None = Field(
         default=None, description="Split of a folder or a hub dataset to train on."
@@ -304,6 +306,11 @@ class RunConfig(_Section):
     lora: LoraConfig | None = Field(
         default=LoraConfig(), description="The adapter; `null` trains all weights instead."
     )
+    objective: str | dict[str, Any] = Field(
+        default="sft",
+        description="What is minimised: `sft`, `domain`, `dpo`, `orpo`, `simpo`, `cpo`, `kto`, "
+        "`reward` or `distill`; or a section of its `name` and settings (docs/objectives.md).",
+    )
     train: TrainConfig = Field(
         default_factory=lambda: TrainConfig.model_validate({}), description="The training loop."
     )
@@ -315,6 +322,13 @@ class RunConfig(_Section):
         description="Use the engine's kernels; `strict` stops if a layer is not covered, "
         "`false` runs plain PyTorch.",
     )
+
+    @model_validator(mode="after")
+    def _objective_is_one(self) -> "RunConfig":
+        objective_of(self.objective)
+        if name_of(self.objective) == "reward" and self.lora is None:
+            raise ValueError("lora: objective reward trains an adapter and a head; give lora")
+        return self
 
     @model_validator(mode="after")
     def _one_max_length(self) -> "RunConfig":

@@ -21,9 +21,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
+
 from lora_engine.app.chat_settings import set_chat_template
 from lora_engine.app.config import RunConfig, dump_config, load_config
 from lora_engine.app.datasets import Reading, prepare_data
+from lora_engine.app.objectives import name_of, objective_of, teacher_of
 from lora_engine.data import TokenizedDataset
 from lora_engine.data.account import account, lines
 from lora_engine.data.adapters import check_adapters
@@ -42,9 +45,10 @@ from lora_engine.models.load.load import (
     resolve_device,
     resolve_dtype,
 )
+from lora_engine.models.load.scalar import with_scalar_head
 from lora_engine.models.peft.adapters import LoraConfig, add_adapters
 from lora_engine.models.quantized.linear import QuantizedLinear
-from lora_engine.objectives.base import NATS_PER_TARGET
+from lora_engine.objectives.base import NATS_PER_TARGET, Objective, Teacher
 from lora_engine.report.page import write_report
 from lora_engine.training.run.folder import RunFolder
 from lora_engine.training.run.identity import model_weights_sha256
@@ -100,6 +104,10 @@ def _finetune(config: RunConfig, resume: bool, observer: Observer | None) -> Out
     tell(f"loading {model_name(config)}")
     model, tokenizer = _load(config, observer)
     origin = _origin(config, model)
+    if name_of(config.objective) == "reward":
+        model = with_scalar_head(
+            model, pad_token_id=tokenizer.pad_token_id, seed=config.lora.seed if config.lora else 0
+        )
     tell(f"reading {config.data.name()}")
     reading = getattr(observer, "on_reading", None)
     train_data, eval_data = _examples(config, tokenizer, reading)
@@ -113,7 +121,14 @@ def _finetune(config: RunConfig, resume: bool, observer: Observer | None) -> Out
     callbacks = () if observer is None else (observer,)
     train = config.train_with_rates()
     trainer = Trainer(
-        model, tokenizer, train_data, eval_data, train, callbacks=callbacks, origin=origin
+        model,
+        tokenizer,
+        train_data,
+        eval_data,
+        train,
+        objective=_objective(config, next(model.parameters()).device, tell),
+        callbacks=callbacks,
+        origin=origin,
     )
     files = trainer.folder
     files.reserve_results()
@@ -124,7 +139,8 @@ def _finetune(config: RunConfig, resume: bool, observer: Observer | None) -> Out
     preflight = trainer.preflight(step)
     if preflight is not None:
         tell(f"preflight: {preflight}")
-    prompts = choose_prompts(eval_data, tokenizer, config.samples.count)
+    writes = trainer.objective.reads.values != "examples"
+    prompts = choose_prompts(eval_data, tokenizer, config.samples.count if writes else 0)
     kept = None if step is None else _read_json(files.samples_before)
     before = _samples_before(config, model, tokenizer, prompts, kept, tell)
     trainer.open_folder(step)
@@ -148,6 +164,7 @@ def _finetune(config: RunConfig, resume: bool, observer: Observer | None) -> Out
     unit = trainer.objective.unit
     summary = {
         **result.summary(),
+        "objective": trainer.objective.name,
         "loss_unit": unit,
         "peak_memory_bytes": max(result.peak_memory_bytes, _earlier_peak(files.metrics)),
         "heldout_perplexity_before": _perplexity(result.heldout_loss_before, unit),
@@ -271,6 +288,18 @@ def _origin(config: RunConfig, model: Any) -> dict[str, Any]:
     """What the trained model is made from, for the identity of the run."""
     seed = {} if config.lora is None else {"lora.seed": config.lora.seed}
     return {"weights": model_weights_sha256(model), **seed}
+
+
+def _objective(config: RunConfig, device: torch.device, tell: Any) -> Objective:
+    """The objective of the run, with its teacher if it names a model."""
+    source, teacher = teacher_of(config.objective), None
+    if source:
+        tell(f"loading the teacher, {source}")
+        model, _ = load_model(source, dtype=config.model.dtype, device=device)
+        if config.accelerate:
+            accelerate(model)
+        teacher = Teacher(model.requires_grad_(False), source)
+    return objective_of(config.objective, teacher)
 
 
 def _samples(count: int) -> str:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 # A file, or the rows of what is none.
 Part: TypeAlias = "Path | Iterable[Row | RowError]"
 # Sources that come with the package, by name.
-BUILT_IN = ("docstrings",)
+BUILT_IN = ("docstrings", "docstring_pairs", "docstring_labels")
 _SPLITS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev", "eval"),
@@ -115,7 +115,7 @@ def rows_in_memory(
 
 def _parts(source: str | Path, split: str | None) -> list[Part]:
     if str(source) in BUILT_IN:
-        return [_built_in(split)]
+        return [_built_in(str(source), split)]
     files = files_among(source, split)
     if files is not None:
         return list(files)
@@ -136,12 +136,14 @@ def _is_paths(source: object) -> bool:
     )
 
 
-def _built_in(split: str | None) -> Iterator[Row]:
+def _built_in(name: str, split: str | None) -> Iterator[Row]:
     from lora_engine.data.docstrings import docstring_records
+    from lora_engine.data.preferred_docstrings import docstring_labels, docstring_pairs
 
     if split is not None:
-        raise UserError(f"docstrings: has no split {split!r}; leave the split out")
-    return (Row(record, record.origin) for record in docstring_records())
+        raise UserError(f"{name}: has no split {split!r}; leave the split out")
+    made = {"docstring_pairs": docstring_pairs, "docstring_labels": docstring_labels}
+    return (Row(record, record.origin) for record in made.get(name, docstring_records)())
 
 
 def _folder(folder: Path, split: str | None) -> list[Path]:

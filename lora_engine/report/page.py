@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from lora_engine.files import write_text
 from lora_engine.objectives.base import NATS_PER_TARGET
 from lora_engine.report.charts import Chart, Point, Series, line_chart, smoothed
 from lora_engine.text import bytes_text, duration_text
+from lora_engine.training.metrics import StepMetrics
 from lora_engine.training.run.folder import RunFolder
 
 Row = Mapping[str, Any]
@@ -66,7 +67,10 @@ def render_report(summary: Row, metrics: Sequence[Row]) -> str:
         summary=summary,
         headline=headline(summary),
         comparisons=comparisons(summary),
-        charts=[asdict(chart) for chart in charts(metrics, summary["loss_unit"])],
+        charts=[
+            asdict(chart)
+            for chart in charts(metrics, summary["loss_unit"], summary.get("objective", ""))
+        ],
         peeks=differing_parts([sample["prompt"] for sample in summary["samples"]]),
         accounts=[
             {**about, "lines": finding_lines(about)} for about in summary.get("data_accounts", ())
@@ -94,7 +98,8 @@ def headline(summary: Row) -> list[tuple[str, str, str]]:
 
 
 def comparisons(summary: Row) -> list[Comparison]:
-    """Held-out loss, its perplexity where it has one, and token accuracy, before and after."""
+    """Held-out loss, its perplexity where it has one, accuracy, and the objective's metrics, before
+    and after."""
     losses = (summary["heldout_loss_before"], summary["heldout_loss_after"])
     accuracies = (summary["heldout_accuracy_before"], summary["heldout_accuracy_after"])
     if None in losses or None in accuracies:
@@ -103,10 +108,32 @@ def comparisons(summary: Row) -> list[Comparison]:
     if summary["loss_unit"] == NATS_PER_TARGET:
         perplexities = tuple(map(perplexity, losses))
         rows.append(_comparison("Perplexity", perplexities, "{:,.2f}", lower_is_better=True))
-    rows.append(
-        _comparison("Token accuracy", accuracies, "{:.1%}", lower_is_better=False, points=True)
-    )
+    name = _accuracy(summary.get("objective", ""))
+    rows.append(_comparison(name, accuracies, "{:.1%}", lower_is_better=False, points=True))
+    before, after = (summary.get(f"heldout_metrics_{when}", {}) for when in ("before", "after"))
+    for metric, better in _BETTER.items():
+        if metric in before and metric in after and metric != _COUNTED.get(name):
+            share = metric.endswith("accuracies")
+            form = "{:.1%}" if share else "{:.3f}"
+            values = before[metric], after[metric]
+            title = metric if "/" in metric else metric.replace("_", " ").capitalize()
+            rows.append(_comparison(title, values, form, lower_is_better=not better, points=share))
     return rows
+
+
+# Metrics that are told before and after, and whether more is better.
+_BETTER = {
+    "rewards/accuracies": True,
+    "rewards/margins": True,
+    "divergence": False,
+}
+# What an accuracy counts that is a metric too.
+_COUNTED = {"Pair accuracy": "rewards/accuracies"}
+
+
+def _accuracy(objective: str) -> str:
+    """What is right or wrong: a token, or where a model predicts none the order of a pair."""
+    return "Pair accuracy" if objective == "reward" else "Token accuracy"
 
 
 def perplexity(loss: float) -> float:
@@ -114,10 +141,11 @@ def perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
 
 
-def charts(metrics: Sequence[Row], loss_unit: str) -> list[Chart]:
-    """Loss, learning rate, gradient norm, throughput and memory over the steps.
+def charts(metrics: Sequence[Row], loss_unit: str, objective: str = "") -> list[Chart]:
+    """Loss, the objective's metrics, learning rate, gradient norm, throughput and memory over the
+    steps.
 
-    loss_unit: what the objective counts the loss in, "" for a bare number.
+    loss_unit: what the objective counts the loss in, "" for a bare number. objective: its name.
     """
     loss = _points(metrics, "loss")
     heldout = _points(metrics, "heldout_loss")
@@ -144,13 +172,44 @@ def charts(metrics: Sequence[Row], loss_unit: str) -> list[Chart]:
             last_step=last,
             label=_loss_label,
         ),
-        single("Token accuracy", accuracy, "held-out, %", "heldout", from_zero=False),
+        single(_accuracy(objective), accuracy, "held-out, %", "heldout", from_zero=False),
+        *_metric_charts(metrics, _COUNTED.get(_accuracy(objective)), last),
         single("Learning rate", _points(metrics, "learning_rate"), "", label=_scientific),
         single("Gradient norm", _points(metrics, "grad_norm"), "before clipping"),
         single("Throughput", _points(metrics, "tokens_per_second"), "tokens per second"),
         single("Peak memory", memory, "GB"),
     ]
     return [chart for chart in drawn if chart is not None]
+
+
+def _metric_charts(metrics: Sequence[Row], shown: str | None, last: float) -> list[Chart | None]:
+    """A chart of each of the objective's metrics; two sides of pairs share one. shown: a metric
+    that another chart has."""
+    own = (fields(StepMetrics), "heldout_loss", "heldout_accuracy")
+    known = {part.name for part in own[0]} | {*own[1:], shown}
+    names = dict.fromkeys(
+        name.removeprefix("heldout_") for row in metrics for name in row if name not in known
+    )
+    drawn = []
+    for name in names:
+        stem, _, side = name.rpartition("/")
+        if side == "rejected" and f"{stem}/chosen" in names:
+            continue
+        if side == "chosen" and (rejected := f"{stem}/rejected") in names:
+            series = [
+                Series("chosen", smoothed(_points(metrics, name)), "smooth"),
+                Series("rejected", smoothed(_points(metrics, rejected)), "plain"),
+            ]
+            drawn.append(line_chart(stem, series, note="smoothed", last_step=last))
+            continue
+        points = _points(metrics, name)
+        series = [
+            Series("each step", points, "raw"),
+            Series("training, smoothed", smoothed(points), "smooth"),
+            Series("held-out", _points(metrics, f"heldout_{name}"), "heldout"),
+        ]
+        drawn.append(line_chart(name, series, last_step=last, label=_loss_label))
+    return drawn
 
 
 def config_sections(config: Row) -> list[tuple[str, list[tuple[str, str]]]]:

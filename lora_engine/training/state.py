@@ -1,5 +1,6 @@
 """Where a training run stands: everything a checkpoint's JSON remembers, and the result."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -63,6 +64,7 @@ class TrainResult:
         evaluation and checkpoints; of earlier sittings too if the run was resumed.
     heldout_*_before: before the first step. heldout_*_after: of the weights the run ends with.
         None without held-out data, and after an interruption that left them unmeasured.
+    heldout_metrics_*: the objective's own, likewise; none where it has none.
     best_step: the step with the lowest held-out loss.
     stopped: why it ended. checkpoint_dir: the newest checkpoint.
     """
@@ -79,6 +81,8 @@ class TrainResult:
     best_step: int | None
     stopped: Stopped
     checkpoint_dir: Path
+    heldout_metrics_before: Mapping[str, float] = field(default_factory=dict)
+    heldout_metrics_after: Mapping[str, float] = field(default_factory=dict)
 
     def summary(self) -> dict[str, Any]:
         """The values as JSON, for summary.json."""

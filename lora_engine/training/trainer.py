@@ -291,6 +291,8 @@ class Trainer:
             best_step=state.best_step,
             stopped=stopped,
             checkpoint_dir=self.folder.checkpoints.path(state.step),
+            heldout_metrics_before=before.metrics if before else {},
+            heldout_metrics_after=after.metrics if after else {},
         )
 
     def _card_facts(self, result: TrainResult) -> CardFacts:

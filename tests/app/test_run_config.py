@@ -314,7 +314,7 @@ def test_mistake_is_one_exact_line(text, overrides, message):
     [
         ("demoo", "demoo: no such config file; did you mean demo, which is shipped?"),
         ("ran.yaml", "ran.yaml: no such config file; did you mean run.yaml?"),
-        ("zzz", "zzz: no such config file; shipped configs: demo"),
+        ("zzz", f"zzz: no such config file; shipped configs: {', '.join(shipped_configs())}"),
         ("folder", "folder: is a folder, expected a YAML file"),
         ("binary.yaml", "binary.yaml: is not UTF-8 text, expected a YAML file"),
     ],

@@ -21,8 +21,8 @@ def scalar_head(
     head = getattr(inner, "score", None) or getattr(inner, "value_head", None)
     if not isinstance(head, nn.Module):
         raise UserError(
-            f"{type(inner).__name__} has no scalar head (score or value_head); load the model "
-            'with lora_engine.load_model(source, head="scalar")'
+            f"{type(inner).__name__} has no scalar head (score or value_head); make one with "
+            "lora_engine.with_scalar_head(model)"
         )
     weight = next(head.parameters())
 

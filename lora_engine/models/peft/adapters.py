@@ -203,9 +203,9 @@ def add_adapters(model: "nn.Module", lora: LoraConfig) -> "PeftCausalLm":
         torch.manual_seed(lora.seed)
         with _user_errors(lora, name):
             if wrapped is None:
-                wrapped = peft.get_peft_model(model, _peft_config(own), adapter_name=name)
+                wrapped = peft.get_peft_model(model, _peft_config(own, model), adapter_name=name)
             else:
-                wrapped.add_adapter(name, _peft_config(own))
+                wrapped.add_adapter(name, _peft_config(own, model))
     assert wrapped is not None
     if len(settings) > 1:
         wrapped.base_model.set_adapter(list(settings))
@@ -213,11 +213,12 @@ def add_adapters(model: "nn.Module", lora: LoraConfig) -> "PeftCausalLm":
     return wrapped
 
 
-def _peft_config(lora: LoraConfig) -> object:
+def _peft_config(lora: LoraConfig, model: "nn.Module") -> object:
     import peft
 
     return peft.LoraConfig(
-        task_type="CAUSAL_LM",
+        # A classifier's head, a reward model's say, is trained in full and saved with the adapter.
+        task_type="SEQ_CLS" if getattr(model, "score", None) is not None else "CAUSAL_LM",
         r=lora.r,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
