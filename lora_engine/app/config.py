@@ -235,6 +235,18 @@ class DataConfig(_Section):
         description="What becomes of a conversation that the chat template cannot write, or where "
         "what is learned cannot be told from the rest.",
     )
+    stream: bool = Field(
+        default=False,
+        description="Read and tokenise files while training, `stream_buffer` records at a time, "
+        "in memory that does not grow with them. Needs `train.max_steps`. What `eval_fraction` "
+        "holds out is measured by its part in the first four buffers.",
+    )
+    stream_buffer: int = Field(
+        default=2048,
+        ge=16,
+        le=10**7,
+        description="Records that are shuffled and packed among themselves, of a stream.",
+    )
     processes: Annotated[int, Field(ge=1, le=1024)] | None = Field(
         default=None,
         description="Processes that tokenise; null takes one for each processor where a source is "
@@ -328,6 +340,12 @@ class RunConfig(_Section):
         objective_of(self.objective)
         if name_of(self.objective) == "reward" and self.lora is None:
             raise ValueError("lora: objective reward trains an adapter and a head; give lora")
+        return self
+
+    @model_validator(mode="after")
+    def _a_stream_has_an_end(self) -> "RunConfig":
+        if self.data.stream and self.train.max_steps is None:
+            raise ValueError("train.max_steps: is required with data.stream, which has no end")
         return self
 
     @model_validator(mode="after")

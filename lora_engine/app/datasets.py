@@ -17,10 +17,13 @@ from lora_engine.data.mixture import mixed
 from lora_engine.data.recipe import Recipe
 from lora_engine.data.sources import files_among
 from lora_engine.data.store import OutcomeStore, StoredExamples, joined
+from lora_engine.data.stream import ExampleStream, StreamPart, streamed
 from lora_engine.data.template import Tokenizer
 from lora_engine.data.tokenising import PARALLEL_BYTES, Tokenised, tokenise, usable_processes
 from lora_engine.errors import UserError
 
+# Buffers of a stream that are looked into for held-out records.
+STREAM_HELDOUT = 4
 # Told of progress: what is read, its bytes that are done and their number (0: not known), records.
 Reading = Callable[[str, int, int, int], None]
 
@@ -31,13 +34,14 @@ def prepare_data(
     """The training and the held-out examples. Raises UserError for data that cannot be used."""
     recipe = recipe_of(data)
     name = data.name()
+    if data.stream:
+        return _streamed(data, recipe, tokenizer, reading)
     stores = [_tokenised(source, data, recipe, tokenizer, reading) for source in data.sources()]
     store = joined(stores)
     ends = np.cumsum([len(part) for part in stores])
     if data.eval is not None:
         training = np.arange(len(store))
-        source = DataSource(path=data.eval, split=data.eval_split, limit=data.eval_limit)
-        eval_store = _tokenised(source, data, recipe, tokenizer, reading)
+        eval_store = _tokenised(_eval_source(data), data, recipe, tokenizer, reading)
         heldout: Sequence[int] = range(len(eval_store))
     else:
         eval_store = store
@@ -48,6 +52,59 @@ def prepare_data(
     train_data = _mixed(train_data, data, ends)
     eval_name = f"{data.eval or name}, held out"
     return train_data, dataset_of(eval_name, eval_store, heldout, data.max_length)
+
+
+def _eval_source(data: DataConfig) -> DataSource:
+    assert data.eval is not None
+    return DataSource(path=data.eval, split=data.eval_split, limit=data.eval_limit)
+
+
+def _streamed(
+    data: DataConfig, recipe: Recipe, tokenizer: Tokenizer, reading: Reading | None
+) -> tuple[TokenizedDataset, TokenizedDataset]:
+    """The stream, and the held-out examples."""
+    name, parts = data.name(), []
+    for source in data.sources():
+        files = files_among(source.path, source.split)
+        if files is None or source.limit is not None:
+            reason = "reads files" if files is None else "takes no limit"
+            raise UserError(f"{source.path}: data.stream {reason}; set data.stream: false")
+        layout = source.layout()
+        own = recipe if layout is None else replace(recipe, layout=layout)
+        parts.append(StreamPart(tuple(files), own, source.weight))
+    if parts[0].weight is None:
+        parts = _merged(parts)
+    usable = usable_processes()
+    helpers = 0 if data.processes == 1 or usable == 1 else data.processes or usable - 1
+    stream = ExampleStream(
+        name,
+        parts,
+        tokenizer,
+        records=data.stream_buffer,
+        seed=data.seed,
+        heldout=data.eval_fraction if data.eval is None else 0.0,
+        helpers=helpers,
+    )
+    train_data = streamed(stream)
+    if data.eval is not None:
+        store = _tokenised(_eval_source(data), data, recipe, tokenizer, reading)
+        eval_data = dataset_of("", store, range(len(store)), data.max_length)
+    else:
+        eval_data = stream.heldout(STREAM_HELDOUT, data.eval_limit)
+    shown = f"{name}, training (a stream, of which these are the first records)"
+    return (
+        replace(train_data, name=shown),
+        replace(eval_data, name=f"{data.eval or name}, held out"),
+    )
+
+
+def _merged(parts: list[StreamPart]) -> list[StreamPart]:
+    """Parts of one recipe as one, whose files are read one after the other."""
+    if any(part.recipe != parts[0].recipe for part in parts):
+        raise UserError(
+            "data.train: sources of a stream that are read each in its own way need weights"
+        )
+    return [StreamPart(tuple(file for part in parts for file in part.files), parts[0].recipe)]
 
 
 def recipe_of(data: DataConfig) -> Recipe:

@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -57,11 +57,11 @@ def results(
         here = Tokenising(recipe, tokenizer)
         yield from map(here.run, chunks)
         return
-    with ProcessPoolExecutor(processes, _context(), _begin, (recipe, tokenizer)) as pool:
+    with pool_of(processes, [recipe], tokenizer) as pool:
         pending: deque[Future[Result]] = deque()
         try:
             for chunk in chunks:
-                pending.append(pool.submit(_work, chunk))
+                pending.append(pool.submit(work, chunk))
                 if len(pending) >= 2 * processes:
                     yield pending.popleft().result()
             while pending:
@@ -83,19 +83,23 @@ def usable_processes() -> int:
     return os.cpu_count() or 1
 
 
-_worker: Tokenising | None = None
+def pool_of(processes: int, recipes: Sequence[Recipe], tokenizer: Tokenizer) -> ProcessPoolExecutor:
+    """Processes that do `work` by any of the recipes."""
+    return ProcessPoolExecutor(processes, _context(), _begin, (recipes, tokenizer))
 
 
-def _begin(recipe: Recipe, tokenizer: Tokenizer) -> None:
-    global _worker
+_workers: list[Tokenising] = []
+
+
+def _begin(recipes: Sequence[Recipe], tokenizer: Tokenizer) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process ends the others
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _worker = Tokenising(recipe, tokenizer)
+    _workers[:] = [Tokenising(recipe, tokenizer) for recipe in recipes]
 
 
-def _work(chunk: Chunk) -> Result:
-    assert _worker is not None
-    return _worker.run(chunk)
+def work(chunk: Chunk, recipe: int = 0) -> Result:
+    """What becomes of a chunk, in a process of a pool. recipe: its number."""
+    return _workers[recipe].run(chunk)
 
 
 def _context() -> multiprocessing.context.BaseContext:

@@ -55,9 +55,17 @@ class BatchSource:
                 if self._epochs is not None and position.epoch >= self._epochs:
                     break
                 continue
-            batches.append(self._collate(plan[position.batch_index]))
+            batches.append(self.batch(*position[:2]))
             position = position._replace(batch_index=position.batch_index + 1)
         return batches, position
+
+    def num_batches(self, epoch: int) -> int:
+        """Micro-batches in an epoch."""
+        return self._sampler.num_batches(epoch)
+
+    def batch(self, epoch: int, index: int) -> PackedBatch:
+        """One micro-batch of an epoch."""
+        return self._collate(self._sampler.epoch_batches(epoch)[index])
 
     def one_epoch(self) -> Iterator[PackedBatch]:
         """The micro-batches of the first epoch."""

@@ -114,9 +114,10 @@ class TrainingLoop:
         state = self.state
         started = time.perf_counter()
         step = state.step + 1
-        batches, position = self._train_source.take(
-            state.position, self._config.gradient_accumulation_steps
-        )
+        with self._saving_first():  # a stream may come to records that it cannot read
+            batches, position = self._train_source.take(
+                state.position, self._config.gradient_accumulation_steps
+            )
         learning_rate = self._schedule(step)
         result = self._step(step, batches, learning_rate, self._check)
         seconds = time.perf_counter() - started

@@ -5,16 +5,21 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from lora_engine.data.stream import Place
 from lora_engine.evaluation.heldout import HeldoutResult
 
 Stopped = Literal["finished", "early_stopping", "interrupted"]
 
 
 class Position(NamedTuple):
-    """The next micro-batch: its epoch, and its index in that epoch's order."""
+    """The next micro-batch: its epoch, and its index in that epoch's order.
+
+    place: where the buffer begins that is the epoch, of a stream.
+    """
 
     epoch: int = 0
     batch_index: int = 0
+    place: Place | None = None
 
 
 @dataclass
@@ -53,7 +58,11 @@ class TrainState:
             name: HeldoutResult(**values[name]) if values[name] else None
             for name in ("before", "latest", "best")
         }
-        return cls(**{**values, **results, "position": Position(*values["position"])})
+        return cls(**{**values, **results, "position": _position(*values["position"])})
+
+
+def _position(epoch: int, batch_index: int, place: object = None) -> Position:
+    return Position(epoch, batch_index, None if place is None else Place.of(place))
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from lora_engine.data.batch import PackedBatch
 from lora_engine.data.dataset import TokenizedDataset, prepare
 from lora_engine.data.pairs import check_labels, check_roles
 from lora_engine.data.records import Source
+from lora_engine.data.stream import ExampleStream, StreamedDataset
 from lora_engine.data.template import Tokenizer
 from lora_engine.data.vocabulary import check_vocabulary
 from lora_engine.errors import UserError
@@ -42,6 +43,7 @@ from lora_engine.training.run.folder import OfRun, RunFolder
 from lora_engine.training.run.identity import run_identity, tell_rounding
 from lora_engine.training.signals import InterruptGuard
 from lora_engine.training.state import Stopped, TrainResult, TrainState
+from lora_engine.training.stream_source import StreamSource
 
 logger = logging.getLogger(__name__)
 
@@ -94,14 +96,11 @@ class Trainer:
             None if eval_data is None else _tokenized(eval_data, tokenizer, config, "eval_data")
         )
         check_labels(self.train_dataset.examples, self.train_dataset.name)
-        for dataset in (self.train_dataset, self.eval_dataset):
-            if dataset is not None:
-                kind = objective.reads.examples
-                check_roles(dataset.examples, kind, objective.name, dataset.name)
-                check_adapters(dataset, active_adapters(model))
-                check_vocabulary(dataset, transformers_model(model), tokenizer)
-        datasets = (self.train_dataset, self.eval_dataset)
-        self.objective = with_weights(objective, [data for data in datasets if data is not None])
+        both = (self.train_dataset, self.eval_dataset)
+        datasets = [dataset for dataset in both if dataset is not None]
+        for dataset in datasets:
+            self._check_examples(dataset)
+        self.objective = with_weights(objective, datasets)
         check_packed_training(model)
         check_rates(config, active_adapters(model))
         self._train_source, self.total_steps = self._plan_steps()
@@ -112,6 +111,22 @@ class Trainer:
         self._opened: tuple[int | None] | None = None
         self.state = TrainState()
 
+    def _check_examples(self, dataset: TokenizedDataset) -> None:
+        """Raises UserError for examples that the model or the objective cannot take."""
+        objective = self.objective
+        check_roles(dataset.examples, objective.reads.examples, objective.name, dataset.name)
+        check_adapters(dataset, active_adapters(self.model))
+        check_vocabulary(dataset, transformers_model(self.model), self.tokenizer)
+
+    def _check_buffer(self, dataset: TokenizedDataset) -> None:
+        """The same for a later part of a stream."""
+        self._check_examples(dataset)
+        if with_weights(self.objective, [dataset]) is not self.objective:
+            raise UserError(
+                f"{dataset.name}: the first records have no 'weight' and later ones do; give one "
+                "to a record of the first ones too"
+            )
+
     def check_folder(self, resume: bool = False) -> int | None:
         """Step of the checkpoint that `fit(resume)` begins from, None at the beginning.
 
@@ -119,7 +134,9 @@ class Trainer:
         """
         config = self.config
         heldout = None if self.eval_dataset is None else fingerprint(self.eval_dataset)
-        data = {"training data": fingerprint(self.train_dataset), "held-out data": heldout}
+        stream = _stream_of(self.train_dataset)
+        training = fingerprint(self.train_dataset) if stream is None else stream.identity()
+        data = {"training data": training, "held-out data": heldout}
         self._of_run = {
             "identity": run_identity(
                 self.model,
@@ -197,6 +214,8 @@ class Trainer:
                 with InterruptGuard() as guard:
                     stopped = self._train(flat, guard, step)
             finally:
+                if (stream := _stream_of(self.train_dataset)) is not None:
+                    stream.close()
                 flat.release()
                 self.model.eval()
                 for module in training_modules:
@@ -255,6 +274,11 @@ class Trainer:
     def _plan_steps(self) -> tuple[BatchSource, int]:
         """The training micro-batches and the number of optimiser steps."""
         config = self.config
+        if (stream := _stream_of(self.train_dataset)) is not None:
+            if config.max_steps is None:
+                raise UserError("a stream has no end that is known: give train.max_steps")
+            stream.checks = [self._check_buffer]
+            return StreamSource(stream, config.tokens_per_batch, seed=config.seed), config.max_steps
         epochs = None if config.max_steps is not None else config.epochs or 1
         source = BatchSource(
             self.train_dataset, config.tokens_per_batch, seed=config.seed, epochs=epochs
@@ -304,6 +328,10 @@ class Trainer:
             self.train_dataset,
             self.eval_dataset,
         )
+
+
+def _stream_of(dataset: TokenizedDataset) -> ExampleStream | None:
+    return dataset.stream if isinstance(dataset, StreamedDataset) else None
 
 
 def _check_kinds(model: object, tokenizer: object, config: object) -> None:
