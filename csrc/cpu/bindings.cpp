@@ -78,6 +78,7 @@ LORA_ENGINE_FIELDS(Quantize4bitArgs, FIELD(w), FIELD(bounds), FIELD(ascending), 
 LORA_ENGINE_FIELDS(Dequantize4bitArgs, FIELD(codes), FIELD(absmax), FIELD(nested_absmax),
                    FIELD(nested_code), FIELD(offset), FIELD(values), FIELD(w), FIELD(rows),
                    FIELD(cols), FIELD(stride), FIELD(first), FIELD(block));
+LORA_ENGINE_FIELDS(QuantizeKArgs, FIELD(w), FIELD(codes), FIELD(blocks), FIELD(bits));
 
 // A span is a pair of slices (rows, columns) in Python.
 template <>
@@ -110,6 +111,17 @@ void define(py::module_& m, const char* name, void (*Kernels::*kernel)(DType, co
     const Args args = read_fields<Args>(object, elements);
     py::gil_scoped_release released;
     (table().*kernel)(dtype, args);
+  });
+}
+
+// Of kernels that take one dtype alone.
+template <class Args>
+void define(py::module_& m, const char* name, void (*Kernels::*kernel)(const Args&)) {
+  m.def(name, [kernel](py::handle object) {
+    Elements elements;
+    const Args args = read_fields<Args>(object, elements);
+    py::gil_scoped_release released;
+    (table().*kernel)(args);
   });
 }
 
@@ -158,12 +170,8 @@ void bind_cpu(py::module_ m) {
   define(m, "lora_linear_few_rows", &Kernels::lora_linear_few_rows);
   define(m, "quantize_4bit", &Kernels::quantize_4bit);
   define(m, "dequantize_4bit", &Kernels::dequantize_4bit);
-  m.def("adamw_8bit", [](py::handle object) {
-    Elements elements;
-    const AdamW8bitArgs args = read_fields<AdamW8bitArgs>(object, elements);
-    py::gil_scoped_release released;
-    table().adamw_8bit(args);
-  });
+  define(m, "quantize_k", &Kernels::quantize_k);
+  define(m, "adamw_8bit", &Kernels::adamw_8bit);
 }
 
 }  // namespace lora_engine

@@ -30,6 +30,7 @@ const Kernels table = {
     lora_linear_few_rows,
     quantize_4bit,
     dequantize_4bit,
+    quantize_k,
 };
 
 }  // namespace LORA_ENGINE_ISA

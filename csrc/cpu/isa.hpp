@@ -26,6 +26,7 @@ void lora_a_bwd(DType, const LoraABwdArgs&);
 void lora_linear_few_rows(DType, const FewRowsArgs&);
 void quantize_4bit(DType, const Quantize4bitArgs&);
 void dequantize_4bit(DType, const Dequantize4bitArgs&);
+void quantize_k(const QuantizeKArgs&);
 
 }  // namespace LORA_ENGINE_ISA
 }  // namespace lora_engine

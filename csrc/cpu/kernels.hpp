@@ -251,6 +251,13 @@ struct Dequantize4bitArgs {
   int64_t rows, cols, stride, first, block;
 };
 
+// Blocks of 256 float32 values as GGUF's Q4_K, Q5_K or Q6_K, by their bits.
+struct QuantizeKArgs {
+  const float* w;  // [256 blocks]
+  uint8_t* codes;  // [blocks, 144, 176 or 210]
+  int64_t blocks, bits;
+};
+
 struct Kernels {
   const char* isa;
   void (*rms_norm_fwd)(DType, const RmsNormArgs&);
@@ -273,6 +280,7 @@ struct Kernels {
   void (*lora_linear_few_rows)(DType, const FewRowsArgs&);
   void (*quantize_4bit)(DType, const Quantize4bitArgs&);
   void (*dequantize_4bit)(DType, const Dequantize4bitArgs&);
+  void (*quantize_k)(const QuantizeKArgs&);
 };
 
 // The best table that was built and that this processor can run; null where it can run none.

@@ -142,7 +142,7 @@ def doctor(
         raise typer.Exit(1)
 
 
-for after_training in (deploy_commands.merge,):
+for after_training in (deploy_commands.merge, deploy_commands.export):
     app.command()(_interruptible(after_training))
 
 

@@ -143,26 +143,41 @@ def merge(
         size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
         check_space(target, size)
         tell(f"merging {', '.join(names)} into {trained.base}")
-        merged = merge_folder(folder, chosen, target, DTYPES.get(dtype or ""))
-        report: dict[str, Any] = {
+        report = {
             "base": asdict(base_of_folder(folder)),
             "adapters": {adapter.name: weight for adapter, weight in chosen},
-            "merged": asdict(merged),
-            "verified": None,
+            **put_merged(folder, chosen, target, dtype, name, rows, to),
         }
-        if verify:
-            tell(f"comparing with the adapter on {name}")
-            found = compare(folder, chosen, target, rows)
-            tolerance = TOLERANCES[merged.dtypes[0] if merged.dtypes else "float32"]
-            report["verified"] = {"rows": name, **asdict(found), "tolerance": asdict(tolerance)}
-            if problem := found.problem(tolerance):
-                raise UserError(
-                    f"{run}: the merged weights do not compute what the adapter does: {problem}; "
-                    f"nothing was written to {to}; try --dtype float32"
-                )
-        card = merged_card(base_of_folder(folder), [a.folder for a, _ in chosen])
-        (target / "README.md").write_text(card, encoding="utf-8")
         write_report(target, MERGE_REPORT, report)
+    return report
+
+
+def put_merged(
+    base: Path,
+    chosen: Sequence[tuple[Adapter, float]],
+    target: Path,
+    dtype: str | None,
+    name: str,
+    rows: Sequence[Sequence[int]],
+    to: str,
+) -> dict[str, Any]:
+    """Write the merged model into the empty folder `target`, and compare it on `rows`, if any.
+
+    name: of the rows. to: what the user calls the folder. Returns what a report says of it.
+    """
+    merged = merge_folder(base, chosen, target, DTYPES.get(dtype or ""))
+    report: dict[str, Any] = {"merged": asdict(merged), "verified": None}
+    if rows:
+        found = compare(base, chosen, target, rows)
+        tolerance = TOLERANCES[merged.dtypes[0] if merged.dtypes else "float32"]
+        report["verified"] = {"rows": name, **asdict(found), "tolerance": asdict(tolerance)}
+        if problem := found.problem(tolerance):
+            raise UserError(
+                f"the merged weights do not compute what the adapter does: {problem}; nothing was "
+                f"written to {to}; try --dtype float32"
+            )
+    card = merged_card(base_of_folder(base), [a.folder for a, _ in chosen])
+    (target / "README.md").write_text(card, encoding="utf-8")
     return report
 
 

@@ -25,6 +25,15 @@ AdapterNames = Annotated[
         show_default=False,
     ),
 ]
+Dtype = Annotated[
+    str | None,
+    typer.Option(metavar="DTYPE", help="float32, bfloat16 or float16.", show_default="the base's"),
+]
+Data = Annotated[
+    str | None,
+    typer.Option(metavar="SOURCE", help="Rows to verify on.", show_default="what the run held out"),
+]
+Verify = Annotated[bool, typer.Option("--verify/--no-verify", help="Compare with the adapter on.")]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace an earlier result in the folder.")
 ]
@@ -35,23 +44,9 @@ def merge(
     to: To,
     base: Base = None,
     adapter: AdapterNames = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            metavar="DTYPE",
-            help="float32, bfloat16 or float16.",
-            show_default="the base's",
-        ),
-    ] = None,
-    data: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SOURCE", help="Rows to verify on.", show_default="what the run held out"
-        ),
-    ] = None,
-    verify: Annotated[
-        bool, typer.Option("--verify/--no-verify", help="Compare with the adapter on.")
-    ] = True,
+    dtype: Dtype = None,
+    data: Data = None,
+    verify: Verify = True,
     overwrite: Overwrite = False,
 ) -> None:
     """Merge RUN's adapter into its base, and verify the result."""
@@ -70,6 +65,71 @@ def merge(
         tell=console.print,
     )
     console.print(_outcome(report, to))
+
+
+def export(
+    run: Run,
+    to: To,
+    format: Annotated[
+        str,
+        typer.Option(
+            "--format", metavar="FORMAT", help="hf, peft, gguf, gguf-lora or vllm; see the docs."
+        ),
+    ],
+    kind: Annotated[
+        str,
+        typer.Option(
+            "--type",
+            metavar="TYPE",
+            help="Of a GGUF file: f32, f16, bf16, q8_0, q6_k, q5_k, q4_k, q5_1, q5_0, q4_1, q4_0, "
+            "mxfp4.",
+        ),
+    ] = "q8_0",
+    base: Base = None,
+    adapter: AdapterNames = None,
+    dtype: Dtype = None,
+    data: Data = None,
+    verify: Verify = True,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write what RUN trained in the form that another program takes."""
+    from lora_engine.app import export as exporting
+
+    console = _console()
+    report = exporting.export(
+        run,
+        to,
+        format=format,
+        kind=kind,
+        base=base,
+        adapters=adapter or [],
+        dtype=dtype,
+        data=data,
+        verify=verify,
+        overwrite=overwrite,
+        tell=console.print,
+    )
+    console.print(_exported(report, to))
+
+
+def _exported(report: dict[str, Any], to: str) -> str:
+    if report["format"] == "hf":
+        return _outcome(report, to)
+    if report["format"] in ("peft", "vllm"):
+        lines = [f"servers do not take it: {problem}" for problem in report["lint"]]
+        return "\n".join([*lines, *filter(None, [report.get("command")]), to])
+    lines = []
+    if types := report.get("types"):
+        lines += [", ".join(f"{count} tensors {kind}" for kind, count in types.items())]
+    if verified := report["verified"]:
+        lines.append(
+            f"llama.cpp on {verified['positions']:,} tokens of {verified['rows']}: the likeliest "
+            f"token agrees at {verified['top1']:.1%}, its log-probability within "
+            f"{verified['logprob']:.2g} nats; {verified['texts']} texts tokenized alike"
+        )
+    else:
+        lines.append("not verified; pip install xllamacpp has llama.cpp compare it")
+    return "\n".join([*lines, to])
 
 
 def _outcome(report: dict[str, Any], to: str) -> str:

@@ -47,9 +47,9 @@ def test_an_adapter_alone_is_merged_with_the_base_that_is_given(finished, capfd)
 
 
 def test_weights_that_compute_something_else_are_not_put_in_place(finished, capfd, monkeypatch):
-    from lora_engine.export import merge
+    from lora_engine.export import weights
 
-    monkeypatch.setattr(merge, "delta_rows", lambda layer, a, b: layer.b[a:b] @ layer.a * 3)
+    monkeypatch.setattr(weights, "delta_rows", lambda layer, a, b: layer.b[a:b] @ layer.a * 3)
     status, _, told = run(capfd, "merge", "run", "--to", "merged")
     assert status == MISTAKE
     assert "do not compute what the adapter does" in told and "nothing was written" in told

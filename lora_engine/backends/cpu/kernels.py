@@ -351,6 +351,13 @@ class Dequantize4bitArgs(NamedTuple):
     block: int
 
 
+class QuantizeKArgs(NamedTuple):
+    w: Address
+    codes: Address
+    blocks: int
+    bits: int
+
+
 class Kernels(Protocol):
     """The extension's kernels, each for operands of a dtype."""
 
@@ -377,6 +384,7 @@ class Kernels(Protocol):
     def lora_linear_few_rows(self, dtype: DTypeCode, args: FewRowsArgs) -> None: ...
     def quantize_4bit(self, dtype: DTypeCode, args: Quantize4bitArgs) -> None: ...
     def dequantize_4bit(self, dtype: DTypeCode, args: Dequantize4bitArgs) -> None: ...
+    def quantize_k(self, args: QuantizeKArgs) -> None: ...
 
 
 kernels = cast(Callable[[], Kernels], extension.native)

@@ -1,0 +1,199 @@
+"""`lora-engine export`: a run in the form that another program takes."""
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from lora_engine.app.deploy import (
+    Tell,
+    Trained,
+    check_base,
+    find_trained,
+    heldout_rows,
+    load_tokenizer_of,
+    put_merged,
+)
+from lora_engine.errors import UserError, nearest
+from lora_engine.export import gguf, llama_cpp
+from lora_engine.export.adapter import Adapter
+from lora_engine.export.folder import check_space, result_folder, write_report
+from lora_engine.export.lint import lint, room_for
+from lora_engine.export.ollama import modelfile
+from lora_engine.export.verify import load_plain, with_adapters
+from lora_engine.export.weights import MergedWeights
+from lora_engine.models.load.load import DTYPES
+from lora_engine.models.load.origin import base_of_folder
+from lora_engine.training.run.card import merged_card
+
+EXPORT_REPORT = "export_report.json"
+FORMATS = ("hf", "peft", "gguf", "gguf-lora", "vllm")
+
+
+def export(
+    run: str,
+    to: str,
+    *,
+    format: str,
+    kind: str = "q8_0",
+    base: str | None = None,
+    adapters: Sequence[str] = (),
+    dtype: str | None = None,
+    data: str | None = None,
+    verify: bool = True,
+    overwrite: bool = False,
+    tell: Tell = lambda text: None,
+) -> dict[str, Any]:
+    """Write what `run` trained to the folder `to`, in one of FORMATS.
+
+    kind: of a GGUF file, one of `gguf.TYPES`. dtype: of "hf". The rest as for `deploy.merge`.
+    Returns what export_report.json holds. Raises UserError for what the format cannot hold, and for
+    a result that computes something else.
+    """
+    _check(format, FORMATS, "--format")
+    _check(kind, gguf.TYPES, "--type")
+    if dtype is not None:
+        _check(dtype, DTYPES, "--dtype")
+    trained = find_trained(run, base)
+    chosen = trained.read(adapters) if trained.adapters else []
+    if not chosen and format not in ("hf", "gguf"):
+        raise UserError(
+            f"{trained.folder}: is a whole model, it has no adapter; use --format hf or gguf"
+        )
+    if format in ("peft", "vllm"):
+        return _export_adapter(trained, chosen, to, format, overwrite)
+    folder = trained.base_folder if chosen else trained.folder
+    check_base(folder, chosen)
+    names = [adapter.name for adapter, _ in chosen]
+    wanted = verify and bool(chosen or format == "gguf")
+    name, rows = heldout_rows(trained, folder, names, data) if wanted else ("", [])
+    with result_folder(to, EXPORT_REPORT, overwrite=overwrite) as target:
+        check_space(target, sum(path.stat().st_size for path in folder.glob("*.safetensors")))
+        report: dict[str, Any] = {
+            "format": format,
+            "base": asdict(base_of_folder(folder)),
+            "adapters": {adapter.name: weight for adapter, weight in chosen},
+            "verified": None,
+        }
+        if format == "hf":
+            tell(f"writing {to}")
+            report |= put_merged(folder, chosen, target, dtype, name, rows, to)
+        elif format == "gguf-lora":
+            report |= _gguf_lora(folder, chosen, target)
+        else:
+            tell(f"writing a GGUF file of type {kind}")
+            report |= _gguf(trained, folder, chosen, target, kind, name, rows, tell)
+        card = merged_card(base_of_folder(folder), [a.folder for a, _ in chosen])
+        if not (target / "README.md").exists():
+            (target / "README.md").write_text(card, encoding="utf-8")
+        write_report(target, EXPORT_REPORT, report)
+    return report
+
+
+def _export_adapter(
+    trained: Trained,
+    chosen: Sequence[tuple[Adapter, float]],
+    to: str,
+    format: str,
+    overwrite: bool,
+) -> dict[str, Any]:
+    """The adapter's own folder, looked through for what servers refuse."""
+    if len(chosen) > 1 or chosen[0][1] != 1:
+        raise UserError(
+            f"--format {format} takes one adapter without a weight; use --format hf to add them up"
+        )
+    adapter = chosen[0][0]
+    problems = lint(adapter)
+    if problems and format == "vllm":
+        raise UserError(
+            f"{adapter.folder}: vLLM and SGLang do not take this adapter: {'; '.join(problems)}; "
+            "use --format hf, which merges it"
+        )
+    with result_folder(to, EXPORT_REPORT, overwrite=overwrite) as target:
+        for path in sorted(adapter.folder.iterdir()):
+            if path.is_file():
+                shutil.copyfile(path, target / path.name)
+        report: dict[str, Any] = {
+            "format": format,
+            "adapters": {adapter.name: 1.0},
+            "lint": problems,
+        }
+        if format == "vllm":
+            served = trained.base
+            report["command"] = (
+                f"vllm serve {served} --enable-lora --max-lora-rank {room_for(adapter)} "
+                f"--lora-modules {Path(to).name}={to}"
+            )
+        write_report(target, EXPORT_REPORT, report)
+    return report
+
+
+def _gguf(
+    trained: Trained,
+    folder: Path,
+    chosen: Sequence[tuple[Adapter, float]],
+    target: Path,
+    kind: str,
+    name: str,
+    rows: Sequence[Sequence[int]],
+    tell: Tell,
+) -> dict[str, Any]:
+    config, tokenizer, stops = _config(folder), load_tokenizer_of(trained, folder), _stops(folder)
+    called = base_of_folder(folder).name or folder.name
+    weights = MergedWeights(folder, chosen)
+    path = target / f"model-{kind}.gguf"
+    written = gguf.write_gguf(
+        weights, config, tokenizer, path, kind, name=f"{called}, fine-tuned", stops=stops
+    )
+    text = modelfile(path.name, tokenizer, stops)
+    (target / "Modelfile").write_text(text, encoding="utf-8")
+    report: dict[str, Any] = {"type": kind, "types": written.types}
+    if rows and llama_cpp.is_installed():
+        tell(f"comparing llama.cpp with the adapter on, on {name}")
+        model = load_plain(folder)
+        model = with_adapters(model, chosen) if chosen else model
+        found = llama_cpp.compare(path, model, tokenizer, rows)
+        report["verified"] = {"rows": name, **asdict(found)}
+        if found.top1 < llama_cpp.TOP1[kind]:
+            raise UserError(
+                f"llama.cpp computes something else with the file: the likeliest token agrees at "
+                f"{found.top1:.1%}, {llama_cpp.TOP1[kind]:.0%} are usual for {kind}; use another "
+                "--type, or --format hf"
+            )
+    return report
+
+
+def _gguf_lora(
+    folder: Path, chosen: Sequence[tuple[Adapter, float]], target: Path
+) -> dict[str, Any]:
+    if len(chosen) > 1 or chosen[0][1] != 1:
+        raise UserError("--format gguf-lora takes one adapter without a weight; use --format gguf")
+    called = base_of_folder(folder).name or folder.name
+    path = target / "adapter.gguf"
+    gguf.write_gguf_adapter(chosen[0][0], _config(folder), path, name=f"adapter of {called}")
+    return {"type": "f32"}
+
+
+def _config(folder: Path) -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(folder)
+
+
+def _stops(folder: Path) -> list[int]:
+    """The tokens that end an answer, by the model's generation settings."""
+    try:
+        settings = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    ends = settings.get("eos_token_id")
+    return [int(end) for end in (ends if isinstance(ends, list) else [ends]) if end is not None]
+
+
+def _check(value: str, known: Any, option: str) -> None:
+    if value not in known:
+        close = nearest(value, known)
+        hint = f"did you mean {close}?" if close else f"use {', '.join(known)}"
+        raise UserError(f"{option} {value!r} is unknown; {hint}")

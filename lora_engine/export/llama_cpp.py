@@ -1,0 +1,180 @@
+"""What llama.cpp computes with a GGUF file, through the package xllamacpp, beside transformers."""
+
+import json
+import urllib.request
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_engine.errors import UserError
+
+# Least share of positions with the same likeliest token: of small models, which lose most. A file
+# that is read otherwise than it was written agrees nowhere.
+TOP1 = {
+    "f32": 0.99,
+    "f16": 0.99,
+    "bf16": 0.95,
+    "q8_0": 0.9,
+    "q6_k": 0.9,
+    **dict.fromkeys(("q5_k", "q5_1", "q5_0"), 0.75),
+    **dict.fromkeys(("q4_k", "q4_1", "q4_0"), 0.65),
+    "mxfp4": 0.5,
+}
+POSITIONS = 200
+
+# What tokenizers disagree about: white space, digits, other scripts, symbols of several bytes.
+TEXTS = (
+    "Hello world, it's 12345 and 3.14!",
+    "  two  spaces\tand a tab\n\n\nthree lines\r\nend ",
+    "def f(x):\n    return x**2  # naïve café\n",
+    "Ünïcödé — “quotes” … 你好，世界 🎉 مرحبا नमस्ते",
+    "don't we'll I'M THEY'RE 1st 2nd 100,000.00",
+    "",
+)
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """positions: next-token distributions compared. top1: share with the same likeliest token.
+    logprob: mean difference of that token's log-probability, in nats. texts: tokenized alike."""
+
+    positions: int
+    top1: float
+    logprob: float
+    texts: int
+
+
+def is_installed() -> bool:
+    """Whether llama.cpp can be asked here."""
+    return find_spec("xllamacpp") is not None
+
+
+class LlamaCpp:
+    """A GGUF file loaded by llama.cpp on the CPU; adapter: a GGUF LoRA adapter on top of it.
+
+    context: the most tokens that are asked about at once. Raises UserError if it cannot be loaded.
+    """
+
+    def __init__(
+        self, path: Path, *, adapter: Path | None = None, context: int = 1024, threads: int = 0
+    ) -> None:
+        if not is_installed():
+            raise UserError("llama.cpp is not installed; run: pip install xllamacpp")
+        import xllamacpp
+
+        params = xllamacpp.CommonParams()
+        params.model.path = str(path)
+        params.n_ctx = context
+        params.n_parallel = 1
+        params.n_gpu_layers = 0
+        params.warmup = False
+        params.verbosity = -1
+        params.fit_params = False
+        params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+        count = threads or torch.get_num_threads()
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = count
+        if adapter is not None:
+            params.lora_adapters = [_adapter(xllamacpp, adapter)]
+        try:
+            self._server = xllamacpp.Server(params)
+        except Exception as error:
+            raise UserError(f"{path}: llama.cpp cannot load it: {error}") from error
+        self._letter = self.tokenize("a")[-1]
+
+    def likeliest(self, ids: Sequence[int], count: int = 1) -> list[tuple[int, float]]:
+        """The likeliest next tokens and their log-probabilities."""
+        answer = self._server.handle_completions(
+            {
+                "prompt": list(ids),
+                "max_tokens": 1,
+                "temperature": 0,
+                "logprobs": count,
+                "cache_prompt": True,
+                # What is told of the model are the logits before this: with a token that ends the
+                # answer, or a part of a character, nothing would be told at all.
+                "logit_bias": [[self._letter, 1000.0]],
+            }
+        )
+        if "choices" not in answer:
+            raise UserError(f"llama.cpp refuses a prompt of {len(ids)} tokens: {answer}")
+        top = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+        return [(entry["id"], entry["logprob"]) for entry in top]
+
+    def greedy(self, ids: Sequence[int], count: int) -> list[int]:
+        """The next `count` tokens, each the likeliest."""
+        answer = list(ids)
+        for _ in range(count):
+            answer.append(self.likeliest(answer)[0][0])
+        return answer[len(ids) :]
+
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids with what is put around a whole text; control tokens in it are recognised."""
+        body = {"content": text, "add_special": True, "parse_special": True}
+        request = urllib.request.Request(
+            f"{self._server.listening_address}/tokenize",
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+        )
+        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with direct.open(request, timeout=60) as response:
+            return list(json.load(response)["tokens"])
+
+
+def compare(
+    path: Path,
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[Sequence[int]],
+    positions: int = POSITIONS,
+) -> Agreement:
+    """llama.cpp with the file beside `model` of transformers, on the first positions of `rows`.
+
+    Raises UserError for a text that the two tokenize differently.
+    """
+    longest = max(len(row) for row in rows)
+    engine = LlamaCpp(path, context=max(256, min(longest, positions) + 8))
+    texts = [*TEXTS, *(f"a{t} b" for t in special_tokens(tokenizer))]
+    for text in texts:
+        ours, theirs = tokenizer.encode(text), engine.tokenize(text)
+        if ours != theirs:
+            raise UserError(
+                f"{path}: llama.cpp tokenizes {text!r} as {theirs[:20]}, the tokenizer as "
+                f"{ours[:20]}; use --format hf"
+            )
+    same, difference, compared = 0, 0.0, 0
+    for row in rows:
+        ids = list(row)[: positions - compared]
+        if not ids:
+            break
+        logprobs = _logprobs(model, ids)
+        for end in range(1, len(ids) + 1):
+            token, logprob = engine.likeliest(ids[:end])[0]
+            best = int(logprobs[end - 1].argmax())
+            same += token == best
+            difference += abs(logprob - float(logprobs[end - 1, token]))
+        compared += len(ids)
+    return Agreement(compared, same / compared, difference / compared, len(texts))
+
+
+def special_tokens(tokenizer: Any) -> list[str]:
+    """The texts of the added tokens that are control tokens."""
+    added = tokenizer.added_tokens_decoder.values()
+    return [str(token.content) for token in added if token.special]
+
+
+def _logprobs(model: Any, ids: Sequence[int]) -> Tensor:
+    with torch.no_grad():
+        logits: Tensor = model(input_ids=torch.tensor([list(ids)], device=model.device)).logits[0]
+    return logits.float().log_softmax(-1).cpu()
+
+
+def _adapter(xllamacpp: Any, path: Path) -> Any:
+    info = xllamacpp.CommonAdapterLoraInfo()
+    info.path = str(path)
+    info.scale = 1.0
+    return info

@@ -1,0 +1,166 @@
+"""`lora-engine export`: every format of one adapter, read by the libraries that they are for."""
+
+import json
+import shutil
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from small_ggufs import byte_level, save_model
+from tries import MISTAKE, Try, check, run, tries
+
+from lora_engine.app.export import EXPORT_REPORT
+from lora_engine.export.adapter import read_adapter
+from lora_engine.export.lint import lint, room_for
+from lora_engine.export.llama_cpp import LlamaCpp
+from lora_engine.export.verify import load_plain, with_adapters
+
+ROW = [5 + (7 * i) % 380 for i in range(40)]
+
+
+def save_adapter(base: Path, folder: Path, **settings) -> None:
+    torch.manual_seed(1)
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM", r=4, **{"target_modules": ["q_proj", "down_proj"], **settings}
+    )
+    model = peft.get_peft_model(load_plain(base), config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape))
+    model.save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory):
+    """base/, adapter/, dora/ and rows.jsonl, to be copied."""
+    place = tmp_path_factory.mktemp("export")
+    save_model(place / "base", byte_level("qwen2"))
+    save_adapter(place / "base", place / "adapter")
+    save_adapter(place / "base", place / "dora", use_dora=True)
+    rows = [{"text": f"the capital of {name} is here, {i} times"} for i, name in enumerate("abc")]
+    (place / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return place
+
+
+@pytest.fixture
+def place(folder, material):
+    """The working folder is a copy of `material`."""
+    shutil.copytree(material, folder, dirs_exist_ok=True)
+    return folder
+
+
+def export(capfd, format, *more, adapter="adapter"):
+    arguments = ["export", adapter, "--base", "base", "--data", "rows.jsonl", "--to", "out"]
+    return run(capfd, *arguments, "--format", format, *more)
+
+
+def report_of(folder):
+    report = json.loads((folder / "out" / EXPORT_REPORT).read_text())
+    assert set(report["files"]) == {path.name for path in (folder / "out").iterdir()}
+    return report
+
+
+def test_hugging_face(place, capfd):
+    from transformers import AutoModelForCausalLM
+
+    status, printed, _ = export(capfd, "hf", "--dtype", "bfloat16")
+    assert status == 0 and "verified on" in printed
+    assert report_of(place)["merged"]["dtypes"] == ["bfloat16"]
+    assert AutoModelForCausalLM.from_pretrained("out").dtype == torch.bfloat16
+    assert (place / "out/generation_config.json").is_file()
+    # A whole model is exported as it is.
+    status, _, _ = run(capfd, "export", "out", "--format", "hf", "--to", "again")
+    assert status == 0
+    assert (place / "again/model.safetensors").read_bytes() == (
+        place / "out/model.safetensors"
+    ).read_bytes()
+
+
+def test_gguf(place, capfd):
+    pytest.importorskip("xllamacpp")
+    status, printed, _ = export(capfd, "gguf", "--type", "f32")
+    assert status == 0 and "llama.cpp on" in printed
+    report = report_of(place)
+    assert report["verified"]["top1"] == 1.0 and report["verified"]["logprob"] < 0.01
+    modelfile = (place / "out/Modelfile").read_text()
+    assert modelfile.startswith("FROM ./model-f32.gguf\nTEMPLATE") and "<|im_end|>" in modelfile
+
+
+def test_a_gguf_adapter_beside_its_base(place, capfd):
+    pytest.importorskip("xllamacpp")
+    plain = ["export", "base", "--format", "gguf", "--type", "f32", "--no-verify", "--to", "b"]
+    assert run(capfd, *plain)[0] == 0
+    assert export(capfd, "gguf-lora")[0] == 0
+    engine = LlamaCpp(place / "b/model-f32.gguf", adapter=place / "out/adapter.gguf", context=256)
+    model = with_adapters(load_plain(place / "base"), [(read_adapter(place / "adapter"), 1.0)])
+    with torch.no_grad():
+        logprobs = model(input_ids=torch.tensor([ROW])).logits[0].log_softmax(-1)
+        off = load_plain(place / "base")(input_ids=torch.tensor([ROW])).logits[0].log_softmax(-1)
+    token, logprob = engine.likeliest(ROW)[0]
+    assert token == int(logprobs[-1].argmax())
+    assert logprob == pytest.approx(float(logprobs[-1, token]), abs=0.02)
+    assert abs(float(off[-1, token]) - logprob) > 0.1  # the adapter is what makes it so
+
+
+def test_servers_with_adapters(place, capfd):
+    status, printed, _ = export(capfd, "vllm")
+    assert status == 0
+    assert "vllm serve base --enable-lora --max-lora-rank 8 --lora-modules out=out" in printed
+    assert report_of(place)["lint"] == []
+    assert peft.PeftModel.from_pretrained(load_plain(place / "base"), place / "out")
+    status, printed, _ = export(capfd, "peft", "--overwrite", adapter="dora")
+    assert status == 0 and "servers do not take it: it is DoRA" in printed
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"r": 600}, "rank 600 is more than 512"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save is lm_head"),
+        ({"bias": "lora_only"}, "it trains biases"),
+        ({"alpha_pattern": {"q_proj": 3}}, "alpha_pattern is set"),
+        ({"target_modules": ["embed_tokens"]}, "on model.embed_tokens"),
+        ({"target_modules": ["lm_head"]}, "an adapter on lm_head"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+@pytest.mark.filterwarnings("ignore")
+def test_lint(material, tmp_path, settings, problem):
+    model = peft.get_peft_model(
+        load_plain(material / "base"),
+        peft.LoraConfig(task_type="CAUSAL_LM", **{"target_modules": ["q_proj"], **settings}),
+    )
+    model.save_pretrained(tmp_path)
+    adapter = read_adapter(tmp_path)
+    assert any(problem in line for line in lint(adapter))
+    assert room_for(adapter) == (512 if settings.get("r") else 8)
+
+
+MISTAKES = [
+    Try("no such format", ["export", "adapter", "--to", "m", "--format", "ggfu"],
+        ["--format", "did you mean gguf"]),
+    Try("no such type", ["export", "adapter", "--to", "m", "--format", "gguf", "--type", "q3"],
+        ["--type", "q3"]),
+    Try("no format", ["export", "adapter", "--to", "m"], ["--format"]),
+    Try("no adapter", ["export", "base", "--to", "m", "--format", "vllm"],
+        ["whole model", "--format hf"]),
+    Try("dora for servers",
+        ["export", "dora", "--base", "base", "--to", "m", "--format", "vllm"], ["DoRA", "merges"]),
+    Try("dora for llama.cpp",
+        ["export", "dora", "--base", "base", "--to", "m", "--format", "gguf-lora", "--no-verify"],
+        ["DoRA", "--format gguf"]),
+    Try("weighted adapter",
+        ["export", "adapter", "--adapter", "default=0.5", "--base", "base", "--to", "m",
+         "--format", "peft"], ["without a weight"]),
+    Try("no such base", ["export", "adapter", "--base", "none/", "--to", "m", "--format", "hf"],
+        ["none/"]),
+]  # fmt: skip
+
+
+@tries(MISTAKES)
+def test_mistakes(place, capfd, entry):
+    assert entry.status == MISTAKE
+    check(capfd, place, entry)
+    assert not (place / "m").exists()

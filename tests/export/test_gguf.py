@@ -1,0 +1,247 @@
+"""GGUF files: as llama.cpp reads and computes them, and as its own converter writes them."""
+
+import ctypes
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from small_ggufs import MODELS, byte_level, save_model, with_byte_fallback
+from transformers import AutoConfig, AutoTokenizer
+
+from lora_engine.backends.cpu.k_quants import quantize_k
+from lora_engine.errors import UserError
+from lora_engine.export.gguf import TYPES, encode, tensor_type, write_gguf
+from lora_engine.export.llama_cpp import LlamaCpp, compare
+from lora_engine.export.verify import load_plain
+from lora_engine.export.weights import MergedWeights
+
+ROW = [5 + (7 * i) % 380 for i in range(40)]
+
+
+def written(folder: Path, path: Path, kind="f32", **changes):
+    """The model in `folder` as a GGUF file of the type `kind`."""
+    config = AutoConfig.from_pretrained(folder)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return write_gguf(MergedWeights(folder), config, tokenizer, path, kind, name="a model")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return byte_level("qwen2")
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_llama_cpp_computes_what_transformers_does(tmp_path, tokenizer, family):
+    pytest.importorskip("xllamacpp")
+    folder = save_model(tmp_path / "model", tokenizer, **MODELS[family])
+    written(folder, tmp_path / "m.gguf")
+    engine = LlamaCpp(tmp_path / "m.gguf", context=256)
+    with torch.no_grad():
+        logits = load_plain(folder)(input_ids=torch.tensor([ROW])).logits[0]
+    logprobs = logits.double().log_softmax(-1)
+    for end in (1, 2, 20, len(ROW)):
+        for token, logprob in engine.likeliest(ROW[:end], 5):
+            assert logprob == pytest.approx(float(logprobs[end - 1, token]), abs=0.02)
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_names_and_settings_are_those_of_llama_cpp_s_converter(tmp_path, tokenizer, family):
+    conversion = pytest.importorskip("conversion")
+    folder = save_model(tmp_path / "model", tokenizer, **MODELS[family])
+    written(folder, tmp_path / "m.gguf")
+    architecture = AutoConfig.from_pretrained(folder).architectures[0]
+    theirs = conversion.get_model_class(architecture)(
+        folder, gguf.LlamaFileType.ALL_F32, tmp_path / "other.gguf", eager=True
+    )
+    theirs.set_gguf_parameters()
+    theirs.prepare_tensors()
+    reader = gguf.GGUFReader(tmp_path / "m.gguf")
+    ours = {tensor.name: tensor for tensor in reader.tensors}
+    expected = {k: v for part in theirs.gguf_writer.tensors for k, v in part.items()}
+    assert set(ours) == set(expected)
+    for name, tensor in ours.items():
+        rows = len(expected[name].tensor)  # of Gemma 3's embedding those of tokens alone
+        assert rows == len(tensor.data) or (family, name) == ("gemma3", "token_embd.weight")
+        np.testing.assert_array_equal(tensor.data[:rows], expected[name].tensor, err_msg=name)
+    settings = {k: v.value for part in theirs.gguf_writer.kv_data for k, v in part.items()}
+    for key, value in settings.items():
+        field = reader.get_field(key)
+        assert field is not None, key
+        assert field.contents() == pytest.approx(value), key
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory, tokenizer):
+    """A model whose rows are whole blocks of every type, and its float32 weights by GGUF name."""
+    folder = save_model(
+        tmp_path_factory.mktemp("wide") / "model", tokenizer, hidden_size=256,
+        intermediate_size=512, head_dim=64, initializer_range=0.06,
+    )  # fmt: skip
+    written(folder, folder / "f32.gguf")
+    tensors = gguf.GGUFReader(folder / "f32.gguf").tensors
+    return folder, {t.name: np.array(t.data) for t in tensors}
+
+
+def as_read(folder: Path, tensors) -> torch.nn.Module:
+    """The model in `folder` with the weights that the file's tensors stand for."""
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
+    values = {t.name: gguf.quants.dequantize(t.data, t.tensor_type) for t in tensors}
+    model = load_plain(folder)
+    for name, parameter in model.named_parameters():
+        weight = torch.from_numpy(values[names.get_name(name, try_suffixes=(".weight",))])
+        heads = {"q_proj": 4, "k_proj": 2}.get(name.split(".")[-2])
+        if heads is not None:  # neighbouring rows of a head back into its halves
+            weight = weight.view(heads, -1, 2, weight.shape[-1]).transpose(1, 2)
+        parameter.data.copy_(weight.reshape(parameter.shape))
+    return model
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_each_type_holds_the_weights_and_llama_cpp_reads_it(tmp_path, wide, kind):
+    folder, weights = wide
+    told = written(folder, tmp_path / "m.gguf", kind)
+    reader = gguf.GGUFReader(tmp_path / "m.gguf")
+    main = gguf.GGMLQuantizationType[TYPES[kind][0]]
+    assert told.types[TYPES[kind][0]] == sum(t.tensor_type == main for t in reader.tensors) > 0
+    for tensor in reader.tensors:
+        own = weights[tensor.name]
+        values = gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(own.shape)
+        if tensor.tensor_type.name.endswith("_K"):
+            lost = np.sqrt(((values - own) ** 2).mean()) / own.std()
+            assert lost < {"Q4_K": 0.075, "Q5_K": 0.037, "Q6_K": 0.018}[tensor.tensor_type.name]
+        else:
+            packed = gguf.quants.quantize(own, tensor.tensor_type)
+            expected = gguf.quants.dequantize(packed, tensor.tensor_type).reshape(own.shape)
+            np.testing.assert_array_equal(values, expected, err_msg=tensor.name)
+    pytest.importorskip("xllamacpp")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    agreement = compare(
+        tmp_path / "m.gguf", as_read(folder, reader.tensors), tokenizer, [ROW]
+    )  # llama.cpp rounds activations to 8 bits besides
+    assert agreement.positions == len(ROW)
+    assert agreement.top1 >= 0.9 and agreement.logprob < 0.1
+
+
+TOKENIZERS = {
+    **{name: lambda name=name: byte_level(name) for name in
+       ("gpt-2", "smollm", "llama-bpe", "qwen2", "tekken")},
+    "bytes-with-prefix": lambda: with_byte_fallback(prefix=True),
+    "bytes-without": lambda: with_byte_fallback(prefix=False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_llama_cpp_tokenizes_alike(tmp_path, kind):
+    pytest.importorskip("xllamacpp")
+    tokenizer = TOKENIZERS[kind]()
+    folder = save_model(tmp_path / "model", tokenizer, num_hidden_layers=1)
+    written(folder, tmp_path / "m.gguf")
+    compare(tmp_path / "m.gguf", load_plain(folder), tokenizer, [ROW[:2]])
+    reader = gguf.GGUFReader(tmp_path / "m.gguf")
+    assert reader.get_field("tokenizer.chat_template").contents() == tokenizer.chat_template
+    assert reader.get_field("tokenizer.ggml.eos_token_id").contents() == 4
+
+
+def test_another_tokenization_is_noticed(tmp_path):
+    pytest.importorskip("xllamacpp")
+    folder = save_model(tmp_path / "model", byte_level("gpt-2"), num_hidden_layers=1)
+    written(folder, tmp_path / "m.gguf")
+    with pytest.raises(UserError, match=r"llama\.cpp tokenizes"):
+        compare(tmp_path / "m.gguf", load_plain(folder), byte_level("smollm"), [ROW[:2]])
+
+
+def llama_cpp_quantizes(w: np.ndarray, kind: str) -> np.ndarray:
+    """llama.cpp's own choice of codes."""
+    xllamacpp = pytest.importorskip("xllamacpp")
+    library = ctypes.CDLL(str(next(Path(xllamacpp.__file__).parent.glob("*.so"))))
+    if not hasattr(library, "ggml_quantize_chunk"):
+        pytest.skip("this build of llama.cpp shows no quantiser")
+    quantize = library.ggml_quantize_chunk
+    quantize.restype = ctypes.c_size_t
+    sizes = [ctypes.c_int64] * 3
+    quantize.argtypes = [ctypes.c_int, *[ctypes.c_void_p] * 2, *sizes, ctypes.c_void_p]
+    qtype = gguf.GGMLQuantizationType[kind]
+    codes = np.empty(gguf.quant_shape_to_byte_shape(w.shape, qtype), np.uint8)
+    quantize(int(qtype), w.ctypes.data, codes.ctypes.data, 0, *w.shape, None)
+    return codes
+
+
+def lost(codes: np.ndarray, kind: str, w: np.ndarray) -> float:
+    values = gguf.quants.dequantize(codes, gguf.GGMLQuantizationType[kind])
+    return float(((values.astype(np.float64) - w) ** 2).mean())
+
+
+DISTRIBUTIONS = {
+    "normal": lambda n: torch.randn(n),
+    "uniform": lambda n: torch.rand(n) - 0.5,
+    "heavy tails": lambda n: torch.distributions.StudentT(4.0).sample(n),
+    "not around zero": lambda n: torch.randn(n) + 3,
+    "all positive": lambda n: torch.rand(n) + 0.1,
+    "outliers": lambda n: torch.randn(n) * (1 + 50 * (torch.rand(n) > 0.995)),
+    "a wave": lambda n: 0.1 + 2 * torch.cos(torch.arange(n[0] * n[1]).float()).view(n),
+}
+
+
+@pytest.mark.parametrize("kind", ["Q4_K", "Q5_K", "Q6_K"])
+@pytest.mark.parametrize("values", DISTRIBUTIONS)
+def test_k_types_lose_less_than_llama_cpp_s_own(kind, values):
+    torch.manual_seed(0)
+    w = DISTRIBUTIONS[values]((16, 1024)).contiguous()
+    ours = lost(quantize_k(w, kind).numpy(), kind, w.numpy())
+    theirs = lost(llama_cpp_quantizes(w.numpy(), kind), kind, w.numpy())
+    assert ours < theirs
+
+
+@pytest.mark.parametrize("kind", ["Q4_K", "Q5_K", "Q6_K"])
+def test_k_types_of_odd_blocks(kind):
+    grid = torch.zeros(1, 256)
+    np.testing.assert_array_equal(_decoded(quantize_k(grid, kind), kind), 0)
+    one = torch.zeros(1, 256)
+    one[0, 77] = -3.0
+    assert np.abs(_decoded(quantize_k(one, kind), kind) - one.numpy()).max() < 3e-3
+    same = torch.full((1, 256), 0.3)
+    assert np.abs(_decoded(quantize_k(same, kind), kind) - 0.3).max() < 6e-4
+    small = 1e-5 * torch.randn(4, 256)
+    assert np.isfinite(_decoded(quantize_k(small, kind), kind)).all()
+
+
+def _decoded(codes: torch.Tensor, kind: str) -> np.ndarray:
+    return gguf.quants.dequantize(codes.numpy(), gguf.GGMLQuantizationType[kind])
+
+
+def test_types_of_tensors():
+    layers = 16
+    assert tensor_type("blk.3.attn_norm.weight", (64,), "Q4_K", layers, True) == "F32"
+    assert tensor_type("blk.3.attn_q.weight", (64, 512), "Q4_K", layers, True) == "Q4_K"
+    assert tensor_type("blk.0.ffn_down.weight", (64, 512), "Q4_K", layers, True) == "Q6_K"
+    assert tensor_type("blk.3.ffn_down.weight", (64, 512), "Q4_K", layers, True) == "Q4_K"
+    assert tensor_type("token_embd.weight", (64, 512), "Q4_K", layers, True) == "Q4_K"
+    assert tensor_type("token_embd.weight", (64, 512), "Q4_K", layers, False) == "Q6_K"
+    assert tensor_type("output.weight", (64, 512), "Q4_0", layers, True) == "Q6_K"
+    assert tensor_type("output.weight", (64, 576), "Q4_0", layers, True) == "Q8_0"
+    assert tensor_type("blk.3.attn_q.weight", (64, 576), "Q5_K", layers, True) == "Q8_0"
+    assert tensor_type("blk.3.attn_q.weight", (64, 60), "Q8_0", layers, True) == "F16"
+    assert tensor_type("blk.3.attn_q.weight", (64, 60), "BF16", layers, True) == "BF16"
+
+
+def test_what_llama_cpp_has_not_is_told(tmp_path, tokenizer):
+    folder = save_model(tmp_path / "model", tokenizer, **MODELS["smollm3"])
+    target = tmp_path / "m.gguf"
+    with pytest.raises(UserError, match=r"model_type phi9 has no GGUF export here; .* --format hf"):
+        written(folder, target, model_type="phi9")
+    with pytest.raises(UserError, match="no_rope_layers are not those of the published models"):
+        written(folder, target, no_rope_layers=[1, 1, 1, 1])
+    with pytest.raises(UserError, match="rope_type longrope has no GGUF export"):
+        written(folder, target, rope_parameters={"rope_type": "longrope", "rope_theta": 1.0})
+    with pytest.raises(UserError, match="tensor w holds values that are not finite"):
+        encode(torch.tensor([[float("nan")] * 32]), "Q8_0", "w")
+    with pytest.raises(UserError, match=r"values beyond float16's; use --type bf16"):
+        encode(torch.full((1, 32), 1e6), "F16", "w")
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF" + b"\1" * 100)
+    pytest.importorskip("xllamacpp")
+    with pytest.raises(UserError, match=r"broken.gguf: llama.cpp cannot load it"):
+        LlamaCpp(tmp_path / "broken.gguf")
