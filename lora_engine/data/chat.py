@@ -81,9 +81,10 @@ class Chat:
         if control.found_in([list(messages), inputs.tools, inputs.documents]):
             written, inputs, spelled = self._with_stand_ins(written)
             notes += [spelled_note(spelled)] if spelled else []
+        self._check_inputs(written, inputs)
         if self.learning.loss_on == "all":
             return Text([Segment(written.whole, True)], tuple(notes), unread)
-        self._check(written, inputs)
+        self._check_said(written)
         spans, more, added = self._spans(written, inputs, learned)
         segments = _cut(written.whole, spans, weights)
         if added:
@@ -108,8 +109,8 @@ class Chat:
             return written, self.inputs, ()
         return write_as_is(marked, tokenizer, inputs, self.origin), inputs, spelled
 
-    def _check(self, written: Written, inputs: TemplateInputs) -> None:
-        """Raises Undecided where the template leaves out what the model is to answer by."""
+    def _check_said(self, written: Written) -> None:
+        """Raises Undecided where the template leaves out what the model is to answer to."""
         for leaf in written.unwritten():
             if leaf.part == "text" and written.messages[leaf.message]["role"] != "assistant":
                 raise Undecided(
@@ -117,6 +118,9 @@ class Chat:
                     f"{leaf.message + 1} says; take the message out, or give another "
                     "data.chat_template"
                 )
+
+    def _check_inputs(self, written: Written, inputs: TemplateInputs) -> None:
+        """Raises Undecided where the template leaves out tools or documents."""
         for name, fewer in _without_each(inputs):
             if try_render(written.messages, self.encoder.tokenizer, inputs=fewer) == written.whole:
                 raise Undecided(

@@ -10,7 +10,7 @@ from typing import Protocol
 from lora_engine.data.control import ControlTokens
 from lora_engine.data.inputs import NO_INPUTS, TemplateInputs
 from lora_engine.data.template import Tokenizer, Undecided
-from lora_engine.data.turns import TurnEnds
+from lora_engine.data.turn_ends import TurnEnds
 
 # Precedes a text whose beginning must not be taken for that of the whole.
 _ANCHOR = "\n"

@@ -14,12 +14,21 @@ from functools import partial
 from itertools import product
 
 from lora_engine.data.inputs import TemplateInputs
-from lora_engine.data.marks import Leaf, Mark, Marked, Marker, read_marks
+from lora_engine.data.marks import (
+    EVERY,
+    NOTHING,
+    SAID,
+    UNNAMED,
+    Leaf,
+    Mark,
+    Marked,
+    Marker,
+    read_marks,
+)
 from lora_engine.data.template import Message, Tokenizer, Undecided, render, try_render
 from lora_engine.errors import UserError
 
 _Form = Callable[[Message], Message]
-_EVERY, _SAID, _NOTHING = 2, 1, 0
 # A part of a content as Python or JSON spells it.
 _PART = re.compile(r"""(["'])type\1: *(["'])text\2""", re.IGNORECASE)
 
@@ -91,23 +100,23 @@ def write_as_is(
         return Written(messages, whole, marked, marker.leaves, levels)
 
     count = len(messages)
-    for level in (_EVERY, _SAID):
+    for level in (EVERY, UNNAMED, SAID):
         if written := marked_by([level] * count):
             return written
-    levels = [_NOTHING] * count  # the template looks at some text: each message by itself
+    levels = [NOTHING] * count  # the template looks at some text: each message by itself
     for i in range(count):
-        for level in (_EVERY, _SAID):
-            if marked_by([level if j == i else _NOTHING for j in range(count)]):
+        for level in (EVERY, UNNAMED, SAID):
+            if marked_by([level if j == i else NOTHING for j in range(count)]):
                 levels[i] = level
                 break
-    none = [_NOTHING] * count
+    none = [NOTHING] * count
     return marked_by(levels) or Written(messages, whole, Marked(whole, ()), (), none)
 
 
 def _unwritten(written: Written) -> int:
     """How much of what is said, reasoning aside, the template leaves out or writes unseen."""
     unseen = sum(
-        level == _NOTHING and _says_something(message)
+        level == NOTHING and _says_something(message)
         for level, message in zip(written.levels, written.messages, strict=True)
     )
     return unseen + sum(leaf.part != "reasoning" for leaf in written.unwritten())

@@ -24,6 +24,11 @@ _END_OF_REASONING = re.compile(
 )
 
 
+# What of a message is marked: every string; not the names of functions, which templates look up;
+# nor texts that are empty, nor where a text ends in a tag; nothing.
+EVERY, UNNAMED, SAID, NOTHING = 3, 2, 1, 0
+
+
 class Leaf(NamedTuple):
     """A run of text of a message.
 
@@ -57,7 +62,7 @@ class Marked:
 class Marker:
     """Marks messages; numbers what it marks.
 
-    levels: by message, what of it is marked: 2 every string, 1 those that say something, 0 none.
+    levels: what is marked of each message: EVERY, UNNAMED, SAID or NOTHING.
     leaves: what has been marked, by number.
     """
 
@@ -79,7 +84,8 @@ class Marker:
                 made[key] = self._string(text, Leaf(index, "reasoning"))
         content = message.get("content")
         if isinstance(content, str):
-            made["content"] = self._string(content, Leaf(index, "text"))
+            ends = message.get("role") == "assistant" and self._levels[index] > SAID
+            made["content"] = self._string(content, Leaf(index, "text"), ends=ends)
         elif isinstance(content, list | tuple):
             made["content"] = [self._content_part(part, index) for part in content]
         calls = message.get("tool_calls")
@@ -102,7 +108,8 @@ class Marker:
         leaf = Leaf(index, "call", number)
         return {
             key: self._value(value, leaf._replace(is_name=key == "name"))
-            if key in ("name", "arguments", "parameters")
+            if key in ("arguments", "parameters")
+            or (key == "name" and self._levels[index] == EVERY)
             else value
             for key, value in call.items()
         }
@@ -116,9 +123,10 @@ class Marker:
             return [self._value(inner, leaf) for inner in value]
         return value
 
-    def _string(self, text: str, leaf: Leaf) -> str:
+    def _string(self, text: str, leaf: Leaf, *, ends: bool = False) -> str:
+        """The text with marks; ends: with an empty leaf behind a tag at its end."""
         if not text.strip():
-            if self._levels[leaf.message] < 2:
+            if self._levels[leaf.message] <= SAID:
                 return text
             return text + self._around("", leaf._replace(blank=True))
         thought_end = 0
@@ -129,7 +137,13 @@ class Marker:
             part: Part = "reasoning" if stop <= thought_end else leaf.part
             made += [text[end:start], self._around(text[start:stop], leaf._replace(part=part))]
             end = stop
-        return "".join([*made, text[end:]])
+        rest = text[end:]
+        if ends and rest.strip():
+            blank = len(rest) - len(rest.rstrip())
+            made.append(rest[: len(rest) - blank])
+            made.append(self._around("", leaf._replace(blank=True)))
+            rest = rest[len(rest) - blank :]
+        return "".join([*made, rest])
 
     def _around(self, text: str, leaf: Leaf) -> str:
         number = len(self.leaves)

@@ -13,19 +13,16 @@ What a turn says is found by marks (see `marks`), never by searching for its tex
 Whatever cannot be told so is an Undecided with the message's number.
 """
 
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 
-from lora_engine.data.control import MARKER, ControlTokens
 from lora_engine.data.forms import Written
 from lora_engine.data.inputs import TemplateInputs
-from lora_engine.data.marks import TAG, Mark, Marked, Marker, read_marks
+from lora_engine.data.marks import EVERY, TAG, Mark, Marked, Marker, read_marks
 from lora_engine.data.template import Message, Tokenizer, Undecided, try_render
+from lora_engine.data.turn_ends import ASKED, TurnEnds
 
-_ASKED: Message = {"role": "user", "content": "?"}
-_ANSWERED: Message = {"role": "assistant", "content": MARKER}
+_NO_END = "the end of an answer is written otherwise where more follows, and not learned there"
 
 
 @dataclass(frozen=True)
@@ -45,92 +42,6 @@ class Turn:
     calls: tuple[int, int]
     added: str = ""
     notes: tuple[str, ...] = ()
-
-
-class TurnEnds:
-    """What a template writes between turns, found once for a tokenizer with its template."""
-
-    def __init__(self, tokenizer: Tokenizer, control: ControlTokens) -> None:
-        self._tokenizer, self._control = tokenizer, control
-
-    @cached_property
-    def header(self) -> str:
-        """What the generation prompt adds behind a question."""
-        prompt = try_render([_ASKED], self._tokenizer, generation_prompt=True)
-        asked = try_render([_ASKED], self._tokenizer)
-        return "" if prompt is None or asked is None else self.added_to(asked, prompt)
-
-    @cached_property
-    def closing(self) -> str:
-        """What stands behind an answer, whatever follows."""
-        last, followed = self._behind_answer or ("", "")
-        return self.common(last, followed) or last
-
-    @cached_property
-    def next_mark(self) -> str:
-        """The control token that a question behind an answer begins with, where nothing ends it."""
-        return self.mark_at(self._behind_answer[1]) if self._behind_answer else ""
-
-    @cached_property
-    def are_written(self) -> bool:
-        """Whether the template ends a turn by a text of its own, which is not white space.
-
-        True too where it does not write a question and an answer by themselves.
-        """
-        return bool(self.closing.strip()) or self._behind_answer is None
-
-    @cached_property
-    def _behind_answer(self) -> tuple[str, str] | None:
-        """What stands behind an answer that is the last message, and behind one that is not.
-
-        None: the template does not write these.
-        """
-        found = []
-        for messages in ([_ASKED, _ANSWERED], [_ASKED, _ANSWERED, _ASKED]):
-            rendered = try_render(messages, self._tokenizer)
-            known = rendered is not None and rendered.count(MARKER) == 1
-            found.append(rendered.split(MARKER)[1] if rendered and known else None)
-        last, followed = found
-        return None if last is None else (last, last if followed is None else followed)
-
-    def mark_at(self, text: str) -> str:
-        """The control token that `text` begins with, white space before it included, or ""."""
-        found = self._mark.match(text)
-        return found[0] if found else ""
-
-    def common(self, one: str, other: str) -> str:
-        """What both begin with, in whole tags, tokens and words."""
-        if other.startswith(one):
-            return one
-        length = 0
-        for a, b in zip(self.pieces(one), self.pieces(other), strict=False):
-            if a != b:
-                break
-            length += len(a)
-        return one[:length]
-
-    def added_to(self, text: str, longer: str) -> str:
-        """What `longer` goes on with where `text` does not."""
-        return longer[len(self.common(text, longer)) :]
-
-    def pieces(self, text: str) -> Iterator[str]:
-        """Control tokens, tags, words and single characters."""
-        return (found[0] for found in self._piece.finditer(text))
-
-    def is_optional(self, text: str) -> bool:
-        """Whether a generation prompt may write `text` where a turn does not: tags, white space."""
-        first = next(self.pieces(text.lstrip()), "")
-        return not first or TAG.fullmatch(first) is not None or first in self._control.texts
-
-    @cached_property
-    def _piece(self) -> re.Pattern[str]:
-        tokens = [re.escape(token) for token in self._control.texts]
-        return re.compile("|".join([*tokens, TAG.pattern, r"\w+", "."]), re.DOTALL)
-
-    @cached_property
-    def _mark(self) -> re.Pattern[str]:
-        tokens = [re.escape(token) for token in self._control.texts]
-        return re.compile(rf"\s*(?:{'|'.join(tokens)})" if tokens else "(?!)")
 
 
 @dataclass(frozen=True)
@@ -185,6 +96,8 @@ class Turns:
         end, added = self._end(index, run, ceiling)
         if added:
             notes = (*notes, f"{added.strip()!r} added, which ends the last turn")
+        elif self.ends.are_written and not self.written.whole[run[-1].position : end].strip():
+            notes = (*notes, _NO_END)
         return Turn(index, start, end, *self.parts(index, start, end), added, notes)
 
     def _run(self, index: int) -> list[Mark]:
@@ -262,8 +175,10 @@ class Turns:
             return len(rendered), _left_out(header)
         if index and self._joins(index, gap):
             return floor, ()
-        if not header and (behind := self._behind_last(index)) and gap.startswith(behind):
-            return floor + len(behind), ()
+        if not header and (behind := self._behind_last(index)):
+            common = self.ends.common(behind, gap)
+            if not behind[len(common) :].strip():
+                return floor + len(common), ()
         raise self._refusal(index, "the generation prompt is not written before it")
 
     def _joins(self, index: int, gap: str) -> bool:
@@ -283,7 +198,7 @@ class Turns:
         is_last = index == len(messages) - 1
         calls = bool(messages[index].get("tool_calls") or messages[index].get("function_call"))
         closing = self.ends.closing.strip()
-        if not calls and closing and self._is_once(run):
+        if not calls and closing and self._shows_all(index, run):
             last = run[-1].position
             after = whole[last:ceiling]
             blank = len(after) - len(after.lstrip())
@@ -295,6 +210,7 @@ class Turns:
             return last + len(self._kept_end(index, own)), ""
         own = self.ends.common(behind, after)
         if self.ends.are_written:
+            own = self.ends.without_opening(own, whole)
             return last + len(own.rstrip() or own), ""
         if mark := self.ends.mark_at(after[len(own) :]):
             is_prompt = self.ends.header.strip().startswith(mark.strip())
@@ -309,11 +225,12 @@ class Turns:
 
     def _kept_end(self, index: int, own: str) -> str:
         """What of the end of the whole is there too where another message follows."""
-        more = self._marked(len(self.written.messages), [*self.written.messages, _ASKED])
+        more = self._marked(len(self.written.messages), [*self.written.messages, ASKED])
         places = [m.position for m in more.marks if self._message(m) == index] if more else []
         if more is None or not places:
             return own
-        return self.ends.common(own, more.text[places[-1] :]).rstrip() or own
+        kept = self.ends.common(own, more.text[places[-1] :])
+        return self.ends.without_opening(kept, more.text).rstrip() or own
 
     def _behind_turn(self, index: int, run: Sequence[Mark]) -> tuple[int, str]:
         """(end of what the turn says, what the template writes behind it if nothing follows)."""
@@ -335,20 +252,27 @@ class Turns:
     def _next_mark(self, calls: bool) -> str:
         """What the next message would begin with: a tool's behind calls, otherwise a user's."""
         whole = self.written.whole
-        follower: Message = {"role": "tool", "content": "?"} if calls else _ASKED
+        follower: Message = {"role": "tool", "content": "?"} if calls else ASKED
         more = self._try([*self.written.messages, follower])
         if more is not None and more.startswith(whole):
             return self.ends.mark_at(more[len(whole) :])
         return "" if calls else self.ends.next_mark
 
-    def _is_once(self, run: Sequence[Mark]) -> bool:
-        return len({mark.leaf for mark in run}) * 2 == len(run)
+    def _shows_all(self, index: int, run: Sequence[Mark]) -> bool:
+        """Whether the run has each leaf of the message once, the end of its text among them."""
+        once = len({mark.leaf for mark in run}) * 2 == len(run)
+        return once and self.written.levels[index] == EVERY
 
     # What a turn consists of
 
     def _reasoning_end(self, run: Sequence[Mark], start: int, end: int) -> int:
         marks = [i for i, mark in enumerate(run) if self._part(mark) == "reasoning"]
         if not marks:
+            return start
+        if any(self._part(mark) == "text" for mark in run[: marks[-1]]):
+            if not self.needs_reasoning:
+                index = self._message(run[0])
+                raise self._refusal(index, "its reasoning stands behind its text")
             return start
         behind = run[marks[-1]].position
         rest = self.written.whole[behind : self._next_open(run, marks[-1], end)]

@@ -179,3 +179,77 @@ def test_parallel_calls_that_are_alike_are_told_apart():
     alike = [call("Bern"), call("Bern")]
     messages = [user("Wet?"), assistant("", tool_calls=alike)]
     assert runs("qwen2_5", messages) == [BERN[:-10] + "\n" + BERN]
+
+
+def turns_by(template: str, *said: str, **options) -> tuple[list[str], tuple[str, ...]]:
+    """What is learned of a user and an assistant in turn, and what is said of it."""
+    tokenizer = make_bytewise(template)
+    messages = tuple((user, assistant)[i % 2](text) for i, text in enumerate(said))
+    example = tokenize(Record("messages", messages, origin="a:1"), tokenizer, **options)
+    return learned(example, tokenizer), example.notes
+
+
+def test_what_begins_the_next_turn_is_no_end():
+    """The template begins it even where nothing follows."""
+    template = (
+        "<s>{% for m in messages %}<|start|><|{{ m['role'] }}|>{{ m['content'] }}<|end|>"
+        "{% endfor %}<|start|><|assistant|>{% if add_generation_prompt %}<|say|>{% endif %}"
+    ).replace("{{ m['content'] }}", "{{ '<|say|>' if m['role'] == 'assistant' }}{{ m['content'] }}")
+    assert turns_by(template, "Hi", "Ho", "Yo", "So") == (["Ho<|end|>", "So<|end|>"], ())
+
+
+@pytest.mark.parametrize("end", ["<done>", "DONE", "</b></i>"])
+def test_a_text_that_ends_as_a_turn_does(end):
+    """The end is plain text, so that nothing tells it from what is said but its place."""
+    template = (
+        "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}" + end + "\n{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    said = (f"a {end}", f"b {end}", f"{end}", f"{end} {end}")
+    assert turns_by(template, *said) == ([said[1] + end, said[3] + end], ())
+
+
+def test_an_end_that_is_written_otherwise_where_more_follows_is_told_of():
+    template = (
+        "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}"
+        "{{ '<|return|>' if loop.last else '<|end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    assert turns_by(template, "Hi", "Ho", "Yo", "So") == (
+        ["Ho", "So<|return|>"],
+        ("the end of an answer is written otherwise where more follows, and not learned there",),
+    )
+    assert turns_by(template, "Hi", "Ho") == (["Ho<|return|>"], ())
+
+
+def test_a_template_that_looks_up_the_names_of_functions():
+    template = (
+        "{{ tools | tojson }}{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}"
+        "{% for c in m['tool_calls'] or [] %}{% set f = c['function'] %}"
+        "{% if f['name'] in tools | map(attribute='function.name') %}{{ f['name'] }}"
+        "{{ f['arguments'] | tojson }}{% else %}{{ raise_exception('no such tool') }}{% endif %}"
+        "{% endfor %}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    tokenizer = make_bytewise(template)
+    record = Record("messages", tuple(SHAPES["call"]), given=TemplateInputs(TOOLS))
+    example = tokenize(record, tokenizer)
+    assert learned(example, tokenizer) == ['Let me see.rain{"in": "Bern"}<|end|>']
+
+
+def test_reasoning_behind_the_text():
+    template = (
+        "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}"
+        "{% if m['reasoning_content'] %}<why>{{ m['reasoning_content'] }}</why>{% endif %}<|end|>"
+        "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    tokenizer = make_bytewise(template)
+    record = Record("messages", tuple(SHAPES["reasoning"]), origin="a:1")
+    assert learned(tokenize(record, tokenizer), tokenizer) == ["2<why>Easy.</why><|end|>"]
+    with pytest.raises(UserError, match=r"^a:1: .* message 2 .* reasoning stands behind its text"):
+        tokenize(record, tokenizer, train_on_reasoning=False)
+
+
+def test_tools_that_are_not_written_are_refused_where_all_is_learned_too():
+    record = Record("messages", tuple(SHAPES["turns"]), given=TemplateInputs(TOOLS))
+    with pytest.raises(UserError, match="does not write the record's tools"):
+        tokenize(record, known_tokenizer("llama3"), loss_on="all")

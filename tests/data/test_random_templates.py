@@ -115,7 +115,9 @@ def is_system(message: dict) -> bool:
 
 STYLES = st.builds(
     Style,
-    end=st.sampled_from(["<|end|>\n", "<|close|><|stop|>", "</s>", " </s>\n", "### END\n", ""]),
+    end=st.sampled_from(
+        ["<|end|>\n", "<|close|><|stop|>", "</s>", " </s>\n", "### END\n", "<done>\n", ""]
+    ),
     trims=st.booleans(),
     thinks=st.sampled_from(["never", "last", "always"]),
     empty=st.booleans(),
