@@ -5,6 +5,7 @@ Heavy modules are imported by the command that needs them, so that --help answer
 
 import functools
 import json
+import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
 
@@ -114,15 +115,38 @@ def train(
 
 @app.command()
 @_interruptible
-def data(config: ConfigName, overrides: Overrides = None) -> None:
-    """Show what is in CONFIG's data, and what is dropped."""
+def data(
+    config: ConfigName,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    html: Annotated[
+        str | None, typer.Option("--html", metavar="FILE", help="Write a page for a browser.")
+    ] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Exit with 1 where something should be mended.")
+    ] = False,
+) -> None:
+    """Show what is in CONFIG's data, what of it is learned, and what is wrong with it."""
     from lora_engine.app.config import load_config
 
     settings = load_config(config, overrides or [])
     from lora_engine.app.finetune import examine_data
-    from lora_engine.data.inspect import render
+    from lora_engine.data.show import render
 
-    _console().print(render(examine_data(settings)))
+    reports = examine_data(settings)
+    if html is not None:
+        from lora_engine.report.data_page import write_data_page
+
+        write_data_page(html, settings.data.name(), reports)
+    if as_json:
+        print(json.dumps([report.as_json() for report in reports], indent=2))
+    else:
+        _console().print(render(reports))
+    wrong = [f"{report.name}: {what}" for report in reports for what in report.wrong()]
+    if strict and wrong:
+        for line in wrong:
+            print(line, file=sys.stderr)
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -1,31 +1,28 @@
 """What is in the data: the account that `lora-engine data CONFIG` prints.
 
-`report` gathers plain numbers and texts; `render` turns them into rich renderables.
+`report` gathers plain numbers and texts; `show` turns them into rich renderables.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from itertools import groupby
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lora_engine.data.account import ignored_line
 from lora_engine.data.batch import MISMATCHED
 from lora_engine.data.dataset import Dropped, TokenizedDataset
 from lora_engine.data.leakage import Duplicate, Leakage, find_leakage
-from lora_engine.data.listing import PLACES, Finding, group
+from lora_engine.data.listing import Finding, group
+from lora_engine.data.near import NearDuplicate, near_duplicates
+from lora_engine.data.pairs import ROLES
 from lora_engine.data.prefixes import common_length
+from lora_engine.data.quality import Quality, quality, token_texts
 from lora_engine.data.render import Example
 from lora_engine.data.template import Tokenizer
 
-if TYPE_CHECKING:
-    from rich.console import Group, RenderableType
-    from rich.table import Table
-    from rich.text import Text
-
 HISTOGRAM_BINS = 10
+SHOWN_TOKENS = 400  # of a sample
 
 
 @dataclass(frozen=True)
@@ -39,10 +36,14 @@ class Bin:
 
 @dataclass(frozen=True)
 class Sample:
-    """One example's text, in runs of (text, supervised)."""
+    """One example's text, in runs of (text, supervised).
+
+    tokens: its first tokens as (text, supervised).
+    """
 
     origin: str
     runs: tuple[tuple[str, bool], ...]
+    tokens: tuple[tuple[str, bool], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,9 @@ class DataReport:
     roles: sequences of each `Example.role`: chosen and rejected answers, say.
     notes: what was done with texts that their authors may not expect.
     ignored: fields that nothing reads, and how many records have them.
+    formats: records of each format. mixture: see `TokenizedDataset`.
+    near: what is nearly the same as a training example; None for the training data itself.
+    quality: what answers are like.
     """
 
     name: str
@@ -77,6 +81,35 @@ class DataReport:
     notes: tuple[Finding, ...] = ()
     ignored: tuple[tuple[str, int], ...] = ()
     roles: tuple[tuple[str, int], ...] = ()
+    formats: tuple[tuple[str, int], ...] = ()
+    mixture: tuple[tuple[str, int, int], ...] = ()
+    near: tuple[NearDuplicate, ...] | None = None
+    quality: Quality = field(default_factory=Quality)
+
+    def wrong(self) -> tuple[str, ...]:
+        """What ought to be mended before training, in words; empty if nothing is."""
+        leakage = self.leakage or Leakage((), ())
+        labels = {role: count for role, count in self.roles if role in ROLES["labelled"]}
+        counts = {
+            "records are dropped": len(self.dropped),
+            "examples are cut to max_length": len(self.truncated),
+            "examples repeat an earlier one": len(self.duplicates),
+            "examples are also in the training data": len(leakage.examples),
+            "prompts are also in the training data": len(leakage.prompts),
+            "examples are nearly in the training data": len(self.near or ()),
+            "tokens are unknown to the tokenizer": self.quality.unknown,
+            "examples share an answer": sum(same.count for same in self.quality.same_answers),
+            "answers are refusals": self.quality.refusals.count if self.quality.refusals else 0,
+            "texts were not taken as they are": sum(note.count for note in self.notes),
+        }
+        said = [f"{count:,} {what}" for what, count in counts.items() if count]
+        if len(labels) == 1:
+            said.append(f"every label is the same ({next(iter(labels))})")
+        return tuple(said)
+
+    def as_json(self) -> dict[str, object]:
+        """The report as JSON values."""
+        return {**asdict(self), "wrong": list(self.wrong())}
 
 
 def report(
@@ -116,6 +149,10 @@ def report(
         adapters=tuple(Counter(e.adapter for e in dataset if e.adapter).items()),
         notes=group((example.origin, note) for example in dataset for note in example.notes),
         ignored=dataset.ignored,
+        formats=dataset.formats,
+        mixture=dataset.mixture,
+        near=near_duplicates(train, dataset) if train is not None else None,
+        quality=quality(dataset, tokenizer),
     )
 
 
@@ -133,26 +170,15 @@ def length_histogram(lengths: np.ndarray, bins: int = HISTOGRAM_BINS) -> tuple[B
 def sample(example: Example, tokenizer: Tokenizer) -> Sample:
     """The example's text as the model sees it, special tokens included."""
     tokens = zip(example.input_ids, example.supervised, strict=True)
+    shown = token_texts(example.input_ids[:SHOWN_TOKENS], tokenizer)
     return Sample(
         f"{example.origin}, {example.role}" if example.role else example.origin,
         tuple(
             (tokenizer.decode([token for token, _ in run]), supervised)
             for supervised, run in groupby(tokens, key=lambda token: token[1])
         ),
+        tuple(zip(shown, example.supervised, strict=False)),
     )
-
-
-def render(reports: Sequence[DataReport]) -> "Group":
-    """The reports (training data first) as one rich renderable."""
-    from rich.console import Group
-    from rich.rule import Rule
-    from rich.text import Text
-
-    parts: list[RenderableType] = []
-    for data in reports:
-        parts += [Rule(Text(data.name)), _counts(data), "", _histogram(data), "", *_findings(data)]
-        parts += [_sample_text(shown) for shown in data.samples]
-    return Group(*parts)
 
 
 def _round_width(least: float) -> int:
@@ -169,92 +195,3 @@ def _spread(examples: Sequence[Example], count: int) -> list[Example]:
     """`count` examples at even distances, or all if there are fewer."""
     count = min(count, len(examples))
     return [examples[i * len(examples) // count] for i in range(count)]
-
-
-def _counts(data: DataReport) -> "Table":
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table.grid(padding=(0, 2))
-    kinds = ", ".join(f"{count:,} {kind}" for kind, count in data.kinds)
-    share = data.num_targets / data.num_tokens
-    table.add_row("records", f"{data.num_records:,}" + (f" ({kinds})" if kinds else ""))
-    adapters = ", ".join(f"{count:,} for {name}" for name, count in data.adapters)
-    examples = f"{data.num_examples:,}" + (f" ({adapters})" if adapters else "")
-    table.add_row("examples", Text(examples))  # names of adapters are not markup
-    if data.roles:
-        table.add_row("answers", ", ".join(f"{count:,} {role}" for role, count in data.roles))
-    table.add_row("tokens", f"{data.num_tokens:,}")
-    table.add_row("learned from", f"{data.num_targets:,} tokens ({share:.1%})")
-    table.add_row(
-        "tokens per example",
-        f"{data.length_min:,} to {data.length_max:,}, median {data.length_median:,}",
-    )
-    if data.length_common:
-        table.add_row("all begin with", f"the same {data.length_common:,} tokens")
-    return table
-
-
-def _histogram(data: DataReport) -> "Table":
-    from rich.table import Table
-
-    table = Table.grid(padding=(0, 2))
-    table.add_column(justify="right")
-    table.add_column(justify="right")
-    table.add_row("tokens", "examples", "", style="bold")
-    tallest = max(entry.count for entry in data.histogram)
-    for entry in data.histogram:
-        bar = "█" * -(-entry.count * 40 // tallest)  # any example shows
-        table.add_row(f"{entry.low:,} to {entry.high - 1:,}", f"{entry.count:,}", bar)
-    return table
-
-
-def _findings(data: DataReport) -> "list[Text]":
-    from rich.text import Text
-
-    rows = [_finding("truncated to max_length", data.truncated)]
-    reasons = dict.fromkeys(dropped.reason for dropped in data.dropped)
-    for reason in reasons:
-        origins = [dropped.origin for dropped in data.dropped if dropped.reason == reason]
-        rows.append(_finding(f"dropped, {reason}", origins))
-    if not reasons:
-        rows.append(_finding("dropped", ()))
-    rows.append(
-        _finding("duplicates (kept)", [f"{d.origin} repeats {d.first}" for d in data.duplicates])
-    )
-    rows += [_titled(note.text, note.count, note.origins) for note in data.notes]
-    if data.ignored:
-        rows.append(Text(ignored_line(data.ignored), style="yellow"))
-    if data.leakage is not None:
-        pairs = data.leakage.examples
-        rows.append(_finding("also in the training data", [f"{a} is {b}" for a, b in pairs]))
-        pairs = data.leakage.prompts
-        rows.append(_finding("prompt also in the training data", [f"{a} as {b}" for a, b in pairs]))
-    return rows
-
-
-def _finding(title: str, entries: Sequence[str]) -> "Text":
-    return _titled(title, len(entries), entries[:PLACES])
-
-
-def _titled(title: str, count: int, entries: Iterable[str]) -> "Text":
-    """A finding and where the first few of `count` stand."""
-    from rich.text import Text
-
-    entries = list(entries)
-    text = Text(f"{title}: ").append(f"{count:,}", style="bold yellow" if count else "")
-    for entry in entries:
-        text.append(f"\n  {entry}")
-    if count > len(entries):
-        text.append(f"\n  … and {count - len(entries):,} more")
-    return text
-
-
-def _sample_text(shown: Sample) -> "Text":
-    from rich.text import Text
-
-    text = Text(f"\n{shown.origin} ", style="bold")
-    text.append("(green: learned from)\n", style="not bold dim")
-    for run, supervised in shown.runs:
-        text.append(run, style="not bold green" if supervised else "not bold")
-    return text

@@ -130,9 +130,13 @@ def test_documents_of_a_folder(tokenizer, tmp_path):
 
 def test_a_stream_and_what_is_held_out_of_it(tokenizer, files):
     train, heldout = prepared(
-        tokenizer, train=str(files / "[ab].jsonl"), stream=True, stream_buffer=64, eval_fraction=0.2, processes=1,
-        columns={"text": "prompt"},
-    )  # fmt: skip
+        tokenizer,
+        train=str(files / "[ab].jsonl"),
+        stream=True,
+        stream_buffer=64,
+        eval_fraction=0.2,
+        processes=1,
+    )
     assert not set(origins(train)) & set(origins(heldout))
     assert train.stream is not None and train.name.endswith("the first records)")
     with pytest.raises(UserError, match=r"docstrings: data\.stream reads files"):

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from lora_engine.data.dataset import prepare
-from lora_engine.data.inspect import Bin, length_histogram, render, report, sample
+from lora_engine.data.inspect import Bin, length_histogram, report, sample
+from lora_engine.data.show import render
 
 
 def pair(prompt: str, completion: str) -> dict[str, str]:
@@ -104,7 +105,11 @@ def test_render_says_all_findings(reports):
 
 def test_supervised_tokens_are_coloured(reports):
     text = printed(reports[1:], force_terminal=True, color_system="standard")
-    assert "\x1b[32mx<|im_end|>\x1b[0m" in text
+    learned, other = (
+        "\x1b[32mx\x1b[0m",
+        "\x1b[4;32m<|im_end|>\x1b[0m",
+    )
+    assert learned + other in text
     assert "\x1b[32mHello" not in text
 
 

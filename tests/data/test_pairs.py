@@ -7,9 +7,10 @@ import torch
 
 from lora_engine.data.batch import MISMATCHED, collate
 from lora_engine.data.dataset import prepare
-from lora_engine.data.inspect import render, report
+from lora_engine.data.inspect import report
 from lora_engine.data.pairs import IDENTICAL, check_labels, cut_prompts, prompt_length
 from lora_engine.data.render import Example
+from lora_engine.data.show import render
 from lora_engine.errors import UserError
 from lora_engine.training.batches import BatchSource, fingerprint
 

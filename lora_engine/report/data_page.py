@@ -1,0 +1,40 @@
+"""A data report as one self-contained page."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from lora_engine.data.account import ignored_line
+from lora_engine.data.inspect import DataReport
+from lora_engine.errors import UserError, reason
+from lora_engine.files import user_path, write_text
+from lora_engine.text import visible
+
+
+def write_data_page(path: str | Path, name: str, reports: Sequence[DataReport]) -> None:
+    """Write the page about the reports, training data first. Raises UserError for a bad path."""
+    try:
+        file = user_path(path)
+    except ValueError as error:
+        raise UserError(f"--html: {reason(error)}") from error
+    write_text(file, data_page(name, reports))
+
+
+def data_page(name: str, reports: Sequence[DataReport]) -> str:
+    """The page as a string."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("lora_engine.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["visible"] = visible
+    return environment.get_template("data.html.j2").render(
+        name=name,
+        reports=reports,
+        ignored_line=ignored_line,
+        tallest=[max(entry.count for entry in report.histogram) for report in reports],
+        letters=[sum(count for _, count in report.quality.scripts) or 1 for report in reports],
+    )
