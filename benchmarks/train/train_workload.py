@@ -81,8 +81,14 @@ def add_adapters(model: Any, *, float32_adapters: bool = True) -> Any:
     """LoRA on all linear layers; adapters in float32 (PEFT's default) or in the model's dtype."""
     import peft
 
-    config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear")
-    return peft.get_peft_model(model, config, autocast_adapter_dtype=float32_adapters)
+    return peft.get_peft_model(model, lora_config(), autocast_adapter_dtype=float32_adapters)
+
+
+def lora_config() -> Any:
+    """PEFT's, as every contender trains it."""
+    import peft
+
+    return peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear")
 
 
 def init_adapters(model: Any, seed: int) -> None:

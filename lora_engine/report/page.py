@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lora_engine.data.account import finding_lines
 from lora_engine.errors import UserError
@@ -18,6 +18,7 @@ from lora_engine.training.metrics import StepMetrics
 from lora_engine.training.run.folder import RunFolder
 
 Row = Mapping[str, Any]
+Change = Literal["relative", "points", "difference"]
 
 
 @dataclass(frozen=True)
@@ -109,15 +110,16 @@ def comparisons(summary: Row) -> list[Comparison]:
         perplexities = tuple(map(perplexity, losses))
         rows.append(_comparison("Perplexity", perplexities, "{:,.2f}", lower_is_better=True))
     name = _accuracy(summary.get("objective", ""))
-    rows.append(_comparison(name, accuracies, "{:.1%}", lower_is_better=False, points=True))
+    rows.append(_comparison(name, accuracies, "{:.1%}", lower_is_better=False, change="points"))
     before, after = (summary.get(f"heldout_metrics_{when}", {}) for when in ("before", "after"))
     for metric, better in _BETTER.items():
         if metric in before and metric in after and metric != _COUNTED.get(name):
             share = metric.endswith("accuracies")
             form = "{:.1%}" if share else "{:.3f}"
             values = before[metric], after[metric]
+            kind: Change = "points" if share else "difference"
             title = metric if "/" in metric else metric.replace("_", " ").capitalize()
-            rows.append(_comparison(title, values, form, lower_is_better=not better, points=share))
+            rows.append(_comparison(title, values, form, lower_is_better=not better, change=kind))
     return rows
 
 
@@ -234,22 +236,24 @@ def _comparison(
     form: str,
     *,
     lower_is_better: bool,
-    points: bool = False,
+    change: Change = "relative",
 ) -> Comparison:
-    """points: the change of a share is told in percentage points, not relative."""
+    """change: how it is told; that of a share in percentage points, of a number that may be 0 or
+    have either sign as a difference."""
     before, after = values
-    if points:
-        change = f"{100 * (after - before):+.1f} points"
+    told = ""
+    if change == "points":
+        told = f"{100 * (after - before):+.1f} points"
+    elif change == "difference":
+        told = f"{after - before:+.3f}"
     elif before and math.isfinite(before) and math.isfinite(after):
-        change = f"{(after - before) / before:+.0%}"
-    else:
-        change = ""
+        told = f"{(after - before) / before:+.0%}"
     equal = form.format(before) == form.format(after)
     return Comparison(
         name=name,
         before=form.format(before),
         after=form.format(after),
-        change=change.replace("-", "\u2212"),
+        change=told.replace("-", "\u2212"),
         better=None if equal else (after < before) == lower_is_better,
     )
 

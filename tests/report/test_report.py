@@ -256,3 +256,27 @@ def test_duration_text(seconds, text):
 )
 def test_bytes_text(size, text):
     assert bytes_text(size) == text
+
+
+def test_metrics_of_pairs_have_charts_and_are_compared(summary, metrics):
+    drawn = charts(
+        [
+            {**row, f"{when}rewards/chosen": 2.0, f"{when}rewards/rejected": -1.0, f"{when}kl": 0.5}
+            for row in metrics
+            for when in ["heldout_" if "heldout_loss" in row else ""]
+        ],
+        "nats per pair",
+    )
+    titles = [chart.title for chart in drawn]
+    assert titles[2:4] == ["rewards", "kl"]
+    assert [series.name for series in drawn[2].series] == ["chosen", "rejected"]
+    assert [series.name for series in drawn[3].series][-1] == "held-out"
+    shown = {"rewards/accuracies": 0.5, "rewards/margins": -0.25}
+    summary |= {"heldout_metrics_before": shown, "objective": "dpo"}
+    summary["heldout_metrics_after"] = {"rewards/accuracies": 0.75, "rewards/margins": 1.0}
+    rows = {row.name: row for row in comparisons(summary)}
+    assert rows["rewards/accuracies"].change == "+25.0 points" and rows["rewards/margins"].better
+    assert rows["rewards/margins"].change == "+1.250"
+    summary["objective"] = "reward"  # whose accuracy is that of pairs
+    assert "rewards/accuracies" not in {row.name for row in comparisons(summary)}
+    assert "Pair accuracy" in {row.name for row in comparisons(summary)}

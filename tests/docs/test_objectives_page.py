@@ -1,4 +1,4 @@
-"""The example of docs/adding-an-objective.md is an objective, and does what it says."""
+"""The example of docs/objectives.md is an objective, and does what it says."""
 
 import dataclasses
 import re
@@ -12,7 +12,7 @@ from training_helpers import make_examples, one_batch
 from lora_engine.objectives import base
 from lora_engine.objectives.answers import check_objective
 
-PAGE = Path(__file__).parents[2] / "docs" / "adding-an-objective.md"
+PAGE = Path(__file__).parents[2] / "docs" / "objectives.md"
 
 
 def test_the_example_is_right() -> None:
