@@ -166,7 +166,11 @@ def doctor(
         raise typer.Exit(1)
 
 
-for after_training in (deploy_commands.merge, deploy_commands.export):
+for after_training in (
+    deploy_commands.evaluate,
+    deploy_commands.merge,
+    deploy_commands.export,
+):
     app.command()(_interruptible(after_training))
 
 

@@ -112,6 +112,57 @@ def export(
     console.print(_exported(report, to))
 
 
+def evaluate(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A model, or a run: its base and its adapter.")
+    ],
+    data: Annotated[str, typer.Option("--data", metavar="SOURCE", help="Held-out data.")],
+    adapter: Annotated[
+        str | None,
+        typer.Option("--adapter", metavar="FOLDER", help="Measured beside MODEL without it."),
+    ] = None,
+    group: Annotated[
+        str | None, typer.Option("--group", metavar="COLUMN", help="Also by this column.")
+    ] = None,
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--metric",
+            metavar="NAME",
+            help="Of what is written: exact_match, f1, bleu, or module:function; repeatable.",
+            show_default=False,
+        ),
+    ] = None,
+    answers: Annotated[
+        int, typer.Option(metavar="N", help="Prompts answered for metrics.", min=1)
+    ] = 100,
+    limit: Annotated[
+        int | None, typer.Option(metavar="N", help="Use the first N records.", min=1)
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Measure MODEL on held-out data, without and with an adapter."""
+    import json
+
+    from lora_engine.app import evaluate as evaluation
+
+    console = _console()
+    report = evaluation.evaluate(
+        model,
+        data=data,
+        adapter=adapter,
+        group=group,
+        metrics=metric or [],
+        answers=answers,
+        limit=limit,
+        tell=(lambda text: None) if as_json else console.print,
+    )
+    if as_json:
+        print(json.dumps(report, indent=2, ensure_ascii=False))
+    else:
+        console.print(evaluation.render(report))
+
+
 def _exported(report: dict[str, Any], to: str) -> str:
     if report["format"] == "hf":
         return _outcome(report, to)

@@ -1,0 +1,100 @@
+"""Scores of single examples, their intervals, and metrics of answers."""
+
+import numpy as np
+import pytest
+import torch
+from training_helpers import make_examples
+
+from lora_engine.errors import UserError
+from lora_engine.evaluation.scores import (
+    Score,
+    bleu,
+    by_group,
+    difference,
+    exact_match,
+    interval,
+    score_examples,
+    summary,
+    word_f1,
+)
+from lora_engine.testing import tiny_llama
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_llama().eval()
+
+
+def test_an_example_s_score_is_its_own_however_it_is_packed(model):
+    examples = make_examples(5)
+    scores = score_examples(model, examples)
+    assert [s.origin for s in scores] == [e.origin for e in examples]
+    for packed in (1, 40):
+        for one, other in zip(score_examples(model, examples, tokens=packed), scores, strict=True):
+            assert one.nats == pytest.approx(other.nats, rel=1e-5)
+            assert (one.targets, one.correct) == (other.targets, other.correct)
+    for example, score in zip(examples, scores, strict=True):
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([list(example.input_ids)])).logits[0, :-1]
+        learned = torch.tensor(list(example.supervised)[1:])
+        following = torch.tensor(list(example.input_ids)[1:])
+        loss = torch.nn.functional.cross_entropy(logits, following, reduction="none")[learned]
+        assert score.targets == len(loss)
+        assert score.nats == pytest.approx(float(loss.sum()), rel=1e-5)
+        assert score.correct == int((logits.argmax(1) == following)[learned].sum())
+
+
+def test_intervals_are_those_of_the_mean():
+    random = np.random.default_rng(1)
+    totals = random.normal(2.0, 1.0, 400)
+    found = interval(totals, np.ones(400))
+    assert found["value"] == pytest.approx(totals.mean())
+    assert found["high"] - found["low"] == pytest.approx(2 * 1.96 / 20, rel=0.15)
+    assert interval(np.array([3.0, 3.0]), np.array([2.0, 2.0])) == {
+        "value": 1.5, "low": 1.5, "high": 1.5,
+    }  # fmt: skip
+
+
+def test_a_paired_difference_is_narrower_than_either():
+    random = np.random.default_rng(2)
+    base = [Score(str(i), 4, float(n), 1) for i, n in enumerate(random.normal(20, 5, 100))]
+    better = [Score(s.origin, 4, s.nats - 2.0, 2) for s in base]
+    assert difference(better, base) == {"value": -0.5, "low": -0.5, "high": -0.5}
+    loss = summary(base)["loss"]
+    assert loss["high"] - loss["low"] > 0.3
+
+
+def test_groups_and_perplexity():
+    scores = [
+        Score("a", 2, 2.0, 1),
+        Score("b", 1, 3.0, 0),
+        Score("c", 1, 1.0, 1),
+        Score("d", 0, 0, 0),
+    ]
+    parts = by_group(scores, ["x", "y", "x", "z"])
+    assert set(parts) == {"x", "y"}
+    assert parts["x"]["loss"]["value"] == 1.0
+    assert parts["x"]["perplexity"]["value"] == pytest.approx(np.e)
+    assert parts["x"]["accuracy"]["value"] == pytest.approx(2 / 3)
+    assert (parts["y"]["examples"], parts["y"]["targets"]) == (1, 1)
+
+
+def test_metrics_of_answers():
+    answers, references = ["a b", "c ", "d e f"], ["a x", "c", "f e"]
+    assert exact_match(answers, references) == pytest.approx(1 / 3)
+    assert word_f1(answers, references) == pytest.approx((0.5 + 1 + 0.8) / 3)
+    assert word_f1([""], [""]) == 1.0
+
+
+def test_bleu_is_sacrebleu_s():
+    pytest.importorskip("sacrebleu")
+    assert bleu(["the cat sat on the mat"], ["the cat sat on the mat"]) == pytest.approx(100)
+    assert bleu(["a dog"], ["the cat sat on the mat"]) < 5
+
+
+def test_nothing_supervised_is_told(model):
+    from dataclasses import replace
+
+    blank = [replace(e, supervised=[False] * len(e.input_ids)) for e in make_examples(2)]
+    with pytest.raises(UserError, match="no supervised token"):
+        score_examples(model, blank)
