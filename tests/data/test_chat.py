@@ -1,5 +1,6 @@
 """Which parts of a conversation are learned, and what is said of the rest."""
 
+import chat_templates
 import pytest
 from known_turns import (
     SHAPES,
@@ -11,6 +12,8 @@ from known_turns import (
     make_bytewise,
     user,
 )
+from small_tokenizers import make_byte_level
+from tokenizers import AddedToken
 
 from lora_engine.data.dataset import Dropped, prepare
 from lora_engine.data.inputs import TemplateInputs
@@ -253,3 +256,28 @@ def test_tools_that_are_not_written_are_refused_where_all_is_learned_too():
     record = Record("messages", tuple(SHAPES["turns"]), given=TemplateInputs(TOOLS))
     with pytest.raises(UserError, match="does not write the record's tools"):
         tokenize(record, known_tokenizer("llama3"), loss_on="all")
+
+
+def test_a_beginning_that_template_and_tokenizer_write_is_there_once():
+    tokenizer = make_byte_level(chat_templates.LLAMA3, "<|eot_id|>", writes_bos=True)
+    example = tokenize(Record("messages", tuple(SHAPES["turns"])), tokenizer)
+    assert example.input_ids.count(tokenizer.bos_token_id) == 1
+    assert learned(example, tokenizer) == ["Hello.<|eot_id|>", "Ciao.<|eot_id|>"]
+
+
+@pytest.mark.parametrize("said", ["Hello. ", " Hello", "\n\nHello \n"])
+def test_tokens_that_strip_the_text_beside_them(said):
+    template = chat_templates.CHATML_DEFAULT_SYSTEM
+    tokenizer = make_bytewise(template.replace("<|im_", "<im_"))
+    tokenizer.add_tokens(
+        [
+            AddedToken("<im_start|>", special=True, normalized=False, rstrip=True),
+            AddedToken("<im_end|>", special=True, normalized=False, lstrip=True, rstrip=True),
+        ],
+        special_tokens=True,
+    )
+    messages = (user("Hi "), assistant(said), user(" Bye"), assistant(said))
+    example = tokenize(Record("messages", messages), tokenizer)
+    assert learned(example, tokenizer) == [f"{said.rstrip()}<im_end|>"] * 2
+    whole = tokenizer.apply_chat_template(list(messages), tokenize=False)
+    assert example.input_ids == tokenizer(whole, add_special_tokens=False)["input_ids"]
