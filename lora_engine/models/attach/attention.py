@@ -13,6 +13,7 @@ from torch import Tensor
 from lora_engine import ops
 from lora_engine.errors import UserError
 from lora_engine.models.attach.attention_function import attend, check_window, unpad
+from lora_engine.models.attach.forwards import uncompiled
 from lora_engine.models.attach.linear_group import LinearGroup
 from lora_engine.models.attach.sequences import LayerInputs, SequenceFinder, Sequences
 from lora_engine.models.families.modules import Attention, Cache
@@ -102,6 +103,7 @@ class AttentionForward(_ProjectedAttention):
         super().__init__(module, qkv, output)
         self.finder = finder
 
+    @uncompiled
     def __call__(
         self,
         hidden_states: Tensor,  # [B, L, H]
@@ -200,6 +202,7 @@ class AttentionForward(_ProjectedAttention):
 class RotatedAttention(_ProjectedAttention):
     """The forward where rotation has a kernel and attention has none."""
 
+    @uncompiled
     def __call__(
         self,
         hidden_states: Tensor,  # [B, L, H]

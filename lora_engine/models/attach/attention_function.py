@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lora_engine import ops
 from lora_engine.errors import UserError
+from lora_engine.models.attach.forwards import uncompiled
 from lora_engine.models.attach.masks import causal_mask, dense_mask, has_holes
 from lora_engine.models.attach.sdpa import added_mask, sdpa
 from lora_engine.models.attach.sequences import SequenceFinder
@@ -131,6 +132,7 @@ def register() -> None:
     AttentionMaskInterface.register(IMPLEMENTATION, padding_mask)
 
 
+@uncompiled
 def padding_mask(
     batch_size: int,
     q_length: int,
@@ -197,6 +199,7 @@ def padding_mask(
     )
 
 
+@uncompiled
 def attend(
     module: nn.Module,
     query: Tensor,  # [B, Hq, Q, D]

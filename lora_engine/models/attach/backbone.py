@@ -11,7 +11,7 @@ from lora_engine.errors import UserError
 from lora_engine.models.attach.attention import AttentionForward
 from lora_engine.models.attach.attention_function import computes_padding, weights_if_asked
 from lora_engine.models.attach.capture import is_idle
-from lora_engine.models.attach.forwards import own_forward
+from lora_engine.models.attach.forwards import own_forward, uncompiled
 from lora_engine.models.attach.masks import has_holes
 from lora_engine.models.families.modules import Backbone, BackboneOutput
 from lora_engine.models.peft.lora_state import autocast_to_another_half, hooks_everywhere
@@ -43,6 +43,7 @@ class BackboneForward:
         self.backbone, self.router, self.own_attention = backbone, router, own_attention
         self.original: Callable[..., BackboneOutput] = backbone.forward
 
+    @uncompiled
     def __call__(
         self,
         *args: object,

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lora_engine.models.attach.attachment import attachment
 from lora_engine.models.attach.backbone import takes_read_rows
+from lora_engine.models.attach.forwards import uncompiled
 from lora_engine.models.attach.head import Head, output_head, why_no_head
 from lora_engine.models.attach.supervised_padding import computes_supervised_padding
 from lora_engine.models.families.modules import BackboneOutput, CausalLm
@@ -37,6 +38,7 @@ class CausalLmForward:
         self.model = model
         self.original: Callable[..., object] = model.forward
 
+    @uncompiled
     @computes_supervised_padding
     def __call__(
         self,

@@ -7,7 +7,7 @@ from typing import TypeGuard
 from torch import Tensor, nn
 
 from lora_engine.models.attach.attention import AttentionForward
-from lora_engine.models.attach.forwards import own_forward
+from lora_engine.models.attach.forwards import own_forward, uncompiled
 from lora_engine.models.attach.mlp import MlpForward
 from lora_engine.models.attach.norm import RmsNormForward
 from lora_engine.models.attach.sequences import LayerInputs
@@ -32,6 +32,7 @@ class DecoderLayerForward:
     def __init__(self, module: DecoderLayer, router: AdapterRouter, *, last: bool) -> None:
         self.module, self.router, self.last = module, router, last
 
+    @uncompiled
     def __call__(
         self,
         hidden_states: Tensor,  # [B, L, H]

@@ -6,6 +6,7 @@ from typing import TypeGuard
 from torch import Tensor, nn
 
 from lora_engine import ops
+from lora_engine.models.attach.forwards import uncompiled
 from lora_engine.models.attach.linear_group import are_altered
 from lora_engine.models.families.modules import LoraEmbedding
 from lora_engine.models.peft.lora_state import UNROUTED, hooks_everywhere
@@ -19,6 +20,7 @@ class EmbeddingForward:
         self.module, self.router = module, router
         self.original: Callable[..., Tensor] = module.forward
 
+    @uncompiled
     def __call__(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         module = self.module
         if args or kwargs or why_not(module) is not None:

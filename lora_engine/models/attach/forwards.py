@@ -2,8 +2,20 @@
 
 import inspect
 from collections.abc import Callable, Mapping
+from typing import Any, TypeVar, cast
 
+import torch
 from torch import Tensor, nn
+
+Call = TypeVar("Call", bound=Callable[..., Any])
+
+
+def uncompiled(call: Call) -> Call:
+    """Makes a replaced forward, and all that it calls, run under torch.compile as without.
+
+    Tracing our operations gains nothing: they are no part of compiled graphs, and each ends one.
+    """
+    return cast(Call, torch.compiler.disable(call))
 
 
 def own_forward(module: nn.Module) -> object:

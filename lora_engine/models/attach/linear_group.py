@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lora_engine import ops
 from lora_engine.errors import EngineWarning, UserError
-from lora_engine.models.attach.forwards import only_argument, own_forward
+from lora_engine.models.attach.forwards import only_argument, own_forward, uncompiled
 from lora_engine.models.attach.patches import Patches
 from lora_engine.models.peft import lora_state
 from lora_engine.models.peft.lora_state import base_layer, is_lora
@@ -156,6 +156,7 @@ class SingleLinear:
         self.group = group
         group.inside = True
 
+    @uncompiled
     def __call__(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         if args or kwargs:  # PEFT's options for this call, such as adapter_names
             result: Tensor = self.group.forwards[0](x, *args, **kwargs)
@@ -173,6 +174,7 @@ class ContiguousInput:
     def __init__(self, module: nn.Linear) -> None:
         self.module, self.original = module, module.forward
 
+    @uncompiled
     def __call__(self, x: Tensor | None = None, **named: Tensor) -> Tensor:
         if x is None:
             x = only_argument(self.original, named)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_engine import ops
-from lora_engine.models.attach.forwards import only_argument
+from lora_engine.models.attach.forwards import only_argument, uncompiled
 from lora_engine.models.attach.linear_group import LinearGroup, are_altered
 from lora_engine.models.families.modules import GatedMlp
 from lora_engine.models.peft.lora_state import hooks_everywhere
@@ -24,6 +24,7 @@ class MlpForward:
         self.original: Callable[[Tensor], Tensor] = module.forward
         self.act_fn = module.act_fn
 
+    @uncompiled
     def __call__(self, x: Tensor | None = None, **named: Tensor) -> Tensor:
         if x is None:
             x = only_argument(self.original, named)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_engine import ops
-from lora_engine.models.attach.forwards import only_argument
+from lora_engine.models.attach.forwards import only_argument, uncompiled
 from lora_engine.models.families.modules import RmsNorm
 from lora_engine.models.families.structure import RMS_NORM
 from lora_engine.values import PreNorm
@@ -31,6 +31,7 @@ class RmsNormForward:
         """The module's, as it is now."""
         return _eps(self.module)
 
+    @uncompiled
     def __call__(self, x: Tensor | None = None, **named: Tensor) -> Tensor:
         if x is None:
             x = only_argument(self.original, named)
@@ -62,6 +63,7 @@ class LayerNormForward:
         self.module, self.padding_columns = module, padding_columns
         self.original = module.forward
 
+    @uncompiled
     def __call__(self, input: Tensor) -> Tensor:  # as nn.LayerNorm.forward calls it
         module = self.module
         if any(p.dtype != input.dtype for p in (module.weight, module.bias) if p is not None):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lora_engine.models.attach.attachment import attachment
 from lora_engine.models.attach.attention_function import weights_if_asked, whole_masks
+from lora_engine.models.attach.forwards import uncompiled
 from lora_engine.models.families.modules import CausalLm
 
 
@@ -50,6 +51,7 @@ class LabelledForward:
         self.model = model
         self.original: Callable[..., object] = model.forward
 
+    @uncompiled
     @computes_supervised_padding
     def __call__(self, *args: object, **kwargs: object) -> object:
         """As the model's own."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_engine.models.attach.attachment import attachment
-from lora_engine.models.attach.forwards import own_forward
+from lora_engine.models.attach.forwards import own_forward, uncompiled
 from lora_engine.models.attach.head import output_head, why_no_head
 from lora_engine.models.attach.packed import hidden_rows
 from lora_engine.models.attach.patches import Patches
@@ -45,6 +45,7 @@ class TrlHeadForward:
     def __init__(self, model: CausalLm, theirs: Callable[..., object], asked: _Asked) -> None:
         self.model, self.theirs, self.asked = model, theirs, asked
 
+    @uncompiled
     @computes_supervised_padding
     def __call__(
         self,

@@ -295,3 +295,34 @@ def test_forked_workers_compute_the_same_after_the_parent_has_on_two_threads() -
     finally:
         torch.set_num_threads(before)
     assert (forked - results(plain)).abs().max() <= 1e-4 * forked.abs().max()
+
+
+def refuses(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+    raise AssertionError(f"torch.compile traced a replaced forward: {graph.code}")
+
+
+@pytest.mark.parametrize("compiled", ["the model", "its layers", "their parts"])
+def test_torch_compile_leaves_replaced_forwards_as_they_are(compiled: str) -> None:
+    ours, _ = pair()
+    expected = gradients(ours)
+    layers = ours.get_base_model().model.layers
+    parts = {"the model": [ours], "its layers": layers}
+    for part in parts.get(compiled, [part for layer in layers for part in layer.children()]):
+        part.compile(backend=refuses)
+    actual = gradients(ours)
+    assert all(torch.equal(actual[name], grad) for name, grad in expected.items())
+
+
+def test_every_replaced_forward_is_left_uncompiled() -> None:
+    """An embedding's, a layer norm's and a head's are, beside those of a Llama's layers."""
+    options = {"vocab_size": 97, "hidden_size": 32, "num_attention_heads": 4, "rotary_pct": 0.5}
+    sizes = {"num_hidden_layers": 2, "intermediate_size": 48}
+    neox = transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**options, **sizes))
+    llama = with_lora(tiny_llama(), target_modules=["q_proj", "down_proj", "embed_tokens"])
+    replaced = set()
+    for model in (neox, llama):
+        lora_engine.accelerate(model)
+        replaced |= {type(vars(m).get("forward")) for m in model.modules()} - {type(None)}
+    assert len(replaced) >= 8
+    for kind in replaced:
+        assert getattr(kind.__call__, "_torchdynamo_disable", False), kind
