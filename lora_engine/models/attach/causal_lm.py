@@ -53,7 +53,13 @@ class CausalLmForward:
         A head in a state that the loss does not cover (several adapters at once, say), a loss of
         the user's and arguments for one run as the model's own too.
         """
-        if labels is None or args or self._asks_more(kwargs) or return_dict is False:
+        if (
+            labels is None
+            or args
+            or return_dict is False
+            or not are_of_tokens(labels, kwargs)
+            or self._asks_more(kwargs)
+        ):
             options = {"num_items_in_batch": num_items_in_batch, "return_dict": return_dict}
             kwargs.update({key: value for key, value in options.items() if value is not None})
             return self.original(*args, labels=labels, **kwargs)
@@ -104,6 +110,13 @@ def _means_the_same_without_cache(labels: Tensor, kwargs: Mapping[str, object]) 
     if not isinstance(mask, Tensor):
         return mask is None and kwargs.get("position_ids") is None
     return mask.shape[-1] == labels.shape[-1]
+
+
+def are_of_tokens(labels: Tensor, arguments: Mapping[str, object]) -> bool:
+    """Whether a call with these arguments has one label a token; transformers refuses others."""
+    ids, embeddings = arguments.get("input_ids"), arguments.get("inputs_embeds")
+    shapes = [x.shape[:2] for x in (ids, embeddings) if isinstance(x, Tensor)]
+    return bool(shapes) and all(labels.shape == shape for shape in shapes)
 
 
 def shifted_targets(labels: Tensor) -> tuple[Tensor, Tensor]:

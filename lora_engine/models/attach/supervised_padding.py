@@ -87,7 +87,7 @@ def _has_read_padding(model: CausalLm, own: str, arguments: Mapping[str, object]
         return False
     padding = mask == 0
     if own == "sdpa":  # of a row that sees nothing it makes zeros, as lora_engine's attention does
-        padding &= mask.cumsum(1) > 0
+        padding &= (mask != 0).cumsum(1) > 0
     read = _read(model, arguments, mask)
     return read is not None and bool((padding & read).any())
 
@@ -128,7 +128,9 @@ def _supervised(model: CausalLm, arguments: Mapping[str, object], mask: Tensor) 
         supervised = torch.zeros_like(mask, dtype=torch.bool)
         supervised[:, -1] = True
     for targets, shift in ((labels, 1), (shifted, 0)):
-        if isinstance(targets, Tensor) and targets.shape == mask.shape:
+        if isinstance(targets, Tensor) and targets.dim() != mask.dim():
+            supervised = torch.ones_like(mask, dtype=torch.bool)  # labels laid out otherwise
+        elif isinstance(targets, Tensor) and targets.shape == mask.shape:
             counted = (targets != ignored).to(mask.device)
             rows = nn.functional.pad(counted, (0, shift))[:, shift:]
             if shift and getattr(model, "loss_function", None) is not ForCausalLMLoss:

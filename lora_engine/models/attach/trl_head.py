@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_engine.models.attach.attachment import attachment
+from lora_engine.models.attach.causal_lm import are_of_tokens
 from lora_engine.models.attach.forwards import own_forward, uncompiled
 from lora_engine.models.attach.head import output_head, why_no_head
 from lora_engine.models.attach.packed import hidden_rows
@@ -58,7 +59,13 @@ class TrlHeadForward:
     ) -> object:
         """As TRL's; what lora_engine's head does not compute runs as TRL's own."""
         any_labels = labels if shift_labels is None else shift_labels
-        if not fused_lm_head or args or any_labels is None or not self._serves(kwargs):
+        if (
+            not fused_lm_head
+            or args
+            or any_labels is None
+            or not are_of_tokens(any_labels, kwargs)
+            or not self._serves(kwargs)
+        ):
             options = {
                 "fused_lm_head": fused_lm_head or None,
                 "labels": labels,

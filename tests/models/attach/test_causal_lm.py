@@ -59,3 +59,32 @@ def test_the_mean_of_no_labels_is_not_a_number_and_trains_nothing() -> None:
         assert loss.isnan()
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         assert gradients and not any(gradient.any() for gradient in gradients)
+
+
+IDS = torch.arange(3, 27).view(2, 12)
+OF_OTHER_SHAPES = {
+    "shorter": IDS[:, :7],
+    "one row": IDS[:1],
+    "two as long": IDS.repeat(1, 2),
+    "in one line": IDS.flatten(),
+}
+
+
+@pytest.mark.parametrize("side", ["no padding", "left"])
+@pytest.mark.parametrize("name", OF_OTHER_SHAPES)
+def test_labels_not_shaped_as_the_tokens_are_the_models_own_affair(name: str, side: str) -> None:
+    """transformers raises ValueError, but for labels in one line, whose loss it computes."""
+    model = with_lora(tiny_llama()).train()
+    mask = torch.ones_like(IDS)
+    mask[1, : 4 if side == "left" else 0] = 0
+    batch = {"input_ids": IDS, "attention_mask": mask, "labels": OF_OTHER_SHAPES[name]}
+    answers = []
+    for accelerated in (False, True):
+        if accelerated:
+            lora_engine.accelerate(model)
+        try:
+            answers.append(f"{model(**batch).loss.item():.4f}")
+        except ValueError as error:
+            answers.append(str(error))
+    assert answers[0] == answers[1]
+    assert ("batch_size" in answers[0]) == (name != "in one line")
