@@ -37,6 +37,12 @@ def test_a_default_system_message_and_a_start_token(tokenizer):
     assert go_template(tokenizer).startswith("{{ range .Messages }}")  # the file asks for <s>
 
 
+def test_a_template_that_changes_in_a_longer_conversation_is_left_out(tokenizer):
+    third = "{% if m.role == 'user' and loop.index0 == 2 %}!{% endif %}"
+    tokenizer.chat_template = CHATML.replace("<|im_end|>", third + "<|im_end|>")
+    assert go_template(tokenizer) is None
+
+
 def test_a_template_of_another_kind_is_left_out(tokenizer):
     tokenizer.chat_template = COUNTING
     assert go_template(tokenizer) is None
