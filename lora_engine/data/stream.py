@@ -6,6 +6,7 @@ needed to make it again, so that a run can be resumed in its middle: there is no
 
 import hashlib
 import json
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass
@@ -92,6 +93,7 @@ class ExampleStream:
         self._ahead: tuple[Place, list[Future[Result]], Place] | None = None
         self._last: tuple[Place, Buffer] | None = None
         self.checks: list[Callable[[TokenizedDataset], None]] = []
+        weakref.finalize(self, _close, self._tracks)  # also when Python ends
 
     @property
     def begin(self) -> Place:
@@ -218,6 +220,11 @@ class ExampleStream:
         while True:
             behind = [now.taken / weight for now, weight in zip(reached, weights, strict=True)]
             yield behind.index(min(behind)), count
+
+
+def _close(tracks: Sequence[Track]) -> None:
+    for track in tracks:
+        track.close()
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Files read row after row, time and again, from any place that reading has come to."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -48,7 +48,7 @@ class Track:
         self.files = list(files)
         self._seed = (seed, number)
         self._at: Reached | None = None
-        self._rows: Iterator[_Read] = iter(())
+        self._rows: Generator[_Read, None, None] | None = None
 
     def take(self, start: Reached, count: int) -> tuple[list[Chunk], Reached]:
         """The `count` rows from `start` on, and the place behind them. Raises UserError for files
@@ -57,7 +57,8 @@ class Track:
         at, left = start, count
         while left > 0:
             path = self._file(at)
-            if self._at != at:
+            if self._rows is None or self._at != at:
+                self.close()
                 self._rows = _rows(path, at)
             some = list(islice(self._rows, left))
             if some:
@@ -76,6 +77,12 @@ class Track:
             self._at = at if len(some) and left <= 0 else None
         return chunks, at
 
+    def close(self) -> None:
+        """Close the file that is open, if one is."""
+        if self._rows is not None:
+            self._rows.close()
+            self._rows = None
+
     def _next_file(self, at: Reached, start: Reached) -> Reached:
         if at.file + 1 < len(self.files):
             return Reached(at.passes, at.file + 1, 0, 0, at.taken)
@@ -88,7 +95,7 @@ class Track:
         return self.files[int(order[at.file])]
 
 
-def _rows(path: Path, at: Reached) -> Iterator[_Read]:
+def _rows(path: Path, at: Reached) -> Generator[_Read, None, None]:
     try:
         if file_kind(path) in _LINES:
             with opened(path) as file:
