@@ -202,11 +202,12 @@ def measured(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 def summarise(raw: dict[str, Any]) -> dict[str, Any]:
     """By contender: medians over the timed steps of all rounds, and ratios of ours to it, each the
-    median over the same steps of the same rounds."""
+    median over the same steps of the same rounds; of wall time, and of processor time, which a busy
+    machine changes less."""
     warmup, tokens = raw["warmup"], raw["tokens"][raw["warmup"] :]
 
-    def seconds(name: str) -> list[float]:
-        return [step["seconds"] for r in raw["rounds"][name] for step in r["steps"][warmup:]]
+    def seconds(name: str, kind: str = "seconds") -> list[float]:
+        return [step[kind] for r in raw["rounds"][name] for step in r["steps"][warmup:]]
 
     def peak(name: str) -> int:
         return max(r["peak_bytes"] for r in raw["rounds"][name])
@@ -219,12 +220,14 @@ def summarise(raw: dict[str, Any]) -> dict[str, Any]:
                 t / s for t, s in zip(tokens * len(rounds), own, strict=True)
             ),
             "seconds": statistics.median(own),
+            "cpu_seconds": statistics.median(seconds(name, "cpu_seconds")),
             "peak_bytes": peak(name),
             "losses": [step["loss"] for step in rounds[0]["steps"]],
         }
         if name != "ours" and "ours" in raw["rounds"]:
-            pairs = zip(own, seconds("ours"), strict=True)
-            found[name]["ours_times_faster"] = statistics.median(a / b for a, b in pairs)
+            for kind, ratio in (("seconds", "times_faster"), ("cpu_seconds", "times_less_cpu")):
+                pairs = zip(seconds(name, kind), seconds("ours", kind), strict=True)
+                found[name][f"ours_{ratio}"] = statistics.median(a / b for a, b in pairs)
             found[name]["ours_memory_share"] = peak("ours") / peak(name)
     return found
 
@@ -246,7 +249,10 @@ def render(raw: dict[str, Any], summary: dict[str, Any]) -> str:
         *(f"- {name}: {CONTENDERS[name]}" for name in summary),
         "",
         output.table(
-            ["contender", "tokens/s", "s/step", "peak GiB", "ours is faster", "ours' memory"],
+            [
+                *("contender", "tokens/s", "s/step", "CPU s/step", "peak GiB"),
+                *("ours is faster", "in CPU time", "ours' memory"),
+            ],
             [_row(name, figures) for name, figures in summary.items()],
         ),
         "",
@@ -261,13 +267,15 @@ def render(raw: dict[str, Any], summary: dict[str, Any]) -> str:
 
 
 def _row(name: str, figures: dict[str, Any]) -> list[str]:
-    faster, share = figures.get("ours_times_faster"), figures.get("ours_memory_share")
+    share = figures.get("ours_memory_share")
+    times = [figures.get(f"ours_{ratio}") for ratio in ("times_faster", "times_less_cpu")]
     return [
         name,
         f"{figures['tokens_per_second']:.0f}",
         f"{figures['seconds']:.2f}",
+        f"{figures['cpu_seconds']:.2f}",
         f"{figures['peak_bytes'] / GIB:.2f}",
-        "" if faster is None else f"{faster:.2f} times",
+        *("" if each is None else f"{each:.2f} times" for each in times),
         "" if share is None else f"{share:.0%}",
     ]
 

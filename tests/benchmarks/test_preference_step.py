@@ -51,7 +51,7 @@ def test_every_contender_does_the_same_job(arguments, tmp_path):
 
 def rounds(*seconds, peak):
     """A warm-up step and these."""
-    steps = [{"seconds": s, "loss": 0.5} for s in (99.0, *seconds)]
+    steps = [{"seconds": s, "cpu_seconds": 2 + s, "loss": 0.5} for s in (99.0, *seconds)]
     return [{"steps": steps, "peak_bytes": peak}]
 
 
@@ -65,6 +65,8 @@ def test_figures():
     assert found["ours"]["tokens_per_second"] == 30  # 40 and 20
     assert found["trl"]["tokens_per_second"] == 10
     assert found["trl"]["ours_times_faster"] == 3  # 4 and 2
+    assert found["trl"]["ours_times_less_cpu"] == pytest.approx((6 / 3 + 8 / 5) / 2)
+    assert found["trl"]["cpu_seconds"] == 7
     assert found["trl"]["ours_memory_share"] == 0.25
     assert "ours_times_faster" not in found["ours"]
 
