@@ -8,7 +8,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 from torch import nn
@@ -62,8 +62,18 @@ def score_examples(
     return scores
 
 
-def summary(scores: Sequence[Score]) -> dict[str, Any]:
+class Summary(TypedDict):
     """Loss in nats per target, perplexity and accuracy, each {"value", "low", "high"}."""
+
+    examples: int
+    targets: int
+    loss: dict[str, float]
+    perplexity: dict[str, float]
+    accuracy: dict[str, float]
+
+
+def summary(scores: Sequence[Score]) -> Summary:
+    """The loss and accuracy of these examples together."""
     counts = np.array([s.targets for s in scores], dtype=np.float64)
     loss = interval(np.array([s.nats for s in scores]), counts)
     ends = {name: math.exp(min(value, _LARGEST_LOSS)) for name, value in loss.items()}
@@ -83,7 +93,7 @@ def difference(scores: Sequence[Score], others: Sequence[Score]) -> dict[str, fl
     return interval(nats, np.array([s.targets for s in scores], dtype=np.float64))
 
 
-def by_group(scores: Sequence[Score], groups: Sequence[str]) -> dict[str, dict[str, Any]]:
+def by_group(scores: Sequence[Score], groups: Sequence[str]) -> dict[str, Summary]:
     """The summary of the examples of each group that have targets; groups: of each example."""
     names = dict.fromkeys(groups)
     members = {n: [s for s, g in zip(scores, groups, strict=True) if g == n] for n in names}
