@@ -236,6 +236,49 @@ def attention(size: Size, dtype: torch.dtype, device: torch.device) -> Problem:
 
 
 @case
+def attention_decode(size: Size, dtype: torch.dtype, device: torch.device) -> Problem:
+    """A new token behind each sequence of a cache: keys and values are read once."""
+    heads, kv_heads, dim = size.model.heads, size.model.kv_heads, size.model.head_dim
+    count, plain = len(size.lengths), {"dtype": dtype, "device": device, "grad": False}
+    q = _normal(count, heads * dim, **plain)
+    k, v = (_normal(count, kv_heads * dim, **plain) for _ in range(2))
+    keys, values = (_normal(size.tokens, kv_heads * dim, **plain) for _ in range(2))
+    first = cu_seqlens(size.lengths)[:-1].long()
+    lengths = torch.tensor(size.lengths)
+    slots, spans = first + lengths - 1, torch.stack((first, lengths), 1)
+    bounds = torch.arange(count + 1, dtype=torch.int32)
+    where = [x.to(device) for x in (slots, spans, bounds)]
+
+    def decode(impl: str | None) -> Function:
+        def call(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+            cache = ops.CacheRows(keys, values, *where)
+            return ops.attention_decode(q, k, v, cache, head_dim=dim, impl=impl)
+
+        return call
+
+    def eager(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        keys[where[0]], values[where[0]] = k, v
+        rows = []
+        for one, ks, vs in zip(
+            q, keys.split(size.lengths), values.split(size.lengths), strict=True
+        ):
+            parts = (x.unflatten(-1, (-1, dim)).transpose(0, 1)[None] for x in (one[None], ks, vs))
+            out = F.scaled_dot_product_attention(*parts, enable_gqa=True)
+            rows.append(out[0, :, 0].flatten())
+        return torch.stack(rows)
+
+    return Problem(
+        (q, k, v, keys, values),
+        ours=decode(None),
+        eager=eager,
+        oracle=decode("reference"),
+        forward=Work(2 * keys.nbytes),
+        both=None,
+        in_place=True,
+    )
+
+
+@case
 def adamw(size: Size, dtype: torch.dtype, device: torch.device) -> Problem:
     """Gradient norm, clipping and one step over all adapters; float32 whatever the dtype.
 

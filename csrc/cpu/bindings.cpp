@@ -46,6 +46,11 @@ LORA_ENGINE_FIELDS(AttentionArgs, FIELD(q), FIELD(k), FIELD(v), FIELD(cos), FIEL
                    FIELD(sequences), FIELD(q_heads), FIELD(kv_heads), FIELD(head_dim),
                    FIELD(q_stride), FIELD(k_stride), FIELD(v_stride), FIELD(o_stride),
                    FIELD(window), FIELD(softmax_scale), FIELD(causal));
+LORA_ENGINE_FIELDS(AttentionDecodeArgs, FIELD(q), FIELD(k), FIELD(v), FIELD(cos), FIELD(sin),
+                   FIELD(keys), FIELD(values), FIELD(slots), FIELD(spans), FIELD(cu_spans),
+                   FIELD(o), FIELD(sequences), FIELD(q_heads), FIELD(kv_heads), FIELD(head_dim),
+                   FIELD(q_stride), FIELD(k_stride), FIELD(v_stride), FIELD(o_stride),
+                   FIELD(cache_stride), FIELD(window), FIELD(softmax_scale));
 LORA_ENGINE_FIELDS(AttentionBwdArgs, FIELD(fwd), FIELD(d_o), FIELD(dq), FIELD(dk), FIELD(dv),
                    FIELD(do_stride), FIELD(dq_stride), FIELD(dk_stride), FIELD(dv_stride));
 LORA_ENGINE_FIELDS(AdamWArgs, FIELD(params), FIELD(grads), FIELD(exp_avg), FIELD(exp_avg_sq),
@@ -161,6 +166,7 @@ void bind_cpu(py::module_ m) {
   define(m, "cross_entropy", &Kernels::cross_entropy);
   define(m, "attention_fwd", &Kernels::attention_fwd);
   define(m, "attention_bwd", &Kernels::attention_bwd);
+  define(m, "attention_decode", &Kernels::attention_decode);
   define(m, "adamw", &Kernels::adamw);
   define(m, "dropout", &Kernels::dropout);
   define(m, "grad_norm", &Kernels::grad_norm);

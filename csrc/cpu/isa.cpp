@@ -20,6 +20,7 @@ const Kernels table = {
     cross_entropy,
     attention_fwd,
     attention_bwd,
+    attention_decode,
     adamw,
     dropout,
     adamw_8bit,

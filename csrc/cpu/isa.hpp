@@ -16,6 +16,7 @@ void glu_bwd(DType, const GluBwdArgs&);
 void cross_entropy(DType, const CrossEntropyArgs&);
 void attention_fwd(DType, const AttentionArgs&);
 void attention_bwd(DType, const AttentionBwdArgs&);
+void attention_decode(DType, const AttentionDecodeArgs&);
 void adamw(DType, const AdamWArgs&);
 void dropout(DType, const DropoutArgs&);
 void adamw_8bit(const AdamW8bitArgs&);

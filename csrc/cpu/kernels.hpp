@@ -124,6 +124,28 @@ struct AttentionArgs {
   bool causal;
 };
 
+// `rows` rows of a cache from `first` on.
+struct DecodeSpan {
+  int64_t first, rows;
+};
+
+// One new token of each sequence. A sequence's keys are the rows of its spans, in their order; its
+// own row, `slots`, is the last of them, and is written.
+struct AttentionDecodeArgs {
+  const void* q;            // [sequences, q_heads, head_dim], heads contiguous
+  const void *k, *v;        // [sequences, kv_heads, head_dim]
+  const void *cos, *sin;    // [sequences, head_dim] in the arithmetic type, or null: no rotation
+  void *keys, *values;      // [slots of the cache, kv_heads, head_dim]
+  const int64_t* slots;     // [sequences]
+  const DecodeSpan* spans;  // [cu_spans[sequences]]
+  const int32_t* cu_spans;  // [sequences + 1]: sequence s has spans cu_spans[s] to cu_spans[s + 1]
+  void* o;                  // [sequences, q_heads, head_dim]
+  int64_t sequences, q_heads, kv_heads, head_dim;
+  int64_t q_stride, k_stride, v_stride, o_stride, cache_stride;
+  int64_t window;  // keys a query sees, itself included; 0: all
+  double softmax_scale;
+};
+
 struct AttentionBwdArgs {
   AttentionArgs fwd;  // with o and lse as the forward pass left them
   const void* d_o;    // [tokens, q_heads, head_dim]
@@ -270,6 +292,7 @@ struct Kernels {
   void (*cross_entropy)(DType, const CrossEntropyArgs&);
   void (*attention_fwd)(DType, const AttentionArgs&);
   void (*attention_bwd)(DType, const AttentionBwdArgs&);
+  void (*attention_decode)(DType, const AttentionDecodeArgs&);
   void (*adamw)(DType, const AdamWArgs&);
   void (*dropout)(DType, const DropoutArgs&);
   void (*adamw_8bit)(const AdamW8bitArgs&);

@@ -331,6 +331,28 @@ class Attention(Protocol):
         """Writes dq, dk and dv."""
 
 
+class AttentionDecode(Protocol):
+    def attention_decode(
+        self,
+        q: Tensor,  # [sequences, q_heads head_dim]
+        k: Tensor,  # [sequences, kv_heads head_dim]
+        v: Tensor,  # [sequences, kv_heads head_dim]
+        cos: Tensor | None,  # [sequences, head_dim] float32
+        sin: Tensor | None,  # [sequences, head_dim] float32
+        keys: Tensor,  # [slots, kv_heads head_dim]
+        values: Tensor,  # [slots, kv_heads head_dim]
+        slots: Tensor,  # [sequences] int64
+        spans: Tensor,  # [P, 2] int64: a span's first row of the cache, and how many
+        cu_spans: Tensor,  # [sequences + 1] int32
+        o: Tensor,  # [sequences, q_heads head_dim]
+        *,
+        head_dim: int,
+        scale: float,
+        window: int,
+    ) -> None:
+        """Writes o, and k (rotated) and v into the cache's rows `slots`."""
+
+
 class AdamWHyper(NamedTuple):
     """The numbers of one AdamW step.
 

@@ -116,6 +116,15 @@ def attention(impl: str) -> contracts.Attention:
 
 
 @cache
+def attention_decode(impl: str) -> contracts.AttentionDecode:
+    if impl == "cpu":
+        from lora_engine.backends.cpu import attention_decode as cpu
+
+        return cpu
+    _no_kernels("attention_decode", impl)
+
+
+@cache
 def torch_attention(plan: str) -> contracts.Attention:
     """PyTorch's, by `backends.attention_plan`: "flash" or "cudnn"."""
     if plan == "cudnn":
@@ -187,6 +196,7 @@ LAUNCHERS: dict[str, Callable[[str], object]] = {
     "glu_lora": glu_lora,
     "cross_entropy": cross_entropy,
     "attention": attention,
+    "attention_decode": attention_decode,
     "adamw": adamw,
     "adamw_8bit": adamw_8bit,
     "blockwise_4bit": blockwise_4bit,

@@ -7,6 +7,7 @@ Each takes `impl` ("reference", "cpu", "triton" or "cuda") to force one implemen
 from lora_engine.ops.adamw import adamw_, grad_norm
 from lora_engine.ops.adamw_8bit import ADAMW_8BIT_BLOCK, adamw_8bit_
 from lora_engine.ops.attention import attention
+from lora_engine.ops.attention_decode import CacheRows, attention_decode
 from lora_engine.ops.blockwise_4bit import dequantize_4bit_, quantize_4bit
 from lora_engine.ops.cross_entropy import cross_entropy
 from lora_engine.ops.glu import glu
@@ -32,6 +33,7 @@ from lora_engine.values import Dropout, LoraFactors, PreNorm
 __all__ = [
     "ADAMW_8BIT_BLOCK",
     "BaseWeight",
+    "CacheRows",
     "DenseBase",
     "Dropout",
     "HeadInput",
@@ -45,6 +47,7 @@ __all__ = [
     "adamw_",
     "adamw_8bit_",
     "attention",
+    "attention_decode",
     "base_of",
     "cross_entropy",
     "dequantize_4bit_",

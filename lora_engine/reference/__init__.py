@@ -8,6 +8,7 @@ from lora_engine.reference.adamw import adamw_, grad_norm
 from lora_engine.reference.adamw_8bit import adamw_8bit_
 from lora_engine.reference.attention import attention
 from lora_engine.reference.attention_block import attention_block
+from lora_engine.reference.attention_decode import attention_decode
 from lora_engine.reference.blockwise_4bit import dequantize_4bit, quantize_4bit
 from lora_engine.reference.cross_entropy import cross_entropy
 from lora_engine.reference.dropout import drop, dropout_mask
@@ -32,6 +33,7 @@ __all__ = [
     "adamw_8bit_",
     "attention",
     "attention_block",
+    "attention_decode",
     "cross_entropy",
     "dequantize_4bit",
     "dora_scale",

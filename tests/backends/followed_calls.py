@@ -52,6 +52,7 @@ if TYPE_CHECKING:
             ignored=-100,  # type: ignore[call-arg]
         )
         launchers.attention("cpu").attention_fwd(x)  # type: ignore[call-arg]
+        launchers.attention_decode("cpu").attention_decode(x)  # type: ignore[call-arg]
         launchers.adamw("cuda").adamw(x, x, x, x, hyper, 1.0)  # type: ignore[arg-type]
         launchers.adamw_8bit("cuda").adamw_8bit(x, x, x, x, x, x, None, x)  # type: ignore[arg-type]
         launchers.blockwise_4bit("cpu").dequantize_4bit(x, x, x, x, 0, 64)  # type: ignore[arg-type]

@@ -203,6 +203,31 @@ class AttentionArgs(NamedTuple):
     causal: bool
 
 
+class AttentionDecodeArgs(NamedTuple):
+    q: Address
+    k: Address
+    v: Address
+    cos: Address
+    sin: Address
+    keys: Address
+    values: Address
+    slots: Address
+    spans: Address
+    cu_spans: Address
+    o: Address
+    sequences: int
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    q_stride: int
+    k_stride: int
+    v_stride: int
+    o_stride: int
+    cache_stride: int
+    window: int
+    softmax_scale: float
+
+
 class AttentionBwdArgs(NamedTuple):
     fwd: AttentionArgs
     d_o: Address
@@ -374,6 +399,7 @@ class Kernels(Protocol):
     def cross_entropy(self, dtype: DTypeCode, args: CrossEntropyArgs) -> None: ...
     def attention_fwd(self, dtype: DTypeCode, args: AttentionArgs) -> None: ...
     def attention_bwd(self, dtype: DTypeCode, args: AttentionBwdArgs) -> None: ...
+    def attention_decode(self, dtype: DTypeCode, args: AttentionDecodeArgs) -> None: ...
     def adamw(self, dtype: DTypeCode, args: AdamWArgs) -> None: ...
     def dropout(self, dtype: DTypeCode, args: DropoutArgs) -> None: ...
     def adamw_8bit(self, args: AdamW8bitArgs) -> None: ...

@@ -5,6 +5,8 @@ the adapters' factors would be placed anew. This kernel reads the weight once, w
 and A and B from the tensors of the group's adapters.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn import Parameter
@@ -33,22 +35,48 @@ def lora_linear(
     residual: Tensor | None = None,  # [M, N]
 ) -> Tensor:
     """The group's outputs [M, N] side by side, `residual` added."""
-    x, weight = as_rows(x), group.base.resident
+    x, prepared = as_rows(x), _prepared(group)
+    y = x.new_empty(x.shape[0], prepared.weight.shape[0])
+    prepared(x, y, residual)
+    return y
+
+
+class PreparedGroup(NamedTuple):
+    """A group's tensors as the kernel takes them: those that it had when it was prepared."""
+
+    weight: Tensor  # [N, K]
+    linears: list[kernel.Linear]
+    adapters: list[kernel.Adapter]
+
+    def __call__(
+        self,
+        x: Tensor,  # [M, K]
+        y: Tensor,  # [M, N]
+        residual: Tensor | None = None,  # [M, N]
+    ) -> None:
+        """Writes the group's outputs, `residual` added."""
+        kernel.lora_linear_few_rows(x, self.weight, self.linears, self.adapters, y, residual)
+
+
+def prepare(group: LoraGroup, rows: int) -> PreparedGroup | None:
+    """The group for products of up to so many rows; None where it is not for this kernel."""
+    base = group.base
+    if not backends.takes_few_rows(rows, base.device, base.dtype, None, base.format):
+        return None
+    return _prepared(group) if _is_plain(group, base.device) else None
+
+
+def _prepared(group: LoraGroup) -> PreparedGroup:
+    weight, blocks = group.base.resident, group.adapters.blocks
     assert weight is not None
-    y = x.new_empty(x.shape[0], weight.shape[0])
-    blocks = group.adapters.blocks
     counts = [0] * len(group.out_features)
     for block in blocks:
         counts[block.linear] += 1
-    kernel.lora_linear_few_rows(
-        x,
+    return PreparedGroup(
         weight,
         list(zip(group.out_features, group.biases, counts, strict=True)),
         [(f.lora_a, f.lora_b, f.scaling) for f in (block.factors for block in blocks)],
-        y,
-        residual,
     )
-    return y
 
 
 def linear(
