@@ -28,6 +28,7 @@ LAYERS: list[set[str]] = [
     {"ops.__init__"},
     {"models.families", "models.quantized"},
     {"testing", "models", "models.peft", "models.proof", "models.attach", "models.load"},
+    {"generation"},
     {"data"},
     {"objectives"},
     {"evaluation"},

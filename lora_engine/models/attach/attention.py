@@ -64,7 +64,7 @@ class _ProjectedAttention:
         module = self.module
         q, k, v = (
             x.unflatten(-1, (-1, module.head_dim)).transpose(1, 2)
-            for x in self._project(hidden_states)
+            for x in self.project(hidden_states)
         )
         q, k = rotate(q, k, *position_embeddings)
         if past_key_values is not None:
@@ -83,7 +83,8 @@ class _ProjectedAttention:
         (y,) = self.output(out.flatten(2))
         return y, weights
 
-    def _project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of hidden states [.., H], their heads normed where they are."""
         module = self.module
         q, k, v = self.qkv(hidden_states)
         if hasattr(module, "q_norm"):
@@ -147,7 +148,7 @@ class AttentionForward(_ProjectedAttention):
             return self.original(hidden_states.contiguous(), **inputs.keywords(), **others)
         batch, length = hidden_states.shape[:2]
         sequences = self.find_sequences(hidden_states, inputs)
-        q, k, v = self._project(hidden_states)
+        q, k, v = self.project(hidden_states)
         if sequences.token_index is not None:
             q, k, v = (x.reshape(batch * length, -1)[sequences.token_index] for x in (q, k, v))
         out = ops.attention(

@@ -16,6 +16,7 @@ from lora_engine.models.peft.lora_state import has_hooks
 from lora_engine.models.peft.router import AdapterRouter
 from lora_engine.ops.layer.attention_block import attention_block
 from lora_engine.ops.layer.blocks import Branch, runs_fused
+from lora_engine.ops.layer.decode_stack import DecodedLayer
 from lora_engine.ops.layer.mlp_block import mlp_block
 
 
@@ -99,8 +100,47 @@ class DecoderLayerForward:
         if rows is not None:
             x = x.flatten(0, 1).index_select(0, rows)[None]
         with self.router.selecting(rows):
-            y = self._mlp(x)
+            y = self.mlp_half(x)
             return x + module.mlp(module.post_attention_layernorm(x)) if y is None else y
+
+    def decoded(
+        self,
+        x: Tensor,  # [.., H], of the dtype that the layer is to be run in
+    ) -> DecodedLayer | None:
+        """What the layer computes with now; None where it has to be run by its modules."""
+        module = self.module
+        attention, mlp = _ours(module.self_attn), _ours(module.mlp)
+        norms = _ours(module.input_layernorm), _ours(module.post_attention_layernorm)
+        if not isinstance(attention, AttentionForward) or not isinstance(mlp, MlpForward):
+            return None
+        if not (_fits(norms[0], x) and _fits(norms[1], x)):
+            return None
+        if not (attention.intact() and mlp.intact()) or self.router.rows is not None:
+            return None
+        found = [group.alone(x) for group in (attention.qkv, attention.output)]
+        found += [group.alone(x) for group in (mlp.gate_up, mlp.down)]
+        qkv, output, gate_up, down = found
+        if qkv is None or output is None or gate_up is None or down is None:
+            return None
+        head_norms = None
+        if hasattr(module.self_attn, "q_norm"):
+            q_norm, k_norm = _ours(module.self_attn.q_norm), _ours(module.self_attn.k_norm)
+            if not (_fits(q_norm, x) and _fits(k_norm, x)):
+                return None
+            head_norms = q_norm.prenorm(), k_norm.prenorm()
+        return DecodedLayer(
+            norms[0].prenorm(),
+            qkv,
+            head_norms,
+            output,
+            norms[1].prenorm(),
+            gate_up,
+            down,
+            mlp.activation,
+            module.self_attn.head_dim,
+            module.self_attn.scaling,
+            attention.window,
+        )
 
     def _attention(self, x: Tensor, inputs: LayerInputs) -> Tensor | None:
         """The attention half as one function; None where it has to be run by its modules."""
@@ -150,7 +190,7 @@ class DecoderLayerForward:
             head_norms=head_norms,
         )
 
-    def _mlp(self, x: Tensor) -> Tensor | None:
+    def mlp_half(self, x: Tensor) -> Tensor | None:
         """The MLP half as one function; None where it has to be run by its modules."""
         module = self.module
         forward, norm = _ours(module.mlp), _ours(module.post_attention_layernorm)

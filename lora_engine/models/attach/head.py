@@ -69,7 +69,9 @@ class Head:
         hidden: Tensor,  # [..., H]
     ) -> Tensor:
         """The logits [..., V] that the loss is taken of, in hidden's dtype."""
-        logits = nn.functional.linear(hidden, self.weight, self.bias)
+        logits = ops.linear_few_rows(hidden, self.weight, self.bias)
+        if logits is None:
+            logits = nn.functional.linear(hidden, self.weight, self.bias)
         if self.lora is not None:
             lora_a, lora_b = (x.to(hidden.dtype) for x in (self.lora.lora_a, self.lora.lora_b))
             logits = logits + self.lora.scaling * (hidden @ lora_a.t()) @ lora_b.t()

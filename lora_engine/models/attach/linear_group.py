@@ -94,6 +94,10 @@ class LinearGroup:
         self.lora.biases = tuple(layer.bias for layer, _, _ in self._placed)
         return True
 
+    def alone(self, x: Tensor) -> ops.LoraGroup | None:
+        """`lora` where it is all that the layers compute of inputs like x now, without dropout."""
+        return self.lora if self.ready(x) and self._dropout == 0.0 else None
+
     def stands_for(self, *modules: nn.Module) -> bool:
         """Whether `modules` are still those that the group was made of, with one warning if not.
 

@@ -87,6 +87,9 @@ class Backbone(nn.Module):
 
     config: Config
     layers: nn.ModuleList
+    norm: nn.Module
+    # (a tensor of the result's dtype, positions [B, L]) -> cos and sin [B, L, D]
+    rotary_emb: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
     get_input_embeddings: Callable[[], nn.Module]
 

@@ -14,6 +14,12 @@ DECODER_CLASSES = frozenset(
     {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"}
 )
 
+# Models whose forward is: embed; make cos and sin of the positions; run those layers; norm.
+BACKBONE_CLASSES = frozenset({"LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model"})
+
+# Rotations whose tables change with the length of what was read, so that cached keys grow stale.
+CHANGING_ROTATIONS = ("dynamic", "longrope")
+
 # Where a module of this name stands beside attention, or a gated MLP, it usually feeds that.
 NORM_OF_ATTENTION = "input_layernorm"
 NORM_OF_MLP = "post_attention_layernorm"

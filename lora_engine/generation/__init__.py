@@ -1,0 +1,1 @@
+"""Text from a model: batched decoding, sampling, what a prompt's continuations share."""

@@ -1,0 +1,157 @@
+"""How the next token is chosen from a model's logits."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lora_engine.errors import UserError
+
+# Of a row of probabilities so many are sorted first: nearly always all that top-k and top-p keep.
+SORTED_FIRST = 256
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a continuation is written.
+
+    max_new_tokens: at most so many, the one that ends it included.
+    temperature: what logits are divided by; 0: the most likely token, always.
+    top_k: only the k most likely tokens are drawn; 0: all.
+    top_p: only the most likely tokens that together have at least this probability.
+    min_p: only tokens with at least this share of the most likely one's probability.
+    repetition_penalty: logits of tokens that the prompt or the text has are divided by it, or
+        multiplied where they are negative (arXiv:1909.05858).
+    stop: texts that end a continuation; they and what follows are not part of it.
+    stop_tokens: tokens that end it; None: the tokenizer's and the model's own.
+    seed: of the random numbers. A continuation depends on its prompt, its settings, its seed and
+        its number among the prompt's alone, not on what else is written at the time.
+
+    Raises UserError for values outside their range.
+    """
+
+    max_new_tokens: int = 64
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    stop: tuple[str, ...] = ()
+    stop_tokens: tuple[int, ...] | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        ranges = {
+            "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
+            "temperature": (0 <= self.temperature < float("inf"), "at least 0"),
+            "top_k": (self.top_k >= 0, "at least 0"),
+            "top_p": (0 < self.top_p <= 1, "over 0 and at most 1"),
+            "min_p": (0 <= self.min_p <= 1, "from 0 to 1"),
+            "repetition_penalty": (0 < self.repetition_penalty < float("inf"), "over 0"),
+            "seed": (0 <= self.seed < 2**64, "from 0 to 2**64 - 1"),
+            "stop": (all(self.stop), "texts that are not empty"),
+        }
+        for name, (fits, expected) in ranges.items():
+            if not fits:
+                raise UserError(f"{name}: expected {expected}, got {getattr(self, name)!r}")
+
+
+class RandomNumbers:
+    """A continuation's uniform random numbers: a stream of the seed and of its number."""
+
+    def __init__(self, seed: int, number: int) -> None:
+        # Philox is a counter under a key: streams of other keys have nothing in common.
+        self._generator = np.random.Generator(np.random.Philox(key=[seed, number]))
+
+    def next(self) -> float:
+        return float(self._generator.random())
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """tokens: [S] int64. logprobs: [S] float32, of the distribution at the temperature, before
+    top_k, top_p and min_p take tokens out of it: what `Head.cross_entropy` gives in training."""
+
+    tokens: Tensor
+    logprobs: Tensor
+
+
+def choose(
+    logits: Tensor,  # [S, V]
+    settings: Sequence[Sampling],
+    numbers: Sequence[RandomNumbers],
+    histories: Sequence[Sequence[int]],
+) -> Chosen:
+    """The next token of each of S continuations, whose prompts and texts are `histories`.
+
+    Raises UserError where a row of logits has no finite one, or has a NaN.
+    """
+    scores = logits.float()
+    penalised = [s for s, one in enumerate(settings) if one.repetition_penalty != 1.0]
+    if penalised:
+        scores = scores.clone()
+        for s in penalised:
+            _penalise(scores[s], settings[s].repetition_penalty, histories[s])
+    greedy = [one.temperature == 0 for one in settings]
+    temperatures = [1.0 if one.temperature == 0 else one.temperature for one in settings]
+    if any(temperature != 1.0 for temperature in temperatures):
+        scores = scores / torch.tensor(temperatures, device=scores.device)[:, None]
+    logprobs = scores.log_softmax(-1)
+    best = logprobs.argmax(-1)
+    if not bool(logprobs.gather(1, best[:, None]).isfinite().all()):
+        raise UserError("generate: the model's logits are NaN, or none is finite")
+    tokens = best.tolist()
+    for s, one in enumerate(settings):
+        if not greedy[s]:
+            tokens[s] = _draw(logprobs[s], one, numbers[s].next())
+    chosen = torch.tensor(tokens, device=logits.device)
+    return Chosen(chosen, logprobs.gather(1, chosen[:, None])[:, 0])
+
+
+def _penalise(scores: Tensor, penalty: float, history: Sequence[int]) -> None:
+    """Changes a row of logits [V]."""
+    seen = torch.tensor(sorted(set(history)), dtype=torch.int64, device=scores.device)
+    values = scores[seen]
+    scores[seen] = torch.where(values > 0, values / penalty, values * penalty)
+
+
+def _draw(
+    logprobs: Tensor,  # [V]
+    settings: Sampling,
+    number: float,
+) -> int:
+    """The token at `number` [0, 1) of the cumulative distribution of those that are kept."""
+    if settings.top_k == 0 and settings.top_p >= 1 and settings.min_p == 0:
+        return _at(logprobs.exp(), number)
+    probs, tokens = _most_likely(logprobs.exp(), settings)
+    return int(tokens[_at(probs, number)])
+
+
+def _most_likely(probs: Tensor, settings: Sampling) -> tuple[Tensor, Tensor]:
+    """The probabilities that are kept, descending, and their tokens."""
+    count = probs.numel()
+    first = min(count, SORTED_FIRST)
+    while True:
+        kept, tokens = probs.topk(first)
+        cumulative = kept.double().cumsum(0)
+        keep = first
+        if settings.top_k:
+            keep = min(keep, settings.top_k)
+        before = cumulative - kept
+        total = probs.double().sum()
+        keep = min(keep, int((before < settings.top_p * total).sum()))
+        keep = min(keep, int((kept >= settings.min_p * kept[0]).sum()))
+        if keep < first or first == count:
+            return kept[:keep], tokens[:keep]
+        first = count
+
+
+def _at(probs: Tensor, number: float) -> int:
+    """The first place whose cumulative probability is over `number` of the total."""
+    cumulative = probs.double().cumsum(0)
+    target = number * float(cumulative[-1])
+    place = int(torch.searchsorted(cumulative, target, right=True))
+    last = int(torch.searchsorted(cumulative, float(cumulative[-1])))
+    return min(place, last)

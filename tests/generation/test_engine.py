@@ -1,0 +1,247 @@
+"""Continuations side by side: the model's own text, whatever is written beside them."""
+
+from collections.abc import Iterator
+
+import peft
+import pytest
+import torch
+import transformers
+from torch import nn
+
+import lora_engine
+from lora_engine.errors import UserError
+from lora_engine.evaluation.modes import inference
+from lora_engine.generation.decoder import CachedDecoder
+from lora_engine.generation.engine import Completion, Generator, Request
+from lora_engine.generation.sampling import Sampling
+from lora_engine.testing import byte_tokenizer
+
+SIZES = {
+    "vocab_size": 300,
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 12,
+}
+PROMPTS = [[3, 5, 7], [11], list(range(40, 80)), [9, 8, 7, 6, 5, 4], [250, 2]]
+GREEDY = Sampling(max_new_tokens=10, temperature=0, stop_tokens=())
+DRAWN = Sampling(max_new_tokens=8, temperature=0.9, top_p=0.95, seed=5, stop_tokens=())
+MODELS = {
+    "llama": lambda: transformers.LlamaConfig(**SIZES, attention_bias=True),
+    "qwen3": lambda: transformers.Qwen3Config(**SIZES),
+    "window": lambda: transformers.MistralConfig(**SIZES, sliding_window=6),
+    "llama3_rope": lambda: transformers.LlamaConfig(
+        **SIZES,
+        rope_parameters={
+            "rope_type": "llama3",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 16,
+        },
+    ),
+}
+# Models whose layers are not ours: their own calls write.
+OTHERS = {
+    "gpt2": lambda: transformers.GPT2Config(n_embd=48, n_layer=2, n_head=4, vocab_size=300),
+    "dynamic_rope": lambda: transformers.LlamaConfig(
+        **SIZES,
+        max_position_embeddings=16,
+        rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0},
+    ),
+}
+
+
+def made(config: transformers.PretrainedConfig, *, lora: bool = True) -> nn.Module:
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    for parameter in model.parameters():  # far from ties between the most likely tokens
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=0.25)
+    if lora:
+        settings = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+        model = peft.get_peft_model(model, settings)
+    return model.eval()
+
+
+def own_text(model: nn.Module, prompt: list[int], count: int) -> list[int]:
+    """The most likely tokens, each from a call about all before it."""
+    ids = list(prompt)
+    with torch.no_grad():
+        for _ in range(count):
+            ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+def generated(model: nn.Module, prompt: list[int], count: int) -> list[int]:
+    """What transformers' generate writes."""
+    ids, options = torch.tensor([prompt]), {"do_sample": False, "eos_token_id": None}
+    mask = torch.ones_like(ids)
+    out = model.generate(
+        input_ids=ids, attention_mask=mask, max_new_tokens=count, pad_token_id=0, **options
+    )
+    return out[0, len(prompt) :].tolist()
+
+
+@pytest.fixture(scope="module")
+def llama() -> Iterator[nn.Module]:
+    model = made(MODELS["llama"]())
+    lora_engine.accelerate(model)
+    with inference(model):
+        yield model
+
+
+def logprobs_of(model: nn.Module, prompt: list[int], done: Completion, temperature: float):
+    ids = [*prompt, *done.token_ids]
+    logits = model(input_ids=torch.tensor([ids])).logits[0, len(prompt) - 1 : -1]
+    chosen = torch.tensor(done.token_ids)[:, None]
+    return (logits / temperature).log_softmax(-1).gather(1, chosen)[:, 0]
+
+
+@pytest.mark.parametrize("name", [*MODELS, *OTHERS])
+def test_greedy_text_is_the_model_s_own(name: str) -> None:
+    model = made({**MODELS, **OTHERS}[name]())
+    # Cached keys under tables that change with the length are those of the time of their reading.
+    own = own_text if name in MODELS else generated
+    expected = [own(model, prompt, 10) for prompt in PROMPTS]
+    lora_engine.accelerate(model)
+    with inference(model):
+        generator = Generator(model)
+        assert generator.batched == (name in MODELS)
+        found = generator.run([Request(tuple(p), GREEDY) for p in PROMPTS])
+    assert [list(one.token_ids) for (one,) in found] == expected
+
+
+def test_a_model_without_accelerate_writes_by_its_own_calls() -> None:
+    model = made(MODELS["llama"](), lora=False)
+    with inference(model):
+        generator = Generator(model)
+        assert not generator.batched
+        ((one,),) = generator.run([Request(tuple(PROMPTS[0]), GREEDY)])
+        assert list(one.token_ids) == own_text(model, PROMPTS[0], 10)
+
+
+def test_logprobs_are_those_of_the_model(llama: nn.Module) -> None:
+    requests = [Request(tuple(p), DRAWN, count=2) for p in PROMPTS]
+    for prompt, both in zip(PROMPTS, Generator(llama).run(requests), strict=True):
+        for one in both:
+            expected = logprobs_of(llama, prompt, one, DRAWN.temperature)
+            assert torch.allclose(torch.tensor(one.logprobs), expected, atol=1e-5)
+
+
+def test_a_continuation_is_the_same_to_the_bit_whatever_is_written_beside(
+    llama: nn.Module,
+) -> None:
+    request = Request(tuple(PROMPTS[2]), DRAWN, count=3)
+    (alone,) = Generator(llama, max_batch=1).run([request])
+    others = [Request(tuple(p), GREEDY, count=2) for p in PROMPTS]
+    beside = Generator(llama, max_batch=7).run([*others, request, *others])[len(others)]
+    assert alone == beside
+    assert len({one.token_ids for one in alone}) == 3
+
+
+def test_a_prompt_is_read_once_for_all_that_go_on_with_it(
+    llama: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = []
+    original = CachedDecoder.read
+
+    def counted(self: CachedDecoder, prompt: tuple[int, ...]) -> object:
+        read.append(prompt)
+        return original(self, prompt)
+
+    monkeypatch.setattr(CachedDecoder, "read", counted)
+    Generator(llama, max_batch=2).run([Request((1, 2, 3), DRAWN, count=5)])
+    assert read == [(1, 2, 3)]
+
+
+def test_all_rows_of_the_cache_come_back_and_a_small_one_is_enough(llama: nn.Module) -> None:
+    requests = [Request(tuple(p), GREEDY, count=2) for p in PROMPTS]
+    small, large = Generator(llama, cache_tokens=60), Generator(llama)
+    assert small.run(requests) == large.run(requests)
+    for generator in (small, large):
+        decoder = generator._decoder
+        assert isinstance(decoder, CachedDecoder)
+        assert decoder.cache.free.free == [(0, decoder.cache.free.size)]
+    assert small._decoder.cache.free.size <= 60
+
+
+def test_what_never_fits_is_refused_and_the_others_are_written(llama: nn.Module) -> None:
+    generator = Generator(llama, cache_tokens=30)
+    generator.add(Request(tuple(PROMPTS[2]), GREEDY))
+    with pytest.raises(UserError, match="40 tokens and 10 new ones do not fit"):
+        generator.step()
+    (one,) = generator.run([Request(tuple(PROMPTS[0]), GREEDY)])[0]
+    assert len(one.token_ids) == 10
+
+
+def test_stop_tokens_end_a_continuation_and_stay_in_it(llama: nn.Module) -> None:
+    ((whole,),) = Generator(llama).run([Request(tuple(PROMPTS[0]), GREEDY)])
+    last = whole.token_ids[4]
+    first = whole.token_ids.index(last)
+    ((cut,),) = Generator(llama, stop_tokens=(last,)).run(
+        [Request(tuple(PROMPTS[0]), Sampling(max_new_tokens=10, temperature=0))]
+    )
+    assert cut.token_ids == whole.token_ids[: first + 1]
+    assert (cut.finish, whole.finish) == ("stop", "length")
+
+
+def test_texts_stream_as_they_are_written(llama: nn.Module) -> None:
+    generator = Generator(llama, byte_tokenizer())
+    request = Request(tuple(PROMPTS[0]), GREEDY)
+    events = list(generator.stream(request))
+    ((whole,),) = generator.run([request])
+    assert [event.token for event in events] == list(whole.token_ids)
+    assert "".join(event.piece for event in events) == whole.text
+    assert events[-1].completion == whole
+
+
+def test_a_stream_that_is_left_gives_back_what_it_held(llama: nn.Module) -> None:
+    generator = Generator(llama)
+    for _ in generator.stream(Request((1, 2, 3), GREEDY, count=4)):
+        break
+    decoder = generator._decoder
+    assert isinstance(decoder, CachedDecoder)
+    assert decoder.cache.free.free == [(0, decoder.cache.free.size)]
+    assert generator.step() == []
+
+
+def test_adapters_that_are_switched_off_do_not_write(llama: nn.Module) -> None:
+    request = Request(tuple(PROMPTS[3]), GREEDY)
+    with llama.disable_adapter():
+        ((base,),) = Generator(llama).run([request])
+        assert list(base.token_ids) == own_text(llama, PROMPTS[3], 10)
+    ((adapted,),) = Generator(llama).run([request])
+    assert base.token_ids != adapted.token_ids
+
+
+def test_a_watched_layer_runs_as_its_own(llama: nn.Module) -> None:
+    calls = []
+    layer = llama.get_base_model().model.layers[0]
+    handle = layer.register_forward_hook(lambda *_: calls.append(1))
+    try:
+        generator = Generator(llama)
+        generator.run([Request((1, 2), GREEDY)])
+    finally:
+        handle.remove()
+    assert not generator.batched
+    assert len(calls) == 10
+
+
+@pytest.mark.parametrize(
+    "request_, message",
+    [
+        (Request(()), "no tokens"),
+        (Request((1,), count=0), "count=0"),
+        (Request((1,), Sampling(stop=("x",))), "need a tokenizer"),
+    ],
+    ids=["empty", "none", "stop"],
+)
+def test_requests_that_cannot_be_written_are_refused(
+    llama: nn.Module, request_: Request, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        Generator(llama).add(request_)
