@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
 
 import typer
 
-from lora_engine.app import deploy_commands
+from lora_engine.app import deploy_commands, write_commands
 from lora_engine.app.failures import Interrupted, RunFailed
 
 if TYPE_CHECKING:
@@ -166,11 +166,13 @@ def doctor(
         raise typer.Exit(1)
 
 
-for after_training in (
+AFTER_TRAINING: tuple[Callable[..., None], ...] = (
     deploy_commands.evaluate,
     deploy_commands.merge,
     deploy_commands.export,
-):
+    *write_commands.COMMANDS,
+)
+for after_training in AFTER_TRAINING:
     app.command()(_interruptible(after_training))
 
 

@@ -139,7 +139,7 @@ def _generate_batch(
     adapters = [prompt.adapter for prompt in prompts]
     routed = {"adapter_names": adapters} if all(adapters) else {}
 
-    stop = _stop_tokens(model, tokenizer)
+    stop = stop_tokens(model, tokenizer)
     pad = tokenizer.pad_token_id
     if pad is None:
         pad = stop[0] if stop else 0
@@ -161,7 +161,7 @@ def _generate_batch(
     return [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers]
 
 
-def _stop_tokens(model: CausalLm, tokenizer: TextTokenizer) -> list[int]:
+def stop_tokens(model: CausalLm, tokenizer: TextTokenizer) -> list[int]:
     """End-of-text tokens of the tokenizer and of the model's own generation settings."""
     configured = getattr(model.generation_config, "eos_token_id", None)
     candidates = configured if isinstance(configured, list) else [configured]

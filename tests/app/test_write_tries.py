@@ -1,0 +1,132 @@
+"""`lora-engine generate` and `chat`: a run's answers, and what cannot be answered."""
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from tries import MISTAKE, Try, check, run, snapshot, tries
+
+PROMPTS = [{"prompt": "say 1"}, {"messages": [{"role": "user", "content": "say 2"}]}]
+
+
+def write_prompts(folder: Path) -> None:
+    (folder / "asked.jsonl").write_text("".join(json.dumps(p) + "\n" for p in PROMPTS))
+
+
+def lines(text: str) -> list[dict]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_a_file_of_prompts_becomes_a_file_of_answers(finished, capfd):
+    write_prompts(finished)
+    call = ("generate", "run", "asked.jsonl", "--max-new-tokens", "5", "--count", "2")
+    status, printed, _ = run(capfd, *call, "--temperature", "1", "--out", "answers.jsonl")
+    assert status == 0 and printed == ""
+    found = lines((finished / "answers.jsonl").read_text())
+    assert [(line.get("prompt"), line["number"]) for line in found] == [
+        ("say 1", 0), ("say 1", 1), (None, 0), (None, 1),
+    ]  # fmt: skip
+    assert found[2]["messages"] == PROMPTS[1]["messages"]
+    for line in found:
+        assert 1 <= line["tokens"] <= 5
+        assert line["finish"] in ("stop", "length") and line["logprob"] < 0
+    status, printed, _ = run(capfd, *call, "--temperature", "1")
+    assert status == 0 and lines(printed) == found, "another run of the same is another text"
+    before = snapshot(finished)
+    status, _, told = run(capfd, *call, "--out", "answers.jsonl")
+    assert status == MISTAKE and "answers.jsonl: is there already" in told
+    assert snapshot(finished) == before
+
+
+def test_the_adapter_is_what_writes(finished, capfd):
+    """The answer of a run is PEFT's own greedy text, and not that of its base."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained("tiny")
+    base = AutoModelForCausalLM.from_pretrained("tiny", dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, "run/adapter").eval()
+    with torch.no_grad():  # so that the adapter shows in few tokens
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.5)
+    model.save_pretrained("changed")
+    ids = tokenizer("say 3", return_tensors="pt").input_ids
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 1}
+    expected = model.generate(input_ids=ids, **options)[0, ids.shape[1] :]
+    with model.disable_adapter():
+        plain = model.generate(input_ids=ids, **options)[0, ids.shape[1] :]
+    more = ("--prompt", "say 3", "--max-new-tokens", "8")
+    status, printed, _ = run(capfd, "generate", "changed", "--base", "tiny", *more)
+    assert status == 0
+    assert printed == tokenizer.decode(expected, skip_special_tokens=True) + "\n"
+    status, printed, _ = run(capfd, "generate", "tiny", *more)
+    assert status == 0
+    assert printed == tokenizer.decode(plain, skip_special_tokens=True) + "\n"
+    assert expected.tolist() != plain.tolist()
+
+
+def test_lines_of_a_text_file_are_prompts(finished, capfd):
+    (finished / "asked.txt").write_text("one\n\ntwo\n")
+    status, printed, _ = run(
+        capfd, "generate", "run", "asked.txt", "--chat", "--max-new-tokens", "2"
+    )
+    assert status == 0
+    assert [line["messages"][0]["content"] for line in lines(printed)] == ["one", "two"]
+
+
+def talk(capfd, monkeypatch: pytest.MonkeyPatch, said: str, *more: str) -> str:
+    monkeypatch.setattr("sys.stdin", io.StringIO(said))
+    status, printed, told = run(capfd, "chat", *more, "--max-new-tokens", "3")
+    assert status == 0, told
+    return printed
+
+
+def test_a_conversation_with_and_without_the_adapter(finished, capfd, monkeypatch):
+    printed = talk(
+        capfd, monkeypatch, "hi\n/both\nand now\n/adapter\nhm\n/new\n/what\n/quit\nnever\n", "run"
+    )
+    for shown in (
+        "/adapter on or off", "both side by side", "[without the adapter]", "[with the adapter]",
+        "the adapter is off", "a new conversation",
+    ):  # fmt: skip
+        assert shown in printed
+    assert printed.count("/quit") == 2, "an unknown command shows those that there are"
+    assert "never" not in printed
+
+
+def test_a_base_has_no_adapter_to_switch(finished, capfd, monkeypatch):
+    assert "this model has no adapter" in talk(capfd, monkeypatch, "/both\nhi\n", "tiny")
+
+
+def test_a_conversation_that_grows_too_long_can_begin_anew(finished, capfd, monkeypatch):
+    long = "x" * 600
+    printed = talk(capfd, monkeypatch, f"{long}\n/new\nhi\n", "tiny")
+    assert "more than the 512 that the model was made for" in printed
+
+
+MISTAKES = [
+    Try("no model", ["generate", "nothing", "--prompt", "x"], ["nothing"]),
+    Try("nothing asked", ["generate", "tiny"], ["give a file of prompts"]),
+    Try("asked twice", ["generate", "tiny", "rows.jsonl", "--prompt", "x"], ["give a file"]),
+    Try("no such file", ["generate", "tiny", "asked.jsonl"], ["asked.jsonl"]),
+    Try("no such text", ["generate", "tiny", "asked.txt"], ["asked.txt", "cannot be read"]),
+    Try("an empty text", ["generate", "tiny", "asked.txt"], ["asked.txt", "holds no prompts"],
+        prepare=lambda folder: (folder / "asked.txt").write_text("\n\n")),
+    Try("an empty prompt", ["generate", "tiny", "--prompt", ""], ["the prompt is empty"]),
+    Try("too long", ["generate", "tiny", "--prompt", "x" * 600], ["600 tokens", "512"]),
+    Try("temperature", ["generate", "tiny", "--prompt", "x", "--temperature=-1"], ["temperature"]),
+    Try("top_p", ["chat", "tiny", "--top-p", "1.5"], ["top_p", "1.5"]),
+    Try("adapter of a model", ["generate", "tiny", "--prompt", "x", "--adapter", "a"],
+        ["tiny is a whole model"]),
+    Try("unknown adapter", ["generate", "run", "--prompt", "x", "--adapter", "other"],
+        ["no adapter 'other'"]),
+    Try("dtype", ["generate", "tiny", "--prompt", "x", "--dtype", "int8"], ["int8"]),
+]  # fmt: skip
+
+
+@tries(MISTAKES)
+def test_mistakes(finished, capfd, entry):
+    check(capfd, finished, entry)
