@@ -37,6 +37,7 @@ PASSES: dict[str, tuple[str, ...]] = {"glu_lora": ("triton",)}
 BLOCKS: dict[str, tuple[str, ...]] = {
     "attention_block": ("rms_norm", "attention", "lora_linear"),
     "mlp_block": ("rms_norm", "glu", "lora_linear"),
+    "decode_stack": ("rms_norm", "attention_decode", "glu", "lora_linear"),
 }
 DTYPES = {
     "cpu": (torch.float32, torch.bfloat16, torch.float64),

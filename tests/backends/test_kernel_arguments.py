@@ -32,7 +32,7 @@ def refusal(call: Callable[[Any], None], args: Any) -> str:
 
 def cpu_call(kernel: str) -> Callable[[Any], None]:
     function = getattr(backends.native(), kernel)
-    if kernel == "adamw_8bit":
+    if kernel in ("adamw_8bit", "quantize_k"):  # of one dtype
         return function
     return lambda args: function(cpu.dtype_code(FLOAT32), args)
 

@@ -77,9 +77,8 @@ class DecodeStack:
             if None in products:
                 return None
             found.append(_Prepared(layer, *(p for p in products if p is not None)))
-        device, dtype = layers[0].qkv.base.device, layers[0].qkv.base.dtype
-        parts = ("rms_norm", "glu", "attention_decode")
-        if any(backends.select(part, device, dtype) != "cpu" for part in parts):
+        base = layers[0].qkv.base
+        if not backends.runs_fused("decode_stack", base.device, base.dtype):
             return None
         return DecodeStack(found, rows)
 
