@@ -1,5 +1,6 @@
 """The command line's entry: runs a command, and turns whatever ends it into a line and a status."""
 
+import logging
 import os
 import signal
 import sys
@@ -31,6 +32,7 @@ def _run(arguments: Sequence[str], debug: bool) -> int:
         return _tell("standard output is closed; send it to /dev/null to see nothing", FAILED)
     if not debug:  # what libraries tell their developers
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         from lora_engine.app.terminal import guarded_output, shown_warnings
 
