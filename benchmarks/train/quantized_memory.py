@@ -101,13 +101,11 @@ def run_one(args: argparse.Namespace) -> dict[str, Any]:
     import accelerate  # noqa: F401
     import peft
     import torch
-    import transformers
 
     import lora_engine
 
     if args.one == "peft-nf4":
         import bitsandbytes  # noqa: F401
-    transformers.utils.logging.disable_progress_bar()
     torch.manual_seed(0)
     before = measure.resident_bytes()
     started = time.perf_counter()
@@ -171,6 +169,9 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
     if args.one:
+        import transformers
+
+        transformers.utils.logging.disable_progress_bar()
         print(json.dumps(run_one(args)))
         return
     context = output.context()

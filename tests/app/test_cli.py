@@ -12,6 +12,8 @@ from tiny_model import save_tiny_model
 import lora_engine
 from lora_engine.app import cli, commands
 
+SHIPPED = "demo, distill, dpo, kto, orpo, reward"
+
 
 @pytest.fixture(scope="module")
 def tiny_model(tmp_path_factory):
@@ -36,7 +38,10 @@ def run(capsys, *arguments):
     [
         (["trian"], "No such command 'trian'. Did you mean 'train'?"),
         (["train"], "Missing argument 'CONFIG'."),
-        (["train", "nope.yaml"], "nope.yaml: no such config file; shipped configs: demo"),
+        (
+            ["train", "nope.yaml"],
+            f"nope.yaml: no such config file; shipped configs: {SHIPPED}",
+        ),
         (
             ["train", "demo", "train.max_stepz=3"],
             "command line: train.max_stepz: unknown key; did you mean train.max_steps?",
@@ -70,7 +75,9 @@ def test_debug_shows_the_traceback_wherever_it_stands(capsys, place):
     status, _, err = run(capsys, *arguments)
     assert status == 2
     assert "Traceback" in err
-    assert err.endswith("lora-engine: nope.yaml: no such config file; shipped configs: demo\n")
+    assert err.endswith(
+        f"lora-engine: nope.yaml: no such config file; shipped configs: {SHIPPED}\n"
+    )
 
 
 def test_version(capsys):

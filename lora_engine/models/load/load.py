@@ -75,6 +75,8 @@ def load_model(
     """
     if quantize is None and (double_quant or block is not None or quantize_skip is not None):
         raise UserError("load_model: block, double_quant and quantize_skip need quantize")
+    if quantize is not None and keep_quantized:
+        raise UserError(f"{source}: give quantize or keep_quantized, not both")
     skip = SKIPPED if quantize_skip is None else quantize_skip
     chosen_device = resolve_device(device)
     chosen_dtype = resolve_dtype(dtype, chosen_device)
@@ -82,8 +84,6 @@ def load_model(
     if keep_quantized:
         if not isinstance(resolved, Path):
             raise UserError(f"{source}: keep_quantized is for GGUF files; leave it out")
-        if quantize is not None:
-            raise UserError(f"{source}: give quantize or keep_quantized, not both")
         tokenizer = gguf_tokenizer(resolved)
         model = packed_gguf_model(resolved, tokenizer, chosen_dtype, chosen_device, progress)
         return model.eval(), tokenizer
