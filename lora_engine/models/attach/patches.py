@@ -2,11 +2,16 @@
 
 import functools
 from collections.abc import Callable
+from enum import Enum
 
 import torch
 from torch import nn
 
-_MISSING = "missing"
+
+class _Before(Enum):
+    """Of an attribute that an instance had none of: the same object after pickling."""
+
+    MISSING = "missing"
 
 
 class Patches:
@@ -21,7 +26,7 @@ class Patches:
 
         Where somebody has meanwhile put something else there, that stays.
         """
-        before = vars(owner).get(name, _MISSING)
+        before = vars(owner).get(name, _Before.MISSING)
         object.__setattr__(owner, name, value)
         self.on_undo(_reset_attribute, owner, name, value, before)
 
@@ -56,7 +61,7 @@ class Patches:
 def _reset_attribute(owner: object, name: str, value: object, before: object) -> None:
     if vars(owner).get(name) is not value:
         return
-    if before is _MISSING:
+    if before is _Before.MISSING:
         object.__delattr__(owner, name)
     else:
         object.__setattr__(owner, name, before)

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -326,3 +327,15 @@ def test_every_replaced_forward_is_left_uncompiled() -> None:
     assert len(replaced) >= 8
     for kind in replaced:
         assert getattr(kind.__call__, "_torchdynamo_disable", False), kind
+
+
+def test_a_pickled_copy_is_restored_and_accelerated_like_its_original() -> None:
+    model = tiny_llama()
+    ids = torch.arange(11)[None]
+    lora_engine.accelerate(model)
+    expected = model(input_ids=ids).logits
+    for change in (lora_engine.restore, lora_engine.accelerate):
+        copied = pickle.loads(pickle.dumps(model))
+        change(copied)
+        copied.train()
+        torch.testing.assert_close(copied(input_ids=ids).logits, expected)
