@@ -85,6 +85,12 @@ def test_a_wheel_has_every_package() -> None:
     assert named == {".".join(path.parts) for path in found}
 
 
+def test_no_two_test_files_have_one_name() -> None:
+    """pytest imports them by their names alone, and leaves out the second."""
+    names = [path.name for path in Path(__file__).parent.rglob("test_*.py")]
+    assert sorted(set(names)) == sorted(names)
+
+
 def test_only_operations_call_the_reference() -> None:
     """Others ask an operation, with impl="reference" where they want its arithmetic."""
     callers = {
