@@ -7,11 +7,11 @@
 // First each run alone gets the best real scale (and minimum): codes rounded by several tentative
 // scales, and for each the least-squares solution. Then d and m are chosen for the largest, s_j and
 // t_j are searched around their rounded values, and d and m are solved again for what was found.
-#include <algorithm>
 #include <cmath>
 #include <cstring>
 
 #include "isa.hpp"
+#include "simd/numeric.hpp"
 
 namespace lora_engine {
 namespace {
@@ -20,25 +20,14 @@ constexpr int kBlock = 256;
 constexpr int kRounds = 3;     // of refining d, m, s and t of a block
 constexpr int kTentative = 8;  // tentative scales to either side of the plain one
 
-inline float float_from(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
-inline uint32_t bits_from(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  return bits;
-}
-
 // The float16 nearest to a value, ties to even, as its bits; too large a value is the largest.
 inline uint16_t to_float16(float value) {
-  const uint16_t sign = static_cast<uint16_t>(bits_from(value) >> 16 & 0x8000u);
+  const uint16_t sign = static_cast<uint16_t>(bits_of(value) >> 16 & 0x8000u);
   const float size = std::fabs(value);
   if (!(size < 65520.0f)) return sign | 0x7bff;
   if (size < 0x1p-14f)  // subnormal: whole multiples of 2^-24
     return sign | static_cast<uint16_t>(std::nearbyint(size * 0x1p24f));
-  const uint32_t bits = bits_from(size);
+  const uint32_t bits = bits_of(size);
   const uint32_t rounded = bits + 0xfffu + (bits >> 13 & 1u);
   return sign | static_cast<uint16_t>((rounded >> 13) - (112u << 10));
 }
@@ -47,13 +36,21 @@ inline float from_float16(uint16_t half) {
   const float sign = half & 0x8000 ? -1.0f : 1.0f;
   const uint32_t exponent = half >> 10 & 31, mantissa = half & 1023;
   if (exponent == 0) return sign * 0x1p-24f * static_cast<float>(mantissa);
-  return sign * float_from((exponent + 112) << 23 | mantissa << 13);
+  return sign * float_of((exponent + 112) << 23 | mantissa << 13);
 }
 
 inline float in_float16(float value) { return from_float16(to_float16(value)); }
 
 // Ties to even; |x| < 2^22.
 inline float rounded(float x) { return (x + 0x1.8p23f) - 0x1.8p23f; }
+template <class A>
+inline A larger(A a, A b) {
+  return a < b ? b : a;
+}
+template <class A>
+inline A smaller(A a, A b) {
+  return b < a ? b : a;
+}
 inline float clamped(float x, float least, float most) {
   return x < least ? least : x > most ? most : x;
 }
@@ -83,8 +80,8 @@ template <int kMost>
 inline void fit_run(const float* x, float& scale, float& minimum) {
   float least = 0, most = x[0], sum = 0;
   for (int i = 0; i < 32; ++i) {
-    least = std::min(least, x[i]);
-    most = std::max(most, x[i]);
+    least = smaller(least, x[i]);
+    most = larger(most, x[i]);
     sum += x[i];
   }
   scale = 0;
@@ -145,8 +142,8 @@ inline float search_runs(const float* x, Affine& block) {
   for (int j = 0; j < 8; ++j) {
     const int s0 = block.scales[j], t0 = block.minima[j];
     float best = INFINITY;
-    for (int s = std::max(0, s0 - 1); s <= std::min(63, s0 + 1); ++s) {
-      for (int t = std::max(0, t0 - 1); t <= std::min(63, t0 + 1); ++t) {
+    for (int s = larger(0, s0 - 1); s <= smaller(63, s0 + 1); ++s) {
+      for (int t = larger(0, t0 - 1); t <= smaller(63, t0 + 1); ++t) {
         const float error = error_of<kMost>(x + 32 * j, block.d * static_cast<float>(s),
                                             block.m * static_cast<float>(t));
         if (error < best) {
@@ -194,8 +191,8 @@ inline Affine fit_affine(const float* x) {
   float scales[8], minima[8], largest = 0, deepest = 0;
   for (int j = 0; j < 8; ++j) {
     fit_run<kMost>(x + 32 * j, scales[j], minima[j]);
-    largest = std::max(largest, scales[j]);
-    deepest = std::max(deepest, minima[j]);
+    largest = larger(largest, scales[j]);
+    deepest = larger(deepest, minima[j]);
   }
   Affine block;
   block.d = in_float16(largest / 63);
@@ -277,7 +274,8 @@ inline float fit_signed_run(const float* x) {
     if (std::fabs(x[i]) > std::fabs(extreme)) extreme = x[i];
   if (extreme == 0) return 0;
   float best = -1, scale = 0;
-  for (const float end : {-32.0f, 31.0f}) {
+  constexpr float kEnds[] = {-32.0f, 31.0f};
+  for (const float end : kEnds) {
     for (int k = -kTentative; k <= kTentative; ++k) {
       const Sums s = signed_sums(x, (end + 0.125f * static_cast<float>(k)) / extreme);
       const float gain = s.qq > 0 ? s.xq * s.xq / s.qq : 0;
@@ -311,7 +309,7 @@ inline float search_signed(const float* x, Signed& block) {
   for (int j = 0; j < 16; ++j) {
     const int s0 = block.scales[j];
     float best = INFINITY;
-    for (int s = std::max(-128, s0 - 1); s <= std::min(127, s0 + 1); ++s) {
+    for (int s = larger(-128, s0 - 1); s <= smaller(127, s0 + 1); ++s) {
       const float error = signed_error(x + 16 * j, block.d * static_cast<float>(s));
       if (error < best) {
         best = error;

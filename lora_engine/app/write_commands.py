@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
 
+from lora_engine.app.deploy_commands import AdapterNames, Base
+
 if TYPE_CHECKING:
     from lora_engine.app.writing import Conversation, Writer
     from lora_engine.generation.sampling import Sampling
@@ -17,19 +19,6 @@ Model = Annotated[
     str,
     typer.Argument(
         metavar="MODEL", help="A run's folder, an adapter's, or a model as in model.path."
-    ),
-]
-Base = Annotated[
-    str | None,
-    typer.Option("--base", metavar="MODEL", help="The base model, where it is not found."),
-]
-AdapterNames = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--adapter",
-        metavar="NAME[=WEIGHT]",
-        help="Of several adapters; once for each to add up.",
-        show_default=False,
     ),
 ]
 NewTokens = Annotated[
