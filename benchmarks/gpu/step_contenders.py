@@ -201,6 +201,10 @@ QLORA = {
     "bitsandbytes-checkpointed": Contender(
         "bitsandbytes, layers checkpointed", plain(convert=bitsandbytes, checkpointing=True)
     ),
+    "bitsandbytes-autocast": Contender(
+        "bitsandbytes with float32 adapters under autocast, as trainers with bf16=True",
+        plain(convert=bitsandbytes, autocast=True),
+    ),
     "ours-over-bitsandbytes": Contender(
         "ours over bitsandbytes' Linear4bit", ours(convert=bitsandbytes)
     ),

@@ -10,15 +10,24 @@ from benchmarks.gpu import step_profile
 GIB = 2**30
 # bfloat16 on tensor cores without sparsity, as NVIDIA gives it.
 PEAK_FLOPS = {"H100": 989.4e12, "H200": 989.4e12, "A100": 312e12}
-REFERENCES = (
+# By the dtype of what they train: after the first update their losses differ by rounding.
+BFLOAT16 = (
     "peft",
     "peft-checkpointed",
     "peft-padded",
     "peft-padded-checkpointed",
+    "peft-packed",
+    "peft-packed-checkpointed",
     "transformers",
     "transformers-checkpointed",
     "bitsandbytes",
     "bitsandbytes-checkpointed",
+)
+FLOAT32 = (
+    "peft-autocast",
+    "peft-autocast-checkpointed",
+    "transformers-autocast",
+    "bitsandbytes-autocast",
 )
 # How far a step's loss and the first step's gradient norm may be from the reference's, relative.
 LOSS, NORM = 1e-2, 5e-2
@@ -55,22 +64,41 @@ def problems(entries: Sequence[Entry]) -> list[str]:
         for key, message in x.get("failed", {}).items()
     ]
     for job, contenders in rows(entries).items():
-        reference = next((contenders[x][0] for x in REFERENCES if x in contenders), None)
-        if reference is None:
-            continue
         for name, of_contender in contenders.items():
             for row in of_contender:
-                what = _differs(row, reference)
+                what = _differs(row, name, contenders)
                 if what is not None:
                     found.append(f"{' '.join(job)} {name}: {what}")
     return found
 
 
-def _differs(row: Entry, reference: Entry) -> str | None:
-    for i, (loss, expected) in enumerate(zip(row["losses"], reference["losses"], strict=False)):
+def unchecked(contenders: Mapping[str, Sequence[Entry]]) -> list[str]:
+    """Contenders beside which nobody else trains in the same dtype: the first step is all there is
+    to compare."""
+    return [name for name in contenders if _reference(contenders, _peers(name)) is None]
+
+
+def _peers(name: str) -> Sequence[str]:
+    """References that train in the dtype of contender `name`."""
+    return BFLOAT16 if name in BFLOAT16 else FLOAT32
+
+
+def _reference(contenders: Mapping[str, Sequence[Entry]], names: Sequence[str]) -> Entry | None:
+    return next((contenders[x][0] for x in names if x in contenders), None)
+
+
+def _differs(row: Entry, name: str, contenders: Mapping[str, Sequence[Entry]]) -> str | None:
+    """How a contender's first step differs from a reference's, or a later one from its peers'."""
+    anyone = _reference(contenders, (*_peers(name), *BFLOAT16, *FLOAT32))
+    if anyone is None:
+        return None
+    peer = _reference(contenders, _peers(name))
+    steps = len(row["losses"]) if peer is not None else 1
+    compared = zip(row["losses"][:steps], (peer or anyone)["losses"], strict=False)
+    for i, (loss, expected) in enumerate(compared):
         if not abs(loss - expected) <= LOSS * abs(expected):
             return f"the loss of step {i + 1} is {loss:.4f}, expected {expected:.4f}"
-    norm, expected = row["norms"][0], reference["norms"][0]
+    norm, expected = row["norms"][0], anyone["norms"][0]
     if not abs(norm - expected) <= NORM * abs(expected):
         return f"the first gradient's norm is {norm:.4g}, expected {expected:.4g}"
     return None
@@ -123,6 +151,8 @@ def job_parts(
     names = dict.fromkeys(f"{x['item']['contender']} ({x['message']})" for x in unfit)
     if names:
         found.append(f"Not run: {', '.join(names)}.")
+    if alone := unchecked(contenders):
+        found.append(f"Compared in the first step's loss and gradient alone: {', '.join(alone)}.")
     return found
 
 
