@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping
 
+import numpy
+import torch
 from torch import Tensor, nn
 
 from lora_engine.data.batch import PackedBatch
@@ -9,8 +11,12 @@ from lora_engine.errors import UserError
 from lora_engine.models.attach.head import transformers_model
 from lora_engine.objectives.answers import has_weight
 from lora_engine.objectives.base import Objective
+from lora_engine.ops.tensors import shape_of
 
 _IGNORED = -100
+# Arguments that models take as tensors alone; others, as the sizes of images, may be lists.
+_OF_TOKENS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
+_TENSORS = frozenset({*_OF_TOKENS, "labels", "shift_labels", "token_type_ids"})
 # Fewer supervised labels may equal their neighbours by chance.
 _TELLING = 4
 
@@ -18,8 +24,9 @@ _TELLING = 4
 def check_batch(
     model: nn.Module, batch: PackedBatch | Mapping[str, object], objective: Objective
 ) -> None:
-    """Raises UserError where no token of the batch is supervised, a packed batch has no weight for
-    the objective, or token ids or labels are beyond the model's vocabulary.
+    """Raises UserError where no token of the batch is supervised or seen, a packed batch has no
+    weight for the objective, token ids or labels are beyond the model's vocabulary, or something
+    in it is no tensor.
 
     Labels are checked for causal language models with transformers' own loss only: others may take
     labels of any kind.
@@ -36,6 +43,11 @@ def check_batch(
     if labels is None:
         return
     _check_ids("labels", labels, inner, "get_output_embeddings", ignored)
+    if labels.dtype != torch.int64:
+        raise UserError(
+            f"preflight: labels of the batch are {str(labels.dtype).removeprefix('torch.')}; give "
+            "int64, the only type of which PyTorch takes the loss"
+        )
     if labels.numel() == 0 or (ignored is not None and bool((labels == ignored).all())):
         if labels.numel() == 0:
             why = " (its rows hold one token, and none to be predicted from it)"
@@ -82,13 +94,42 @@ def _check_shift(batch: Mapping[str, object], ignored: int) -> None:
         raise UserError(f"preflight: {name} of the batch are off by one token; {mend}")
 
 
+def why_not_taken(batch: Mapping[str, object], error: Exception) -> str:
+    """The message for a batch of which the model's forward pass raised `error`."""
+    tensors = {name: x for name, x in batch.items() if isinstance(x, Tensor)}
+    given = ", ".join(f"{name} {shape_of(x)}" for name, x in tensors.items()) or "no tensors"
+    first = f"{type(error).__name__}: {error}".partition("\n")[0]
+    return f"preflight: the model does not take the batch, {given}: {_misfit(tensors) or first}"
+
+
+def _misfit(batch: Mapping[str, Tensor]) -> str | None:
+    """What is odd about the shapes of what describes tokens."""
+    ids = batch.get("input_ids")
+    if ids is None:
+        return None
+    if ids.dim() != 2:
+        return "give input_ids as [batch, length], one row for one text"
+    for name in _OF_TOKENS:
+        x = batch.get(name)
+        if x is not None and name != "inputs_embeds" and x.shape[-1:] != ids.shape[-1:]:
+            return f"give {name} as long as input_ids"
+    return None
+
+
 def _tokens(batch: Mapping[str, object]) -> Tensor | None:
-    for name in ("input_ids", "labels"):
-        if isinstance(batch.get(name), list | tuple):
+    for name, value in batch.items():
+        is_list = name in _TENSORS and isinstance(value, list | tuple)
+        if is_list or isinstance(value, numpy.ndarray):
             raise UserError(
-                f"preflight: {name} of the batch is a {type(batch[name]).__name__}; give a tensor, "
+                f"preflight: {name} of the batch is a {type(value).__name__}; give a tensor, "
                 "as the data collator of the trainer makes it"
             )
+    mask = batch.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.dim() == 2 and mask.numel() and not bool(mask.any()):
+        raise UserError(
+            "preflight: attention_mask of the batch is 0 everywhere, so that the model sees no "
+            "token; give 1 for tokens and 0 for padding"
+        )
     ids = batch.get("input_ids")
     empty = isinstance(ids, Tensor) and ids.numel() == 0
     if empty or not batch:

@@ -15,7 +15,7 @@ from lora_engine.objectives.answers import check_objective
 from lora_engine.objectives.base import Objective
 from lora_engine.objectives.sft import SFT
 from lora_engine.training.optimizer.shared_memory import groups_of_memory
-from lora_engine.training.preflight.batch_checks import check_batch
+from lora_engine.training.preflight.batch_checks import check_batch, why_not_taken
 from lora_engine.training.preflight.causes import (
     Place,
     check_trained,
@@ -127,8 +127,14 @@ class _Preflight:
         self.places = {name: place_of(model, name) for name in tried.trained}
         try:
             self.before = tried.loss()
-        except IndexError as error:
-            if (problem := why_out_of_range(model, tried)) is None:
+        except (UserError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            is_range = isinstance(error, IndexError)
+            problem = why_out_of_range(model, tried) if is_range else None
+            if problem is None and isinstance(tried.batch, Mapping) and not tried.has_own_loss:
+                problem = why_not_taken(tried.batch, error)
+            if problem is None:
                 raise
             raise UserError(problem) from error
 

@@ -42,6 +42,43 @@ WRONG = {
         {**rows(), "labels": rows()["labels"][:, 1:]},
         ("labels have shape [3, 11] and input_ids [3, 12]",),
     ),
+    "arrays": (
+        {key: value.numpy() for key, value in rows().items()},
+        ("of the batch is a ndarray", "tensor"),
+    ),
+    "an array that no model knows": (
+        {**rows(), "weights": rows()["labels"].numpy()},
+        ("weights of the batch is a ndarray", "tensor"),
+    ),
+    "positions in lists": (
+        {**rows(), "position_ids": [list(range(12))]},
+        ("position_ids of the batch is a list", "tensor"),
+    ),
+    "labels of 32 bits": (
+        {**rows(), "labels": rows()["labels"].int()},
+        ("labels of the batch are int32", "give int64"),
+    ),
+    "a mask that shows nothing": (
+        {**rows(), "attention_mask": torch.zeros_like(rows()["input_ids"])},
+        ("attention_mask of the batch is 0 everywhere", "give 1 for tokens"),
+    ),
+    "tokens in one line": (
+        {key: value[0] for key, value in rows().items()},
+        ("does not take the batch, input_ids [12] int64", "as [batch, length]"),
+    ),
+    "fewer positions than tokens": (
+        {**rows(), "position_ids": torch.arange(5)[None]},
+        ("position_ids [1, 5] int64", "give position_ids as long as input_ids"),
+    ),
+    "positions of other rows": (
+        {**rows(), "position_ids": torch.arange(12).repeat(2, 1)},
+        ("does not take the batch", "position_ids [2, 12] int64: "),
+    ),
+    "tokens twice": (
+        {**rows(), "inputs_embeds": torch.zeros(3, 12, 8)},
+        ("does not take the batch", "inputs_embeds [3, 12, 8] float32", "exactly one of"),
+    ),
+    "an unnamed argument": ({**rows(), 7: 7}, ("does not take the batch", "must be strings")),
     "labels in lists": (
         {**rows(), "labels": rows()["labels"].tolist()},
         ("labels of the batch is a list", "tensor"),
@@ -78,6 +115,14 @@ def test_wrong_batches_are_refused_in_one_line(case):
     assert line.startswith("preflight: ") and "\n" not in line
     for word in words:
         assert word in line
+
+
+def test_what_a_loss_of_ones_own_raises_is_raised():
+    def loss(model, batch):
+        raise KeyError("answers")
+
+    with pytest.raises(KeyError, match="answers"):
+        preflight(tiny_lora(), rows(), loss=loss)
 
 
 def test_a_packed_batch_beyond_the_vocabulary():
