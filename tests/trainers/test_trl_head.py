@@ -89,6 +89,20 @@ def test_labels_that_are_shifted_already() -> None:
     assert_same(results(trl_model("after"), given), results(trl_model(None), given))
 
 
+def test_labels_not_shaped_as_the_tokens_are_trl_s_own_affair() -> None:
+    """TRL takes labels in one row for several, and fails in its own words on others."""
+    given = batch()
+    for labels in (given["labels"][:, :7], given["labels"][:1], given["labels"].flatten()):
+        answers = []
+        for order in (None, "after"):
+            try:
+                output = trl_model(order)(**{**given, "labels": labels}, fused_lm_head=True)
+                answers.append(f"{output.loss.item():.4f} {list(output.log_probs.shape)}")
+            except (ValueError, IndexError, RuntimeError) as error:
+                answers.append(str(error))
+        assert answers[0] == answers[1]
+
+
 @pytest.mark.parametrize("order", ORDERS)
 def test_temperature(order: str) -> None:
     expected = results(trl_model(None, temperature=0.7), batch())

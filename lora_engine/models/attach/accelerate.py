@@ -44,10 +44,12 @@ def accelerate(
     `verify`, a batch as the model takes it with labels, runs loss and gradients both ways and
     raises ValueError outside the VERIFY_TOLERANCE of the coarsest weights. `strict` raises
     UserError where anything was left. Accelerating an accelerated model does it anew (after adding
-    an adapter, say). UserError for what is no model of transformers, nor one of PEFT's around it.
+    an adapter, say). UserError for what is no model of transformers, nor one of PEFT's around it,
+    and for parameters that were made under torch.inference_mode.
     """
     inner = transformers_model(model)
     _check_is_of_transformers(inner)
+    _check_can_train(inner)
     restore(model)
     expected = _loss_and_gradients(model, verify) if verify is not None else None
     backends.keep_freed_memory(next(inner.parameters()).device)
@@ -88,6 +90,15 @@ def _check_is_of_transformers(model: object) -> None:
     if not isinstance(model, nn.Module):
         mend = "trainer.model" if hasattr(model, "model") else "a model, not its name or parts"
     raise UserError(f"accelerate: {type(model).__name__} is no model of transformers; give {mend}")
+
+
+def _check_can_train(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.is_inference():
+            raise UserError(
+                f"accelerate: {name} was made under torch.inference_mode, and PyTorch trains no "
+                "such parameters; build or load the model, and its adapters, outside of it"
+            )
 
 
 def restore(model: nn.Module) -> None:

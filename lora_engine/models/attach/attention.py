@@ -13,7 +13,7 @@ from torch import Tensor
 from lora_engine import ops
 from lora_engine.errors import UserError
 from lora_engine.models.attach.attention_function import attend, check_window, unpad
-from lora_engine.models.attach.forwards import uncompiled
+from lora_engine.models.attach.forwards import ReplacedForward, uncompiled
 from lora_engine.models.attach.linear_group import LinearGroup
 from lora_engine.models.attach.sequences import LayerInputs, SequenceFinder, Sequences
 from lora_engine.models.families.modules import Attention, Cache
@@ -25,7 +25,7 @@ from lora_engine.models.families.own_functions import (
 )
 
 
-class _ProjectedAttention:
+class _ProjectedAttention(ReplacedForward):
     """A layer of `families.structure.ATTENTION_CLASSES` with q, k and v as one product."""
 
     def __init__(self, module: Attention, qkv: LinearGroup, output: LinearGroup) -> None:

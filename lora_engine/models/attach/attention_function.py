@@ -168,13 +168,15 @@ def padding_mask(
         return made
     known = causal_mask(function)
     # Left to transformers: padding between tokens, since it attends to some of them and counts in
-    # windows; and masks of another shape, as where checkpointed layers leave a cache empty.
-    if attention_mask is not None and (
-        (q_length == kv_length and attention_mask.shape != (batch_size, kv_length))
-        or has_holes(attention_mask.bool())
-    ):
-        known = None
-    if q_length == kv_length and known is not None:
+    # windows; and masks of another shape: of one row for all, or longer than the tokens, as where
+    # checkpointed layers leave a cache empty.
+    is_of_tokens = q_length == kv_length and (
+        attention_mask is None
+        or (
+            attention_mask.shape == (batch_size, kv_length) and not has_holes(attention_mask.bool())
+        )
+    )
+    if is_of_tokens and known is not None:
         if attention_mask is not None and bool(attention_mask.all()):
             attention_mask = None
         if known.sequences is not None:

@@ -7,11 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lora_engine.errors import UserError
 from lora_engine.models.attach.attention import AttentionForward
 from lora_engine.models.attach.attention_function import computes_padding, weights_if_asked
 from lora_engine.models.attach.capture import is_idle
-from lora_engine.models.attach.forwards import own_forward, uncompiled
+from lora_engine.models.attach.forwards import ReplacedForward, own_forward, uncompiled
 from lora_engine.models.attach.masks import has_holes
 from lora_engine.models.families.modules import Backbone, BackboneOutput
 from lora_engine.models.peft.lora_state import autocast_to_another_half, hooks_everywhere
@@ -24,7 +23,7 @@ _HARMLESS = frozenset({"logits_to_keep", "num_items_in_batch", "output_rows", "u
 _REQUIRES_GRAD = "PreTrainedModel.enable_input_require_grads.<locals>.make_inputs_require_grads"
 
 
-class BackboneForward:
+class BackboneForward(ReplacedForward):
     """The forward of the layers under a causal language model's head.
 
     A padded batch without a cache runs as packed sequences, where attention is lora_engine's in
@@ -51,12 +50,7 @@ class BackboneForward:
         output_rows: Tensor | None = None,  # [U] int64
         **kwargs: object,
     ) -> BackboneOutput:
-        """As the backbone's own. UserError within torch.jit.trace, which records no kernels."""
-        if torch.jit.is_tracing():
-            raise UserError(
-                "torch.jit.trace cannot record an accelerated model: call "
-                "lora_engine.restore(model) before"
-            )
+        """As the backbone's own."""
         read = output_rows if read_rows is None else read_rows
         padded = None if args or not self._packs(kwargs) else _padded_batch(kwargs, read)
         if output_rows is not None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lora_engine.models.attach.attachment import attachment
 from lora_engine.models.attach.backbone import takes_read_rows
-from lora_engine.models.attach.forwards import uncompiled
+from lora_engine.models.attach.forwards import ReplacedForward, uncompiled
 from lora_engine.models.attach.head import Head, output_head, why_no_head
 from lora_engine.models.attach.supervised_padding import computes_supervised_padding
 from lora_engine.models.families.modules import BackboneOutput, CausalLm
@@ -26,12 +26,14 @@ def why_no_loss(model: CausalLm) -> str | None:
     problem = why_no_head(model)
     if problem is None and getattr(model, "loss_function", None) is not ForCausalLMLoss:
         problem = "the model has another loss than the causal language models'"
+    if problem is None and model.dtype == torch.float64:
+        problem = "transformers rounds logits of float64 to float32 before the loss"
     if problem is None and getattr(model.config, "output_router_logits", False):
         problem = "the model adds its routers' loss (config.output_router_logits)"
     return problem
 
 
-class CausalLmForward:
+class CausalLmForward(ReplacedForward):
     """The forward of a causal language model that, given labels in training, makes no logits."""
 
     def __init__(self, model: CausalLm) -> None:
@@ -103,13 +105,13 @@ class CausalLmForward:
 def _means_the_same_without_cache(labels: Tensor, kwargs: Mapping[str, object]) -> bool:
     """Whether transformers' mask is the same when no cache is made.
 
-    By their positions it tells packed sequences apart only without a cache and without a mask; of
-    a mask longer than the tokens it takes their part only with a cache.
+    By their positions it tells packed sequences apart only without a cache and without a mask. How
+    many keys there are it reads off a mask only without a cache, and models reshape masks before.
     """
     mask = kwargs.get("attention_mask")
     if not isinstance(mask, Tensor):
         return mask is None and kwargs.get("position_ids") is None
-    return mask.shape[-1] == labels.shape[-1]
+    return mask.dim() == 4 or mask.shape == labels.shape
 
 
 def are_of_tokens(labels: Tensor, arguments: Mapping[str, object]) -> bool:

@@ -7,7 +7,7 @@ from typing import TypeGuard
 from torch import Tensor, nn
 
 from lora_engine.models.attach.attention import AttentionForward
-from lora_engine.models.attach.forwards import own_forward, uncompiled
+from lora_engine.models.attach.forwards import ReplacedForward, own_forward, uncompiled
 from lora_engine.models.attach.mlp import MlpForward
 from lora_engine.models.attach.norm import RmsNormForward
 from lora_engine.models.attach.sequences import LayerInputs
@@ -20,7 +20,7 @@ from lora_engine.ops.layer.decode_stack import DecodedLayer
 from lora_engine.ops.layer.mlp_block import mlp_block
 
 
-class DecoderLayerForward:
+class DecoderLayerForward(ReplacedForward):
     """The forward of a layer of `families.structure.DECODER_CLASSES`.
 
     A half that cannot be fused runs its modules.

@@ -6,14 +6,14 @@ from typing import TypeGuard
 from torch import Tensor, nn
 
 from lora_engine import ops
-from lora_engine.models.attach.forwards import uncompiled
+from lora_engine.models.attach.forwards import ReplacedForward, uncompiled
 from lora_engine.models.attach.linear_group import are_altered
 from lora_engine.models.families.modules import LoraEmbedding
 from lora_engine.models.peft.lora_state import UNROUTED, hooks_everywhere
 from lora_engine.models.peft.router import AdapterRouter
 
 
-class EmbeddingForward:
+class EmbeddingForward(ReplacedForward):
     """The forward of PEFT's LoRA layer around an embedding."""
 
     def __init__(self, module: LoraEmbedding, router: AdapterRouter) -> None:

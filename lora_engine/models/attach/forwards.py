@@ -2,20 +2,50 @@
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import TypeVar, cast
+from functools import wraps
+from types import CodeType, FunctionType
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-Call = TypeVar("Call", bound=Callable[..., object])
+from lora_engine.errors import UserError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_MEND = "call lora_engine.restore(model) before"
 
 
-def uncompiled(call: Call) -> Call:
+def uncompiled(call: Callable[P, R]) -> Callable[P, R]:
     """Makes a replaced forward, and all that it calls, run under torch.compile as without.
 
     Tracing our operations gains nothing: they are no part of compiled graphs, and each ends one.
+    Where the whole model is to be one graph, the forward raises UserError (`torch.export`,
+    `torch.jit.trace`), or torch.compile says why (`fullgraph=True`).
     """
-    return cast(Call, torch.compiler.disable(call))
+
+    @wraps(call)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        if torch.compiler.is_exporting():
+            raise UserError(f"torch.export cannot record an accelerated model: {_MEND}")
+        if torch.jit.is_tracing():
+            raise UserError(f"torch.jit.trace cannot record an accelerated model: {_MEND}")
+        return call(*args, **kwargs)
+
+    why = f"an accelerated model has no full graph, and cannot be exported: {_MEND}"
+    uncompiled_run: Callable[P, R] = torch.compiler.disable(run, reason=why)
+    return uncompiled_run
+
+
+class ReplacedForward:
+    """A forward of ours in the place of a method, whose code tools look at beside its signature."""
+
+    __wrapped__: FunctionType  # or a bound method, which has all that its function has
+
+    @property
+    def __code__(self) -> CodeType:
+        return self.__wrapped__.__code__
 
 
 def own_forward(module: nn.Module) -> object:

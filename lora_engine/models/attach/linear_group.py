@@ -9,7 +9,12 @@ from torch import Tensor, nn
 
 from lora_engine import ops
 from lora_engine.errors import EngineWarning, UserError
-from lora_engine.models.attach.forwards import only_argument, own_forward, uncompiled
+from lora_engine.models.attach.forwards import (
+    ReplacedForward,
+    only_argument,
+    own_forward,
+    uncompiled,
+)
 from lora_engine.models.attach.patches import Patches
 from lora_engine.models.peft import lora_state
 from lora_engine.models.peft.lora_state import base_layer, is_lora
@@ -153,7 +158,7 @@ def _why_not_placed(modules: Iterable[nn.Module], patches: Patches) -> str | Non
     return None
 
 
-class SingleLinear:
+class SingleLinear(ReplacedForward):
     """The forward of a LoRA layer that stands alone."""
 
     def __init__(self, group: LinearGroup) -> None:
@@ -168,7 +173,7 @@ class SingleLinear:
         return self.group(x)[0]
 
 
-class ContiguousInput:
+class ContiguousInput(ReplacedForward):
     """The forward of a plain linear on parts of a tensor, as of the last token of each row.
 
     Of an input that is no whole tensor PyTorch makes a batch of products, each with a copy of the

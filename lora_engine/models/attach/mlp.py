@@ -7,14 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from lora_engine import ops
-from lora_engine.models.attach.forwards import only_argument, uncompiled
+from lora_engine.models.attach.forwards import ReplacedForward, only_argument, uncompiled
 from lora_engine.models.attach.linear_group import LinearGroup, are_altered
 from lora_engine.models.families.modules import GatedMlp
 from lora_engine.models.peft.lora_state import hooks_everywhere
 from lora_engine.values import ACTIVATIONS
 
 
-class MlpForward:
+class MlpForward(ReplacedForward):
     """The forward of a module with gate_proj, up_proj, down_proj, by `ops.glu`."""
 
     def __init__(

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from lora_engine import ops
-from lora_engine.models.attach.forwards import only_argument, uncompiled
+from lora_engine.models.attach.forwards import ReplacedForward, only_argument, uncompiled
 from lora_engine.models.families.modules import RmsNorm
 from lora_engine.models.families.structure import RMS_NORM
 from lora_engine.values import PreNorm
 
 
-class RmsNormForward:
+class RmsNormForward(ReplacedForward):
     """The forward of an RMSNorm module, with `padding_columns` for the linears that read it.
 
     `offset` is 1 where the module keeps its weight as the difference from one, as Gemma's do.
@@ -54,7 +54,7 @@ class RmsNormForward:
         return PreNorm(self.module.weight, self.eps, self.offset)
 
 
-class LayerNormForward:
+class LayerNormForward(ReplacedForward):
     """The forward of an nn.LayerNorm, with `padding_columns` for the linears that read it."""
 
     operation = "layer_norm"

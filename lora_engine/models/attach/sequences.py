@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lora_engine.errors import UserError
 from lora_engine.models.families.modules import Cache
 from lora_engine.values import accumulate_dtype
 
@@ -120,7 +121,7 @@ def _find(
         device = position_embeddings[0].device
         bounds = torch.arange(0, rows * length + 1, length, dtype=torch.int32, device=device)
         equal_lengths = True
-    cos, sin = (_per_token(table, rows, index) for table in position_embeddings)
+    cos, sin = (_per_token(table, shape, index) for table in position_embeddings)
     return Sequences(bounds, index, cos, sin, equal_lengths=equal_lengths)
 
 
@@ -135,8 +136,14 @@ def of_mask(mask: Tensor) -> tuple[Tensor, Tensor | None]:
     return bounds, None if index.numel() == mask.numel() else index
 
 
-def _per_token(table: Tensor, rows: int, index: Tensor | None) -> Tensor:
-    """cos or sin [B or 1, L, D] for each token [T, D]."""
+def _per_token(table: Tensor, shape: tuple[int, int], index: Tensor | None) -> Tensor:
+    """cos or sin [B or 1, L, D] for each token [T, D]; UserError for tables of another shape."""
+    rows, length = shape
+    if table.shape[0] not in (1, rows) or table.shape[1] != length:
+        raise UserError(
+            f"position_ids are of {list(table.shape[:-1])} tokens, the batch is of "
+            f"[{rows}, {length}]; give a position for each token"
+        )
     flat = table.expand(rows, -1, -1).flatten(0, 1)
     if index is not None:
         flat = flat[index]

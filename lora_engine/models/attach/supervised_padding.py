@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lora_engine.models.attach.attachment import attachment
 from lora_engine.models.attach.attention_function import weights_if_asked, whole_masks
-from lora_engine.models.attach.forwards import uncompiled
+from lora_engine.models.attach.forwards import ReplacedForward, uncompiled
 from lora_engine.models.families.modules import CausalLm
 
 
@@ -44,7 +44,7 @@ def computes_supervised_padding(
     return run
 
 
-class LabelledForward:
+class LabelledForward(ReplacedForward):
     """The forward of a model whose loss, if it has one, is its own."""
 
     def __init__(self, model: CausalLm) -> None:

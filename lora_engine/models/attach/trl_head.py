@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lora_engine.models.attach.attachment import attachment
 from lora_engine.models.attach.causal_lm import are_of_tokens
-from lora_engine.models.attach.forwards import own_forward, uncompiled
+from lora_engine.models.attach.forwards import ReplacedForward, own_forward, uncompiled
 from lora_engine.models.attach.head import output_head, why_no_head
 from lora_engine.models.attach.packed import hidden_rows
 from lora_engine.models.attach.patches import Patches
@@ -40,7 +40,7 @@ class _Asked:
     result: Callable[..., object]  # the class of results
 
 
-class TrlHeadForward:
+class TrlHeadForward(ReplacedForward):
     """A forward like TRL's whose log-probabilities are lora_engine's."""
 
     def __init__(self, model: CausalLm, theirs: Callable[..., object], asked: _Asked) -> None:

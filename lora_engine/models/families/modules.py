@@ -106,6 +106,7 @@ class CausalLm(nn.Module):
     save_pretrained: Callable[..., object]
 
     device: torch.device
+    dtype: torch.dtype
     generation_config: object
     generate: Callable[..., Tensor]  # [B, L] int64
 

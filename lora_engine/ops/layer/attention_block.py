@@ -68,6 +68,13 @@ def attention_block(
             f"{head_dim} in {shape_of(x)}",
         )
     tokens = x.numel() // max(1, x.shape[-1])
+    check(
+        cos.shape == sin.shape == (tokens, head_dim),
+        lambda: (
+            f"attention_block: cos {shape_of(cos)} and sin {shape_of(sin)} do not fit {tokens} "
+            f"tokens and heads of {head_dim}"
+        ),
+    )
     heads = heads_of(head_dim, cu_seqlens, tokens, parents, window, equal_lengths)
     if implementation("attention_block", x, branch, impl, heads) == "reference":
         (out_projection,) = adapted_linears(branch.outer)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import lora_engine
+from lora_engine import UserError
 from lora_engine.testing import error, tiny_llama, with_lora
 
 IDS = torch.arange(3, 43).view(2, 20)
@@ -154,6 +155,19 @@ def test_accelerated_in_inference_mode_it_trains() -> None:
         assert error(loss(ours), loss(plain)) < 1e-5
     expected = gradients(plain)
     assert all(error(grad, expected[name]) < 1e-4 for name, grad in gradients(ours).items())
+
+
+@pytest.mark.parametrize("made", ["all of it", "the adapters"])
+def test_what_was_made_in_inference_mode_is_refused_and_stays_as_it_was(made: str) -> None:
+    with torch.inference_mode(made == "all of it"):
+        base = tiny_llama()
+    with torch.inference_mode():
+        model = with_lora(base).eval()
+        expected = model(input_ids=IDS).logits
+    with pytest.raises(UserError, match=r"weight was made under torch.inference_mode"):
+        lora_engine.accelerate(model)
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=IDS).logits, expected)
 
 
 @pytest.mark.parametrize("part", ["self_attn.q_proj", "mlp.gate_proj", "input_layernorm"])

@@ -9,7 +9,6 @@ import transformers
 from tiny_model import SMALL
 
 import lora_engine
-from lora_engine.errors import UserError
 from lora_engine.models.attach import decoder_layer
 from lora_engine.models.attach.packed import can_share_prefixes
 from lora_engine.testing import error, tiny_llama, with_lora
@@ -188,11 +187,3 @@ def test_a_hybrid_s_layers_without_attention_keep_batches_padded() -> None:
     given = {"attention_mask": mask, "use_cache": False}
     assert model(ids, **given).logits.isfinite().all()
     assert not can_share_prefixes(model)
-
-
-def test_a_trace_is_refused_in_one_line() -> None:
-    model = tiny_llama().eval()
-    lora_engine.accelerate(model)
-    ids = torch.tensor([[1, 2, 3]])
-    with torch.no_grad(), pytest.raises(UserError, match=r"restore\(model\)"):
-        torch.jit.trace(lambda x: model(input_ids=x).logits, ids)

@@ -185,3 +185,7 @@ def test_errors_name_what_does_not_fit() -> None:
     wide = PreNorm(torch.randn(HEAD_DIM + 1), EPS)
     with pytest.raises(ValueError, match=r"the heads' norm \[9\] float32 does not fit heads of 8"):
         attention_block(*given, *tables, head_dim=HEAD_DIM, head_norms=(wide, replace(wide)))
+    for short in (slice(TOKENS - 1), (slice(None), slice(HEAD_DIM - 2))):
+        cut = [table[short] for table in tables]
+        with pytest.raises(ValueError, match="do not fit 17 tokens and heads of 8"):
+            attention_block(*given, *cut, head_dim=HEAD_DIM)
