@@ -119,6 +119,27 @@ def rope(dtype: torch.dtype) -> Iterator[Call]:
 
 
 @operation
+def attention_decode(dtype: torch.dtype) -> Iterator[Call]:
+    """Heads of every line, odd groups, with rotation and without, with a window."""
+    from lora_engine.backends.triton import attention_decode as triton
+
+    where = (empty(4, dtype=torch.int64), empty(6, 2, dtype=torch.int64))
+    bounds = empty(5, dtype=torch.int32)
+    for dim, heads, kv_heads in ((64, 9, 3), (80, 8, 8), (128, 32, 8), (256, 8, 4)):
+        q, k = (empty(4, n * dim, dtype=dtype) for n in (heads, kv_heads))
+        cache, cos = empty(512, kv_heads * dim, dtype=dtype), empty(4, dim, dtype=torch.float32)
+        for turn, window in ((cos, 0), (None, 100)):
+            yield call(
+                triton.attention_decode,
+                *(q, k, k, turn, turn, cache, cache, *where, bounds, q),
+                head_dim=dim,
+                scale=0.1,
+                window=window,
+                any_matrix=("_attention_decode_kernel",),
+            )
+
+
+@operation
 def attention(dtype: torch.dtype) -> Iterator[Call]:
     """Causal and not, with a window and parents; heads of every line, padded, unaligned."""
     from lora_engine.backends.triton import attention

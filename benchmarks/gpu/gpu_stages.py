@@ -19,6 +19,7 @@ GPU_TESTS = (
     "tests/cuda",
     "tests/benchmarks",
     "tests/models/attach",
+    "tests/generation",
     "tests/backends/test_devices.py",
     "tests/training/test_training_devices.py",
 )

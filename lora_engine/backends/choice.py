@@ -25,7 +25,7 @@ OPERATIONS: dict[str, tuple[str, ...]] = {
     "linear_cross_entropy": ("cpu", "triton"),
     "cross_entropy": ("cpu", "triton"),
     "attention": ("cpu", "triton"),
-    "attention_decode": ("cpu",),
+    "attention_decode": ("cpu", "triton"),
     "adamw": ("cpu", "triton", "cuda"),
     "adamw_8bit": ("cpu", "triton", "cuda"),
     "blockwise_4bit": ("cpu", "triton", "cuda"),

@@ -121,6 +121,10 @@ def attention_decode(impl: str) -> contracts.AttentionDecode:
         from lora_engine.backends.cpu import attention_decode as cpu
 
         return cpu
+    if impl == "triton":
+        from lora_engine.backends.triton import attention_decode as triton
+
+        return triton
     _no_kernels("attention_decode", impl)
 
 

@@ -110,9 +110,10 @@ class CachedDecoder:
         return Text((*prompt.runs, run), prompt.length, prompt.length)
 
     def decode(self, states: Sequence[Text], tokens: Sequence[int]) -> Tensor:
+        most = STACKED_ROWS if self._stack is not None else max(len(states), 1)
         hidden = [
-            self._decode(states[first : first + STACKED_ROWS], tokens[first : first + STACKED_ROWS])
-            for first in range(0, len(states), STACKED_ROWS)
+            self._decode(states[first : first + most], tokens[first : first + most])
+            for first in range(0, len(states), most)
         ]
         head = self.layers.head()
         return torch.cat([_logits(head, rows) for rows in hidden])

@@ -101,6 +101,19 @@ def logprobs_of(model: nn.Module, prompt: list[int], done: Completion, temperatu
     return (logits / temperature).log_softmax(-1).gather(1, chosen)[:, 0]
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", MODELS)
+def test_on_a_gpu_the_text_is_what_a_cpu_writes(name: str) -> None:
+    model = made(MODELS[name]())
+    expected = [own_text(model, prompt, 10) for prompt in PROMPTS]
+    lora_engine.accelerate(model.cuda())
+    with inference(model):
+        generator = Generator(model)
+        assert generator.batched
+        found = generator.run([Request(tuple(p), GREEDY, count=5) for p in PROMPTS])
+    assert [[list(one.token_ids) for one in five] for five in found] == [5 * [x] for x in expected]
+
+
 @pytest.mark.parametrize("name", [*MODELS, *OTHERS])
 def test_greedy_text_is_the_model_s_own(name: str) -> None:
     model = made({**MODELS, **OTHERS}[name]())
