@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks.common import journal
 from benchmarks.common.text_table import table
-from benchmarks.gpu import step_report, tune_report
+from benchmarks.gpu import attention_report, step_report, tune_report
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -146,15 +146,19 @@ def _four_bit(results: Path) -> list[str]:
     parts = []
     for path in sorted(results.glob("four_bit-*.json")):
         run = _read(path)
-        seconds = run["seconds"]
-        lines = []
-        for name in ("dequantise", "quantise"):
-            other = seconds[f"{name}, bitsandbytes"]
-            line = [name, f"{seconds[name] * 1e3:.2f}", f"{seconds['copy'] / seconds[name]:.0%}"]
-            lines.append([*line, f"{other * 1e3:.2f}", f"{other / seconds[name]:.1f} times"])
-        columns = ("", "ms", "of the copy's rate", "bitsandbytes ms", "as long")
-        parts += [f"{run['what']}. {_source(path, run)}", table(columns, lines)]
+        parts += [f"{run['what']}. {_source(path, run)}", four_bit(run["seconds"])]
     return parts or ["No results."]
+
+
+def four_bit(seconds: Mapping[str, float]) -> str:
+    """Ours, and each implementation's kernel alone, beside bitsandbytes."""
+    lines = []
+    for name in (x for x in seconds if x != "copy" and not x.endswith("bitsandbytes")):
+        line = [name, f"{seconds[name] * 1e3:.3f}", f"{seconds['copy'] / seconds[name]:.0%}"]
+        other = seconds.get(f"{name.split(',')[0]}, bitsandbytes")
+        times = "" if other is None else f"{other / seconds[name]:.1f} times"
+        lines.append([*line, "" if other is None else f"{other * 1e3:.3f}", times])
+    return table(("", "ms", "of the copy's rate", "bitsandbytes ms", "as long"), lines)
 
 
 # A machine with a GPU.
@@ -177,10 +181,18 @@ def _gpu(folder: Path) -> list[str]:
         ("Ceilings", "ceilings.jsonl", _ceilings),
         ("Kernels", "kernels.jsonl", kernels),
         ("LoRA on top of a frozen linear", "lora_linear.jsonl", linears),
+        (
+            "Attention, causal, forward and forward + backward",
+            "attention.jsonl",
+            attention_report.render,
+        ),
     ]
     for title, name, make in stages:
         rows = [line for line in journal.read(folder / name) if line["event"] == "row"]
         parts += [f"### {title}", make(rows)] if rows else []
+    if (folder / "four_bit.json").is_file():
+        run = _read(folder / "four_bit.json")
+        parts += ["### 4-bit weights", f"{run['what']}.", four_bit(run["seconds"])]
     steps = journal.read(folder / "train_step.jsonl")
     parts += step_report.parts(steps, heading="###")
     parts += _tuning(folder / "tuning.jsonl")

@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.common import measure, output
 from benchmarks.common.journal import Journal, started
-from benchmarks.common.text_table import table
+from benchmarks.gpu.attention_report import render
 from lora_engine import backends
 from lora_engine.backends import contracts, launchers
 from lora_engine.testing import cu_seqlens
@@ -231,16 +231,6 @@ def measure_size(
                 }
             )
     return rows, notes
-
-
-def render(rows: list[dict[str, Any]]) -> str:
-    """One line per size and contender."""
-    columns = ("size", "contender", "forward us", "TFLOP/s", "both us", "TFLOP/s")
-    lines: dict[tuple[str, str], list[str]] = {}
-    for row in rows:
-        cells = lines.setdefault((row["size"], row["contender"]), [])
-        cells += [f"{row['microseconds']:.0f}", f"{row['tflops']:.0f}"]
-    return table(columns, [[*key, *cells] for key, cells in lines.items()], left=2)
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -32,7 +32,7 @@ from benchmarks.gpu import gpu_report, gpu_stages
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = ROOT / "build" / "gpu-check"
-RESULTS = ("environment.json", "check.log", "tests.xml", "*.jsonl", "report.md")
+RESULTS = ("environment.json", "check.log", "tests.xml", "*.jsonl", "four_bit.*", "report.md")
 # Kept for the report, of the time.
 REPORT_SECONDS = 5
 GRACE_SECONDS = 10

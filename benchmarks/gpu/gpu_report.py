@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks.common import journal
 from benchmarks.common.text_table import table
-from benchmarks.gpu import step_report
+from benchmarks.gpu import attention_report, step_report
 from benchmarks.kernels import kernel_report
 
 LOG_LINES = 15
@@ -26,6 +26,11 @@ def render(out: Path) -> str:
     linears = out / "lora_linear.jsonl"
     if linears.is_file():
         parts += ["## LoRA linear", _linears(linears)]
+    attended = [x for x in journal.read(out / "attention.jsonl") if x["event"] == "row"]
+    if attended:
+        parts += ["## Attention", attention_report.render(attended)]
+    if (out / "four_bit.md").is_file():
+        parts += ["## 4-bit weights", (out / "four_bit.md").read_text(encoding="utf-8").strip()]
     steps = out / "train_step.jsonl"
     if steps.is_file():
         parts += step_report.parts(journal.read(steps))

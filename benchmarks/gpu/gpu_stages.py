@@ -96,6 +96,29 @@ SANITIZE = module("benchmarks.gpu.sanitize", (), None, "sanitize")
 
 ATTENTION = module("benchmarks.gpu.attention", (), None, "attention")
 
+
+def four_bit(where: Where) -> list[str] | None:
+    if not where.gpu:
+        return None
+    options = ["--device", "cuda", "--rows", "14336", "--double-quant"]
+    return [
+        where.interpreter,
+        "-m",
+        "benchmarks.kernels.four_bit",
+        *options,
+        "--out",
+        str(where.out / "four_bit"),
+    ]
+
+
+def tune(where: Where) -> list[str] | None:
+    """The journal alone; `python -m benchmarks.gpu.tune --out OUT --write` makes the table."""
+    if not where.gpu:
+        return None
+    options = ["--out", str(where.out), "--minutes", f"{where.minutes:.3f}"]
+    return [where.interpreter, "-m", "benchmarks.gpu.tune", *options, "--jobs", str(where.cores)]
+
+
 TRAIN_STEP = module(
     "benchmarks.gpu.train_step",
     ("--device", "cuda"),
@@ -112,5 +135,7 @@ STEPS = (
     Step("kernels", 0.6, KERNELS, repeats=True),
     Step("lora_linear", 0.6, LORA_LINEAR, repeats=True),
     Step("attention", 0.4, ATTENTION, repeats=True),
+    Step("four_bit", 0.3, four_bit),
     Step("train_step", 0.9, TRAIN_STEP, repeats=True),
+    Step("tune", 1.0, tune),
 )
