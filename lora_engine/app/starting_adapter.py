@@ -1,0 +1,112 @@
+"""`model.adapter`: a run that goes on with an adapter instead of making one."""
+
+import hashlib
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_engine.app.config import RunConfig
+from lora_engine.app.deploy import check_base, find_trained
+from lora_engine.app.objectives import objective_of
+from lora_engine.errors import UserError
+from lora_engine.export.adapter import Adapter
+from lora_engine.models.peft.adapters import LoraConfig
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from lora_engine.models.families.modules import PeftCausalLm
+
+# PEFT's fields by those of `lora`; PEFT itself reads these and all others of the adapter.
+_FIELDS = {
+    "r": "r",
+    "alpha": "lora_alpha",
+    "dropout": "lora_dropout",
+    "target_modules": "target_modules",
+    "exclude_modules": "exclude_modules",
+    "rslora": "use_rslora",
+    "bias": "bias",
+    "modules_to_save": "modules_to_save",
+}
+
+
+@dataclass(frozen=True)
+class StartingAdapter:
+    """folder: of the adapter. lora: its settings, as a run's. sha256: of its weights."""
+
+    folder: Path
+    lora: LoraConfig
+    sha256: str
+
+
+def starting_adapter(config: RunConfig) -> StartingAdapter | None:
+    """The adapter that `config` goes on with; None if it makes one.
+
+    Raises UserError for a folder without one adapter, one that is not LoRA or of another base,
+    settings in `lora` that are not the adapter's, and an objective that would compare with the
+    model without it.
+    """
+    source = config.model.adapter
+    if source is None:
+        return None
+    trained = find_trained(source, config.model.path)
+    if len(trained.adapters) != 1:
+        inside = ", ".join(str(folder) for folder in trained.adapters.values())
+        what = f"holds several adapters; give one of {inside}" if inside else "holds a whole model"
+        mend = "" if inside else "; give it as model.path"
+        raise UserError(f"model.adapter: {source} {what}{mend}")
+    (read,) = trained.read([])
+    if Path(config.model.path).is_dir():
+        check_base(Path(config.model.path), [read])
+    adapter, _ = read
+    own = _settings(adapter, config)
+    if config.lora is not None and config.lora not in (own, LoraConfig(seed=config.lora.seed)):
+        raise UserError(
+            f"lora: the adapter in {source} keeps its settings (r {own.r}, alpha {own.alpha:g}); "
+            "leave lora out"
+        )
+    if objective_of(config.objective).reads.reference:
+        raise UserError(
+            "model.adapter: the objective compares with the model without its adapter; merge the "
+            f"adapter first, lora-engine merge {source} --to DIR, and give DIR as model.path"
+        )
+    weights = (adapter.folder / "adapter_model.safetensors").read_bytes()
+    return StartingAdapter(adapter.folder, own, hashlib.sha256(weights).hexdigest())
+
+
+def going_on(model: "nn.Module", start: StartingAdapter) -> "PeftCausalLm":
+    """`model` in a PeftModel with the adapter, to be trained; its values in float32."""
+    import peft
+
+    try:
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            wrapped: PeftCausalLm = peft.PeftModel.from_pretrained(
+                model, start.folder, is_trainable=True
+            )
+    except (RuntimeError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"model.adapter: {start.folder} does not fit the model; give the one it was trained "
+            f"on: {reason}"
+        ) from error
+    missing = [str(w.message) for w in told if "missing adapter keys" in str(w.message)]
+    if missing:
+        raise UserError(
+            f"model.adapter: {start.folder} has no values for a part of the model that its "
+            f"settings name; get the complete adapter: {missing[0][:300]}"
+        )
+    return wrapped
+
+
+def _settings(adapter: Adapter, config: RunConfig) -> LoraConfig:
+    given: dict[str, Any] = {
+        ours: adapter.settings[theirs]
+        for ours, theirs in _FIELDS.items()
+        if adapter.settings.get(theirs) is not None
+    }
+    if isinstance(given.get("target_modules"), list):
+        given["target_modules"] = sorted(given["target_modules"])
+    seed = config.lora.seed if config.lora is not None else 0
+    return LoraConfig.model_validate({**given, "seed": seed})
