@@ -1,11 +1,13 @@
 """What the training loop can be told: `TrainConfig`."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeAlias
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from lora_engine.files import user_path
+
+Service: TypeAlias = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 
 # Changing these between a checkpoint and its resumption leaves every weight as it would have
 # been; changing any other field makes it another run.
@@ -22,6 +24,7 @@ _FREE_ON_RESUME = frozenset(
         "max_steps",  # a run may be extended
         "preflight",
         "epochs",
+        "log_to",
     }
 )
 
@@ -47,6 +50,12 @@ class TrainConfig(BaseModel):
         False,
         description="Discard the run that output_dir already holds, if any, when not resuming; "
         "nothing but files of the run is deleted.",
+    )
+
+    log_to: tuple[Service, ...] = Field(
+        (),
+        description="Services that are told every step's and evaluation's numbers, through their "
+        "own packages: `tensorboard` (files in output_dir), `wandb`, `mlflow`, `trackio`.",
     )
 
     max_steps: int | None = Field(

@@ -44,6 +44,7 @@ from lora_engine.training.run.identity import run_identity, tell_rounding
 from lora_engine.training.signals import InterruptGuard
 from lora_engine.training.state import Stopped, TrainResult, TrainState
 from lora_engine.training.stream_source import StreamSource
+from lora_engine.training.trackers import Tracking
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +91,10 @@ class Trainer:
         self.tokenizer = tokenizer
         self.config = config
         self.objective = objective
+        self._tracking = Tracking(config, objective.name)
         self.callbacks = Callbacks(callbacks)
+        if config.log_to:
+            self.callbacks = Callbacks((*callbacks, self._tracking))
         self.train_dataset = _tokenized(train_data, tokenizer, config, "train_data")
         self.eval_dataset = (
             None if eval_data is None else _tokenized(eval_data, tokenizer, config, "eval_data")
@@ -200,6 +204,12 @@ class Trainer:
         of another run (when resuming), or is in use by another process; OSError, naming the file,
         for what cannot be written, with the last checkpoint as it was.
         """
+        try:
+            return self._fit(resume)
+        finally:
+            self._tracking.close()
+
+    def _fit(self, resume: bool) -> TrainResult:
         training_modules = [module for module in self.model.modules() if module.training]
         with self.folder.locked():
             if self._opened is None:
