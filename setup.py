@@ -45,7 +45,7 @@ NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-
 NVCC_FLAGS += ["--threads", "0"]  # the architectures in parallel
 
 SHARED_SOURCES = ["csrc/bindings.cpp", "csrc/cpu/bindings.cpp", "csrc/cpu/dispatch.cpp"]
-SHARED_SOURCES += ["csrc/cpu/memory.cpp", "csrc/cpu/openmp_crowd.cpp"]
+SHARED_SOURCES += ["csrc/cpu/memory.cpp", "csrc/cpu/openmp_crowd.cpp", "csrc/triton/launcher.cpp"]
 KERNEL_SOURCES = sorted(
     {str(path.relative_to(ROOT)) for path in (ROOT / "csrc/cpu").glob("*.cpp")} - {*SHARED_SOURCES}
 )

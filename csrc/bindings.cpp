@@ -11,6 +11,7 @@
 #include "cpu/memory.hpp"
 #include "cpu/openmp_crowd.hpp"
 #include "cuda/bindings.hpp"
+#include "triton/bindings.hpp"
 
 namespace py = pybind11;
 using namespace lora_engine;
@@ -26,6 +27,7 @@ PYBIND11_MODULE(_C, m) {
         "do not.");
 
   bind_cpu(m);
+  triton::bind(m.def_submodule("triton", "Launches of Triton kernels that are compiled already"));
 #ifdef LORA_ENGINE_CUDA_ARCHITECTURES
   cuda::bind(m.def_submodule("cuda", "CUDA kernels, called through lora_engine.backends.cuda"));
 #endif

@@ -1,20 +1,30 @@
 """Launches of a kernel that is compiled already, without Triton's work for every call.
 
 `kernel[grid](...)` binds and specialises the arguments anew at each launch and looks the compiled
-kernel up by them: 25 to 40 µs of the processor's time on the machine of an H100, where a training
-step of a small model makes hundreds of launches and waits for them. What Triton compiles for
-depends on little: dtype and alignment of a tensor, whether an integer is 1 or a multiple of 16, and
-on the constants. By that the compiled kernel is kept here, and launched as Triton would.
+kernel up by them: 25 to 55 µs of the processor's time on the machine of an H100 or H200, where a
+training step makes hundreds of launches and waits for them. What Triton compiles for depends on
+little: dtype and alignment of a tensor, whether an integer is 1 or a multiple of 16, and on the
+constants. The extension keeps the compiled kernels by that, packs the arguments as Triton would,
+and calls the driver (csrc/triton/launcher.cpp).
 """
 
-from typing import Any, TypeAlias
+import ctypes
+import re
+from collections.abc import Sequence
+from functools import cache, partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
+from triton import knobs
 
-# The alignment of pointers and the divisor of integers that Triton specialises on.
-DIVISOR = 16
-Key: TypeAlias = tuple[object, ...]
+from lora_engine.backends import extension
+
+# A kernel's parameters in PTX, by the types that Triton's signature gives them.
+PTX_TYPES = {"pointer": "u64", "i32": "u32", "i64": "u64", "fp32": "f32"}
+SCRATCHES = 2  # the most pointers to scratch memory that follow a kernel's own parameters
+THREADS = 32  # in a warp
 
 
 class Relaunched:
@@ -27,59 +37,107 @@ class Relaunched:
 
     def __init__(self, jit: Any) -> None:
         self.jit = jit
-        # An interpreted function has no such list, and is never kept.
-        self.constexprs = frozenset(getattr(jit, "constexprs", ()))
-        self.compiled: dict[Key, tuple[Any, tuple[object, ...]]] = {}
+        self.launch = self._by_triton
+        self.launcher: Any = None  # of the extension, once there is something to keep
+        self.refused: set[str] = set()  # hashes of kernels that only Triton launches
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.jit, name)
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        def launch(*args: Any, **constants: Any) -> None:
-            key = self._key(args, constants)
-            if key is None:
-                self.jit[grid](*args, **constants)
-                return
-            found = self.compiled.get(key)
-            if found is None:
-                self._compile(key, grid, args, constants)
-                return
-            compiled, rest = found
-            compiled[(*grid, 1, 1)[:3]](*args, *rest)
+        return partial(self.launch, grid)
 
-        return launch
-
-    def _compile(
-        self, key: Key, grid: tuple[int, ...], args: tuple[Any, ...], constants: dict[str, Any]
-    ) -> None:
+    def _by_triton(self, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
         """Launches by Triton, which gives back what it compiled."""
         compiled = self.jit[grid](*args, **constants)
-        names = self.jit.arg_names[len(args) :]
-        if all(name in constants for name in names):
-            self.compiled[key] = compiled, tuple(constants[name] for name in names)
+        driver = _driver_of(args)
+        if driver is not None and compiled.hash not in self.refused:
+            self._keep(driver, compiled, args, constants)
 
-    def _key(self, args: tuple[Any, ...], constants: dict[str, Any]) -> Key | None:
-        """What the compiled kernel depends on; None where nothing is kept."""
-        found: list[object] = [_device(args)]
-        if found[0] is None:
-            return None
-        for i, arg in enumerate(args):
-            if i in self.constexprs:
-                found.append((type(arg), arg))
-            elif isinstance(arg, Tensor):
-                found.append((arg.dtype, arg.data_ptr() % DIVISOR == 0))
-            elif arg is None:
-                found.append(None)
-            elif type(arg) is int:
-                found.append((arg == 1, arg % DIVISOR == 0, -(2**31) <= arg < 2**31, arg < 2**63))
-            elif type(arg) is float:
-                found.append(float)
-            else:
-                return None
-        return *found, *constants.items()
+    def _keep(
+        self, driver: Any, compiled: Any, args: tuple[Any, ...], constants: dict[str, Any]
+    ) -> None:
+        passed = passed_arguments(compiled, self.jit.arg_names, len(args))
+        if passed is not None:
+            if self.launcher is None:
+                constant = [i for i in self.jit.constexprs if i < len(self.jit.arg_names)]
+                self.launcher = extension.native().triton.Launcher(self._by_triton, constant)
+            kept = self.launcher.keep(
+                driver=driver,
+                arguments=args,
+                constants=constants,
+                owner=compiled,
+                function=compiled.function,
+                threads=THREADS * compiled.metadata.num_warps,
+                shared=compiled.metadata.shared,
+                kinds=passed.kinds,
+                scratches=passed.scratches,
+            )
+            if kept:
+                self.launch = self.launcher.entry()
+                return
+        self.refused.add(compiled.hash)
 
 
-def _device(args: tuple[Any, ...]) -> int | None:
-    """The current GPU, if the tensors are on one."""
+class Passed(NamedTuple):
+    """What a compiled kernel is passed.
+
+    kinds: how it takes each of the arguments by position: of PTX_TYPES, or "constexpr" for those
+    that are not passed. scratches: null pointers after them.
+    """
+
+    kinds: list[str]
+    scratches: int
+
+
+def passed_arguments(compiled: Any, names: Sequence[str], positional: int) -> Passed | None:
+    """What is passed for the first `positional` of its arguments, if no others are.
+
+    None for a kernel that takes more than that, or needs more than a grid of blocks.
+    """
+    metadata, signature = compiled.metadata, compiled.src.signature
+    asked = (
+        metadata.num_ctas != 1,
+        metadata.launch_cooperative_grid,
+        metadata.launch_pdl,
+        metadata.global_scratch_size,
+        metadata.profile_scratch_size,
+        getattr(metadata, "tensordesc_meta", None),
+        getattr(metadata, "instrumentation_mode", ""),
+    )
+    if any(asked) or any(signature.get(name) != "constexpr" for name in names[positional:]):
+        return None
+    types = [signature[name] for name in names[:positional]]
+    kinds = ["pointer" if str(kind).startswith("*") else kind for kind in types]
+    expected = [PTX_TYPES.get(kind) for kind in kinds if kind != "constexpr"]
+    entry = re.search(r"\.entry \w+\(([^)]*)\)", compiled.asm["ptx"])
+    if entry is None:
+        return None
+    found = re.findall(r"\.param \.(\w+)", entry[1])
+    scratches = found[len(expected) :]
+    if found[: len(expected)] != expected or scratches != ["u64"] * len(scratches):
+        return None
+    return Passed(kinds, len(scratches)) if len(scratches) <= SCRATCHES else None
+
+
+def _driver_of(args: Sequence[Any]) -> Any:
+    """What launches for these arguments: None off a GPU, and without the extension."""
     tensor = next((arg for arg in args if isinstance(arg, Tensor)), None)
-    return torch.cuda.current_device() if tensor is not None and tensor.is_cuda else None
+    return _driver() if tensor is not None and tensor.is_cuda else None
+
+
+@cache
+def _driver() -> Any:
+    if not extension.extension_available():
+        return None
+    cuda = ctypes.CDLL("libcuda.so.1")
+    return extension.native().triton.Driver(
+        launch=ctypes.cast(cuda.cuLaunchKernel, ctypes.c_void_p).value,
+        current_device=torch._C._cuda_getDevice,
+        current_stream=torch._C._cuda_getCurrentRawStream,
+        hooks=knobs.runtime,
+        tensors=[Tensor, Parameter],
+        data_ptr=Tensor.data_ptr,
+        dtype=Tensor.dtype,
+        on_device=Tensor.is_cuda,
+    )
