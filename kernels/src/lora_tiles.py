@@ -18,6 +18,8 @@ NARROW = 32
 MOST_CHUNKS = 32
 # Waves of programs from which on an unfinished last one costs little.
 ENOUGH_WAVES = 3
+# Share of a launch's time that pays for more partial sums.
+WORTH = 0.05
 
 
 @triton.jit
@@ -98,10 +100,27 @@ def split_rows(rows: int, block_m: int, tiles: int, device: torch.device) -> tup
     cost memory traffic in proportion to the chunks.
     """
     resident = 2 * multiprocessors(device)  # programs that the device runs at once
-    chunks = resident // tiles if 2 * tiles <= resident else -(-ENOUGH_WAVES * resident // tiles)
     blocks = launch.cdiv(rows, block_m)
-    chunk = launch.cdiv(blocks, max(1, min(chunks, MOST_CHUNKS, blocks))) * block_m
+    chunk = launch.cdiv(blocks, _chunks(blocks, tiles, resident)) * block_m
     return launch.cdiv(rows, chunk), chunk
+
+
+@lru_cache(1024)
+def _chunks(blocks: int, tiles: int, resident: int) -> int:
+    """One wave of chunks, or ENOUGH_WAVES; the fewest others where that saves WORTH of the time."""
+    most = max(1, min(MOST_CHUNKS, blocks))
+    one_wave = 2 * tiles <= resident
+    usual = resident // tiles if one_wave else -(-ENOUGH_WAVES * resident // tiles)
+    usual = min(usual, most)
+
+    def time(chunks: int) -> int:
+        """Blocks that one place of a program works after each other."""
+        return launch.cdiv(chunks * tiles, resident) * launch.cdiv(blocks, chunks)
+
+    least = (1 + WORTH) * min(map(time, range(1, most + 1)))
+    if time(usual) <= least:
+        return usual
+    return next(chunks for chunks in range(1, most + 1) if time(chunks) <= least)
 
 
 def aligned(*tensors: Tensor) -> bool:

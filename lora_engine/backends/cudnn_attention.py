@@ -3,12 +3,16 @@
 `choice` says where it runs. T tokens are B sequences of T / B tokens each, which cuDNN is given as
 [B, heads, T / B, head_dim]. For sequences of several lengths PyTorch asks cuDNN for a new plan at
 every call. Rotation is a launch of our own, and results are copied into the caller's tensors.
+
+PyTorch keeps cuDNN's plans by the shapes and strides of q, k and v. A plan of the backward pass
+holds the strides of o and of its gradient too, and would be run for tensors with others: q's rows
+are as far apart as o's, and the gradient's follow each other.
 """
 
 import torch
 from torch import Tensor
 
-from lora_engine.backends.torch_attention import heads_of, rotated, write_gradients
+from lora_engine.backends.torch_attention import copy_rows, heads_of, rotated, write_gradients
 
 
 def attention_fwd(
@@ -43,7 +47,7 @@ def attention_fwd(
         False,
         scale=scale,
     )
-    o.unflatten(0, (sequences, -1)).copy_(result.transpose(1, 2).flatten(2))
+    copy_rows(result.transpose(1, 2).flatten(2), o.unflatten(0, (sequences, -1)))
     lse.unflatten(1, (sequences, -1)).copy_(sums.view(sums.shape[:3]).transpose(0, 1))
 
 
@@ -73,8 +77,10 @@ def attention_bwd(
         return
     sequences = cu_seqlens.numel() - 1
     length = q.shape[0] // sequences
-    queries, keys, values, d_out, out = heads_of(q, k, v, d_o, o, head_dim=head_dim)
-    queries, keys = rotated(queries, keys, cos, sin)
+    if cos is None or sin is None:
+        o = o.contiguous()
+    queries, keys, values, d_out, out = heads_of(q, k, v, d_o.contiguous(), o, head_dim=head_dim)
+    queries, keys = rotated(queries, keys, cos, sin, q_columns=o.stride(0))
     sums = lse.unflatten(1, (sequences, length)).transpose(0, 1).contiguous()
     no_dropout = torch.zeros((), dtype=torch.int64, device=q.device)
     gradients = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(

@@ -7,7 +7,7 @@ into the caller's tensors, and rotation is a launch of our own.
 import torch
 from torch import Tensor
 
-from lora_engine.backends.torch_attention import heads_of, rotated, write_gradients
+from lora_engine.backends.torch_attention import copy_rows, heads_of, rotated, write_gradients
 
 
 def attention_fwd(
@@ -49,7 +49,7 @@ def attention_fwd(
         window_size_left=before,
         window_size_right=behind,
     )
-    o.copy_(result.flatten(1))
+    copy_rows(result.flatten(1), o)
     lse.copy_(sums)
 
 

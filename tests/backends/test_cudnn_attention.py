@@ -85,6 +85,33 @@ def test_is_that_of_the_reference(
         assert torch.allclose(found, grad.flatten(1), atol=1e-5)
 
 
+@pytest.mark.parametrize("rotated", [True, False], ids=["rotated", "plain"])
+def test_plans_that_pytorch_keeps_fit_every_call(
+    monkeypatch: pytest.MonkeyPatch, rotated: bool
+) -> None:
+    """PyTorch finds a plan by the strides of q, k and v, whatever those of o and its gradient."""
+    plans: dict[object, object] = {}
+
+    def keep(d_o, q, k, v, o, *rest, **options):
+        strides = tuple(x.stride() for x in (d_o, o))
+        assert plans.setdefault(tuple(x.stride() for x in (q, k, v)), strides) == strides
+        return tuple(torch.empty_like(x) for x in (q, k, v))
+
+    monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_cudnn_attention_backward", keep)
+    tokens, width, kv_width = SEQUENCES * LENGTH, HEADS * DIM, KV_HEADS * DIM
+    q, k, v = (torch.randn(tokens, n) for n in (width, kv_width, kv_width))
+    tables = [torch.rand(tokens, DIM) if rotated else None] * 2
+    for o_padding, d_o_padding in ((0, 0), (8, 0), (16, 0), (16, 8)):
+        o = torch.randn(tokens, width + o_padding)[:, :width]
+        d_o = torch.randn(tokens, width + d_o_padding)[:, :width]
+        grads = [torch.empty_like(x) for x in (q, k, v)]
+        launchers.torch_attention("cudnn").attention_bwd(
+            d_o, q, k, v, BOUNDS, *tables, o, torch.randn(HEADS, tokens), *grads,
+            head_dim=DIM, scale=SCALE, causal=True, window=0,
+        )  # fmt: skip
+    assert len(plans) == (3 if rotated else 1)
+
+
 def test_what_it_does_not_know_is_refused() -> None:
     x, options = torch.randn(4, DIM), {"head_dim": DIM, "scale": 1.0, "causal": True, "window": 3}
     with pytest.raises(ValueError, match="no window and no parents"):
