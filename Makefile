@@ -1,11 +1,12 @@
 # make demo    set up, then fine-tune SmolLM2-135M on this machine (a few minutes, no GPU needed)
-# make test    set up, then run the tests, but for those marked slow
+# make test    set up, then run the tests, but for those marked slow or ptx
 # make test-slow   the tests marked slow: what takes a process, or many, more than ten seconds
 # make test-machines   the tests that compute, again and again as other processors would
 # make test-shared     training beside other busy programs keeps its share; wants a quiet machine
 # make lint    ruff, mypy and clang-format
 # make bench   the training step beside TRL's, results under benchmarks/results
 # make kernels-check   compile every GPU kernel for every supported GPU; no GPU needed
+# make test-ptx        operations' tests on compiled GPU kernels, executed on the CPU
 # make same-bits ARGS="main HEAD"   whether two revisions train to the same losses and weights
 # make gpu-check OUT=… on a machine with a GPU: build, test and measure with PYTHON's own packages
 #
@@ -38,17 +39,17 @@ PIP := $(PY) -m pip --disable-pip-version-check --quiet install
 CSRC := $(shell find csrc -name '*.?pp' -o -name '*.cu*')
 BUILD_INPUTS := pyproject.toml setup.py constraints.txt $(CSRC)
 
-.PHONY: demo test test-slow test-machines test-shared lint format bench kernels-check same-bits gpu-check clean
+.PHONY: demo test test-slow test-machines test-shared test-ptx lint format bench kernels-check same-bits gpu-check clean
 
 demo: $(STAMPS)/train $(STAMPS)/model
 	$(BIN)/lora-engine demo $(ARGS)
 
 test: $(STAMPS)/test
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist worksteal -m "not slow" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist worksteal -m "not slow and not ptx" $(ARGS)
 
 # One after the other: some of them measure.
 test-slow: $(STAMPS)/test
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "slow and not ptx" $(ARGS)
 
 test-machines: $(STAMPS)/test
 	$(PY) tests/support/machines.py -n $(JOBS) --dist worksteal $(ARGS)
@@ -72,6 +73,9 @@ bench: $(STAMPS)/bench $(STAMPS)/model
 
 kernels-check: $(STAMPS)/test
 	$(PY) kernels/check.py $(ARGS)
+
+test-ptx: $(STAMPS)/test
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist worksteal -m ptx $(ARGS)
 
 same-bits: $(STAMPS)/test
 	$(PY) -m benchmarks.train.same_bits $(ARGS)

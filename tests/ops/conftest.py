@@ -35,7 +35,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """Makes the implementation ready: the instruction set chosen, or skipped with a reason.
 
     Triton runs in its interpreter where there is no GPU and compiled where there is one. CUDA runs
-    on a GPU, and emulated on the CPU.
+    on a GPU, and emulated on the CPU. PTX of both is executed on the CPU.
     """
     chosen: Backend = request.param
     if chosen.device.type == "cuda" and not torch.cuda.is_available():
@@ -44,6 +44,12 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         pytest.skip("triton is not installed")
     if chosen.impl == "triton" and chosen.device.type == "cpu" and torch.cuda.is_available():
         pytest.skip("the Triton kernels are compiled for the GPU in this process")
+    if chosen.impl == "triton" and chosen.capability is not None:
+        from triton_ptx import executed_ptx
+
+        with executed_ptx(chosen.capability):
+            yield chosen
+        return
     if chosen.impl == "cuda" and chosen.device.type == "cpu":
         monkeypatch.setattr(backends.extension, "cuda_emulation", emulated_kernels())
     if chosen.isa is None:

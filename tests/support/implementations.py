@@ -18,11 +18,15 @@ def runnable_isas() -> list[str]:
 
 @dataclass(frozen=True)
 class Backend:
-    """An implementation to test, and where its tensors live."""
+    """An implementation to test, and where its tensors live.
+
+    capability: of the GPU whose PTX is executed on the CPU.
+    """
 
     impl: str
     device: torch.device
     isa: str | None = None
+    capability: int | None = None
 
     def put(self, *tensors: Tensor) -> list[Tensor]:
         """The tensors on this implementation's device."""
@@ -41,6 +45,8 @@ BACKENDS = {
     "reference": REFERENCE,
     **{f"cpu-{isa}": Backend("cpu", CPU, isa) for isa in runnable_isas()},
     "triton-interpreter": Backend("triton", CPU),
+    "triton-ptx-80": Backend("triton", CPU, capability=80),
+    "triton-ptx-90": Backend("triton", CPU, capability=90),
     "triton": Backend("triton", GPU),
     "cuda-emulated": Backend("cuda", CPU),
     "cuda": Backend("cuda", GPU),
@@ -68,6 +74,7 @@ def parameters(operation: str, *, with_dtype: bool, with_reference: bool = False
         if backend.impl not in impls:
             continue
         marks = [pytest.mark.gpu] if backend.device.type == "cuda" else []
+        marks += [pytest.mark.ptx] if backend.capability else []
         for dtype in backend.dtypes if with_dtype else [None]:
             label = f"{name}-{str(dtype).removeprefix('torch.')}" if with_dtype else name
             values = (backend, dtype) if with_dtype else (backend,)

@@ -8,8 +8,18 @@ allows, so that a missing wait or barrier shows as a wrong number; docs/ptx-mach
 that proves and what it does not.
 """
 
+from ptx import snippet
 from ptx.kernel import Argument, Completion, Kernel, core
 from ptx.parser import SyntaxFault, entries
 from ptx.tensor_map import TensorMap
 
-__all__ = ["Argument", "Completion", "Kernel", "SyntaxFault", "TensorMap", "core", "entries"]
+__all__ = [
+    "Argument",
+    "Completion",
+    "Kernel",
+    "SyntaxFault",
+    "TensorMap",
+    "core",
+    "entries",
+    "snippet",
+]

@@ -204,9 +204,10 @@ struct TensorAddress {
   Box box(Warp& warp, int lane, uint32_t shared) const {
     Box box;
     const uint64_t address = read_any(warp, base, lane);
-    const uint8_t* map = warp.cta->machine->generic(warp, lane, address, 128);
-    need_multiple(address & 0xffff, 64, "a tensor map's address");
-    std::memcpy(&box.map, map, sizeof box.map);
+    uint8_t bytes[128];
+    for (uint32_t at = 0; at < 128; at += 64)
+      std::memcpy(bytes + at, warp.cta->machine->generic(warp, lane, address + at, 64), 64);
+    std::memcpy(&box.map, bytes, sizeof box.map);
     if (box.map.magic != kMagic) throw Fault("there is no tensor map at " + hexadecimal(address));
     if (box.map.rank != coordinates.size()) throw Fault("coordinates and the map's rank differ");
     for (size_t d = 0; d < coordinates.size(); ++d)

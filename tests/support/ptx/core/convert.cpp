@@ -8,7 +8,7 @@ namespace ptx {
 namespace {
 
 bool is_float(const std::string& type) {
-  return type[0] == 'f' || type.rfind("bf", 0) == 0 || type.rfind("tf", 0) == 0;
+  return type[0] == 'f' || type[0] == 'e' || type.substr(0, 2) == "bf" || type == "tf32";
 }
 
 // Bits of a type's name: 16 of "bf16", 8 of "s8".
@@ -123,6 +123,8 @@ void write_any(Warp& warp, const Operand& to, int lane, uint64_t value) {
 
 // What most conversions are, without the general path.
 Action frequent(const Op& op, const Conversion& c) {
+  const bool narrow = op[0].width == 'w' && (op[1].width == 'w' || op[1].kind == Kind::kImmediate);
+  if (is_float(c.to) && !narrow) return nullptr;
   if (c.saturate || c.relu || c.ftz || c.rounding != Rounding::kNearest || c.to_integer_rounding)
     return nullptr;
   if (c.to == "f32" && c.from == "bf16")
@@ -131,9 +133,10 @@ Action frequent(const Op& op, const Conversion& c) {
     return unary<float, Float16>(op[0], op[1], [](Float16 x) { return widen(x); });
   if (c.to == "bf16" && c.from == "f32")
     return unary<BFloat16, float>(op[0], op[1], [](float x) { return to_bfloat16(x); });
-  if (c.from == "s32" && (c.to == "s64" || c.to == "u64") && op[0].width == 'd')
+  const bool widens = op[0].width == 'd' && op[1].width == 'w';
+  if (c.from == "s32" && (c.to == "s64" || c.to == "u64") && widens)
     return unary<int64_t, int32_t>(op[0], op[1], [](int32_t x) { return int64_t{x}; });
-  if (c.from == "u32" && (c.to == "s64" || c.to == "u64") && op[0].width == 'd')
+  if (c.from == "u32" && (c.to == "s64" || c.to == "u64") && widens)
     return unary<uint64_t, uint32_t>(op[0], op[1], [](uint32_t x) { return uint64_t{x}; });
   return nullptr;
 }

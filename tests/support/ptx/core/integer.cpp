@@ -59,9 +59,23 @@ Action carried(const Op& op, bool in, bool out) {
   };
 }
 
+// add, min and max of the halves of a register.
+template <class T, class F>
+Action of_halves(const Op& op, F f) {
+  if (op.parts.size() != 2) return nullptr;
+  return binary<uint32_t, uint32_t, uint32_t>(op[0], op[1], op[2], [f](uint32_t a, uint32_t b) {
+    const auto half = [&](int shift) -> uint32_t {
+      return static_cast<uint16_t>(f(static_cast<T>(a >> shift), static_cast<T>(b >> shift)));
+    };
+    return half(0) | half(16) << 16;
+  });
+}
+
 template <bool kSubtract>
 Action add_or_sub(const Op& op) {
   if (op.type().find('f') != std::string::npos) return make_packed_float(op);
+  if (!kSubtract && (op.type() == "s16x2" || op.type() == "u16x2"))
+    return of_halves<uint16_t>(op, [](uint16_t a, uint16_t b) { return a + b; });
   if (!op.only({"cc", "sat"})) return nullptr;
   const bool in = op.base() == "addc" || op.base() == "subc", out = op.has("cc");
   return with_integer(op.type(), [&](auto t) -> Action {
@@ -155,6 +169,9 @@ Action rem(const Op& op) {
 template <bool kLeast>
 Action min_or_max(const Op& op) {
   if (op.type().find('f') != std::string::npos) return make_packed_float(op);
+  const auto chosen = [](auto a, auto b) { return kLeast ? std::min(a, b) : std::max(a, b); };
+  if (op.type() == "s16x2") return of_halves<int16_t>(op, chosen);
+  if (op.type() == "u16x2") return of_halves<uint16_t>(op, chosen);
   if (op.parts.size() != 2) return nullptr;
   return with_integer(op.type(), [&](auto t) -> Action {
     using T = decltype(t);

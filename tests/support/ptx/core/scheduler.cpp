@@ -9,7 +9,7 @@ namespace ptx {
 namespace {
 
 constexpr uint32_t kLongestTurn = 256;
-// A turn of so few instructions that ends where it began has found nothing to do.
+// A turn of so few instructions that ends at the poll where it began has found nothing to do.
 constexpr uint32_t kIdleTurn = 32;
 
 struct Special {
@@ -67,11 +67,16 @@ void set_specials(Warp& warp) {
   }
 }
 
-// The next place where other lanes of the warp are or may wait.
+// The next place where other lanes of the warp are; -1 if others that can go on are behind.
 int next_group(const std::vector<Group>& groups, size_t current, int pc) {
   int limit = INT32_MAX;
-  for (size_t i = 0; i < groups.size(); ++i)
-    if (i != current && groups[i].pc >= pc) limit = std::min(limit, groups[i].pc);
+  for (size_t i = 0; i < groups.size(); ++i) {
+    if (i == current) continue;
+    if (groups[i].pc >= pc)
+      limit = std::min(limit, groups[i].pc);
+    else if (!groups[i].stalled)
+      return -1;
+  }
   return limit;
 }
 
@@ -225,7 +230,7 @@ void Machine::turn(Warp& warp) {
     group = {pc, mask, waits};
   }
   steps += done;
-  warp.idle = done == 0 || (failed && done <= kIdleTurn && std::abs(warp.at - began) <= 64);
+  warp.idle = done == 0 || (failed && done <= kIdleTurn && warp.at == began);
 }
 
 // One bulk copy of any CTA arrives.

@@ -1,0 +1,84 @@
+"""Every Triton kernel as PTX for two capabilities, by one ragged case of its operation's own tests.
+
+`make test-ptx` runs all of those tests so; here each kernel runs at least once.
+"""
+
+import ast
+import importlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from implementations import CPU, Backend
+from lora_groups import Group
+
+from lora_engine.values import Dropout
+
+pytest.importorskip("triton")
+
+ROOT = Path(__file__).parents[2]
+FLOAT, BFLOAT = torch.float32, torch.bfloat16
+GROUP = Group(70, 96, (136, 40), (16, 8))
+ATTENTION = {"dtype": BFLOAT, "poisoned": None}
+CASES: list[tuple[str, str, dict[str, Any]]] = [
+    ("test_rms_norm", "test_residual_matches_oracle",
+     {"dtype": BFLOAT, "poisoned": None, "shape": (3, 63), "offset": 0.0}),
+    ("test_layer_norm", "test_matches_oracle",
+     {"dtype": BFLOAT, "poisoned": None, "shape": (65, 100)}),
+    ("test_glu", "test_matches_oracle",
+     {"dtype": BFLOAT, "poisoned": None, "shape": (33, 1000), "activation": "silu"}),
+    ("test_rope", "test_matches_oracle",
+     {"dtype": BFLOAT, "poisoned": None, "name": "partial_ragged", "interleaved": False}),
+    ("test_cross_entropy", "test_matches_oracle",
+     {"dtype": BFLOAT, "poisoned": None, "shape": (2, 2049), "options": "all"}),
+    ("test_attention", "test_matches_pytorch",
+     {**ATTENTION, "name": "ragged", "heads": 6, "kv_heads": 2, "dim": 64}),
+    ("test_attention", "test_continued_sequences_are_as_if_written_out",
+     {**ATTENTION, "tree": "tree", "window": 25, "rotated": False}),
+    ("test_attention_decode", "test_matches_pytorch",
+     {"dtype": BFLOAT, "size": "grouped", "window": 66}),
+    ("test_adamw", "test_clips_by_a_norm_it_reads_itself", {}),
+    ("test_adamw_8bit", "test_clips_by_a_norm_it_reads_itself", {}),
+    ("test_blockwise_4bit", "test_codes_at_any_address", {"offset": 1}),
+    ("test_lora_kernels", "test_lora_a_fwd",
+     {"dtype": BFLOAT, "poisoned": None, "small_tiles": None, "group": GROUP,
+      "dropout": Dropout(0.5, 7)}),
+    ("test_lora_kernels", "test_lora_linear_fwd",
+     {"dtype": BFLOAT, "poisoned": None, "small_tiles": None, "group": GROUP, "with_bias": True}),
+    ("test_lora_kernels", "test_gradients_are_those_of_autograd", {"small_tiles": None}),
+    ("test_lora_kernels", "test_factors_are_placed_as_torch_would",
+     {"dtype": BFLOAT, "scales": (0.1,) * 6, "factors_dtype": FLOAT}),
+    ("test_gated", "test_forward",
+     {"dtype": BFLOAT, "poisoned": None, "sizes": (65, 48, (4, 5, 16), 0), "activation": "silu"}),
+    ("test_gated", "test_backward",
+     {"dtype": BFLOAT, "poisoned": None, "sizes": (65, 48, (4, 5, 16), 0), "activation": "silu"}),
+]  # fmt: skip
+
+
+def written_kernels() -> set[str]:
+    found = set()
+    for path in (ROOT / "kernels" / "src").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel"):
+                found.add(node.name)
+    return found
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_every_kernel_runs(
+    capability: int, poisoned: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("the Triton kernels are compiled for the GPU in this process")
+    import triton_ptx
+
+    backend = Backend("triton", CPU, capability=capability)
+    triton_ptx.executed.clear()
+    for folder in ("ops", "ops/lora", "ops/layer"):  # where pytest finds the modules too
+        monkeypatch.syspath_prepend(str(ROOT / "tests" / folder))
+    with triton_ptx.executed_ptx(capability):
+        for module, test, arguments in CASES:
+            cases = importlib.import_module(module)
+            getattr(cases, test)(backend=backend, **arguments)
+    assert {name for _, name in triton_ptx.executed} == written_kernels()
