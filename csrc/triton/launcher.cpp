@@ -74,7 +74,8 @@ struct Compiled {
   void* function;
   unsigned threads, shared;
   std::vector<Parameter> parameters;
-  size_t scratches;  // trailing pointers to scratch memory that the kernel does not use
+  size_t scratches;  // trailing pointers to scratch memory, of which the first may be used
+  uint64_t scratch_bytes, scratch_alignment;  // of each block
 };
 
 // What is common to all launchers of a process.
@@ -82,6 +83,7 @@ struct Driver {
   Launch launch;
   py::object current_device;  // () -> int
   py::object current_stream;  // (device) -> int
+  py::object allocate;        // (bytes, alignment, stream) -> tensor
   py::object hooks;           // has launch_enter_hook and launch_exit_hook
   std::vector<py::object> tensors;  // the types that are taken as tensors
   // Of the tensors' base type; called or read without a look-up by name.
@@ -156,7 +158,8 @@ class Launcher {
   // Keeps a kernel for calls such as this one; false where a parameter is not understood.
   bool keep(std::shared_ptr<Driver> driver, const py::tuple& arguments, const py::dict& constants,
             const py::object& owner, uintptr_t function, unsigned threads, unsigned shared,
-            const std::vector<std::string>& kinds, size_t scratches) {
+            const std::vector<std::string>& kinds, size_t scratches, uint64_t scratch_bytes,
+            uint64_t scratch_alignment) {
     driver_ = std::move(driver);
     std::vector<PyObject*> given;
     for (py::handle x : arguments) given.push_back(x.ptr());
@@ -168,13 +171,13 @@ class Launcher {
     const py::tuple called(names);
     uint64_t values[kMostArguments];
     Key key;
-    if (kinds.size() != arguments.size() ||
+    if (kinds.size() != arguments.size() || (scratch_bytes > 0 && scratches == 0) ||
         !read_arguments(given.data(), arguments.size(), called.ptr(), key, values)) {
       return false;
     }
     if (find(key) != nullptr) return true;
     Compiled made{key.words, {}, owner, reinterpret_cast<void*>(function), threads, shared, {},
-                  scratches};
+                  scratches, scratch_bytes, scratch_alignment};
     for (PyObject* object : key.objects) {
       made.objects.push_back(py::reinterpret_borrow<py::object>(object));
     }
@@ -323,8 +326,19 @@ class Launcher {
     for (const Parameter& parameter : compiled->parameters) {
       parameters[count++] = &values[parameter.argument];  // little-endian: the low bytes first
     }
-    uint64_t scratch = 0;
-    for (size_t i = 0; i < compiled->scratches; ++i) parameters[count++] = &scratch;
+    uint64_t scratch = 0, none = 0;
+    for (size_t i = 0; i < compiled->scratches; ++i) {
+      parameters[count++] = i == 0 ? &scratch : &none;
+    }
+    py::object held;  // until the launch is queued: what is freed later is reused after it
+    if (compiled->scratch_bytes > 0) {
+      const uint64_t blocks = uint64_t{grid[0]} * grid[1] * grid[2];
+      const py::int_ bytes(blocks * compiled->scratch_bytes);
+      const py::int_ alignment(compiled->scratch_alignment);
+      PyObject* asked[] = {bytes.ptr(), alignment.ptr(), stream.ptr()};
+      held = owned(PyObject_Vectorcall(driver_->allocate.ptr(), asked, 3, nullptr));
+      scratch = address_of(driver_->data_ptr, held.ptr());
+    }
     int error = 0;
     {
       py::gil_scoped_release released;
@@ -388,7 +402,7 @@ py::object entry(Shared launcher) {
 void bind(py::module_ m) {
   py::class_<Driver, std::shared_ptr<Driver>>(m, "Driver")
       .def(py::init([](uintptr_t launch, py::object current_device, py::object current_stream,
-                       py::object hooks, std::vector<py::object> tensors, py::object data_ptr,
+                       py::object allocate, py::object hooks, std::vector<py::object> tensors, py::object data_ptr,
                        py::object dtype, py::object on_device) {
              for (const py::object& attribute : {dtype, on_device}) {
                if (Py_TYPE(attribute.ptr())->tp_descr_get == nullptr) {
@@ -397,11 +411,11 @@ void bind(py::module_ m) {
              }
              return std::make_shared<Driver>(Driver{
                  reinterpret_cast<Launch>(launch), std::move(current_device),
-                 std::move(current_stream), std::move(hooks), std::move(tensors),
+                 std::move(current_stream), std::move(allocate), std::move(hooks), std::move(tensors),
                  std::move(data_ptr), std::move(dtype), std::move(on_device)});
            }),
            py::kw_only(), py::arg("launch"), py::arg("current_device"), py::arg("current_stream"),
-           py::arg("hooks"), py::arg("tensors"), py::arg("data_ptr"), py::arg("dtype"),
+           py::arg("allocate"), py::arg("hooks"), py::arg("tensors"), py::arg("data_ptr"), py::arg("dtype"),
            py::arg("on_device"));
   py::class_<Launcher, Shared>(m, "Launcher")
       .def(py::init<py::object, const std::vector<size_t>&>(), py::arg("other"),
@@ -409,7 +423,8 @@ void bind(py::module_ m) {
       .def("entry", &entry)
       .def("keep", &Launcher::keep, py::kw_only(), py::arg("driver"), py::arg("arguments"),
            py::arg("constants"), py::arg("owner"), py::arg("function"), py::arg("threads"),
-           py::arg("shared"), py::arg("kinds"), py::arg("scratches"))
+           py::arg("shared"), py::arg("kinds"), py::arg("scratches"), py::arg("scratch_bytes"),
+           py::arg("scratch_alignment"))
       .def("__len__", &Launcher::size);
 }
 

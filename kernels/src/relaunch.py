@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 from triton import knobs
+from triton.runtime import _allocation
 
 from lora_engine.backends import extension
 
@@ -72,6 +73,8 @@ class Relaunched:
                 shared=compiled.metadata.shared,
                 kinds=passed.kinds,
                 scratches=passed.scratches,
+                scratch_bytes=compiled.metadata.global_scratch_size,
+                scratch_alignment=compiled.metadata.global_scratch_align,
             )
             if kept:
                 self.launch = self.launcher.entry()
@@ -83,7 +86,7 @@ class Passed(NamedTuple):
     """What a compiled kernel is passed.
 
     kinds: how it takes each of the arguments by position: of PTX_TYPES, or "constexpr" for those
-    that are not passed. scratches: null pointers after them.
+    that are not passed. scratches: pointers to scratch memory after them.
     """
 
     kinds: list[str]
@@ -100,7 +103,6 @@ def passed_arguments(compiled: Any, names: Sequence[str], positional: int) -> Pa
         metadata.num_ctas != 1,
         metadata.launch_cooperative_grid,
         metadata.launch_pdl,
-        metadata.global_scratch_size,
         metadata.profile_scratch_size,
         getattr(metadata, "tensordesc_meta", None),
         getattr(metadata, "instrumentation_mode", ""),
@@ -135,9 +137,16 @@ def _driver() -> Any:
         launch=ctypes.cast(cuda.cuLaunchKernel, ctypes.c_void_p).value,
         current_device=torch._C._cuda_getDevice,
         current_stream=torch._C._cuda_getCurrentRawStream,
+        allocate=_allocate,
         hooks=knobs.runtime,
         tensors=[Tensor, Parameter],
         data_ptr=Tensor.data_ptr,
         dtype=Tensor.dtype,
         on_device=Tensor.is_cuda,
     )
+
+
+def _allocate(size: int, alignment: int, stream: int) -> Tensor:
+    """By the allocator that Triton was given in this context."""
+    scratch: Tensor = _allocation._allocator.get()(size, alignment, stream)
+    return scratch

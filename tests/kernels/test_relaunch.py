@@ -60,12 +60,17 @@ class Driver:
             launch=ctypes.cast(self.entry, ctypes.c_void_p).value,
             current_device=lambda: self.device,
             current_stream=lambda device: STREAM + device,
+            allocate=self.allocate,
             hooks=self.hooks,
             tensors=[Tensor],
             data_ptr=Tensor.data_ptr,
             dtype=Tensor.dtype,
             on_device=Tensor.is_cpu,
         )
+
+    def allocate(self, size: int, alignment: int, stream: int) -> Tensor:
+        self.asked = size, alignment, stream
+        return WIDE
 
     def launch(self, function: int, *rest: Any) -> int:
         *shape, stream, parameters, _extra = rest
@@ -82,6 +87,7 @@ def compiled(**metadata: Any) -> Any:
     """As much of a CompiledKernel as is read: kernel(x, n, f, CONSTANT, BLOCK)."""
     plain = {"num_warps": 4, "num_ctas": 1, "shared": 99, "launch_cooperative_grid": False}
     plain |= {"launch_pdl": False, "global_scratch_size": 0, "profile_scratch_size": 0}
+    plain |= {"global_scratch_align": 1}
     types = ["*fp32", "i32", "fp32", "constexpr", "constexpr"]
     parameters = ["u64 .ptr .global .align 1 a", "u32 b", "f32 c", "u64 .ptr d", "u64 .ptr e"]
     ptx = ",\n".join(f".param .{parameter}" for parameter in parameters)
@@ -254,7 +260,6 @@ def test_triton_launches_arguments_that_are_not_known(
         {"num_ctas": 2},
         {"launch_cooperative_grid": True},
         {"launch_pdl": True},
-        {"global_scratch_size": 128},
         {"profile_scratch_size": 128},
         {"tensordesc_meta": [{"swizzle": 3}]},
         {"instrumentation_mode": "gsan"},
@@ -269,6 +274,15 @@ def test_triton_launches_kernels_that_need_more(
     for _ in range(2):
         kernel[(7,)](ALIGNED, 5, 0.5, **KNOWN)
     assert len(jit.launches) == 2 and not driver.launches
+
+
+def test_scratch_memory_is_that_of_the_whole_grid(driver: Driver, jit: Jit) -> None:
+    jit.compiled = compiled(global_scratch_size=384, global_scratch_align=128)
+    kernel = Relaunched(jit)
+    for _ in range(2):
+        kernel[(7, 2)](ALIGNED, 5, 0.5, **KNOWN)
+    assert driver.asked == (7 * 2 * 384, 128, STREAM)
+    assert [launch[-2:] for launch in driver.launches] == [(WIDE.data_ptr(), 0)]
 
 
 @pytest.mark.parametrize(
@@ -296,6 +310,6 @@ def test_parameters_are_those_that_triton_passes() -> None:
     done = subprocess.run(program, capture_output=True, text=True, check=False, env=compiling)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert found["compared"] >= 25
-    (scratch,) = found["different"]
-    assert scratch.startswith("_two_segment_kernel: by Triton")
+    assert found["compared"] >= 26
+    # Its tensor descriptors are the host's.
+    assert found["different"] == ["_two_segment_kernel: by Triton"]

@@ -32,6 +32,7 @@ check_compile.load_kernels()
 extension = importlib.import_module("lora_engine.backends.extension")
 relaunch = importlib.import_module("lora_engine.backends.triton.relaunch")
 
+SCRATCH = torch.empty(2**22, dtype=torch.int8)
 CAPABILITY, STREAM, FUNCTION = 90, 0x5EED, 0xF00D
 LAUNCHES = r"""
 #include <string.h>
@@ -129,13 +130,16 @@ class Active(check_compile.FakeDriver):
 
 
 def launches(whole: bool) -> Iterator[tuple[JITFunction, tuple[Any, ...], Any, dict[str, Any]]]:
-    """(kernel, arguments, grid, constants) of launches; one of each kernel unless `whole`."""
+    """(kernel, arguments, grid, constants) of launches.
+
+    Unless `whole`, one of each kernel, with and without tensor descriptors.
+    """
     found: dict[object, tuple[JITFunction, tuple[Any, ...], Any, dict[str, Any]]] = {}
 
     def record(
         function: JITFunction, *args: Any, grid: Any, warmup: bool = False, **constants: Any
     ) -> None:
-        key = function.fn.__name__, (len(found) if whole else None)
+        key = function.fn.__name__, constants.get("TMA"), len(found) if whole else None
         found.setdefault(key, (function, args, grid, constants))
 
     dtypes = check_cases.DTYPES if whole else (torch.bfloat16,)
@@ -152,14 +156,22 @@ def solid(x: Any, i: int) -> Any:
     return torch.empty(64, dtype=x.dtype)[: 48 - i] if isinstance(x, Tensor) else x
 
 
+def allocate(size: int, alignment: int, stream: int) -> Tensor:
+    """Scratch memory whose address is what was asked for."""
+    made: Tensor = SCRATCH[size + alignment + stream % 16 :]
+    return made
+
+
 def differences(folder: Path, whole: bool) -> Iterator[str | None]:
     """For each launch what differs, or None."""
     recording = RecordingDriver(folder)
+    triton.set_allocator(allocate)
     native = extension.native().triton
     driver = native.Driver(
         launch=recording.address(),
         current_device=lambda: 0,
         current_stream=lambda device: STREAM + device,
+        allocate=allocate,
         hooks=knobs.runtime,
         tensors=[Tensor],
         data_ptr=Tensor.data_ptr,
@@ -174,7 +186,7 @@ def differences(folder: Path, whole: bool) -> Iterator[str | None]:
         name = function.fn.__name__
         passed = relaunch.passed_arguments(compiled, function.arg_names, len(args))
         if passed is None:
-            yield f"{name}: by Triton, {compiled.metadata.global_scratch_size} bytes of scratch"
+            yield f"{name}: by Triton"
             continue
         types = [relaunch.PTX_TYPES[kind] for kind in passed.kinds if kind != "constexpr"]
         sizes = [int(kind[1:]) // 8 for kind in types] + [8] * passed.scratches
@@ -200,6 +212,8 @@ def differences(folder: Path, whole: bool) -> Iterator[str | None]:
             shared=compiled.metadata.shared,
             kinds=passed.kinds,
             scratches=passed.scratches,
+            scratch_bytes=compiled.metadata.global_scratch_size,
+            scratch_alignment=compiled.metadata.global_scratch_align,
         )
         recording.expect(sizes)
         if not kept:
