@@ -1,4 +1,8 @@
-"""What `drop_in_grid.py` asks of a model: one function a cell, and how two answers are compared."""
+"""What `drop_in_grid.py` asks of a model: one function a cell, and how two answers are compared.
+
+Kinds of models, beside those that are named for their heads: "codebooks" takes and predicts several
+codes a token; "depth" has a head for each place and none for the first.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -25,6 +29,8 @@ def _batch(kind: str, padding: str, length: int = LENGTH) -> dict[str, Tensor]:
         batch = {"input_ids": ids.masked_fill(mask == 0, 0), "attention_mask": mask}
     if kind == "seq2seq":
         batch["decoder_input_ids"] = ids.flip(1)[:, : length // 2].contiguous()
+    if kind == "codebooks":  # two codes a token, each a row
+        batch["input_ids"] = torch.stack((ids, ids.flip(1)), dim=1).flatten(0, 1)
     return batch
 
 
@@ -33,8 +39,10 @@ def evaluate(model: Any, kind: str, padding: str, length: int = LENGTH) -> Answe
     batch = _batch(kind, padding, length)
     with torch.no_grad():
         logits = model.eval()(**batch).logits
-    if padding and kind in ("causal", "masked"):
-        logits = logits[batch["attention_mask"].bool()]
+    if padding and kind in ("causal", "masked", "codebooks", "depth"):
+        tokens = batch["attention_mask"].bool()
+        tokens = tokens.repeat_interleave(len(logits) // len(tokens), dim=0)
+        logits = logits[tokens[:, tokens.shape[1] - logits.shape[1] :]]
     return {"logits": logits}
 
 
@@ -46,9 +54,11 @@ def train(model: Any, kind: str, padding: str) -> Answer:
     if kind == "seq2seq":
         return _gradients(model, batch | {"labels": batch.pop("decoder_input_ids").contiguous()})
     labels = batch["input_ids"].clone()
+    if kind == "codebooks":
+        labels = labels.unflatten(0, (2, 2)).transpose(1, 2).contiguous()
     if padding:
         without = batch["attention_mask"] == 0
-        if kind == "causal":
+        if kind in ("causal", "depth"):
             without[:, 1:] |= without[:, :-1].clone()
         labels[without] = -100
     return _gradients(model, batch | {"labels": labels})

@@ -52,6 +52,12 @@ _DELTA: dict[str, Any] = {
     "linear_value_head_dim": 8,
     "shared_expert_intermediate_size": 16,
 }
+_PLAIN_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+_TOWER: dict[str, Any] = {
+    **dict.fromkeys(("hidden_size", "intermediate_size"), 32),
+    "num_attention_heads": 4,
+    "num_hidden_layers": 2,
+}
 _ZAMBA_LAYERS = ["mamba", "hybrid", "hybrid"]
 # What families want beyond, or instead of, _SIZES.
 _OWN: dict[str, dict[str, Any]] = {
@@ -60,6 +66,14 @@ _OWN: dict[str, dict[str, Any]] = {
     "axk2": _LATENT,
     "bamba": {**_MAMBA, "attn_layer_indices": [1]},
     "codegen": {"rotary_dim": 4},
+    "cohere_compass_text": {
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": dict.fromkeys(("sliding_attention", "full_attention"), _PLAIN_ROPE),
+    },
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
+        "ffn_config": {"ffn_hidden_size": 32, "hidden_size": 32, "moe_num_experts": 4},
+    },
     "deepseek_v2": _LATENT,
     "deepseek_v3": _LATENT,
     "deepseek_v32": _LATENT,
@@ -76,6 +90,7 @@ _OWN: dict[str, dict[str, Any]] = {
         "vocab_size_per_layer_input": 97,
         "hidden_size_per_layer_input": 8,
     },
+    "git": {"vision_config": {**_TOWER, "image_size": 32}},
     "glm4_moe_lite": _LATENT,
     "glm_moe_dsa": _LATENT,
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 6},
@@ -93,6 +108,21 @@ _OWN: dict[str, dict[str, Any]] = {
     "longcat_flash": {**_LATENT, "expert_ffn_hidden_size": 16, "zero_expert_num": 1},
     "mamba2": {"num_heads": 4, "head_dim": 16, "state_size": 16, "n_groups": 1},
     "minicpm3": _LATENT,
+    "mistral4": {"head_dim": 16, "num_key_value_heads": 4},
+    "csm_depth_decoder_model": {"num_codebooks": 256, "backbone_hidden_size": 32},
+    "musicgen_decoder": {"num_codebooks": 2, "pad_token_id": 97, "bos_token_id": 97},
+    "musicgen_melody_decoder": {"num_codebooks": 2, "pad_token_id": 97, "bos_token_id": 97},
+    "phi4_multimodal": {
+        "original_max_position_embeddings": 256,
+        "vision_config": {**_TOWER, "crop_size": 28, "image_size": 28, "image_token_id": 95},
+        "audio_config": {
+            **dict.fromkeys(("hidden_size", "intermediate_size", "nemo_conv_channels"), 32),
+            **dict.fromkeys(("ext_pw_out_channel", "depthwise_separable_out_channel"), 32),
+            "num_blocks": 2,
+            "num_attention_heads": 4,
+            "audio_token_id": 96,
+        },
+    },
     "qwen3_5_text": _DELTA,
     "qwen3_5_moe_text": _DELTA,
     "qwen3_next": _DELTA,
@@ -104,6 +134,7 @@ _OWN: dict[str, dict[str, Any]] = {
         "attention_head_size": 8,
         "local_attn_chunk_length": 8,
     },
+    "roc_bert": dict.fromkeys(("pronunciation_vocab_size", "shape_vocab_size"), 50),
     "xmod": {"default_language": "en_XX", "languages": ["en_XX"]},
     "youtu": _LATENT,
     "zamba": {"num_hidden_layers": 3, "layer_types": _ZAMBA_LAYERS},
@@ -114,6 +145,12 @@ _OWN: dict[str, dict[str, Any]] = {
         "mamba_ngroups": 1,
     },
     "zaya": {"num_experts_per_tok": 1},
+}
+# Configurations around that of a text model: its type, and what it is given.
+_AROUND: dict[str, tuple[str, dict[str, Any]]] = {
+    "fuyu": ("persimmon", {}),
+    "gemma4_assistant": ("gemma4_text", {"num_kv_shared_layers": 2}),
+    "gemma4_unified_assistant": ("gemma4_unified_text", {"num_kv_shared_layers": 2}),
 }
 _ROPE = {
     "linear": {"rope_type": "linear", "factor": 2.0},
@@ -144,7 +181,7 @@ class Configuration:
     model_type: str
     model_class: str
     given: dict[str, Any] = field(default_factory=dict)
-    kind: str = "causal"  # or "seq2seq", "classification", "masked"
+    kind: str = "causal"  # or "seq2seq", "classification", "masked"; and see drop_in_cells.py
 
     def build(self) -> Any:
         """The model in float32 with random weights, the same on every call; on no GPU."""
@@ -162,6 +199,9 @@ class Configuration:
 
 def small_config(model_type: str, given: dict[str, Any]) -> Any:
     """A configuration of `model_type` (its text part) with few and narrow layers, no dropout."""
+    if model_type in _AROUND:
+        inner, inner_given = _AROUND[model_type]
+        return CONFIG_MAPPING[model_type](text_config=small_config(inner, inner_given), **given)
     text = CONFIG_MAPPING[model_type]()
     decoder = text.get_text_config() if model_type not in ("t5", "bart") else text
     config_class = type(decoder)
@@ -187,13 +227,12 @@ def _spread(model: nn.Module) -> None:
                 parameter.add_(torch.randn_like(parameter), alpha=0.1)
 
 
-# Text beside other towers, built from the configuration of the whole: their text classes are rows
+# Classes of which those of their text part, or with inputs of their own (`_OTHER_INPUTS`), are rows
 # of their own. And names under which a class comes a second time.
 _SKIPPED = frozenset(
-    {"dots3_note", "fuyu", "gemma3", "gemma3n", "gemma4", "gemma4_assistant", "gemma4_unified"}
-    | {"gemma4_unified_assistant", "got_ocr2", "llama4", "moss_transcribe_diarize", "musicgen"}
-    | {"musicgen_melody", "phi4_multimodal", "qwen3_5", "qwen3_5_moe", "qwen4_exp", "gpt-sw3"}
-    | {"internlm3", "iquestcoder"}
+    {"dots3_note", "gemma3", "gemma3n", "gemma4", "gemma4_unified", "got_ocr2", "gpt-sw3"}
+    | {"internlm3", "iquestcoder", "llama4", "moss_transcribe_diarize", "musicgen"}
+    | {"musicgen_melody", "qwen3_5", "qwen3_5_moe", "qwen4_exp"}
 )
 
 
@@ -208,6 +247,8 @@ def configurations() -> Iterator[Configuration]:
         yield Configuration(f"llama, {name}", "llama", "LlamaForCausalLM", options)
     for name, model_type, model_class, options in _VARIANTS:
         yield Configuration(name, model_type, model_class, options)
+    for model_type, model_class, kind in _OTHER_INPUTS:
+        yield Configuration(model_type, model_type, model_class, kind=kind)
     for model_type, model_class in (
         ("llama", "LlamaForSequenceClassification"),
         ("qwen3", "Qwen3ForSequenceClassification"),
@@ -226,6 +267,15 @@ def configurations() -> Iterator[Configuration]:
     yield Configuration("t5", "t5", "T5ForConditionalGeneration", t5, "seq2seq")
     yield Configuration("bart, seq2seq", "bart", "BartForConditionalGeneration", {}, "seq2seq")
 
+
+# Of causal language models that the mapping lacks, or whose inputs are not tokens of a text.
+_OTHER_INPUTS = [
+    ("mistral4", "Mistral4ForCausalLM", "causal"),
+    ("clvp_decoder", "ClvpForCausalLM", "causal"),
+    ("csm_depth_decoder_model", "CsmDepthDecoderForCausalLM", "depth"),
+    ("musicgen_decoder", "MusicgenForCausalLM", "codebooks"),
+    ("musicgen_melody_decoder", "MusicgenMelodyForCausalLM", "codebooks"),
+]
 
 _VARIANTS: list[tuple[str, str, str, dict[str, Any]]] = [
     ("llama, tied", "llama", "LlamaForCausalLM", {"tie_word_embeddings": True}),
