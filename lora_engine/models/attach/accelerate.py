@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lora_engine import backends
 from lora_engine.errors import UserError
@@ -45,11 +46,11 @@ def accelerate(
     raises ValueError outside the VERIFY_TOLERANCE of the coarsest weights. `strict` raises
     UserError where anything was left. Accelerating an accelerated model does it anew (after adding
     an adapter, say). UserError for what is no model of transformers, nor one of PEFT's around it,
-    and for parameters that were made under torch.inference_mode.
+    and for parameters that were made under torch.inference_mode, or are sharded over processes.
     """
     inner = transformers_model(model)
     _check_is_of_transformers(inner)
-    _check_can_train(inner)
+    _check_parameters(inner)
     restore(model)
     expected = _loss_and_gradients(model, verify) if verify is not None else None
     backends.keep_freed_memory(next(inner.parameters()).device)
@@ -92,12 +93,17 @@ def _check_is_of_transformers(model: object) -> None:
     raise UserError(f"accelerate: {type(model).__name__} is no model of transformers; give {mend}")
 
 
-def _check_can_train(model: nn.Module) -> None:
+def _check_parameters(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if parameter.is_inference():
             raise UserError(
                 f"accelerate: {name} was made under torch.inference_mode, and PyTorch trains no "
                 "such parameters; build or load the model, and its adapters, outside of it"
+            )
+        if is_traceable_wrapper_subclass(parameter):
+            raise UserError(
+                f"accelerate: {name} is a {type(parameter).__name__}, which kernels cannot read; "
+                "give a model of plain parameters, not sharded over processes"
             )
 
 

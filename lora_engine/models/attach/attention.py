@@ -12,7 +12,12 @@ from torch import Tensor
 
 from lora_engine import ops
 from lora_engine.errors import UserError
-from lora_engine.models.attach.attention_function import attend, check_window, unpad
+from lora_engine.models.attach.attention_function import (
+    IMPLEMENTATION,
+    attend,
+    check_window,
+    unpad,
+)
 from lora_engine.models.attach.forwards import ReplacedForward, uncompiled
 from lora_engine.models.attach.linear_group import LinearGroup
 from lora_engine.models.attach.sequences import LayerInputs, SequenceFinder, Sequences
@@ -103,6 +108,10 @@ class AttentionForward(_ProjectedAttention):
     ) -> None:
         super().__init__(module, qkv, output)
         self.finder = finder
+
+    def intact(self) -> bool:
+        """Also whether nobody has chosen another attention (`model.set_attn_implementation`)."""
+        return self.module.config._attn_implementation == IMPLEMENTATION and super().intact()
 
     @uncompiled
     def __call__(

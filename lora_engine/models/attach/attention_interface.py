@@ -17,11 +17,22 @@ def use_attention(model: CausalLm, patches: Patches) -> str | None:
     model.set_attn_implementation(attention_function.IMPLEMENTATION)
     if model.config._attn_implementation != attention_function.IMPLEMENTATION:
         return None
-    patches.on_undo(model.set_attn_implementation, before)
+    patches.on_undo(_set_back, model, before)
     for config in list(_copied_configs(model, before)):
         config._attn_implementation = attention_function.IMPLEMENTATION
-        patches.on_undo(setattr, config, "_attn_implementation", before)
+        patches.on_undo(_set_copy_back, config, before)
     return before
+
+
+def _set_back(model: CausalLm, before: str) -> None:
+    """Leaves an attention that somebody has chosen meanwhile."""
+    if _runs(model.config, attention_function.IMPLEMENTATION):
+        model.set_attn_implementation(before)
+
+
+def _set_copy_back(config: Config, before: str) -> None:
+    if _runs(config, attention_function.IMPLEMENTATION):
+        config._attn_implementation = before
 
 
 def _copied_configs(model: CausalLm, implementation: str) -> Iterator[Config]:

@@ -92,8 +92,10 @@ class BackboneForward(ReplacedForward):
     def _serves(self, layer: nn.Module) -> bool:
         attention = attention_of(layer)
         forward = own_forward(attention)
-        return isinstance(forward, AttentionForward) and not (
-            attention.training and forward.module.attention_dropout > 0
+        return (
+            isinstance(forward, AttentionForward)
+            and forward.intact()
+            and not (attention.training and forward.module.attention_dropout > 0)
         )
 
 

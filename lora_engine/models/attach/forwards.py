@@ -27,6 +27,12 @@ def uncompiled(call: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(call)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        for x in (*args[1:2], kwargs.get("hidden_states")):
+            if isinstance(x, Tensor) and not _has_memory(x):
+                raise UserError(
+                    f"an accelerated model cannot compute with a {type(x).__name__} on {x.device}, "
+                    f"which has no memory of its own: {_MEND}"
+                )
         if torch.compiler.is_exporting():
             raise UserError(f"torch.export cannot record an accelerated model: {_MEND}")
         if torch.jit.is_tracing():
@@ -36,6 +42,14 @@ def uncompiled(call: Callable[P, R]) -> Callable[P, R]:
     why = f"an accelerated model has no full graph, and cannot be exported: {_MEND}"
     uncompiled_run: Callable[P, R] = torch.compiler.disable(run, reason=why)
     return uncompiled_run
+
+
+def _has_memory(x: Tensor) -> bool:
+    """Whether kernels can read x: not what only wraps other tensors, nor a fake or meta tensor."""
+    try:
+        return x.numel() == 0 or x.data_ptr() != 0
+    except RuntimeError:
+        return False
 
 
 class ReplacedForward:

@@ -111,8 +111,8 @@ def can_share_prefixes(model: nn.Module, *, training: bool | None = None) -> boo
     would draw one mask for all that share.
     """
     layers = getattr(transformers_model(model).base_model, "layers", None) or []
-    attention = [attention_of(layer) for layer in layers]
-    replaced = [isinstance(own_forward(module), AttentionForward) for module in attention]
+    forwards = [own_forward(attention_of(layer)) for layer in layers]
+    replaced = [isinstance(each, AttentionForward) and each.intact() for each in forwards]
     if not replaced or not all(replaced):
         return False
     training = model.training if training is None else training

@@ -1,4 +1,4 @@
-"""Who wants an accelerated model as one graph is told in one line to restore it."""
+"""Who wants an accelerated model as one graph, or without values, is told to restore it."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,6 +7,8 @@ import pytest
 import torch
 import transformers
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.testing._internal.two_tensor import TwoTensor
 
 import lora_engine
 from lora_engine import UserError
@@ -45,3 +47,37 @@ def test_the_compiler_s_own_error_says_the_same() -> None:
     lora_engine.accelerate(model)
     with torch.no_grad(), pytest.raises(Exception, match=r"call lora_engine.restore\(model\)"):
         export(strict=True)(model, IDS)
+
+
+def of_fakes(model: Any, x: Tensor) -> object:
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        return model(inputs_embeds=x.clone())
+
+
+def mapped(model: Any, x: Tensor) -> object:
+    return torch.func.vmap(lambda row: model(inputs_embeds=row[None]).logits)(x)
+
+
+def on_meta(model: Any, x: Tensor) -> object:
+    return model.model.layers[0].mlp(x.to("meta"))
+
+
+def wrapped(model: Any, x: Tensor) -> object:
+    return model(inputs_embeds=TwoTensor(x, x.clone()))
+
+
+@pytest.mark.parametrize("call", [of_fakes, mapped, on_meta, wrapped])
+def test_tensors_that_kernels_cannot_read_are_refused(call: Callable[..., object]) -> None:
+    """A kernel would read the address zero."""
+    model = tiny_llama().eval()
+    lora_engine.accelerate(model)
+    with torch.no_grad(), pytest.raises(UserError, match=r"no memory of its own.*restore\(model\)"):
+        call(model, torch.randn(2, 6, 32))
+
+
+def test_parameters_that_kernels_cannot_read_are_refused() -> None:
+    model = tiny_llama()
+    weight = model.model.norm.weight.detach()
+    model.model.norm.weight = nn.Parameter(TwoTensor(weight, weight.clone()))
+    with pytest.raises(UserError, match=r"model.norm.weight is a TwoTensor"):
+        lora_engine.accelerate(model)
