@@ -25,13 +25,15 @@ from lora_engine.app.config_schema import (
     find_switch_for_number,
 )
 from lora_engine.app.config_yaml import parse_mapping, parse_value, read_config
-from lora_engine.app.objectives import name_of, objective_of
+from lora_engine.app.objectives import ONLINE, name_of, objective_of
+from lora_engine.app.rewards import check_named
 from lora_engine.data.formats.columns import Layout
 from lora_engine.data.formats.recognise import FIELDS, FormatName
 from lora_engine.errors import UserError, nearest
 from lora_engine.files import user_path
 from lora_engine.models.peft.adapters import LoraConfig
 from lora_engine.training.config import TrainConfig
+from lora_engine.training.online.config import RolloutConfig
 
 
 def _with_home(source: str) -> str:
@@ -162,7 +164,8 @@ class DataConfig(_Section):
         "`.arrow`; text also with `.gz` or `.zst` behind), a folder, a pattern as `a/*.jsonl`, "
         "a hub dataset id, or `docstrings`: the Python standard library's functions and their "
         "docstrings; `docstring_pairs` has a worse one beside each, `docstring_labels` says of "
-        "each whether it is a good one. Or a list of these, each by itself or as `{path: …}` with "
+        "each whether it is a good one; `sums` asks for the sum of two numbers. "
+        "Or a list of these, each by itself or as `{path: …}` with "
         "a `split`, `format`, `columns` or `template` of its own, a `limit` of records, and a "
         "`weight`: its share of an epoch's examples.",
     )
@@ -326,7 +329,19 @@ class RunConfig(_Section):
     objective: str | dict[str, Any] = Field(
         default="sft",
         description="What is minimised: `sft`, `domain`, `dpo`, `orpo`, `simpo`, `cpo`, `kto`, "
-        "`reward` or `distill`; or a section of its `name` and settings (docs/objectives.md).",
+        "`reward` or `distill`, or with `rewards` `grpo` or `ppo`; or a section of its `name` and "
+        "settings (docs/objectives.md).",
+    )
+    rewards: list[str | dict[str, Any]] | None = Field(
+        default=None,
+        description="What judges the completions that the model writes for the prompts of `data`: "
+        "`module:function`, a reward model's run, `exact_match`, `regex`, `format`, `length` or "
+        "`json_valid`; or of each a section of it as `reward`, its `weight`, `name`, `timeout` and "
+        "settings (docs/objectives.md).",
+    )
+    rollout: RolloutConfig = Field(
+        default_factory=lambda: RolloutConfig.model_validate({}),
+        description="How completions are written and used, with `rewards`.",
     )
     train: TrainConfig = Field(
         default_factory=lambda: TrainConfig.model_validate({}), description="The training loop."
@@ -345,6 +360,36 @@ class RunConfig(_Section):
         objective_of(self.objective)
         if name_of(self.objective) == "reward" and self.lora is None:
             raise ValueError("lora: objective reward trains an adapter and a head; give lora")
+        return self
+
+    @model_validator(mode="after")
+    def _rewards_are_of_an_online_objective(self) -> "RunConfig":
+        name = name_of(self.objective)
+        if name not in ONLINE:
+            if self.rewards is not None:
+                raise ValueError(
+                    f"rewards: objective {name} does not learn from rewards; set objective: grpo "
+                    "or ppo, or leave rewards out"
+                )
+            if "rollout" in self.model_fields_set and self.rollout != RolloutConfig.model_validate(
+                {}
+            ):
+                raise ValueError(f"rollout: objective {name} writes no completions; leave it out")
+            return self
+        if self.rewards is None:
+            raise ValueError(
+                f"objective: {name} learns from rewards, and there are none; give some"
+            )
+        try:
+            check_named(self.rewards)
+        except UserError as error:
+            raise ValueError(str(error)) from error
+        if self.data.stream or any(source.weight for source in self.data.sources()):
+            raise ValueError(f"data.train: objective {name} takes neither streams nor weights")
+        if self.lora is None:
+            raise ValueError(f"lora: objective {name} trains an adapter here; give lora")
+        if self.lora.adapters is not None:
+            raise ValueError(f"lora.adapters: objective {name} trains one adapter; leave it out")
         return self
 
     @model_validator(mode="after")

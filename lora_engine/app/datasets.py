@@ -14,6 +14,12 @@ from lora_engine.data.dataset import TokenizedDataset, dataset_of
 from lora_engine.data.heldout import choose_heldout
 from lora_engine.data.listing import raise_listed
 from lora_engine.data.mixture import mixed
+from lora_engine.data.prompts import (
+    PromptDataset,
+    joined_prompts,
+    prepare_prompts,
+    split_prompts,
+)
 from lora_engine.data.recipe import Recipe
 from lora_engine.data.sources import files_among
 from lora_engine.data.store import OutcomeStore, StoredExamples, joined
@@ -52,6 +58,34 @@ def prepare_data(
     train_data = _mixed(train_data, data, ends)
     eval_name = f"{data.eval or name}, held out"
     return train_data, dataset_of(eval_name, eval_store, heldout, data.max_length)
+
+
+def prepare_prompt_data(
+    data: DataConfig, tokenizer: Tokenizer
+) -> tuple[PromptDataset, PromptDataset]:
+    """The prompts to train on and those held out. UserError for data that cannot be used."""
+
+    def read(source: DataSource) -> PromptDataset:
+        return prepare_prompts(
+            source.path,
+            tokenizer,
+            split=source.split,
+            limit=source.limit,
+            max_length=data.max_length,
+            layout=source.layout() or data.layout(),
+            inputs=template_inputs(data),
+        )
+
+    whole = joined_prompts([read(source) for source in data.sources()], data.name())
+    if data.eval is None:
+        train, heldout = split_prompts(whole, data.eval_fraction, seed=data.seed)
+        if data.eval_limit is not None and len(heldout) > data.eval_limit:
+            heldout = heldout.part(range(data.eval_limit), heldout.name)
+        return train, heldout
+    heldout = read(_eval_source(data))
+    return replace(whole, name=f"{whole.name}, training"), replace(
+        heldout, name=f"{data.eval}, held out"
+    )
 
 
 def _eval_source(data: DataConfig) -> DataSource:

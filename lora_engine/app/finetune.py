@@ -25,8 +25,9 @@ import torch
 
 from lora_engine.app.chat_settings import set_chat_template
 from lora_engine.app.config import RunConfig, dump_config, load_config
-from lora_engine.app.datasets import Reading, prepare_data
-from lora_engine.app.objectives import name_of, objective_of, teacher_of
+from lora_engine.app.datasets import Reading, prepare_data, prepare_prompt_data
+from lora_engine.app.objectives import ONLINE, name_of, objective_of, teacher_of
+from lora_engine.app.online import online_of, shown_prompts
 from lora_engine.app.starting_adapter import StartingAdapter, going_on, starting_adapter
 from lora_engine.data import TokenizedDataset
 from lora_engine.data.account import account, lines
@@ -34,7 +35,7 @@ from lora_engine.data.adapters import check_adapters
 from lora_engine.data.inspect import DataReport, report
 from lora_engine.data.vocabulary import check_rows, check_vocabulary
 from lora_engine.errors import UserError
-from lora_engine.evaluation.samples import Prompt, choose_prompts, generate
+from lora_engine.evaluation.samples import Prompt, generate
 from lora_engine.files import naming, write_text
 from lora_engine.machine import machine_facts
 from lora_engine.models.attach.accelerate import accelerate, restore
@@ -46,7 +47,7 @@ from lora_engine.models.load.load import (
     resolve_device,
     resolve_dtype,
 )
-from lora_engine.models.load.scalar import with_scalar_head
+from lora_engine.models.load.scalar import add_value_head, with_scalar_head
 from lora_engine.models.peft.adapters import LoraConfig, add_adapters
 from lora_engine.models.quantized.linear import QuantizedLinear
 from lora_engine.objectives.base import NATS_PER_TARGET, Objective, Teacher
@@ -124,6 +125,8 @@ def _finetune(config: RunConfig, resume: bool, observer: Observer | None) -> Out
         model = going_on(model, start)
     elif config.lora is not None:
         model = add_adapters(model, config.lora)
+    if name_of(config.objective) == "ppo":
+        add_value_head(model)
     callbacks = () if observer is None else (observer,)
     train = config.train_with_rates()
     trainer = Trainer(
@@ -133,6 +136,7 @@ def _finetune(config: RunConfig, resume: bool, observer: Observer | None) -> Out
         eval_data,
         train,
         objective=_objective(config, next(model.parameters()).device, tell),
+        online=online_of(config, next(model.parameters()).device, tell),
         callbacks=callbacks,
         origin=origin,
     )
@@ -146,7 +150,7 @@ def _finetune(config: RunConfig, resume: bool, observer: Observer | None) -> Out
     if preflight is not None:
         tell(f"preflight: {preflight}")
     writes = trainer.objective.reads.values != "examples"
-    prompts = choose_prompts(eval_data, tokenizer, config.samples.count if writes else 0)
+    prompts = shown_prompts(eval_data, tokenizer, config.samples.count if writes else 0)
     kept = None if step is None else _read_json(files.samples_before)
     before = _samples_before(config, model, tokenizer, prompts, kept, tell)
     trainer.open_folder(step)
@@ -211,6 +215,8 @@ def _examples(
 ) -> tuple[TokenizedDataset, TokenizedDataset]:
     """`prepare_data`, with the adapters that the records name checked."""
     set_chat_template(tokenizer, config.data)
+    if name_of(config.objective) in ONLINE:
+        return prepare_prompt_data(config.data, tokenizer)
     datasets = prepare_data(config.data, tokenizer, reading)
     for dataset in datasets:
         check_adapters(dataset, list(config.lora.of_adapters()) if config.lora else [])

@@ -9,8 +9,10 @@ from lora_engine.errors import nearest
 from lora_engine.objectives import (
     CPO,
     DPO,
+    GRPO,
     KTO,
     ORPO,
+    PPO,
     SFT,
     Distill,
     Domain,
@@ -24,6 +26,11 @@ from lora_engine.objectives import (
 OBJECTIVES: dict[str, type[Any]] = {
     kind.name: kind for kind in (SFT, Domain, DPO, ORPO, SimPO, CPO, KTO, Reward, Distill)
 }
+# Those that learn from rewarded completions, which the model writes for prompts.
+ONLINE: dict[str, type[Any]] = {kind.name: kind for kind in (GRPO, PPO)}
+# Settings of these that `rollout` decides.
+OF_ROLLOUT = {"temperature": "temperature", "max_completion_length": "max_new_tokens"}
+_EVERY = {**OBJECTIVES, **ONLINE}
 
 
 def objective_of(
@@ -36,16 +43,18 @@ def objective_of(
     """
     settings = {"name": configured} if isinstance(configured, str) else dict(configured)
     name = settings.pop("name", None)
-    if not isinstance(name, str) or name not in OBJECTIVES:
-        close = nearest(name, OBJECTIVES) if isinstance(name, str) else None
-        hint = f"did you mean {close}?" if close else f"there is {', '.join(OBJECTIVES)}"
+    if not isinstance(name, str) or name not in _EVERY:
+        close = nearest(name, _EVERY) if isinstance(name, str) else None
+        hint = f"did you mean {close}?" if close else f"there is {', '.join(_EVERY)}"
         key = "objective" if isinstance(configured, str) else "objective.name"
         raise ValueError(f"{key}: no objective {name!r}; {hint}")
-    kind = OBJECTIVES[name]
+    kind = _EVERY[name]
     hints = get_type_hints(kind)
     known = {own.name: hints[own.name] for own in fields(kind)}
     read: dict[str, object] = {}
     for key, value in settings.items():
+        if name in ONLINE and key in OF_ROLLOUT:
+            raise ValueError(f"objective.{key}: is rollout.{OF_ROLLOUT[key]}; set that instead")
         if key not in known:
             close = nearest(key, known)
             takes = f"{name} takes {', '.join(known) or 'no settings'}"
@@ -84,6 +93,10 @@ def _value(key: str, value: object, hint: Any) -> object:
         hint = f"; did you mean {close}?" if close else ""
         expected = " or ".join(choices)
         raise ValueError(f"objective.{key}: expected {expected}, got {value!r:.60}{hint}")
+    if bool in members:
+        if isinstance(value, bool):
+            return value
+        raise ValueError(f"objective.{key}: expected true or false, got {value!r:.60}")
     if str in members:
         if isinstance(value, str):
             return value

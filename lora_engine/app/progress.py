@@ -107,8 +107,11 @@ class ConsoleProgress:
     def on_eval(self, step: int, result: HeldoutResult) -> None:
         """The held-out data were measured."""
         self._heldout = f"{result.loss:.3f}"
+        said = f"held-out reward {-result.loss:.3f}"
+        if result.accuracy is not None:
+            said = f"held-out loss {result.loss:.3f}, token accuracy {result.accuracy:.1%}"
         self._console.print(
-            f"step {step:,}: held-out loss {result.loss:.3f}, token accuracy {result.accuracy:.1%}",
+            f"step {step:,}: {said}",
             highlight=False,
             soft_wrap=True,
         )

@@ -9,8 +9,9 @@ from typing import Any, TextIO
 
 from lora_engine.app.deploy import Trained, check_base, find_trained, load_tokenizer_of
 from lora_engine.data.encode import Encoder
+from lora_engine.data.prompts import asked_messages, prompt_ids
 from lora_engine.data.records import Record, read_records
-from lora_engine.data.template import Message, render
+from lora_engine.data.template import Message
 from lora_engine.errors import UserError, reason
 from lora_engine.evaluation.modes import inference as inference
 from lora_engine.evaluation.modes import without_adapters
@@ -50,7 +51,7 @@ class Writer:
 
         An answer that the record has already, as a training record does, is no part of it.
         """
-        ids = self._ids(record)
+        ids = prompt_ids(record, Encoder(self.tokenizer))
         new = sampling.max_new_tokens
         if not ids:
             raise UserError(f"{record.origin}: the prompt is empty; give some text")
@@ -61,29 +62,6 @@ class Writer:
                 "or a smaller --max-new-tokens"
             )
         return Request(tuple(ids), sampling, count)
-
-    def _ids(self, record: Record) -> list[int]:
-        encoder = Encoder(self.tokenizer)
-        asked = asked_messages(record)
-        if asked is not None:
-            text = render(
-                asked, self.tokenizer, record.origin, generation_prompt=True, inputs=record.given
-            )
-            return encoder.encode(text, record.origin)
-        text = record.text if record.kind == "text" else str(record.prompt)
-        ids = encoder.encode(text, record.origin) if text else []
-        first = self.tokenizer.bos_token_id if encoder.control.writes_bos else None
-        return [first, *ids] if first is not None and ids and ids[:1] != [first] else ids
-
-
-def asked_messages(record: Record) -> tuple[Message, ...] | None:
-    """The messages of a record before an answer that it may have; None: it is plain text."""
-    messages = record.messages or record.prompt
-    if isinstance(messages, str):
-        return None
-    while messages and messages[-1].get("role") == "assistant":
-        messages = messages[:-1]
-    return tuple(messages)
 
 
 def open_writer(

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from lora_engine.data.batch import MISMATCHED
+from lora_engine.data.pairs import prompt_length
 from lora_engine.data.render import Example
 
 
@@ -63,8 +64,8 @@ def find_duplicates(examples: Iterable[Example]) -> Iterator[Duplicate]:
 
 
 def _prompt(example: Example) -> list[int]:
-    """Tokens before the first supervised one; empty for plain text."""
-    return example.input_ids[: example.supervised.index(True)]
+    """Tokens before the first supervised one; empty for plain text, all of a prompt alone."""
+    return example.input_ids[: prompt_length(example)]
 
 
 def _digest(adapter: str, tokens: list[int]) -> bytes:

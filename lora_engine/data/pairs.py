@@ -19,6 +19,8 @@ from lora_engine.errors import UserError
 
 CHOSEN, REJECTED = "chosen", "rejected"
 DESIRABLE, UNDESIRABLE = "desirable", "undesirable"
+# The role of an example without an answer, which the model is to write.
+PROMPT = "prompt"
 ROLES = {"pairs": (CHOSEN, REJECTED), "labelled": (DESIRABLE, UNDESIRABLE)}
 
 IDENTICAL = "nothing to compare: chosen and rejected are the same"
@@ -163,10 +165,10 @@ def check_answers(example: Example) -> str | None:
 def check_roles(examples: Sequence[Example], kind: str, objective: str, name: str) -> None:
     """UserError unless every example is of the kind that the objective learns from.
 
-    kind: "plain", "pairs" or "labelled". name: what the data is called in the message.
+    kind: "plain", "pairs", "labelled" or "prompts". name: what the data is called in the message.
     """
-    first = {"pairs": (CHOSEN,), "labelled": ROLES["labelled"]}.get(kind, ("",))
-    wrong = [example for example in examples if example.role not in first]
+    first = {"pairs": (CHOSEN,), "labelled": ROLES["labelled"], "prompts": (PROMPT,)}
+    wrong = [example for example in examples if example.role not in first.get(kind, ("",))]
     if wrong:
         raise UserError(
             f"{name}: objective {objective} learns from records of {_FIELDS[kind]}, and "
@@ -179,6 +181,7 @@ _FIELDS = {
     "plain": "'messages', 'prompt' and 'completion', or 'text'",
     "pairs": "'chosen' and 'rejected'",
     "labelled": "'prompt', 'completion' and 'label'",
+    "prompts": "'prompt' alone",
 }
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 # A file, or the rows of what is none.
 Part: TypeAlias = "Path | Iterable[Row | RowError]"
 # Sources that come with the package, by name.
-BUILT_IN = ("docstrings", "docstring_pairs", "docstring_labels")
+BUILT_IN = ("docstrings", "docstring_pairs", "docstring_labels", "sums")
 _SPLITS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev", "eval"),
@@ -139,11 +139,18 @@ def _is_paths(source: object) -> bool:
 def _built_in(name: str, split: str | None) -> Iterator[Row]:
     from lora_engine.data.docstrings import docstring_records
     from lora_engine.data.preferred_docstrings import docstring_labels, docstring_pairs
+    from lora_engine.data.sums import sum_records
 
     if split is not None:
         raise UserError(f"{name}: has no split {split!r}; leave the split out")
-    made = {"docstring_pairs": docstring_pairs, "docstring_labels": docstring_labels}
-    return (Row(record, record.origin) for record in made.get(name, docstring_records)())
+    made = {
+        "docstrings": docstring_records,
+        "docstring_pairs": docstring_pairs,
+        "docstring_labels": docstring_labels,
+        "sums": sum_records,
+    }
+    make = made[name]
+    return (Row(record, record.origin) for record in make())
 
 
 def _folder(folder: Path, split: str | None) -> list[Path]:

@@ -19,11 +19,12 @@ from lora_engine.objectives.base import Objective
 @dataclass(frozen=True)
 class HeldoutResult:
     """loss: the objective's, over its weight; of SFT the mean over targets of −log p, in nats.
-    accuracy: share of targets that are the most likely token. tokens: real tokens read. targets:
-    supervised tokens among them. metrics: the objective's own."""
+    accuracy: share of targets that are the most likely token; None where what is measured are texts
+    that the model writes. tokens: real tokens read. targets: supervised tokens among them.
+    metrics: the objective's own."""
 
     loss: float
-    accuracy: float
+    accuracy: float | None
     tokens: int
     targets: int
     metrics: Mapping[str, float] = field(default_factory=dict)

@@ -1,7 +1,7 @@
 """Many continuations at once: a text that ends makes room for the next one that waits."""
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -155,11 +155,15 @@ class Generator:
             return written
         return [event for _, event in begun]
 
-    def run(self, requests: Sequence[Request]) -> list[list[Completion]]:
-        """The completions of each request, in order."""
+    def run(
+        self, requests: Sequence[Request], check: Callable[[], None] = lambda: None
+    ) -> list[list[Completion]]:
+        """The completions of each request, in order. check: called before every step."""
         numbers = {self.add(request): i for i, request in enumerate(requests)}
         done: list[dict[int, Completion]] = [{} for _ in requests]
+        check()
         while events := self.step():
+            check()
             for event in events:
                 if event.completion is not None and event.request in numbers:
                     done[numbers[event.request]][event.number] = event.completion

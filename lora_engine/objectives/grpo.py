@@ -7,14 +7,18 @@ import torch
 from torch import Tensor
 
 from lora_engine.data.batch import PackedBatch
+from lora_engine.objectives.advantages import group_advantages, leave_one_out
 from lora_engine.objectives.base import Loss, Mean, Reads, TargetScores
+from lora_engine.objectives.online import Judged, Sampled
 from lora_engine.objectives.sequences import at_targets, counts, means, spread, sums
 from lora_engine.objectives.settings import check_choice, check_not_negative, check_positive
 
 LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo", "gspo", "cispo", "sapo", "rloo", "reinforce"]
+Scale = Literal["group", "batch", "none"]
 Correction = Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 _OF_TOKENS = ("dapo", "cispo")
 _OF_SEQUENCES = ("gspo", "rloo")
+_LEAVING_OUT = ("rloo", "reinforce")
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,8 @@ class GRPO:
     Columns of a batch: `advantages` [E] or [U]; `old_logprobs` [U] where the policy has moved since
     it was sampled; `sampler_logprobs` [U] where the sampler's numbers are not the trainer's.
 
+    scale_rewards: whose standard deviation a reward's distance from its group's mean is divided
+        by; rloo and reinforce take the mean of the others, and divide by nothing.
     epsilon_low, epsilon_high: how far r may leave 1; of cispo the largest r (5, say).
     delta: the largest r of a negative advantage; None: any (arXiv:2505.07291).
     kl_weight: of exp(ref − log p) − (ref − log p) − 1, the k3 estimate of the divergence from the
@@ -49,6 +55,7 @@ class GRPO:
     """
 
     loss_type: LossType = "dapo"
+    scale_rewards: Scale = "group"
     epsilon_low: float = 0.2
     epsilon_high: float = 0.28
     delta: float | None = None
@@ -65,6 +72,7 @@ class GRPO:
 
     def __post_init__(self) -> None:
         check_choice(get_args(LossType), loss_type=self.loss_type)
+        check_choice(get_args(Scale), scale_rewards=self.scale_rewards)
         check_choice(get_args(Correction), sampler_correction=self.sampler_correction)
         check_positive(
             temperature=self.temperature,
@@ -88,6 +96,20 @@ class GRPO:
             reference=self.kl_weight != 0,
             temperature=self.temperature,
         )
+
+    @property
+    def measures(self) -> bool:
+        """Its reference is that of each batch."""
+        return False
+
+    def judge(self, sampled: Sampled) -> Judged:
+        """Each completion's advantage over the others of its group."""
+        if self.loss_type in _LEAVING_OUT:
+            advantages = leave_one_out(sampled.rewards, sampled.size)
+        else:
+            advantages = group_advantages(sampled.rewards, sampled.size, scale=self.scale_rewards)
+        columns = [{"advantages": value} for value in advantages.values.float().tolist()]
+        return Judged(columns, advantages.equal)
 
     def weight(self, batch: PackedBatch) -> dict[str, float]:
         """What its loss type divides by; and tokens, for the entropy."""

@@ -13,6 +13,7 @@ from lora_engine.evaluation.samples import differing_parts
 from lora_engine.files import write_text
 from lora_engine.objectives.base import NATS_PER_TARGET
 from lora_engine.report.charts import Chart, Point, Series, line_chart, smoothed
+from lora_engine.report.completions import Shown, shown_completions
 from lora_engine.text import bytes_text, duration_text
 from lora_engine.training.metrics import StepMetrics
 from lora_engine.training.run.folder import RunFolder
@@ -42,17 +43,16 @@ def write_report(run: RunFolder) -> Path:
         lines = run.metrics.read_text(encoding="utf-8").split("\n")
     except FileNotFoundError as error:
         raise UserError(f"{run.path}: is not a finished run, it has no {error.filename}") from error
-    write_text(
-        run.report, render_report(summary, [json.loads(line) for line in lines if line.strip()])
-    )
+    metrics = [json.loads(line) for line in lines if line.strip()]
+    write_text(run.report, render_report(summary, metrics, shown_completions(run.completions)))
     return run.report
 
 
-def render_report(summary: Row, metrics: Sequence[Row]) -> str:
+def render_report(summary: Row, metrics: Sequence[Row], completions: Sequence[Shown] = ()) -> str:
     """The page as a string.
 
     summary: what summary.json holds. metrics: the lines of metrics.jsonl; of a step that was
-    run twice (after a resume) the last line counts.
+    run twice (after a resume) the last line counts. completions: of an online run.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -73,6 +73,7 @@ def render_report(summary: Row, metrics: Sequence[Row]) -> str:
             for chart in charts(metrics, summary["loss_unit"], summary.get("objective", ""))
         ],
         peeks=differing_parts([sample["prompt"] for sample in summary["samples"]]),
+        completions=completions,
         accounts=[
             {**about, "lines": finding_lines(about)} for about in summary.get("data_accounts", ())
         ],
@@ -103,16 +104,19 @@ def comparisons(summary: Row) -> list[Comparison]:
     and after."""
     losses = (summary["heldout_loss_before"], summary["heldout_loss_after"])
     accuracies = (summary["heldout_accuracy_before"], summary["heldout_accuracy_after"])
-    if None in losses or None in accuracies:
+    if None in losses:
         return []
-    rows = [_comparison("Held-out loss", losses, "{:.3f}", lower_is_better=True)]
-    if summary["loss_unit"] == NATS_PER_TARGET:
-        perplexities = tuple(map(perplexity, losses))
-        rows.append(_comparison("Perplexity", perplexities, "{:,.2f}", lower_is_better=True))
+    rows = []
     name = _accuracy(summary.get("objective", ""))
-    rows.append(_comparison(name, accuracies, "{:.1%}", lower_is_better=False, change="points"))
+    if None not in accuracies:  # else rewards are measured, and the loss is minus the reward
+        rows.append(_comparison("Held-out loss", losses, "{:.3f}", lower_is_better=True))
+        if summary["loss_unit"] == NATS_PER_TARGET:
+            perplexities = tuple(map(perplexity, losses))
+            rows.append(_comparison("Perplexity", perplexities, "{:,.2f}", lower_is_better=True))
+        rows.append(_comparison(name, accuracies, "{:.1%}", lower_is_better=False, change="points"))
     before, after = (summary.get(f"heldout_metrics_{when}", {}) for when in ("before", "after"))
-    for metric, better in _BETTER.items():
+    rewards = {key: True for key in before if key.startswith("rewards/") and key.endswith("/mean")}
+    for metric, better in {**_BETTER, **rewards}.items():
         if metric in before and metric in after and metric != _COUNTED.get(name):
             share = metric.endswith("accuracies")
             form = "{:.1%}" if share else "{:.3f}"
@@ -125,6 +129,7 @@ def comparisons(summary: Row) -> list[Comparison]:
 
 # Metrics that are told before and after, and whether more is better.
 _BETTER = {
+    "reward": True,
     "rewards/accuracies": True,
     "rewards/margins": True,
     "divergence": False,
@@ -151,6 +156,8 @@ def charts(metrics: Sequence[Row], loss_unit: str, objective: str = "") -> list[
     """
     loss = _points(metrics, "loss")
     heldout = _points(metrics, "heldout_loss")
+    if not any("heldout_accuracy" in row for row in metrics):
+        heldout = []  # it is minus the reward, which has a chart of its own
     accuracy = [(x, 100 * y) for x, y in _points(metrics, "heldout_accuracy")]
     memory = [(x, y / 1e9) for x, y in _points(metrics, "peak_memory_bytes")]
     last = max((float(row["step"]) for row in metrics), default=0.0)

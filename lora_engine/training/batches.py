@@ -2,7 +2,7 @@
 
 import hashlib
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 
@@ -18,7 +18,8 @@ _LOOKED_AT = 32
 class BatchSource:
     """Micro-batches of packed examples, epoch after epoch, each epoch in its own order.
 
-    It keeps no position of its own: `take` is a pure function of the position that it is given.
+    It keeps no position of its own: `take` is a pure function of the position that it is given, and
+    of what `saved` says.
 
     share_prefixes: as for `collate`.
     """
@@ -58,6 +59,20 @@ class BatchSource:
             batches.append(self.batch(*position[:2]))
             position = position._replace(batch_index=position.batch_index + 1)
         return batches, position
+
+    def metrics(self, position: Position) -> Mapping[str, float]:
+        """What is told of the step that ended at `position`, beside the objective's own."""
+        return {}
+
+    def start(self, saved: Mapping[str, object] | None) -> None:
+        """A run begins, or goes on from the checkpoint that holds what `saved` returned."""
+
+    def saved(self, position: Position) -> Mapping[str, object] | None:
+        """What `position` alone does not say of the micro-batches to come; JSON."""
+        return None
+
+    def close(self) -> None:
+        """Nothing more is taken."""
 
     def num_batches(self, epoch: int) -> int:
         """Micro-batches in an epoch."""

@@ -3,14 +3,13 @@
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from torch import nn
 
 from lora_engine import backends
-from lora_engine.data.batch import PackedBatch
-from lora_engine.evaluation.heldout import evaluate
+from lora_engine.evaluation.heldout import HeldoutResult
 from lora_engine.evaluation.nonfinite import NonFiniteError
 from lora_engine.objectives.base import Objective
 from lora_engine.training import random_state
@@ -32,6 +31,8 @@ logger = logging.getLogger(__name__)
 class TrainingLoop:
     """One sitting of a run: from the beginning or a checkpoint to the end or an interruption.
 
+    measure: of the held-out data, with the weights of the step that it is given; None: there are
+        none.
     callbacks: are told of each step and each evaluation.
     check: called between micro-batches; raises Interrupted to end the run.
     of_run: what its checkpoints say of the run as a whole; see `RunFolder.save`.
@@ -43,7 +44,7 @@ class TrainingLoop:
         objective: Objective,
         flat: FlatParameters,
         train_source: BatchSource,
-        eval_source: BatchSource | None,
+        measure: Callable[[int], HeldoutResult] | None,
         config: TrainConfig,
         schedule: Schedule,
         folder: RunFolder,
@@ -52,11 +53,9 @@ class TrainingLoop:
         callbacks: Callbacks,
         check: Callable[[], None],
     ) -> None:
-        self._model = model
-        self._objective = objective
         self._flat = flat
         self._train_source = train_source
-        self._eval_source = eval_source
+        self._measure = measure
         self._config = config
         self._schedule = schedule
         self._folder = folder
@@ -74,10 +73,12 @@ class TrainingLoop:
         if step is None:
             random_state.seed_all(self._config.seed)
             self._log = MetricsLog(self._folder.metrics)
+            self._train_source.start(None)
             return None
         loaded = self._folder.load(step, self._flat, self._optimizer)
         self.state, self._saved_step = loaded.state, step
         self._log = MetricsLog(self._folder.metrics, loaded.metrics)
+        self._train_source.start(loaded.source)
         logger.info("continuing from step %d", step)
         return loaded
 
@@ -107,6 +108,7 @@ class TrainingLoop:
             self._folder.load_weights(state.best_step, self._flat)
 
     def close(self) -> None:
+        self._train_source.close()
         if self._log is not None:
             self._log.close()
 
@@ -133,7 +135,7 @@ class TrainingLoop:
             supervised_tokens=result.supervised_tokens,
             tokens_per_second=result.tokens / seconds,
             peak_memory_bytes=backends.peak_memory_bytes(self._flat.device),
-            metrics=result.metrics,
+            metrics={**self._train_source.metrics(position), **result.metrics},
         )
         self._metrics_log.append_step(metrics)
         with self._saving_first():
@@ -143,10 +145,11 @@ class TrainingLoop:
         state, every = self.state, self._config.eval_every
         at_either_end = state.step in (0, self._schedule.total_steps)
         due = at_either_end or (every is not None and state.step % every == 0)
-        if self._eval_source is None or not due or state.latest_step == state.step:
+        if self._measure is None or not due or state.latest_step == state.step:
             return
-        batches = self._interruptible(self._eval_source)
-        result = evaluate(self._model, batches, self._objective, step=state.step)
+        # A reward may raise; before the first step there is nothing to lose.
+        with self._saving_first() if state.step else nullcontext():
+            result = self._measure(state.step)
         state.record_heldout(result)
         self._metrics_log.append_heldout(state.step, result.loss, result.accuracy, result.metrics)
         with self._saving_first():
@@ -161,11 +164,6 @@ class TrainingLoop:
             self._check()  # a terminal that hung up cannot be written to: that is the reason
             self._save()
             raise
-
-    def _interruptible(self, source: BatchSource) -> Iterator[PackedBatch]:
-        for batch in source.one_epoch():
-            self._check()
-            yield batch
 
     def _reason_to_stop(self) -> Stopped | None:
         patience = self._config.early_stopping_patience
@@ -185,7 +183,10 @@ class TrainingLoop:
         step, checkpoints = self.state.step, self._folder.checkpoints
         if self._saved_step != step:
             written = self._metrics_log.sync()
-            self._folder.save(self._flat, self._optimizer, self.state, written, self._of_run)
+            source = self._train_source.saved(self.state.position)
+            self._folder.save(
+                self._flat, self._optimizer, self.state, written, self._of_run, source
+            )
             self._saved_step = step
             best = self.state.best_step
             also = () if best is None else (best,)

@@ -114,7 +114,8 @@ class Tracking:
         self._log("train", values, metrics.step)
 
     def on_eval(self, step: int, result: HeldoutResult) -> None:
-        values = {"loss": result.loss, "accuracy": result.accuracy, **result.metrics}
+        accuracy = {} if result.accuracy is None else {"accuracy": result.accuracy}
+        values = {"loss": result.loss, **accuracy, **result.metrics}
         self._log("heldout", values, step)
 
     def close(self) -> None:

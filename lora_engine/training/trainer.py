@@ -1,23 +1,24 @@
 """The trainer: data, model and settings in, a fine-tuned model and its files out."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 
 import torch
 from torch import nn
 
 from lora_engine import backends
-from lora_engine.data.account import account, lines
 from lora_engine.data.adapters import check_adapters
 from lora_engine.data.batch import PackedBatch
-from lora_engine.data.dataset import TokenizedDataset, prepare
+from lora_engine.data.dataset import TokenizedDataset
 from lora_engine.data.pairs import check_labels, check_roles
+from lora_engine.data.prompts import PromptDataset
 from lora_engine.data.records import Source
 from lora_engine.data.stream import ExampleStream, StreamedDataset
 from lora_engine.data.template import Tokenizer
 from lora_engine.data.vocabulary import check_vocabulary
 from lora_engine.errors import UserError
+from lora_engine.evaluation.heldout import HeldoutResult, evaluate
 from lora_engine.models.attach.accelerate import is_accelerated
 from lora_engine.models.attach.head import transformers_model
 from lora_engine.models.attach.packed import can_share_prefixes
@@ -27,11 +28,18 @@ from lora_engine.objectives.answers import check_objective, has_weight
 from lora_engine.objectives.base import Objective
 from lora_engine.objectives.sft import SFT
 from lora_engine.objectives.weighted import with_weights
-from lora_engine.training.batches import BatchSource, fingerprint
+from lora_engine.training.arguments import (
+    check_kinds,
+    fingerprint_of,
+    tokenized_data,
+    tokenized_prompts,
+)
+from lora_engine.training.batches import BatchSource
 from lora_engine.training.callbacks import Callbacks
 from lora_engine.training.config import TrainConfig
 from lora_engine.training.length import check_length, tell_extension
 from lora_engine.training.loop import TrainingLoop
+from lora_engine.training.online.online import Online, OnlineRun
 from lora_engine.training.optimizer.flat import FlatParameters
 from lora_engine.training.optimizer.optimizer import check_rates, rate_of
 from lora_engine.training.optimizer.schedule import Schedule
@@ -62,6 +70,9 @@ class Trainer:
         None nothing is measured, and the last weights are the final ones.
     objective: what is minimised; supervised fine-tuning unless given, weighted where records or
         messages have a weight. A run is resumed with the same one.
+    online: rewards, and how completions are written: the data are prompts, the model writes the
+        completions that it learns from, and held-out prompts are measured by their rewards. The
+        objective is GRPO or PPO then.
     callbacks: objects with any of the methods on_start(trainer), on_step(StepMetrics),
         on_eval(step, HeldoutResult), on_end(TrainResult).
     origin: what the model was made from, JSON values by name that a run must share to be resumed.
@@ -82,10 +93,11 @@ class Trainer:
         config: TrainConfig,
         *,
         objective: Objective = SFT(),
+        online: Online | None = None,
         callbacks: Sequence[object] = (),
         origin: Mapping[str, object] | None = None,
     ) -> None:
-        _check_kinds(model, tokenizer, config)
+        check_kinds(model, tokenizer, config)
         check_objective(objective, "Trainer")
         self.model = model
         self.tokenizer = tokenizer
@@ -95,21 +107,23 @@ class Trainer:
         self.callbacks = Callbacks(callbacks)
         if config.log_to:
             self.callbacks = Callbacks((*callbacks, self._tracking))
-        self.train_dataset = _tokenized(train_data, tokenizer, config, "train_data")
+        tokenized = tokenized_data if online is None else tokenized_prompts
+        self.train_dataset = tokenized(train_data, tokenizer, config, "train_data")
         self.eval_dataset = (
-            None if eval_data is None else _tokenized(eval_data, tokenizer, config, "eval_data")
+            None if eval_data is None else tokenized(eval_data, tokenizer, config, "eval_data")
         )
+        self.folder = RunFolder(config.output_dir)
+        self._online = None if online is None else self._online_run(online)
         check_labels(self.train_dataset.examples, self.train_dataset.name)
         both = (self.train_dataset, self.eval_dataset)
         datasets = [dataset for dataset in both if dataset is not None]
         for dataset in datasets:
             self._check_examples(dataset)
-        self.objective = with_weights(objective, datasets)
+        self.objective = with_weights(self.objective, datasets)
         check_packed_training(model)
         check_rates(config, active_adapters(model))
         self._train_source, self.total_steps = self._plan_steps()
         self.schedule = Schedule.from_config(config, self.total_steps)
-        self.folder = RunFolder(config.output_dir)
         self._origin = origin
         self._of_run = OfRun()
         self._opened: tuple[int | None] | None = None
@@ -118,7 +132,8 @@ class Trainer:
     def _check_examples(self, dataset: TokenizedDataset) -> None:
         """Raises UserError for examples that the model or the objective cannot take."""
         objective = self.objective
-        check_roles(dataset.examples, objective.reads.examples, objective.name, dataset.name)
+        kind = objective.reads.examples if self._online is None else "prompts"
+        check_roles(dataset.examples, kind, objective.name, dataset.name)
         check_adapters(dataset, active_adapters(self.model))
         check_vocabulary(dataset, transformers_model(self.model), self.tokenizer)
 
@@ -137,15 +152,15 @@ class Trainer:
         Touches nothing. Raises UserError where `fit` would because of output_dir.
         """
         config = self.config
-        heldout = None if self.eval_dataset is None else fingerprint(self.eval_dataset)
+        heldout = None if self.eval_dataset is None else fingerprint_of(self.eval_dataset)
         stream = _stream_of(self.train_dataset)
-        training = fingerprint(self.train_dataset) if stream is None else stream.identity()
+        training = fingerprint_of(self.train_dataset) if stream is None else stream.identity()
         data = {"training data": training, "held-out data": heldout}
         self._of_run = {
             "identity": run_identity(
                 self.model,
                 self.tokenizer,
-                config.trajectory(),
+                {**config.trajectory(), **(self._online.identity() if self._online else {})},
                 self.objective,
                 data,
                 self._origin,
@@ -176,7 +191,8 @@ class Trainer:
         tokens = min(self.config.tokens_per_batch, PREFLIGHT_TOKENS)
         weights = {} if step is None else self.folder.checkpoints.tensors(step, "weights")
         with with_values(self.model, weights):
-            report = preflight(self.model, self._first_batch(tokens), objective=self.objective)
+            objective = self.objective if self._online is None else self._online.tried()
+            report = preflight(self.model, self._first_batch(tokens), objective=objective)
         logger.info("preflight: %s", report)
         return report
 
@@ -239,10 +255,10 @@ class Trainer:
 
     def _train(self, flat: FlatParameters, guard: InterruptGuard, step: int | None) -> Stopped:
         backends.reset_peak_memory(flat.device)
-        train_source, eval_source = self._train_source, self._eval_source()
+        train_source = self._train_source
         train_source.share_prefixes = self._shares_prefixes(training=True)
-        if eval_source is not None:
-            eval_source.share_prefixes = self._shares_prefixes(training=False)
+        if self._online is not None:
+            self._online.source.check = guard.check
         self._of_run["rounding"] = {
             "device": flat.device.type,
             "accelerated": is_accelerated(self.model),
@@ -252,7 +268,7 @@ class Trainer:
             self.objective,
             flat,
             train_source,
-            eval_source,
+            self._measure(guard.check),
             self.config,
             self.schedule,
             self.folder,
@@ -278,12 +294,32 @@ class Trainer:
         """The first examples, up to `tokens`, or batch of the run that the objective gives weight;
         the first examples that have targets where it gives weight to none."""
         first = self._train_source.first(tokens)
+        if self._online is not None:
+            return first
         batches = chain([first], self._train_source.one_epoch())
         return next((batch for batch in batches if has_weight(self.objective, batch)), first)
+
+    def _online_run(self, online: Online) -> OnlineRun:
+        """Its parts; the objective is at the rollout's temperature from here on."""
+        train, heldout = self.train_dataset, self.eval_dataset
+        assert isinstance(train, PromptDataset) and isinstance(heldout, PromptDataset | None)
+        assert self.tokenizer is not None, "prompts are tokenised"
+        made = OnlineRun(
+            *(self.model, self.tokenizer, train, heldout),
+            online,
+            self.objective,
+            self.config,
+            self.folder,
+        )
+        self.objective = made.objective
+        return made
 
     def _plan_steps(self) -> tuple[BatchSource, int]:
         """The training micro-batches and the number of optimiser steps."""
         config = self.config
+        if self._online is not None:
+            writing = self._online.source
+            return writing, config.max_steps or writing.count(config.epochs or 1)
         if (stream := _stream_of(self.train_dataset)) is not None:
             if config.max_steps is None:
                 raise UserError("a stream has no end that is known: give train.max_steps")
@@ -298,10 +334,21 @@ class Trainer:
             return source, config.max_steps
         return source, -(-source.count(epochs) // config.gradient_accumulation_steps)
 
-    def _eval_source(self) -> BatchSource | None:
+    def _measure(self, check: Callable[[], None]) -> Callable[[int], HeldoutResult] | None:
+        """Of the held-out data, with the weights of a step; None without any."""
         if self.eval_dataset is None:
             return None
-        return BatchSource(self.eval_dataset, self.config.tokens_per_batch, shuffle=False)
+        if self._online is not None:
+            return self._online.measure(check)
+        source = BatchSource(self.eval_dataset, self.config.tokens_per_batch, shuffle=False)
+        source.share_prefixes = self._shares_prefixes(training=False)
+
+        def batches() -> Iterator[PackedBatch]:
+            for batch in source.one_epoch():
+                check()
+                yield batch
+
+        return lambda step: evaluate(self.model, batches(), self.objective, step=step)
 
     def _shares_prefixes(self, *, training: bool) -> bool:
         return self.config.share_prefixes and can_share_prefixes(self.model, training=training)
@@ -342,48 +389,3 @@ class Trainer:
 
 def _stream_of(dataset: TokenizedDataset) -> ExampleStream | None:
     return dataset.stream if isinstance(dataset, StreamedDataset) else None
-
-
-def _check_kinds(model: object, tokenizer: object, config: object) -> None:
-    """Raises UserError for arguments in another's place."""
-    expected = {
-        "model": (model, isinstance(model, torch.nn.Module), "a model of transformers or PEFT"),
-        "tokenizer": (tokenizer, not isinstance(tokenizer, torch.nn.Module), "its tokenizer"),
-        "config": (config, isinstance(config, TrainConfig), "a lora_engine.TrainConfig"),
-    }
-    for name, (given, right, kind) in expected.items():
-        if not right:
-            raise UserError(
-                f"Trainer: {name} is {type(given).__name__}, expected {kind}; the order is "
-                "model, tokenizer, train_data, eval_data, config"
-            )
-
-
-def _tokenized(
-    data: "Source | TokenizedDataset", tokenizer: Tokenizer | None, config: TrainConfig, what: str
-) -> TokenizedDataset:
-    if isinstance(data, TokenizedDataset):
-        if config.max_length is not None:
-            raise UserError(f"max_length has no effect on {what}, which is tokenised already")
-        dataset = data
-    elif tokenizer is None:
-        raise UserError(f"{what} is not tokenised yet: give the trainer a tokenizer")
-    else:
-        dataset = _prepared(data, tokenizer, what, config.max_length)
-    if not len(dataset):
-        raise UserError(f"{what} has no examples to learn from")
-    return dataset
-
-
-def _prepared(
-    data: "Source", tokenizer: Tokenizer, what: str, max_length: int | None
-) -> TokenizedDataset:
-    """`prepare`, and a warning of what it dropped, cut or did not read; None: its max_length."""
-    if max_length is None:
-        dataset = prepare(data, tokenizer)
-    else:
-        dataset = prepare(data, tokenizer, max_length=max_length)
-    said = lines([{**account(dataset), "name": what}])
-    if said:
-        logger.warning("%s", "\n".join(said))
-    return dataset

@@ -7,6 +7,21 @@ import torch
 from torch import nn
 
 from lora_engine.errors import UserError
+from lora_engine.models.attach.head import transformers_model
+
+
+def add_value_head(model: Any) -> None:
+    """A `value_head` beside the head for tokens of a (PEFT) causal language model, to be trained.
+
+    Its values are 0 until it learns. What saves an adapter leaves it out.
+    """
+    inner = transformers_model(model)
+    like = next(inner.parameters())
+    config: Any = inner.config.get_text_config()
+    head = nn.Linear(config.hidden_size, 1, device=like.device)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    inner.value_head = head  # in float32, as adapters are
 
 
 def with_scalar_head(model: Any, *, pad_token_id: int | None = None, seed: int = 0) -> Any:

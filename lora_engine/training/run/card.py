@@ -176,7 +176,13 @@ def _run_sections(facts: CardFacts) -> list[str]:
     accuracy = result.heldout_accuracy_before, result.heldout_accuracy_after
     unit = facts.loss_unit and f", {_line(facts.loss_unit)}"
     lines += [_figures(f"held-out loss{unit}", loss, ".4f")]
-    lines += [_figures("held-out token accuracy", accuracy, ".1%")]
+    if accuracy != (None, None) or loss == (None, None):
+        lines += [_figures("held-out token accuracy", accuracy, ".1%")]
+    rewards = [
+        m.get("reward") for m in (result.heldout_metrics_before, result.heldout_metrics_after)
+    ]
+    if rewards != [None, None]:
+        lines += [_figures("held-out reward", (rewards[0], rewards[1]), ".4f")]
     return [*lines, "", f"Made with {', '.join(_versions())}.", ""]
 
 

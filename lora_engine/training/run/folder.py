@@ -4,7 +4,7 @@ import errno
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +13,12 @@ from typing import Any, TypedDict
 from lora_engine.errors import UserError
 from lora_engine.files import naming
 from lora_engine.training import random_state
-from lora_engine.training.metrics import Written
 from lora_engine.training.optimizer.flat import FlatParameters
 from lora_engine.training.optimizer.optimizer import FlatAdamW
 from lora_engine.training.run.atomic import remove_folder, remove_leftovers
 from lora_engine.training.run.checkpoint import CheckpointStore
 from lora_engine.training.run.identity import Identity, check_identity
+from lora_engine.training.run.lines import Written
 from lora_engine.training.run.lock import locked
 from lora_engine.training.run.manifest import Manifest
 from lora_engine.training.state import TrainState
@@ -51,16 +51,17 @@ class OfRun(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Loaded:
-    """What a checkpoint holds besides weights and moments. of_run: see `RunFolder.save`."""
+    """What a checkpoint holds besides weights and moments. of_run, source: see `RunFolder.save`."""
 
     state: TrainState
     metrics: Written
     of_run: OfRun
+    source: Mapping[str, Any] | None = None
 
 
 class RunFolder:
-    """output_dir: metrics.jsonl, checkpoints/ and adapter/; after `reserve_results` the other files
-    as well. No other module knows their names.
+    """output_dir: metrics.jsonl, checkpoints/ and adapter/; after `reserve_results` and
+    `reserve_completions` the other files as well. No other module knows their names.
 
     lock_file: there while a run is in the folder. manifest: lists the files that the run wrote.
     Nothing is ever replaced or deleted but what a run wrote.
@@ -69,6 +70,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.metrics = path / "metrics.jsonl"
+        self.completions = path / "completions.jsonl"
         self.adapter = path / "adapter"
         self.checkpoints = CheckpointStore(path / "checkpoints")
         self.config = path / "config.yaml"
@@ -91,6 +93,10 @@ class RunFolder:
         """
         results = (self.config, self.samples_before, self.summary, self.report)
         self._names += [path.name for path in results]
+
+    def reserve_completions(self) -> None:
+        """Likewise, that the run writes completions."""
+        self._names.append(self.completions.name)
 
     def holds_run(self) -> bool:
         """Whether a run has begun here, however far it came."""
@@ -168,8 +174,12 @@ class RunFolder:
         state: TrainState,
         metrics: Written,
         of_run: OfRun,
+        source: Mapping[str, Any] | None = None,
     ) -> Path:
-        """Write a checkpoint of everything that decides how the run goes on."""
+        """Write a checkpoint of everything that decides how the run goes on.
+
+        source: what `BatchSource.saved` returned.
+        """
         if not self.path.is_dir():
             gone = "the folder is gone, it was removed during the run"
             raise FileNotFoundError(errno.ENOENT, gone, str(self.path))
@@ -185,6 +195,7 @@ class RunFolder:
             "updates": optimizer.updates,
             "random": random_rest,
             "metrics": metrics,
+            **({} if source is None else {"source": source}),
         }
         return self.checkpoints.save(state.step, tensors, content)
 
@@ -207,7 +218,8 @@ class RunFolder:
                 state.best_step,
             )
             state.best = state.best_step = None
-        return Loaded(state, Written(*content["metrics"]), content["of_run"])
+        written, source = Written(*content["metrics"]), content.get("source")
+        return Loaded(state, written, content["of_run"], source)
 
     def load_weights(self, step: int, flat: FlatParameters) -> None:
         """Bring back the weights of a checkpoint. Raises UserError if it is damaged."""

@@ -1,0 +1,1 @@
+"""Training on what the model writes itself: rollouts, rewards, and the batches made of them."""

@@ -1,0 +1,151 @@
+"""Runs of a configuration that learn from what the model writes, and what is said of mistakes."""
+
+import json
+
+import pytest
+from finetune_runs import Recorder, interrupt, read_metrics, run
+
+from lora_engine.app.config import load_config
+from lora_engine.app.config_yaml import shipped_configs
+from lora_engine.app.finetune import examine_data
+from lora_engine.app.objectives import ONLINE, objective_of
+from lora_engine.errors import UserError
+from lora_engine.objectives import GRPO, PPO
+
+REWARDS = """
+def vowels(completions):
+    return [sum(letter in "aeiou" for letter in text) / 6 for text in completions]
+"""
+SECTIONS = """
+objective: {name}
+rewards: [{{reward: "judges.py:vowels", weight: 2}}, {{reward: format, pattern: '[a-z]*'}}]
+rollout: {{prompts: 4, generations: {generations}, max_new_tokens: 6}}
+"""
+
+
+@pytest.fixture
+def online(settings):
+    """A folder with prompts, a reward and run.yaml; a function that names the objective."""
+    rows = [{"prompt": f"double {i}:", "answer": f" {i}{i}"} for i in range(40)]
+    (settings / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (settings / "judges.py").write_text(REWARDS)
+    config = settings / "run.yaml"
+    before = config.read_text()
+
+    def named(name):
+        generations = 4 if name == "grpo" else 1
+        config.write_text(before + SECTIONS.format(name=name, generations=generations))
+        return settings
+
+    return named
+
+
+@pytest.mark.parametrize("name", list(ONLINE))
+def test_a_run_tells_of_its_rewards(online, name):
+    folder = online(name)
+    summary = run("train.max_steps=3", "samples.count=1").summary
+    assert summary["objective"] == name
+    assert summary["heldout_accuracy_after"] is None
+    before, after = summary["heldout_metrics_before"], summary["heldout_metrics_after"]
+    assert before.keys() == after.keys() >= {"reward", "rewards/vowels/mean", "rewards/format/mean"}
+    assert summary["heldout_loss_before"] == -before["reward"]
+    steps = [line for line in read_metrics(folder / "out") if "loss" in line]
+    own = {"reward", "entropy", "rollout_seconds", "clip_ratio/region_mean"}
+    own |= {"frac_reward_zero_std"} if name == "grpo" else {"kl", "value_loss"}
+    assert all(own <= step.keys() for step in steps)
+    page = (folder / "out/report.html").read_text()
+    assert '<h2 id="completions">' in page and "first round" in page and "round 3" in page
+    assert "Rewards/vowels" not in page and "rewards/vowels/mean" in page
+    assert "Token accuracy" not in page and "Held-out loss" not in page
+    assert "held-out reward" in (folder / "out/adapter/README.md").read_text()
+    assert (folder / "out/completions.jsonl").is_file()
+    (sample,) = summary["samples"]
+    assert sample["reference"].strip() and sample["prompt"].startswith("double")
+
+
+def test_an_interrupted_run_goes_on_to_the_same_completions(online):
+    folder = online("ppo")
+    overrides = ["train.max_steps=4", "samples.count=0", "rollout.passes=2"]
+    run(*overrides, "train.output_dir=whole")
+    run(*overrides, observer=Recorder(3, interrupt))
+    run(*overrides, resume=True)
+    one, two = ((folder / part / "completions.jsonl").read_text() for part in ("out", "whole"))
+    assert one == two
+    weights = [folder / part / "adapter/adapter_model.safetensors" for part in ("out", "whole")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+def test_the_data_are_shown(online):
+    online("grpo")
+    training, heldout = examine_data(load_config("run.yaml"))
+    assert dict(training.roles) == {"prompt": 32}
+    assert (training.num_targets, heldout.num_examples) == (0, 8)
+
+
+def test_a_reward_model_judges(online, settings):
+    pairs = [{"prompt": f"double {i}:", "chosen": f" {i}{i}", "rejected": " no"} for i in range(20)]
+    (settings / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    run("objective=reward", "data.train=pairs.jsonl", "train.output_dir=judge", "samples.count=0")
+    folder = online("grpo")
+    overrides = ["rewards=[{reward: judge, weight: 0.5}]", "train.max_steps=1", "samples.count=0"]
+    run(*overrides)
+    lines = [json.loads(line) for line in (folder / "out/completions.jsonl").open()]
+    values = {line["rewards"]["judge"] for line in lines}
+    assert len(values) > 3
+    assert all(line["reward"] == 0.5 * line["rewards"]["judge"] for line in lines)
+
+
+WRONG = {
+    "no rewards": (["objective=grpo"], "objective: grpo learns from rewards, and there are none"),
+    "not online": (["rewards=[json_valid]"], "rewards: objective sft does not learn from rewards"),
+    "a rollout": (["rollout.prompts=3"], "rollout: objective sft writes no completions; leave it"),
+    "a reward": (
+        ["objective=grpo", "rewards=[json_vald]"],
+        "rewards[0]: no reward 'json_vald'; did you mean json_valid?",
+    ),
+    "a folder": (
+        ["objective=grpo", "rewards=[runs/none]"],
+        "rewards: runs/none: no such folder; give that of a reward model",
+    ),
+    "a temperature": (
+        ["objective.name=grpo", "objective.temperature=0.5", "rewards=[json_valid]"],
+        "objective.temperature: is rollout.temperature; set that instead",
+    ),
+    "an engine": (
+        ["objective=grpo", "rewards=[json_valid]", "rollout.engine=vllm"],
+        "rollout.engine: vllm writes no rollouts here yet; leave engine out",
+    ),
+    "a switch": (
+        ["objective.name=ppo", "objective.whiten=3", "rewards=[json_valid]"],
+        "objective.whiten: expected true or false, got 3",
+    ),
+    "all weights": (
+        ["objective=ppo", "rewards=[json_valid]", "lora="],
+        "lora: objective ppo trains an adapter here; give lora",
+    ),
+    "a key": (
+        ["objective=grpo", "rewards=[json_valid]", "rollout.generation=4"],
+        "rollout.generation: unknown key; did you mean rollout.generations?",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", list(WRONG))
+def test_a_mistake_is_one_line(settings, name):
+    overrides, message = WRONG[name]
+    with pytest.raises(UserError) as caught:
+        load_config("run.yaml", overrides)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_names():
+    assert objective_of({"name": "grpo", "loss_type": "gspo"}) == GRPO(loss_type="gspo")
+    assert objective_of({"name": "ppo", "whiten": False}) == PPO(whiten=False)
+
+
+@pytest.mark.parametrize("name", list(ONLINE))
+def test_a_shipped_config_is_named_by_its_objective(name):
+    assert name in shipped_configs()
+    config = load_config(name)
+    assert objective_of(config.objective).name == name
+    assert str(config.train.output_dir) == f"runs/{name}"
