@@ -50,6 +50,13 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         with executed_ptx(chosen.capability):
             yield chosen
         return
+    if chosen.impl == "cuda" and chosen.capability is not None:
+        from cuda_ptx import executed_cuda
+
+        with executed_cuda(chosen.capability) as kernels:
+            monkeypatch.setattr(backends.extension, "cuda_emulation", kernels)
+            yield chosen
+        return
     if chosen.impl == "cuda" and chosen.device.type == "cpu":
         monkeypatch.setattr(backends.extension, "cuda_emulation", emulated_kernels())
     if chosen.isa is None:

@@ -1,4 +1,4 @@
-"""Every Triton kernel as PTX for two capabilities, by one ragged case of its operation's own tests.
+"""Every GPU kernel as PTX for two capabilities, by one ragged case of its operation's own tests.
 
 `make test-ptx` runs all of those tests so; here each kernel runs at least once.
 """
@@ -8,14 +8,14 @@ import importlib
 from pathlib import Path
 from typing import Any
 
+import cuda_ptx
 import pytest
 import torch
 from implementations import CPU, Backend
 from lora_groups import Group
 
+from lora_engine import backends
 from lora_engine.values import Dropout
-
-pytest.importorskip("triton")
 
 ROOT = Path(__file__).parents[2]
 FLOAT, BFLOAT = torch.float32, torch.bfloat16
@@ -55,6 +55,12 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
      {"dtype": BFLOAT, "poisoned": None, "sizes": (65, 48, (4, 5, 16), 0), "activation": "silu"}),
 ]  # fmt: skip
 
+CUDA_CASES: list[tuple[str, str, dict[str, Any]]] = [
+    ("test_adamw", "test_clips_by_a_norm_it_reads_itself", {}),
+    ("test_adamw_8bit", "test_clips_by_a_norm_it_reads_itself", {}),
+    ("test_blockwise_4bit", "test_codes_at_any_address", {"offset": 1}),
+]
+
 
 def written_kernels() -> set[str]:
     found = set()
@@ -65,20 +71,39 @@ def written_kernels() -> set[str]:
     return found
 
 
+@pytest.fixture
+def operations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Puts the operations' tests on the import path, where pytest finds them too."""
+    for folder in ("ops", "ops/lora", "ops/layer"):
+        monkeypatch.syspath_prepend(str(ROOT / "tests" / folder))
+
+
+def run(cases: list[tuple[str, str, dict[str, Any]]], backend: Backend) -> None:
+    for module, test, arguments in cases:
+        getattr(importlib.import_module(module), test)(backend=backend, **arguments)
+
+
 @pytest.mark.parametrize("capability", [80, 90])
-def test_every_kernel_runs(
-    capability: int, poisoned: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_triton_kernel_runs(capability: int, poisoned: None, operations: None) -> None:
+    pytest.importorskip("triton")
     if torch.cuda.is_available():
         pytest.skip("the Triton kernels are compiled for the GPU in this process")
     import triton_ptx
 
-    backend = Backend("triton", CPU, capability=capability)
     triton_ptx.executed.clear()
-    for folder in ("ops", "ops/lora", "ops/layer"):  # where pytest finds the modules too
-        monkeypatch.syspath_prepend(str(ROOT / "tests" / folder))
     with triton_ptx.executed_ptx(capability):
-        for module, test, arguments in CASES:
-            cases = importlib.import_module(module)
-            getattr(cases, test)(backend=backend, **arguments)
+        run(CASES, Backend("triton", CPU, capability=capability))
     assert {name for _, name in triton_ptx.executed} == written_kernels()
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_every_cuda_kernel_runs(
+    capability: int, poisoned: None, operations: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By name: of a template one instance at least."""
+    written = cuda_ptx.kernel_names(capability)
+    cuda_ptx.executed.clear()
+    with cuda_ptx.executed_cuda(capability) as kernels:
+        monkeypatch.setattr(backends.extension, "cuda_emulation", kernels)
+        run(CUDA_CASES, Backend("cuda", CPU, capability=capability))
+    assert {cuda_ptx.plain_name(name) for _, name in cuda_ptx.executed} == written

@@ -23,8 +23,11 @@ def build(
     headers: Iterable[Path],
     includes: Iterable[Path],
     flags: Sequence[str],
+    objects: Sequence[Path] = (),
 ) -> ModuleType:
     """The pybind11 module `name` made of `sources`, built anew when one of the files changes.
+
+    `objects` are linked too.
 
     Skips the test that asks for it where there is no compiler or no pybind11.
     """
@@ -37,7 +40,7 @@ def build(
     content = hashlib.sha256(
         repr((compiler, list(flags), sysconfig.get_config_var("SOABI"), machine)).encode()
     )
-    for path in sorted([*sources, *headers]):
+    for path in sorted([*sources, *headers, *objects]):
         content.update(path.read_bytes())
     folder = ROOT / "build" / "compiled-tests" / f"{name}-{content.hexdigest()[:16]}"
     library = folder / f"{name}.so"
@@ -52,11 +55,11 @@ def build(
             return output
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            objects = list(pool.map(compile_one, sources))
+            made = list(pool.map(compile_one, sources))
         unfinished = folder / f"{name}.{os.getpid()}"
-        _run([compiler, "-shared", *objects, "-o", str(unfinished)])
+        _run([compiler, "-shared", *made, *map(str, objects), "-o", str(unfinished)])
         unfinished.rename(library)
-        for path in objects:
+        for path in made:
             os.remove(path)
     spec = importlib.util.spec_from_file_location(name, library)
     assert spec is not None and spec.loader is not None

@@ -49,6 +49,8 @@ BACKENDS = {
     "triton-ptx-90": Backend("triton", CPU, capability=90),
     "triton": Backend("triton", GPU),
     "cuda-emulated": Backend("cuda", CPU),
+    "cuda-ptx-80": Backend("cuda", CPU, capability=80),
+    "cuda-ptx-90": Backend("cuda", CPU, capability=90),
     "cuda": Backend("cuda", GPU),
     "torch": Backend("torch", CPU),
     "torch-gpu": Backend("torch", GPU),

@@ -11,7 +11,7 @@ import os
 import pickle
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -37,9 +37,16 @@ executed: set[tuple[int, str]] = set()
 
 @contextmanager
 def executed_ptx(
-    capability: int, *, completion: ptx.Completion = "late", seed: int = 0
+    capability: int,
+    *,
+    completion: ptx.Completion = "late",
+    seed: int = 0,
+    change: Callable[[str], str] = str,
 ) -> Iterator[None]:
-    """Within, launches of Triton kernels run as PTX for a GPU of `capability`."""
+    """Within, launches of Triton kernels run as PTX for a GPU of `capability`.
+
+    change: what the PTX is passed through before, to plant a fault.
+    """
     from lora_engine.backends.triton import launch
 
     launches = 0
@@ -47,7 +54,19 @@ def executed_ptx(
     def run(function: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
         nonlocal launches
         launches += 1
-        _launch(function.fn, grid, args, options, capability, completion, seed + launches)
+        name, compiled, values = _prepared(function.fn, args, options, capability)
+        kernel = _kernel(change(compiled.ptx))
+        missing = len(kernel.parsed.parameters) - len(values)
+        assert 0 <= missing <= SCRATCH, f"{name} has other parameters than were packed"
+        kernel.launch(
+            grid,
+            32 * compiled.warps,
+            [*values, *[None] * missing],
+            shared=compiled.shared,
+            completion=completion,
+            seed=seed + launches,
+        )
+        executed.add((capability, name))
 
     with (
         mock.patch.object(InterpretedFunction, "run", run),
@@ -56,15 +75,10 @@ def executed_ptx(
         yield
 
 
-def _launch(
-    function: Any,
-    grid: Sequence[int],
-    args: Sequence[Any],
-    options: dict[str, Any],
-    capability: int,
-    completion: ptx.Completion,
-    seed: int,
-) -> None:
+def _prepared(
+    function: Any, args: Sequence[Any], options: dict[str, Any], capability: int
+) -> tuple[str, Compiled, list[ptx.Argument]]:
+    """The kernel's name, what it was compiled to, and its arguments."""
     names = list(inspect.signature(function).parameters)
     given = {**dict(zip(names, args, strict=False)), **options}
     constants = {
@@ -78,24 +92,13 @@ def _launch(
     )
     request = Request(function.__module__, function.__name__, capability, known)
     compiled = _compiled(request)
-    kernel = _kernel(compiled.ptx)
     descriptors = iter(compiled.descriptors or [None] * len(given))
     values: list[ptx.Argument] = []
     for name in names:
         values += _arguments(
             compiled.signature.get(name, "constexpr"), given.get(name), descriptors
         )
-    missing = len(kernel.parsed.parameters) - len(values)
-    assert 0 <= missing <= SCRATCH, f"{function.__name__} has other parameters than were packed"
-    kernel.launch(
-        grid,
-        32 * compiled.warps,
-        [*values, *[None] * missing],
-        shared=compiled.shared,
-        completion=completion,
-        seed=seed,
-    )
-    executed.add((capability, function.__name__))
+    return function.__name__, compiled, values
 
 
 def _kind(value: Any) -> object:

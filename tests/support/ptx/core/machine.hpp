@@ -98,6 +98,7 @@ struct Warp {
   std::vector<Group> groups;
   int at = 0;                      // program counter of the last instruction
   bool idle = false;               // its last turn brought nothing
+  uint32_t delay = 0;              // it takes one of so many turns, beside the next
 
   std::vector<Job> open_copies;    // cp.async not yet committed
   std::deque<std::vector<Job>> copies;

@@ -9,6 +9,7 @@ namespace ptx {
 namespace {
 
 constexpr uint32_t kLongestTurn = 256;
+constexpr uint32_t kSteadyRounds = 16, kLongestDelay = 15;
 // A turn of so few instructions that ends at the poll where it began has found nothing to do.
 constexpr uint32_t kIdleTurn = 32;
 
@@ -308,6 +309,12 @@ void Machine::run() {
     for (size_t i = warps.size(); i > 1; --i)
       std::swap(warps[i - 1], warps[draw(static_cast<uint32_t>(i))]);
     for (Warp* warp : warps) {
+      // Now and then a warp falls behind the others, for a while.
+      if (draw(kSteadyRounds) == 0) warp->delay = draw(4) ? 0 : 1 + draw(kLongestDelay);
+      if (warp->delay && !idle_rounds && draw(warp->delay + 1)) {
+        moved = moved || !warp->idle;
+        continue;
+      }
       try {
         turn(*warp);
       } catch (const Fault& fault) {
@@ -333,6 +340,7 @@ void Machine::run() {
       finish_one(ctas);
     }
     if (completion == Completion::kRandom && draw(4) == 0) moved |= finish_one(ctas);
+    // In the second idle round every warp has had its turn.
     idle_rounds = moved ? 0 : idle_rounds + 1;
     if (idle_rounds < 2 || ctas.empty()) continue;
     idle_rounds = 0;
