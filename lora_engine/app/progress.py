@@ -34,7 +34,7 @@ class ConsoleProgress:
         self._total = 0
         self._first = 0
         self._loss = 0.0
-        self._heldout = ""
+        self._heldout = self._reward = ""
         self._tokens = 0
         self._seconds = 0.0
         self._started = 0.0
@@ -92,6 +92,8 @@ class ConsoleProgress:
         """An optimiser step is done."""
         first = self._tokens == 0
         self._loss = metrics.loss if first else REMEMBER * self._loss + 0.1 * metrics.loss
+        if "reward" in metrics.metrics:  # of the round that began with the step
+            self._reward = f" · reward {metrics.metrics['reward']:.3f}"
         self._tokens += metrics.tokens
         self._seconds += metrics.tokens / metrics.tokens_per_second
         if self._bar is not None:
@@ -106,9 +108,10 @@ class ConsoleProgress:
 
     def on_eval(self, step: int, result: HeldoutResult) -> None:
         """The held-out data were measured."""
-        self._heldout = f"{result.loss:.3f}"
-        said = f"held-out reward {-result.loss:.3f}"
+        said = f"held-out reward {result.metrics.get('reward', 0):.3f}"
+        self._heldout = f"{result.metrics.get('reward', 0):.3f}"
         if result.accuracy is not None:
+            self._heldout = f"{result.loss:.3f}"
             said = f"held-out loss {result.loss:.3f}, token accuracy {result.accuracy:.1%}"
         self._console.print(
             f"step {step:,}: {said}",
@@ -131,7 +134,7 @@ class ConsoleProgress:
         heldout = f" · held-out {self._heldout}" if self._heldout else ""
         speed = self._tokens / self._seconds
         left = f" · {duration_text(remaining)} left" if step < self._total else ""
-        return f"loss {self._loss:.3f}{heldout} · {speed:,.0f} tokens/s{left}"
+        return f"loss {self._loss:.3f}{self._reward}{heldout} · {speed:,.0f} tokens/s{left}"
 
     def _line_is_due(self, step: int) -> bool:
         every = max(1, self._total // PLAIN_LINES)

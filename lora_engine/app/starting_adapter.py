@@ -12,6 +12,7 @@ from lora_engine.app.objectives import objective_of
 from lora_engine.errors import UserError
 from lora_engine.export.adapter import Adapter
 from lora_engine.models.peft.adapters import LoraConfig
+from lora_engine.objectives.online import OnlineObjective
 
 if TYPE_CHECKING:
     from torch import nn
@@ -66,7 +67,9 @@ def starting_adapter(config: RunConfig) -> StartingAdapter | None:
             f"lora: the adapter in {source} keeps its settings (r {own.r}, alpha {own.alpha:g}); "
             "leave lora out"
         )
-    if objective_of(config.objective).reads.reference:
+    objective = objective_of(config.objective)
+    compares = isinstance(objective, OnlineObjective) and objective.compares
+    if objective.reads.reference or compares:
         raise UserError(
             "model.adapter: the objective compares with the model without its adapter; merge the "
             f"adapter first, lora-engine merge {source} --to DIR, and give DIR as model.path"

@@ -99,6 +99,11 @@ class GRPO:
 
     @property
     def measures(self) -> bool:
+        """It has no values."""
+        return False
+
+    @property
+    def compares(self) -> bool:
         """Its reference is that of each batch."""
         return False
 

@@ -16,8 +16,8 @@ class Sampled:
     rewards: float64 [n]; NaN for a completion without one.
     size: completions of each prompt.
     logprobs: of each completion's tokens, float32 [its tokens] each.
-    values, reference: likewise, of the scalar head and of the model without its adapters; only
-        where the objective `measures`.
+    values, reference: likewise, of the scalar head, where the objective `measures`, and of the
+        model without its adapters, where it `compares`.
     """
 
     rewards: Tensor
@@ -48,8 +48,12 @@ class OnlineObjective(Objective, Protocol):
 
     @property
     def measures(self) -> bool:
-        """Whether `judge` needs the values and the reference: a pass of the model without
-        gradients, whose log-probabilities then stand for the sampler's."""
+        """Whether `judge` needs a pass of the model without gradients: its values, and its
+        log-probabilities in the place of the sampler's."""
+
+    @property
+    def compares(self) -> bool:
+        """Whether `judge` needs the reference too, where it measures."""
 
     def judge(self, sampled: Sampled) -> Judged:
         """Advantages, and what else its batches hold."""

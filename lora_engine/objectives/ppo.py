@@ -59,6 +59,11 @@ class PPO:
             each_logprob=True, entropy=True, temperature=self.temperature, values="targets"
         )
 
+    @property
+    def compares(self) -> bool:
+        """Where the distance costs anything."""
+        return self.kl_weight != 0
+
     def judge(self, sampled: Sampled) -> Judged:
         """Each token's advantage, the return, and what the model says of it before it learns.
 
@@ -96,7 +101,8 @@ class PPO:
         for column, made in zip(columns, advantages, strict=True):
             column["advantages"] = made.tolist()
         equal = torch.zeros(len(columns), dtype=torch.bool)
-        return Judged(columns, equal, {"kl": moved / max(len(columns), 1)})
+        metrics = {"kl": moved / max(len(columns), 1)} if sampled.reference else {}
+        return Judged(columns, equal, metrics)
 
     def weight(self, batch: PackedBatch) -> int:
         """Its sampled tokens."""

@@ -1,6 +1,8 @@
 """A tiny model that learns from what it writes, and a reward that it can raise."""
 
 import json
+import os
+import signal
 
 import torch
 
@@ -18,6 +20,21 @@ ROUND = {"prompts": 4, "generations": 4, "max_new_tokens": 6}
 
 def vowels(completions):
     return [sum(letter in "aeiou" for letter in text) / 6 for text in completions]
+
+
+def killed_in_a_rollout(folder, call):
+    """A run whose process is killed at that call of its reward."""
+    calls = []
+
+    def killing(completions):
+        calls.append(len(completions))
+        if len(calls) == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return vowels(completions)
+
+    killing.__name__ = vowels.__name__
+    rollout = {"passes": 2}
+    online_trainer(folder, rewards=[killing], rollout=rollout, save_every=1, held_out=None).fit()
 
 
 def writer(accelerate=True, value_head=False, **lora):

@@ -25,11 +25,11 @@ def heldout_reward(
         temperature=settings.eval_temperature,
         check=check,
     )
-    metrics = reward_metrics(answers, settings.eval_generations)
+    metrics = reward_metrics(answers)
     if "reward" not in metrics or not math.isfinite(metrics["reward"]):
         raise UserError(
             f"{prompts.name}: no reward says anything of the completions; check the rewards"
         )
     written = sum(len(answer.token_ids) for answer in answers)
     read = sum(len(prompts[answer.prompt]) for answer in answers)
-    return HeldoutResult(-metrics["reward"], None, read + written, written, metrics), answers
+    return HeldoutResult(0.0 - metrics["reward"], None, read + written, written, metrics), answers

@@ -12,6 +12,7 @@ from lora_engine.errors import UserError
 from lora_engine.evaluation.heldout import HeldoutResult
 from lora_engine.evaluation.samples import TextTokenizer
 from lora_engine.models.attach.head import transformers_model
+from lora_engine.models.peft.routing import active_adapters
 from lora_engine.objectives.base import Objective
 from lora_engine.objectives.online import OnlineObjective
 from lora_engine.training.config import TrainConfig
@@ -54,6 +55,11 @@ class OnlineRun:
         """Raises UserError for rewards and settings that do not fit."""
         self.objective = _online_objective(objective, online.rollout, config)
         self._heldout, self._online, self._config = heldout, online, config
+        if len(active_adapters(model)) > 1:
+            raise UserError(
+                f"an online run trains one adapter, and {', '.join(active_adapters(model))} are "
+                "active; activate one"
+            )
         text_config = transformers_model(model).config.get_text_config()
         positions = getattr(text_config, "max_position_embeddings", None)
         for prompts in (train, heldout):

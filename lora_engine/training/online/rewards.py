@@ -87,6 +87,11 @@ class Reward:
 
     def _arguments(self, written: Written) -> dict[str, object]:
         """What of GIVEN and the columns the function takes."""
+        if taken_names := written.columns.keys() & set(GIVEN):
+            raise UserError(
+                f"the records have a column {sorted(taken_names)[0]!r}, as reward functions are "
+                "given what is written; call the column something else"
+            )
         every: dict[str, object] = {
             **written.columns,
             "prompts": list(written.prompts),

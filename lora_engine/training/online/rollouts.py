@@ -179,18 +179,14 @@ def rewards_tensor(answers: Sequence[Answer]) -> Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
-def reward_metrics(answers: Sequence[Answer], size: int) -> dict[str, float]:
-    """What people chart of completions, those of a prompt `size` in a row."""
-    rewards = rewards_tensor(answers)
-    groups = rewards.view(-1, size)
+def reward_metrics(answers: Sequence[Answer]) -> dict[str, float]:
+    """What people chart of completions."""
     metrics: dict[str, float] = {}
-    known = rewards[~rewards.isnan()]
+    known = rewards_tensor(answers)
+    known = known[~known.isnan()]
     if len(known):
         metrics["reward"] = float(known.mean())
-    if size > 1:
-        deviations = [float(g[~g.isnan()].std()) for g in groups if int((~g.isnan()).sum()) > 1]
-        if deviations:
-            metrics["reward_std"] = math.fsum(deviations) / len(deviations)
+        metrics["reward_std"] = float(known.std()) if len(known) > 1 else 0.0
     for name in dict.fromkeys(name for answer in answers for name in answer.parts):
         own = [value for a in answers if (value := a.parts.get(name)) is not None]
         if own:

@@ -194,7 +194,7 @@ class OnlineSource(BatchSource):
             answers = [replace(a, learned=a.finish == "stop") for a in answers]
         judged, metrics = self._judged(answers)
         metrics = {
-            **reward_metrics(tried, size),
+            **reward_metrics(tried),
             "frac_reward_zero_std": _equal_share(tried, size),
             **metrics,
             "rollout_seconds": time.perf_counter() - began,
@@ -260,7 +260,7 @@ class OnlineSource(BatchSource):
             measured.logprobs.extend(scores.logprobs.cpu().split(batch.target_counts))
             if scores.values is not None:
                 measured.values.extend(scores.values.cpu().split(batch.target_counts))
-            if self._objective.measures:
+            if self._objective.compares:
                 temperature = self._objective.temperature
                 reference = reference_logprobs(model, on_device, temperature)
                 measured.reference.extend(reference.cpu().split(batch.target_counts))

@@ -1,16 +1,31 @@
 """Online runs: what is written is rewarded and learned from, and a broken run goes on."""
 
+import multiprocessing
+import signal
+
 import pytest
 import torch
-from online_runs import PROMPTS, TOKENIZER, completions, online_trainer, vowels, writer
+from online_runs import (
+    PROMPTS,
+    TOKENIZER,
+    completions,
+    killed_in_a_rollout,
+    online_trainer,
+    vowels,
+    writer,
+)
 from training_helpers import SignalAtStep, assert_same_bits, lines, trainable
 
+import lora_engine
 from lora_engine import TrainConfig, Trainer, UserError
 from lora_engine.data.dataset import prepare
 from lora_engine.data.records import Record
 from lora_engine.data.render import Example
 from lora_engine.evaluation.batch_loss import target_scores
+from lora_engine.models.load.scalar import add_value_head
+from lora_engine.objectives.advantages import generalised_advantages
 from lora_engine.objectives.grpo import GRPO
+from lora_engine.objectives.ppo import PPO
 from lora_engine.objectives.sft import SFT
 from lora_engine.training.online.config import RolloutConfig
 from lora_engine.training.online.online import Online
@@ -52,7 +67,7 @@ def test_a_step_tells_of_its_rewards_and_completions(tmp_path):
     rewards = torch.tensor([one["reward"] for one in written]).view(4, 4)
     assert step["reward"] == pytest.approx(rewards.mean().item())
     assert step["rewards/vowels/mean"] == pytest.approx(rewards.mean().item())
-    assert step["reward_std"] == pytest.approx(rewards.std(1).mean().item())
+    assert step["reward_std"] == pytest.approx(rewards.std().item())
     assert (
         step["frac_reward_zero_std"] == sum(len({a["reward"] for a in g}) == 1 for g in groups) / 4
     )
@@ -246,6 +261,26 @@ def test_interrupted_and_resumed_is_bitwise_the_same(tmp_path, stop_at):
     assert completions(tmp_path / "broken") == completions(tmp_path / "straight")
 
 
+@pytest.mark.slow
+def test_killed_in_a_rollout_and_resumed_is_bitwise_the_same(tmp_path):
+    processes = multiprocessing.get_context("forkserver")
+    killed = processes.Process(target=killed_in_a_rollout, args=(tmp_path / "killed", 2))
+    killed.start()
+    killed.join(120)
+    assert killed.exitcode == -signal.SIGKILL
+
+    def fit(name, resume=False):
+        model = writer()
+        settings = {"rollout": {"passes": 2}, "save_every": 1, "held_out": None}
+        result = online_trainer(tmp_path / name, model=model, **settings).fit(resume=resume)
+        assert result.steps == 4
+        return trainable(model)
+
+    assert len(lines(tmp_path / "killed")) == 2
+    assert_same_bits(fit("killed", resume=True), fit("straight"))
+    assert completions(tmp_path / "killed") == completions(tmp_path / "straight")
+
+
 def test_a_reward_that_raises_loses_nothing(tmp_path):
     calls = []
 
@@ -327,6 +362,75 @@ def test_what_does_not_fit_is_refused_in_one_line(tmp_path, settings, said):
 def test_settings_that_do_not_fit_each_other(settings, said):
     with pytest.raises(ValueError, match=said):
         RolloutConfig(**settings)
+
+
+def test_one_adapter_is_trained(tmp_path):
+    model = writer(accelerate=False)
+    model.add_adapter("other", model.peft_config["default"])
+    model.base_model.set_adapter(["default", "other"])
+    with pytest.raises(UserError, match="an online run trains one adapter, and default, other"):
+        online_trainer(tmp_path, model=model)
+
+
+def test_ppo_measures_before_it_learns(tmp_path):
+    """Values, returns and the reference of each token, by transformers' own forward."""
+    model = writer(accelerate=False, value_head=True)
+    objective = PPO(kl_weight=0.3, discount=0.9, trace=0.8, whiten=False)
+    source, _ = source_of(tmp_path, model=model, objective=objective)
+    source.take(Position(), 1)
+    moved = []
+    for one in source._round.answers:
+        asked = TOKENIZER(PROMPTS[one.prompt]["prompt"])["input_ids"]
+        ids = torch.tensor([asked + list(one.token_ids)])
+        places = slice(len(asked) - 1, -1)
+
+        def logprobs(ids=ids, places=places, asked=asked):
+            every = model(ids).logits[0, :-1].log_softmax(-1)
+            return every.gather(1, ids[0, 1:, None])[places.start :, 0]
+
+        with torch.no_grad():
+            hidden = model.get_base_model().model(ids).last_hidden_state[0, places]
+            values = model.get_base_model().value_head(hidden)[:, 0]
+            own = logprobs()
+            with model.disable_adapter():
+                kl = own - logprobs()
+        gained = -0.3 * kl
+        gained[-1] += one.reward
+        advantages, returns = generalised_advantages(gained, values, discount=0.9, trace=0.8)
+        for name, expected in {
+            "old_logprobs": own,
+            "old_values": values,
+            "advantages": advantages,
+            "returns": returns,
+        }.items():
+            found = torch.tensor(one.columns[name])
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        moved.append(kl.sum().item())
+    assert source.metrics(Position(0, 1))["kl"] == pytest.approx(sum(moved) / 16, rel=1e-3)
+    assert min(map(abs, moved)) > 0
+    free, _ = source_of(tmp_path / "free", model=model, objective=PPO(kl_weight=0))
+    free.take(Position(), 1)
+    assert "kl" not in free.metrics(Position(0, 1))
+
+
+def test_ppo_raises_the_reward_and_learns_values(tmp_path):
+    model = writer(accelerate=False)
+    add_value_head(model)
+    lora_engine.accelerate(model)
+    online_trainer(
+        tmp_path,
+        model=model,
+        objective=PPO(kl_weight=0.0, value_weight=1.0),
+        max_steps=8,
+        learning_rate=0.03,
+        rollout={"prompts": 8, "generations": 4},
+        held_out=None,
+        preflight=True,
+    ).fit()
+    steps = lines(tmp_path)
+    assert steps[0]["reward"] < 0.2
+    assert steps[-1]["reward"] > 0.8
+    assert model.get_base_model().value_head.weight.abs().max() > 0
 
 
 def test_a_dataset_with_answers_is_refused(tmp_path):

@@ -3,6 +3,7 @@
 import asyncio
 import math
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -154,6 +155,12 @@ def test_a_name_that_is_wrong_is_one_line(named, said):
     with pytest.raises(UserError, match=said) as caught:
         rewards_of(named)
     assert "\n" not in str(caught.value)
+
+
+def test_a_column_may_not_stand_for_what_is_written():
+    written = replace(WRITTEN, columns={"completions": ["a", "b"]})
+    with pytest.raises(UserError, match="have a column 'completions', as reward functions"):
+        Reward("mine", lambda **every: [0, 0])(written)
 
 
 def test_a_column_that_is_not_there_is_named():
