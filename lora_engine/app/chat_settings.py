@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from lora_engine.app.config import DataConfig
+from lora_engine.app.config_data import DataConfig
 from lora_engine.data.inputs import TemplateInputs, check_variables, inputs_of
 from lora_engine.errors import UserError, reason
 

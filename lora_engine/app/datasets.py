@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from lora_engine.app.chat_settings import template_inputs
-from lora_engine.app.config import DataConfig, DataSource
+from lora_engine.app.config_data import DataConfig, DataSource
 from lora_engine.data import cache
 from lora_engine.data.chunks import chunks_of, first_rows, source_size
 from lora_engine.data.dataset import TokenizedDataset, dataset_of

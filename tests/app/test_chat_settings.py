@@ -6,7 +6,7 @@ import pytest
 from known_turns import SHAPES, TOOLS, known_tokenizer, learned, make_bytewise
 
 from lora_engine.app.chat_settings import set_chat_template, template_inputs
-from lora_engine.app.config import DataConfig
+from lora_engine.app.config_data import DataConfig
 from lora_engine.app.finetune import prepare_data
 from lora_engine.errors import UserError
 

@@ -6,7 +6,7 @@ import pytest
 from small_tokenizers import make_byte_level
 
 from lora_engine.app import datasets
-from lora_engine.app.config import DataConfig
+from lora_engine.app.config_data import DataConfig
 from lora_engine.data.dataset import prepare
 from lora_engine.data.records import read_records, split_heldout
 from lora_engine.errors import UserError
