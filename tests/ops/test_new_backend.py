@@ -1,6 +1,8 @@
 """A backend is tested by being added: kernels that an operation gets are run by its tests."""
 
+import ast
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -79,3 +81,18 @@ def test_they_pass_for_the_right_results_alone(added: BorrowedGlu) -> None:
 
 def test_without_it_they_do_not() -> None:
     assert not any("cuda" in label for label in labels("glu"))
+
+
+def test_all_that_has_kernels_is_tested_over_every_backend() -> None:
+    named = set()
+    for path in Path(__file__).parent.rglob("test_*.py"):
+        tree = ast.parse(path.read_text())
+        takes = any(isinstance(node, ast.arg) and node.arg == "backend" for node in ast.walk(tree))
+        operations = [
+            ast.literal_eval(node.value)
+            for node in tree.body
+            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "OPERATION"
+        ]
+        assert takes == bool(operations), path.name
+        named.update(operations)
+    assert named >= {*backends.OPERATIONS, *backends.PASSES}

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 
 from lora_engine.ops import HeadInput, LoraFactors, linear_divergence
 
+# Made of PyTorch's own products, on every device.
+OPERATION = "linear_divergence"
 BETAS = [0.0, 0.3, 1.0]
 
 
@@ -24,6 +26,25 @@ def heads(dtype=torch.float64, rows=7, classes=19, width=6, parts="", softcap=No
     bias = draw(classes) if "bias" in parts else None
     student = HeadInput(draw(rows, width), draw(classes, width), bias, lora, softcap)
     return student, HeadInput(draw(rows, width + 2), draw(classes, width + 2), softcap=softcap)
+
+
+def on(backend, *heads):
+    """The heads on the backend's device."""
+    return [
+        replace(
+            head,
+            hidden=head.hidden.to(backend.device),
+            weight=head.weight.to(backend.device),
+            bias=None if head.bias is None else head.bias.to(backend.device),
+            lora=head.lora
+            and replace(
+                head.lora,
+                lora_a=head.lora.lora_a.to(backend.device),
+                lora_b=head.lora.lora_b.to(backend.device),
+            ),
+        )
+        for head in heads
+    ]
 
 
 def leaves(head):
@@ -44,8 +65,8 @@ def leaf(x):
 @pytest.mark.parametrize("beta", BETAS)
 @pytest.mark.parametrize("parts", ["", "bias", "lora", "bias lora"])
 @pytest.mark.parametrize("softcap", [None, 2.0])
-def test_it_is_the_reference_with_its_gradients(beta, parts, softcap):
-    student, teacher = heads(parts=parts, softcap=softcap)
+def test_it_is_the_reference_with_its_gradients(backend, beta, parts, softcap):
+    student, teacher = on(backend, *heads(parts=parts, softcap=softcap))
     results, gradients = [], []
     for options in ({"impl": "reference"}, {"chunk_rows": 3}, {}):
         head, tensors = leaves(student)
@@ -70,8 +91,8 @@ def test_gradcheck(beta):
     assert torch.autograd.gradcheck(total, tensors)
 
 
-def test_it_is_torchs_divergence():
-    student, teacher = heads(torch.float32)
+def test_it_is_torchs_divergence(backend):
+    student, teacher = on(backend, *heads(torch.float32))
     logs = [(h.hidden @ h.weight.T).log_softmax(-1) for h in (student, teacher)]
     forward = F.kl_div(*logs, reduction="none", log_target=True).sum(-1)
     reverse = F.kl_div(*logs[::-1], reduction="none", log_target=True).sum(-1)
@@ -90,8 +111,10 @@ def test_of_itself_it_is_zero(beta):
 
 
 @pytest.mark.parametrize("beta", BETAS)
-def test_half_precision_loses_no_more_than_its_logits(beta):
-    exact, rounded = (heads(dtype, rows=40) for dtype in (torch.float64, torch.bfloat16))
+def test_half_precision_loses_no_more_than_its_logits(backend, beta):
+    exact, rounded = (
+        on(backend, *heads(dtype, rows=40)) for dtype in (torch.float64, torch.bfloat16)
+    )
     student, teacher = rounded
     head, tensors = leaves(student)
     result = linear_divergence(head, teacher, beta=beta, chunk_rows=16)
