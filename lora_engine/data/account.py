@@ -4,15 +4,35 @@
 people, and nothing where there is nothing to say.
 """
 
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import TypedDict
 
 from lora_engine.data.dataset import TokenizedDataset
 from lora_engine.data.listing import Finding, group
 
 FIELDS = 20  # how many of the fields that nothing reads are named
 DUPLICATE = "repeats an earlier example (kept)"
+
+
+class FoundRecords(TypedDict):
+    """A `listing.Finding` as JSON has it."""
+
+    text: str
+    count: int
+    origins: Sequence[str]
+
+
+class Account(TypedDict):
+    """What became of the records of the dataset `name`.
+
+    ignored: how many records have each field, or key of messages, that nothing reads.
+    """
+
+    name: str
+    records: int
+    examples: int
+    findings: list[FoundRecords]
+    ignored: dict[str, int]
 
 
 def findings(dataset: TokenizedDataset) -> tuple[Finding, ...]:
@@ -27,21 +47,21 @@ def findings(dataset: TokenizedDataset) -> tuple[Finding, ...]:
     )
 
 
-def account(dataset: TokenizedDataset) -> dict[str, Any]:
-    """The account of `dataset`: name, counts, `findings` and `ignored`, as JSON can hold them.
-
-    ignored: how many records have each field, or key of messages, that nothing reads.
-    """
+def account(dataset: TokenizedDataset) -> Account:
+    """The account of `dataset`, as JSON can hold it."""
     return {
         "name": dataset.name,
         "records": dataset.num_records,
         "examples": len(dataset),
-        "findings": [asdict(finding) for finding in findings(dataset)],
+        "findings": [
+            {"text": found.text, "count": found.count, "origins": found.origins}
+            for found in findings(dataset)
+        ],
         "ignored": dict(dataset.ignored),
     }
 
 
-def lines(accounts: Iterable[Mapping[str, Any]]) -> list[str]:
+def lines(accounts: Iterable[Account]) -> list[str]:
     """The accounts that tell of something, as lines of text."""
     said: list[str] = []
     for about in accounts:
@@ -52,9 +72,9 @@ def lines(accounts: Iterable[Mapping[str, Any]]) -> list[str]:
     return said
 
 
-def finding_lines(about: Mapping[str, Any]) -> list[str]:
+def finding_lines(about: Account) -> list[str]:
     """One line for each finding of an account, and one for all fields that nothing reads."""
-    findings = [Finding(**finding) for finding in about["findings"]]
+    findings = [Finding(f["text"], f["count"], tuple(f["origins"])) for f in about["findings"]]
     said = [f"{finding.text}: {finding.count:,} ({finding.places()})" for finding in findings]
     return said + ([ignored_line(about["ignored"].items())] if about["ignored"] else [])
 

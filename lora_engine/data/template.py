@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Protocol, TypeAlias, TypedDict
 
@@ -44,9 +45,11 @@ class Tokenizer(Protocol):
     unk_token_id: int | None
     all_special_tokens: Sequence[str]
     added_tokens_decoder: Mapping[int, AddedToken]
+    special_tokens_map: Mapping[str, object]
 
     def __len__(self) -> int: ...
     def get_vocab(self) -> Mapping[str, int]: ...
+    def save_pretrained(self, folder: Path) -> object: ...
     def __call__(
         self,
         text: str,

@@ -6,7 +6,6 @@ They are few, one for a block of a weight: PyTorch's operations do.
 """
 
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,10 +60,10 @@ def nested_code() -> Tensor:
     which differ in the last bit from the correctly rounded ones.
     """
     # Dtype and device are named: the program may have set others as torch's default.
-    options: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+    dtype, device = torch.float32, "cpu"
     values = [0.0, 1.0]
     for decade in range(7):
-        ends = torch.linspace(0.1, 1, 2**decade + 1, **options)
+        ends = torch.linspace(0.1, 1, 2**decade + 1, dtype=dtype, device=device)
         centres = (10.0 ** (decade - 6) * ((ends[:-1] + ends[1:]) / 2)).tolist()
         values += centres + [-x for x in centres]
-    return torch.tensor(values, **options).sort().values
+    return torch.tensor(values, dtype=dtype, device=device).sort().values

@@ -1,9 +1,9 @@
 """Where a training run stands: everything a checkpoint's JSON remembers, and the result."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple, TypedDict, cast
 
 from lora_engine.data.stream import Place
 from lora_engine.evaluation.heldout import HeldoutResult
@@ -20,6 +20,31 @@ class Position(NamedTuple):
     epoch: int = 0
     batch_index: int = 0
     place: Place | None = None
+
+
+class SavedResult(TypedDict):
+    """A `HeldoutResult` as JSON has it."""
+
+    loss: float
+    accuracy: float
+    tokens: int
+    targets: int
+    metrics: dict[str, float]
+
+
+class SavedState(TypedDict):
+    """A `TrainState` as JSON has it."""
+
+    step: int
+    position: Sequence[object]
+    train_tokens: int
+    train_seconds: float
+    before: SavedResult | None
+    latest: SavedResult | None
+    latest_step: int | None
+    best: SavedResult | None
+    best_step: int | None
+    evals_since_best: int
 
 
 @dataclass
@@ -49,19 +74,33 @@ class TrainState:
         else:
             self.evals_since_best += 1
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+    def to_json(self) -> SavedState:
+        return cast(SavedState, asdict(self))
 
     @classmethod
-    def from_json(cls, values: dict[str, Any]) -> "TrainState":
-        results = {
-            name: HeldoutResult(**values[name]) if values[name] else None
-            for name in ("before", "latest", "best")
-        }
-        return cls(**{**values, **results, "position": _position(*values["position"])})
+    def from_json(cls, saved: SavedState) -> "TrainState":
+        return cls(
+            saved["step"],
+            _position(saved["position"]),
+            saved["train_tokens"],
+            saved["train_seconds"],
+            _result(saved["before"]),
+            _result(saved["latest"]),
+            saved["latest_step"],
+            _result(saved["best"]),
+            saved["best_step"],
+            saved["evals_since_best"],
+        )
 
 
-def _position(epoch: int, batch_index: int, place: object = None) -> Position:
+def _result(saved: SavedResult | None) -> HeldoutResult | None:
+    return None if saved is None else HeldoutResult(**saved)
+
+
+def _position(saved: Sequence[object]) -> Position:
+    epoch, batch_index, *rest = saved
+    place = rest[0] if rest else None
+    assert isinstance(epoch, int) and isinstance(batch_index, int)
     return Position(epoch, batch_index, None if place is None else Place.of(place))
 
 
@@ -93,6 +132,6 @@ class TrainResult:
     heldout_metrics_before: Mapping[str, float] = field(default_factory=dict)
     heldout_metrics_after: Mapping[str, float] = field(default_factory=dict)
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> dict[str, object]:
         """The values as JSON, for summary.json."""
         return {**asdict(self), "checkpoint_dir": str(self.checkpoint_dir)}

@@ -175,7 +175,7 @@ class Trainer:
             self._of_run["identity"], resume=resume, overwrite=config.overwrite
         )
         if step is not None:
-            length = self.folder.checkpoints.state(step)["of_run"]["length"]
+            length = self.folder.saved(step)["of_run"]["length"]
             check_length(self.folder.checkpoints.path(step), length, self._of_run["length"])
         return step
 

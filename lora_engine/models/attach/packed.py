@@ -11,7 +11,7 @@ from lora_engine.models.attach.decoder_layer import DecoderLayerForward
 from lora_engine.models.attach.forwards import own_forward
 from lora_engine.models.attach.head import transformers_model
 from lora_engine.models.families.modules import Backbone, BackboneOutput
-from lora_engine.models.peft.lora_state import has_hooks
+from lora_engine.models.peft.lora_state import any_has_hooks
 
 
 class PackedTokens(Protocol):
@@ -101,7 +101,7 @@ def selects_rows(backbone: Backbone) -> bool:
         return False
     before = backbone.get_input_embeddings()
     after = [module for module in backbone.children() if module is not before]
-    return not any(map(has_hooks, (backbone, *after, *layers[-1].modules())))
+    return not any_has_hooks((backbone, *after, *layers[-1].modules()))
 
 
 def can_share_prefixes(model: nn.Module, *, training: bool | None = None) -> bool:

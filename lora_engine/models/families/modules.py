@@ -1,4 +1,4 @@
-"""What lora_engine uses of the modules of transformers and PEFT, as types.
+"""What lora_engine uses of the modules of transformers, PEFT and bitsandbytes, as types.
 
 None of these classes is ever instantiated: a module that was recognised (by `families.structure`,
 `is_lora` and the like) is looked at as one of them. What stands here is all that is relied on.
@@ -6,7 +6,7 @@ None of these classes is ever instantiated: a module that was recognised (by `fa
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -33,9 +33,12 @@ class Config(Protocol):
     output_hidden_states: bool
     output_attentions: bool
     pad_token_id: int | None
+    quantization_config: object
     _attn_implementation: str
+    _name_or_path: str
 
     def get_text_config(self) -> "Config": ...
+    def to_dict(self) -> dict[str, object]: ...
 
 
 class Attention(nn.Module):
@@ -158,6 +161,14 @@ class SavedWhole(nn.Module):
     disable_adapters: bool
 
 
+class AdapterConfig(Protocol):
+    """PEFT's settings of an adapter."""
+
+    peft_type: object
+
+    def to_dict(self) -> dict[str, object]: ...
+
+
 class PeftTuner(nn.Module):
     """What puts PEFT's adapters into the layers of a model."""
 
@@ -170,8 +181,37 @@ class PeftCausalLm(nn.Module):
 
     active_adapters: Sequence[str]
     base_model: PeftTuner
-    peft_config: Mapping[str, object]
+    peft_config: Mapping[str, AdapterConfig]
 
     add_adapter: Callable[[str, object], None]
+    save_pretrained: Callable[..., object]
     get_base_model: Callable[[], CausalLm]
     disable_adapter: Callable[[], AbstractContextManager[None]]
+
+
+class QuantState(Protocol):
+    """What bitsandbytes knows of a weight that it packed in 4 bits."""
+
+    shape: Sequence[int]
+    dtype: torch.dtype
+    quant_type: Literal["nf4", "fp4"]
+    blocksize: int
+    nested: bool
+    absmax: Tensor
+    code: Tensor
+    offset: Tensor  # [], of a nested one
+    state2: "QuantState"  # of the scales of a nested one
+
+
+class PackedParameter(nn.Parameter):
+    """bitsandbytes' parameter of packed codes; without a state before it is quantised."""
+
+    quant_state: QuantState
+
+
+class PackedLinear(nn.Linear):
+    """bitsandbytes' linear with a weight in 4 bits."""
+
+    weight: PackedParameter
+    compute_dtype: torch.dtype | None
+    support_avx512bf16_for_cpu: bool

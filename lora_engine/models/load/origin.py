@@ -5,7 +5,8 @@ import json
 import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+
+from torch import nn
 
 from lora_engine.models.attach.head import transformers_model
 from lora_engine.models.load.gguf_head import hub_id_of_gguf
@@ -34,7 +35,7 @@ class Base:
     files: dict[str, str] = field(default_factory=dict)
 
 
-def base_of(model: Any) -> Base:
+def base_of(model: nn.Module) -> Base:
     """The model that `model`, or the PeftModel around it, was loaded from.
 
     Reads the files of a local model to hash them.

@@ -51,6 +51,11 @@ def has_hooks(module: nn.Module) -> bool:
     return _has_own_hooks(module) or hooks_everywhere()
 
 
+def any_has_hooks(modules: Iterable[nn.Module]) -> bool:
+    """Whether `has_hooks` is true of one of the modules."""
+    return hooks_everywhere() or any(map(_has_own_hooks, modules))
+
+
 def hooks_everywhere() -> bool:
     """Whether someone watches the calls of all modules (`register_module_forward_hook`)."""
     return torch.nn.modules.module._has_any_global_hook()
@@ -76,7 +81,8 @@ def altered(modules: Iterable[nn.Module]) -> list[nn.Module]:
 def _has_own_hooks(module: nn.Module) -> bool:
     if module._forward_pre_hooks or module._backward_pre_hooks or module._backward_hooks:
         return True
-    return not all(map(is_idle, module._forward_hooks.values()))
+    hooks = module._forward_hooks
+    return bool(hooks) and not all(map(is_idle, hooks.values()))
 
 
 def autocast_to_another_half(device: torch.device, dtype: torch.dtype) -> bool:

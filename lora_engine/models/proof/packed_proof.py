@@ -1,9 +1,9 @@
 """Whether training on packed batches is training of the model: tried once, before it begins."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_engine.errors import UserError
 from lora_engine.models.attach.head import output_head, transformers_model
@@ -25,7 +25,7 @@ class _Probe(NamedTuple):
     parents: Tensor | None = None
 
 
-def check_packed_training(model: Any) -> None:
+def check_packed_training(model: nn.Module) -> None:
     """Raises UserError unless the head's product with packed hidden states is the model's logits.
 
     Training computes log-probabilities, and so every objective, from that product. It differs where

@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial, wraps
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lora_engine.models.proof.closeness import HALF, coarsest_dtype, excess, noise_of
+from lora_engine.ops.context import Context
 
 _MOST_PARAMETERS = 2**28  # of a layer that is also run in float32
 # Attributes of a module that are compared between two, and those that say its place or its mode.
@@ -84,7 +84,7 @@ class ProbedLayers:
             layer.replayed = 0
 
     @contextmanager
-    def _forwards(self, run: Callable[..., Any]) -> Iterator[None]:
+    def _forwards(self, run: Callable[..., object]) -> Iterator[None]:
         before = [vars(layer.module).get("forward") for layer in self.layers]
         for layer in self.layers:
             own = layer.module.forward
@@ -103,7 +103,9 @@ class ProbedLayers:
         runs = layer.last and self._last
         return not runs and layer.stands_in is not None and bool(layer.stands_in.calls)
 
-    def _record(self, layer: _Layer, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _record(
+        self, layer: _Layer, own: Callable[..., object], *args: object, **kwargs: object
+    ) -> object:
         hidden = _hidden(args, kwargs)
         if layer.running or hidden is None:
             return own(*args, **kwargs)
@@ -124,7 +126,9 @@ class ProbedLayers:
             layer.calls.append(_Call(inputs, out.detach().clone(), exact))
         return result
 
-    def _replay(self, layer: _Layer, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _replay(
+        self, layer: _Layer, own: Callable[..., object], *args: object, **kwargs: object
+    ) -> object:
         hidden = _hidden(args, kwargs)
         if hidden is not None and self._passes(layer):
             return hidden
@@ -151,14 +155,14 @@ class ProbedLayers:
         )
         self._note(layer.name, ratio)
         out = _Forced.apply(out, call.result)
-        return out if isinstance(result, Tensor) else (out, *result[1:])
+        return (out, *result[1:]) if isinstance(result, tuple) else out
 
     def _note(self, what: str, ratio: float) -> None:
         if not ratio <= 1 and self.problem is None:
             self.problem = f"a try: {what} differs {ratio:.2g} times as much as rounding explains"
 
     def _in_float32(
-        self, layer: _Layer, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, layer: _Layer, args: tuple[object, ...], kwargs: dict[str, object]
     ) -> Tensor | None:
         """The layer's output by its own forward in float32; None where it has none such."""
         hidden = _hidden(args, kwargs)
@@ -169,7 +173,8 @@ class ProbedLayers:
             return None
         named = (*layer.module.named_parameters(), *layer.module.named_buffers())
         state = {name: _wide(value) for name, value in named}
-        args, kwargs = (_widened(x) for x in (args, kwargs))
+        args = tuple(map(_widened, args))
+        kwargs = {key: _widened(value) for key, value in kwargs.items()}
         layer.running = True
         try:
             with torch.no_grad():
@@ -189,7 +194,7 @@ def _layers(model: nn.Module) -> Iterator[_Layer]:
             continue
         inside += (f"{name}.",)
         types = _layer_types(model, len(layers))
-        kinds: dict[Any, _Layer] = {}
+        kinds: dict[tuple[object, ...], _Layer] = {}
         for i, module in enumerate(layers):
             if not list(module.children()):
                 continue
@@ -200,16 +205,16 @@ def _layers(model: nn.Module) -> Iterator[_Layer]:
             yield layer
 
 
-def _layer_types(model: Any, count: int) -> list[Any]:
+def _layer_types(model: nn.Module, count: int) -> list[object]:
     """What the configuration says of each layer of a list as long as its own."""
     config = getattr(model, "config", None)
     types = getattr(config.get_text_config(), "layer_types", None) if config is not None else None
     return list(types) if types is not None and len(types) == count else [None] * count
 
 
-def kind_of(module: nn.Module) -> tuple[Any, ...]:
+def kind_of(module: nn.Module) -> tuple[object, ...]:
     """All that two modules of one kind have in common: everything but weights and place."""
-    parts: list[Any] = []
+    parts: list[object] = []
     for name, part in module.named_modules():
         attributes = vars(part)
         settings = frozenset(
@@ -225,18 +230,18 @@ def kind_of(module: nn.Module) -> tuple[Any, ...]:
     return tuple(parts)
 
 
-def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+def _hidden(args: tuple[object, ...], kwargs: dict[str, object]) -> Tensor | None:
     hidden = args[0] if args else kwargs.get("hidden_states")
     return hidden if isinstance(hidden, Tensor) and hidden.is_floating_point() else None
 
 
 def _with_hidden(
-    hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    hidden: Tensor, args: tuple[object, ...], kwargs: dict[str, object]
+) -> tuple[tuple[object, ...], dict[str, object]]:
     return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
 
 
-def _output(result: Any) -> Tensor | None:
+def _output(result: object) -> Tensor | None:
     out = result[0] if isinstance(result, tuple) and result else result
     return out if isinstance(out, Tensor) else None
 
@@ -245,21 +250,21 @@ class _Forced(torch.autograd.Function):
     """The values of one tensor with the gradient of another."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, value: Tensor) -> Tensor:
+    def forward(ctx: Context[None], x: Tensor, value: Tensor) -> Tensor:
         return value.clone()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Context[None], *grads: Tensor) -> tuple[Tensor, None]:
         return grads[0], None
 
 
-def _wide(x: Any) -> Any:
-    return x.detach().float() if isinstance(x, Tensor) and x.is_floating_point() else x
+def _wide(x: Tensor) -> Tensor:
+    return x.detach().float() if x.is_floating_point() else x
 
 
-def _widened(argument: Any) -> Any:
+def _widened(argument: object) -> object:
     if isinstance(argument, dict):
         return {key: _widened(value) for key, value in argument.items()}
     if isinstance(argument, tuple):
         return tuple(_widened(value) for value in argument)
-    return _wide(argument)
+    return _wide(argument) if isinstance(argument, Tensor) else argument

@@ -9,7 +9,6 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from lora_engine.models.attach.attention_function import proving
 from lora_engine.models.attach.causal_lm import CausalLmForward
 from lora_engine.models.attach.head import Head, output_head, why_no_head
+from lora_engine.models.families.modules import CausalLm
 from lora_engine.models.families.structure import ATTENTION_SPANS
 from lora_engine.models.proof.closeness import HALF, TOLERANCE, distance, rms, typical
 from lora_engine.models.proof.probed_layers import ProbedLayers
@@ -52,7 +52,7 @@ class Results:
         return self.layers.dtype
 
 
-def own_results(model: Any) -> Results:
+def own_results(model: CausalLm) -> Results:
     """Results with transformers' own forwards: logits, and loss and gradients of labels."""
     own = Results(ProbedLayers(model))
     if any(p.device.type == "meta" for p in model.parameters()):
@@ -74,7 +74,7 @@ def own_results(model: Any) -> Results:
     return own
 
 
-def same_logits(model: Any, own: Results) -> str | None:
+def same_logits(model: CausalLm, own: Results) -> str | None:
     """Why the accelerated model's layers or logits are not its own; None if they are."""
     if own.error:
         return own.error
@@ -94,7 +94,7 @@ def same_logits(model: Any, own: Results) -> str | None:
     return None
 
 
-def same_training(model: Any, own: Results) -> str | None:
+def same_training(model: CausalLm, own: Results) -> str | None:
     """Why the accelerated model's loss or gradients are not its own; None if they are.
 
     Called after `same_logits`, whose batches come before.
@@ -147,12 +147,12 @@ def measuring(model: nn.Module) -> Iterator[None]:
             part["training"] = True
 
 
-def _logits(model: Any, batch: dict[str, Tensor]) -> Tensor:
+def _logits(model: CausalLm, batch: dict[str, Tensor]) -> Tensor:
     """The logits of the rows that are no padding."""
     return _without_padding(_of_each_token(model, batch), batch)
 
 
-def _of_each_token(model: Any, batch: dict[str, Tensor]) -> Tensor:
+def _of_each_token(model: CausalLm, batch: dict[str, Tensor]) -> Tensor:
     """Logits [B, L, V], or hidden states [B, L, H] where the model's logits are not of tokens."""
     output = model(**batch, use_cache=False)
     if "logits" in output and output["logits"].shape[:-1] == batch["input_ids"].shape:
@@ -168,7 +168,7 @@ def _without_padding(rows: Tensor, batch: dict[str, Tensor]) -> Tensor:
 
 
 @contextmanager
-def _last_hidden(model: Any) -> Iterator[list[Tensor]]:
+def _last_hidden(model: CausalLm) -> Iterator[list[Tensor]]:
     """The last hidden states of the backbone's calls within."""
     outputs: list[Tensor] = []
     backbone = model.base_model
@@ -189,7 +189,7 @@ def _are_logits(own: Results, hidden: Tensor, head: Head) -> bool:
     return distance(head.logits(hidden), own.logits[0]) <= TOLERANCE.get(own.dtype, 0.0)
 
 
-def _train(model: Any) -> tuple[Tensor | None, dict[str, Tensor]]:
+def _train(model: CausalLm) -> tuple[Tensor | None, dict[str, Tensor]]:
     """The loss of labels, and its gradients: the embeddings' output's and small parameters'."""
     if model.get_output_embeddings() is None:  # its labels, if it takes any, are no tokens
         return None, {}
@@ -203,7 +203,7 @@ def _train(model: Any) -> tuple[Tensor | None, dict[str, Tensor]]:
         if p.requires_grad and p.numel() <= _MOST_ELEMENTS
     }
 
-    def differentiable(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    def differentiable(module: nn.Module, args: object, output: Tensor) -> Tensor:
         if not output.requires_grad:
             output = output.detach().requires_grad_()
         wanted.setdefault(EMBEDDINGS, output)
@@ -227,14 +227,14 @@ def _train(model: Any) -> tuple[Tensor | None, dict[str, Tensor]]:
     }
 
 
-def _length(model: Any) -> int:
+def _length(model: CausalLm) -> int:
     config = model.config.get_text_config()
     spans = [getattr(config, name, None) for name in ATTENTION_SPANS]
     short = [span for span in spans if isinstance(span, int) and LENGTH <= span + 3 <= LONGEST]
     return max([LENGTH, *(span + 3 for span in short)])
 
 
-def _batches(model: Any) -> list[dict[str, Tensor]]:
+def _batches(model: CausalLm) -> list[dict[str, Tensor]]:
     """Padded, whole and, where the model takes positions, packed."""
     whole = {"input_ids": probe_tokens(model, 1, _length(model))}
     batches = [_padded(model), whole]
@@ -247,15 +247,16 @@ def _batches(model: Any) -> list[dict[str, Tensor]]:
     return batches
 
 
-def probe_tokens(model: Any, rows: int, length: int) -> Tensor:
+def probe_tokens(model: CausalLm, rows: int, length: int) -> Tensor:
     """[rows, length] int64: different ordinary tokens."""
     embeddings = model.get_input_embeddings().weight
+    assert isinstance(embeddings, Tensor)
     words = min(embeddings.shape[0], getattr(model.config.get_text_config(), "vocab_size", 2**62))
     ids = 3 + torch.arange(rows * length) * 7 % max(1, words - 3)
     return ids.view(rows, length).to(embeddings.device)
 
 
-def _padded(model: Any) -> dict[str, Tensor]:
+def _padded(model: CausalLm) -> dict[str, Tensor]:
     """A whole row, one with padding on its left, one with padding on its right."""
     ids = probe_tokens(model, 3, _length(model))
     mask = torch.ones_like(ids)

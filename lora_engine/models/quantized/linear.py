@@ -1,12 +1,13 @@
 """A linear over a weight in packed bits, as a module of its own."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lora_engine.ops import QuantizedWeight
+from lora_engine.ops.context import Context
 from lora_engine.quantization.blockwise_4bit import Blockwise4bit
 
 
@@ -78,7 +79,7 @@ class QuantizedLinear(nn.Linear):
         return self
 
     def _save_to_state_dict(
-        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+        self, destination: dict[str, Tensor], prefix: str, keep_vars: bool
     ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         entries = self.quantized.state_dict(f"{prefix}weight")
@@ -88,7 +89,7 @@ class QuantizedLinear(nn.Linear):
         self,
         state_dict: dict[str, Tensor],
         prefix: str,
-        local_metadata: dict[str, Any],
+        local_metadata: dict[str, object],
         strict: bool,
         missing_keys: list[str],
         unexpected_keys: list[str],
@@ -137,16 +138,23 @@ def _as_parameter(codes: Tensor) -> Tensor:
     return codes.view(-1, 1) if codes.dim() == 1 else codes
 
 
+class _Kept(NamedTuple):
+    """For the backward pass: W, and the dtype of x."""
+
+    weight: QuantizedWeight
+    dtype: torch.dtype
+
+
 class _Product(torch.autograd.Function):
     """x Wᵀ, and dX = dY W with W decoded again: nothing as large as W is kept in between."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, quantized: QuantizedWeight) -> Tensor:
-        ctx.quantized, ctx.dtype = quantized, x.dtype
+    def forward(ctx: Context[_Kept], x: Tensor, quantized: QuantizedWeight) -> Tensor:
+        ctx.kept = _Kept(quantized, x.dtype)
         return nn.functional.linear(x, quantized.dequantize().to(x.dtype))
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None]:
+    def backward(ctx: Context[_Kept], dy: Tensor) -> tuple[Tensor | None, None]:
         if not ctx.needs_input_grad[0]:
             return None, None
-        return (dy @ ctx.quantized.dequantize().to(dy.dtype)).to(ctx.dtype), None
+        return (dy @ ctx.kept.weight.dequantize().to(dy.dtype)).to(ctx.kept.dtype), None

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -137,7 +137,7 @@ def linears_to_quantize(
             close = nearest(pattern, {*names, *names.values()})
             hint = f"; did you mean {close}?" if close else ""
             raise UserError(f"quantize_model: skip {pattern!r} matches no linear{hint}")
-    head: Any = getattr(model, "get_output_embeddings", lambda: None)()
+    head: object = getattr(model, "get_output_embeddings", lambda: None)()
     kept = getattr(model, "_keep_in_fp32_modules", None) or ()
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     found: dict[nn.Linear, list[_Place]] = {}

@@ -1,9 +1,8 @@
 """What a model's configuration says of its packed linears, for whoever reads its folder."""
 
-from typing import Any
-
 from torch import nn
 
+from lora_engine.models.families.modules import Config
 from lora_engine.models.quantized.linear import QuantizedLinear
 from lora_engine.quantization.blockwise_4bit import Blockwise4bit
 
@@ -15,7 +14,7 @@ def record_quantization(model: nn.Module) -> None:
     without packed linears or without a configuration stay as they are.
     """
     formats = {m.format for m in model.modules() if isinstance(m, QuantizedLinear)}
-    config: Any = getattr(model, "config", None)
+    config: Config | None = getattr(model, "config", None)
     if not formats or config is None:
         return
     blockwise = [format for format in formats if isinstance(format, Blockwise4bit)]

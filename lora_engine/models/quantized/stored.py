@@ -3,11 +3,12 @@
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
 
+from lora_engine.models.families.modules import PackedLinear, QuantState
 from lora_engine.models.quantized.linear import QuantizedLinear
 from lora_engine.ops import QuantizedWeight
 from lora_engine.quantization.blockwise_4bit import BLOCKS, Blockwise4bit
@@ -37,9 +38,8 @@ def decoded_dtype(layer: nn.Linear) -> torch.dtype:
     """The dtype of the numbers that the layer's weight stands for, however it is stored."""
     if isinstance(layer, QuantizedLinear):
         return layer.dtype
-    state: Any = getattr(layer.weight, "quant_state", None)
-    dtype: torch.dtype = layer.weight.dtype if state is None else state.dtype
-    return dtype
+    state = _state_of(layer)
+    return layer.weight.dtype if state is None else state.dtype
 
 
 @contextmanager
@@ -48,7 +48,7 @@ def not_packed_anew(model: nn.Module) -> Iterator[None]:
 
     That rounds the scales, and they stay rounded.
     """
-    layers: list[Any] = [
+    layers = [
         module
         for module in model.modules()
         if _is_bitsandbytes_4bit(module) and getattr(module, "support_avx512bf16_for_cpu", False)
@@ -71,13 +71,18 @@ def weight_count(module: nn.Module) -> int:
     return sum(sizes.values())
 
 
-def _is_bitsandbytes_4bit(module: object) -> bool:
+def _is_bitsandbytes_4bit(module: object) -> TypeGuard[PackedLinear]:
     bitsandbytes = sys.modules.get("bitsandbytes")  # a layer of its own has imported it
     return bitsandbytes is not None and isinstance(module, bitsandbytes.nn.Linear4bit)
 
 
-def _why_not_bitsandbytes(layer: Any) -> str | None:
-    state: Any = getattr(layer.weight, "quant_state", None)
+def _state_of(layer: nn.Linear) -> QuantState | None:
+    state: QuantState | None = getattr(layer.weight, "quant_state", None)
+    return state
+
+
+def _why_not_bitsandbytes(layer: PackedLinear) -> str | None:
+    state = _state_of(layer)
     if state is None:
         return "bitsandbytes has not quantised its weight yet: move the model to its device"
     if getattr(state, "packing_format_for_cpu", False):
@@ -95,8 +100,8 @@ def _why_not_bitsandbytes(layer: Any) -> str | None:
     return None
 
 
-def _of_bitsandbytes(layer: Any) -> QuantizedWeight:
-    state: Any = layer.weight.quant_state
+def _of_bitsandbytes(layer: PackedLinear) -> QuantizedWeight:
+    state = layer.weight.quant_state
     tensors = {"codes": layer.weight.detach().view(torch.uint8).view(-1), "absmax": state.absmax}
     if state.nested:
         tensors["nested_absmax"] = state.state2.absmax

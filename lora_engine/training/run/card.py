@@ -4,11 +4,11 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from lora_engine.data.dataset import TokenizedDataset
+from lora_engine.models.families.modules import AdapterConfig
 from lora_engine.models.load.origin import Base
 from lora_engine.training.config import TrainConfig
 from lora_engine.training.state import TrainResult
@@ -43,7 +43,13 @@ class CardFacts:
 
 
 def adapter_card(
-    base: Base, facts: CardFacts, peft_config: Any, *, name: str, beside: list[str], tokenizer: bool
+    base: Base,
+    facts: CardFacts,
+    peft_config: AdapterConfig,
+    *,
+    name: str,
+    beside: list[str],
+    tokenizer: bool,
 ) -> str:
     """The card of one adapter. name: its own. beside: those trained with it."""
     kind = _plain(peft_config.peft_type).replace("LORA", "LoRA")
@@ -116,7 +122,7 @@ def index_card(base: Base, folders: list[str]) -> str:
 
 
 def _card(base: Base, library: str, lines: list[str]) -> str:
-    data: dict[str, Any] = {"library_name": library, "pipeline_tag": "text-generation"}
+    data: dict[str, object] = {"library_name": library, "pipeline_tag": "text-generation"}
     data["tags"] = ["lora", "lora_engine"] if library == "peft" else ["lora_engine"]
     if base.hub_id:
         data["base_model"] = _line(base.hub_id)
@@ -214,7 +220,7 @@ def _versions() -> list[str]:
     return versions
 
 
-def _plain(value: Any) -> str:
+def _plain(value: object) -> str:
     if isinstance(value, set | frozenset | list | tuple):
         names = sorted({str(name).rpartition(".")[2] or str(name) for name in value})
         return ", ".join(names)

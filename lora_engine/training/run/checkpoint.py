@@ -14,7 +14,7 @@ import logging
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TypedDict, cast
 
 import torch
 from safetensors import SafetensorError
@@ -32,6 +32,21 @@ STEMS = frozenset({"weights", "exp_avg", "exp_avg_sq", "random"})
 _STATE = "state.json"
 _KEYS = frozenset({"format", "step", "files", "state"})
 _NAME = r"step-\d{8,}"
+
+
+class _Seal(TypedDict, total=False):
+    """sha256: of all the rest as JSON; format 1 had none."""
+
+    sha256: str
+
+
+class _Content(_Seal):
+    """state.json. files: bytes and SHA-256 of the checkpoint's files, by name."""
+
+    format: int
+    step: int
+    files: dict[str, tuple[int, str]]
+    state: Mapping[str, object]
 
 
 class CheckpointStore:
@@ -111,7 +126,7 @@ class CheckpointStore:
         self,
         step: int,
         tensors: Mapping[str, dict[str, torch.Tensor]],
-        state: Mapping[str, Any],
+        state: Mapping[str, object],
     ) -> Path:
         """Write a checkpoint; once this returns it survives a crash.
 
@@ -133,7 +148,7 @@ class CheckpointStore:
             (folder / _STATE).write_text(json.dumps(sealed, indent=1, allow_nan=False))
         return target
 
-    def state(self, step: int) -> dict[str, Any]:
+    def state(self, step: int) -> Mapping[str, object]:
         """The JSON state of a complete checkpoint."""
         content = self._content(step)
         assert content is not None
@@ -196,14 +211,15 @@ class CheckpointStore:
         names = (path.name for path in self.folder.iterdir())
         return sorted(int(name.partition("-")[2]) for name in names if re.fullmatch(_NAME, name))
 
-    def _content(self, step: int) -> dict[str, Any] | None:
+    def _content(self, step: int) -> _Content | None:
         """What state.json says; None if it is missing or damaged."""
         try:
-            content = json.loads((self.path(step) / _STATE).read_text(encoding="utf-8"))
+            read = json.loads((self.path(step) / _STATE).read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError):
             return None
-        if not isinstance(content, dict) or not content.keys() >= _KEYS:
+        if not isinstance(read, dict) or not read.keys() >= _KEYS:
             return None
+        content = cast(_Content, read)
         sha256 = content.pop("sha256", None)
         if sha256 is None and content["format"] == 1:  # had none
             return content

@@ -15,36 +15,41 @@ all its weights, config.json, and the same tokenizer and card.
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import cast
 
+from torch import nn
+
+from lora_engine.data.template import Tokenizer
+from lora_engine.models.families.modules import CausalLm, PeftCausalLm
 from lora_engine.models.load.origin import Base, base_of, write_base
 from lora_engine.models.load.transformers_files import quiet_transformers
-from lora_engine.models.peft.routing import active_adapters
+from lora_engine.models.peft.routing import active_adapters, is_peft
 from lora_engine.training.run.atomic import new_folder
 from lora_engine.training.run.card import CardFacts, adapter_card, index_card, model_card
 
 
-def export_model(model: Any, tokenizer: Any, target: Path, facts: CardFacts) -> None:
+def export_model(
+    model: nn.Module, tokenizer: Tokenizer | None, target: Path, facts: CardFacts
+) -> None:
     """Write `model` into the folder `target`, replacing it.
 
     tokenizer: None leaves it out. The parameters must own their storage
     (`FlatParameters.release`).
     """
-    from peft import PeftModel
-
     base = base_of(model)
     with new_folder(target) as folder, quiet_transformers():
-        model.save_pretrained(folder)
-        if isinstance(model, PeftModel):
+        if is_peft(model):
+            model.save_pretrained(folder)
             _complete_adapters(model, tokenizer, folder, base, facts)
         else:
+            cast(CausalLm, model).save_pretrained(folder)
             _save_tokenizer(tokenizer, folder)
             card = model_card(base, facts, tokenizer=tokenizer is not None)
             _write(folder / "README.md", card)
 
 
 def _complete_adapters(
-    model: Any, tokenizer: Any, folder: Path, base: Base, facts: CardFacts
+    model: PeftCausalLm, tokenizer: Tokenizer | None, folder: Path, base: Base, facts: CardFacts
 ) -> None:
     """What PEFT leaves out of its folders, or writes for this machine alone."""
     active = active_adapters(model)
@@ -69,7 +74,7 @@ def _name_base(path: Path, base: Base) -> None:
     _write(path, json.dumps(values, indent=2, sort_keys=True) + "\n")
 
 
-def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
+def _save_tokenizer(tokenizer: Tokenizer | None, folder: Path) -> None:
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
 

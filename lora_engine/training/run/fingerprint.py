@@ -6,9 +6,11 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
+
+from lora_engine.data.template import Tokenizer
 
 _PIECE = 1 << 24  # bytes read, or copied from a device, at once
 _THREADS = min(4, os.cpu_count() or 1)  # hashlib lets other threads run meanwhile
@@ -30,12 +32,12 @@ def tensors_sha256(named: Iterable[tuple[str, torch.Tensor]]) -> str:
     return json_sha256(digests)
 
 
-def tokenizer_sha256(tokenizer: Any) -> str:
+def tokenizer_sha256(tokenizer: Tokenizer) -> str:
     """SHA-256 of the vocabulary and the special tokens."""
     return json_sha256([sorted(tokenizer.get_vocab().items()), tokenizer.special_tokens_map])
 
 
-def json_sha256(value: Any) -> str:
+def json_sha256(value: object) -> str:
     """SHA-256 of a value as JSON; what JSON does not know counts as its str()."""
     text = json.dumps(value, sort_keys=True, default=str)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()

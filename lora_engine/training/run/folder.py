@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TypedDict, cast
 
 from lora_engine.errors import UserError
 from lora_engine.files import naming
@@ -21,7 +21,7 @@ from lora_engine.training.run.identity import Identity, check_identity
 from lora_engine.training.run.lines import Written
 from lora_engine.training.run.lock import locked
 from lora_engine.training.run.manifest import Manifest
-from lora_engine.training.state import TrainState
+from lora_engine.training.state import SavedState, TrainState
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +49,22 @@ class OfRun(TypedDict, total=False):
     rounding: Rounding
 
 
+class _OfSource(TypedDict, total=False):
+    """source: what a source of batches with a state of its own remembers."""
+
+    source: Mapping[str, object]
+
+
+class Saved(_OfSource):
+    """What a checkpoint holds besides tensors; JSON. updates: of the optimiser."""
+
+    of_run: OfRun
+    train: SavedState
+    updates: int
+    random: random_state.Rest
+    metrics: Written
+
+
 @dataclass(frozen=True)
 class Loaded:
     """What a checkpoint holds besides weights and moments. of_run, source: see `RunFolder.save`."""
@@ -56,7 +72,7 @@ class Loaded:
     state: TrainState
     metrics: Written
     of_run: OfRun
-    source: Mapping[str, Any] | None = None
+    source: Mapping[str, object] | None = None
 
 
 class RunFolder:
@@ -130,7 +146,7 @@ class RunFolder:
             step = self.checkpoints.newest_sound() if resume else None
             if step is not None:
                 folder = self.checkpoints.path(step)
-                check_identity(folder, self._content(step)["of_run"]["identity"], identity)
+                check_identity(folder, self.saved(step)["of_run"]["identity"], identity)
                 self._manifest().check_adapter()
                 return step
             if self.is_used(resume) and not overwrite:
@@ -174,7 +190,7 @@ class RunFolder:
         state: TrainState,
         metrics: Written,
         of_run: OfRun,
-        source: Mapping[str, Any] | None = None,
+        source: Mapping[str, object] | None = None,
     ) -> Path:
         """Write a checkpoint of everything that decides how the run goes on.
 
@@ -189,19 +205,24 @@ class RunFolder:
             **optimizer.tensors(),
             "random": random_tensors,
         }
-        content = {
+        content: Saved = {
             "of_run": of_run,
             "train": state.to_json(),
             "updates": optimizer.updates,
             "random": random_rest,
             "metrics": metrics,
-            **({} if source is None else {"source": source}),
         }
+        if source is not None:
+            content["source"] = source
         return self.checkpoints.save(state.step, tensors, content)
+
+    def saved(self, step: int) -> Saved:
+        """The JSON of the checkpoint of `step`, which is complete."""
+        return cast(Saved, self.checkpoints.state(step))
 
     def load(self, step: int, flat: FlatParameters, optimizer: FlatAdamW) -> Loaded:
         """Bring back what `save` wrote, random state included."""
-        content, folder = self._content(step), self.checkpoints.path(step)
+        content, folder = self.saved(step), self.checkpoints.path(step)
         try:
             flat.load_named(flat.data, self.checkpoints.tensors(step, "weights"))
             optimizer.load(lambda stem: self.checkpoints.tensors(step, stem))
@@ -245,9 +266,6 @@ class RunFolder:
     def _check_is_folder(self) -> None:
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path}: is a file, output_dir must be a folder")
-
-    def _content(self, step: int) -> dict[str, Any]:
-        return self.checkpoints.state(step)
 
     def _manifest(self) -> Manifest:
         return Manifest(self.manifest, self.adapter)

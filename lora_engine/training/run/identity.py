@@ -8,12 +8,15 @@ import json
 import logging
 from collections.abc import Mapping
 from inspect import isfunction
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
+from torch import nn
 
+from lora_engine.data.template import Tokenizer
 from lora_engine.errors import UserError
+from lora_engine.models.attach.head import transformers_model
 from lora_engine.models.peft.routing import active_adapters
 from lora_engine.objectives.base import Objective, settings_of
 from lora_engine.objectives.sft import SFT
@@ -21,7 +24,7 @@ from lora_engine.training.run.fingerprint import json_sha256, tensors_sha256, to
 
 logger = logging.getLogger(__name__)
 
-Identity = dict[str, dict[str, Any]]
+Identity = dict[str, dict[str, object]]
 
 _HASH = "sha256:"  # begins values that are hashes; messages do not show these
 _SHOWN = 3
@@ -58,12 +61,12 @@ _NOT_COMPARED = frozenset(
 
 
 def run_identity(
-    model: Any,
-    tokenizer: Any,
-    settings: Mapping[str, Any],
+    model: nn.Module,
+    tokenizer: Tokenizer | None,
+    settings: Mapping[str, object],
     objective: Objective,
     data: Mapping[str, str | None],
-    origin: Mapping[str, Any] | None,
+    origin: Mapping[str, object] | None,
 ) -> Identity:
     """The identity of a run that trains `model`.
 
@@ -74,6 +77,7 @@ def run_identity(
     if origin is None or "weights" not in origin:
         frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
         origin = {**(origin or {}), "weights": _weights_sha256(model, frozen)}
+    config = transformers_model(model).config
     identity: Identity = {
         "settings": dict(settings),
         "objective": settings_of(objective),
@@ -81,10 +85,10 @@ def run_identity(
         "model": {
             "dtype": _dtypes(model),
             **origin,
-            "weights": _HASH + origin["weights"],
-            "_name": getattr(model.config, "_name_or_path", ""),
+            "weights": f"{_HASH}{origin['weights']}",
+            "_name": getattr(config, "_name_or_path", ""),
         },
-        "model's config": _compared(model.config.to_dict()),
+        "model's config": _compared(config.to_dict()),
         "tokenizer": {
             "vocabulary": _vocabulary(tokenizer),
             "chat template": _hashed(getattr(tokenizer, "chat_template", None)),
@@ -95,12 +99,14 @@ def run_identity(
     return cast(Identity, json.loads(text, parse_constant=str))
 
 
-def model_weights_sha256(model: Any) -> str:
+def model_weights_sha256(model: nn.Module) -> str:
     """The fingerprint of all of a model's weights, before adapters and training."""
     return _weights_sha256(model, {name for name, _ in model.named_parameters()})
 
 
-def check_identity(where: Any, saved: Mapping[str, Any], current: Identity) -> None:
+def check_identity(
+    where: object, saved: Mapping[str, Mapping[str, object]], current: Identity
+) -> None:
     """Raises UserError that names what differs if a checkpoint, at `where`, is of another run.
 
     A checkpoint that names no objective was made with SFT.
@@ -120,7 +126,7 @@ def check_identity(where: Any, saved: Mapping[str, Any], current: Identity) -> N
         )
 
 
-def tell_rounding(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def tell_rounding(before: Mapping[str, object], now: Mapping[str, object]) -> None:
     """Logs differences that change only how numbers are rounded."""
     changed = [
         f"{name}={before.get(name)}, now {name}={now[name]}"
@@ -131,7 +137,7 @@ def tell_rounding(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         logger.warning("the same run, but for rounding: made with %s", "; ".join(changed))
 
 
-def _changes(section: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def _changes(section: str, before: Mapping[str, object], now: Mapping[str, object]) -> list[str]:
     # Other versions of the libraries have more fields, or fewer.
     names = before.keys() & now.keys() if _is_library(section) else before.keys() | now.keys()
     place = "" if section == "settings" else f" ({section})"
@@ -155,12 +161,12 @@ def _is_library(section: str) -> bool:
     return section == "model's config" or section.startswith("adapter ")
 
 
-def _adapters(model: Any) -> Identity:
+def _adapters(model: nn.Module) -> Identity:
     configs = getattr(model, "peft_config", {})
     return {f"adapter {n}": _compared(configs[n].to_dict()) for n in active_adapters(model)}
 
 
-def _compared(config: Mapping[str, Any]) -> dict[str, Any]:
+def _compared(config: Mapping[str, object]) -> dict[str, object]:
     return {
         name: value
         for name, value in config.items()
@@ -168,7 +174,7 @@ def _compared(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _weights_sha256(model: Any, parameters: set[str]) -> str:
+def _weights_sha256(model: nn.Module, parameters: set[str]) -> str:
     """Of these parameters and of the buffers that belong to a model's files."""
     saved = model.state_dict().keys()
     buffers = [(name, b) for name, b in model.named_buffers() if name in saved]
@@ -180,26 +186,28 @@ def _weights_sha256(model: Any, parameters: set[str]) -> str:
     return tensors_sha256([*buffers, *chosen])
 
 
-def _vocabulary(tokenizer: Any) -> str | None:
-    return _HASH + tokenizer_sha256(tokenizer) if hasattr(tokenizer, "get_vocab") else None
+def _vocabulary(tokenizer: Tokenizer | None) -> str | None:
+    if tokenizer is None or not hasattr(tokenizer, "get_vocab"):
+        return None
+    return _HASH + tokenizer_sha256(tokenizer)
 
 
-def _dtypes(model: Any) -> str:
+def _dtypes(model: nn.Module) -> str:
     """The number formats of the floating-point parameters: "bfloat16, float32"."""
     dtypes = {str(p.dtype).removeprefix("torch.") for p in model.parameters()}
     return ", ".join(sorted(dtypes))
 
 
-def _hashed(value: Any) -> str | None:
+def _hashed(value: object) -> str | None:
     return None if value is None else _HASH + json_sha256(value)
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     text = str(value)
     return text if len(text) <= _LONGEST_VALUE else text[: _LONGEST_VALUE - 1] + "…"
 
 
-def _as_json(value: Any) -> Any:
+def _as_json(value: object) -> object:
     """What JSON does not know, such as PEFT's sets of names and the types of its adapters.
 
     Equal values of another process have an equal one: of an array all elements, not what is printed
