@@ -23,9 +23,9 @@ import torch
 
 from benchmarks.common import measure, output
 from benchmarks.train import train_workload
+from benchmarks.train.preference_step import figures_row
 from benchmarks.train.train_contenders import Result, Stopwatch, _step_recorder
 
-GIB = 2**30
 CONTENDERS = {
     "ours": "lora_engine's Trainer(online=…), a group's prompt computed once",
     "trl": "GRPOTrainer, everything in the dtype, no gradient checkpointing",
@@ -254,27 +254,13 @@ def render(raw: dict[str, Any], summary: dict[str, Any]) -> str:
                 *("contender", "tokens/s", "s/step", "CPU s/step", "peak GiB"),
                 *("ours is faster", "in CPU time", "ours' memory"),
             ],
-            [_row(name, figures) for name, figures in summary.items()],
+            [figures_row(name, figures) for name, figures in summary.items()],
         ),
     ]
     share = summary.get("ours", {}).get("writing_share")
     if share is not None:
         lines += ["", f"Of a step of ours {share:.0%} is writing; the rest is the update."]
     return "\n".join(lines)
-
-
-def _row(name: str, figures: dict[str, Any]) -> list[str]:
-    share = figures.get("ours_memory_share")
-    times = [figures.get(f"ours_{ratio}") for ratio in ("times_faster", "times_less_cpu")]
-    return [
-        name,
-        f"{figures['tokens_per_second']:.0f}",
-        f"{figures['seconds']:.2f}",
-        f"{figures['cpu_seconds']:.2f}",
-        f"{figures['peak_bytes'] / GIB:.2f}",
-        *("" if each is None else f"{each:.2f} times" for each in times),
-        "" if share is None else f"{share:.0%}",
-    ]
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -253,7 +253,7 @@ def render(raw: dict[str, Any], summary: dict[str, Any]) -> str:
                 *("contender", "tokens/s", "s/step", "CPU s/step", "peak GiB"),
                 *("ours is faster", "in CPU time", "ours' memory"),
             ],
-            [_row(name, figures) for name, figures in summary.items()],
+            [figures_row(name, figures) for name, figures in summary.items()],
         ),
         "",
         "Loss of each step, warm-up included:",
@@ -266,7 +266,8 @@ def render(raw: dict[str, Any], summary: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _row(name: str, figures: dict[str, Any]) -> list[str]:
+def figures_row(name: str, figures: dict[str, Any]) -> list[str]:
+    """A contender's row of the table."""
     share = figures.get("ours_memory_share")
     times = [figures.get(f"ours_{ratio}") for ratio in ("times_faster", "times_less_cpu")]
     return [
