@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from lora_engine.app.config import RunConfig
-from lora_engine.app.rewards import made_rewards
+from lora_engine.app.reward_model import made_rewards
 from lora_engine.data import TokenizedDataset
 from lora_engine.data.prompts import PromptDataset
 from lora_engine.evaluation.samples import Prompt, choose_prompts

@@ -1,48 +1,12 @@
-"""The `rewards` of a configuration: functions, and the folders of reward models."""
+"""The `rewards` of a configuration, checked: functions, and the folders of reward models."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
-from lora_engine.data.batch import collate
-from lora_engine.data.render import Example
 from lora_engine.errors import UserError
-from lora_engine.evaluation.batch_loss import target_scores
-from lora_engine.evaluation.modes import inference
 from lora_engine.files import user_path
-from lora_engine.models.attach.accelerate import accelerate
-from lora_engine.models.load.load import load_model
-from lora_engine.models.load.scalar import with_scalar_head
-from lora_engine.objectives.reward import Reward as RewardObjective
-from lora_engine.training.online.named import Named, rewards_of
-
-
-class RewardModel:
-    """A scalar head's value at the last token of a prompt and its completion.
-
-    model: a sequence classifier with one label, of the policy's vocabulary.
-    """
-
-    def __init__(self, model: nn.Module, tokens_per_batch: int = 4096) -> None:
-        self.model, self.tokens_per_batch = model, tokens_per_batch
-
-    def __call__(
-        self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]
-    ) -> list[float]:
-        device = next(self.model.parameters()).device
-        whole = [[*asked, *said] for asked, said in zip(prompt_ids, completion_ids, strict=True)]
-        values: list[float] = []
-        with inference(self.model):
-            for first, last in _spans([len(ids) for ids in whole], self.tokens_per_batch):
-                examples = [Example(ids, [False] * len(ids)) for ids in whole[first:last]]
-                batch = collate(examples).to(device)
-                scores = target_scores(self.model, batch, RewardObjective())
-                assert scores.values is not None, "it reads the values of examples"
-                values += scores.values.tolist()
-        return values
+from lora_engine.training.online.named import rewards_of
 
 
 def check_named(named: Sequence[Any]) -> None:
@@ -50,12 +14,7 @@ def check_named(named: Sequence[Any]) -> None:
     rewards_of([_stand_in(one) for one in named])
 
 
-def made_rewards(named: Sequence[Any], device: str | torch.device) -> list[Named]:
-    """The rewards that a configuration names, reward models loaded."""
-    return [_loaded(one, device) if _folder_of(one) is not None else one for one in named]
-
-
-def _folder_of(one: object) -> str | None:
+def folder_of(one: object) -> str | None:
     """The folder that a reward names; None for a function."""
     what = one.get("reward") if isinstance(one, Mapping) else one
     if not isinstance(what, str) or ":" in what:
@@ -65,50 +24,15 @@ def _folder_of(one: object) -> str | None:
 
 def _stand_in(one: object) -> Any:
     """For a reward model a function of its name and weight; another reward as it is."""
-    folder = _folder_of(one)
+    folder = folder_of(one)
     if folder is None:
         return one
     if not user_path(folder).is_dir():
         raise UserError(f"rewards: {folder}: no such folder; give that of a reward model")
     settings = dict(one) if isinstance(one, Mapping) else {}
     settings.pop("base", None)
-    return {"name": Path(folder).name, **settings, "reward": RewardModel.__call__}
+    return {"name": Path(folder).name, **settings, "reward": _of_a_model}
 
 
-def _loaded(one: Any, device: str | torch.device) -> Any:
-    """A reward model, in float32, whose adapter and head are those of a run of `reward`."""
-    import peft
-
-    from lora_engine.app.deploy import find_trained
-
-    settings = dict(one) if isinstance(one, Mapping) else {"reward": one}
-    folder = str(settings["reward"])
-    trained = find_trained(folder, settings.pop("base", None))
-    if not trained.adapters:
-        raise UserError(
-            f"rewards: {folder} is a whole model; give the run of a reward model, whose head is "
-            "in its adapter's folder"
-        )
-    (read, *more) = trained.read([])
-    adapter = read[0].folder
-    if more or read[0].settings.get("task_type") != "SEQ_CLS":
-        raise UserError(
-            f"rewards: {folder} is not the adapter of a reward model; train one with objective: "
-            "reward"
-        )
-    model, _ = load_model(trained.base, dtype="float32", device=device)
-    model = peft.PeftModel.from_pretrained(with_scalar_head(model), adapter)
-    model.eval().requires_grad_(False)
-    accelerate(model)
-    return {"name": Path(folder).name, **settings, "reward": RewardModel(model)}
-
-
-def _spans(lengths: Sequence[int], most: int) -> list[tuple[int, int]]:
-    """Runs of sequences of at most `most` tokens together, or of one that has more."""
-    spans, first, taken = [], 0, 0
-    for place, length in enumerate(lengths):
-        if place > first and taken + length > most:
-            spans.append((first, place))
-            first, taken = place, 0
-        taken += length
-    return [*spans, (first, len(lengths))]
+def _of_a_model(prompt_ids: object, completion_ids: object) -> None:
+    """What stands for a reward model that is not loaded yet."""

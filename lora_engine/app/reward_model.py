@@ -1,0 +1,89 @@
+"""Reward models: the run of `objective: reward` as a judge of completions."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_engine.app.rewards import folder_of
+from lora_engine.data.batch import collate
+from lora_engine.data.render import Example
+from lora_engine.errors import UserError
+from lora_engine.evaluation.batch_loss import target_scores
+from lora_engine.evaluation.modes import inference
+from lora_engine.models.attach.accelerate import accelerate
+from lora_engine.models.load.load import load_model
+from lora_engine.models.load.scalar import with_scalar_head
+from lora_engine.objectives.reward import Reward as RewardObjective
+from lora_engine.training.online.named import Named
+
+
+class RewardModel:
+    """A scalar head's value at the last token of a prompt and its completion.
+
+    model: a sequence classifier with one label, of the policy's vocabulary.
+    """
+
+    def __init__(self, model: nn.Module, tokens_per_batch: int = 4096) -> None:
+        self.model, self.tokens_per_batch = model, tokens_per_batch
+
+    def __call__(
+        self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]
+    ) -> list[float]:
+        device = next(self.model.parameters()).device
+        whole = [[*asked, *said] for asked, said in zip(prompt_ids, completion_ids, strict=True)]
+        values: list[float] = []
+        with inference(self.model):
+            for first, last in _spans([len(ids) for ids in whole], self.tokens_per_batch):
+                examples = [Example(ids, [False] * len(ids)) for ids in whole[first:last]]
+                batch = collate(examples).to(device)
+                scores = target_scores(self.model, batch, RewardObjective())
+                assert scores.values is not None, "it reads the values of examples"
+                values += scores.values.tolist()
+        return values
+
+
+def made_rewards(named: Sequence[Any], device: str | torch.device) -> list[Named]:
+    """The rewards that a configuration names, reward models loaded."""
+    return [_loaded(one, device) if folder_of(one) is not None else one for one in named]
+
+
+def _loaded(one: Any, device: str | torch.device) -> Any:
+    """A reward model, in float32, whose adapter and head are those of a run of `reward`."""
+    import peft
+
+    from lora_engine.app.deploy import find_trained
+
+    settings = dict(one) if isinstance(one, Mapping) else {"reward": one}
+    folder = str(settings["reward"])
+    trained = find_trained(folder, settings.pop("base", None))
+    if not trained.adapters:
+        raise UserError(
+            f"rewards: {folder} is a whole model; give the run of a reward model, whose head is "
+            "in its adapter's folder"
+        )
+    (read, *more) = trained.read([])
+    adapter = read[0].folder
+    if more or read[0].settings.get("task_type") != "SEQ_CLS":
+        raise UserError(
+            f"rewards: {folder} is not the adapter of a reward model; train one with objective: "
+            "reward"
+        )
+    model, _ = load_model(trained.base, dtype="float32", device=device)
+    model = peft.PeftModel.from_pretrained(with_scalar_head(model), adapter)
+    model.eval().requires_grad_(False)
+    accelerate(model)
+    return {"name": Path(folder).name, **settings, "reward": RewardModel(model)}
+
+
+def _spans(lengths: Sequence[int], most: int) -> list[tuple[int, int]]:
+    """Runs of sequences of at most `most` tokens together, or of one that has more."""
+    spans, first, taken = [], 0, 0
+    for place, length in enumerate(lengths):
+        if place > first and taken + length > most:
+            spans.append((first, place))
+            first, taken = place, 0
+        taken += length
+    return [*spans, (first, len(lengths))]
