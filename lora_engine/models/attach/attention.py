@@ -8,7 +8,7 @@ rotation.
 
 from collections.abc import Callable
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_engine import ops
 from lora_engine.errors import UserError
@@ -47,9 +47,7 @@ class _ProjectedAttention(ReplacedForward):
     @property
     def window(self) -> int:
         """How many tokens a token sees, itself included; 0: all before it."""
-        # Qwen sets the layer's window on the layer; Mistral reads it from the config.
-        holder = self.module if hasattr(self.module, "sliding_window") else self.module.config
-        return getattr(holder, "sliding_window", None) or 0
+        return window_of(self.module)
 
     def _by_heads(
         self,
@@ -238,6 +236,14 @@ class RotatedAttention(_ProjectedAttention):
             past_key_values,
             **others,
         )
+
+
+def window_of(attention: nn.Module) -> int:
+    """How many tokens a token of an attention layer sees, itself included; 0: all before it."""
+    # Qwen sets the layer's window on the layer; Mistral reads it from the config.
+    on_layer = hasattr(attention, "sliding_window")
+    holder = attention if on_layer else getattr(attention, "config", None)
+    return getattr(holder, "sliding_window", None) or 0
 
 
 def _rotate(

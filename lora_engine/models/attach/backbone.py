@@ -1,14 +1,19 @@
 """The forward of a model's layers on padded batches: rows of padding are not computed."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from lora_engine.models.attach.attention import AttentionForward
-from lora_engine.models.attach.attention_function import computes_padding, weights_if_asked
+from lora_engine.models.attach.attention import AttentionForward, window_of
+from lora_engine.models.attach.attention_function import (
+    computes_padding,
+    weights_if_asked,
+    whole_masks,
+)
 from lora_engine.models.attach.capture import is_idle
 from lora_engine.models.attach.forwards import ReplacedForward, own_forward, uncompiled
 from lora_engine.models.attach.masks import has_holes
@@ -41,6 +46,7 @@ class BackboneForward(ReplacedForward):
     ) -> None:
         self.backbone, self.router, self.own_attention = backbone, router, own_attention
         self.original: Callable[..., BackboneOutput] = backbone.forward
+        self.windows = frozenset(_windows(backbone))
 
     @uncompiled
     def __call__(
@@ -58,7 +64,10 @@ class BackboneForward(ReplacedForward):
                 output_rows if padded is None else padded.place.index_select(0, output_rows)
             )
         if padded is None:
-            with weights_if_asked(self.backbone.config, self.own_attention, kwargs):
+            with (
+                weights_if_asked(self.backbone.config, self.own_attention, kwargs),
+                nullcontext() if self._has_its_windows() else whole_masks(self._own_masks()),
+            ):
                 return self.original(*args, **kwargs)
         output = self.original(**kwargs | padded.packed)
         if output_rows is None:
@@ -76,6 +85,7 @@ class BackboneForward(ReplacedForward):
             and mask.dim() == 2
             and not _more_than_tokens(kwargs)
             and not computes_padding()
+            and self._has_its_windows()
             and not (getattr(config, "use_cache", False) if use_cache is None else use_cache)
             and not (config.output_hidden_states or config.output_attentions)
             and getattr(config, "return_dict", True)
@@ -88,6 +98,16 @@ class BackboneForward(ReplacedForward):
                 _is_watched(part) for part in self.backbone.modules() if part is not self.backbone
             )
         )
+
+    def _has_its_windows(self) -> bool:
+        """Whether each layer's window is that of its mask, which goes by the layer's place.
+
+        Somebody may have taken layers out, or put them in another order.
+        """
+        return self.own_attention is None or self.windows.issuperset(_windows(self.backbone))
+
+    def _own_masks(self) -> str:
+        return "eager" if self.own_attention == "eager" else "sdpa"
 
     def _serves(self, layer: nn.Module) -> bool:
         attention = attention_of(layer)
@@ -118,6 +138,15 @@ def attention_of(layer: nn.Module) -> nn.Module:
     """A decoder layer's attention; the layer where it has none, as some layers of hybrids."""
     attention: nn.Module | None = getattr(layer, "self_attn", None)
     return layer if attention is None else attention
+
+
+def _windows(backbone: Backbone) -> Iterator[tuple[object, ...]]:
+    """Of each layer: the kind of its mask, the window that masks have, and its own."""
+    config = backbone.config
+    kinds = getattr(config, "layer_types", None) or ()
+    of_masks = getattr(config, "sliding_window", None)
+    for i, layer in enumerate(backbone.layers):
+        yield kinds[i] if i < len(kinds) else None, of_masks, window_of(attention_of(layer))
 
 
 def takes_read_rows(backbone: nn.Module) -> bool:

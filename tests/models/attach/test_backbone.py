@@ -1,5 +1,6 @@
 """Padded batches: the same results for every row of a token, and padding not computed."""
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -187,3 +188,39 @@ def test_a_hybrid_s_layers_without_attention_keep_batches_padded() -> None:
     given = {"attention_mask": mask, "use_cache": False}
     assert model(ids, **given).logits.isfinite().all()
     assert not can_share_prefixes(model)
+
+
+def with_windows(family: str) -> Any:
+    """The first layer sees six tokens, the second all, and their masks go by their places."""
+    torch.manual_seed(0)
+    kinds = ["sliding_attention", "full_attention"]
+    given = {**SMALL, "sliding_window": 6, "layer_types": kinds}
+    if family == "gemma3":
+        config = transformers.Gemma3TextConfig(**given, head_dim=8)
+        return transformers.Gemma3ForCausalLM(config)
+    return transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**given, use_sliding_window=True))
+
+
+@pytest.mark.parametrize("family", ["gemma3", "qwen2"])
+@pytest.mark.parametrize("change", ["swapped", "one twice", "without the first", "wider"])
+def test_layers_in_other_places_have_the_masks_of_these_places(change: str, family: str) -> None:
+    plain = with_lora(with_windows(family))
+    ours = copy.deepcopy(plain)
+    lora_engine.accelerate(ours)
+    ids = torch.arange(3, 43).view(2, 20)
+    mask = torch.ones_like(ids)
+    mask[1, -5:] = 0
+    answers = []
+    for model in (plain, ours):
+        backbone = model.get_base_model().model
+        first, second = backbone.layers
+        layers = {"swapped": [second, first], "one twice": [first] * 2}
+        layers["without the first"] = [second]
+        backbone.layers = torch.nn.ModuleList(layers.get(change, [first, second]))
+        backbone.config.num_hidden_layers = len(backbone.layers)
+        backbone.config.sliding_window = 9 if change == "wider" else 6
+        for given in ({}, {"attention_mask": mask}):
+            logits = model.train()(ids, use_cache=False, **given).logits
+            answers.append(logits[mask.bool()] if given else logits)
+    for theirs, actual in zip(answers[:2], answers[2:], strict=True):
+        assert torch.allclose(actual, theirs, atol=1e-5)
