@@ -36,6 +36,7 @@ def _rms_norm_fwd_kernel(
     HEADS: tl.constexpr,
     ALIGN: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
+    HAS_H: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -51,6 +52,7 @@ def _rms_norm_fwd_kernel(
         y_ptr += head
     if HAS_RESIDUAL:
         residual_ptr += tl.multiple_of(offs_m * stride_residual, ALIGN)[:, None]
+    if HAS_H:
         h_ptr += (offs_m * N)[:, None]
 
     offs_n = tl.arange(0, BLOCK_N)
@@ -61,6 +63,7 @@ def _rms_norm_fwd_kernel(
         h = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
         if HAS_RESIDUAL:
             h += tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        if HAS_H:
             rounded = h.to(h_ptr.dtype.element_ty)
             tl.store(h_ptr + offs, rounded, mask=mask)
             h = rounded.to(tl.float32)
@@ -182,12 +185,12 @@ def rms_norm_fwd(
     residual: Tensor | None,  # [rows, cols]
     weight: Tensor,  # [cols]
     y: Tensor,  # as x
-    h: Tensor | None,  # [rows, cols], contiguous; given with residual
+    h: Tensor | None,  # [rows, cols], contiguous; given with residual; else a copy
     rstd: Tensor,  # [rows] float32
     eps: float,
     offset: float,
 ) -> None:
-    """Writes y and rstd, and h = x + residual where there is one. Launch size: bytes of a row."""
+    """Writes y and rstd, and h = x + residual, if given. Launch size: bytes of a row."""
     rows = rstd.numel()
     if not x.numel():
         return
@@ -207,6 +210,7 @@ def rms_norm_fwd(
         offset,
         HEADS=x.shape[1] if x.dim() == 3 else 1,
         HAS_RESIDUAL=residual is not None,
+        HAS_H=h is not None,
         **config,
     )
 

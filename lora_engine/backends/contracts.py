@@ -27,12 +27,12 @@ class RmsNorm(Protocol):
         residual: Tensor | None,  # [rows, cols]
         weight: Tensor,  # [cols]
         y: Tensor,  # as x
-        h: Tensor | None,  # [rows, cols], contiguous; given with residual
+        h: Tensor | None,  # [rows, cols], contiguous; given with residual; else a copy
         rstd: Tensor,  # [rows] float32
         eps: float,
         offset: float,
     ) -> None:
-        """Writes y and rstd, and h = x + residual if there is a residual."""
+        """Writes y and rstd, and h = x + residual, if given."""
 
     def rms_norm_bwd(
         self,

@@ -269,6 +269,23 @@ def test_errors_name_the_shapes() -> None:
         ops.rms_norm(x.half(), torch.ones(3).half(), EPS, impl="cpu")
 
 
+@pytest.mark.parametrize("cols", [8, 63, 40_000])
+def test_x_is_copied_to_h_without_a_residual(
+    backend: Backend, dtype: torch.dtype, poisoned: None, cols: int
+) -> None:
+    torch.manual_seed(0)
+    kernels = launchers.rms_norm(backend.impl)
+    x = backend.put(torch.randn(5, cols + 3).to(dtype))[0][:, :cols]
+    (weight,) = backend.put(torch.randn(cols).to(dtype))
+    accumulate = torch.float64 if dtype == torch.float64 else torch.float32
+    rstd = torch.empty(5, dtype=accumulate, device=backend.device)
+    y, alone, h = (torch.empty(5, cols, dtype=dtype, device=backend.device) for _ in range(3))
+    kernels.rms_norm_fwd(x, None, weight, alone, None, rstd, EPS, 0.0)
+    kernels.rms_norm_fwd(x, None, weight, y, h, rstd, EPS, 0.0)
+    assert torch.equal(h, x)
+    assert torch.equal(y, alone)
+
+
 @pytest.mark.parametrize("heads,cols", [(3, 8), (2, 63)])
 def test_heads_side_by_side_are_rows(
     backend: Backend, dtype: torch.dtype, poisoned: None, heads: int, cols: int

@@ -25,12 +25,15 @@ def rms_norm_fwd(
     residual: Tensor | None,  # [rows, cols]
     weight: Tensor,  # [cols]
     y: Tensor,  # as x
-    h: Tensor | None,  # [rows, cols], contiguous; given with residual
+    h: Tensor | None,  # [rows, cols], contiguous; given with residual; else a copy
     rstd: Tensor,  # [rows] float32
     eps: float,
     offset: float,
 ) -> None:
-    """Writes y and rstd, and h = x + residual if there is a residual."""
+    """Writes y and rstd, and h = x + residual, if given."""
+    if h is not None and residual is None:
+        h.copy_(x)
+        h = None
     kernels().rms_norm_fwd(
         dtype_code(x.dtype),
         RmsNormArgs(

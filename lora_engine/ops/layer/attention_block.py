@@ -201,7 +201,7 @@ class _AttentionBlock(torch.autograd.Function):
     ) -> Tensor:
         rows = as_rows(x)
         inner, outer = call.inner.group, call.outer.group
-        xs, rstd = call.normed(rows)
+        xs, rstd, copy = call.normed(rows)
         s = torch.empty(rows.shape[0], inner.padded_rank, dtype=x.dtype, device=x.device)
         qkv, unscaled = call.inner.forward(xs, copy=s)
         q, k, v = qkv.split_with_sizes(inner.out_features, dim=1)
@@ -226,7 +226,7 @@ class _AttentionBlock(torch.autograd.Function):
             window=call.window,
             parents=call.parents,
         )
-        y, outer_unscaled = call.outer.forward(os, residual=rows)
+        y, outer_unscaled = call.outer.forward(os, residual=rows, residual_copy=copy)
         ctx.kept = _Kept(call, x.shape)
         saved = _Saved(
             x=rows,

@@ -126,19 +126,26 @@ class Call:
         """What norms tensors like x."""
         return launchers.rms_norm(self.implementation("rms_norm", x))
 
-    def normed(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """norm(x) with padding columns for S behind it, and 1 / rms."""
+    def normed(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """norm(x) with padding columns for S behind it, 1 / rms, and a copy of x.
+
+        The outer product adds itself to the copy; None where it does not. The norm has x in
+        registers: PyTorch's product would copy it once more.
+        """
         rows, cols = x.shape
+        copy = None
+        if self.outer.adds_to(rows):
+            copy = empty_rows(rows, cols, dtype=x.dtype, device=x.device)
         width = cols + self.inner.group.padded_rank
         buffer = empty_rows(rows, width, dtype=x.dtype, device=x.device)
         rstd = torch.empty(rows, dtype=accumulate_dtype(x.dtype), device=x.device)
-        self._norm_into(buffer[:, :cols], x, rstd)
-        return buffer, rstd
+        self._norm_into(buffer[:, :cols], x, rstd, copy)
+        return buffer, rstd, copy
 
-    def _norm_into(self, y: Tensor, x: Tensor, rstd: Tensor) -> None:
+    def _norm_into(self, y: Tensor, x: Tensor, rstd: Tensor, copy: Tensor | None = None) -> None:
         norm = self.norm
         self.norm_kernels(x).rms_norm_fwd(
-            x, None, norm.weight, y, None, rstd, norm.eps, norm.offset
+            x, None, norm.weight, y, copy, rstd, norm.eps, norm.offset
         )
 
     def inner_gradients(

@@ -130,7 +130,7 @@ class _MlpBlock(torch.autograd.Function):
     ) -> Tensor:
         rows = as_rows(x)
         inner, outer = call.inner.group, call.outer.group
-        xs, rstd = call.normed(rows)
+        xs, rstd, copy = call.normed(rows)
         s = torch.empty(rows.shape[0], inner.padded_rank, dtype=x.dtype, device=x.device)
         gate_up, unscaled = call.inner.forward(xs, copy=s)
         gate, up = gate_up.split_with_sizes(inner.out_features, dim=1)
@@ -139,7 +139,7 @@ class _MlpBlock(torch.autograd.Function):
         outer_s = torch.empty(rows.shape[0], outer.padded_rank, dtype=x.dtype, device=x.device)
         h, s_behind = hs.split_with_sizes((width, outer.padded_rank), dim=1)
         activate(call, gate, up, h, s_behind, outer_s, call.activation)
-        y, outer_unscaled = call.outer.forward_with(h, s_behind, rows, hs)
+        y, outer_unscaled = call.outer.forward_with(h, s_behind, rows, hs, copy)
         ctx.kept = _Kept(call, x.shape)
         saved = _Saved(
             x=rows,

@@ -57,14 +57,16 @@ class LoraProduct:
         xs: Tensor,  # [M, K + R]
         residual: Tensor | None = None,  # [M, N]
         copy: Tensor | None = None,  # [M, R]
+        residual_copy: Tensor | None = None,  # [M, N]
     ) -> tuple[Tensor, Tensor | None]:
         """Y [M, N] with biases and `residual` added, and with DoRA also Y before its scale.
 
-        X stands in the front columns of `xs`; S is written behind it, and to `copy`.
+        X stands in the front columns of `xs`; S is written behind it, and to `copy`. What is given
+        as `residual_copy`, where the product `adds_to` one, becomes Y.
         """
         x, s = xs.split_with_sizes((self.group.in_features, self.group.padded_rank), dim=1)
         self.fill_s(x, s, copy)
-        return self.forward_with(x, s, residual, xs)
+        return self.forward_with(x, s, residual, xs, residual_copy)
 
     def forward_apart(
         self,
@@ -100,9 +102,12 @@ class LoraProduct:
         s: Tensor,  # [M, R]
         residual: Tensor | None = None,  # [M, N]
         joined: Tensor | None = None,  # [M, K + R]
+        residual_copy: Tensor | None = None,  # [M, N]
     ) -> tuple[Tensor, Tensor | None]:
         """`forward` with S that is made; `joined` is x and s as one, if they are."""
         bias, dora = self.filling.bias, self.filling.dora
+        if residual_copy is not None:
+            return self._products(x, s, joined, None, residual_copy), None
         if dora is None:
             first, second = (residual, None) if bias is None else (bias, residual)
             y = self._products(x, s, joined, first)
@@ -114,19 +119,36 @@ class LoraProduct:
                 y += addend
         return y, unscaled
 
+    def adds_to(self, rows: int) -> bool:
+        """Whether Y of so many rows can be added to a copy of the residual, rounded once."""
+        plain = self.filling.bias is None and self.filling.dora is None
+        return plain and self.group.forward_strategy(rows) != "two_segment"
+
     def _products(
-        self, x: Tensor, s: Tensor, joined: Tensor | None, addend: Tensor | None
+        self,
+        x: Tensor,
+        s: Tensor,
+        joined: Tensor | None,
+        addend: Tensor | None,
+        total: Tensor | None = None,
     ) -> Tensor:
-        """X Wᵀ + S (sB)ᵀ + addend, for S that is made; addend is [N] or [M, N]."""
+        """X Wᵀ + S (sB)ᵀ + addend, for S that is made; addend is [N] or [M, N].
+
+        Or that added to `total` [M, N], without addend.
+        """
         base, placed = self.group.base, self.group.placed
         strategy = self.group.forward_strategy(x.shape[0])
         if strategy == "augmented":
             if joined is None:
                 joined = torch.cat((x, s), dim=1)
             with base.forward_operand(placed.lora_b) as operand:
+                if total is not None:
+                    return total.addmm_(joined, operand.t())
                 return _matmul(joined, operand.t(), addend)
         n = placed.lora_b.shape[0]
-        y = empty_rows(x.shape[0], n, dtype=x.dtype, device=x.device)
+        y = total
+        if y is None:
+            y = empty_rows(x.shape[0], n, dtype=x.dtype, device=x.device)
         if strategy == "two_segment":
             vector = addend if addend is not None and addend.dim() == 1 else None
             for rows, weight in base.blocks():
@@ -134,7 +156,9 @@ class LoraProduct:
                 self.kernels.lora_linear_fwd(x, weight, s, placed.lora_b[rows], y[:, rows], bias)
             return y if addend is None or vector is not None else y.add_(addend)
         for rows, weight in base.blocks():
-            if addend is None:
+            if total is not None:
+                y[:, rows].addmm_(x, weight.t())
+            elif addend is None:
                 torch.mm(x, weight.t(), out=y[:, rows])
             else:
                 torch.addmm(addend[..., rows], x, weight.t(), out=y[:, rows])

@@ -136,7 +136,7 @@ def test_launches_of_a_layer(monkeypatch: pytest.MonkeyPatch, kind: str) -> None
         "rms_norm_fwd": 2 + head_norms,
         "lora_a_fwd": 4,
         "mm.out": 2,  # q, k, v; gate, up
-        "addmm.out": 2,  # output and down projections, with the residual
+        "addmm_.default": 2,  # output and down projections, to a copy of the residual by the norm
         "attention_fwd": 1,
         "glu_fwd": 1,
         "place_factors": 4,  # A and B, scaled, of seven linears into their groups' buffers
