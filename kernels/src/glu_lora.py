@@ -70,7 +70,7 @@ def _glu_lora_fwd_kernel(
         mask = mask_m & (offs_n < end)
         gate = tl.load(gate_ptr + offs_m * stride_gate + offs_n, mask=mask, other=0.0)
         up = tl.load(up_ptr + offs_m * stride_up + offs_n, mask=mask, other=0.0)
-        value, _ = activated(gate.to(tl.float32), ACTIVATION)
+        value, _ = activated(gate.to(tl.float32), ACTIVATION, gate.dtype)
         h = (value * up.to(tl.float32)).to(h_ptr.dtype.element_ty)
         tl.store(h_ptr + offs_m * stride_h + offs_n, h, mask=mask)
     offs_m += tl.program_id(0).to(tl.int64) * M
@@ -192,7 +192,7 @@ def _glu_lora_bwd_kernel(
         gate = tl.load(gate_ptr + offs_m * stride_gate + offs_n[None, :], mask=mask, other=0.0)
         up = tl.load(up_ptr + offs_m * stride_up + offs_n[None, :], mask=mask, other=0.0)
         dh, gate, up = dh.to(tl.float32), gate.to(tl.float32), up.to(tl.float32)
-        value, slope = activated(gate, ACTIVATION)
+        value, slope = activated(gate, ACTIVATION, element)
         h = (value * up).to(element)
         dup = (dh * value).to(element)
         dgate = (dh * up * slope).to(element)
