@@ -161,7 +161,7 @@ def attention_bwd(
         **config,
     )
     if cos is not None and sin is not None:
-        heads_q, heads_k = (x.unflatten(1, (-1, head_dim)) for x in (dq, dk))
+        heads_q, heads_k = (_heads(x, head_dim) for x in (dq, dk))
         rope(
             heads_q,
             heads_k,
@@ -186,9 +186,14 @@ def _rotated(
     if cos is None or sin is None:
         return q, k
     results = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k)]
-    heads_q, heads_k, q_out, k_out = (x.unflatten(1, (-1, head_dim)) for x in (q, k, *results))
+    heads_q, heads_k, q_out, k_out = (_heads(x, head_dim) for x in (q, k, *results))
     rope(heads_q, heads_k, q_out, k_out, cos, sin, None, interleaved=False, inverse=False)
     return results[0], results[1]
+
+
+def _heads(x: Tensor, head_dim: int) -> Tensor:
+    """x [tokens, heads head_dim] as [tokens, heads, head_dim]."""
+    return x.view(x.shape[0], -1, head_dim)
 
 
 def _window(window: int, x: Tensor) -> int:

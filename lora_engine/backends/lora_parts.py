@@ -26,8 +26,9 @@ class Placing(NamedTuple):
 
     def by_torch(self) -> None:
         """Writes A and scaling * B there, whatever kind of tensors they are."""
-        self.lora_a.copy_(self.factors.lora_a)
-        torch.mul(self.factors.lora_b, self.factors.scaling, out=self.lora_b)
+        with torch.no_grad():
+            self.lora_a.copy_(self.factors.lora_a)
+            torch.mul(self.factors.lora_b, self.factors.scaling, out=self.lora_b)
 
 
 class ScaledRows(NamedTuple):

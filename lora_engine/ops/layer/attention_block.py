@@ -56,8 +56,10 @@ def attention_block(
     widths, width = branch.inner.out_features, branch.outer.in_features
     check(
         len(widths) == 3 and widths[0] == width and all(width % head_dim == 0 for width in widths),
-        f"attention_block: q, k, v {widths} do not fit heads of {head_dim} and the output "
-        f"projection's {width} inputs",
+        lambda: (
+            f"attention_block: q, k, v {widths} do not fit heads of {head_dim} and the output "
+            f"projection's {width} inputs"
+        ),
     )
     if parents is not None:
         check_parents(parents, cu_seqlens.numel() - 1, causal=True)

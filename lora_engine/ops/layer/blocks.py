@@ -23,7 +23,7 @@ from lora_engine.backends.choice import Heads
 from lora_engine.backends.lora_parts import ScaledColumns, ScaledRows
 from lora_engine.ops import augmented
 from lora_engine.ops.lora.group import LoraGroup
-from lora_engine.ops.lora.linear import make_product
+from lora_engine.ops.lora.linear import checked_product, make_product
 from lora_engine.ops.lora.product import LoraProduct
 from lora_engine.ops.tensors import accumulate_dtype, check, empty_rows, shape_of
 from lora_engine.values import Dropout, PreNorm
@@ -93,10 +93,11 @@ def check_branch(x: Tensor, norm: PreNorm, branch: Branch) -> None:
 
 def products(x: Tensor, branch: Branch, impl: str | None) -> tuple[LoraProduct, LoraProduct]:
     """The branch's inner and outer product for rows x [..., H]."""
-    between = x[..., :1].expand(*x.shape[:-1], branch.outer.in_features)
     inner = make_product(x, branch.inner, branch.dropouts[0], branch.routes, impl)
-    outer = make_product(between, branch.outer, branch.dropouts[1], branch.routes, impl)
-    return inner, outer
+    base = branch.outer.base
+    check(base.dtype == x.dtype, lambda: f"the block's output does not fit {shape_of(x)}")
+    impl = backends.select("lora_linear", x.device, x.dtype, impl, base.format)
+    return inner, checked_product(branch.outer, branch.dropouts[1], branch.routes, impl)
 
 
 @dataclass(frozen=True)
@@ -111,11 +112,11 @@ class Call:
 
     def tensors(self) -> list[Tensor | None]:
         """The function's last inputs: what the products' adapters are made of."""
-        return [*self.inner.filling.tensors(), *self.outer.filling.tensors()]
+        return [*self.inner.filling.tensors, *self.outer.filling.tensors]
 
     def split(self, needs: Sequence[bool]) -> tuple[Sequence[bool], Sequence[bool]]:
         """`needs` of the factors, of the inner group and of the outer."""
-        count = len(self.inner.filling.tensors())
+        count = len(self.inner.filling.tensors)
         return needs[:count], needs[count:]
 
     def implementation(self, operation: str, x: Tensor) -> str:

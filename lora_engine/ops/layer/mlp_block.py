@@ -45,8 +45,10 @@ def mlp_block(
     check(
         len(inner_group.out_features) == 2
         and set(inner_group.out_features) == {outer_group.in_features},
-        f"mlp_block: gate and up {inner_group.out_features} do not fit down's "
-        f"{outer_group.in_features} inputs",
+        lambda: (
+            f"mlp_block: gate and up {inner_group.out_features} do not fit down's "
+            f"{outer_group.in_features} inputs"
+        ),
     )
     check_branch(x, norm, branch)
     if branch.is_plain and few_rows.suits(x, inner_group, outer_group, impl=impl):

@@ -88,6 +88,11 @@ class AdapterSet:
         return sum(block.factors.lora_b.numel() for block in self.blocks)
 
     @cached_property
+    def has_bias(self) -> bool:
+        """Whether any adapter has a bias."""
+        return any(block.factors.bias is not None for block in self.blocks)
+
+    @cached_property
     def has_magnitude(self) -> bool:
         """Whether any adapter is DoRA."""
         return any(block.factors.magnitude is not None for block in self.blocks)

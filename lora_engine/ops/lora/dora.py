@@ -23,6 +23,7 @@ class MagnitudeScale(NamedTuple):
     norm: Tensor  # [N]
 
 
+@torch.no_grad()
 def magnitude_scale(base: BaseWeight, adapters: AdapterSet) -> MagnitudeScale | None:
     """The scale by the factors' and magnitudes' present values; None: no adapter is DoRA."""
     if not adapters.has_magnitude:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -29,9 +30,10 @@ class Filling:
     bias: Tensor | None  # [N] in the base's dtype: of the linears and adapters
     dora: MagnitudeScale | None
 
-    def tensors(self) -> list[Tensor | None]:
+    @cached_property
+    def tensors(self) -> tuple[Tensor | None, ...]:
         """What gradients go to, in a row: see `OfGroup`."""
-        return self.adapters.tensors(self.biases).row()
+        return tuple(self.adapters.tensors(self.biases).row())
 
 
 class LoraGroup:
@@ -110,32 +112,33 @@ class LoraGroup:
         """What gradients of the next product go to, in a row: see `OfGroup`."""
         return self.adapters.tensors(self.biases).row()
 
-    @torch.no_grad()
     def fill(self, kernels: contracts.LoraLinear) -> Filling:
         """Places the adapters' factors as they are now."""
         adapters = self.adapters
         self.placed.write(adapters, kernels)
-        dora = magnitude_scale(self.base, adapters)
-        return Filling(self.placed.writes, adapters, self.biases, self._bias(adapters), dora)
+        dora = bias = None
+        if adapters.has_magnitude:
+            dora = magnitude_scale(self.base, adapters)
+        if adapters.has_bias or any(bias is not None for bias in self.biases):
+            bias = self._bias(adapters)
+        return Filling(self.placed.writes, adapters, self.biases, bias, dora)
 
     def fill_again(self, filling: Filling, kernels: contracts.LoraLinear) -> None:
         """Places the factors of `filling` again, if others were placed since."""
         if filling.write != self.placed.writes:
             self.placed.write(filling.adapters, kernels)
 
-    def _bias(self, adapters: AdapterSet) -> Tensor | None:
-        """[N]: the linears' biases plus the adapters' times their scaling; None without any."""
-        of_blocks = [block for block in adapters.blocks if block.factors.bias is not None]
-        if not of_blocks and all(bias is None for bias in self.biases):
-            return None
+    @torch.no_grad()
+    def _bias(self, adapters: AdapterSet) -> Tensor:
+        """[N]: the linears' biases plus the adapters' times their scaling."""
         dtype = accumulate_dtype(self.base.dtype)
         total = torch.zeros(sum(self.out_features), dtype=dtype, device=self.base.device)
         for rows, bias in zip(self.rows, self.biases, strict=True):
             if bias is not None:
                 total[rows] = bias.to(dtype)
-        for block in of_blocks:
-            assert block.factors.bias is not None
-            total[block.rows] += block.factors.bias.to(dtype) * block.factors.scaling
+        for block in adapters.blocks:
+            if block.factors.bias is not None:
+                total[block.rows] += block.factors.bias.to(dtype) * block.factors.scaling
         return total.to(self.base.dtype)
 
 

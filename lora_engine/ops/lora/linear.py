@@ -51,7 +51,7 @@ def lora_linear(
     product = make_product(x, group, dropout, routes, impl)
     if not is_observed():
         return _forward(x, product)[0]
-    outputs: tuple[Tensor, ...] = _LoraLinear.apply(x, product, *product.filling.tensors())
+    outputs: tuple[Tensor, ...] = _LoraLinear.apply(x, product, *product.filling.tensors)
     return outputs
 
 
@@ -68,6 +68,14 @@ def make_product(
     """
     _check(x, group, routes)
     impl = backends.select("lora_linear", x.device, x.dtype, impl, group.base.format)
+    return checked_product(group, dropout, routes, impl)
+
+
+def checked_product(
+    group: LoraGroup, dropout: Dropout | None, routes: Tensor | None, impl: str
+) -> LoraProduct:
+    """`make_product` for rows and routes of the right shape, by kernels that are chosen."""
+    _check_routed(group, routes)
     columns = None
     if routes is not None and group.padded_rank:
         columns = group.adapters.route(routes.reshape(-1), group.padded_rank)
@@ -82,9 +90,11 @@ def _check(x: Tensor, group: LoraGroup, routes: Tensor | None) -> None:
         raise ValueError(f"lora_linear: x {shape_of(x)} does not fit weight {weight}")
     if routes is not None and routes.shape != x.shape[:-1]:
         raise ValueError(f"lora_linear: routes {shape_of(routes)} do not fit x {shape_of(x)}")
-    if routes is not None and any(
-        block.factors.bias is not None for block in group.adapters.blocks
-    ):
+    _check_routed(group, routes)
+
+
+def _check_routed(group: LoraGroup, routes: Tensor | None) -> None:
+    if routes is not None and group.adapters.has_bias:
         raise ValueError("lora_linear: rows cannot be routed to adapters that have a bias")
 
 

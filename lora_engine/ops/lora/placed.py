@@ -1,7 +1,5 @@
 """The adapters' factors as products read them: cast, scaled, and side by side."""
 
-import torch
-
 from lora_engine.backends import contracts
 from lora_engine.backends.lora_parts import Placing
 from lora_engine.ops.lora.adapters import AdapterSet
@@ -25,7 +23,6 @@ class PlacedFactors:
         """R, the most ranks that the adapters may have together."""
         return self.lora_a.shape[0]
 
-    @torch.no_grad()
     def write(self, adapters: AdapterSet, kernels: contracts.LoraLinear) -> None:
         """Copies A and scaling * B of every adapter, zeros elsewhere."""
         if adapters is not self._adapters:

@@ -15,6 +15,7 @@ DoRA multiplies each column of Y by magnitude / norm, and so each column of dY f
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -250,20 +251,21 @@ class LoraProduct:
         grads: Sequence[Tensor],
         unscaled: Tensor | None,
     ) -> list[Tensor | None]:
-        """Gradients of `filling.tensors()`, each in its tensor's dtype, where `needs` says so.
+        """Gradients of `filling.tensors`, each in its tensor's dtype, where `needs` says so.
 
         grads: of the linears' outputs, as autograd passed them. unscaled: Y before DoRA's scale.
         d_lora_a and d_lora_b may be overwritten, and the gradients may be views of them, each of
         one piece, which autograd may take as a parameter's without a copy.
         """
-        named = _by_name(tuple(needs), len(self.filling.adapters.blocks))
+        blocks = len(self.filling.adapters.blocks)
+        named = _by_name(tuple(needs), blocks)
         gradients = OfGroup[Tensor | None]([], [])
-        sums = self._bias_sums(named, grads)
+        sums = self._bias_sums(named, grads) if _wanted(tuple(needs), blocks).biases else {}
         adapters = self.filling.adapters
         d_as: Sequence[Tensor | None] = [None] * len(adapters.blocks)
         d_bs = d_as
         if d_lora_a is not None:
-            d_as = d_lora_a.split_with_sizes((*adapters.ranks, len(d_lora_a) - adapters.rank))
+            d_as = d_lora_a.split_with_sizes((*adapters.ranks, d_lora_a.shape[0] - adapters.rank))
         if d_lora_b is not None:
             d_bs = split_parts(d_lora_b, adapters.parts)
         each = zip(adapters.blocks, named.adapters, d_as, d_bs, strict=False)
@@ -271,11 +273,11 @@ class LoraProduct:
             factors, dora = block.factors, self.filling.dora
             d_magnitude = d_bias = None
             if d_a is not None:
-                d_a = d_a.to(factors.lora_a.dtype) if needed.lora_a else None
+                d_a = _cast(d_a, factors.lora_a.dtype) if needed.lora_a else None
             if d_b is not None:
                 if block.scales_by_tensor:
                     d_b.mul_(factors.scaling)
-                d_b = d_b.to(factors.lora_b.dtype) if needed.lora_b else None
+                d_b = _cast(d_b, factors.lora_b.dtype) if needed.lora_b else None
             if needed.magnitude and unscaled is not None and dora is not None:
                 grad = grads[block.linear]
                 dy = grad.reshape(-1, grad.shape[-1]).to(dora.norm.dtype)
@@ -300,7 +302,16 @@ class LoraProduct:
 
     def wants(self, needs: Sequence[bool]) -> tuple[bool, bool]:
         """Whether any lora_a, and whether any lora_b, needs a gradient."""
-        return _wanted(tuple(needs), len(self.filling.adapters.blocks))
+        wanted = _wanted(tuple(needs), len(self.filling.adapters.blocks))
+        return wanted.lora_a, wanted.lora_b
+
+
+class _Wanted(NamedTuple):
+    """Whether any tensor of a kind needs a gradient; biases: of the linears or of adapters."""
+
+    lora_a: bool
+    lora_b: bool
+    biases: bool
 
 
 # The same for every call of a layer as a rule.
@@ -310,9 +321,19 @@ def _by_name(needs: tuple[bool, ...], adapters: int) -> OfGroup[bool]:
 
 
 @lru_cache
-def _wanted(needs: tuple[bool, ...], adapters: int) -> tuple[bool, bool]:
-    named = _by_name(needs, adapters).adapters
-    return any(a.lora_a for a in named), any(a.lora_b for a in named)
+def _wanted(needs: tuple[bool, ...], adapters: int) -> _Wanted:
+    named = _by_name(needs, adapters)
+    of_adapters = named.adapters
+    return _Wanted(
+        any(a.lora_a for a in of_adapters),
+        any(a.lora_b for a in of_adapters),
+        any(named.biases) or any(a.bias for a in of_adapters),
+    )
+
+
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x.to(dtype)`, which takes microseconds where there is nothing to do."""
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def _matmul(a: Tensor, b: Tensor, addend: Tensor | None) -> Tensor:
