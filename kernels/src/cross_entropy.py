@@ -214,7 +214,9 @@ def _cross_entropy_kernel(
             if SMOOTH:
                 classes = tl.sum(count, axis=0).to(tl.float32)
         if not LSE_GIVEN:
-            chosen = tl.load(row_ptr + target).to(tl.float32)
+            # On a GPU nobody has looked at the targets: one that is no column has no logit.
+            is_column = (target >= 0) & (target < cols)
+            chosen = tl.load(row_ptr + target, mask=is_column, other=float("nan")).to(tl.float32)
             highest = tl.max(running_max, axis=0)
             max_change = running_max - highest
             rescale = tl.exp(max_change)

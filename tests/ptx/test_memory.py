@@ -329,6 +329,13 @@ def test_a_threads_write_reaches_a_bulk_copy_after_a_fence() -> None:
     assert line(change=write + "fence.proxy.async.shared::cta;")[1][0] == 100
 
 
+@pytest.mark.parametrize(("need", "seen"), [(True, False), (False, True)])
+def test_what_cp_async_brought_reaches_a_bulk_copy_after_a_fence(need: bool, seen: bool) -> None:
+    copy = "cp.async.cg.shared.global [%r1], [%a0+16], 16; cp.async.wait_all;"
+    assert (line(change=copy, copies_need_fence=need)[1][0] == 4) == seen
+    assert line(change=copy + "fence.proxy.async;", copies_need_fence=need)[1][0] == 4
+
+
 def test_a_store_must_have_read_before_the_cta_exits() -> None:
     with fault("exits before its bulk stores have read"):
         line(finish="")

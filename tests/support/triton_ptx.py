@@ -29,6 +29,8 @@ from triton_compiler import Compiled, Descriptor, Pointer, Request
 
 CACHE = ROOT / "build" / "compiled-tests" / "triton-ptx"
 SWIZZLES = (0, 32, 64, 128)  # by Triton's numbers
+# Before 3.7 Triton puts no fence between cp.async and wgmma, only between stores and wgmma.
+FENCES_COPIES = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7)
 SCRATCH = 2  # pointers that Triton adds to a kernel's parameters
 
 # (capability, kernel) of all that ran in this process.
@@ -65,6 +67,7 @@ def executed_ptx(
             shared=compiled.shared,
             completion=completion,
             seed=seed + launches,
+            copies_need_fence=FENCES_COPIES,
         )
         executed.add((capability, name))
 
@@ -131,7 +134,7 @@ def _arguments(kind: Any, value: Any, descriptors: Iterator[Any]) -> list[ptx.Ar
         sizes = [*map(int, value.shape), *map(int, value.strides)]
         base = value.base.detach()
         if known is None:  # without TMA: its parts, and the sizes a second time
-            flags = [False] if triton.__version__ < "3.7" else [False, False]
+            flags = [False, False] if FENCES_COPIES else [False]
             return [base, *sizes, *flags, *sizes]
         box = tuple(reversed(known["block_size"]))
         return [ptx.TensorMap(base, box, SWIZZLES[known["swizzle"]]), *sizes]

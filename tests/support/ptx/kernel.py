@@ -60,6 +60,7 @@ class Kernel:
         seed: int = 0,
         residents: int = 2,
         in_order: bool = False,
+        copies_need_fence: bool = True,
         memory: Sequence[Tensor] = (),
         most_steps: int = 10**10,
     ) -> int:
@@ -70,6 +71,7 @@ class Kernel:
         bytes: a struct. None: a null pointer. shared: dynamic, in bytes. completion: asynchronous
         operations finish as late as the program allows, as soon as they are issued, or bulk copies
         at random. residents: CTAs that run at a time, in a drawn order unless `in_order`.
+        copies_need_fence: wgmma and bulk copies see what cp.async brought after a fence alone.
         Raises `core().Fault`, which names the instruction, warp and CTA.
         """
         p = self.parsed
@@ -99,6 +101,7 @@ class Kernel:
             seed,
             residents,
             in_order,
+            copies_need_fence,
             most_steps,
         )
 

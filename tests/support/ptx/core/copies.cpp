@@ -92,7 +92,10 @@ Action copy(const Op& op) {
         if (one.from % bytes && one.size) throw Fault("cp.async from an address not aligned");
         if (one.size) std::memcpy(out, own->cta->machine->global(one.from, one.size), one.size);
         std::memset(out + one.size, 0, bytes - one.size);
-        own->cta->wrote(one.to, bytes);
+        if (own->cta->machine->copies_need_fence)
+          own->cta->wrote(one.to, bytes);
+        else
+          own->cta->publish(one.to, bytes);
       }
     };
     if (warp.cta->machine->at_once())

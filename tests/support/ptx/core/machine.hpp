@@ -156,6 +156,7 @@ struct Cta {
   void wrote(uint64_t address, uint32_t bytes);
   void async_write(uint64_t address, const uint8_t* from, uint32_t bytes);
   const uint8_t* async_read(uint64_t address, uint32_t bytes);
+  void publish(uint64_t address, uint32_t bytes);
   void fence();
   void settle(NamedBarrier& barrier);
   Mbarrier& mbarrier(uint32_t address);
@@ -176,6 +177,7 @@ struct Machine {
   size_t last_range = 0;
   Completion completion = Completion::kLate;
   bool in_order = false;
+  bool copies_need_fence = true;  // before wgmma and bulk copies see what cp.async wrote
   uint32_t residents = 1;
   uint64_t most_steps = 0, steps = 0;
   std::mt19937 random;

@@ -61,6 +61,12 @@ const uint8_t* Cta::async_read(uint64_t address, uint32_t bytes) {
   return unfenced.empty() ? seen : async_shared.data() + address;
 }
 
+void Cta::publish(uint64_t address, uint32_t bytes) {
+  if (unfenced.empty()) return;
+  std::memcpy(async_shared.data() + address, shared.data() + address, bytes);
+  std::memset(unfenced.data() + address, 0, bytes);
+}
+
 void Cta::fence() {
   if (!has_unfenced) return;
   for (size_t i = 0; i < shared.size(); ++i)

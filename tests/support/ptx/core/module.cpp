@@ -139,7 +139,7 @@ uint64_t launch(Program& program, const std::array<uint32_t, 3>& grid,
                 uint32_t static_shared, uint32_t dynamic_shared,
                 const std::vector<std::pair<uint64_t, uint64_t>>& ranges,
                 const std::string& completion, uint32_t seed, uint32_t residents, bool in_order,
-                uint64_t most_steps) {
+                bool copies_need_fence, uint64_t most_steps) {
   Machine machine;
   machine.program = &program;
   std::copy(grid.begin(), grid.end(), machine.grid);
@@ -153,6 +153,7 @@ uint64_t launch(Program& program, const std::array<uint32_t, 3>& grid,
   machine.random.seed(seed);
   machine.residents = residents;
   machine.in_order = in_order;
+  machine.copies_need_fence = copies_need_fence;
   machine.most_steps = most_steps;
   machine.poll = [] {
     if (PyErr_CheckSignals()) throw py::error_already_set();
