@@ -5,9 +5,9 @@ own (LORA_ENGINE_ISA), and the best that the processor runs is chosen when the m
 No torch header is used, so the build needs pybind11 and a C++17 compiler only.
 
 Where nvcc is found (CUDA_HOME, PATH, /usr/local/cuda) the kernels in csrc/cuda become part of the
-extension, machine code for each of CUDA_ARCHITECTURES, and the CUDA runtime is linked statically:
-the extension imports where there is no driver. Without nvcc they are left out. What ptxas says
-about each file is kept beside its object in build/.
+extension, machine code for each of CUDA_ARCHITECTURES (a file *_sm90.cu for 90a alone), and the
+CUDA runtime is linked statically: the extension imports where there is no driver. Without nvcc they
+are left out. What ptxas says about each file is kept beside its object in build/.
 """
 
 import os
@@ -73,9 +73,15 @@ def find_nvcc() -> str | None:
 
 
 def cuda_architectures(nvcc: str) -> list[str]:
-    """Those of CUDA_ARCHITECTURES that this nvcc knows."""
+    """Those of CUDA_ARCHITECTURES that this nvcc knows; none of an nvcc older than CUDA 12."""
     known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True)
-    return [a for a in CUDA_ARCHITECTURES if f"sm_{a.rstrip('a')}" in known.stdout.split()]
+    found = [a for a in CUDA_ARCHITECTURES if f"sm_{a.rstrip('a')}" in known.stdout.split()]
+    return found if "90a" in found else []
+
+
+def architectures_of(source: str, architectures: list[str]) -> list[str]:
+    """Those that a file of csrc/cuda is compiled for."""
+    return ["90a"] if source.endswith("_sm90.cu") else architectures
 
 
 def cuda_link_flags(nvcc: str) -> list[str]:
@@ -121,7 +127,8 @@ class BuildKernels(build_ext):
             if is_new(built, source):
                 return [str(built)]
             built.parent.mkdir(parents=True, exist_ok=True)
-            targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
+            wanted = architectures_of(source, architectures)
+            targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in wanted]
             command = [nvcc, *NVCC_FLAGS, *targets, "-c", source, "-o", str(built)]
             done = subprocess.run(command, capture_output=True, text=True)
             built.with_suffix(".ptxas.txt").write_text(done.stderr)

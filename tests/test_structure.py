@@ -20,7 +20,12 @@ LAYERS: list[set[str]] = [
     {"reference"},
     {"backends"},
     {"backends.cpu", "backends.cuda", "backends.triton"},
-    {"backends.torch_attention", "backends.flash_attention", "backends.cudnn_attention"},
+    {
+        "backends.torch_attention",
+        "backends.flash_attention",
+        "backends.cudnn_attention",
+        "backends.cuda.attention",
+    },
     {"backends.launchers"},
     {"ops"},
     {"ops.lora", "ops.head"},

@@ -171,7 +171,7 @@ def contenders(problem: Problem, device: torch.device) -> Iterator[tuple[str, Co
     yield "triton", problem.of_kernels(launchers.attention("triton"))
     if device.type == "cuda":
         for plan in ("cudnn", "flash"):
-            yield f"{plan} plan", problem.of_kernels(launchers.torch_attention(plan))
+            yield f"{plan} plan", problem.of_kernels(launchers.attention_by_plan(plan))
         yield "sdpa cudnn, batch", problem.of_function(problem.as_batch(SDPBackend.CUDNN_ATTENTION))
         yield "sdpa flash, batch", problem.of_function(problem.as_batch(SDPBackend.FLASH_ATTENTION))
         if importlib.util.find_spec("torch.nn.attention.varlen") is not None:

@@ -15,6 +15,12 @@ LORA_ENGINE_FIELDS(cuda::AdamWArgs, FIELD(params), FIELD(grads), FIELD(exp_avg),
 LORA_ENGINE_FIELDS(cuda::AdamW8bitArgs, FIELD(params), FIELD(grads), FIELD(exp_avg),
                    FIELD(exp_avg_sq), FIELD(exp_avg_absmax), FIELD(exp_avg_sq_absmax), FIELD(size),
                    FIELD(hyper));
+LORA_ENGINE_FIELDS(cuda::AttentionBwdArgs, FIELD(d_o), FIELD(q), FIELD(k), FIELD(v), FIELD(o),
+                   FIELD(lse), FIELD(dq), FIELD(dk), FIELD(dv), FIELD(cu_seqlens), FIELD(stats),
+                   FIELD(dq_sum), FIELD(order), FIELD(stride_do), FIELD(stride_q), FIELD(stride_k),
+                   FIELD(stride_v), FIELD(stride_o), FIELD(stride_dq), FIELD(stride_dk),
+                   FIELD(stride_dv), FIELD(tokens), FIELD(sequences), FIELD(heads), FIELD(kv_heads),
+                   FIELD(head_dim), FIELD(causal), FIELD(dtype), FIELD(scale));
 LORA_ENGINE_FIELDS(cuda::GradNormArgs, FIELD(grads), FIELD(partials), FIELD(norm), FIELD(size));
 LORA_ENGINE_FIELDS(cuda::Quantize4bitArgs, FIELD(w), FIELD(bounds), FIELD(ascending), FIELD(codes),
                    FIELD(absmax), FIELD(size), FIELD(block), FIELD(dtype));
@@ -40,6 +46,7 @@ void define(py::module_& m, const char* name, void (*launch)(const Args&, void*)
 void bind(py::module_ m) {
   define(m, "adamw", &adamw);
   define(m, "adamw_8bit", &adamw_8bit);
+  define(m, "attention_bwd", &attention_bwd);
   define(m, "grad_norm", &grad_norm);
   define(m, "quantize_4bit", &quantize_4bit);
   define(m, "dequantize_4bit", &dequantize_4bit);

@@ -66,8 +66,24 @@ struct Dequantize4bitArgs {
   int64_t block, dtype;
 };
 
+// Rows of `tokens` lie side by side: [heads, D], or [kv_heads, D] of k, v, dk and dv; strides are
+// from token to token, in elements. Addresses and rows begin at multiples of 16 bytes.
+struct AttentionBwdArgs {
+  const void *d_o, *q, *k, *v, *o;
+  const float* lse;  // [heads, tokens]
+  void *dq, *dk, *dv;
+  const int32_t* cu_seqlens;  // [sequences + 1]
+  float* stats;    // [heads, tiles, 2, rows], work space: tiles = tokens / rows + sequences
+  float* dq_sum;   // [heads, tiles, rows * D], likewise; rows = 64 with D = 128, else 128
+  int32_t* order;  // [tokens / 128 + sequences], likewise
+  int64_t stride_do, stride_q, stride_k, stride_v, stride_o, stride_dq, stride_dk, stride_dv;
+  int64_t tokens, sequences, heads, kv_heads, head_dim, causal, dtype;
+  double scale;
+};
+
 void adamw(const AdamWArgs&, void* stream);
 void adamw_8bit(const AdamW8bitArgs&, void* stream);
+void attention_bwd(const AttentionBwdArgs&, void* stream);
 void grad_norm(const GradNormArgs&, void* stream);
 void quantize_4bit(const Quantize4bitArgs&, void* stream);
 void dequantize_4bit(const Dequantize4bitArgs&, void* stream);

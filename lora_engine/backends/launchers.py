@@ -129,8 +129,12 @@ def attention_decode(impl: str) -> contracts.AttentionDecode:
 
 
 @cache
-def torch_attention(plan: str) -> contracts.Attention:
-    """PyTorch's, by `backends.attention_plan`: "flash" or "cudnn"."""
+def attention_by_plan(plan: str) -> contracts.Attention:
+    """By `backends.attention_plan`: "hopper", ours for 9.0 alone; "flash" or "cudnn", PyTorch's."""
+    if plan == "hopper":
+        from lora_engine.backends.cuda import attention as hopper_attention
+
+        return hopper_attention
     if plan == "cudnn":
         from lora_engine.backends import cudnn_attention
 

@@ -135,7 +135,7 @@ def takes_one_query(
 def attention_plan(
     device: torch.device, dtype: torch.dtype, heads: Heads, impl: str | None = None
 ) -> str:
-    """What attention within packed sequences runs: "tiles", "flash" or "cudnn"."""
+    """What attention within packed sequences runs: "tiles", "hopper", "flash" or "cudnn"."""
     return _strategy(_choose_here("attention", device, dtype, heads, impl))
 
 

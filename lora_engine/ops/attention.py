@@ -120,7 +120,7 @@ def kernels_for(x: Tensor, heads: Heads, impl: str, asked: str | None) -> contra
     asked: the implementation that a caller forces.
     """
     plan = backends.attention_plan(x.device, x.dtype, heads, asked)
-    return launchers.attention(impl) if plan == "tiles" else launchers.torch_attention(plan)
+    return launchers.attention(impl) if plan == "tiles" else launchers.attention_by_plan(plan)
 
 
 def heads_of(

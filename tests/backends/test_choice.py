@@ -191,6 +191,27 @@ def test_cudnn_takes_equal_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
     assert plan(equal, dtype=torch.float32) == plan(equal, impl="triton") == "tiles"
 
 
+def test_kernels_for_hopper_take_the_heads_of_their_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "HOPPER_HEADS", (64, 128))
+    monkeypatch.setattr(choice, "CUDNN_HEADS", {90: (64, 128), None: (0, 0)})
+    built = replace(WITH_GPU, architectures=("80", "90a"), cudnn=True, flash=True)
+
+    def plan(heads: Heads, capability: int = 90, present: Present = built, **more) -> str:
+        request = on_gpu("attention", capability, sizes=heads)
+        found = choose(replace(request, **{"dtype": torch.bfloat16, **more}), present)
+        assert isinstance(found.plan, Strategy)
+        return found.plan.name
+
+    assert plan(Heads(64)) == plan(Heads(128), dtype=torch.float16) == "hopper"
+    assert plan(Heads(128, length=2048)) == "cudnn"
+    assert plan(Heads(128, length=2000)) == "hopper"
+    for other in (Heads(96), Heads(64, window=True), Heads(64, parents=True)):
+        assert plan(other) == "tiles"
+    assert plan(Heads(64, repeatable=True)) == plan(Heads(64), dtype=torch.float32) == "tiles"
+    assert plan(Heads(64), capability=100) == plan(Heads(64), impl="triton") == "tiles"
+    assert plan(Heads(64), present=replace(built, architectures=("80",))) == "tiles"
+
+
 def test_a_product_s_plan_is_its_strategy() -> None:
     masked, plain = Product(8192, 4096, 6144, 48, dropout=True), Product(8192, 6144, 4096, 48)
 

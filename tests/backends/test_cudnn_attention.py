@@ -72,7 +72,7 @@ def test_is_that_of_the_reference(
     lse = torch.empty(HEADS, tokens)
     grads = torch.empty(tokens, sum(widths)).split(widths, 1)
     options = {"head_dim": DIM, "scale": SCALE, "causal": causal, "window": 0}
-    kernels = launchers.torch_attention("cudnn")
+    kernels = launchers.attention_by_plan("cudnn")
     kernels.attention_fwd(q, k, v, BOUNDS, cos, sin, o, lse, **options)
     kernels.attention_bwd(d_o, q, k, v, BOUNDS, cos, sin, o, lse, *grads, **options)
     leaves = [x.unflatten(1, (-1, DIM)).detach().requires_grad_() for x in (q, k, v)]
@@ -105,7 +105,7 @@ def test_plans_that_pytorch_keeps_fit_every_call(
         o = torch.randn(tokens, width + o_padding)[:, :width]
         d_o = torch.randn(tokens, width + d_o_padding)[:, :width]
         grads = [torch.empty_like(x) for x in (q, k, v)]
-        launchers.torch_attention("cudnn").attention_bwd(
+        launchers.attention_by_plan("cudnn").attention_bwd(
             d_o, q, k, v, BOUNDS, *tables, o, torch.randn(HEADS, tokens), *grads,
             head_dim=DIM, scale=SCALE, causal=True, window=0,
         )  # fmt: skip
@@ -115,6 +115,6 @@ def test_plans_that_pytorch_keeps_fit_every_call(
 def test_what_it_does_not_know_is_refused() -> None:
     x, options = torch.randn(4, DIM), {"head_dim": DIM, "scale": 1.0, "causal": True, "window": 3}
     with pytest.raises(ValueError, match="no window and no parents"):
-        launchers.torch_attention("cudnn").attention_fwd(
+        launchers.attention_by_plan("cudnn").attention_fwd(
             x, x, x, cu_seqlens([4]), None, None, x, torch.empty(1, 4), **options
         )

@@ -58,6 +58,22 @@ def test_a_file_that_does_not_compile_is_named(tmp_path):
         check_cuda.rows(["90a"], [broken])
 
 
+def test_serialised_products_are_found():
+    printed = (
+        "ptxas info    : (C7512) Potential Performance Loss: wgmma.mma_async instructions are "
+        "serialized due to insufficient register resources for the function '_Z4slowPf'\n"
+    )
+    for name in ("_Z4slowPf", "_Z4fastPf"):
+        printed += (
+            f"ptxas info    : Compiling entry function '{name}' for 'sm_90a'\n"
+            "    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads\n"
+            "ptxas info    : Used 168 registers, used 1 barriers\n"
+        )
+    slow, fast = check_cuda.parse(printed, "90a")
+    assert slow.problem == "has wgmma instructions that wait for each other"
+    assert fast.problem is None
+
+
 @pytest.mark.parametrize(
     ("line", "problem"),
     [

@@ -7,7 +7,7 @@ from oracle import check
 from torch import Tensor
 
 from lora_engine import backends, ops, reference
-from lora_engine.backends import launchers
+from lora_engine.backends import hardware, launchers
 from lora_engine.ops.attention import heads_of
 from lora_engine.testing import cu_seqlens
 
@@ -196,6 +196,48 @@ def test_shared_gradients_do_not_depend_on_the_threads(isa: str) -> None:
         finally:
             torch.set_num_threads(before)
     assert all(torch.equal(one, three) for one, three in zip(*found, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("rotated", [False, True], ids=["plain", "rotated"])
+@pytest.mark.parametrize(
+    "lengths,heads,kv_heads,head_dim",
+    [
+        ([1, 63, 0, 200, 64, 65], 4, 2, 64),
+        ([300, 1, 129, 128], 8, 2, 128),
+        ([1000], 9, 3, 64),
+        ([7] * 20 + [500], 2, 2, 128),
+    ],
+)
+def test_kernels_for_hopper_where_they_are_chosen(
+    monkeypatch: pytest.MonkeyPatch,
+    poisoned: None,
+    dtype: torch.dtype,
+    causal: bool,
+    rotated: bool,
+    lengths: list[int],
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+) -> None:
+    gpu = torch.device("cuda")
+    if hardware.capability(gpu) != 90 or "90a" not in backends.cuda_architectures():
+        pytest.skip("needs capability 9.0 and kernels built for it")
+    monkeypatch.setattr(backends, "attention_plan", lambda *_: "hopper")
+    monkeypatch.setattr(launchers, "attention", lambda impl: pytest.fail("Triton's kernels run"))
+    bounds = cu_seqlens(lengths).to(gpu)
+    options: dict = {"causal": causal}
+    if rotated:
+        options |= {name: x.to(gpu) for name, x in tables(sum(lengths), head_dim).items()}
+    check(
+        lambda q, k, v: ops.attention(q, k, v, bounds, **options),
+        lambda q, k, v: reference.attention(q, k, v, bounds, **options),
+        [x.to(gpu) for x in inputs(lengths, heads, kv_heads, head_dim, dtype)],
+        tolerance=TOLERANCE[dtype],
+        floor=0.3,
+    )
 
 
 @pytest.mark.gpu

@@ -14,7 +14,9 @@ import torch
 from implementations import CPU, Backend
 from lora_groups import Group
 
-from lora_engine import backends
+from lora_engine import backends, reference
+from lora_engine.backends import launchers
+from lora_engine.testing import cu_seqlens
 from lora_engine.values import Dropout
 
 ROOT = Path(__file__).parents[2]
@@ -96,6 +98,28 @@ def test_every_triton_kernel_runs(capability: int, poisoned: None, operations: N
     assert {name for _, name in triton_ptx.executed} == written_kernels()
 
 
+def run_attention_for_hopper() -> None:
+    """Kernels that no implementation of an operation has, but a plan of `attention`."""
+    pytest.importorskip("triton")
+    torch.manual_seed(0)
+    bounds, dim = cu_seqlens([70, 3]), 64
+    leaves = [torch.randn(73, heads, dim).bfloat16().requires_grad_() for heads in (2, 1, 1)]
+    o, d_o = reference.attention(*leaves, bounds), torch.randn(73, 2, dim).bfloat16()
+    expected = torch.autograd.grad(o, leaves, d_o)
+    q, k, v = (x.detach().flatten(1) for x in leaves)
+    scores = torch.einsum("qhd,kd->hqk", leaves[0].float(), k.float()) * dim**-0.5
+    seen = torch.block_diag(torch.ones(70, 70), torch.ones(3, 3)).tril().bool()
+    lse = scores.detach().masked_fill(~seen, -torch.inf).logsumexp(-1)
+    found = [torch.empty_like(x) for x in (q, k)]
+    dv = torch.empty(73, dim + 1, dtype=v.dtype)[:, :-1]  # rows that vectors cannot be written to
+    launchers.attention_by_plan("hopper").attention_bwd(
+        d_o.flatten(1), q, k, v, bounds, None, None, o.detach().flatten(1), lse, *found, dv,
+        head_dim=dim, scale=dim**-0.5, causal=True, window=0,
+    )  # fmt: skip
+    for x, wanted in zip((*found, dv), expected, strict=True):
+        assert (x.float() - wanted.flatten(1).float()).abs().max() < 2e-2 * wanted.abs().max()
+
+
 @pytest.mark.parametrize("capability", [80, 90])
 def test_every_cuda_kernel_runs(
     capability: int, poisoned: None, operations: None, monkeypatch: pytest.MonkeyPatch
@@ -106,4 +130,6 @@ def test_every_cuda_kernel_runs(
     with cuda_ptx.executed_cuda(capability) as kernels:
         monkeypatch.setattr(backends.extension, "cuda_emulation", kernels)
         run(CUDA_CASES, Backend("cuda", CPU, capability=capability))
+        if capability == 90:
+            run_attention_for_hopper()
     assert {cuda_ptx.plain_name(name) for _, name in cuda_ptx.executed} == written

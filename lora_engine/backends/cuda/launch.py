@@ -71,6 +71,38 @@ class GradNormArgs(NamedTuple):
     size: int
 
 
+class AttentionBwdArgs(NamedTuple):
+    d_o: Address
+    q: Address
+    k: Address
+    v: Address
+    o: Address
+    lse: Address
+    dq: Address
+    dk: Address
+    dv: Address
+    cu_seqlens: Address
+    stats: Address
+    dq_sum: Address
+    order: Address
+    stride_do: int
+    stride_q: int
+    stride_k: int
+    stride_v: int
+    stride_o: int
+    stride_dq: int
+    stride_dk: int
+    stride_dv: int
+    tokens: int
+    sequences: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    causal: int
+    dtype: int
+    scale: float
+
+
 class Quantize4bitArgs(NamedTuple):
     w: Address
     bounds: Address
@@ -103,6 +135,7 @@ class Launchers(Protocol):
 
     def adamw(self, args: AdamWArgs, stream: int) -> None: ...
     def adamw_8bit(self, args: AdamW8bitArgs, stream: int) -> None: ...
+    def attention_bwd(self, args: AttentionBwdArgs, stream: int) -> None: ...
     def grad_norm(self, args: GradNormArgs, stream: int) -> None: ...
     def quantize_4bit(self, args: Quantize4bitArgs, stream: int) -> None: ...
     def dequantize_4bit(self, args: Dequantize4bitArgs, stream: int) -> None: ...
