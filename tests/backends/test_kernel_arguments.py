@@ -53,7 +53,7 @@ def test_cuda_structs_have_the_fields_of_the_extension(kernel: str) -> None:
 
 def test_every_kernel_of_the_extension_is_in_the_protocol() -> None:
     others = {"isa", "select_isa", "built_isas", "keep_freed_memory", "crowd_openmp"}
-    others |= {"cuda", "cuda_architectures"}
+    others |= {"cuda", "cuda_architectures", "triton"}
     compiled = {name for name in vars(backends.native()) if name.islower() and name[0] != "_"}
     assert compiled - others == set(names_of(cpu.Kernels))
 
