@@ -237,6 +237,7 @@ def test_kernels_for_hopper_where_they_are_chosen(
         [x.to(gpu) for x in inputs(lengths, heads, kv_heads, head_dim, dtype)],
         tolerance=TOLERANCE[dtype],
         floor=0.3,
+        alone=False,  # dQ's sum has no fixed order
     )
 
 
