@@ -12,6 +12,7 @@ import importlib.util
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -28,41 +29,52 @@ from lora_engine.backends import contracts, launchers
 from lora_engine.testing import cu_seqlens
 
 FORWARD_PRODUCTS, BOTH_PRODUCTS = 2, 7
+BATCHED = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 # A contender may differ from the first by so much of the largest value.
 TOLERANCE = 3e-2
 
 
 @dataclass(frozen=True)
 class Size:
-    """Sequences of equal length."""
+    """Packed sequences of so many tokens each."""
 
-    sequences: int
-    length: int
+    lengths: tuple[int, ...]
     heads: int
     kv_heads: int
     head_dim: int
 
     @property
     def tokens(self) -> int:
-        return self.sequences * self.length
+        return sum(self.lengths)
+
+    @property
+    def alike(self) -> bool:
+        return len(set(self.lengths)) == 1
 
     def flops(self, products: int) -> int:
-        pairs = self.sequences * self.length * (self.length + 1) // 2
+        pairs = sum(length * (length + 1) // 2 for length in self.lengths)
         return 2 * products * pairs * self.heads * self.head_dim
 
     def __str__(self) -> str:
+        counts = [(length, len([*run])) for length, run in groupby(self.lengths)]
+        lengths = [f"{count} x {length}" if count > 1 else f"{length}" for length, count in counts]
         heads = f"{self.heads}/{self.kv_heads} heads of {self.head_dim}"
-        return f"{self.sequences} x {self.length}, {heads}"
+        return f"{' + '.join(lengths)}, {heads}"
 
 
+UNEQUAL = (3584, 2304, 1536, 768)
+MIXED = (1900, 64, 900, 300, 128, 2048, 700, 450, 32, 256, 600, 200, 64, 36, 500, 14)
 SIZES = (
-    Size(8, 1024, 32, 8, 128),
-    Size(1, 8192, 32, 8, 128),
-    Size(8, 1024, 32, 8, 64),
-    Size(1, 8192, 32, 8, 64),
-    Size(32, 256, 32, 8, 128),
+    Size((1024,) * 8, 32, 8, 128),
+    Size((8192,), 32, 8, 128),
+    Size(UNEQUAL, 32, 8, 128),
+    Size((1024,) * 8, 32, 8, 64),
+    Size((8192,), 32, 8, 64),
+    Size(UNEQUAL, 32, 8, 64),
+    Size((256,) * 32, 32, 8, 128),
+    Size(MIXED, 32, 8, 128),
 )
-TINY = (Size(2, 48, 2, 1, 16),)
+TINY = (Size((48, 48), 2, 1, 16), Size((48, 5), 2, 1, 16))
 
 
 @dataclass(frozen=True)
@@ -83,7 +95,7 @@ class Problem:
         rows = torch.randn(size.tokens, sum(self.widths), device=device, dtype=dtype)
         self.rows = rows.split(self.widths, 1)
         self.d_o = torch.randn(size.tokens, self.widths[0], device=device, dtype=dtype)
-        self.bounds = cu_seqlens([size.length] * size.sequences).to(device)
+        self.bounds = cu_seqlens([*size.lengths]).to(device)
 
     def of_kernels(self, kernels: contracts.Attention) -> Contender:
         """Our own calls of launchers, without autograd."""
@@ -127,15 +139,15 @@ class Problem:
 
     def one_by_one(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """PyTorch's attention for each sequence."""
-        parts = zip(*(x.split(self.size.length) for x in (q, k, v)), strict=True)
+        parts = zip(*(x.split(self.size.lengths) for x in (q, k, v)), strict=True)
         return torch.cat([_sdpa(*(x[None] for x in part))[0] for part in parts])
 
     def as_batch(self, backend: SDPBackend) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-        """PyTorch's attention for all sequences as a batch, which only equal lengths allow."""
+        """PyTorch's attention for all sequences as a batch: their lengths are alike."""
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             with sdpa_kernel(backend):
-                rows = (x.unflatten(0, (self.size.sequences, -1)) for x in (q, k, v))
+                rows = (x.unflatten(0, (len(self.size.lengths), -1)) for x in (q, k, v))
                 return _sdpa(*rows).flatten(0, 1)
 
         return attend
@@ -144,7 +156,7 @@ class Problem:
         """PyTorch's own for packed sequences, which is told the longest."""
         from torch.nn.attention.varlen import varlen_attn
 
-        length, options = self.size.length, _causal(varlen_attn)
+        length, options = max(self.size.lengths), _causal(varlen_attn)
         found = varlen_attn(q, k, v, self.bounds, self.bounds, length, length, **options)
         assert isinstance(found, Tensor)
         return found
@@ -170,10 +182,12 @@ def contenders(problem: Problem, device: torch.device) -> Iterator[tuple[str, Co
     yield "sdpa, one by one", problem.of_function(problem.one_by_one)
     yield "triton", problem.of_kernels(launchers.attention("triton"))
     if device.type == "cuda":
-        for plan in ("cudnn", "flash"):
+        alike = problem.size.alike
+        for plan in ("hopper", "cudnn", "flash") if alike else ("hopper", "flash"):
             yield f"{plan} plan", problem.of_kernels(launchers.attention_by_plan(plan))
-        yield "sdpa cudnn, batch", problem.of_function(problem.as_batch(SDPBackend.CUDNN_ATTENTION))
-        yield "sdpa flash, batch", problem.of_function(problem.as_batch(SDPBackend.FLASH_ATTENTION))
+        if alike:
+            for name, backend in BATCHED.items():
+                yield f"sdpa {name}, batch", problem.of_function(problem.as_batch(backend))
         if importlib.util.find_spec("torch.nn.attention.varlen") is not None:
             yield "varlen_attn", problem.of_function(problem.varlen)
 

@@ -15,6 +15,11 @@ LORA_ENGINE_FIELDS(cuda::AdamWArgs, FIELD(params), FIELD(grads), FIELD(exp_avg),
 LORA_ENGINE_FIELDS(cuda::AdamW8bitArgs, FIELD(params), FIELD(grads), FIELD(exp_avg),
                    FIELD(exp_avg_sq), FIELD(exp_avg_absmax), FIELD(exp_avg_sq_absmax), FIELD(size),
                    FIELD(hyper));
+LORA_ENGINE_FIELDS(cuda::AttentionFwdArgs, FIELD(q), FIELD(k), FIELD(v), FIELD(cu_seqlens),
+                   FIELD(o), FIELD(lse), FIELD(taken), FIELD(stride_q), FIELD(stride_k),
+                   FIELD(stride_v), FIELD(stride_o), FIELD(tokens), FIELD(sequences), FIELD(heads),
+                   FIELD(kv_heads), FIELD(head_dim), FIELD(causal), FIELD(window), FIELD(dtype),
+                   FIELD(scale));
 LORA_ENGINE_FIELDS(cuda::AttentionBwdArgs, FIELD(d_o), FIELD(q), FIELD(k), FIELD(v), FIELD(o),
                    FIELD(lse), FIELD(dq), FIELD(dk), FIELD(dv), FIELD(cu_seqlens), FIELD(stats),
                    FIELD(dq_sum), FIELD(order), FIELD(stride_do), FIELD(stride_q), FIELD(stride_k),
@@ -46,6 +51,7 @@ void define(py::module_& m, const char* name, void (*launch)(const Args&, void*)
 void bind(py::module_ m) {
   define(m, "adamw", &adamw);
   define(m, "adamw_8bit", &adamw_8bit);
+  define(m, "attention_fwd", &attention_fwd);
   define(m, "attention_bwd", &attention_bwd);
   define(m, "grad_norm", &grad_norm);
   define(m, "quantize_4bit", &quantize_4bit);

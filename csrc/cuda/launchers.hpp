@@ -66,6 +66,21 @@ struct Dequantize4bitArgs {
   int64_t block, dtype;
 };
 
+// Tokens are rows of [heads, D], k's and v's of [kv_heads, D], strides from one to the next in
+// elements. Addresses and strides are multiples of 16 bytes; D is 64 or 128, of 16-bit elements.
+struct AttentionFwdArgs {
+  const void *q, *k, *v;
+  const int32_t* cu_seqlens;  // [sequences + 1]
+  void* o;
+  float* lse;      // [heads, tokens]
+  int32_t* taken;  // [], work space
+  int64_t stride_q, stride_k, stride_v, stride_o;
+  int64_t tokens, sequences, heads, kv_heads, head_dim, causal;
+  int64_t window;  // 0: none
+  int64_t dtype;
+  double scale;  // positive
+};
+
 // Rows of `tokens` lie side by side: [heads, D], or [kv_heads, D] of k, v, dk and dv; strides are
 // from token to token, in elements. Addresses and rows begin at multiples of 16 bytes.
 struct AttentionBwdArgs {
@@ -83,6 +98,7 @@ struct AttentionBwdArgs {
 
 void adamw(const AdamWArgs&, void* stream);
 void adamw_8bit(const AdamW8bitArgs&, void* stream);
+void attention_fwd(const AttentionFwdArgs&, void* stream);
 void attention_bwd(const AttentionBwdArgs&, void* stream);
 void grad_norm(const GradNormArgs&, void* stream);
 void quantize_4bit(const Quantize4bitArgs&, void* stream);

@@ -193,7 +193,7 @@ def test_cudnn_takes_equal_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_kernels_for_hopper_take_the_heads_of_their_table(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choice, "HOPPER_HEADS", (64, 128))
-    monkeypatch.setattr(choice, "CUDNN_HEADS", {90: (64, 128), None: (0, 0)})
+    monkeypatch.setattr(choice, "CUDNN_HEADS", {90: (64, 256), None: (0, 0)})
     built = replace(WITH_GPU, architectures=("80", "90a"), cudnn=True, flash=True)
 
     def plan(heads: Heads, capability: int = 90, present: Present = built, **more) -> str:
@@ -203,8 +203,8 @@ def test_kernels_for_hopper_take_the_heads_of_their_table(monkeypatch: pytest.Mo
         return found.plan.name
 
     assert plan(Heads(64)) == plan(Heads(128), dtype=torch.float16) == "hopper"
-    assert plan(Heads(128, length=2048)) == "cudnn"
-    assert plan(Heads(128, length=2000)) == "hopper"
+    assert plan(Heads(128, length=2048)) == plan(Heads(128, length=2000)) == "hopper"
+    assert plan(Heads(256, length=2048)) == "cudnn"
     for other in (Heads(96), Heads(64, window=True), Heads(64, parents=True)):
         assert plan(other) == "tiles"
     assert plan(Heads(64, repeatable=True)) == plan(Heads(64), dtype=torch.float32) == "tiles"

@@ -36,5 +36,16 @@ def test_a_contender_that_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_operations_are_counted_for_the_causal_half() -> None:
-    size = Size(2, 4, heads=3, kv_heads=1, head_dim=8)
+    size = Size((4, 4), heads=3, kv_heads=1, head_dim=8)
     assert size.flops(1) == 2 * (2 * (1 + 2 + 3 + 4)) * 3 * 8
+
+
+def test_sequences_of_several_lengths_are_compared_one_by_one() -> None:
+    size = Size((48, 5, 5), heads=2, kv_heads=1, head_dim=16)
+    assert str(size) == "48 + 2 x 5, 2/1 heads of 16"
+    assert size.flops(1) == 2 * (48 * 49 // 2 + 2 * 15) * 2 * 16
+    problem = Problem(size, torch.float32, CPU)
+    whole = problem.of_function(problem.one_by_one).forward()
+    last = Problem(Size((5,), 2, 1, 16), torch.float32, CPU)
+    last.rows = tuple(x[-5:] for x in problem.rows)
+    assert torch.allclose(last.of_function(last.one_by_one).forward(), whole[-5:], atol=1e-6)

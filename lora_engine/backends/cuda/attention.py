@@ -1,4 +1,4 @@
-"""Attention's backward pass on tensor cores of capability 9.0; the forward pass is Triton's.
+"""Attention on tensor cores of capability 9.0.
 
 `choice` says where it runs: heads of 64 and 128 in bfloat16 or float16, neither window nor parents.
 dQ is summed in float32 by atomic additions: two runs differ in the last bits. Rotation is a launch
@@ -8,18 +8,82 @@ of its own.
 import torch
 from torch import Tensor
 
-from lora_engine.backends.cuda.launch import AttentionBwdArgs, dtype_code, kernels, stream_on
+from lora_engine.backends.cuda.launch import (
+    AttentionBwdArgs,
+    AttentionFwdArgs,
+    dtype_code,
+    kernels,
+    stream_on,
+)
 from lora_engine.backends.torch_attention import heads_of, rotated
-from lora_engine.backends.triton.attention import attention_fwd
 from lora_engine.backends.triton.rope import rope
 
-__all__ = ["attention_bwd", "attention_fwd"]
-
-# Queries in a tile by the head size, and keys, as csrc/cuda/attention_bwd_tiles.cuh.
+# Queries in a tile of the backward pass by the head size, and keys, as
+# csrc/cuda/attention_bwd_tiles.cuh.
 TILE_ROWS = {64: 128, 128: 64}
 TILE_KEYS = 128
 ALIGNMENT = 16  # bytes
 DENSE = torch.contiguous_format
+# Scores are multiplied by at least so much: -infinity stays what it is.
+LEAST_SCALE = 1e-30
+
+
+def attention_fwd(
+    q: Tensor,  # [tokens, q_heads head_dim]
+    k: Tensor,  # [tokens, kv_heads head_dim]
+    v: Tensor,  # [tokens, kv_heads head_dim]
+    cu_seqlens: Tensor,  # [sequences + 1] int32
+    cos: Tensor | None,  # [tokens, head_dim] float32
+    sin: Tensor | None,  # [tokens, head_dim] float32
+    o: Tensor,  # [tokens, q_heads head_dim]
+    lse: Tensor,  # [q_heads, tokens] float32
+    *,
+    head_dim: int,
+    scale: float,
+    causal: bool,
+    window: int,
+    parents: Tensor | None = None,  # [sequences] int32
+) -> None:
+    """Writes o and lse, the logarithm of each query's sum of exponentials."""
+    if parents is not None:
+        raise ValueError("attention in CUDA C++ knows no parents")
+    if q.numel() == 0:
+        return
+    queries, keys = heads_of(q, k, head_dim=head_dim)
+    queries, keys = rotated(queries, keys, cos, sin)
+    if scale < 0:
+        queries, scale = -queries, -scale
+    inputs = [_readable(x) for x in (queries.flatten(1), keys.flatten(1), v)]
+    found = o if _is_aligned(o) else torch.empty_like(o, memory_format=DENSE)
+    taken = cu_seqlens.new_empty(())
+    with stream_on(q.device) as stream:
+        kernels().attention_fwd(
+            AttentionFwdArgs(
+                q=inputs[0].data_ptr(),
+                k=inputs[1].data_ptr(),
+                v=inputs[2].data_ptr(),
+                cu_seqlens=cu_seqlens.data_ptr(),
+                o=found.data_ptr(),
+                lse=lse.data_ptr(),
+                taken=taken.data_ptr(),
+                stride_q=inputs[0].stride(0),
+                stride_k=inputs[1].stride(0),
+                stride_v=inputs[2].stride(0),
+                stride_o=found.stride(0),
+                tokens=q.shape[0],
+                sequences=cu_seqlens.numel() - 1,
+                heads=q.shape[1] // head_dim,
+                kv_heads=k.shape[1] // head_dim,
+                head_dim=head_dim,
+                causal=causal,
+                window=window,
+                dtype=dtype_code(q.dtype),
+                scale=max(scale, LEAST_SCALE),
+            ),
+            stream,
+        )
+    if found is not o:
+        o.copy_(found)
 
 
 def attention_bwd(

@@ -71,6 +71,29 @@ class GradNormArgs(NamedTuple):
     size: int
 
 
+class AttentionFwdArgs(NamedTuple):
+    q: Address
+    k: Address
+    v: Address
+    cu_seqlens: Address
+    o: Address
+    lse: Address
+    taken: Address
+    stride_q: int
+    stride_k: int
+    stride_v: int
+    stride_o: int
+    tokens: int
+    sequences: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    causal: int
+    window: int
+    dtype: int
+    scale: float
+
+
 class AttentionBwdArgs(NamedTuple):
     d_o: Address
     q: Address
@@ -135,6 +158,7 @@ class Launchers(Protocol):
 
     def adamw(self, args: AdamWArgs, stream: int) -> None: ...
     def adamw_8bit(self, args: AdamW8bitArgs, stream: int) -> None: ...
+    def attention_fwd(self, args: AttentionFwdArgs, stream: int) -> None: ...
     def attention_bwd(self, args: AttentionBwdArgs, stream: int) -> None: ...
     def grad_norm(self, args: GradNormArgs, stream: int) -> None: ...
     def quantize_4bit(self, args: Quantize4bitArgs, stream: int) -> None: ...
