@@ -97,8 +97,8 @@ FLASH_DTYPES = (torch.bfloat16, torch.float16)
 CUDNN_HEADS: dict[int | None, tuple[int, int]] = {90: (64, 128), None: (0, 0)}
 CUDNN_LENGTH = 128
 # Head sizes at which our kernels in CUDA C++ for 9.0 alone run, the two that they know. Measured on
-# an H200, bfloat16, causal, 32 heads of 128 and 8 of keys, in microseconds, both passes: 8 sequences
-# of 1024 tokens 689, cuDNN 734; one of 8192 3255, cuDNN 3511; four of unequal lengths 1238, Triton
+# an H200, bfloat16, causal, 32 heads of 128 and 8 of keys, in µs for both passes: 8 sequences of
+# 1024 tokens 689, cuDNN 734; one of 8192 3255, cuDNN 3511; four of unequal lengths 1238, Triton
 # 2134. Heads of 64: 419, cuDNN 494; 1860, cuDNN 2306; 736, Triton 1317.
 HOPPER_HEADS: tuple[int, ...] = (64, 128)
 HOPPER, HOPPER_BUILD = 90, "90a"
