@@ -12,7 +12,7 @@ from tiny_model import save_tiny_model
 import lora_engine
 from lora_engine.app import cli, commands
 
-SHIPPED = "demo, distill, dpo, kto, orpo, reward"
+SHIPPED = "demo, distill, dpo, grpo, kto, orpo, ppo, reward"
 
 
 @pytest.fixture(scope="module")

@@ -45,7 +45,10 @@ def test_names_and_settings():
 WRONG = {
     "a name": ("dop", "run.yaml:7: objective: no objective 'dop'; did you mean dpo?"),
     "no name": ("{beta: 0.1}", "run.yaml:7: objective.name: no objective None; there is sft, "),
-    "another name": ("{name: ppo2}", "objective.name: no objective 'ppo2'; there is sft, domain"),
+    "another name": (
+        "{name: rainbow}",
+        "objective.name: no objective 'rainbow'; there is sft, domain",
+    ),
     "a key": (
         "{name: dpo, betas: 0.1}",
         "objective.betas: unknown key; did you mean objective.beta?",

@@ -86,6 +86,10 @@ def test_every_operation_has_a_wrong_call_that_mypy_finds() -> None:
     assert called == set(launchers.LAUNCHERS)
 
 
+# They import what a user names: functions of rewards, and packages of tracking services.
+NAMED_BY_USERS = ("training/online/named.py", "training/trackers.py")
+
+
 def test_no_kernels_are_anything() -> None:
     """Nothing that is called kernels is of a type that allows every call, or found by a string.
 
@@ -95,5 +99,6 @@ def test_no_kernels_are_anything() -> None:
     for path in sorted(package.rglob("*.py")):
         name, text = str(path.relative_to(package)), path.read_text()
         assert not re.search(r"kernels(\(\))?(: | -> )Any(?! = None)", text), name
-        if name.startswith(("ops/", "models/", "training/", "data/")):
+        on_the_way = name.startswith(("ops/", "models/", "training/", "data/"))
+        if on_the_way and name not in NAMED_BY_USERS:
             assert "import_module" not in text, name
