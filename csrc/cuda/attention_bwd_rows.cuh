@@ -23,8 +23,9 @@ struct AttentionBwdRows {
   float scale;
 };
 
-// A class is half an octave of work: up to 1.5 times a power of two, or from there on. In a class the tiles keep their order:
-// neighbours go through the same queries, and find them in the L2 cache.
+// A class is half an octave of work: up to 1.5 times a power of two, or from there on. In a class
+// the tiles keep their order: neighbours go through the same queries, and find them in the L2
+// cache.
 constexpr int kClasses = 64;
 __device__ inline int class_of(int count) {
   if (!count) return 0;

@@ -33,12 +33,7 @@ void run(const AttentionBwdArgs& a, void* stream) {
   tiles.stride_dk = a.stride_dk, tiles.stride_dv = a.stride_dv, tiles.kv_heads = kv_heads;
   tiles.group = heads / kv_heads, tiles.query_tiles = query_tiles, tiles.scale = scale;
   const auto map = [&](const void* x, int count, int64_t stride, int box) {
-    const bool bfloat16 = a.dtype == kBFloat16;
-    TensorMap packed;
-    const CUtensorMap made = head_map(kName, bfloat16, x, tokens, count, kD, stride, box);
-    static_assert(sizeof packed == sizeof made, "the same bytes");
-    std::memcpy(&packed, &made, sizeof packed);
-    return packed;
+    return head_map(kName, a.dtype == kBFloat16, x, tokens, count, kD, stride, box);
   };
   const unsigned query_blocks = static_cast<unsigned>(query_tiles * heads);
   launch(kName, attention_bwd_delta_kernel<T, kD, kCausal>, query_blocks + 1, kRowThreads, 0,

@@ -32,12 +32,8 @@ void run(const AttentionFwdArgs& a, void* stream) {
   call.window = a.window > 0 ? static_cast<int>(std::min<int64_t>(a.window, kNoWindow)) : kNoWindow;
   call.scale = static_cast<float>(a.scale) * 1.4426950408889634f;
   const auto map = [&](const void* x, int64_t heads, int64_t stride, int rows) {
-    TensorMap packed;
-    const CUtensorMap made = head_map(kName, a.dtype == kBFloat16, x, a.tokens,
-                                      static_cast<int>(heads), kD, stride, rows);
-    static_assert(sizeof packed == sizeof made, "the same bytes");
-    std::memcpy(&packed, &made, sizeof packed);
-    return packed;
+    return head_map(kName, a.dtype == kBFloat16, x, a.tokens, static_cast<int>(heads), kD, stride,
+                    rows);
   };
   check(cudaMemsetAsync(a.taken, 0, sizeof *a.taken, static_cast<cudaStream_t>(stream)), kName);
   const int blocks = std::min(call.tiles * call.heads, multiprocessors(kName));

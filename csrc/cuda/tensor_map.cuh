@@ -3,9 +3,11 @@
 
 #include <cuda.h>
 
+#include <cstring>
 #include <stdexcept>
 #include <string>
 
+#include "hopper.cuh"
 #include "launch.cuh"
 
 namespace lora_engine {
@@ -29,10 +31,10 @@ inline decltype(&cuTensorMapEncodeTiled) tensor_map_encoder(const char* name) {
 }
 
 // Of heads in a tensor [tokens, heads * head_dim] of 16-bit elements, tokens `stride` elements
-// apart, base and stride multiples of 16 bytes. A box is `rows` tokens of a head, 64 columns after 64
-// columns, in rows of 128 bytes swizzled over 128: (0, token, head * head_dim / 64).
-inline CUtensorMap head_map(const char* name, bool bfloat16, const void* base, int64_t tokens,
-                            int heads, int head_dim, int64_t stride, int rows) {
+// apart, base and stride multiples of 16 bytes. A box is `rows` tokens of a head, 64 columns after
+// 64 columns, in rows of 128 bytes swizzled over 128: (0, token, head * head_dim / 64).
+inline TensorMap head_map(const char* name, bool bfloat16, const void* base, int64_t tokens,
+                          int heads, int head_dim, int64_t stride, int rows) {
   const cuuint32_t halves = head_dim / 64;
   const cuuint64_t sizes[3] = {64, static_cast<cuuint64_t>(tokens),
                                static_cast<cuuint64_t>(heads) * halves};
@@ -47,7 +49,10 @@ inline CUtensorMap head_map(const char* name, bool bfloat16, const void* base, i
   if (result != CUDA_SUCCESS)
     throw std::runtime_error(std::string(name) + ": cuTensorMapEncodeTiled: error " +
                              std::to_string(static_cast<int>(result)));
-  return map;
+  TensorMap passed;
+  static_assert(sizeof passed == sizeof map, "the same bytes");
+  std::memcpy(&passed, &map, sizeof map);
+  return passed;
 }
 
 }  // namespace

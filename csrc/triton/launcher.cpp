@@ -1,10 +1,10 @@
 // Launches Triton kernels that are compiled already, from the arguments as Python passes them.
 //
-// What Triton compiles for depends on little: the device, dtype and alignment of tensors, whether an
-// integer is 1, a multiple of 16 or wide, and the constants. A Launcher writes that down as a key of
-// machine words while it reads the arguments, finds the kernel that was compiled for it, packs the
-// same arguments as the kernel's parameters and calls the driver. Whatever it has no kernel for, or
-// does not know, goes to a Python callable, which launches by Triton.
+// What Triton compiles for depends on little: the device, dtype and alignment of tensors, whether
+// an integer is 1, a multiple of 16 or wide, and the constants. A Launcher writes that down as a
+// key of machine words while it reads the arguments, finds the kernel that was compiled for it,
+// packs the same arguments as the kernel's parameters and calls the driver. Whatever it has no
+// kernel for, or does not know, goes to a Python callable, which launches by Triton.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -81,10 +81,10 @@ struct Compiled {
 // What is common to all launchers of a process.
 struct Driver {
   Launch launch;
-  py::object current_device;  // () -> int
-  py::object current_stream;  // (device) -> int
-  py::object allocate;        // (bytes, alignment, stream) -> tensor
-  py::object hooks;           // has launch_enter_hook and launch_exit_hook
+  py::object current_device;        // () -> int
+  py::object current_stream;        // (device) -> int
+  py::object allocate;              // (bytes, alignment, stream) -> tensor
+  py::object hooks;                 // has launch_enter_hook and launch_exit_hook
   std::vector<py::object> tensors;  // the types that are taken as tensors
   // Of the tensors' base type; called or read without a look-up by name.
   py::object data_ptr, dtype, on_device;
@@ -176,8 +176,16 @@ class Launcher {
       return false;
     }
     if (find(key) != nullptr) return true;
-    Compiled made{key.words, {}, owner, reinterpret_cast<void*>(function), threads, shared, {},
-                  scratches, scratch_bytes, scratch_alignment};
+    Compiled made{key.words,
+                  {},
+                  owner,
+                  reinterpret_cast<void*>(function),
+                  threads,
+                  shared,
+                  {},
+                  scratches,
+                  scratch_bytes,
+                  scratch_alignment};
     for (PyObject* object : key.objects) {
       made.objects.push_back(py::reinterpret_borrow<py::object>(object));
     }
@@ -317,8 +325,8 @@ class Launcher {
     if (grid[0] == 0 || grid[1] == 0 || grid[2] == 0) return true;
     const py::object device = owned(PyLong_FromUnsignedLongLong(key.words[0]));
     PyObject* device_given = device.ptr();
-    const py::object stream = owned(
-        PyObject_Vectorcall(driver_->current_stream.ptr(), &device_given, 1, nullptr));
+    const py::object stream =
+        owned(PyObject_Vectorcall(driver_->current_stream.ptr(), &device_given, 1, nullptr));
     void* stream_handle = PyLong_AsVoidPtr(stream.ptr());
     if (PyErr_Occurred()) raise();
     void* parameters[kMostArguments + 2];
@@ -386,12 +394,11 @@ PyObject* call(PyObject* capsule, PyObject* const* arguments, Py_ssize_t positio
 
 // The launcher as a callable that takes arguments as they lie on Python's stack.
 py::object entry(Shared launcher) {
-  static PyMethodDef method = {"launch", reinterpret_cast<PyCFunction>(
-                                             reinterpret_cast<void (*)()>(&call)),
-                               METH_FASTCALL | METH_KEYWORDS,
-                               "launch(grid, *arguments, **constants)"};
-  const py::object capsule = owned(PyCapsule_New(
-      new Shared(std::move(launcher)), kCapsule, [](PyObject* dying) {
+  static PyMethodDef method = {
+      "launch", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&call)),
+      METH_FASTCALL | METH_KEYWORDS, "launch(grid, *arguments, **constants)"};
+  const py::object capsule =
+      owned(PyCapsule_New(new Shared(std::move(launcher)), kCapsule, [](PyObject* dying) {
         delete static_cast<Shared*>(PyCapsule_GetPointer(dying, kCapsule));
       }));
   return owned(PyCFunction_NewEx(&method, capsule.ptr(), nullptr));
@@ -402,8 +409,8 @@ py::object entry(Shared launcher) {
 void bind(py::module_ m) {
   py::class_<Driver, std::shared_ptr<Driver>>(m, "Driver")
       .def(py::init([](uintptr_t launch, py::object current_device, py::object current_stream,
-                       py::object allocate, py::object hooks, std::vector<py::object> tensors, py::object data_ptr,
-                       py::object dtype, py::object on_device) {
+                       py::object allocate, py::object hooks, std::vector<py::object> tensors,
+                       py::object data_ptr, py::object dtype, py::object on_device) {
              for (const py::object& attribute : {dtype, on_device}) {
                if (Py_TYPE(attribute.ptr())->tp_descr_get == nullptr) {
                  throw py::type_error("dtype and on_device are attributes of a type");
@@ -411,12 +418,12 @@ void bind(py::module_ m) {
              }
              return std::make_shared<Driver>(Driver{
                  reinterpret_cast<Launch>(launch), std::move(current_device),
-                 std::move(current_stream), std::move(allocate), std::move(hooks), std::move(tensors),
-                 std::move(data_ptr), std::move(dtype), std::move(on_device)});
+                 std::move(current_stream), std::move(allocate), std::move(hooks),
+                 std::move(tensors), std::move(data_ptr), std::move(dtype), std::move(on_device)});
            }),
            py::kw_only(), py::arg("launch"), py::arg("current_device"), py::arg("current_stream"),
-           py::arg("allocate"), py::arg("hooks"), py::arg("tensors"), py::arg("data_ptr"), py::arg("dtype"),
-           py::arg("on_device"));
+           py::arg("allocate"), py::arg("hooks"), py::arg("tensors"), py::arg("data_ptr"),
+           py::arg("dtype"), py::arg("on_device"));
   py::class_<Launcher, Shared>(m, "Launcher")
       .def(py::init<py::object, const std::vector<size_t>&>(), py::arg("other"),
            py::arg("constants"))
