@@ -131,9 +131,14 @@ def data(
 
     settings = load_config(config, overrides or [])
     from lora_engine.app.finetune import examine_data
+    from lora_engine.app.progress import ConsoleProgress
     from lora_engine.data.show import render
 
-    reports = examine_data(settings)
+    progress = ConsoleProgress(_console(stderr=True))
+    try:
+        reports = examine_data(settings, progress.on_reading)
+    finally:
+        progress.close()
     if html is not None:
         from lora_engine.report.data_page import write_data_page
 
@@ -210,7 +215,7 @@ def _how_to_go_on(config: "RunConfig") -> str:
         return ""
 
 
-def _console() -> "SafeConsole":
+def _console(*, stderr: bool = False) -> "SafeConsole":
     from lora_engine.app.terminal import SafeConsole
 
-    return SafeConsole()
+    return SafeConsole(stderr=stderr)

@@ -38,10 +38,15 @@ class ConsoleProgress:
         self._tokens = 0
         self._seconds = 0.0
         self._started = 0.0
+        self._reading = ""
         self._told_reading = time.monotonic()
 
     def stage(self, text: str) -> None:
         """A line about what begins now."""
+        self.close()
+        self._tell(text)
+
+    def _tell(self, text: str) -> None:
         self._console.print(Text(visible(text), "dim"), soft_wrap=True)
 
     def on_load(self, read: int, total: int) -> None:
@@ -60,19 +65,42 @@ class ConsoleProgress:
 
     def on_data(self, lines: Sequence[str]) -> None:
         """What of the data was dropped, cut or not read."""
+        self.close()
         for line in lines:
             self._console.print(Text(visible(line), "yellow"), soft_wrap=True)
 
     def on_reading(self, source: str, done: int, size: int, records: int) -> None:
-        """A part of a source is tokenised; told every few seconds."""
+        """A part of a source is tokenised: a bar on a terminal, else a line every few seconds.
+
+        size: bytes in all, 0 where that is not known.
+        """
+        if self._console.is_terminal:
+            self._show_reading(source, done, size, records)
+            return
         if time.monotonic() - self._told_reading < READING_SECONDS:
             return
         self._told_reading = time.monotonic()
         share = f" ({min(done / size, 1):.0%})" if size else ""
-        self.stage(f"reading {source}: {records:,} records{share}")
+        self._tell(f"reading {source}: {records:,} records{share}")
+
+    def _show_reading(self, source: str, done: int, size: int, records: int) -> None:
+        if self._bar is None or source != self._reading:
+            self.close()
+            self._reading = source
+            self._bar = Progress(
+                BarColumn(bar_width=None),
+                TextColumn("{task.fields[facts]}"),
+                console=self._console,
+                transient=True,
+            )
+            self._task = self._bar.add_task("", total=size or None, facts="")
+            self._bar.start()
+        facts = f"{visible(source)}: {records:,} records"
+        self._bar.update(self._task, completed=min(done, size), facts=facts)
 
     def on_start(self, trainer: Beginning) -> None:
         """Training begins, or continues at trainer.state.step."""
+        self.close()
         self._total, self._first = trainer.total_steps, trainer.state.step
         self._started = time.monotonic()
         if 0 < self._first < self._total:

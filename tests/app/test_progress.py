@@ -61,3 +61,29 @@ def test_loading_is_a_bar_that_is_gone_at_its_end(terminal):
     assert len(console._live_stack) == terminal
     progress.on_load(10, 10)
     assert console._live_stack == []
+
+
+def test_reading_is_a_bar_with_its_records_until_the_next_stage():
+    console = console_text(terminal=True)
+    progress = ConsoleProgress(console)
+    progress.on_reading("a.jsonl", 50, 200, 1234)
+    [bar] = console._live_stack
+    [task] = progress._bar.tasks
+    assert (task.completed, task.total) == (50, 200)
+    assert "a.jsonl: 1,234 records" in task.fields["facts"]
+    progress.on_reading("b.jsonl.gz", 70, 0, 9)  # how much there will be is not known
+    [other] = progress._bar.tasks
+    assert other.total is None and "b.jsonl.gz: 9 records" in other.fields["facts"]
+    assert console._live_stack != [bar] and len(console._live_stack) == 1
+    progress.stage("training")
+    assert console._live_stack == []
+
+
+def test_reading_without_a_terminal_is_a_line_now_and_then(monkeypatch):
+    clock = iter([0.0, 1.0, 6.0, 6.0, 7.0])
+    monkeypatch.setattr("lora_engine.app.progress.time.monotonic", lambda: next(clock))
+    console = console_text(terminal=False)
+    progress = ConsoleProgress(console)
+    for done in (10, 50, 90):
+        progress.on_reading("a.jsonl", done, 100, done)
+    assert console.export_text() == "reading a.jsonl: 50 records (50%)\n"
