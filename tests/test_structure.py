@@ -15,6 +15,7 @@ PACKAGE = Path(lora_engine.__file__).parent
 # A part of a package may have a layer of its own; the longest name counts.
 LAYERS: list[set[str]] = [
     {"errors", "openmp", "text", "values"},
+    {"memory.policy"},
     {"files"},
     {"quantization"},
     {"reference"},
@@ -33,6 +34,7 @@ LAYERS: list[set[str]] = [
     {"ops.__init__"},
     {"models.families", "models.quantized"},
     {"testing", "models", "models.peft", "models.proof", "models.attach", "models.load"},
+    {"memory"},
     {"generation"},
     {"data"},
     {"objectives"},

@@ -3,9 +3,17 @@
 from pathlib import Path
 from typing import Annotated, Literal, TypeAlias
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    model_validator,
+)
 
 from lora_engine.files import user_path
+from lora_engine.memory.policy import policy_of
 
 Service: TypeAlias = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 
@@ -25,12 +33,17 @@ _FREE_ON_RESUME = frozenset(
         "preflight",
         "epochs",
         "log_to",
+        "checkpointing",
     }
 )
 
 
 def _as_path(value: object) -> object:
     return user_path(value) if isinstance(value, str | Path) else value
+
+
+def _checked_policy(name: str) -> str:
+    return policy_of(name).name
 
 
 # A path, ~ as the home folder.
@@ -97,6 +110,15 @@ class TrainConfig(BaseModel):
         True,
         description="Compute what examples of a batch begin with in common once, for the same "
         "gradients, where the model's attention is lora_engine's and nothing is dropped out.",
+    )
+
+    checkpointing: Annotated[str, AfterValidator(_checked_policy)] | None = Field(
+        None,
+        description="What layers keep for the backward pass, which computes the rest again, to "
+        "bitwise the same weights: `none` keeps everything, `every_2` (or another number) of each "
+        "second layer its input alone, `selective` the input and attention's output, `half` the "
+        "inputs of a layer's halves, `layer` the input (docs/memory.md). `null` leaves the model's "
+        "layers as they are.",
     )
 
     learning_rate: float = Field(2e-4, gt=0, le=100, description="Peak learning rate.")

@@ -19,6 +19,7 @@ from lora_engine.data.template import Tokenizer
 from lora_engine.data.vocabulary import check_vocabulary
 from lora_engine.errors import UserError
 from lora_engine.evaluation.heldout import HeldoutResult, evaluate
+from lora_engine.memory.checkpointing import checkpointing
 from lora_engine.models.attach.accelerate import is_accelerated
 from lora_engine.models.attach.head import transformers_model
 from lora_engine.models.attach.packed import can_share_prefixes
@@ -190,7 +191,8 @@ class Trainer:
         self._train_source.share_prefixes = self._shares_prefixes(training=True)
         tokens = min(self.config.tokens_per_batch, PREFLIGHT_TOKENS)
         weights = {} if step is None else self.folder.checkpoints.tensors(step, "weights")
-        with with_values(self.model, weights):
+        policy = checkpointing(self.model, self.config.checkpointing)
+        with with_values(self.model, weights), policy:
             objective = self.objective if self._online is None else self._online.tried()
             report = preflight(self.model, self._first_batch(tokens), objective=objective)
         logger.info("preflight: %s", report)
@@ -284,7 +286,8 @@ class Trainer:
             self.state = loop.state
             self.callbacks.on_start(self)
             self.model.train()
-            stopped = loop.run()
+            with checkpointing(self.model, self.config.checkpointing):
+                stopped = loop.run()
             loop.load_final_weights()
             return stopped
         finally:

@@ -1,11 +1,12 @@
 """Decoder layers whose halves are single functions: norm, linears, core and residual together."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextvars import copy_context
-from typing import TypeGuard
+from typing import Literal, TypeAlias, TypeGuard
 
 from torch import Tensor, nn
 
+from lora_engine.errors import UserError
 from lora_engine.models.attach.attention import AttentionForward
 from lora_engine.models.attach.forwards import ReplacedForward, own_forward, uncompiled
 from lora_engine.models.attach.mlp import MlpForward
@@ -15,9 +16,13 @@ from lora_engine.models.families.modules import Cache, DecoderLayer
 from lora_engine.models.peft.lora_state import has_hooks
 from lora_engine.models.peft.router import AdapterRouter
 from lora_engine.ops.layer.attention_block import attention_block
-from lora_engine.ops.layer.blocks import Branch, runs_fused
+from lora_engine.ops.layer.blocks import Branch, Rerun, runs_fused
 from lora_engine.ops.layer.decode_stack import DecodedLayer
 from lora_engine.ops.layer.mlp_block import mlp_block
+
+# What a layer that runs again in the backward pass keeps: its input; its halves' inputs; its input
+# and attention's output.
+Keeps: TypeAlias = Literal["input", "inputs_of_halves", "input_and_attention"]
 
 
 class DecoderLayerForward(ReplacedForward):
@@ -26,12 +31,13 @@ class DecoderLayerForward(ReplacedForward):
     A half that cannot be fused runs its modules.
 
     The last layer takes `output_rows` [U], places in its rows: its MLP runs on these alone, and
-    its result is [1, U, H]. Under gradient checkpointing a layer keeps its input alone and runs
-    again in the backward pass.
+    its result is [1, U, H]. Under gradient checkpointing a layer runs again in the backward pass;
+    `keeps` says what it keeps until then.
     """
 
     def __init__(self, module: DecoderLayer, router: AdapterRouter, *, last: bool) -> None:
         self.module, self.router, self.last = module, router, last
+        self.keeps: Keeps = "input"
 
     @uncompiled
     def __call__(
@@ -68,13 +74,31 @@ class DecoderLayerForward(ReplacedForward):
         ):
             return self._run(hidden_states, inputs, output_rows, position_ids, use_cache, others)
         once = inputs._replace(past_key_values=None)  # a cache would be filled twice
+        if self.keeps == "inputs_of_halves":
+            x = self._again(
+                hidden_states,
+                lambda x, run: self._attended(x, once, position_ids, False, others, run),
+                Rerun("attention_block"),
+            )
+            return self._again(x, lambda x, run: self._fed(x, output_rows, run), Rerun("mlp_block"))
+        return self._again(
+            hidden_states,
+            lambda x, run: self._run(x, once, output_rows, position_ids, False, others, run),
+            Rerun("mlp_block", keeps_attention=self.keeps == "input_and_attention"),
+        )
+
+    def _again(self, x: Tensor, run: Callable[[Tensor, Rerun], Tensor], rerun: Rerun) -> Tensor:
+        """`run(x, rerun)`, which the backward pass calls a second time."""
         # What the call asks for stands in context variables, which are gone when it runs again.
         context = copy_context()
+        first = True
 
-        def run(x: Tensor) -> Tensor:
-            return context.run(self._run, x, once, output_rows, position_ids, False, others)
+        def call(x: Tensor) -> Tensor:
+            nonlocal first
+            rerun.again, first = not first, False
+            return context.run(run, x, rerun)
 
-        return module._gradient_checkpointing_func(run, hidden_states)
+        return self.module._gradient_checkpointing_func(call, x)
 
     def _run(
         self,
@@ -84,23 +108,53 @@ class DecoderLayerForward(ReplacedForward):
         position_ids: Tensor | None,
         use_cache: bool | None,
         others: Mapping[str, object],
+        rerun: Rerun | None = None,
     ) -> Tensor:
+        x = self._attended(hidden_states, inputs, position_ids, use_cache, others, rerun)
+        return self._fed(x, output_rows, rerun)
+
+    def _attended(
+        self,
+        hidden_states: Tensor,  # [B, L, H]
+        inputs: LayerInputs,
+        position_ids: Tensor | None,
+        use_cache: bool | None,
+        others: Mapping[str, object],
+        rerun: Rerun | None,
+    ) -> Tensor:
+        """The attention half."""
         module = self.module
-        x = self._attention(hidden_states, inputs)
-        if x is None:
-            attended, _ = module.self_attn(
-                hidden_states=module.input_layernorm(hidden_states),
-                use_cache=use_cache,
-                position_ids=position_ids,
-                **inputs.keywords(),
-                **others,
+        x = self._attention(hidden_states, inputs, rerun)
+        if x is not None:
+            return x
+        if rerun is not None and rerun.keeps_attention:
+            raise UserError(
+                "checkpointing selective: attention's output can be kept only where attention and "
+                "its projections run as one kernel (lora_engine.accelerate's report says why one "
+                "layer's do not); take checkpointing layer or half"
             )
-            x = hidden_states + attended
+        attended, _ = module.self_attn(
+            hidden_states=module.input_layernorm(hidden_states),
+            use_cache=use_cache,
+            position_ids=position_ids,
+            **inputs.keywords(),
+            **others,
+        )
+        return hidden_states + attended
+
+    def _fed(
+        self,
+        x: Tensor,  # [B, L, H]
+        output_rows: Tensor | None,  # [U] int64
+        rerun: Rerun | None,
+    ) -> Tensor:
+        """The MLP half."""
+        module = self.module
         rows = output_rows if self.last else None
         if rows is not None:
             x = x.flatten(0, 1).index_select(0, rows)[None]
         with self.router.selecting(rows):
-            y = self.mlp_half(x)
+            y = self.mlp_half(x, rerun)
             return x + module.mlp(module.post_attention_layernorm(x)) if y is None else y
 
     def decoded(
@@ -142,7 +196,7 @@ class DecoderLayerForward(ReplacedForward):
             attention.window,
         )
 
-    def _attention(self, x: Tensor, inputs: LayerInputs) -> Tensor | None:
+    def _attention(self, x: Tensor, inputs: LayerInputs, rerun: Rerun | None) -> Tensor | None:
         """The attention half as one function; None where it has to be run by its modules."""
         module = self.module
         forward, norm = _ours(module.self_attn), _ours(module.input_layernorm)
@@ -174,6 +228,7 @@ class DecoderLayerForward(ReplacedForward):
             forward.qkv.routes(x),
             # The gradient of x is that of the MLP of the layer before, a layer like this one.
             grad_padding_columns=mlp.down.padding_columns if isinstance(mlp, MlpForward) else 0,
+            rerun=rerun,
         )
         return attention_block(
             x,
@@ -190,7 +245,7 @@ class DecoderLayerForward(ReplacedForward):
             head_norms=head_norms,
         )
 
-    def mlp_half(self, x: Tensor) -> Tensor | None:
+    def mlp_half(self, x: Tensor, rerun: Rerun | None = None) -> Tensor | None:
         """The MLP half as one function; None where it has to be run by its modules."""
         module = self.module
         forward, norm = _ours(module.mlp), _ours(module.post_attention_layernorm)
@@ -214,6 +269,7 @@ class DecoderLayerForward(ReplacedForward):
             grad_padding_columns=attention.output.padding_columns
             if isinstance(attention, AttentionForward)
             else 0,
+            rerun=rerun,
         )
         return mlp_block(x, norm.prenorm(), branch, activation=forward.activation)
 

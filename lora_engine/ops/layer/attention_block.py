@@ -1,6 +1,5 @@
 """The attention half of a decoder layer as one autograd function; see ops/layer/blocks.py."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,6 +14,7 @@ from lora_engine.ops import augmented
 from lora_engine.ops.attention import check_parents, heads_of, kernels_for
 from lora_engine.ops.context import Context
 from lora_engine.ops.layer.blocks import Branch, Call, check_branch, implementation, products
+from lora_engine.ops.layer.head_norms import norm_heads, norm_heads_backward
 from lora_engine.ops.lora.linear import adapted_linears
 from lora_engine.ops.tensors import (
     accumulate_dtype,
@@ -104,6 +104,7 @@ def attention_block(
         outer,
         branch.grad_padding_columns,
         impl,
+        branch.rerun,
         heads=heads,
         scale=head_dim**-0.5 if softmax_scale is None else softmax_scale,
         window=window,
@@ -134,6 +135,15 @@ class _AttentionCall(Call):
     @property
     def head_dim(self) -> int:
         return self.heads.head_dim
+
+    def attention_kept(self) -> tuple[Tensor, Tensor] | None:
+        """Attention's output and log-sum-exp, where the first run of this call kept them."""
+        return None if self.rerun is None else self.rerun.attention
+
+    def keep_attention(self, os: Tensor, lse: Tensor) -> None:
+        """Keeps them for the second run, where they are to be kept."""
+        if self.rerun is not None and self.rerun.keeps_attention:
+            self.rerun.attention = os, lse
 
     def attention_kernels(self, x: Tensor) -> contracts.Attention:
         """What launches attention for tensors like x."""
@@ -203,32 +213,17 @@ class _AttentionBlock(torch.autograd.Function):
     ) -> Tensor:
         rows = as_rows(x)
         inner, outer = call.inner.group, call.outer.group
-        xs, rstd, copy = call.normed(rows)
+        unread = call.is_unread("attention_block")
+        xs, rstd, copy = call.normed(rows, unread=unread)
         s = torch.empty(rows.shape[0], inner.padded_rank, dtype=x.dtype, device=x.device)
         qkv, unscaled = call.inner.forward(xs, copy=s)
-        q, k, v = qkv.split_with_sizes(inner.out_features, dim=1)
-        if call.head_norms is not None:
-            q, k, _ = _norm_heads(call, call.head_norms, q, k)
-        width = outer.in_features
-        os = empty_rows(rows.shape[0], width + outer.padded_rank, dtype=x.dtype, device=x.device)
-        heads = width // call.head_dim
-        lse = torch.empty(heads, rows.shape[0], dtype=rstd.dtype, device=x.device)
-        call.attention_kernels(x).attention_fwd(
-            q,
-            k,
-            v,
-            cu_seqlens,
-            cos,
-            sin,
-            os[:, :width],
-            lse,
-            head_dim=call.head_dim,
-            scale=call.scale,
-            causal=True,
-            window=call.window,
-            parents=call.parents,
-        )
-        y, outer_unscaled = call.outer.forward(os, residual=rows, residual_copy=copy)
+        os, lse = call.attention_kept() or _attend(call, qkv, rstd, cu_seqlens, cos, sin)
+        call.keep_attention(os, lse)
+        y, outer_unscaled = torch.empty_like(rows), None
+        if unread:
+            call.outer.fill_s(*os.split_with_sizes((outer.in_features, outer.padded_rank), dim=1))
+        else:
+            y, outer_unscaled = call.outer.forward(os, residual=rows, residual_copy=copy)
         ctx.kept = _Kept(call, x.shape)
         saved = _Saved(
             x=rows,
@@ -271,7 +266,7 @@ class _AttentionBlock(torch.autograd.Function):
         q, k = raw_q, raw_k
         rstd_heads: list[Tensor] | None = None
         if call.head_norms is not None:
-            q, k, rstd_heads = _norm_heads(call, call.head_norms, q, k)
+            q, k, rstd_heads = norm_heads(call, call.head_norms, q, k)
         parts = augmented.empty(
             x.shape[0],
             list(inner.group.out_features),
@@ -300,7 +295,7 @@ class _AttentionBlock(torch.autograd.Function):
         del d_o, q, k
         d_head_norms: list[Tensor | None] = [None, None]
         if call.head_norms is not None and rstd_heads is not None:
-            d_head_norms = _norm_heads_backward(
+            d_head_norms = norm_heads_backward(
                 call,
                 call.head_norms,
                 (raw_q, raw_k),
@@ -335,48 +330,35 @@ class _AttentionBlock(torch.autograd.Function):
         )
 
 
-def _norm_heads(
-    call: Call,
-    norms: tuple[PreNorm, PreNorm],
-    q: Tensor,  # [T, Hq D]
-    k: Tensor,  # [T, Hkv D]
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """q and k with every head normed, and each head's 1 / rms [T Hq], [T Hkv]."""
-    width = q.shape[1] + k.shape[1]
-    buffer = empty_rows(q.shape[0], width, dtype=q.dtype, device=q.device)
-    results = buffer.split_with_sizes([q.shape[1], k.shape[1]], dim=1)
-    rstds = []
-    for norm, x, y in zip(norms, (q, k), results, strict=True):
-        heads = _heads(x, norm)
-        rstd = torch.empty(
-            heads.shape[0] * heads.shape[1], dtype=accumulate_dtype(x.dtype), device=x.device
-        )
-        call.norm_kernels(x).rms_norm_fwd(
-            heads, None, norm.weight, _heads(y, norm), None, rstd, norm.eps, norm.offset
-        )
-        rstds.append(rstd)
-    return results[0], results[1], rstds
-
-
-def _norm_heads_backward(
-    call: Call,
-    norms: tuple[PreNorm, PreNorm],
-    inputs: Sequence[Tensor],  # [T, Hq D], [T, Hkv D]
-    rstd: Sequence[Tensor],
-    grads: Sequence[Tensor],  # of the normed heads; those of `inputs` take their place
-    needs_weight: Sequence[bool],
-) -> list[Tensor | None]:
-    """The gradients of both norms' weights, where they are needed."""
-    dweights: list[Tensor | None] = []
-    for norm, x, scale, grad, needed in zip(norms, inputs, rstd, grads, needs_weight, strict=True):
-        dweight = scale.new_empty(norm.weight.shape) if needed else None
-        dx = _heads(grad, norm)
-        call.norm_kernels(x).rms_norm_bwd(
-            dx, None, _heads(x, norm), norm.weight, scale, dx, dweight, norm.offset
-        )
-        dweights.append(None if dweight is None else dweight.to(x.dtype))
-    return dweights
-
-
-def _heads(x: Tensor, norm: PreNorm) -> Tensor:
-    return x.unflatten(1, (-1, norm.weight.shape[0]))
+def _attend(
+    call: _AttentionCall,
+    qkv: Tensor,  # [M, Nq + Nk + Nv]
+    rstd: Tensor,  # of the type arithmetic is done in
+    cu_seqlens: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Attention's output with place for the outer S behind it, and its log-sum-exp."""
+    inner, outer, rows = call.inner.group, call.outer.group, qkv.shape[0]
+    q, k, v = qkv.split_with_sizes(inner.out_features, dim=1)
+    if call.head_norms is not None:
+        q, k, _ = norm_heads(call, call.head_norms, q, k)
+    width = outer.in_features
+    os = empty_rows(rows, width + outer.padded_rank, dtype=qkv.dtype, device=qkv.device)
+    lse = torch.empty(width // call.head_dim, rows, dtype=rstd.dtype, device=qkv.device)
+    call.attention_kernels(qkv).attention_fwd(
+        q,
+        k,
+        v,
+        cu_seqlens,
+        cos,
+        sin,
+        os[:, :width],
+        lse,
+        head_dim=call.head_dim,
+        scale=call.scale,
+        causal=True,
+        window=call.window,
+        parents=call.parents,
+    )
+    return os, lse

@@ -29,6 +29,22 @@ from lora_engine.ops.tensors import accumulate_dtype, check, empty_rows, shape_o
 from lora_engine.values import Dropout, PreNorm
 
 
+@dataclass
+class Rerun:
+    """A call of blocks that runs a second time in the backward pass, from its input alone.
+
+    again: whether this is the second run. `unread` then: the name of the block whose output nobody
+        reads, as the run is for what its blocks save; its last product is left out.
+    keeps_attention: whether attention's output [M, Nq + R] and log-sum-exp [heads, M] of the first
+        run are kept, in `attention`, for the second, which computes the rest.
+    """
+
+    unread: str
+    keeps_attention: bool = False
+    again: bool = False
+    attention: tuple[Tensor, Tensor] | None = None
+
+
 @dataclass(frozen=True)
 class Branch:
     """The linears of a block, and what varies from call to call.
@@ -36,6 +52,7 @@ class Branch:
     dropouts: of the two groups' adapters; None: no dropout.
     routes: each row's adapter, [...]; None: rows use all.
     grad_padding_columns: columns to leave behind the gradient of x, which the block before reads.
+    rerun: of a call that runs twice.
     """
 
     inner: LoraGroup
@@ -43,6 +60,7 @@ class Branch:
     dropouts: tuple[Dropout | None, Dropout | None] = (None, None)
     routes: Tensor | None = None
     grad_padding_columns: int = 0
+    rerun: Rerun | None = None
 
     @property
     def is_plain(self) -> bool:
@@ -109,6 +127,17 @@ class Call:
     outer: LoraProduct
     grad_padding_columns: int
     impl: str | None
+    rerun: Rerun | None
+
+    def is_unread(self, block: str) -> bool:
+        """Whether nobody reads the block's output, nor its backward pass what is made of that."""
+        rerun = self.rerun
+        return (
+            rerun is not None
+            and rerun.again
+            and rerun.unread == block
+            and self.outer.filling.dora is None
+        )
 
     def tensors(self) -> list[Tensor | None]:
         """The function's last inputs: what the products' adapters are made of."""
@@ -127,15 +156,15 @@ class Call:
         """What norms tensors like x."""
         return launchers.rms_norm(self.implementation("rms_norm", x))
 
-    def normed(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def normed(self, x: Tensor, *, unread: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
         """norm(x) with padding columns for S behind it, 1 / rms, and a copy of x.
 
-        The outer product adds itself to the copy; None where it does not. The norm has x in
-        registers: PyTorch's product would copy it once more.
+        The outer product adds itself to the copy; None where it does not, or is not made (`unread`
+        output). The norm has x in registers: PyTorch's product would copy it once more.
         """
         rows, cols = x.shape
         copy = None
-        if self.outer.adds_to(rows):
+        if not unread and self.outer.adds_to(rows):
             copy = empty_rows(rows, cols, dtype=x.dtype, device=x.device)
         width = cols + self.inner.group.padded_rank
         buffer = empty_rows(rows, width, dtype=x.dtype, device=x.device)

@@ -65,7 +65,7 @@ def mlp_block(
             routes=branch.routes,
         )
     inner, outer = products(x, branch, impl)
-    call = _MlpCall(norm, inner, outer, branch.grad_padding_columns, impl, activation)
+    call = _MlpCall(norm, inner, outer, branch.grad_padding_columns, impl, branch.rerun, activation)
     out: Tensor = _MlpBlock.apply(x, norm.weight, call, *call.tensors())
     return out
 
@@ -132,7 +132,8 @@ class _MlpBlock(torch.autograd.Function):
     ) -> Tensor:
         rows = as_rows(x)
         inner, outer = call.inner.group, call.outer.group
-        xs, rstd, copy = call.normed(rows)
+        unread = call.is_unread("mlp_block")
+        xs, rstd, copy = call.normed(rows, unread=unread)
         s = torch.empty(rows.shape[0], inner.padded_rank, dtype=x.dtype, device=x.device)
         gate_up, unscaled = call.inner.forward(xs, copy=s)
         gate, up = gate_up.split_with_sizes(inner.out_features, dim=1)
@@ -141,7 +142,9 @@ class _MlpBlock(torch.autograd.Function):
         outer_s = torch.empty(rows.shape[0], outer.padded_rank, dtype=x.dtype, device=x.device)
         h, s_behind = hs.split_with_sizes((width, outer.padded_rank), dim=1)
         activate(call, gate, up, h, s_behind, outer_s, call.activation)
-        y, outer_unscaled = call.outer.forward_with(h, s_behind, rows, hs, copy)
+        y, outer_unscaled = torch.empty_like(rows), None
+        if not unread:
+            y, outer_unscaled = call.outer.forward_with(h, s_behind, rows, hs, copy)
         ctx.kept = _Kept(call, x.shape)
         saved = _Saved(
             x=rows,
