@@ -42,6 +42,7 @@ LAYERS: list[set[str]] = [
     {"training.config"},
     {"training", "training.run", "training.optimizer", "training.preflight"},
     {"export"},
+    {"serving"},
     {"machine"},
     {"report"},
     {"app"},
@@ -81,6 +82,27 @@ def test_imports_go_one_way(path: Path) -> None:
     assert place is not None, f"{module_name(path)} has no place in LAYERS; give it one"
     above = {name for name in imported_names(path) if (place_of(name) or 0) > place}
     assert not above
+
+
+def imported_at_once(path: Path) -> set[str]:
+    """The modules that importing this one imports before it is whole: none that a call imports."""
+    found = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return {name.removeprefix("lora_engine.") for name in found}
+
+
+def test_every_module_can_be_imported_first() -> None:
+    """None waits for itself: in a circle, it depends on the first import whether all succeed."""
+    edges = {module_name(path): imported_at_once(path) for path in FILES}
+    left = dict(edges)
+    while free := [name for name, others in left.items() if not others & set(left)]:
+        for name in free:
+            del left[name]
+    assert not left, "these import each other, or one that does"
 
 
 def test_a_wheel_has_every_package() -> None:

@@ -1,117 +1,25 @@
-"""From the name of a run, an adapter or a model to what `merge` and `export` work on."""
+"""`lora-engine merge`, and the held-out rows that merged and exported models are compared on."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from lora_engine.app.config import RunConfig, load_config
 from lora_engine.app.finetune import prepare_data
+from lora_engine.app.trained import Tell, Trained, check_base, find_trained, load_tokenizer_of
 from lora_engine.data import prepare
 from lora_engine.data.docstrings import docstring_records
 from lora_engine.errors import UserError
-from lora_engine.export.adapter import Adapter, adapter_folders, chosen_adapters, read_adapter
+from lora_engine.export.adapter import Adapter
 from lora_engine.export.folder import check_space, result_folder, write_report
 from lora_engine.export.merge import merge_folder
 from lora_engine.export.verify import TOLERANCES, compare
-from lora_engine.files import user_path
-from lora_engine.models.load.gguf import converted_gguf
-from lora_engine.models.load.load import DTYPES, resolve_source
-from lora_engine.models.load.origin import base_of_folder, how_they_differ, read_base
-from lora_engine.models.load.transformers_files import quiet_transformers, readable_folder
+from lora_engine.models.load.load import DTYPES
+from lora_engine.models.load.origin import base_of_folder
 from lora_engine.training.run.card import merged_card
-from lora_engine.training.run.folder import RunFolder
 
 MERGE_REPORT = "merge_report.json"
 _ROWS = 64
-
-Tell = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Trained:
-    """What somebody calls RUN: a run's folder, an adapter's, or a whole model's.
-
-    adapters: by name; empty for a whole model. folder: of the adapters, or the model. base: the
-    model they were trained on, as `load_model` takes it. config: of the run, None without one.
-    """
-
-    folder: Path
-    adapters: dict[str, Path]
-    base: str
-    config: RunConfig | None
-
-    @property
-    def base_folder(self) -> Path:
-        """The base as a model folder. Raises UserError if it cannot be had."""
-        resolved = resolve_source(self.base)
-        if isinstance(resolved, Path):
-            dtype = DTYPES.get(self.config.model.dtype if self.config else "", torch.float32)
-            return converted_gguf(resolved, dtype)
-        return Path(resolved) if Path(resolved).is_dir() else _of_the_hub(self.base)
-
-    def read(self, asked: Sequence[str]) -> list[tuple[Adapter, float]]:
-        """The adapters chosen by "name" or "name=weight". Raises UserError for a whole model."""
-        if not self.adapters:
-            raise UserError(
-                f"{self.folder}: is a whole model, there is no adapter to merge; use it as it is, "
-                "or lora-engine export"
-            )
-        chosen = chosen_adapters(self.adapters, list(asked))
-        return [(read_adapter(self.adapters[name], name), w) for name, w in chosen.items()]
-
-
-def find_trained(name: str, base: str | None = None) -> Trained:
-    """What `name` names; base: instead of the model that it says it was trained on.
-
-    Raises UserError if nothing trained is there.
-    """
-    try:
-        path = user_path(name)
-    except ValueError as error:
-        raise UserError(f"RUN {name!r}: {error}") from error
-    if not path.is_dir():
-        kind = "is a file" if path.exists() else "no such folder"
-        raise UserError(f"{path}: {kind}; give the folder of a run, an adapter or a model")
-    run, config, folder = RunFolder(path), None, path
-    if run.config.is_file() or run.holds_run():
-        if not run.adapter.is_dir():
-            raise UserError(
-                f"{path}: the run has saved nothing yet; end it first: lora-engine train "
-                f"{run.config} --resume"
-            )
-        folder = run.adapter
-        config = load_config(run.config) if run.config.is_file() else None
-    if (folder / "config.json").is_file():
-        return Trained(folder, {}, str(folder), config)
-    adapters = adapter_folders(folder)
-    source = base or (config.model.path if config else None)
-    if source is None:
-        source = read_adapter_base(next(iter(adapters.values())))
-    return Trained(folder, adapters, source, config)
-
-
-def read_adapter_base(folder: Path) -> str:
-    """The base that an adapter's own settings name. Raises UserError if they name none."""
-    known = read_adapter(folder).settings.get("base_model_name_or_path")
-    if not known:
-        raise UserError(f"{folder}: names no base model; give it with --base")
-    return str(known)
-
-
-def check_base(base: Path, adapters: Sequence[tuple[Adapter, float]]) -> None:
-    """Raises UserError if an adapter says that it was trained on another model than `base`."""
-    found = base_of_folder(base)
-    for adapter, _ in adapters:
-        trained_on = read_base(adapter.folder)
-        difference = trained_on and how_they_differ(trained_on, found)
-        if difference:
-            raise UserError(
-                f"{base}: is not the base of the adapter in {adapter.folder}, {difference}; give "
-                "that one with --base"
-            )
 
 
 def merge(
@@ -197,22 +105,3 @@ def heldout_rows(
         texts = [record.messages[0]["content"] for record in docstring_records()[:_ROWS]]
         return "docstrings", [tokenizer.encode(str(text)) for text in texts]
     return data, [list(e.input_ids) for e in prepare(data, tokenizer, limit=_ROWS)]
-
-
-def load_tokenizer_of(trained: Trained, base: Path) -> Any:
-    """The tokenizer that was saved with the adapters, or the base's."""
-    from transformers import AutoTokenizer
-
-    folders = [*trained.adapters.values(), trained.folder, base]
-    folder = next((f for f in folders if (f / "tokenizer_config.json").is_file()), base)
-    with readable_folder(str(folder), str(folder), "tokenizer"), quiet_transformers():
-        return AutoTokenizer.from_pretrained(folder)
-
-
-def _of_the_hub(name: str) -> Path:
-    """A model of the Hugging Face hub, in its cache."""
-    from huggingface_hub import snapshot_download
-
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-    with readable_folder(name, name), quiet_transformers():
-        return Path(snapshot_download(name, allow_patterns=patterns))

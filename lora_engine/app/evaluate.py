@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_engine.app.deploy import Tell, check_base, find_trained
+from lora_engine.app.trained import Tell, check_base, find_trained
 from lora_engine.data import prepare
 from lora_engine.data.readers import RowError
 from lora_engine.data.sources import open_source

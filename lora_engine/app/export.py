@@ -7,15 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lora_engine.app.deploy import (
-    Tell,
-    Trained,
-    check_base,
-    find_trained,
-    heldout_rows,
-    load_tokenizer_of,
-    put_merged,
-)
+from lora_engine.app.deploy import heldout_rows, put_merged
+from lora_engine.app.trained import Tell, Trained, check_base, find_trained, load_tokenizer_of
 from lora_engine.errors import UserError, nearest
 from lora_engine.export import gguf, llama_cpp
 from lora_engine.export.adapter import Adapter

@@ -54,7 +54,7 @@ def _loaded(one: Any, device: str | torch.device) -> Any:
     """A reward model, in float32, whose adapter and head are those of a run of `reward`."""
     import peft
 
-    from lora_engine.app.deploy import find_trained
+    from lora_engine.app.trained import find_trained
 
     settings = dict(one) if isinstance(one, Mapping) else {"reward": one}
     folder = str(settings["reward"])

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_engine.app.config import RunConfig
-from lora_engine.app.deploy import check_base, find_trained
 from lora_engine.app.objectives import objective_of
+from lora_engine.app.trained import check_base, find_trained
 from lora_engine.errors import UserError
 from lora_engine.export.adapter import Adapter
 from lora_engine.models.peft.adapters import LoraConfig

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
-from lora_engine.app.deploy import Trained, check_base, find_trained, load_tokenizer_of
+from lora_engine.app.trained import Trained, check_base, find_trained, load_tokenizer_of
 from lora_engine.data.encode import Encoder
 from lora_engine.data.prompts import asked_messages, prompt_ids
 from lora_engine.data.records import Record, read_records
@@ -77,7 +77,7 @@ def open_writer(
     adapters: of several, those that write, as "name" or "name=weight". Raises UserError for what
     is not there.
     """
-    trained = _trained(name, base)
+    trained = trained_or_model(name, base)
     if trained is None or not trained.adapters:
         if adapters:
             raise UserError(
@@ -99,7 +99,7 @@ def open_writer(
     return Writer(model, tokenizer, adapted, getattr(config, "max_position_embeddings", None))
 
 
-def _trained(name: str, base: str | None) -> Trained | None:
+def trained_or_model(name: str, base: str | None) -> Trained | None:
     """The run, adapter or model folder of that name; None for what only `load_model` knows."""
     try:
         path = user_path(name)
