@@ -1,21 +1,25 @@
 """`lora-engine merge`, and the held-out rows that merged and exported models are compared on."""
 
+import shutil
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_engine.app.finetune import prepare_data
+from lora_engine.app.datasets import prepare_data
 from lora_engine.app.trained import Tell, Trained, check_base, find_trained, load_tokenizer_of
 from lora_engine.data import prepare
 from lora_engine.data.docstrings import docstring_records
 from lora_engine.errors import UserError
 from lora_engine.export.adapter import Adapter
 from lora_engine.export.folder import check_space, result_folder, write_report
-from lora_engine.export.merge import merge_folder
-from lora_engine.export.verify import TOLERANCES, compare
+from lora_engine.export.merge import copy_beside, merge_folder
+from lora_engine.export.packed import Packed, dense_folder, load_packed, pack_folder
+from lora_engine.export.verify import TOLERANCES, compare, packed_tolerance
+from lora_engine.export.weights import read_config
 from lora_engine.models.load.load import DTYPES
 from lora_engine.models.load.origin import base_of_folder
+from lora_engine.quantization.formats import writable_format
 from lora_engine.training.run.card import merged_card
 
 MERGE_REPORT = "merge_report.json"
@@ -29,6 +33,8 @@ def merge(
     base: str | None = None,
     adapters: Sequence[str] = (),
     dtype: str | None = None,
+    quantize: str | None = None,
+    double_quant: bool = False,
     data: str | None = None,
     verify: bool = True,
     overwrite: bool = False,
@@ -36,11 +42,13 @@ def merge(
 ) -> dict[str, Any]:
     """Merge a run's adapter into its base, verify it, and put it in the folder `to`.
 
+    quantize, double_quant: the format of the merged linears' weights, see `load_model`.
     Returns what merge_report.json holds. Raises UserError for what cannot be merged, and if the
     merged weights do not compute what the adapter did; `to` is then as it was.
     """
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"--dtype {dtype!r} is unknown; use {', '.join(DTYPES)}")
+    packing = _packing(quantize, double_quant)
     trained = find_trained(run, base)
     chosen = trained.read(adapters)
     folder = trained.base_folder
@@ -48,16 +56,42 @@ def merge(
     names = [adapter.name for adapter, _ in chosen]
     name, rows = heldout_rows(trained, folder, names, data) if verify else ("", [])
     with result_folder(to, MERGE_REPORT, overwrite=overwrite) as target:
-        size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-        check_space(target, size)
+        check_space(target, bytes_to_write(folder, quantize))
         tell(f"merging {', '.join(names)} into {trained.base}")
         report = {
             "base": asdict(base_of_folder(folder)),
             "adapters": {adapter.name: weight for adapter, weight in chosen},
-            **put_merged(folder, chosen, target, dtype, name, rows, to),
+            **put_merged(folder, chosen, target, dtype, name, rows, to, packing),
         }
         write_report(target, MERGE_REPORT, report)
     return report
+
+
+@dataclass(frozen=True)
+class Packing:
+    """The format that merged linears are put in."""
+
+    format: str
+    double_quant: bool
+
+
+def _packing(format: str | None, double_quant: bool) -> Packing | None:
+    if format is None:
+        if double_quant:
+            raise UserError("--double-quant needs packed weights; add --quantize nf4 or fp4")
+        return None
+    try:
+        writable_format(format, None, double_quant)
+    except ValueError as error:
+        raise UserError(f"--quantize: {error}") from error
+    return Packing(format, double_quant)
+
+
+def bytes_to_write(base: Path, quantize: str | None = None) -> int:
+    """About so many: what is packed is written unpacked as well, and removed."""
+    size = sum(path.stat().st_size for path in base.glob("*.safetensors"))
+    is_packed = bool(read_config(base).get("quantization_config"))
+    return size * (4 if is_packed else 1) * (2 if is_packed or quantize else 1)
 
 
 def put_merged(
@@ -68,25 +102,43 @@ def put_merged(
     name: str,
     rows: Sequence[Sequence[int]],
     to: str,
+    packing: Packing | None = None,
 ) -> dict[str, Any]:
     """Write the merged model into the empty folder `target`, and compare it on `rows`, if any.
 
     name: of the rows. to: what the user calls the folder. Returns what a report says of it.
     """
-    merged = merge_folder(base, chosen, target, DTYPES.get(dtype or ""))
-    report: dict[str, Any] = {"merged": asdict(merged), "verified": None}
-    if rows:
-        found = compare(base, chosen, target, rows)
-        tolerance = TOLERANCES[merged.dtypes[0] if merged.dtypes else "float32"]
-        report["verified"] = {"rows": name, **asdict(found), "tolerance": asdict(tolerance)}
-        if problem := found.problem(tolerance):
-            raise UserError(
-                f"the merged weights do not compute what the adapter does: {problem}; nothing was "
-                f"written to {to}; try --dtype float32"
-            )
+    with dense_folder(base, target) as dense:
+        merged = target if packing is None else target / "merged"
+        merged.mkdir(exist_ok=True)
+        done = merge_folder(dense, chosen, merged, DTYPES.get(dtype or ""))
+        report: dict[str, Any] = {"merged": asdict(done), "packed": None, "verified": None}
+        tolerance = TOLERANCES[done.dtypes[0] if done.dtypes else "float32"]
+        if packing is not None:
+            packed = _packed(merged, target, packing)
+            report["packed"] = asdict(packed)
+            tolerance = packed_tolerance(packed.bits)
+        if rows:
+            load = None if packing is None else load_packed
+            found = compare(dense, chosen, target, rows, load=load)
+            report["verified"] = {"rows": name, **asdict(found), "tolerance": asdict(tolerance)}
+            if problem := found.problem(tolerance):
+                more = "--dtype float32" if packing is None else "a format of more bits"
+                raise UserError(
+                    f"the merged weights do not compute what the adapter does: {problem}; nothing "
+                    f"was written to {to}; try {more}"
+                )
     card = merged_card(base_of_folder(base), [a.folder for a, _ in chosen])
     (target / "README.md").write_text(card, encoding="utf-8")
     return report
+
+
+def _packed(merged: Path, target: Path, packing: Packing) -> Packed:
+    """The model in `merged`, put into packed bits in `target` and removed where it was."""
+    packed = pack_folder(merged, target, packing.format, double_quant=packing.double_quant)
+    copy_beside(merged, merged, target)
+    shutil.rmtree(merged)
+    return packed
 
 
 def heldout_rows(

@@ -45,6 +45,17 @@ def merge(
     base: Base = None,
     adapter: AdapterNames = None,
     dtype: Dtype = None,
+    quantize: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FORMAT",
+            help="Put the merged linears into packed bits: nf4, fp8, int8, mxfp4, q4_0, ...",
+            show_default=False,
+        ),
+    ] = None,
+    double_quant: Annotated[
+        bool, typer.Option("--double-quant", help="Of nf4 and fp4: scales are quantised too.")
+    ] = False,
     data: Data = None,
     verify: Verify = True,
     overwrite: Overwrite = False,
@@ -59,6 +70,8 @@ def merge(
         base=base,
         adapters=adapter or [],
         dtype=dtype,
+        quantize=quantize,
+        double_quant=double_quant,
         data=data,
         verify=verify,
         overwrite=overwrite,
@@ -186,6 +199,12 @@ def _exported(report: dict[str, Any], to: str) -> str:
 def _outcome(report: dict[str, Any], to: str) -> str:
     merged, verified = report["merged"], report["verified"]
     lines = [f"{len(merged['changed']):,} tensors merged, {', '.join(merged['dtypes'])}"]
+    if packed := report["packed"]:
+        lines.append(
+            f"{packed['linears']:,} linears in {packed['format']}, {packed['bits']:.3g} bits a "
+            f"parameter, {packed['error']:.1%} off the merged weights (the worst "
+            f"{packed['error_max']:.1%})"
+        )
     if merged["untied"]:
         lines.append("head and embedding were one in the base and are two here")
     if verified is None:

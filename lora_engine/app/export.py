@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lora_engine.app.deploy import heldout_rows, put_merged
+from lora_engine.app.deploy import bytes_to_write, heldout_rows, put_merged
 from lora_engine.app.trained import Tell, Trained, check_base, find_trained, load_tokenizer_of
 from lora_engine.errors import UserError, nearest
 from lora_engine.export import gguf, llama_cpp
@@ -15,6 +15,7 @@ from lora_engine.export.adapter import Adapter
 from lora_engine.export.folder import check_space, result_folder, write_report
 from lora_engine.export.lint import lint, room_for
 from lora_engine.export.ollama import modelfile
+from lora_engine.export.packed import dense_folder
 from lora_engine.export.verify import load_plain, with_adapters
 from lora_engine.export.weights import MergedWeights
 from lora_engine.models.load.load import DTYPES
@@ -63,7 +64,7 @@ def export(
     wanted = verify and bool(chosen or format == "gguf")
     name, rows = heldout_rows(trained, folder, names, data) if wanted else ("", [])
     with result_folder(to, EXPORT_REPORT, overwrite=overwrite) as target:
-        check_space(target, sum(path.stat().st_size for path in folder.glob("*.safetensors")))
+        check_space(target, bytes_to_write(folder))
         report: dict[str, Any] = {
             "format": format,
             "base": asdict(base_of_folder(folder)),
@@ -77,7 +78,9 @@ def export(
             report |= _gguf_lora(folder, chosen, target)
         else:
             tell(f"writing a GGUF file of type {kind}")
-            report |= _gguf(trained, folder, chosen, target, kind, name, rows, tell)
+            called = base_of_folder(folder).name or folder.name
+            with dense_folder(folder, target) as dense:
+                report |= _gguf(trained, dense, called, chosen, target, kind, name, rows, tell)
         card = merged_card(base_of_folder(folder), [a.folder for a, _ in chosen])
         if not (target / "README.md").exists():
             (target / "README.md").write_text(card, encoding="utf-8")
@@ -126,6 +129,7 @@ def _export_adapter(
 def _gguf(
     trained: Trained,
     folder: Path,
+    called: str,
     chosen: Sequence[tuple[Adapter, float]],
     target: Path,
     kind: str,
@@ -134,7 +138,6 @@ def _gguf(
     tell: Tell,
 ) -> dict[str, Any]:
     config, tokenizer, stops = _config(folder), load_tokenizer_of(trained, folder), _stops(folder)
-    called = base_of_folder(folder).name or folder.name
     weights = MergedWeights(folder, chosen)
     path = target / f"model-{kind}.gguf"
     written = gguf.write_gguf(

@@ -1,11 +1,12 @@
 """Whether merged weights compute what the adapter computed, on rows of held-out tokens.
 
-The base with the adapters on, through PEFT, and the merged folder, through transformers alone,
-both in float32 arithmetic: what differs is the rounding of the merged weights.
+The base with the adapters on, through PEFT, and the merged folder, through transformers alone (or,
+where it is packed, as `load_model` reads it), both in float32 arithmetic: what differs is the
+rounding of the merged weights.
 """
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -43,8 +44,15 @@ TOLERANCES = {
     "float16": Tolerance(1e-4, 0.99, 1e-3),
     "bfloat16": Tolerance(5e-3, 0.97, 2e-2),
 }
+# Of packed weights, by the bits of a code. 4 to 5 bits cost a small model the most.
+_PACKED = {8: Tolerance(3e-2, 0.9, 5e-2), 4: Tolerance(0.3, 0.7, 0.3)}
 # Below this the adapter changes nothing that float32 arithmetic could tell from rounding.
 _NO_EFFECT = 1e-9
+
+
+def packed_tolerance(bits: float) -> Tolerance:
+    """What a format of so many bits a parameter, with its scales, may cost."""
+    return _PACKED[8 if bits >= 8 else 4]
 
 
 @dataclass(frozen=True)
@@ -86,9 +94,11 @@ def compare(
     merged: Path,
     rows: Sequence[Sequence[int]],
     device: str | torch.device = "cpu",
+    load: Callable[[Path], Any] | None = None,
 ) -> Comparison:
     """Both models' next-token distributions over the first positions of `rows` of token ids.
 
+    load: of the merged model, `load_plain` if None.
     At most POSITIONS, and so many as a quarter of a gigabyte holds. Raises UserError for rows that
     are no tokens of the model and for a merged folder that transformers cannot load whole.
     """
@@ -99,7 +109,7 @@ def compare(
     on = _logits(model, chosen)
     del model
     gc.collect()
-    after = _logits(load_plain(merged, device), chosen)
+    after = _logits((load or load_plain)(merged).to(device), chosen)
     following = torch.cat([torch.tensor(row[1:]) for row in chosen])
     kl = _kl(on, after)
     losses = [torch.nn.functional.cross_entropy(logits, following).item() for logits in (on, after)]

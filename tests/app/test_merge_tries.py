@@ -7,7 +7,9 @@ from pathlib import Path
 from tiny_model import save_tiny_model
 from tries import MISTAKE, Try, check, run, snapshot, tries
 
+import lora_engine
 from lora_engine.app.deploy import MERGE_REPORT
+from lora_engine.models.quantized.linear import QuantizedLinear
 
 
 def test_a_run_is_merged_verified_and_loaded_by_transformers(finished, capfd):
@@ -35,6 +37,19 @@ def test_a_run_is_merged_verified_and_loaded_by_transformers(finished, capfd):
     assert run(capfd, "merge", "run", "--to", "out/merged", "--overwrite", "--no-verify")[0] == 0
     report = json.loads((finished / "out/merged" / MERGE_REPORT).read_text())
     assert report["verified"] is None
+
+
+def test_a_run_is_merged_into_packed_bits(finished, capfd):
+    status, printed, _ = run(
+        capfd, "merge", "run", "--to", "packed", "--quantize", "int8", "--no-verify"
+    )  # fmt: skip
+    assert status == 0 and "14 linears in int8" in printed
+    report = json.loads((finished / "packed" / MERGE_REPORT).read_text())
+    assert report["packed"]["error"] < 0.01
+    files = {path.name for path in (finished / "packed").iterdir()}
+    assert files == set(report["files"]) and "tokenizer.json" in files
+    model, _ = lora_engine.load_model("packed")
+    assert sum(isinstance(m, QuantizedLinear) for m in model.modules()) == 14
 
 
 def test_an_adapter_alone_is_merged_with_the_base_that_is_given(finished, capfd):
@@ -81,6 +96,13 @@ MISTAKES = [
     Try("no number", ["merge", "run", "--adapter", "default=much", "--to", "m"],
         ["default=much", "no weight"]),
     Try("no dtype", ["merge", "run", "--dtype", "int8", "--to", "m"], ["int8", "use float32"]),
+    Try("no such format", ["merge", "run", "--quantize", "nf5", "--to", "m"],
+        ["--quantize", "nf5", "did you mean nf4"]),
+    Try("scales of what is not packed", ["merge", "run", "--double-quant", "--to", "m"],
+        ["--double-quant", "add --quantize nf4"]),
+    Try("scales that the format has not",
+        ["merge", "run", "--quantize", "fp8", "--double-quant", "--to", "m"],
+        ["--quantize", "double_quant is of nf4"]),
     Try("no data", ["merge", "run", "--data", "none.jsonl", "--to", "m"], ["none.jsonl"]),
     Try("no --to", ["merge", "run"], ["--to"]),
     Try("--to is empty", ["merge", "run", "--to", ""], ["--to", "is empty"]),
