@@ -25,6 +25,10 @@ class UnavailableError(RuntimeError):
     """A backend was asked for by name and cannot run here; the message says why."""
 
 
+class PeerLost(RuntimeError):
+    """Another process of a run is gone, or cannot be reached; the message says why, if it can."""
+
+
 def nearest(name: str, choices: Iterable[str], likeness: float = 0.6) -> str | None:
     """The choice most like `name`, or None if none is close (1 is the same text)."""
     matches = difflib.get_close_matches(name, list(choices), n=1, cutoff=likeness)

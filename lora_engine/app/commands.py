@@ -5,8 +5,11 @@ Heavy modules are imported by the command that needs them, so that --help answer
 
 import functools
 import json
+import logging
 import sys
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
 
 import typer
@@ -107,10 +110,17 @@ def train(
             show_default="preflight",
         ),
     ] = None,
+    nproc: Annotated[
+        int, typer.Option("--nproc", metavar="N", help="Processes on this machine.", min=1)
+    ] = 1,
 ) -> None:
     """Fine-tune as CONFIG says."""
     settings = [] if preflight is None else [f"train.preflight={json.dumps(preflight)}"]
-    _train(config, [*(overrides or []), *settings], resume)
+    settings = [*(overrides or []), *settings]
+    if nproc > 1:
+        _launch(nproc, ["train", config, *settings, *(["--resume"] if resume else [])])
+    else:
+        _train(config, settings, resume)
 
 
 @app.command()
@@ -181,7 +191,44 @@ for after_training in AFTER_TRAINING:
     app.command()(_interruptible(after_training))
 
 
+def _launch(count: int, words: Sequence[str]) -> None:
+    from lora_engine.app.launch import launch
+    from lora_engine.distributed import is_started
+    from lora_engine.errors import UserError
+
+    if is_started():
+        raise UserError("--nproc: torchrun has started the processes already; leave it out")
+    debug = ["--debug"] if "--debug" in sys.argv else []  # which cli.main takes from the words
+    status, line = launch(count, [*words, *debug])
+    if line:
+        print(f"lora-engine: {line}", file=sys.stderr)
+    raise typer.Exit(status)
+
+
+@contextmanager
+def _together() -> Iterator[None]:
+    """Within, this process is one of those that torchrun started, if it did."""
+    from lora_engine.distributed import is_started
+
+    if not is_started():
+        yield
+        return
+    from lora_engine.app.failures import describe
+    from lora_engine.distributed.world import joined
+
+    with joined(lambda error: describe(error).line) as world:
+        if not world.is_first:  # the first process warns for all
+            logging.getLogger("lora_engine").setLevel(logging.ERROR)
+            warnings.simplefilter("ignore")
+        yield
+
+
 def _train(source: str, overrides: Sequence[str], resume: bool) -> None:
+    with _together():
+        _train_together(source, overrides, resume)
+
+
+def _train_together(source: str, overrides: Sequence[str], resume: bool) -> None:
     from lora_engine.app.config import load_config
 
     config = load_config(source, overrides)
@@ -201,6 +248,8 @@ def _train(source: str, overrides: Sequence[str], resume: bool) -> None:
         raise RunFailed(config.train.output_dir, _how_to_go_on(config)) from error
     finally:
         progress.close()
+    if not outcome.is_told:
+        return
     if outcome.summary is None:
         raise Interrupted(f"interrupted; {_how_to_go_on(config)}")
     console.print(render_outcome(outcome))

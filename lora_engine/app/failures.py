@@ -7,7 +7,7 @@ import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora_engine.errors import UnavailableError, UserError, reason
+from lora_engine.errors import PeerLost, UnavailableError, UserError, reason
 from lora_engine.files import system_error
 from lora_engine.text import bytes_text, one_line
 
@@ -102,7 +102,7 @@ def _refusal(error: BaseException) -> str | None:
         return "a path holds a NUL character, which no file's name can; take it out"
     if isinstance(error, RecursionError):
         return "what was given is nested too deeply to be read; make it flatter"
-    if isinstance(error, UnavailableError):
+    if isinstance(error, UnavailableError | PeerLost):
         return reason(error)
     if isinstance(error, RuntimeError) and "CUDA error" in text:
         return f"the GPU failed: {reason(error)}; see nvidia-smi, or run with model.device=cpu"

@@ -28,14 +28,16 @@ from lora_engine.app.config import RunConfig, dump_config, load_config
 from lora_engine.app.datasets import Reading, prepare_data, prepare_prompt_data
 from lora_engine.app.objectives import ONLINE, name_of, objective_of, teacher_of
 from lora_engine.app.online import online_of, shown_prompts
+from lora_engine.app.samples_before import counted, read_json, samples_before
 from lora_engine.app.starting_adapter import StartingAdapter, going_on, starting_adapter
 from lora_engine.data import TokenizedDataset
 from lora_engine.data.account import account, lines
 from lora_engine.data.adapters import check_adapters
 from lora_engine.data.inspect import DataReport, report
 from lora_engine.data.vocabulary import check_rows, check_vocabulary
+from lora_engine.distributed.world import World, current
 from lora_engine.errors import UserError
-from lora_engine.evaluation.samples import Prompt, generate
+from lora_engine.evaluation.samples import generate
 from lora_engine.files import naming, write_text
 from lora_engine.machine import machine_facts
 from lora_engine.models.attach.accelerate import accelerate, restore
@@ -54,6 +56,7 @@ from lora_engine.objectives.base import NATS_PER_TARGET, Objective, Teacher
 from lora_engine.report.page import write_report
 from lora_engine.training.run.folder import RunFolder
 from lora_engine.training.run.identity import model_weights_sha256
+from lora_engine.training.together import check_share
 from lora_engine.training.trainer import Trainer, TrainResult
 
 SMOLLM2_NAME = "SmolLM2-135M-Instruct"
@@ -74,11 +77,13 @@ class Observer(Protocol):
 
 @dataclass(frozen=True)
 class Outcome:
-    """result: of the training loop. summary: what summary.json holds; None if interrupted."""
+    """result: of the training loop. summary: what summary.json holds; None if interrupted, and
+    where it is another process that tells the outcome, of several."""
 
     folder: Path
     result: TrainResult
     summary: dict[str, Any] | None
+    is_told: bool = True
 
 
 def finetune(
@@ -87,6 +92,8 @@ def finetune(
     """Run `config` to its end, or until SIGINT, SIGTERM or SIGHUP.
 
     resume: continue the run in `config.train.output_dir` from its newest checkpoint.
+    Within `distributed.world.joined` all processes call it; the first alone uses the folder, and
+    has an observer.
     Raises UserError for whatever in the configuration or the data cannot be used, and OSError for
     a file that cannot be written; the last checkpoint is whole then.
     """
@@ -94,15 +101,19 @@ def finetune(
     with naming(folder):
         if folder.exists() and not folder.is_dir():
             raise UserError(f"{folder}: is a file, train.output_dir must be a folder")
+    world = current()
+    check_share(world, config.train, writes=name_of(config.objective) in ONLINE)
+    if not world.is_first:
+        return _finetune(config, resume, None, world)
     with RunFolder(folder).locked():
         _check_folder(config, resume)
-        return _finetune(config, resume, observer)
+        return _finetune(config, resume, observer, world)
 
 
-def _finetune(config: RunConfig, resume: bool, observer: Observer | None) -> Outcome:
+def _finetune(config: RunConfig, resume: bool, observer: Observer | None, world: World) -> Outcome:
     tell = observer.stage if observer else _ignore
     folder = config.train.output_dir
-    config = _with_dtype(config, resume)
+    config = _with_dtype(config, resume, world)
     start = starting_adapter(config)
     if start is not None:
         config = config.model_copy(update={"lora": start.lora})
@@ -151,13 +162,15 @@ def _finetune(config: RunConfig, resume: bool, observer: Observer | None) -> Out
         tell(f"preflight: {preflight}")
     writes = trainer.objective.reads.values != "examples"
     prompts = shown_prompts(eval_data, tokenizer, config.samples.count if writes else 0)
-    kept = None if step is None else _read_json(files.samples_before)
-    before = _samples_before(config, model, tokenizer, prompts, kept, tell)
+    if world.is_first:
+        kept = None if step is None else read_json(files.samples_before)
+        before = samples_before(config, model, tokenizer, prompts, kept, tell)
     trainer.open_folder(step)
-    for path in (files.summary, files.report):  # which the run wrote when it ended earlier
-        path.unlink(missing_ok=True)
-    write_text(files.config, dump_config(config))
-    write_text(files.samples_before, json.dumps(before))
+    if world.is_first:
+        for path in (files.summary, files.report):  # which the run wrote when it ended earlier
+            path.unlink(missing_ok=True)
+        write_text(files.config, dump_config(config))
+        write_text(files.samples_before, json.dumps(before))
     if step is None:
         held_out = len(eval_data)
         tell(f"measuring {held_out:,} held-out example{'s' * (held_out != 1)}, then training")
@@ -166,10 +179,10 @@ def _finetune(config: RunConfig, resume: bool, observer: Observer | None) -> Out
     result = trainer.fit(resume=resume)
     if coverage is not None:
         restore(model)
-    if result.stopped == "interrupted":
-        return Outcome(folder, result, None)
+    if result.stopped == "interrupted" or not world.is_first:
+        return Outcome(folder, result, None, is_told=world.is_first)
     if prompts:
-        tell(f"writing {_samples(len(prompts))}")
+        tell(f"writing {counted(len(prompts))}")
     after = generate(model, tokenizer, prompts, max_new_tokens=config.samples.max_new_tokens)
     unit = trainer.objective.unit
     summary = {
@@ -267,16 +280,17 @@ def _check_folder(config: RunConfig, resume: bool) -> None:
         run.check_foreign()
 
 
-def _with_dtype(config: RunConfig, resume: bool) -> RunConfig:
-    """`config` with dtype `auto` resolved: as when the run began, or else for this machine."""
+def _with_dtype(config: RunConfig, resume: bool, world: World) -> RunConfig:
+    """`config` with dtype `auto` resolved: as when the run began, or else for the first process's
+    machine."""
     if config.model.dtype != "auto":
         return config
     dtype = "auto"
-    if resume:
+    if resume and world.is_first:
         with suppress(UserError):  # a config.yaml that is lost or damaged
             dtype = load_config(RunFolder(config.train.output_dir).config).model.dtype
     chosen = resolve_dtype(dtype, resolve_device(config.model.device))
-    name = next(name for name, known in DTYPES.items() if known == chosen)
+    name = world.of_first(next(name for name, known in DTYPES.items() if known == chosen))
     return config.model_copy(update={"model": config.model.model_copy(update={"dtype": name})})
 
 
@@ -318,42 +332,6 @@ def _objective(config: RunConfig, device: torch.device, tell: Any) -> Objective:
             accelerate(model)
         teacher = Teacher(model.requires_grad_(False), source)
     return objective_of(config.objective, teacher)
-
-
-def _samples(count: int) -> str:
-    return "1 sample" if count == 1 else f"{count:,} samples"
-
-
-def _samples_before(
-    config: RunConfig,
-    model: Any,
-    tokenizer: Any,
-    prompts: list[Prompt],
-    kept: dict[str, Any] | None,
-    tell: Any,
-) -> dict[str, Any]:
-    """What the untrained model writes, "texts", to what is "asked"; a resumed run has it kept."""
-    asked = {
-        "max_new_tokens": config.samples.max_new_tokens,
-        "prompts": [list(prompt.input_ids) for prompt in prompts],
-    }
-    if kept is not None and kept.get("asked") == asked:
-        texts = kept.get("texts")
-        if isinstance(texts, list) and [type(text) for text in texts] == [str] * len(prompts):
-            return kept
-    if prompts:
-        tell(f"writing {_samples(len(prompts))} before training")
-    texts = generate(model, tokenizer, prompts, max_new_tokens=config.samples.max_new_tokens)
-    return {"asked": asked, "texts": texts}
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    """The object in a file; None if there is none that can be read."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
-    return content if isinstance(content, dict) else None
 
 
 def _description(

@@ -1,13 +1,15 @@
 """An objective's loss of one packed batch: the model runs, the objective judges its results."""
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from lora_engine.data.batch import PackedBatch, without_shared_prefixes
+from lora_engine.distributed.world import ALONE, World
 from lora_engine.errors import UserError
 from lora_engine.evaluation.modes import inference, with_adapter, without_adapters
 from lora_engine.models.attach.head import Head, output_head
@@ -87,12 +89,14 @@ def with_statistics(
     batches: Iterable[PackedBatch],
     objective: Objective,
     check: Callable[[], None] = lambda: None,
+    world: World = ALONE,
 ) -> Iterable[PackedBatch]:
-    """The batches of a step, or of an evaluation, with what the objective measures over all.
+    """The batches of a step, or of an evaluation, with what the objective measures over all, those
+    of the other processes of `world` included.
 
     "kl", if it reads mismatched examples: the mean over them of log p(answer) less that of the
     reference, in evaluation mode, or 0 where that is less; without gradients.
-    check: called before each batch is run.
+    check: called before each batch is run, where no other process waits.
     """
     if not objective.reads.mismatched:
         return batches
@@ -103,7 +107,8 @@ def with_statistics(
                 f"objective {objective.name} compares answers with answers to other prompts, and "
                 "the batch has none; give it records of 'prompt', 'completion' and 'label'"
             )
-        check()
+        if world.size == 1:
+            check()
         other = batch.mismatched.to(next(model.parameters()).device)
         reference = reference_logprobs(model, other)
         with inference(model), adapters_of(model, other):
@@ -111,6 +116,10 @@ def with_statistics(
             own = output_head(model).cross_entropy(hidden, other.target_ids, reduction="sum")
         moved = moved.to(reference.device) + (own.logprobs.double() - reference.double()).sum()
         count += other.num_examples
+    if world.size > 1:
+        parts = cast(list[tuple[float, int]], world.gather((moved.item(), count)))
+        moved = torch.tensor(math.fsum(part[0] for part in parts), dtype=torch.float64)
+        count = sum(part[1] for part in parts)
     kl = (moved / max(count, 1)).clamp(min=0)
     return [replace(batch, statistics={"kl": kl}) for batch in batches]
 

@@ -1,13 +1,15 @@
 """Loss and token accuracy on held-out data."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypedDict
 
 import torch
 from torch import nn
 
 from lora_engine.data.batch import PackedBatch
+from lora_engine.distributed.world import ALONE, World
 from lora_engine.errors import UserError
 from lora_engine.evaluation.batch_loss import target_scores, with_statistics
 from lora_engine.evaluation.modes import inference
@@ -30,6 +32,22 @@ class HeldoutResult:
     metrics: Mapping[str, float] = field(default_factory=dict)
 
 
+class Sums(TypedDict):
+    """What held-out batches came to, JSON; those of several processes add up.
+
+    weights, totals: of the loss, by term. metrics: total and count by name. failure: what was not
+    finite, of which examples, and where; nothing was measured after it then.
+    """
+
+    weights: dict[str, float]
+    totals: dict[str, float]
+    metrics: dict[str, tuple[float, float]]
+    correct: int
+    tokens: int
+    targets: int
+    failure: tuple[str, Sequence[str], str | None] | None
+
+
 def evaluate(
     model: nn.Module,
     batches: Iterable[PackedBatch],
@@ -43,15 +61,32 @@ def evaluate(
     named in the NonFiniteError raised if a batch's loss or a metric is not finite. UserError if
     `batches` have nothing that the objective measures.
     """
+    return result_of([measure(model, batches, objective)], objective, step=step)
+
+
+def measure(
+    model: nn.Module,
+    batches: Iterable[PackedBatch],
+    objective: Objective,
+    *,
+    world: World = ALONE,
+) -> Sums:
+    """What `evaluate` measures, of this process's share of the batches of `world`."""
     device = next(model.parameters()).device
-    totals: dict[str, float] = {}
     correct = torch.zeros((), dtype=torch.int64, device=device)
-    sums: dict[str, tuple[float, float]] = {}
-    tokens = targets = 0
+    sums: Sums = {
+        "weights": {},
+        "totals": {},
+        "metrics": {},
+        "correct": 0,
+        "tokens": 0,
+        "targets": 0,
+        "failure": None,
+    }
     weights: list[Mapping[str, float]] = []
     with inference(model):
-        for batch in with_statistics(model, batches, objective):
-            tokens += batch.num_tokens
+        for batch in with_statistics(model, batches, objective, world=world):
+            sums["tokens"] += batch.num_tokens
             of_batch = weight_of(objective, batch)
             if not any(of_batch.values()):
                 continue
@@ -63,25 +98,42 @@ def evaluate(
             values = {name: mean.total.item() for name, mean in judged.metrics.items()}
             for name, value in [*(("loss", value) for value in terms.values()), *values.items()]:
                 if not math.isfinite(value):
-                    raise NonFiniteError(
-                        f"the held-out {name} is {value}",
-                        step,
-                        batch.origins,
-                        first_nonfinite_layer(model, on_device, objective),
-                    )
-            totals = {term: totals.get(term, 0.0) + value for term, value in terms.items()}
+                    layer = first_nonfinite_layer(model, on_device, objective)
+                    sums["failure"] = (f"the held-out {name} is {value}", batch.origins, layer)
+                    return sums
+            sums["totals"] = added([sums["totals"], terms])
             correct += scores.correct.sum()
-            targets += scores.correct.numel()
+            sums["targets"] += scores.correct.numel()
             for name, mean in judged.metrics.items():
-                total, count = sums.get(name, (0.0, 0.0))
-                sums[name] = total + values[name], count + mean.count
-    weight = added(weights)
+                total, count = sums["metrics"].get(name, (0.0, 0.0))
+                sums["metrics"][name] = total + values[name], count + mean.count
+    sums["weights"], sums["correct"] = added(weights), int(correct.item())
+    return sums
+
+
+def result_of(
+    parts: Sequence[Sums], objective: Objective, *, step: int | None = None
+) -> HeldoutResult:
+    """The result of what several processes measured; raises as `evaluate`."""
+    for part in parts:
+        if part["failure"] is not None:
+            what, origins, layer = part["failure"]
+            raise NonFiniteError(what, step, origins, layer)
+    weight = added(part["weights"] for part in parts)
+    targets = sum(part["targets"] for part in parts)
     if not any(weight.values()) or not (targets or objective.reads.values):
         raise UserError(
             f"the held-out data have no supervised tokens to measure a loss on ({objective.name})"
         )
+    sums: dict[str, tuple[float, float]] = {}
+    for part in parts:
+        for name, (of_part, its_count) in part["metrics"].items():
+            total, count = sums.get(name, (0.0, 0.0))
+            sums[name] = total + of_part, count + its_count
     metrics = {name: total / count for name, (total, count) in sums.items() if count}
+    totals = added(part["totals"] for part in parts)
     loss = sum(total / weight[term] for term, total in totals.items() if weight[term])
     # A scalar head predicts no token: what is right is the order of its values.
-    accuracy = correct.item() / targets if targets else metrics.get("rewards/accuracies", 0.0)
-    return HeldoutResult(loss, accuracy, tokens, targets, metrics)
+    correct = sum(part["correct"] for part in parts)
+    accuracy = correct / targets if targets else metrics.get("rewards/accuracies", 0.0)
+    return HeldoutResult(loss, accuracy, sum(part["tokens"] for part in parts), targets, metrics)

@@ -2,13 +2,16 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import cast
 
 from torch import nn
 
 from lora_engine import backends
+from lora_engine.distributed.world import ALONE, World
+from lora_engine.errors import PeerLost
 from lora_engine.evaluation.heldout import HeldoutResult
 from lora_engine.evaluation.nonfinite import NonFiniteError
 from lora_engine.objectives.base import Objective
@@ -22,7 +25,7 @@ from lora_engine.training.optimizer.optimizer import FlatAdamW
 from lora_engine.training.optimizer.schedule import Schedule
 from lora_engine.training.run.folder import Loaded, OfRun, RunFolder
 from lora_engine.training.signals import Interrupted
-from lora_engine.training.state import Stopped, TrainState
+from lora_engine.training.state import SavedState, Stopped, TrainState
 from lora_engine.training.step import TrainStep
 
 logger = logging.getLogger(__name__)
@@ -36,6 +39,8 @@ class TrainingLoop:
     callbacks: are told of each step and each evaluation.
     check: called between micro-batches; raises Interrupted to end the run.
     of_run: what its checkpoints say of the run as a whole; see `RunFolder.save`.
+    world: the processes that train together. The first reads and writes the folder alone, and is
+        the one with callbacks.
     """
 
     def __init__(
@@ -52,6 +57,7 @@ class TrainingLoop:
         *,
         callbacks: Callbacks,
         check: Callable[[], None],
+        world: World = ALONE,
     ) -> None:
         self._flat = flat
         self._train_source = train_source
@@ -63,24 +69,42 @@ class TrainingLoop:
         self._callbacks = callbacks
         self._check = check
         self._optimizer = FlatAdamW(flat, config)
-        self._step = TrainStep(model, objective, self._optimizer)
+        self._world = world
+        self._step = TrainStep(model, objective, self._optimizer, seed=config.seed, world=world)
         self._saved_step: int | None = None
         self._log: MetricsLog | None = None
         self.state = TrainState()
 
     def start(self, step: int | None) -> Loaded | None:
         """Load the checkpoint of `step` and return what it says; without one seed everything."""
+        loaded = None
         if step is None:
             random_state.seed_all(self._config.seed)
-            self._log = MetricsLog(self._folder.metrics)
-            self._train_source.start(None)
-            return None
-        loaded = self._folder.load(step, self._flat, self._optimizer)
-        self.state, self._saved_step = loaded.state, step
-        self._log = MetricsLog(self._folder.metrics, loaded.metrics)
-        self._train_source.start(loaded.source)
-        logger.info("continuing from step %d", step)
+        elif self._world.is_first:
+            loaded = self._folder.load(step, self._flat, self._optimizer)
+            self.state, self._saved_step = loaded.state, step
+            logger.info("continuing from step %d", step)
+        source = None if loaded is None else loaded.source
+        if self._world.is_first:
+            written = None if loaded is None else loaded.metrics
+            self._log = MetricsLog(self._folder.metrics, written)
+        if self._world.size > 1:
+            source = self._as_first(source)
+        self._train_source.start(source)
         return loaded
+
+    def _as_first(self, source: Mapping[str, object] | None) -> Mapping[str, object] | None:
+        """Begin where the first process does; returns what its `source` remembers."""
+        self._world.send_(self._flat.data)
+        for values in self._optimizer.buffers():
+            self._world.send_(values)
+        self._flat.publish()
+        state, self._optimizer.updates, of_first = cast(
+            tuple[SavedState, int, Mapping[str, object] | None],
+            self._world.of_first((self.state.to_json(), self._optimizer.updates, source)),
+        )
+        self.state = TrainState.from_json(state)
+        return of_first
 
     def run(self) -> Stopped:
         """Train until done. Whatever the reason to stop, the last good state is saved."""
@@ -99,15 +123,23 @@ class TrainingLoop:
             return "interrupted"
         except NonFiniteError as error:
             error.checkpoint = self._save()
+            self._world.gather(None)  # a process that has ended would end the one that saves
+            raise
+        except PeerLost:
+            self._save()
             raise
 
     def load_final_weights(self) -> None:
         """Bring back the best weights, if configured and known."""
         best, state = self._config.final_weights == "best", self.state
         if best and state.best_step is not None and state.best_step != state.step:
-            self._folder.load_weights(state.best_step, self._flat)
+            if self._world.is_first:
+                self._folder.load_weights(state.best_step, self._flat)
+            self._world.send_(self._flat.data)
+            self._flat.publish()
 
     def close(self) -> None:
+        self._step.close()
         self._train_source.close()
         if self._log is not None:
             self._log.close()
@@ -137,7 +169,8 @@ class TrainingLoop:
             peak_memory_bytes=backends.peak_memory_bytes(self._flat.device),
             metrics={**self._train_source.metrics(position), **result.metrics},
         )
-        self._metrics_log.append_step(metrics)
+        if self._log is not None:
+            self._log.append_step(metrics)
         with self._saving_first():
             self._callbacks.on_step(metrics)
 
@@ -151,7 +184,8 @@ class TrainingLoop:
         with self._saving_first() if state.step else nullcontext():
             result = self._measure(state.step)
         state.record_heldout(result)
-        self._metrics_log.append_heldout(state.step, result.loss, result.accuracy, result.metrics)
+        if self._log is not None:
+            self._log.append_heldout(state.step, result.loss, result.accuracy, result.metrics)
         with self._saving_first():
             self._callbacks.on_eval(state.step, result)
 
@@ -161,7 +195,8 @@ class TrainingLoop:
         try:
             yield
         except BaseException:  # sys.exit, too
-            self._check()  # a terminal that hung up cannot be written to: that is the reason
+            if self._world.size == 1:  # others could not be told
+                self._check()  # a terminal that hung up cannot be written to: that is the reason
             self._save()
             raise
 
@@ -179,10 +214,13 @@ class TrainingLoop:
         return scheduled or step == 0 or step == self.state.best_step
 
     def _save(self) -> Path:
-        """Checkpoint the current step unless that is on disk already; returns its folder."""
+        """Checkpoint the current step unless that is on disk already; returns its folder.
+
+        Every process holds all of it, so that the first does this without the others.
+        """
         step, checkpoints = self.state.step, self._folder.checkpoints
-        if self._saved_step != step:
-            written = self._metrics_log.sync()
+        if self._log is not None and self._saved_step != step:
+            written = self._log.sync()
             source = self._train_source.saved(self.state.position)
             self._folder.save(
                 self._flat, self._optimizer, self.state, written, self._of_run, source
@@ -192,8 +230,3 @@ class TrainingLoop:
             also = () if best is None else (best,)
             checkpoints.prune(step, self._config.keep_checkpoints, also)
         return checkpoints.path(step)
-
-    @property
-    def _metrics_log(self) -> MetricsLog:
-        assert self._log is not None, "start() comes first"
-        return self._log

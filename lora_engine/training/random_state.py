@@ -39,6 +39,13 @@ def seed_all(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def seed_micro_batch(seed: int, step: int, index: int) -> None:
+    """Seed torch (all devices) for a micro-batch: its dropout is a function of these three alone,
+    whichever process runs it."""
+    words = np.random.SeedSequence([seed, step, index]).generate_state(1, np.uint64)
+    torch.manual_seed(int(words[0]))
+
+
 def capture() -> tuple[dict[str, torch.Tensor], Rest]:
     """The state of all generators: tensors for a safetensors file, and the rest as JSON."""
     tensors = {"torch_cpu": torch.get_rng_state()}

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import TypeAlias
 
+from lora_engine.distributed.world import World
+
 # Windows has no SIGHUP.
 _SIGNALS = [
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
@@ -16,6 +18,22 @@ Handler: TypeAlias = Callable[[int, FrameType | None], object] | int | None
 
 class Interrupted(Exception):
     """Raised at a safe point after a signal; never leaves the training loop."""
+
+
+def check_together(world: World, check: Callable[[], None]) -> None:
+    """Raises Interrupted in every process if `check` does in one; all of them call this."""
+    for name in world.gather(interrupting(check)):
+        if name is not None:
+            raise Interrupted(name)
+
+
+def interrupting(check: Callable[[], None]) -> str | None:
+    """The signal for which `check` raises Interrupted; None if it does not."""
+    try:
+        check()
+    except Interrupted as signal_name:
+        return str(signal_name)
+    return None
 
 
 class InterruptGuard:

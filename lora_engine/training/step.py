@@ -2,12 +2,17 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from itertools import zip_longest
+from typing import NamedTuple, TypedDict, cast
 
 import torch
 from torch import nn
 
 from lora_engine.data.batch import PackedBatch
+from lora_engine.distributed.replicate import GradientSum
+from lora_engine.distributed.world import ALONE, World
 from lora_engine.evaluation.batch_loss import batch_loss, with_statistics
 from lora_engine.evaluation.nonfinite import (
     NonFiniteError,
@@ -19,8 +24,7 @@ from lora_engine.objectives.answers import added, mean_of, terms_of, weight_of
 from lora_engine.objectives.base import Mean, Objective
 from lora_engine.training import random_state
 from lora_engine.training.optimizer.optimizer import FlatAdamW
-
-RandomState = tuple[dict[str, torch.Tensor], random_state.Rest]
+from lora_engine.training.signals import Interrupted, interrupting
 
 
 @dataclass(frozen=True)
@@ -36,21 +40,50 @@ class StepResult:
     metrics: Mapping[str, float] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class _MicroResult:
+class _OnDevice(NamedTuple):
+    """What a micro-batch came to."""
+
     batch: PackedBatch
-    random_before: RandomState
     terms: Mapping[str, torch.Tensor]
     metrics: Mapping[str, Mean]
 
 
-class TrainStep:
-    """Applies optimiser steps, each of them wholly or not at all."""
+class _OnHost(TypedDict):
+    """Its results as JSON. terms: by the order of the weights. metrics: name, total and count."""
 
-    def __init__(self, model: nn.Module, objective: Objective, optimizer: FlatAdamW) -> None:
+    terms: list[float]
+    metrics: list[tuple[str, float, float]]
+
+
+class _OfProcess(TypedDict):
+    """What one process did of a step. stopped: the signal that it stopped for."""
+
+    stopped: str | None
+    micro: list[_OnHost]
+
+
+class TrainStep:
+    """Applies optimiser steps, each of them wholly or not at all.
+
+    seed: of dropout. world: the processes that share the steps. All of them call a step with the
+    same micro-batches, and each runs every `world.size`th of those that have weight.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: Objective,
+        optimizer: FlatAdamW,
+        *,
+        seed: int = 0,
+        world: World = ALONE,
+    ) -> None:
         self.model = model
         self.objective = objective
         self.optimizer = optimizer
+        self.seed = seed
+        self.world = world
+        self._sum = GradientSum(world, optimizer.flat.grad, optimizer.flat.large())
 
     def __call__(
         self,
@@ -62,92 +95,162 @@ class TrainStep:
         """One step over `batches`, with the gradient of the loss over all their weight.
 
         check: called before every micro-batch; whatever it raises leaves the step unapplied and
-            the random state as it was.
+            the random state as it was. What is Interrupted in one process is so in all.
         Raises NonFiniteError, likewise without a trace, if a loss, gradient or metric is not
         finite. Without any weight no update is made; loss and norm are then 0.
         """
         before = random_state.capture()
         weights = [weight_of(self.objective, batch) for batch in batches]
         weight = added(weights)
+        weighty = [index for index, of_batch in enumerate(weights) if any(of_batch.values())]
         try:
-            micro = self._accumulate(batches, weights, check)
+            micro, stopped = self._accumulate(step, batches, weighty, weight, check)
             norm = self.optimizer.grad_norm()
-            loss, grad_norm, metrics = self._read(step, micro, weight, norm)
+            grad_norm, results = self._read(micro, list(weight), norm, stopped)
+            self._check_finite(step, batches, weighty, grad_norm, results, micro)
         except BaseException:
             random_state.restore(*before)
             raise
-        if micro:
+        if weighty:
             self.optimizer.step(learning_rate, norm)
         tokens = sum(batch.num_tokens for batch in batches)
         targets = sum(batch.num_targets for batch in batches)
-        return StepResult(loss, grad_norm, tokens, targets, metrics)
+        loss = _loss_of(results, weight)
+        return StepResult(loss, grad_norm, tokens, targets, _means_of(results))
+
+    def close(self) -> None:
+        """No further step is made."""
+        self._sum.close()
 
     def _accumulate(
         self,
+        step: int,
         batches: Sequence[PackedBatch],
-        weights: Sequence[Mapping[str, float]],
+        weighty: Sequence[int],
+        weight: Mapping[str, float],
         check: Callable[[], None],
-    ) -> list[_MicroResult]:
-        flat, weight = self.optimizer.flat, added(weights)
+    ) -> tuple[list[_OnDevice], str | None]:
+        """Results of this process's micro-batches, and the signal that came between them, if any.
+
+        The gradients of all processes are in the buffer then.
+        """
+        flat, world = self.optimizer.flat, self.world
         flat.zero_grad()
-        micro = []
-        weighty = [b for b, w in zip(batches, weights, strict=True) if any(w.values())]
-        for batch in with_statistics(self.model, weighty, self.objective, check):
-            check()
-            random_before = random_state.capture()
+        indices = weighty[world.rank :: world.size]
+        own = [batches[index] for index in indices]
+        micro: list[_OnDevice] = []
+        stopped = None
+        counted = with_statistics(self.model, own, self.objective, check, world)
+        for index, batch in zip(indices, counted, strict=True):
+            if (stopped := interrupting(check)) is not None:
+                break
+            random_state.seed_micro_batch(self.seed, step, index)
             on_device = batch.to(flat.device)
             loss = batch_loss(self.model, on_device, self.objective)
+            is_last = index == indices[-1]
             # Checkpointed layers run again, and need their adapters.
-            with adapters_of(self.model, on_device), flat.collecting():
+            with (
+                adapters_of(self.model, on_device),
+                self._sum.overlapped() if is_last else nullcontext(),
+                flat.collecting(),
+            ):
                 # Dividing by the step's weight, not the micro-batch's, weights every token alike.
                 mean_of(self.objective, loss, weight).backward()
             terms = {n: total.detach() for n, total in terms_of(loss).items()}
             metrics = {n: Mean(m.total.detach(), m.count) for n, m in loss.metrics.items()}
-            micro.append(_MicroResult(on_device, random_before, terms, metrics))
-        return micro
+            micro.append(_OnDevice(on_device, terms, metrics))
+        self._sum.finish()
+        return micro, stopped
 
     def _read(
         self,
-        step: int,
-        micro: Sequence[_MicroResult],
-        weight: Mapping[str, float],
+        micro: Sequence[_OnDevice],
+        terms: Sequence[str],
         norm: torch.Tensor,
-    ) -> tuple[float, float, dict[str, float]]:
-        """Loss, gradient norm and metrics on the host, with the step's only wait for the device."""
-        if not micro:
-            return 0.0, 0.0, {}
-        terms = list(weight)
-        named = [(name, mean) for result in micro for name, mean in result.metrics.items()]
-        values = [
-            norm,
-            *(r.terms[term].to(norm.device, torch.float32) for r in micro for term in terms),
-            *(mean.total.to(norm.device, torch.float32) for _, mean in named),
+        stopped: str | None,
+    ) -> tuple[float, list[_OnHost]]:
+        """The gradient's norm, and what the micro-batches of all processes came to, in their order;
+        with the step's only wait for the device. Raises Interrupted if one process stopped."""
+        scalars = [norm]
+        for result in micro:
+            scalars += [result.terms[term] for term in terms]
+            scalars += [mean.total for mean in result.metrics.values()]
+        stacked = torch.stack([x.to(norm.device, torch.float32) for x in scalars])
+        grad_norm, *values = stacked.tolist()
+        value = iter(values)
+        own: list[_OnHost] = [
+            {
+                "terms": [next(value) for _ in terms],
+                "metrics": [(name, next(value), m.count) for name, m in result.metrics.items()],
+            }
+            for result in micro
         ]
-        grad_norm, *sums = torch.stack(values).tolist()
-        of_losses = len(micro) * len(terms)
-        loss_sums, totals = sums[:of_losses], sums[of_losses:]
-        for number, value in enumerate(loss_sums):
-            if not math.isfinite(value):
-                result = micro[number // len(terms)]
-                random_state.restore(*result.random_before)
-                layer = first_nonfinite_layer(self.model, result.batch, self.objective)
-                raise NonFiniteError(f"the loss is {value}", step, result.batch.origins, layer)
-        origins = [origin for result in micro for origin in result.batch.origins]
+        of_process: _OfProcess = {"stopped": stopped, "micro": own}
+        parts = cast(list[_OfProcess], self.world.gather(of_process))
+        for part in parts:
+            if part["stopped"] is not None:
+                raise Interrupted(part["stopped"])
+        rounds = zip_longest(*(part["micro"] for part in parts))
+        return grad_norm, [result for of_round in rounds for result in of_round if result]
+
+    def _check_finite(
+        self,
+        step: int,
+        batches: Sequence[PackedBatch],
+        weighty: Sequence[int],
+        grad_norm: float,
+        results: Sequence[_OnHost],
+        micro: Sequence[_OnDevice],
+    ) -> None:
+        """Raises NonFiniteError, in all processes, for what is not finite. micro: this one's."""
+        for number, result in enumerate(results):
+            for value in result["terms"]:
+                if not math.isfinite(value):
+                    index = weighty[number]
+                    layer = self._bad_layer(step, index, number, micro)
+                    what = f"the loss is {value}"
+                    raise NonFiniteError(what, step, batches[index].origins, layer)
+        origins = [origin for index in weighty for origin in batches[index].origins]
         if not math.isfinite(grad_norm):
             flat = self.optimizer.flat
             layer = last_nonfinite_gradient((e.name, e.view(flat.grad)) for e in flat.entries)
             raise NonFiniteError(f"the gradient's norm is {grad_norm}", step, origins, layer)
-        metrics: dict[str, float] = {}
-        for name in dict(named):
-            of_name = [(x, m.count) for (n, m), x in zip(named, totals, strict=True) if n == name]
-            total, count = (math.fsum(column) for column in zip(*of_name, strict=True))
+        for name, (total, _) in _sums_of(results).items():
             if not math.isfinite(total):
                 raise NonFiniteError(f"{name} is {total}", step, origins, None)
-            if count:
-                metrics[name] = total / count
-        loss = math.fsum(
-            math.fsum(loss_sums[place :: len(terms)]) / weight[term]
-            for place, term in enumerate(terms)
-            if weight[term]
-        )
-        return loss, grad_norm, metrics
+
+    def _bad_layer(
+        self, step: int, index: int, number: int, micro: Sequence[_OnDevice]
+    ) -> str | None:
+        """Where the loss of micro-batch `index`, the `number`th with weight, went wrong, by the
+        process that ran it, with the same dropout."""
+        place, owner = divmod(number, self.world.size)
+        layer = None
+        if self.world.rank == owner:
+            random_state.seed_micro_batch(self.seed, step, index)
+            layer = first_nonfinite_layer(self.model, micro[place].batch, self.objective)
+        return cast("list[str | None]", self.world.gather(layer))[owner]
+
+
+def _loss_of(results: Sequence[_OnHost], weight: Mapping[str, float]) -> float:
+    """The loss: of each term the sum over its weight."""
+    return math.fsum(
+        math.fsum(result["terms"][place] for result in results) / of_term
+        for place, of_term in enumerate(weight.values())
+        if of_term
+    )
+
+
+def _sums_of(results: Sequence[_OnHost]) -> dict[str, tuple[float, float]]:
+    """Total and count of each metric."""
+    named = [mean for result in results for mean in result["metrics"]]
+    sums = {}
+    for name in dict.fromkeys(name for name, _, _ in named):
+        of_name = [(total, count) for n, total, count in named if n == name]
+        total, count = (math.fsum(column) for column in zip(*of_name, strict=True))
+        sums[name] = (total, count)
+    return sums
+
+
+def _means_of(results: Sequence[_OnHost]) -> dict[str, float]:
+    return {name: total / count for name, (total, count) in _sums_of(results).items() if count}

@@ -1,8 +1,10 @@
 """The trainer: data, model and settings in, a fine-tuned model and its files out."""
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from itertools import chain
+from typing import cast
 
 import torch
 from torch import nn
@@ -17,8 +19,9 @@ from lora_engine.data.records import Source
 from lora_engine.data.stream import ExampleStream, StreamedDataset
 from lora_engine.data.template import Tokenizer
 from lora_engine.data.vocabulary import check_vocabulary
+from lora_engine.distributed.world import check_same, current
 from lora_engine.errors import UserError
-from lora_engine.evaluation.heldout import HeldoutResult, evaluate
+from lora_engine.evaluation.heldout import HeldoutResult
 from lora_engine.memory.checkpointing import checkpointing
 from lora_engine.models.attach.accelerate import is_accelerated
 from lora_engine.models.attach.head import transformers_model
@@ -48,11 +51,13 @@ from lora_engine.training.preflight.preflight import PreflightReport, preflight
 from lora_engine.training.preflight.trial import with_values
 from lora_engine.training.run.card import CardFacts
 from lora_engine.training.run.export import export_model
+from lora_engine.training.run.fingerprint import json_sha256
 from lora_engine.training.run.folder import OfRun, RunFolder
 from lora_engine.training.run.identity import run_identity, tell_rounding
 from lora_engine.training.signals import InterruptGuard
 from lora_engine.training.state import Stopped, TrainResult, TrainState
 from lora_engine.training.stream_source import StreamSource
+from lora_engine.training.together import check_share, measured_together
 from lora_engine.training.trackers import Tracking
 
 logger = logging.getLogger(__name__)
@@ -80,6 +85,10 @@ class Trainer:
         "weights", a hash, stands for those of the model before adapters and training; without it
         the parameters that are not trained are hashed (about a second for each GB and core).
 
+    Several processes train together within `distributed.world.joined`: each makes a Trainer of the
+    same model, data and settings, and calls the same methods. The first alone uses the folder and
+    has callbacks.
+
     The run's folder, config.output_dir, gets metrics.jsonl, checkpoints/ and adapter/.
     Raises UserError for data or settings that cannot be trained with, and for a model whose loss on
     packed batches would not be its own.
@@ -104,9 +113,11 @@ class Trainer:
         self.tokenizer = tokenizer
         self.config = config
         self.objective = objective
+        self._world = current()
+        check_share(self._world, config, writes=online is not None)
         self._tracking = Tracking(config, objective.name)
-        self.callbacks = Callbacks(callbacks)
-        if config.log_to:
+        self.callbacks = Callbacks(callbacks if self._world.is_first else ())
+        if config.log_to and self._world.is_first:
             self.callbacks = Callbacks((*callbacks, self._tracking))
         tokenized = tokenized_data if online is None else tokenized_prompts
         self.train_dataset = tokenized(train_data, tokenizer, config, "train_data")
@@ -172,13 +183,15 @@ class Trainer:
                 "epochs": config.epochs,
             },
         }
-        step = self.folder.check(
-            self._of_run["identity"], resume=resume, overwrite=config.overwrite
-        )
+        identity = self._of_run["identity"]
+        check_same(self._world, {name: json_sha256(part) for name, part in identity.items()})
+        step = None
+        if self._world.is_first:
+            step = self.folder.check(identity, resume=resume, overwrite=config.overwrite)
         if step is not None:
             length = self.folder.saved(step)["of_run"]["length"]
             check_length(self.folder.checkpoints.path(step), length, self._of_run["length"])
-        return step
+        return cast("int | None", self._world.of_first(step))
 
     def preflight(self, step: int | None) -> PreflightReport | None:
         """`lora_engine.preflight` on the first examples that teach anything, with the weights that
@@ -186,7 +199,7 @@ class Trainer:
 
         step: what `check_folder` returned. Raises UserError where the run would learn nothing.
         """
-        if not self.config.preflight or step == self.total_steps:
+        if not self.config.preflight or step == self.total_steps or not self._world.is_first:
             return None
         self._train_source.share_prefixes = self._shares_prefixes(training=True)
         tokens = min(self.config.tokens_per_batch, PREFLIGHT_TOKENS)
@@ -203,7 +216,8 @@ class Trainer:
 
         Removes the run that config.overwrite gives up. step: what `check_folder` returned.
         """
-        self.folder.begin(step)
+        if self._world.is_first:
+            self.folder.begin(step)
         self._opened = (step,)
 
     def fit(self, resume: bool = False) -> TrainResult:
@@ -229,7 +243,8 @@ class Trainer:
 
     def _fit(self, resume: bool) -> TrainResult:
         training_modules = [module for module in self.model.modules() if module.training]
-        with self.folder.locked():
+        first = self._world.is_first
+        with self.folder.locked() if first else nullcontext():
             if self._opened is None:
                 begin = self.check_folder(resume)
                 self.preflight(begin)
@@ -249,9 +264,10 @@ class Trainer:
                 for module in training_modules:
                     module.training = True
             result = self._result(stopped, flat.device)
-            with self.folder.writing_adapter():
-                facts = self._card_facts(result)
-                export_model(self.model, self.tokenizer, self.folder.adapter, facts)
+            if first:
+                with self.folder.writing_adapter():
+                    facts = self._card_facts(result)
+                    export_model(self.model, self.tokenizer, self.folder.adapter, facts)
         self.callbacks.on_end(result)
         return result
 
@@ -264,6 +280,7 @@ class Trainer:
         self._of_run["rounding"] = {
             "device": flat.device.type,
             "accelerated": is_accelerated(self.model),
+            "processes": self._world.size,
         }
         loop = TrainingLoop(
             self.model,
@@ -277,6 +294,7 @@ class Trainer:
             self._of_run,
             callbacks=self.callbacks,
             check=guard.check,
+            world=self._world,
         )
         try:
             loaded = loop.start(step)
@@ -345,13 +363,7 @@ class Trainer:
             return self._online.measure(check)
         source = BatchSource(self.eval_dataset, self.config.tokens_per_batch, shuffle=False)
         source.share_prefixes = self._shares_prefixes(training=False)
-
-        def batches() -> Iterator[PackedBatch]:
-            for batch in source.one_epoch():
-                check()
-                yield batch
-
-        return lambda step: evaluate(self.model, batches(), self.objective, step=step)
+        return measured_together(self.model, source, self.objective, check, self._world)
 
     def _shares_prefixes(self, *, training: bool) -> bool:
         return self.config.share_prefixes and can_share_prefixes(self.model, training=training)

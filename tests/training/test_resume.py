@@ -22,7 +22,7 @@ from training_helpers import (
 
 from lora_engine.errors import UserError
 from lora_engine.evaluation.nonfinite import NonFiniteError
-from lora_engine.training import random_state, trainer
+from lora_engine.training import random_state, together
 from lora_engine.training.run.checkpoint import CheckpointStore
 
 
@@ -90,7 +90,7 @@ def test_resume_with_nothing_there_starts_from_the_beginning_and_says_so(tmp_pat
 
 def test_a_run_that_ended_before_its_first_checkpoint_begins_again(tmp_path, caplog, monkeypatch):
     with monkeypatch.context() as patched, pytest.raises(ZeroDivisionError):
-        patched.setattr(trainer, "evaluate", lambda *args, **kwargs: 1 / 0)
+        patched.setattr(together, "measure", lambda *args, **kwargs: 1 / 0)
         make_trainer(tmp_path).fit()
     assert saved_steps(tmp_path) == []
     assert make_trainer(tmp_path).fit(resume=True).steps == 6

@@ -117,6 +117,19 @@ class FlatParameters:
         """Number of trained values, without the padding."""
         return sum(entry.numel for entry in self.entries)
 
+    def large(self) -> list[tuple[nn.Parameter, slice]]:
+        """Parameters whose gradients autograd adds where they lie, and their parts of the buffers.
+
+        Their `.grad` is done with a backward pass; those of others are collected after it, or come
+        from several parameters.
+        """
+        ends = [*(entry.offset for entry in self.entries[1:]), self.grad.numel()]
+        return [
+            (entry.parameters[0], slice(entry.offset, end))
+            for entry, end in zip(self.entries, ends, strict=True)
+            if len(entry.parameters) == 1 and entry.numel > MOST_COLLECTED
+        ]
+
     def zero_grad(self) -> None:
         """Set all gradients to zero and the `.grad` of float32 parameters to views of `grad`."""
         self.grad.zero_()

@@ -120,6 +120,11 @@ class FlatAdamW:
                     raise UserError(f"{name}: not the 8-bit moments of this model's parameters")
                 x.copy_(tensors[part])
 
+    def buffers(self) -> list[torch.Tensor]:
+        """All that it remembers of gradients, to be read and written."""
+        parts = [part for _, *moment in self._moments() for part in moment]
+        return [part for part in parts if part is not None]
+
     def _moments(self) -> tuple[_Moment, _Moment]:
         if not self.quantized:
             return _Moment("exp_avg", self.exp_avg), _Moment("exp_avg_sq", self.exp_avg_sq)

@@ -39,6 +39,7 @@ class Rounding(TypedDict):
 
     device: str
     accelerated: bool
+    processes: int
 
 
 class OfRun(TypedDict, total=False):
