@@ -1,6 +1,7 @@
 """Ctrl-C, SIGTERM and a terminal that hangs up as requests to end at the next safe point."""
 
 import signal
+import sys
 import threading
 from collections.abc import Callable
 from types import FrameType, TracebackType
@@ -8,10 +9,9 @@ from typing import TypeAlias
 
 from lora_engine.distributed.world import World
 
-# Windows has no SIGHUP.
-_SIGNALS = [
-    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
-]
+_SIGNALS = [signal.SIGINT, signal.SIGTERM]
+if sys.platform != "win32":
+    _SIGNALS.append(signal.SIGHUP)
 
 Handler: TypeAlias = Callable[[int, FrameType | None], object] | int | None
 
