@@ -25,8 +25,10 @@ from lora_engine.app.config_schema import (
 from lora_engine.app.config_yaml import parse_mapping, parse_value, read_config
 from lora_engine.app.objectives import ONLINE, name_of, objective_of
 from lora_engine.app.rewards import check_named
+from lora_engine.data.probe import SHIPPED
 from lora_engine.errors import UserError, nearest
 from lora_engine.models.peft.adapters import LoraConfig
+from lora_engine.objectives.close_to_base import CloseToBase
 from lora_engine.training.config import TrainConfig
 from lora_engine.training.online.config import RolloutConfig
 
@@ -110,6 +112,17 @@ class SamplesConfig(Section):
     max_new_tokens: int = Field(default=64, ge=1, le=10**5, description="Longest answer in tokens.")
 
 
+class EvaluationConfig(Section):
+    """What is measured besides the held-out examples."""
+
+    probe: Source | None = Field(
+        default=SHIPPED,
+        description="Texts and chats that are not trained on, whose loss before, during and after "
+        "training tells what is forgotten: a source like `data.train`, or `shipped`: general texts "
+        "and questions that come with the package; `null` measures none.",
+    )
+
+
 class RunConfig(Section):
     """One fine-tuning run: `lora-engine train CONFIG.yaml`."""
 
@@ -137,6 +150,9 @@ class RunConfig(Section):
     )
     train: TrainConfig = Field(
         default_factory=lambda: TrainConfig.model_validate({}), description="The training loop."
+    )
+    evaluation: EvaluationConfig = Field(
+        default=EvaluationConfig(), description="What is measured besides the held-out examples."
     )
     samples: SamplesConfig = Field(
         default=SamplesConfig(), description="What the model writes before and after."
@@ -178,6 +194,10 @@ class RunConfig(Section):
             raise ValueError(str(error)) from error
         if self.data.stream or any(source.weight for source in self.data.sources()):
             raise ValueError(f"data.train: objective {name} takes neither streams nor weights")
+        if self.data.replay is not None:
+            raise ValueError(
+                f"data.replay: objective {name} learns from what the model writes; leave it out"
+            )
         if self.lora is None:
             raise ValueError(f"lora: objective {name} trains an adapter here; give lora")
         if self.lora.adapters is not None:
@@ -195,6 +215,21 @@ class RunConfig(Section):
                 "model.adapter: objective reward begins with an adapter and head of its own; merge "
                 "the adapter into the model first"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _forgetting_can_be_told(self) -> "RunConfig":
+        if self.train.kl_to_base is not None:
+            if self.lora is None:
+                raise ValueError(
+                    "train.kl_to_base: compares with the model without its adapter; give lora"
+                )
+            try:
+                CloseToBase(objective_of(self.objective), self.train.kl_to_base)
+            except UserError as error:
+                raise ValueError(str(error)) from error
+        if self.train.stop_on_forgetting is not None and self.evaluation.probe is None:
+            raise ValueError("train.stop_on_forgetting: is told by evaluation.probe; give one")
         return self
 
     @model_validator(mode="after")

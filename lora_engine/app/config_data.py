@@ -25,16 +25,13 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class DataSource(Section):
-    """One of several sources of training examples.
+class OneSource(Section):
+    """A source of records, and how they are read.
 
     A format, columns or template of its own stands for all three of `data`.
     """
 
     path: Source = Field(description="A source as `data.train` takes it.")
-    weight: Annotated[float, Field(gt=0, le=10**6)] | None = Field(
-        default=None, description="Its share of an epoch's examples, over the sum of the weights."
-    )
     limit: Annotated[int, Field(ge=1, le=10**12)] | None = Field(
         default=None, description="Use its first records only."
     )
@@ -49,9 +46,32 @@ class DataSource(Section):
         return None if own == Layout() else own
 
     @model_validator(mode="after")
-    def _layout_is_one(self) -> "DataSource":
+    def _layout_is_one(self) -> "OneSource":
         _check_layout(self.layout() or Layout())
         return self
+
+
+class DataSource(OneSource):
+    """One of several sources of training examples."""
+
+    weight: Annotated[float, Field(gt=0, le=10**6)] | None = Field(
+        default=None, description="Its share of an epoch's examples, over the sum of the weights."
+    )
+
+
+class Replay(OneSource):
+    """Records of what the model is not to forget, mixed into the training examples."""
+
+    fraction: float = Field(
+        gt=0,
+        lt=1,
+        description="Their share of an epoch's examples. All of the others stay; of these as many "
+        "are drawn, or repeated, by `data.seed`.",
+    )
+
+    def source(self) -> DataSource:
+        """Where the records are."""
+        return DataSource.model_validate(self.model_dump(exclude={"fraction"}))
 
 
 def _check_layout(layout: Layout) -> None:
@@ -90,6 +110,9 @@ class DataConfig(Section):
         default=None,
         description='What the user says, written from columns: `"{question}\\n{context}"`; or a '
         "template of each of `system`, `user`, `assistant`, `prompt`, `completion` and `text`.",
+    )
+    replay: Replay | None = Field(
+        default=None, description="Records of another kind to train on besides, against forgetting."
     )
     eval: Source | None = Field(
         default=None, description="Held-out examples, a source like `train`."

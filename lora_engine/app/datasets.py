@@ -7,13 +7,16 @@ from typing import Any
 import numpy as np
 
 from lora_engine.app.chat_settings import template_inputs
+from lora_engine.app.config import RunConfig
 from lora_engine.app.config_data import DataConfig, DataSource
+from lora_engine.app.objectives import name_of
 from lora_engine.data import cache
 from lora_engine.data.chunks import chunks_of, first_rows, source_size
-from lora_engine.data.dataset import TokenizedDataset, dataset_of
+from lora_engine.data.dataset import TokenizedDataset, dataset_of, prepare
 from lora_engine.data.heldout import choose_heldout
 from lora_engine.data.listing import raise_listed
 from lora_engine.data.mixture import mixed
+from lora_engine.data.probe import SHIPPED, shipped_probe
 from lora_engine.data.prompts import (
     PromptDataset,
     joined_prompts,
@@ -21,6 +24,7 @@ from lora_engine.data.prompts import (
     split_prompts,
 )
 from lora_engine.data.recipe import Recipe
+from lora_engine.data.replay import with_replay
 from lora_engine.data.sources import files_among
 from lora_engine.data.store import OutcomeStore, StoredExamples, joined
 from lora_engine.data.stream import ExampleStream, StreamPart, streamed
@@ -44,19 +48,23 @@ def prepare_data(
     if data.stream:
         return _streamed(data, recipe, tokenizer, reading)
     stores = [_tokenised(source, data, recipe, tokenizer, reading) for source in data.sources()]
-    store = joined(stores)
     ends = np.cumsum([len(part) for part in stores])
+    if data.replay is not None:
+        stores.append(_tokenised(data.replay.source(), data, recipe, tokenizer, reading))
+    store, learned = joined(stores), int(ends[-1])
     if data.eval is not None:
-        training = np.arange(len(store))
+        training = np.arange(learned)
         eval_store = _tokenised(_eval_source(data), data, recipe, tokenizer, reading)
         heldout: Sequence[int] = range(len(eval_store))
     else:
         eval_store = store
-        heldout = _heldout(store, data, name)
-        training = np.setdiff1d(np.arange(len(store)), heldout)
+        heldout = _heldout(store, learned, data, name)
+        training = np.setdiff1d(np.arange(learned), heldout)
         heldout = heldout[: data.eval_limit]
     train_data = dataset_of(f"{name}, training", store, training.tolist(), data.max_length)
     train_data = _mixed(train_data, data, ends)
+    if data.replay is not None:
+        train_data = _with_replay(train_data, store, learned, data)
     eval_name = f"{data.eval or name}, held out"
     return train_data, dataset_of(eval_name, eval_store, heldout, data.max_length)
 
@@ -89,6 +97,18 @@ def prepare_prompt_data(
     )
 
 
+def prepare_probe(config: RunConfig, tokenizer: Tokenizer) -> TokenizedDataset | None:
+    """The examples that `evaluation.probe` names; None if it names none, or where the shipped ones
+    cannot be measured because the objective predicts no tokens."""
+    source, data = config.evaluation.probe, config.data
+    options: dict[str, Any] = {"max_length": data.max_length, "inputs": template_inputs(data)}
+    if source == SHIPPED:
+        return (
+            None if name_of(config.objective) == "reward" else shipped_probe(tokenizer, **options)
+        )
+    return None if source is None else prepare(source, tokenizer, **options)
+
+
 def _eval_source(data: DataConfig) -> DataSource:
     assert data.eval is not None
     return DataSource(path=data.eval, split=data.eval_split, limit=data.eval_limit)
@@ -98,17 +118,15 @@ def _streamed(
     data: DataConfig, recipe: Recipe, tokenizer: Tokenizer, reading: Reading | None
 ) -> tuple[TokenizedDataset, TokenizedDataset]:
     """The stream, and the held-out examples."""
-    name, parts = data.name(), []
-    for source in data.sources():
-        files = files_among(source.path, source.split)
-        if files is None or source.limit is not None:
-            reason = "reads files" if files is None else "takes no limit"
-            raise UserError(f"{source.path}: data.stream {reason}; set data.stream: false")
-        layout = source.layout()
-        own = recipe if layout is None else replace(recipe, layout=layout)
-        parts.append(StreamPart(tuple(files), own, source.weight))
+    name, parts = data.name(), [_stream_part(source, recipe) for source in data.sources()]
     if parts[0].weight is None:
         parts = _merged(parts)
+    if data.replay is not None:
+        total = sum(part.weight or 1.0 for part in parts)
+        share = (1 - data.replay.fraction) / total
+        parts = [replace(part, weight=share * (part.weight or 1.0)) for part in parts]
+        replayed = _stream_part(data.replay.source(), recipe)
+        parts.append(replace(replayed, weight=data.replay.fraction, replayed=True))
     usable = usable_processes()
     helpers = 0 if data.processes == 1 or usable == 1 else data.processes or usable - 1
     stream = ExampleStream(
@@ -131,6 +149,16 @@ def _streamed(
         replace(train_data, name=shown),
         replace(eval_data, name=f"{data.eval or name}, held out"),
     )
+
+
+def _stream_part(source: DataSource, recipe: Recipe) -> StreamPart:
+    files = files_among(source.path, source.split)
+    if files is None or source.limit is not None:
+        reason = "reads files" if files is None else "takes no limit"
+        raise UserError(f"{source.path}: data.stream {reason}; set data.stream: false")
+    layout = source.layout()
+    own = recipe if layout is None else replace(recipe, layout=layout)
+    return StreamPart(tuple(files), own, source.weight)
 
 
 def _merged(parts: list[StreamPart]) -> list[StreamPart]:
@@ -209,9 +237,10 @@ def _worked_out(
     )
 
 
-def _heldout(store: OutcomeStore, data: DataConfig, name: str) -> list[int]:
-    contents = [store.key(i).hex() for i in range(len(store))]
-    groups = [store.group(i) for i in range(len(store))]
+def _heldout(store: OutcomeStore, records: int, data: DataConfig, name: str) -> list[int]:
+    """Those of the first `records` that are held out."""
+    contents = [store.key(i).hex() for i in range(records)]
+    groups = [store.group(i) for i in range(records)]
     try:
         return choose_heldout(contents, groups, data.eval_fraction, seed=data.seed)
     except UserError as error:
@@ -241,3 +270,16 @@ def _mixed(dataset: TokenizedDataset, data: DataConfig, ends: np.ndarray) -> Tok
         for source, own, taken in zip(sources, numbers, chosen, strict=True)
     )
     return replace(dataset, examples=examples.taken(np.concatenate(chosen)), mixture=shares)
+
+
+def _with_replay(
+    train_data: TokenizedDataset, store: OutcomeStore, first: int, data: DataConfig
+) -> TokenizedDataset:
+    """The dataset with the records of `data.replay` mixed in, which stand from `first` on."""
+    replay = data.replay
+    assert replay is not None
+    name = f"{replay.path}, replayed"
+    other = dataset_of(name, store, range(first, len(store)), data.max_length)
+    if any(not isinstance(side.examples, StoredExamples) for side in (train_data, other)):
+        raise UserError("data.replay: judged answers cannot be mixed; leave it out")
+    return with_replay(train_data, other, replay.fraction, seed=data.seed)

@@ -13,11 +13,9 @@ The run's folder ends up with
 """
 
 import json
-import math
 import shlex
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,9 +23,10 @@ import torch
 
 from lora_engine.app.chat_settings import set_chat_template
 from lora_engine.app.config import RunConfig, dump_config, load_config
-from lora_engine.app.datasets import Reading, prepare_data, prepare_prompt_data
+from lora_engine.app.datasets import Reading, prepare_data, prepare_probe, prepare_prompt_data
 from lora_engine.app.objectives import ONLINE, name_of, objective_of, teacher_of
 from lora_engine.app.online import online_of, shown_prompts
+from lora_engine.app.run_summary import description, earlier_peak, model_name, perplexity
 from lora_engine.app.samples_before import counted, read_json, samples_before
 from lora_engine.app.starting_adapter import StartingAdapter, going_on, starting_adapter
 from lora_engine.data import TokenizedDataset
@@ -50,16 +49,14 @@ from lora_engine.models.load.load import (
     resolve_dtype,
 )
 from lora_engine.models.load.scalar import add_value_head, with_scalar_head
-from lora_engine.models.peft.adapters import LoraConfig, add_adapters
+from lora_engine.models.peft.adapters import add_adapters
 from lora_engine.models.quantized.linear import QuantizedLinear
-from lora_engine.objectives.base import NATS_PER_TARGET, Objective, Teacher
+from lora_engine.objectives.base import Objective, Teacher
 from lora_engine.report.page import write_report
 from lora_engine.training.run.folder import RunFolder
 from lora_engine.training.run.identity import model_weights_sha256
 from lora_engine.training.together import check_share
 from lora_engine.training.trainer import Trainer, TrainResult
-
-SMOLLM2_NAME = "SmolLM2-135M-Instruct"
 
 
 class Observer(Protocol):
@@ -129,6 +126,7 @@ def _finetune(config: RunConfig, resume: bool, observer: Observer | None, world:
     train_data, eval_data = _examples(config, tokenizer, reading)
     for dataset in (train_data, eval_data):
         check_vocabulary(dataset, model, tokenizer)
+    probe = prepare_probe(config, tokenizer)
     accounts = [account(train_data), account(eval_data)]
     if said := lines(accounts):
         getattr(observer, "on_data", _ignore)(said)
@@ -147,6 +145,7 @@ def _finetune(config: RunConfig, resume: bool, observer: Observer | None, world:
         eval_data,
         train,
         objective=_objective(config, next(model.parameters()).device, tell),
+        probe=probe,
         online=online_of(config, next(model.parameters()).device, tell),
         callbacks=callbacks,
         origin=origin,
@@ -189,10 +188,10 @@ def _finetune(config: RunConfig, resume: bool, observer: Observer | None, world:
         **result.summary(),
         "objective": trainer.objective.name,
         "loss_unit": unit,
-        "peak_memory_bytes": max(result.peak_memory_bytes, _earlier_peak(files.metrics)),
-        "heldout_perplexity_before": _perplexity(result.heldout_loss_before, unit),
-        "heldout_perplexity_after": _perplexity(result.heldout_loss_after, unit),
-        **_description(config, model, train_data, eval_data),
+        "peak_memory_bytes": max(result.peak_memory_bytes, earlier_peak(files.metrics)),
+        "heldout_perplexity_before": perplexity(result.heldout_loss_before, unit),
+        "heldout_perplexity_after": perplexity(result.heldout_loss_after, unit),
+        **description(config, model, train_data, eval_data),
         "data_accounts": accounts,
         "preflight": None if preflight is None else asdict(preflight),
         "samples": [
@@ -234,13 +233,6 @@ def _examples(
     for dataset in datasets:
         check_adapters(dataset, list(config.lora.of_adapters()) if config.lora else [])
     return datasets
-
-
-def model_name(config: RunConfig) -> str:
-    """The model's name for people: the last part of its path or hub id."""
-    if config.model.path == "smollm2":
-        return SMOLLM2_NAME
-    return Path(config.model.path).name or config.model.path
 
 
 def how_to_resume(folder: Path) -> str:
@@ -332,46 +324,6 @@ def _objective(config: RunConfig, device: torch.device, tell: Any) -> Objective:
             accelerate(model)
         teacher = Teacher(model.requires_grad_(False), source)
     return objective_of(config.objective, teacher)
-
-
-def _description(
-    config: RunConfig, model: Any, train_data: TokenizedDataset, eval_data: TokenizedDataset
-) -> dict[str, Any]:
-    """What was trained on what."""
-    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
-    return {
-        "model": model_name(config),
-        "method": _method(config.lora),
-        "device": next(model.parameters()).device.type,
-        "data": config.data.name(),
-        "train_examples": len(train_data),
-        "eval_examples": len(eval_data),
-        "parameters": sum(size for size, _ in sizes),
-        "trainable_parameters": sum(size for size, trained in sizes if trained),
-        "finished": datetime.now().strftime("%Y-%m-%d %H:%M"),
-    }
-
-
-def _method(lora: LoraConfig | None) -> str:
-    if lora is None:
-        return "Full fine-tuning"
-    if lora.adapters is None:
-        return f"LoRA of rank {lora.r}"
-    ranks = ", ".join(f"{name} (rank {own.r})" for name, own in lora.of_adapters().items())
-    return f"LoRA: {ranks}"
-
-
-def _earlier_peak(metrics: Path) -> int:
-    """The most memory a step took, in bytes, also in sittings before a resumption."""
-    lines = metrics.read_text(encoding="utf-8").splitlines()
-    return max((json.loads(line).get("peak_memory_bytes", 0) for line in lines), default=0)
-
-
-def _perplexity(loss: float | None, unit: str) -> float | None:
-    """exp(loss); None for no loss, one of another unit, or one too large for the exponential."""
-    if loss is None or unit != NATS_PER_TARGET or loss >= 700:
-        return None
-    return math.exp(loss)
 
 
 def _ignore(told: Any) -> None:

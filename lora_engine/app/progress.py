@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lora_engine.app.finetune import Outcome
-from lora_engine.evaluation.heldout import HeldoutResult
+from lora_engine.evaluation.heldout import HeldoutResult, ProbeResult
 from lora_engine.evaluation.samples import differing_parts
 from lora_engine.report.page import comparisons
 from lora_engine.text import bytes_text, duration_text, visible
@@ -35,6 +35,7 @@ class ConsoleProgress:
         self._first = 0
         self._loss = 0.0
         self._heldout = self._reward = ""
+        self._probe: ProbeResult | None = None
         self._tokens = 0
         self._seconds = 0.0
         self._started = 0.0
@@ -103,6 +104,8 @@ class ConsoleProgress:
         self.close()
         self._total, self._first = trainer.total_steps, trainer.state.step
         self._started = time.monotonic()
+        if (before := trainer.state.before) is not None:
+            self._probe = before.probe
         if 0 < self._first < self._total:
             self.stage(f"continuing from step {self._first:,}")
         if self._console.is_terminal:
@@ -141,6 +144,10 @@ class ConsoleProgress:
         if result.accuracy is not None:
             self._heldout = f"{result.loss:.3f}"
             said = f"held-out loss {result.loss:.3f}, token accuracy {result.accuracy:.1%}"
+        if result.probe is not None:
+            before = self._probe = self._probe or result.probe
+            said += f", probe loss {result.probe.loss:.3f}"
+            said += f" ({result.probe.rise_over(before):+.1%})" if step else ""
         self._console.print(
             f"step {step:,}: {said}",
             highlight=False,

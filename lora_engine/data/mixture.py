@@ -21,7 +21,16 @@ def mixed(
     shares = np.asarray(weights, np.float64) / sum(weights)
     chosen = []
     for number, (examples, share) in enumerate(zip(sources, shares, strict=True)):
-        whole, rest = divmod(max(1, round(total * float(share))), max(1, len(examples)))
-        drawn = np.random.default_rng([seed, number]).permutation(len(examples))[:rest]
-        chosen.append(np.concatenate([np.tile(examples, whole), examples[np.sort(drawn)]]))
+        chosen.append(drawn(examples, max(1, round(total * float(share))), [seed, number]))
     return chosen
+
+
+def drawn(
+    examples: np.ndarray,  # [n] int64
+    count: int,
+    seed: Sequence[int],
+) -> np.ndarray:
+    """`count` of the examples: each as often as all fit, and of the rest a draw by the seed."""
+    whole, rest = divmod(count, max(1, len(examples)))
+    some = np.random.default_rng(seed).permutation(len(examples))[:rest]
+    return np.concatenate([np.tile(examples, whole), examples[np.sort(some)]])

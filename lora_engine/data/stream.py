@@ -47,11 +47,23 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class StreamPart:
-    """Files that are read as one source, how, and how often against others."""
+    """Files that are read as one source, how, and how often against others.
+
+    replayed: nothing of it is held out.
+    """
 
     files: tuple[Path, ...]
     recipe: Recipe
     weight: float | None = None
+    replayed: bool = False
+
+
+class _Outcomes(NamedTuple):
+    """store: of a buffer's records. parts: of which part each is. after: where the next begins."""
+
+    store: OutcomeStore
+    parts: Sequence[int]
+    after: Place
 
 
 class Buffer(NamedTuple):
@@ -90,7 +102,7 @@ class ExampleStream:
         self._tracks = [Track(part.files, seed, i) for i, part in enumerate(parts)]
         self._here = [Tokenising(part.recipe, tokenizer) for part in parts]
         self._pool: ProcessPoolExecutor | None = None
-        self._ahead: tuple[Place, list[Future[Result]], Place] | None = None
+        self._ahead: tuple[Place, list[tuple[int, Future[Result]]], Place] | None = None
         self._last: tuple[Place, Buffer] | None = None
         self.checks: list[Callable[[TokenizedDataset], None]] = []
         weakref.finalize(self, _close, self._tracks)  # also when Python ends
@@ -104,9 +116,10 @@ class ExampleStream:
         """The buffer that begins there. Raises UserError for malformed records, all of it listed,
         and what `checks` raise."""
         if self._last is None or self._last[0] != place:
-            store, after = self._outcomes(place)
-            training = [i for i in range(len(store)) if not self._is_held_out(store, i)]
-            dataset = self._dataset(store, training)
+            outcomes = self._outcomes(place)
+            heldout, after = set(self._held_out(outcomes)), outcomes.after
+            training = [i for i in range(len(outcomes.store)) if i not in heldout]
+            dataset = self._dataset(outcomes.store, training)
             for check in self.checks if dataset is not None else ():
                 assert dataset is not None
                 check(dataset)
@@ -125,15 +138,19 @@ class ExampleStream:
 
     def heldout(self, buffers: int, limit: int | None) -> TokenizedDataset:
         """What is held out of the first buffers."""
-        place, stores = self.begin, []
+        place = self.begin
+        stores: list[OutcomeStore] = []
+        found: list[int] = []
         for _ in range(buffers):
-            store, after = self._outcomes(place)
-            stores.append(store)
-            if any(now.passes > 0 for now in after.tracks):
+            outcomes = self._outcomes(place)
+            before = sum(map(len, stores))
+            found += [before + i for i in self._held_out(outcomes)]
+            stores.append(outcomes.store)
+            place = outcomes.after
+            tracks = zip(place.tracks, self._parts, strict=True)
+            if any(now.passes > 0 for now, part in tracks if not part.replayed):
                 break
-            place = after
         store = joined(stores)
-        found = (i for i in range(len(store)) if self._is_held_out(store, i))
         once = {store.origin(i): i for i in found}  # a short stream begins anew in its first buffer
         chosen = list(once.values())[:limit]
         dataset = self._dataset(store, chosen)
@@ -149,7 +166,8 @@ class ExampleStream:
         made = hashlib.sha256()
         for part in self._parts:
             recipe = json.dumps(asdict(part.recipe), sort_keys=True, default=repr)
-            made.update(repr((recipe, part.weight)).encode())
+            replayed = ("replayed",) if part.replayed else ()
+            made.update(repr((recipe, part.weight, *replayed)).encode())
             for path in part.files:
                 size = path.stat().st_size
                 made.update(f"{path.name}\0{size}\0".encode("utf-8", "surrogateescape"))
@@ -171,34 +189,40 @@ class ExampleStream:
             return None
         return dataset_of(self.name, store, records, self._parts[0].recipe.max_length)
 
-    def _is_held_out(self, store: OutcomeStore, record: int) -> bool:
-        if not self._heldout:
-            return False
-        drawn = int(digest(self._seed, store.group(record) or store.key(record).hex())[:13], 16)
-        return drawn < self._heldout * 16**13
+    def _held_out(self, outcomes: _Outcomes) -> Iterator[int]:
+        """The records of a buffer that are not trained on."""
+        store, most = outcomes.store, self._heldout * 16**13
+        for record, part in enumerate(outcomes.parts if most else ()):
+            key = store.group(record) or store.key(record).hex()
+            if not self._parts[part].replayed and int(digest(self._seed, key)[:13], 16) < most:
+                yield record
 
-    def _outcomes(self, place: Place) -> tuple[OutcomeStore, Place]:
+    def _outcomes(self, place: Place) -> _Outcomes:
         """What becomes of the records of a buffer; the next one is begun where processes can."""
         if self._helpers < 1:
             chunks, after = self._read(place)
+            parts = [part for part, _ in chunks]
             results = [self._here[part].run(chunk) for part, chunk in chunks]
         else:
             futures, after = self._submitted(place)
-            results = [future.result() for future in futures]
+            parts = [part for part, _ in futures]
+            results = [future.result() for _, future in futures]
             self._ahead = (after, *self._submitted(after))
         problems = [problem for result in results for problem in result.problems]
         store = joined([result.store for result in results])
         raise_listed(self.name, problems, len(store) + len(problems))
-        return store, after
+        of_each = zip(parts, results, strict=True)
+        owners = [part for part, result in of_each for _ in range(len(result.store))]
+        return _Outcomes(store, owners, after)
 
-    def _submitted(self, place: Place) -> tuple[list[Future[Result]], Place]:
+    def _submitted(self, place: Place) -> tuple[list[tuple[int, Future[Result]]], Place]:
         if self._ahead is not None and self._ahead[0] == place:
             return self._ahead[1], self._ahead[2]
         if self._pool is None:
             recipes = [part.recipe for part in self._parts]
             self._pool = pool_of(self._helpers, recipes, self._tokenizer)
         chunks, after = self._read(place)
-        return [self._pool.submit(work, chunk, part) for part, chunk in chunks], after
+        return [(part, self._pool.submit(work, chunk, part)) for part, chunk in chunks], after
 
     def _read(self, place: Place) -> tuple[list[tuple[int, Chunk]], Place]:
         """The chunks of a buffer, each with the number of its part."""

@@ -1,6 +1,7 @@
 """Loss and token accuracy on held-out data."""
 
 import math
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypedDict
@@ -10,12 +11,29 @@ from torch import nn
 
 from lora_engine.data.batch import PackedBatch
 from lora_engine.distributed.world import ALONE, World
-from lora_engine.errors import UserError
+from lora_engine.errors import UserError, nearest
 from lora_engine.evaluation.batch_loss import target_scores, with_statistics
 from lora_engine.evaluation.modes import inference
 from lora_engine.evaluation.nonfinite import NonFiniteError, first_nonfinite_layer
 from lora_engine.objectives.answers import added, loss_of, terms_of, weight_of
 from lora_engine.objectives.base import Objective
+
+# What a result is ranked by, and its objective's metrics, that are better low; others high.
+LOWER_IS_BETTER = frozenset({"loss", "divergence", "cross_entropy", "kl", "nll_loss"})
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """How a model does on texts that it is not trained on. loss: the mean over targets of −log p,
+    in nats. accuracy: share of targets that are the most likely token. targets: how many."""
+
+    loss: float
+    accuracy: float
+    targets: int
+
+    def rise_over(self, before: "ProbeResult") -> float:
+        """The loss's relative rise: 0.1 for 10 % more than before."""
+        return (self.loss - before.loss) / max(before.loss, sys.float_info.min)
 
 
 @dataclass(frozen=True)
@@ -23,13 +41,26 @@ class HeldoutResult:
     """loss: the objective's, over its weight; of SFT the mean over targets of −log p, in nats.
     accuracy: share of targets that are the most likely token; None where what is measured are texts
     that the model writes. tokens: real tokens read. targets: supervised tokens among them.
-    metrics: the objective's own."""
+    metrics: the objective's own. probe: measured beside them; None: the run has none."""
 
     loss: float
     accuracy: float | None
     tokens: int
     targets: int
     metrics: Mapping[str, float] = field(default_factory=dict)
+    probe: ProbeResult | None = None
+
+    def badness(self, by: str) -> float:
+        """What is lowest for the best weights: "loss", or "accuracy" or a metric, which are turned
+        round where more is better. Raises UserError for what was not measured."""
+        values = {"loss": self.loss, **self.metrics}
+        if self.accuracy is not None:
+            values["accuracy"] = self.accuracy
+        if by not in values:
+            close = nearest(by, values)
+            hint = f"did you mean {close}?" if close else f"there is {', '.join(values)}"
+            raise UserError(f"train.best_by: {by} is not measured on the held-out data; {hint}")
+        return values[by] if by in LOWER_IS_BETTER else -values[by]
 
 
 class Sums(TypedDict):

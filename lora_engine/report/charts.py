@@ -16,7 +16,8 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True)
 class Series:
-    """A named line. style: a CSS class, "raw" | "smooth" | "heldout" | "plain"."""
+    """A named line. style: a CSS class, "raw" | "smooth" | "heldout" | "plain" | "probe" |
+    "before"."""
 
     name: str
     points: Sequence[Point]
@@ -120,7 +121,7 @@ def _finite(series: Series) -> Series:
 def _drawn(series: Series, place: Callable[[Point], Point]) -> Series:
     points = [place(p) for p in _thinned(series.points)]
     path = " ".join(f"{'L' if i else 'M'}{x:.2f},{y:.2f}" for i, (x, y) in enumerate(points))
-    few = series.style == "heldout" and len(points) <= 60
+    few = series.style in ("heldout", "probe") and len(points) <= 60
     dots = points if few or len(points) == 1 else ()
     return Series(series.name, series.points, series.style, path, dots)
 

@@ -124,6 +124,9 @@ def comparisons(summary: Row) -> list[Comparison]:
             kind: Change = "points" if share else "difference"
             title = metric if "/" in metric else metric.replace("_", " ").capitalize()
             rows.append(_comparison(title, values, form, lower_is_better=not better, change=kind))
+    probe = tuple(x for x in (summary.get(f"probe_loss_{w}") for w in ("before", "after")) if x)
+    if len(probe) == 2:
+        rows.append(_comparison("Loss on the probe", probe, "{:.3f}", lower_is_better=True))
     return rows
 
 
@@ -181,6 +184,7 @@ def charts(metrics: Sequence[Row], loss_unit: str, objective: str = "") -> list[
             last_step=last,
             label=_loss_label,
         ),
+        _probe_chart(metrics, last),
         single(_accuracy(objective), accuracy, "held-out, %", "heldout", from_zero=False),
         *_metric_charts(metrics, _COUNTED.get(_accuracy(objective)), last),
         single("Learning rate", _points(metrics, "learning_rate"), "", label=_scientific),
@@ -191,11 +195,24 @@ def charts(metrics: Sequence[Row], loss_unit: str, objective: str = "") -> list[
     return [chart for chart in drawn if chart is not None]
 
 
+def _probe_chart(metrics: Sequence[Row], last: float) -> Chart | None:
+    """The loss on the probe, beside what it was before training."""
+    points = _points(metrics, "probe_loss")
+    before = [(x, points[0][1]) for x in (points[0][0], points[-1][0])] if points else []
+    return line_chart(
+        "Forgetting",
+        [Series("before training", before, "before"), Series("probe", points, "probe")],
+        note="loss on the probe, nats per token",
+        last_step=last,
+        label=_loss_label,
+    )
+
+
 def _metric_charts(metrics: Sequence[Row], shown: str | None, last: float) -> list[Chart | None]:
     """A chart of each of the objective's metrics; two sides of pairs share one. shown: a metric
     that another chart has."""
-    own = (fields(StepMetrics), "heldout_loss", "heldout_accuracy")
-    known = {part.name for part in own[0]} | {*own[1:], shown}
+    measured = {"heldout_loss", "heldout_accuracy", "probe_loss", "probe_accuracy"}
+    known = {part.name for part in fields(StepMetrics)} | measured | {shown}
     names = dict.fromkeys(
         name.removeprefix("heldout_") for row in metrics for name in row if name not in known
     )

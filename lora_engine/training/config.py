@@ -25,6 +25,8 @@ _FREE_ON_RESUME = frozenset(
         "overwrite",
         "eval_every",
         "early_stopping_patience",
+        "stop_on_forgetting",
+        "best_by",
         "save_every",
         "keep_checkpoints",
         "final_weights",
@@ -160,6 +162,13 @@ class TrainConfig(BaseModel):
         0.999, ge=0, lt=1, description="AdamW's decay rate of the squared gradient's mean."
     )
     eps: float = Field(1e-8, gt=0, lt=1, description="AdamW's term in the denominator.")
+    kl_to_base: float | None = Field(
+        None,
+        gt=0,
+        le=10**6,
+        description="Against forgetting: adds this times the mean over supervised tokens of the KL "
+        "divergence from the model without its adapter to the one with it.",
+    )
     max_grad_norm: float | None = Field(
         1.0,
         gt=0,
@@ -177,7 +186,20 @@ class TrainConfig(BaseModel):
         None,
         ge=1,
         le=10**9,
-        description="Stop after this many evaluations in a row without a lower held-out loss.",
+        description="Stop after this many evaluations in a row without a better held-out result.",
+    )
+    stop_on_forgetting: float | None = Field(
+        None,
+        gt=0,
+        le=10**6,
+        description="Stop at an evaluation where the probe's loss has risen by more than this "
+        "share of what it was before training: 0.1 for 10 %. Weights that forgot more are never "
+        "the best.",
+    )
+    best_by: str = Field(
+        "loss",
+        description="What the best weights are told by: the held-out `loss`, `accuracy`, or one of "
+        "the objective's metrics, such as `rewards/accuracies`.",
     )
     save_every: int | None = Field(
         None,
@@ -190,7 +212,7 @@ class TrainConfig(BaseModel):
     )
     final_weights: Literal["best", "last"] = Field(
         "best",
-        description="Which weights the run ends with: lowest held-out loss, or the last step's.",
+        description="Which weights the run ends with: the best by `best_by`, or the last step's.",
     )
     seed: int = Field(
         0, ge=0, lt=2**32, description="Seed of the order of the data and of dropout."
@@ -212,6 +234,8 @@ class TrainConfig(BaseModel):
             )
         if self.early_stopping_patience is not None and self.eval_every is None:
             raise ValueError("early_stopping_patience needs eval_every; give both")
+        if self.stop_on_forgetting is not None and self.eval_every is None:
+            raise ValueError("stop_on_forgetting needs eval_every; give both")
         return self
 
     def trajectory(self) -> dict[str, object]:

@@ -156,6 +156,8 @@ class TrainingLoop:
         result = self._step(step, batches, learning_rate, self._check)
         seconds = time.perf_counter() - started
         state.step, state.position = step, position
+        state.loss_sum += result.loss
+        state.loss_count += 1
         state.train_tokens += result.tokens
         state.train_seconds += seconds
         metrics = StepMetrics(
@@ -183,11 +185,25 @@ class TrainingLoop:
         # A reward may raise; before the first step there is nothing to lose.
         with self._saving_first() if state.step else nullcontext():
             result = self._measure(state.step)
-        state.record_heldout(result)
+        config = self._config
+        state.record_heldout(result, by=config.best_by, most_forgotten=config.stop_on_forgetting)
         if self._log is not None:
-            self._log.append_heldout(state.step, result.loss, result.accuracy, result.metrics)
+            self._log.append_heldout(state.step, result)
         with self._saving_first():
             self._callbacks.on_eval(state.step, result)
+        self._warn()
+
+    def _warn(self) -> None:
+        """Of what the evaluation tells of the run as a whole."""
+        state, config = self.state, self._config
+        said = []
+        if (parted := state.newly_parted()) is not None:
+            said.append(str(parted))
+        if state.has_forgotten(config.stop_on_forgetting):
+            said.append(_why_forgetting(state, config))
+        for line in said if self._log is not None else ():  # one of the processes says so
+            logger.warning("%s", line)
+        state.warnings += said
 
     @contextmanager
     def _saving_first(self) -> Iterator[None]:
@@ -202,6 +218,8 @@ class TrainingLoop:
 
     def _reason_to_stop(self) -> Stopped | None:
         patience = self._config.early_stopping_patience
+        if self.state.has_forgotten(self._config.stop_on_forgetting):
+            return "forgetting"
         if self.state.step >= self._schedule.total_steps:
             return "finished"
         if patience is not None and self.state.evals_since_best >= patience:
@@ -230,3 +248,15 @@ class TrainingLoop:
             also = () if best is None else (best,)
             checkpoints.prune(step, self._config.keep_checkpoints, also)
         return checkpoints.path(step)
+
+
+def _why_forgetting(state: TrainState, config: TrainConfig) -> str:
+    """The line about a run that ends because the probe's loss has risen too far."""
+    assert state.before and state.before.probe and state.latest and state.latest.probe
+    before, now = state.before.probe, state.latest.probe
+    kept = state.best_step if config.final_weights == "best" else state.step
+    return (
+        f"stopped at step {state.step:,}: the probe's loss rose by {now.rise_over(before):.1%}, "
+        f"from {before.loss:.4g} to {now.loss:.4g}, more than train.stop_on_forgetting "
+        f"({config.stop_on_forgetting:g}); the run ends with the weights of step {kept:,}"
+    )

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from lora_engine.errors import UserError
+from lora_engine.evaluation.heldout import HeldoutResult
 from lora_engine.training.run.lines import GrowingFile, Written, line_of
 
 _LARGEST = 1e300  # not infinite, and no trouble to draw
@@ -37,7 +38,8 @@ class MetricsLog(GrowingFile):
     """metrics.jsonl.
 
     Lines of steps have the fields of StepMetrics; those of evaluations have step, heldout_loss,
-    heldout_accuracy (where tokens are predicted) and the objective's metrics as heldout_NAME.
+    heldout_accuracy (where tokens are predicted), probe_loss and probe_accuracy (where the run has
+    a probe) and the objective's metrics as heldout_NAME.
     """
 
     def __init__(self, path: Path, written: Written | None = None) -> None:
@@ -47,13 +49,14 @@ class MetricsLog(GrowingFile):
         own = asdict(metrics)
         self._append(own, own.pop("metrics"))
 
-    def append_heldout(
-        self, step: int, loss: float, accuracy: float | None, metrics: Mapping[str, float]
-    ) -> None:
-        own = {"step": step, "heldout_loss": loss}
-        if accuracy is not None:
-            own["heldout_accuracy"] = accuracy
-        self._append(own, {f"heldout_{name}": value for name, value in metrics.items()})
+    def append_heldout(self, step: int, result: HeldoutResult) -> None:
+        own = {"step": step, "heldout_loss": result.loss}
+        if result.accuracy is not None:
+            own["heldout_accuracy"] = result.accuracy
+        if result.probe is not None:
+            own["probe_loss"] = result.probe.loss
+            own["probe_accuracy"] = result.probe.accuracy
+        self._append(own, {f"heldout_{name}": value for name, value in result.metrics.items()})
 
     def _append(self, own: Mapping[str, object], metrics: Mapping[str, float]) -> None:
         """metrics: an objective's; UserError for a name that is taken."""

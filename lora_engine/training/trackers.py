@@ -117,6 +117,9 @@ class Tracking:
         accuracy = {} if result.accuracy is None else {"accuracy": result.accuracy}
         values = {"loss": result.loss, **accuracy, **result.metrics}
         self._log("heldout", values, step)
+        if result.probe is not None:
+            probe = {"loss": result.probe.loss, "accuracy": result.probe.accuracy}
+            self._log("probe", probe, step)
 
     def close(self) -> None:
         """The run is over, however it ended."""

@@ -21,7 +21,6 @@ from lora_engine.data.template import Tokenizer
 from lora_engine.data.vocabulary import check_vocabulary
 from lora_engine.distributed.world import check_same, current
 from lora_engine.errors import UserError
-from lora_engine.evaluation.heldout import HeldoutResult
 from lora_engine.memory.checkpointing import checkpointing
 from lora_engine.models.attach.accelerate import is_accelerated
 from lora_engine.models.attach.head import transformers_model
@@ -34,7 +33,10 @@ from lora_engine.objectives.sft import SFT
 from lora_engine.objectives.weighted import with_weights
 from lora_engine.training.arguments import (
     check_kinds,
+    check_probe,
     fingerprint_of,
+    minimised,
+    probe_data,
     tokenized_data,
     tokenized_prompts,
 )
@@ -43,6 +45,7 @@ from lora_engine.training.callbacks import Callbacks
 from lora_engine.training.config import TrainConfig
 from lora_engine.training.length import check_length, tell_extension
 from lora_engine.training.loop import TrainingLoop
+from lora_engine.training.measure import Measure, Measuring
 from lora_engine.training.online.online import Online, OnlineRun
 from lora_engine.training.optimizer.flat import FlatParameters
 from lora_engine.training.optimizer.optimizer import check_rates, rate_of
@@ -57,7 +60,7 @@ from lora_engine.training.run.identity import run_identity, tell_rounding
 from lora_engine.training.signals import InterruptGuard
 from lora_engine.training.state import Stopped, TrainResult, TrainState
 from lora_engine.training.stream_source import StreamSource
-from lora_engine.training.together import check_share, measured_together
+from lora_engine.training.together import check_share
 from lora_engine.training.trackers import Tracking
 
 logger = logging.getLogger(__name__)
@@ -76,6 +79,9 @@ class Trainer:
         None nothing is measured, and the last weights are the final ones.
     objective: what is minimised; supervised fine-tuning unless given, weighted where records or
         messages have a weight. A run is resumed with the same one.
+    probe: texts that the run does not train on, measured whenever the held-out data are, to see
+        what is forgotten: whatever `data.prepare` takes, or a TokenizedDataset. With several
+        adapters each is measured on all of them.
     online: rewards, and how completions are written: the data are prompts, the model writes the
         completions that it learns from, and held-out prompts are measured by their rewards. The
         objective is GRPO or PPO then.
@@ -103,6 +109,7 @@ class Trainer:
         config: TrainConfig,
         *,
         objective: Objective = SFT(),
+        probe: "Source | TokenizedDataset | None" = None,
         online: Online | None = None,
         callbacks: Sequence[object] = (),
         origin: Mapping[str, object] | None = None,
@@ -132,6 +139,11 @@ class Trainer:
         for dataset in datasets:
             self._check_examples(dataset)
         self.objective = with_weights(self.objective, datasets)
+        self._minimised = minimised(self.objective, config, model)
+        self.probe_dataset = (
+            None if probe is None else probe_data(probe, model, tokenizer, config, self.objective)
+        )
+        check_probe(config, self.probe_dataset, self.eval_dataset)
         check_packed_training(model)
         check_rates(config, active_adapters(model))
         self._train_source, self.total_steps = self._plan_steps()
@@ -167,7 +179,8 @@ class Trainer:
         heldout = None if self.eval_dataset is None else fingerprint_of(self.eval_dataset)
         stream = _stream_of(self.train_dataset)
         training = fingerprint_of(self.train_dataset) if stream is None else stream.identity()
-        data = {"training data": training, "held-out data": heldout}
+        probe = None if self.probe_dataset is None else fingerprint_of(self.probe_dataset)
+        data = {"training data": training, "held-out data": heldout, "probe": probe}
         self._of_run = {
             "identity": run_identity(
                 self.model,
@@ -206,7 +219,7 @@ class Trainer:
         weights = {} if step is None else self.folder.checkpoints.tensors(step, "weights")
         policy = checkpointing(self.model, self.config.checkpointing)
         with with_values(self.model, weights), policy:
-            objective = self.objective if self._online is None else self._online.tried()
+            objective = self._minimised if self._online is None else self._online.tried()
             report = preflight(self.model, self._first_batch(tokens), objective=objective)
         logger.info("preflight: %s", report)
         return report
@@ -221,8 +234,8 @@ class Trainer:
         self._opened = (step,)
 
     def fit(self, resume: bool = False) -> TrainResult:
-        """Train until the steps are done, the held-out loss stalls, or a signal comes (SIGINT,
-        SIGTERM, SIGHUP).
+        """Train until the steps are done, the held-out result stalls, too much is forgotten, or a
+        signal comes (SIGINT, SIGTERM, SIGHUP).
 
         resume: continue from the newest sound checkpoint in output_dir, to bitwise the same
             weights as without the break; start from the beginning, and log so, if there is none.
@@ -284,7 +297,7 @@ class Trainer:
         }
         loop = TrainingLoop(
             self.model,
-            self.objective,
+            self._minimised,
             flat,
             train_source,
             self._measure(guard.check),
@@ -355,40 +368,35 @@ class Trainer:
             return source, config.max_steps
         return source, -(-source.count(epochs) // config.gradient_accumulation_steps)
 
-    def _measure(self, check: Callable[[], None]) -> Callable[[int], HeldoutResult] | None:
-        """Of the held-out data, with the weights of a step; None without any."""
+    def _measure(self, check: Callable[[], None]) -> Measure | None:
+        """Of the held-out data and the probe; None without any."""
         if self.eval_dataset is None:
             return None
+        measuring = Measuring(
+            self.model,
+            self.config.tokens_per_batch,
+            shares=self._shares_prefixes(training=False),
+            check=check,
+            world=self._world,
+        )
         if self._online is not None:
-            return self._online.measure(check)
-        source = BatchSource(self.eval_dataset, self.config.tokens_per_batch, shuffle=False)
-        source.share_prefixes = self._shares_prefixes(training=False)
-        return measured_together(self.model, source, self.objective, check, self._world)
+            heldout = self._online.measure(check)
+        else:
+            heldout = measuring.heldout(self.eval_dataset, self.objective)
+        if self.probe_dataset is None:
+            return heldout
+        return measuring.with_probe(heldout, self.probe_dataset)
 
     def _shares_prefixes(self, *, training: bool) -> bool:
         return self.config.share_prefixes and can_share_prefixes(self.model, training=training)
 
     def _result(self, stopped: Stopped, device: torch.device) -> TrainResult:
-        state = self.state
-        after = state.latest if state.latest_step == state.step else None
-        if self.config.final_weights == "best" and state.best is not None:
-            after = state.best
-        before, seconds = state.before, state.train_seconds
-        return TrainResult(
-            steps=state.step,
-            train_tokens=state.train_tokens,
-            train_seconds=seconds,
-            tokens_per_second=state.train_tokens / seconds if seconds else 0.0,
+        return TrainResult.of(
+            self.state,
+            stopped,
+            ends_with_best=self.config.final_weights == "best",
             peak_memory_bytes=backends.peak_memory_bytes(device),
-            heldout_loss_before=before.loss if before else None,
-            heldout_loss_after=after.loss if after else None,
-            heldout_accuracy_before=before.accuracy if before else None,
-            heldout_accuracy_after=after.accuracy if after else None,
-            best_step=state.best_step,
-            stopped=stopped,
-            checkpoint_dir=self.folder.checkpoints.path(state.step),
-            heldout_metrics_before=before.metrics if before else {},
-            heldout_metrics_after=after.metrics if after else {},
+            checkpoint_dir=self.folder.checkpoints.path(self.state.step),
         )
 
     def _card_facts(self, result: TrainResult) -> CardFacts:

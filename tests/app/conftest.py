@@ -56,6 +56,7 @@ def settings(tmp_path: Path, saved_model: Path, monkeypatch: pytest.MonkeyPatch)
         "train: {output_dir: out, max_steps: 4, tokens_per_batch: 128, learning_rate: 0.01,\n"
         "        eval_every: 2, save_every: 1}\n"
         "samples: {count: 3, max_new_tokens: 5}\n"
+        "evaluation: {probe: null}\n"
     )
     return tmp_path
 

@@ -5,6 +5,7 @@ from finetune_runs import run
 from rich.console import Console
 
 from lora_engine.app.progress import ConsoleProgress, render_outcome
+from lora_engine.training.state import TrainState
 
 
 def console_text(terminal):
@@ -43,7 +44,7 @@ def test_terminal_progress_is_a_bar_that_is_gone_after_an_error(settings):
     console = console_text(terminal=True)
     progress = ConsoleProgress(console)
     with pytest.raises(ZeroDivisionError):
-        progress.on_start(type("T", (), {"total_steps": 4, "state": type("S", (), {"step": 0})}))
+        progress.on_start(type("T", (), {"total_steps": 4, "state": TrainState()}))
         try:
             _ = 1 / 0
         finally:

@@ -43,8 +43,8 @@ def test_names_and_settings():
 
 
 WRONG = {
-    "a name": ("dop", "run.yaml:7: objective: no objective 'dop'; did you mean dpo?"),
-    "no name": ("{beta: 0.1}", "run.yaml:7: objective.name: no objective None; there is sft, "),
+    "a name": ("dop", "run.yaml:8: objective: no objective 'dop'; did you mean dpo?"),
+    "no name": ("{beta: 0.1}", "run.yaml:8: objective.name: no objective None; there is sft, "),
     "another name": (
         "{name: rainbow}",
         "objective.name: no objective 'rainbow'; there is sft, domain",

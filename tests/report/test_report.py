@@ -280,3 +280,27 @@ def test_metrics_of_pairs_have_charts_and_are_compared(summary, metrics):
     summary["objective"] = "reward"  # whose accuracy is that of pairs
     assert "rewards/accuracies" not in {row.name for row in comparisons(summary)}
     assert "Pair accuracy" in {row.name for row in comparisons(summary)}
+
+
+def test_the_probe_has_a_curve_beside_the_loss_and_a_row(summary, metrics):
+    for row, loss in zip((metrics[0], metrics[-1]), (2.0, 2.5), strict=True):
+        row.update(probe_loss=loss, probe_accuracy=0.4)
+    summary |= {"probe_loss_before": 2.0, "probe_loss_after": 2.5, "stopped": "forgetting"}
+    summary |= {"warnings": ["stopped at step 20: <too much>"]}
+    titles = [chart.title for chart in charts(metrics, summary["loss_unit"])]
+    assert titles[:2] == ["Loss", "Forgetting"]
+    assert not [title for title in titles if "probe" in title]
+    chart = charts(metrics, summary["loss_unit"])[1]
+    assert [(s.name, s.points) for s in chart.series] == [
+        ("before training", [(0, 2.0), (20, 2.0)]),
+        ("probe", [(0, 2.0), (20, 2.5)]),
+    ]
+    (row,) = (row for row in comparisons(summary) if row.name == "Loss on the probe")
+    assert (row.before, row.after, row.change, row.better) == ("2.000", "2.500", "+25%", False)
+    page = render_report(summary, metrics)
+    assert "stopped at step 20: &lt;too much&gt;" in page
+    assert "the model forgot too much" in page
+
+
+def test_a_run_without_a_probe_has_no_such_curve(summary, metrics):
+    assert "Forgetting" not in [chart.title for chart in charts(metrics, summary["loss_unit"])]

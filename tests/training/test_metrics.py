@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from lora_engine.evaluation.heldout import HeldoutResult, ProbeResult
 from lora_engine.training.metrics import (
     MetricsLog,
     StepMetrics,
@@ -20,9 +21,10 @@ def lines(path):
 def test_lines_have_exactly_these_fields(tmp_path):
     log = MetricsLog(tmp_path / "deep" / "metrics.jsonl")
     log.append_step(STEP)
-    log.append_heldout(1, 2.0, 0.5, {})
+    log.append_heldout(1, HeldoutResult(2.0, 0.5, 9, 5))
+    log.append_heldout(2, HeldoutResult(2.0, None, 9, 5, {}, ProbeResult(3.0, 0.4, 7)))
     log.close()
-    step, heldout = lines(tmp_path / "deep" / "metrics.jsonl")
+    step, heldout, probed = lines(tmp_path / "deep" / "metrics.jsonl")
     assert set(step) == {
         "step",
         "loss",
@@ -34,6 +36,7 @@ def test_lines_have_exactly_these_fields(tmp_path):
         "peak_memory_bytes",
     }
     assert heldout == {"step": 1, "heldout_loss": 2.0, "heldout_accuracy": 0.5}
+    assert probed == {"step": 2, "heldout_loss": 2.0, "probe_loss": 3.0, "probe_accuracy": 0.4}
 
 
 def test_is_on_disk_after_every_line(tmp_path):

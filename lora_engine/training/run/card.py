@@ -170,7 +170,8 @@ def _run_sections(facts: CardFacts) -> list[str]:
     lines += ["## Training", ""]
     lines += [f"- steps: {result.steps:,} of {facts.total_steps:,} ({_line(result.stopped)})"]
     if config.final_weights == "best" and result.best_step is not None:
-        lines += [f"- weights: those of step {result.best_step:,}, the lowest held-out loss"]
+        best = "lowest held-out loss" if config.best_by == "loss" else f"best {config.best_by}"
+        lines += [f"- weights: those of step {result.best_step:,}, the {_line(best)}"]
     lines += [f"- tokens: {result.train_tokens:,}"]
     lines += [
         f"- {key}: {_code(_plain(value))}"
@@ -184,6 +185,9 @@ def _run_sections(facts: CardFacts) -> list[str]:
     lines += [_figures(f"held-out loss{unit}", loss, ".4f")]
     if accuracy != (None, None) or loss == (None, None):
         lines += [_figures("held-out token accuracy", accuracy, ".1%")]
+    if result.probe_loss_before is not None:
+        probe = result.probe_loss_before, result.probe_loss_after
+        lines += [_figures("loss on the probe, nats per token", probe, ".4f")]
     rewards = [
         m.get("reward") for m in (result.heldout_metrics_before, result.heldout_metrics_after)
     ]

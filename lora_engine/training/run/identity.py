@@ -37,6 +37,7 @@ _HASHED = {
     "chat template": "another chat template",
     "training data": "other training data",
     "held-out data": "other held-out data",
+    "probe": "another probe",
 }
 
 # Fields of the model's and PEFT's configurations that differ by place or library version, or that
@@ -109,9 +110,12 @@ def check_identity(
 ) -> None:
     """Raises UserError that names what differs if a checkpoint, at `where`, is of another run.
 
-    A checkpoint that names no objective was made with SFT.
+    A checkpoint that names no objective was made with SFT, and one that says nothing of a probe may
+    go on with any.
     """
     saved = {"objective": settings_of(SFT()), **saved}
+    if "data" in saved and "probe" not in saved["data"]:
+        saved["data"] = {**saved["data"], "probe": current["data"].get("probe")}
     changes = [f"{section}, now without" for section in saved if section not in current]
     changes += [f"no {section}, now with one" for section in current if section not in saved]
     for section in current:
