@@ -140,6 +140,44 @@ def chat(
         _Talk(writer, writing.Conversation(writer, sampling, system)).run()
 
 
+def serve(
+    model: Model,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--adapter",
+            metavar="NAME=FOLDER",
+            help="One more adapter of the same base; may be repeated.",
+            show_default=False,
+        ),
+    ] = None,
+    port: Annotated[
+        int, typer.Option(metavar="N", help="Of 127.0.0.1; 0: any that is free.", min=0, max=65535)
+    ] = 8000,
+    max_new_tokens: NewTokens = 4096,
+    waiting: Annotated[
+        int, typer.Option(metavar="N", help="Requests that may wait; others are refused.", min=1)
+    ] = 128,
+    base: Base = None,
+    dtype: DType = "auto",
+    device: Device = "auto",
+) -> None:
+    """Answer OpenAI's clients on this machine, with the model and with its adapters."""
+    from lora_engine.app import serve as serving
+    from lora_engine.serving.requests import Limits
+
+    serving.serve(
+        model,
+        base=base,
+        adapters=adapter or [],
+        port=port,
+        limits=Limits(new_tokens=max_new_tokens, waiting=waiting),
+        dtype=dtype,
+        device=device,
+        tell=lambda text: print(text, flush=True),
+    )
+
+
 class _Talk:
     """The conversation on a terminal."""
 
@@ -239,4 +277,4 @@ def _write(file: TextIO, line: str) -> None:
     print(line, file=file, flush=True)
 
 
-COMMANDS: tuple[Callable[..., None], ...] = (generate, chat)
+COMMANDS: tuple[Callable[..., None], ...] = (generate, chat, serve)

@@ -10,7 +10,7 @@ from torch import nn
 
 from lora_engine.errors import UserError
 from lora_engine.generation.decoder import Decoder, decoder_of
-from lora_engine.generation.sampling import RandomNumbers, Sampling, choose
+from lora_engine.generation.sampling import Likeliest, RandomNumbers, Sampling, choose
 from lora_engine.generation.text import Detokenizer, TextStream
 
 Finish = Literal["stop", "length"]
@@ -46,11 +46,16 @@ class Completion:
 @dataclass(frozen=True)
 class Written:
     """One token of one continuation: of which request and which of its continuations, and, with
-    the last one, the whole."""
+    the last one, the whole.
+
+    piece: the text that it settles. likeliest: the `top_logprobs` likeliest in its place.
+    """
 
     request: int
     number: int
     token: int
+    logprob: float
+    likeliest: Likeliest
     piece: str
     completion: Completion | None
 
@@ -133,6 +138,7 @@ class Generator:
         """Nothing more of that request is written."""
         for prompt in [p for p in self._waiting if p.id == request]:
             self._waiting.remove(prompt)
+            prompt.left.clear()
             self._release_prompt(prompt)
         for writing in [w for w in self._writing if w.prompt.id == request]:
             self._writing.remove(writing)
@@ -242,13 +248,17 @@ class Generator:
         )
         events = []
         chosen_tokens, logprobs = chosen.tokens.tolist(), chosen.logprobs.tolist()
-        for one, token, logprob in zip(writing, chosen_tokens, logprobs, strict=True):
+        told = zip(writing, chosen_tokens, logprobs, chosen.likeliest, strict=True)
+        for one, token, logprob, likeliest in told:
             one.tokens.append(token)
             one.logprobs.append(logprob)
-            events.append(self._written(one, token))
+            piece, completion = self._ended(one, token)
+            place = one.prompt.id, one.number
+            events.append(Written(*place, token, logprob, likeliest, piece, completion))
         return events
 
-    def _written(self, one: _Writing, token: int) -> Written:
+    def _ended(self, one: _Writing, token: int) -> tuple[str, Completion | None]:
+        """The text that the token settles, and the whole if it is the last one."""
         prompt = one.prompt
         ended = token in prompt.stop_tokens
         piece = "" if one.stream is None or ended else one.stream.push(token)
@@ -258,12 +268,11 @@ class Generator:
         elif len(one.tokens) == prompt.request.sampling.max_new_tokens:
             finish = "length"
         if finish is None:
-            return Written(prompt.id, one.number, token, piece, None)
+            return piece, None
         text = ""
         if one.stream is not None:
             piece += one.stream.finish()
             text = one.stream.text
         self._writing = [w for w in self._writing if w is not one]
         self._decoder.release(one.state)
-        done = Completion(tuple(one.tokens), tuple(one.logprobs), text, finish)
-        return Written(prompt.id, one.number, token, piece, done)
+        return piece, Completion(tuple(one.tokens), tuple(one.logprobs), text, finish)

@@ -26,6 +26,7 @@ class Sampling:
         multiplied where they are negative (arXiv:1909.05858).
     stop: texts that end a continuation; they and what follows are not part of it.
     stop_tokens: tokens that end it; None: the tokenizer's and the model's own.
+    top_logprobs: of each token so many of the likeliest in its place are told, at most 20.
     seed: of the random numbers. A continuation depends on its prompt, its settings, its seed and
         its number among the prompt's alone, not on what else is written at the time.
 
@@ -40,6 +41,7 @@ class Sampling:
     repetition_penalty: float = 1.0
     stop: tuple[str, ...] = ()
     stop_tokens: tuple[int, ...] | None = None
+    top_logprobs: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -50,6 +52,7 @@ class Sampling:
             "top_p": (0 < self.top_p <= 1, "over 0 and at most 1"),
             "min_p": (0 <= self.min_p <= 1, "from 0 to 1"),
             "repetition_penalty": (0 < self.repetition_penalty < float("inf"), "over 0"),
+            "top_logprobs": (0 <= self.top_logprobs <= 20, "from 0 to 20"),
             "seed": (0 <= self.seed < 2**64, "from 0 to 2**64 - 1"),
             "stop": (all(self.stop), "texts that are not empty"),
         }
@@ -58,12 +61,16 @@ class Sampling:
                 raise UserError(f"{name}: expected {expected}, got {getattr(self, name)!r}")
 
 
+Likeliest = tuple[tuple[int, float], ...]
+
+
 class RandomNumbers:
     """A continuation's uniform random numbers: a stream of the seed and of its number."""
 
     def __init__(self, seed: int, number: int) -> None:
         # Philox is a counter under a key: streams of other keys have nothing in common.
-        self._generator = np.random.Generator(np.random.Philox(key=[seed, number]))
+        key = np.array([seed, number], dtype=np.uint64)
+        self._generator = np.random.Generator(np.random.Philox(key=key))
 
     def next(self) -> float:
         return float(self._generator.random())
@@ -72,10 +79,12 @@ class RandomNumbers:
 @dataclass(frozen=True)
 class Chosen:
     """tokens: [S] int64. logprobs: [S] float32, of the distribution at the temperature, before
-    top_k, top_p and min_p take tokens out of it: what `Head.cross_entropy` gives in training."""
+    top_k, top_p and min_p take tokens out of it: what `Head.cross_entropy` gives in training.
+    likeliest: of each continuation, (token, its logprob) of its `top_logprobs` likeliest."""
 
     tokens: Tensor
     logprobs: Tensor
+    likeliest: Sequence[Likeliest]
 
 
 def choose(
@@ -107,7 +116,18 @@ def choose(
         if not greedy[s]:
             tokens[s] = _draw(logprobs[s], one, numbers[s].next())
     chosen = torch.tensor(tokens, device=logits.device)
-    return Chosen(chosen, logprobs.gather(1, chosen[:, None])[:, 0])
+    likeliest = [_likeliest(logprobs[s], one.top_logprobs) for s, one in enumerate(settings)]
+    return Chosen(chosen, logprobs.gather(1, chosen[:, None])[:, 0], likeliest)
+
+
+def _likeliest(
+    logprobs: Tensor,  # [V]
+    count: int,
+) -> Likeliest:
+    if count == 0:
+        return ()
+    values, tokens = logprobs.topk(min(count, len(logprobs)))
+    return tuple(zip(tokens.tolist(), values.tolist(), strict=True))
 
 
 def _penalise(scores: Tensor, penalty: float, history: Sequence[int]) -> None:

@@ -222,6 +222,21 @@ def test_a_stream_that_is_left_gives_back_what_it_held(llama: nn.Module) -> None
     assert generator.step() == []
 
 
+def test_a_request_that_waits_for_room_gives_back_what_it_held(llama: nn.Module) -> None:
+    """Its prompt has been read already, none of its continuations has begun."""
+    generator = Generator(llama, cache_tokens=60)
+    long = Sampling(max_new_tokens=40, temperature=0, stop_tokens=())
+    first = generator.add(Request((1, 2, 3), long))
+    second = generator.add(Request((4, 5, 6, 7), long, count=2))
+    assert {event.request for event in generator.step()} == {first}
+    decoder = generator._decoder
+    assert isinstance(decoder, CachedDecoder)
+    generator.cancel(second)
+    assert sum(rows for _, rows in decoder.cache.free.free) == decoder.cache.free.size - 43
+    generator.cancel(first)
+    assert decoder.cache.free.free == [(0, decoder.cache.free.size)]
+
+
 def test_adapters_that_are_switched_off_do_not_write(llama: nn.Module) -> None:
     request = Request(tuple(PROMPTS[3]), GREEDY)
     with llama.disable_adapter():

@@ -83,7 +83,19 @@ def test_a_number_s_stream_depends_on_seed_and_number() -> None:
         return [numbers.next() for _ in range(3)]
 
     assert first(1, 2) == first(1, 2)
-    assert len({tuple(first(s, n)) for s in range(3) for n in range(3)}) == 9
+    seeds = (0, 1, 2, 2**63, 2**63 + 1, 2**64 - 1)
+    assert len({tuple(first(s, n)) for s in seeds for n in range(3)}) == 18
+
+
+def test_the_likeliest_are_told_with_their_logprobs() -> None:
+    settings = [Sampling(temperature=2, top_k=1, top_logprobs=2), Sampling(top_logprobs=9)]
+    numbers = [RandomNumbers(0, 0), RandomNumbers(0, 1)]
+    two, all_six = choose(LOGITS.expand(2, -1), settings, numbers, [()] * 2).likeliest
+    logprobs = (LOGITS / 2).log_softmax(0).tolist()
+    assert [token for token, _ in two] == [5, 0]
+    assert [logprob for _, logprob in two] == pytest.approx([logprobs[5], logprobs[0]])
+    assert [token for token, _ in all_six] == [5, 0, 1, 2, 3, 4]
+    assert choose(LOGITS[None], [Sampling()], numbers[:1], [()]).likeliest == [()]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -105,6 +117,7 @@ def test_logits_that_are_no_numbers_are_refused(bad: float) -> None:
         {"max_new_tokens": 0},
         {"repetition_penalty": 0.0},
         {"seed": -1},
+        {"top_logprobs": 21},
         {"stop": ("",)},
     ],
     ids=str,

@@ -1,0 +1,1 @@
+"""A model behind HTTP, in the form of OpenAI's interface."""
