@@ -16,6 +16,22 @@ def bytes_text(size: float | None) -> str:
     return f"{size:.0f} bytes"
 
 
+_SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kKMGT]i?B)\s*")
+_UNITS = {"k": 1, "K": 1, "M": 2, "G": 3, "T": 4}
+
+
+def parsed_bytes(text: str) -> int:
+    """ "24GB" -> 24_000_000_000, "24 GiB" -> 25_769_803_776. ValueError for what is no size."""
+    found = _SIZE.fullmatch(text)
+    size = 0
+    if found is not None:
+        number, unit = found.groups()
+        size = int(float(number) * (1024 if unit[1] == "i" else 1000) ** _UNITS[unit[0]])
+    if not size:
+        raise ValueError(f"{text!r} is no size of memory; write 24GB, 1.5GB, 800MB or 16GiB")
+    return size
+
+
 def duration_text(seconds: float) -> str:
     """252.3 -> "4 min 12 s"."""
     if seconds < 10:

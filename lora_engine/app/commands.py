@@ -166,6 +166,34 @@ def data(
 
 @app.command()
 @_interruptible
+def plan(
+    config: ConfigName,
+    overrides: Overrides = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option(metavar="24GB|NAME", help="Plan for a GPU of that memory, here or not."),
+    ] = None,
+    budget: Annotated[
+        str | None, typer.Option(metavar="16GB", help="Memory that may be used; else all.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show what CONFIG takes of memory, and the settings that train fastest within it."""
+    from lora_engine.app.config import load_config
+
+    settings = load_config(config, overrides or [])
+    from lora_engine.app import plan as planning
+    from lora_engine.app.finetune import model_name
+
+    made = planning.plan(settings, gpu=gpu, budget=budget)
+    if as_json:
+        print(json.dumps(planning.as_json(made), indent=2))
+    else:
+        _console().print(planning.render(made, model_name(settings)))
+
+
+@app.command()
+@_interruptible
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:

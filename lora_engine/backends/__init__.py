@@ -15,6 +15,7 @@ from lora_engine.backends.choice import (
 )
 from lora_engine.backends.devices import (
     gpu_count,
+    has_own_memory,
     keeps_freed_memory,
     memory,
     moved,
@@ -22,6 +23,7 @@ from lora_engine.backends.devices import (
     preferred_device,
     reads_beside_operands,
     reset_peak_memory,
+    resident_bytes,
     why_absent,
 )
 from lora_engine.backends.extension import (
@@ -74,6 +76,7 @@ __all__ = [
     "explain",
     "extension_available",
     "gpu_count",
+    "has_own_memory",
     "keep_freed_memory",
     "keeps_freed_memory",
     "keeps_scalars",
@@ -86,6 +89,7 @@ __all__ = [
     "reads_at_once",
     "reads_beside_operands",
     "reset_peak_memory",
+    "resident_bytes",
     "runs_fused",
     "runs_on",
     "select",

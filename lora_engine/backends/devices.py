@@ -63,6 +63,11 @@ def memory(device: torch.device) -> Memory:
     return Memory(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "this machine")
 
 
+def has_own_memory(device: torch.device) -> bool:
+    """Whether tensors on it are in memory of its own, beside the computer's."""
+    return device.type != "cpu"
+
+
 def keeps_freed_memory(device: torch.device) -> bool:
     """Whether torch keeps what one tensor freed for the next.
 
@@ -90,12 +95,25 @@ def reset_peak_memory(device: torch.device) -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def _peak_resident_bytes() -> int:
+def resident_bytes() -> int:
+    """The memory that this process holds now; where the system does not say, the most so far."""
+    return _status_bytes("VmRSS:") or _peak_resident_bytes()
+
+
+def _status_bytes(field: str) -> int:
+    """A size in /proc/self/status; 0 where there is none."""
     status = Path("/proc/self/status")
-    if status.exists():  # not ru_maxrss, which a forked process begins with its parent's size
+    if status.exists():
         for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
+            if line.startswith(field):
                 return int(line.split()[1]) * 1024
+    return 0
+
+
+def _peak_resident_bytes() -> int:
+    # Not ru_maxrss where it can be helped: a forked process begins with its parent's size.
+    if peak := _status_bytes("VmHWM:"):
+        return peak
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -91,7 +91,7 @@ def load_model(
         cache = Path(cache_dir) if cache_dir is not None else None
         resolved = str(converted_gguf(resolved, chosen_dtype, cache))
     tokenizer = _tokenizer(str(source), resolved)
-    config = _config(str(source), resolved)
+    config = model_config(str(source), resolved)
     chosen = None
     if quantize is not None:
         chosen = Quantize(
@@ -142,7 +142,7 @@ def configured_vocabulary(source: str | Path) -> int | None:
     resolved = resolve_source(source)
     if isinstance(resolved, Path):
         return None
-    rows = getattr(_config(str(source), resolved).get_text_config(), "vocab_size", None)
+    rows = getattr(model_config(str(source), resolved).get_text_config(), "vocab_size", None)
     return rows if isinstance(rows, int) else None
 
 
@@ -309,7 +309,8 @@ def _leave_the_file(model: Any) -> None:
         tensor.data = tensor.data.clone()
 
 
-def _config(source: str, resolved: str) -> Any:
+def model_config(source: str, resolved: str) -> Any:
+    """transformers' configuration of a model folder or hub id; UserError where there is none."""
     from transformers import AutoConfig
 
     with readable_folder(source, resolved), quiet_transformers():
@@ -319,7 +320,7 @@ def _config(source: str, resolved: str) -> Any:
 def _tokenizer(source: str, resolved: str) -> Any:
     from transformers import AutoTokenizer
 
-    config = _config(source, resolved)
+    config = model_config(source, resolved)
     with readable_folder(source, resolved, "tokenizer"), quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(resolved, config=config)
     if tokenizer.pad_token is None:

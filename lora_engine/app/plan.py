@@ -1,0 +1,343 @@
+"""What a run takes of memory, and the settings that fit: `lora-engine plan`, `train.memory`.
+
+Nothing is loaded: the model's configuration is read, and its modules are made without weights.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lora_engine import backends
+from lora_engine.app.config import RunConfig
+from lora_engine.app.objectives import ONLINE, name_of, teacher_of
+from lora_engine.errors import UserError, nearest
+from lora_engine.memory.plan import CANDIDATES, ROWS, Budget, Candidate, best, budget_of, candidates
+from lora_engine.memory.policy import policy_of
+from lora_engine.memory.sizes import ModelSizes, Storing, sizes_of
+from lora_engine.memory.speed import GPUS, Machine, gpu_of, measured_cpu
+from lora_engine.memory.timeline import Load, Moment, peak, timeline, with_rows
+from lora_engine.models.load.load import resolve_device, resolve_dtype
+from lora_engine.models.load.outline import outline
+from lora_engine.models.quantized.quantize import SKIPPED
+from lora_engine.quantization.formats import writable_format
+from lora_engine.text import bytes_text, parsed_bytes
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+# Tokens of a sequence where the configuration sets no limit.
+USUAL_LENGTH = 2048
+_MOST_PARTS = 5
+SAMPLES_AT_ONCE = 8  # evaluation.samples.BATCH_SIZE
+
+# What may be changed where nothing else fits, from the least to the most of a change.
+_SAVINGS = (
+    {"optimizer": "adamw_8bit"},
+    {"quantize": "nf4"},
+    {"optimizer": "adamw_8bit", "quantize": "nf4"},
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """wanted: what is configured. found: each policy. chosen: the best of them; None: none fits.
+
+    modelled: whether the machine is not this one. savings: changes of settings with which the
+    wanted tokens fit, each with its candidate; of a plan that has no fitting policy.
+    """
+
+    sizes: ModelSizes
+    wanted: Load
+    budget: Budget
+    machine: Machine
+    modelled: bool
+    found: Sequence[Candidate]
+    chosen: Candidate | None
+    savings: Sequence[tuple[dict[str, str], Candidate]] = ()
+
+    @property
+    def moments(self) -> list[Moment]:
+        """Of the run as it is configured."""
+        return timeline(self.sizes, self.wanted)
+
+
+def plan(config: RunConfig, *, gpu: str | None = None, budget: str | None = None) -> Plan:
+    """The plan of a run.
+
+    gpu: bytes of memory ("24GB") or a name of `memory.speed.GPUS`, of a GPU that need not be here.
+    budget: bytes that may be used ("16GB"), of the device of the configuration, or of that GPU;
+    None: all of it. Raises UserError for what cannot be planned.
+    """
+    machine = None if gpu is None else _gpu(gpu)
+    if machine is not None:
+        device = torch.device("cuda")
+        dtype = resolve_dtype(
+            "bfloat16" if config.model.dtype == "auto" else config.model.dtype, device
+        )
+    else:
+        device = resolve_device(config.model.device)
+        dtype = resolve_dtype(config.model.dtype, device)
+    memory = machine.memory if machine is not None else backends.memory(device).nbytes
+    nbytes = memory if budget is None else _size("--budget", budget)
+    if machine is None:
+        machine = gpu_of(memory) if backends.has_own_memory(device) else measured_cpu(dtype)
+    limits = budget_of(nbytes, device, backends.resident_bytes())
+    sizes, wanted = model_sizes(config, dtype), load_of(config, device)
+    length = min(config.data.max_length or USUAL_LENGTH, wanted.rows)
+    found = candidates(sizes, wanted, limits, machine, length, _policies(config))
+    chosen = best(found)
+    savings = (
+        []
+        if any(each.fits for each in found)
+        else _savings(config, dtype, wanted, limits, machine, length)
+    )
+    return Plan(
+        sizes, wanted, limits, machine, backends.has_own_memory(device), found, chosen, savings
+    )
+
+
+def model_sizes(config: RunConfig, dtype: torch.dtype) -> ModelSizes:
+    """The sizes of the configured model with its adapters and, of a distillation, its teacher."""
+    stated = config.model
+    of = outline(stated.path, dtype, keep_quantized=stated.keep_quantized)
+    format = None
+    if stated.quantize is not None:
+        format = writable_format(stated.quantize, None, stated.double_quant)
+    skip = SKIPPED if stated.quantize_skip is None else stated.quantize_skip
+    sizes = sizes_of(of.model, config.lora, dtype, Storing(format, skip))
+    weights = dict(sizes.weights)
+    if of.packed_bytes:
+        others = sum(size for part, size in weights.items() if part not in ("linears", "factors"))
+        weights["linears"] = max(0, of.packed_bytes - others)
+        sizes = replace(sizes, packed=True)
+    if teacher := teacher_of(config.objective):
+        taught = outline(teacher, dtype).model
+        weights["teacher"] = sum(p.numel() * p.element_size() for p in taught.parameters())
+    return replace(sizes, weights=weights)
+
+
+def load_of(config: RunConfig, device: torch.device) -> Load:
+    """The largest micro-batch of the configuration, all of its tokens supervised."""
+    train = config.train
+    rows = train.tokens_per_batch
+    length = config.data.max_length or USUAL_LENGTH
+    if name_of(config.objective) in ONLINE:
+        rollout = config.rollout
+        cached = rollout.prompts * (length + rollout.generations * rollout.max_new_tokens)
+    else:
+        count = min(config.samples.count, SAMPLES_AT_ONCE)
+        cached = count * (length + config.samples.max_new_tokens)
+    policy = policy_of(train.checkpointing or "none")
+    return Load(rows, rows, policy, train.optimizer, device, cached)
+
+
+def _policies(config: RunConfig) -> Sequence[str]:
+    """Those to choose from: the configured one alone, if there is one."""
+    stated = config.train.checkpointing
+    if stated is None:
+        return (
+            CANDIDATES
+            if config.accelerate
+            else tuple(c for c in CANDIDATES if c not in ("half", "selective"))
+        )
+    return (stated,)
+
+
+def _savings(
+    config: RunConfig,
+    dtype: torch.dtype,
+    wanted: Load,
+    limits: Budget,
+    machine: Machine,
+    length: int,
+) -> list[tuple[dict[str, str], Candidate]]:
+    found = []
+    for changes in _SAVINGS:
+        if "quantize" in changes and (config.lora is None or config.model.quantize is not None):
+            continue
+        model = config.model.model_copy(
+            update={k: v for k, v in changes.items() if k == "quantize"}
+        )
+        changed = config.model_copy(update={"model": model})
+        load = replace(wanted, optimizer=changes.get("optimizer", wanted.optimizer))
+        sizes = model_sizes(changed, dtype)
+        each = best(candidates(sizes, load, limits, machine, length, _policies(config)))
+        if each is not None and each.fits:
+            found.append((dict(changes), each))
+    return found
+
+
+def _gpu(text: str) -> Machine:
+    if text.lower() in GPUS:
+        return GPUS[text.lower()]
+    try:
+        nbytes = parsed_bytes(text)
+    except ValueError as error:
+        close = nearest(text.lower(), GPUS)
+        hint = f"; did you mean {close}?" if close else f", or one of {', '.join(GPUS)}"
+        raise UserError(f"--gpu {text!r}: write its memory, as 24GB{hint}") from error
+    return gpu_of(nbytes)._replace(memory=nbytes)
+
+
+def _size(key: str, text: str) -> int:
+    try:
+        return parsed_bytes(text)
+    except ValueError as error:
+        raise UserError(f"{key}: {error}") from error
+
+
+def as_json(made: Plan) -> dict[str, Any]:
+    """The plan as plain values."""
+    chosen = made.chosen
+    return {
+        "device": made.wanted.device.type,
+        "machine": made.machine.name,
+        "modelled": made.modelled,
+        "budget_bytes": made.budget.nbytes,
+        "reserved_bytes": made.budget.reserved,
+        "tokens_per_batch": made.wanted.rows,
+        "moments": [
+            {"moment": m.name, "bytes": m.total, "parts": dict(m.parts)} for m in made.moments
+        ],
+        "policies": [
+            {
+                "checkpointing": each.policy,
+                "peak_bytes": each.highest.total,
+                "at": each.highest.name,
+                "fits": each.fits,
+                "largest_tokens_per_batch": each.most_rows,
+                "tokens_per_second": round(each.tokens_per_second, 1),
+            }
+            for each in made.found
+        ],
+        "chosen": None if chosen is None else chosen.policy,
+        "settings": settings(made),
+    }
+
+
+def settings(made: Plan) -> dict[str, Any]:
+    """The keys to set, by their names in the configuration; {} where nothing fits."""
+    chosen = made.chosen
+    if chosen is None:
+        return {}
+    keys: dict[str, Any] = {"train.checkpointing": chosen.policy}
+    if not chosen.fits:
+        keys["train.tokens_per_batch"] = chosen.most_rows
+    return keys
+
+
+def render(made: Plan, name: str) -> "RenderableType":
+    """The plan for people."""
+    from rich.console import Group
+    from rich.text import Text
+
+    budget, wanted = made.budget, made.wanted
+    where = f"{made.machine.name}, modelled" if made.modelled else made.machine.name
+    head = (
+        f"{name}: {wanted.rows:,} tokens a micro-batch, {wanted.optimizer}, on {where}; "
+        f"{bytes_text(budget.nbytes)} of memory, {bytes_text(budget.reserved)} of it "
+        + (
+            "for the driver and what the allocator loses"
+            if made.modelled
+            else "taken by this program"
+        )
+    )
+    return Group(
+        Text(head),
+        Text(""),
+        _moments_table(made),
+        Text(""),
+        _policies_table(made),
+        Text(""),
+        *map(Text, conclusion(made)),
+    )
+
+
+def _moments_table(made: Plan) -> "RenderableType":
+    """When how many bytes are alive, of the run as it is configured, and what most of them are."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("when", no_wrap=True)
+    table.add_column("bytes", justify="right", no_wrap=True)
+    table.add_column("of which")
+    highest = peak(made.moments)
+    for moment in _shown_moments(made.moments):
+        parts = sorted(moment.parts.items(), key=lambda part: -part[1])
+        shown = ", ".join(f"{name} {bytes_text(size)}" for name, size in parts[:_MOST_PARTS])
+        style = "bold" if moment == highest else ""
+        table.add_row(moment.name, bytes_text(moment.total), shown, style=style)
+    return table
+
+
+def _shown_moments(moments: Sequence[Moment]) -> list[Moment]:
+    """Of the layers' backward passes the highest alone."""
+    layers = [moment for moment in moments if moment.name.startswith("layer ")]
+    highest = peak(layers)
+    return [moment for moment in moments if moment not in layers or moment is highest]
+
+
+def _policies_table(made: Plan) -> "RenderableType":
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("checkpointing")
+    for title in ("peak", "fits", "longest batch", "tokens/s"):
+        table.add_column(title, justify="right")
+    for each in made.found:
+        mark = " ←" if each is made.chosen else ""
+        rate = f"{each.tokens_per_second:,.0f}" if each.most_rows else ""
+        if each.most_rows and not each.fits:
+            rate += f" at {each.most_rows:,}"
+        table.add_row(
+            each.policy,
+            bytes_text(each.highest.total),
+            "yes" if each.fits else "no",
+            f"{each.most_rows:,} tokens" if each.most_rows else "none",
+            rate + mark,
+            style="bold" if each is made.chosen else "",
+        )
+    return table
+
+
+def conclusion(made: Plan) -> list[str]:
+    """What to do, a line each."""
+    chosen = made.chosen
+    lines = []
+    if chosen is None:
+        lines.append(_least(made))
+    elif chosen.fits:
+        lines.append(f"Best: {_assigned(settings(made))}")
+    else:
+        lines.append(
+            f"{made.wanted.rows:,} tokens a micro-batch fit under no policy. "
+            f"Best: {_assigned(settings(made))} (and more train.gradient_accumulation_steps)"
+        )
+    for changes, each in made.savings:
+        keys = {
+            ("model.quantize" if k == "quantize" else f"train.{k}"): v for k, v in changes.items()
+        }
+        keys["train.checkpointing"] = each.policy
+        lines.append(f"{made.wanted.rows:,} tokens fit with other numbers: {_assigned(keys)}")
+    lines.append(
+        "A batch's longest sequence may be all of it. Tokens/s are predicted, not measured."
+    )
+    if made.modelled:
+        lines.append("All figures are modelled: no such GPU was asked.")
+    return lines
+
+
+def _least(made: Plan) -> str:
+    """Where not even the fewest tokens fit: what the weights, and these with them, take."""
+    weights = made.moments[0].parts["weights"]
+    least = min(peak(timeline(made.sizes, with_rows(each.load, ROWS))).total for each in made.found)
+    return (
+        f"Nothing fits: {ROWS} tokens take {bytes_text(least)}, {bytes_text(weights)} of it "
+        f"weights, and {bytes_text(made.budget.usable)} are left for them."
+    )
+
+
+def _assigned(keys: dict[str, Any]) -> str:
+    return " ".join(f"{key}={value}" for key, value in keys.items())

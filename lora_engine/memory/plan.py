@@ -1,0 +1,111 @@
+"""Which settings fit a budget of bytes, and which of them trains the fastest."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+
+from lora_engine import backends
+from lora_engine.memory.policy import policy_of
+from lora_engine.memory.sizes import ModelSizes
+from lora_engine.memory.speed import Machine, tokens_per_second
+from lora_engine.memory.timeline import Load, Moment, peak, timeline, with_rows
+
+# From the quickest to the one that takes the least memory, by the work they repeat.
+CANDIDATES = ("none", "every_4", "every_3", "every_2", "selective", "half", "layer")
+MOST_ROWS = 1 << 24
+ROWS = 64  # tokens_per_batch is proposed in these
+
+# Of a GPU's memory: what the driver and torch's context take, and what its allocator loses.
+GPU_CONTEXT_BYTES = 600 * 2**20
+GPU_FRAGMENTATION = 0.05
+
+
+class Budget(NamedTuple):
+    """nbytes: of the device. reserved: of these, what no tensor gets."""
+
+    nbytes: int
+    reserved: int
+
+    @property
+    def usable(self) -> int:
+        """For tensors."""
+        return max(0, self.nbytes - self.reserved)
+
+
+def budget_of(nbytes: int, device: torch.device, process: int) -> Budget:
+    """A device's bytes less what is not tensors'.
+
+    process: what the process takes on a CPU before there is a model.
+    """
+    if backends.has_own_memory(device):
+        return Budget(nbytes, GPU_CONTEXT_BYTES + int(GPU_FRAGMENTATION * nbytes))
+    return Budget(nbytes, process)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A way to train. load: at the wanted tokens of a micro-batch, or the most that fit.
+
+    highest: its moment with the most bytes. most_rows: the most tokens of a micro-batch that fit; 0
+    if none do. fits: whether the wanted ones do. tokens_per_second: predicted, of `load`.
+    """
+
+    policy: str
+    load: Load
+    highest: Moment
+    most_rows: int
+    fits: bool
+    tokens_per_second: float
+
+
+def candidates(
+    sizes: ModelSizes,
+    wanted: Load,
+    budget: Budget,
+    machine: Machine,
+    length: int,
+    policies: Sequence[str] = CANDIDATES,
+) -> list[Candidate]:
+    """Each policy with the wanted tokens a micro-batch, and with the most that fit.
+
+    length: tokens of a sequence.
+    """
+    made = []
+    for name in policies:
+        policy = policy_of(name)
+        if policy.needs_fused_layers and not sizes.fused:
+            continue
+        load = replace(wanted, policy=policy)
+        highest = peak(timeline(sizes, load))
+        fits = highest.total <= budget.usable
+        most = max(most_rows(sizes, load, budget), load.rows if fits else 0)
+        shown = load if fits or not most else with_rows(load, most)
+        rate = tokens_per_second(sizes, shown, machine, length)
+        made.append(Candidate(name, shown, highest, most, fits, rate))
+    return made
+
+
+def best(found: Sequence[Candidate]) -> Candidate | None:
+    """The quickest of those that fit the wanted tokens; else of those that fit any; else None."""
+    fitting = [each for each in found if each.fits] or [each for each in found if each.most_rows]
+    return max(fitting, key=lambda each: each.tokens_per_second, default=None)
+
+
+def most_rows(sizes: ModelSizes, load: Load, budget: Budget) -> int:
+    """The most tokens of a micro-batch, in steps of ROWS, whose peak is within the budget; 0: none.
+
+    The longest sequence has as many: attention's memory is linear in tokens, however they divide.
+    """
+
+    def fits(count: int) -> bool:
+        return peak(timeline(sizes, with_rows(load, count * ROWS))).total <= budget.usable
+
+    low, high = 0, 1
+    while high * ROWS < MOST_ROWS and fits(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low * ROWS

@@ -1,0 +1,103 @@
+"""`lora-engine plan`: what a user reads."""
+
+import json
+
+import pytest
+import yaml
+
+from lora_engine.app.cli import main
+from lora_engine.testing import byte_tokenizer, tiny_llama
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("plan")
+    tiny_llama(vocab_size=300, hidden_size=64, layers=4).save_pretrained(folder / "model")
+    byte_tokenizer().save_pretrained(folder / "model")
+    content = {
+        "model": {"path": str(folder / "model"), "dtype": "float32"},
+        "data": {"train": str(folder / "absent.jsonl")},
+        "train": {"tokens_per_batch": 4096},
+    }
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return str(path)
+
+
+def run(capsys, *words):
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", *words])
+    out, err = capsys.readouterr()
+    return ended.value.code, out, err
+
+
+def test_shows_when_how_many_bytes_are_alive_and_what_fits(config, capsys):
+    status, out, _ = run(capsys, config, "--gpu", "24GB")
+    assert status == 0
+    assert out.startswith("model: 4,096 tokens a micro-batch, adamw, on rtx-4090, modelled")
+    for row in ("forward", "head", "layer 3, backward", "optimiser", "evaluation", "generation"):
+        assert f"\n{row} " in out
+    assert "Best: train.checkpointing=none" in out
+    assert "All figures are modelled" in out
+
+
+def test_json_has_every_byte(config, capsys):
+    status, out, _ = run(
+        capsys, config, "--json", "--budget", "100GB", "train.optimizer=adamw_8bit"
+    )
+    made = json.loads(out)
+    assert status == 0
+    assert made["device"] == "cpu" and not made["modelled"]
+    assert made["budget_bytes"] == 100_000_000_000
+    assert made["reserved_bytes"] > 10_000_000
+    for moment in made["moments"]:
+        assert sum(moment["parts"].values()) == moment["bytes"] > 0
+    assert made["settings"] == {"train.checkpointing": "none"}
+    assert {policy["checkpointing"] for policy in made["policies"]} >= {"layer", "half"}
+
+
+def test_a_budget_that_only_fewer_tokens_fit(config, capsys):
+    status, out, _ = run(capsys, config, "--gpu", "h200", "--budget", "660MB", "--json")
+    made = json.loads(out)
+    assert status == 0 and made["settings"] == {}
+    status, out, _ = run(capsys, config, "--gpu", "h200", "--budget", "660MB")
+    assert "Nothing fits: 64 tokens take " in out
+    status, out, _ = run(
+        capsys,
+        config,
+        "--gpu",
+        "h200",
+        "--budget",
+        "1GB",
+        "train.tokens_per_batch=9000000",
+        "--json",
+    )
+    made = json.loads(out)
+    assert 10_000 < made["settings"]["train.tokens_per_batch"] < 9_000_000
+
+
+def test_a_policy_that_is_stated_is_kept(config, capsys):
+    _, out, _ = run(capsys, config, "--json", "train.checkpointing=half")
+    assert [policy["checkpointing"] for policy in json.loads(out)["policies"]] == ["half"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["--gpu", "rtx-409"],
+            "--gpu 'rtx-409': write its memory, as 24GB; did you mean rtx-4090?",
+        ),
+        (["--gpu", "24"], "--gpu '24': write its memory, as 24GB, or one of rtx-3090"),
+        (["--budget", "lots"], "--budget: 'lots' is no size of memory; write 24GB, 1.5GB"),
+        (["train.checkpointing=layers"], "did you mean layer?"),
+        (["model.path=/nowhere"], "/nowhere: no such model folder"),
+        (["lora.target_modules=[q_prj]"], "q_prj"),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) else "",
+)
+def test_a_mistake_is_one_line(config, capsys, words, message):
+    status, out, err = run(capsys, config, *words)
+    assert (status, out) == (2, "")
+    assert err.startswith("lora-engine: ") and err.count("\n") == 1
+    assert message in err
