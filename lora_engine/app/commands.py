@@ -213,6 +213,7 @@ AFTER_TRAINING: tuple[Callable[..., None], ...] = (
     deploy_commands.evaluate,
     deploy_commands.merge,
     deploy_commands.export,
+    deploy_commands.compare,
     *write_commands.COMMANDS,
 )
 for after_training in AFTER_TRAINING:

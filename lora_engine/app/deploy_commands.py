@@ -176,6 +176,33 @@ def evaluate(
         console.print(evaluation.render(report))
 
 
+def compare(
+    runs: Annotated[
+        list[str], typer.Argument(metavar="RUN…", help="Folders of runs, finished or not.")
+    ],
+    html: Annotated[
+        str | None,
+        typer.Option(
+            "--html",
+            metavar="FILE",
+            help="The page.",
+            show_default="compare.html; none with --json",
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Put runs side by side: settings that differ, figures, curves and samples."""
+    import json
+
+    from lora_engine.app import compare as comparing
+
+    compared = comparing.compare(runs, html or (None if as_json else "compare.html"))
+    if as_json:
+        print(json.dumps(comparing.as_json(compared.runs), indent=2, ensure_ascii=False))
+    else:
+        _console().print(comparing.render(compared))
+
+
 def _exported(report: dict[str, Any], to: str) -> str:
     if report["format"] == "hf":
         return _outcome(report, to)

@@ -100,9 +100,12 @@ def nice_ticks(low: float, high: float, count: int) -> list[float]:
     return [round(i * step, 12) if step > 1e-9 else i * step for i in range(first, last + 1)]
 
 
-def smoothed(points: Sequence[Point]) -> list[Point]:
-    """Exponential moving average over about a tenth of the run, corrected for its start."""
-    span = min(100.0, max(3.0, len(points) / 10))
+def smoothed(points: Sequence[Point], length: int | None = None) -> list[Point]:
+    """Exponential moving average over about a tenth of the run, corrected for its start.
+
+    length: of the run, in points; None: it is these.
+    """
+    span = min(100.0, max(3.0, (length or len(points)) / 10))
     keep = 1 - 2 / (span + 1)
     total = weight = 0.0
     result = []
@@ -121,7 +124,7 @@ def _finite(series: Series) -> Series:
 def _drawn(series: Series, place: Callable[[Point], Point]) -> Series:
     points = [place(p) for p in _thinned(series.points)]
     path = " ".join(f"{'L' if i else 'M'}{x:.2f},{y:.2f}" for i, (x, y) in enumerate(points))
-    few = series.style in ("heldout", "probe") and len(points) <= 60
+    few = series.style.split()[-1] in ("heldout", "probe") and len(points) <= 60
     dots = points if few or len(points) == 1 else ()
     return Series(series.name, series.points, series.style, path, dots)
 

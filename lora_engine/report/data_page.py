@@ -7,7 +7,7 @@ from lora_engine.data.account import ignored_line
 from lora_engine.data.inspect import DataReport
 from lora_engine.errors import UserError, reason
 from lora_engine.files import user_path, write_text
-from lora_engine.text import visible
+from lora_engine.report.template import rendered
 
 
 def write_data_page(path: str | Path, name: str, reports: Sequence[DataReport]) -> None:
@@ -21,17 +21,8 @@ def write_data_page(path: str | Path, name: str, reports: Sequence[DataReport]) 
 
 def data_page(name: str, reports: Sequence[DataReport]) -> str:
     """The page as a string."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("lora_engine.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["visible"] = visible
-    return environment.get_template("data.html.j2").render(
+    return rendered(
+        "data.html.j2",
         name=name,
         reports=reports,
         ignored_line=ignored_line,

@@ -14,6 +14,7 @@ from lora_engine.files import write_text
 from lora_engine.objectives.base import NATS_PER_TARGET
 from lora_engine.report.charts import Chart, Point, Series, line_chart, smoothed
 from lora_engine.report.completions import Shown, shown_completions
+from lora_engine.report.template import rendered
 from lora_engine.text import bytes_text, duration_text
 from lora_engine.training.metrics import StepMetrics
 from lora_engine.training.run.folder import RunFolder
@@ -54,17 +55,8 @@ def render_report(summary: Row, metrics: Sequence[Row], completions: Sequence[Sh
     summary: what summary.json holds. metrics: the lines of metrics.jsonl; of a step that was
     run twice (after a resume) the last line counts. completions: of an online run.
     """
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("lora_engine.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    template = environment.get_template("report.html.j2")
-    return template.render(
+    return rendered(
+        "report.html.j2",
         summary=summary,
         headline=headline(summary),
         comparisons=comparisons(summary),
@@ -92,8 +84,8 @@ def headline(summary: Row) -> list[tuple[str, str, str]]:
         ("Peak memory", bytes_text(summary["peak_memory_bytes"]), where),
         (
             "Trained weights",
-            _count_text(summary["trainable_parameters"]),
-            f"of {_count_text(summary['parameters'])}, "
+            count_text(summary["trainable_parameters"]),
+            f"of {count_text(summary['parameters'])}, "
             f"{summary['trainable_parameters'] / summary['parameters']:.2%}",
         ),
     ]
@@ -157,12 +149,12 @@ def charts(metrics: Sequence[Row], loss_unit: str, objective: str = "") -> list[
 
     loss_unit: what the objective counts the loss in, "" for a bare number. objective: its name.
     """
-    loss = _points(metrics, "loss")
-    heldout = _points(metrics, "heldout_loss")
+    loss = points_of(metrics, "loss")
+    heldout = points_of(metrics, "heldout_loss")
     if not any("heldout_accuracy" in row for row in metrics):
         heldout = []  # it is minus the reward, which has a chart of its own
-    accuracy = [(x, 100 * y) for x, y in _points(metrics, "heldout_accuracy")]
-    memory = [(x, y / 1e9) for x, y in _points(metrics, "peak_memory_bytes")]
+    accuracy = [(x, 100 * y) for x, y in points_of(metrics, "heldout_accuracy")]
+    memory = [(x, y / 1e9) for x, y in points_of(metrics, "peak_memory_bytes")]
     last = max((float(row["step"]) for row in metrics), default=0.0)
 
     def single(
@@ -182,14 +174,14 @@ def charts(metrics: Sequence[Row], loss_unit: str, objective: str = "") -> list[
             ],
             note=loss_unit,
             last_step=last,
-            label=_loss_label,
+            label=loss_label,
         ),
         _probe_chart(metrics, last),
         single(_accuracy(objective), accuracy, "held-out, %", "heldout", from_zero=False),
         *_metric_charts(metrics, _COUNTED.get(_accuracy(objective)), last),
-        single("Learning rate", _points(metrics, "learning_rate"), "", label=_scientific),
-        single("Gradient norm", _points(metrics, "grad_norm"), "before clipping"),
-        single("Throughput", _points(metrics, "tokens_per_second"), "tokens per second"),
+        single("Learning rate", points_of(metrics, "learning_rate"), "", label=scientific),
+        single("Gradient norm", points_of(metrics, "grad_norm"), "before clipping"),
+        single("Throughput", points_of(metrics, "tokens_per_second"), "tokens per second"),
         single("Peak memory", memory, "GB"),
     ]
     return [chart for chart in drawn if chart is not None]
@@ -197,14 +189,14 @@ def charts(metrics: Sequence[Row], loss_unit: str, objective: str = "") -> list[
 
 def _probe_chart(metrics: Sequence[Row], last: float) -> Chart | None:
     """The loss on the probe, beside what it was before training."""
-    points = _points(metrics, "probe_loss")
+    points = points_of(metrics, "probe_loss")
     before = [(x, points[0][1]) for x in (points[0][0], points[-1][0])] if points else []
     return line_chart(
         "Forgetting",
         [Series("before training", before, "before"), Series("probe", points, "probe")],
         note="loss on the probe, nats per token",
         last_step=last,
-        label=_loss_label,
+        label=loss_label,
     )
 
 
@@ -223,33 +215,33 @@ def _metric_charts(metrics: Sequence[Row], shown: str | None, last: float) -> li
             continue
         if side == "chosen" and (rejected := f"{stem}/rejected") in names:
             series = [
-                Series("chosen", smoothed(_points(metrics, name)), "smooth"),
-                Series("rejected", smoothed(_points(metrics, rejected)), "plain"),
+                Series("chosen", smoothed(points_of(metrics, name)), "smooth"),
+                Series("rejected", smoothed(points_of(metrics, rejected)), "plain"),
             ]
             drawn.append(line_chart(stem, series, note="smoothed", last_step=last))
             continue
-        points = _points(metrics, name)
+        points = points_of(metrics, name)
         series = [
             Series("each step", points, "raw"),
             Series("training, smoothed", smoothed(points), "smooth"),
-            Series("held-out", _points(metrics, f"heldout_{name}"), "heldout"),
+            Series("held-out", points_of(metrics, f"heldout_{name}"), "heldout"),
         ]
-        drawn.append(line_chart(name, series, last_step=last, label=_loss_label))
+        drawn.append(line_chart(name, series, last_step=last, label=loss_label))
     return drawn
 
 
 def config_sections(config: Row) -> list[tuple[str, list[tuple[str, str]]]]:
     """The configuration as (section, [(key, value)]); single keys come in a section "run"."""
     sections = [
-        (name, [(key, _value_text(value)) for key, value in section.items()])
+        (name, [(key, value_text(value)) for key, value in section.items()])
         for name, section in config.items()
         if isinstance(section, Mapping)
     ]
-    single = [(k, _value_text(v)) for k, v in config.items() if not isinstance(v, Mapping)]
+    single = [(k, value_text(v)) for k, v in config.items() if not isinstance(v, Mapping)]
     return [*sections, ("run", single)] if single else sections
 
 
-def _points(metrics: Sequence[Row], key: str) -> list[Point]:
+def points_of(metrics: Sequence[Row], key: str) -> list[Point]:
     by_step = {row["step"]: row[key] for row in metrics if row.get(key) is not None}
     return sorted(by_step.items())
 
@@ -282,25 +274,25 @@ def _comparison(
     )
 
 
-def _loss_label(value: float) -> str:
+def loss_label(value: float) -> str:
     return f"{value:.4g}"
 
 
-def _scientific(value: float) -> str:
+def scientific(value: float) -> str:
     if value == 0:
         return "0"
     mantissa, exponent = f"{value:.2e}".split("e")
     return f"{float(mantissa):g}e{int(exponent)}"
 
 
-def _count_text(count: int) -> str:
+def count_text(count: int) -> str:
     for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
         if count >= size:
             return f"{count / size:.3g} {unit}"
     return str(count)
 
 
-def _value_text(value: Any) -> str:
+def value_text(value: Any) -> str:
     if value is None:
         return "\u2013"
     if isinstance(value, bool):
