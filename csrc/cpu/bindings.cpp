@@ -61,16 +61,17 @@ LORA_ENGINE_FIELDS(AdamW8bitArgs, FIELD(adamw), FIELD(exp_avg_absmax), FIELD(exp
 LORA_ENGINE_FIELDS(GradNormArgs, FIELD(grads), FIELD(norm), FIELD(size));
 LORA_ENGINE_FIELDS(DropoutArgs, FIELD(x), FIELD(y), FIELD(rows), FIELD(cols), FIELD(x_stride),
                    FIELD(y_stride), FIELD(p), FIELD(seed), FIELD(substream));
-LORA_ENGINE_FIELDS(LoraAFwdArgs, FIELD(x), FIELD(lora_a), FIELD(s), FIELD(rows), FIELD(cols),
-                   FIELD(x_stride), FIELD(a_stride), FIELD(s_stride),
-                   array("spans", &Args::spans, &Args::span_count));
-LORA_ENGINE_FIELDS(LoraBBwdArgs, FIELD(dy), FIELD(lora_b), FIELD(s), FIELD(ds), FIELD(d_lora_b),
-                   FIELD(rows), FIELD(dy_stride), FIELD(b_stride), FIELD(s_stride),
-                   FIELD(ds_stride), FIELD(d_stride),
-                   array("spans", &Args::spans, &Args::span_count));
-LORA_ENGINE_FIELDS(LoraABwdArgs, FIELD(ds), FIELD(x), FIELD(d_lora_a), FIELD(rows), FIELD(cols),
-                   FIELD(ds_stride), FIELD(x_stride), FIELD(d_stride),
-                   array("spans", &Args::spans, &Args::span_count));
+LORA_ENGINE_FIELDS(LoraAFwdArgs, FIELD(x), FIELD(lora_a), FIELD(s), FIELD(copy), FIELD(rows),
+                   FIELD(cols), FIELD(x_stride), FIELD(a_stride), FIELD(s_stride),
+                   FIELD(copy_stride), array("spans", &Args::spans, &Args::span_count));
+LORA_ENGINE_FIELDS(LoraBBwdArgs, FIELD(dy), FIELD(lora_b), FIELD(s), FIELD(ds), FIELD(row_factors),
+                   FIELD(scaled_ds), FIELD(d_lora_b), FIELD(rows), FIELD(dy_stride),
+                   FIELD(b_stride), FIELD(s_stride), FIELD(ds_stride), FIELD(scaled_stride),
+                   array("spans", &Args::spans, &Args::span_count),
+                   array("parts", &Args::parts, &Args::part_count));
+LORA_ENGINE_FIELDS(LoraABwdArgs, FIELD(ds), FIELD(x), FIELD(d_lora_a), FIELD(column_weight),
+                   FIELD(rows), FIELD(cols), FIELD(ds_stride), FIELD(x_stride), FIELD(d_stride),
+                   FIELD(column_offset), array("spans", &Args::spans, &Args::span_count));
 LORA_ENGINE_FIELDS(LoraAdapter, FIELD(lora_a), FIELD(lora_b), FIELD(dtype), FIELD(ranks),
                    FIELD(a_stride), FIELD(b_stride), FIELD(scaling));
 LORA_ENGINE_FIELDS(LoraBase, FIELD(rows), FIELD(bias), FIELD(adapters));
@@ -99,6 +100,13 @@ LoraSpan read_value<LoraSpan>(py::handle object, Elements&) {
   unpack(rows, span.row, span.rows);
   unpack(columns, span.column, span.columns);
   return span;
+}
+
+// A part is a triple (rows, columns, scale) in Python.
+template <>
+LoraPart read_value<LoraPart>(py::handle object, Elements& elements) {
+  const auto [rows, columns, scale] = object.cast<std::tuple<py::slice, py::slice, double>>();
+  return {read_value<LoraSpan>(py::make_tuple(rows, columns), elements), scale};
 }
 
 namespace {

@@ -196,27 +196,40 @@ struct LoraAFwdArgs {
   const void* x;       // [rows, cols]
   const void* lora_a;  // [ranks, cols]
   void* s;             // [rows, ranks]: x lora_a'
-  int64_t rows, cols, x_stride, a_stride, s_stride;
+  void* copy;          // [rows, ranks]: s once more, or null
+  int64_t rows, cols, x_stride, a_stride, s_stride, copy_stride;
   const LoraSpan* spans;
   int64_t span_count;
+};
+
+// One adapter of a linear: the linear's rows, its own columns of the linear's.
+struct LoraPart {
+  LoraSpan place;
+  double scale;
 };
 
 struct LoraBBwdArgs {
-  const void* dy;      // [rows, cols]
-  const void* lora_b;  // [cols, ranks]
-  const void* s;       // [rows, ranks]; not read without d_lora_b
-  void* ds;            // [rows, ranks]: dy lora_b
-  void* d_lora_b;      // [cols, ranks]: dy' s; or null
-  int64_t rows, dy_stride, b_stride, s_stride, ds_stride, d_stride;
+  const void* dy;           // [rows, cols]
+  const void* lora_b;       // [cols, ranks]
+  const void* s;            // [rows, ranks]; not read without d_lora_b
+  void* ds;                 // [rows, ranks]: dy lora_b
+  const void* row_factors;  // [rows], of the arithmetic type; or null
+  void* scaled_ds;          // [rows, ranks]: each row of ds times its factor
+  void* d_lora_b;           // scale dy' s of each part [cols, ranks], one after the other; or null
+  int64_t rows, dy_stride, b_stride, s_stride, ds_stride, scaled_stride;
   const LoraSpan* spans;
   int64_t span_count;
+  const LoraPart* parts;
+  int64_t part_count;
 };
 
 struct LoraABwdArgs {
-  const void* ds;  // [rows, ranks]
-  const void* x;   // [rows, cols]
-  void* d_lora_a;  // [ranks, cols]: ds' x
+  const void* ds;             // [rows, ranks]
+  const void* x;              // [rows, cols]
+  void* d_lora_a;             // [ranks, cols]: ds' x, columns times column_weight + column_offset
+  const void* column_weight;  // [cols]; null: columns as they are
   int64_t rows, cols, ds_stride, x_stride, d_stride;
+  double column_offset;
   const LoraSpan* spans;
   int64_t span_count;
 };

@@ -159,7 +159,7 @@ void a_fwd(const LoraAFwdArgs& a, int64_t first, int64_t ranks) {
   using E = typename Packed<T>::E;
   const T *x = static_cast<const T*>(a.x),
           *lora_a = static_cast<const T*>(a.lora_a) + first * a.a_stride;
-  T* s = static_cast<T*>(a.s) + first;
+  T *s = static_cast<T*>(a.s) + first, *copies = static_cast<T*>(a.copy);
   Scratch scratch;
   Packed<T> p(scratch, a.cols, ranks);
 #pragma omp parallel
@@ -170,8 +170,41 @@ void a_fwd(const LoraAFwdArgs& a, int64_t first, int64_t ranks) {
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < p.pieces; ++i) p.pack_transpose(i, lora_a, a.a_stride, work);
 #pragma omp for schedule(static)
-    for (int64_t row = 0; row < a.rows; row += kProjectRows)
+    for (int64_t row = 0; row < a.rows; row += kProjectRows) {
       project_from(row, a.rows, x, a.x_stride, p, s, a.s_stride, copy);
+      const int64_t end = copies ? smaller(row + kProjectRows, a.rows) : row;
+      for (int64_t i = row; i < end; ++i)
+        std::memcpy(copies + i * a.copy_stride + first, s + i * a.s_stride, sizeof(T) * ranks);
+    }
+  }
+}
+
+// scaled = ds with each of the rows [begin, end) times its factor.
+template <class T>
+inline void scale_rows(int64_t begin, int64_t end, int64_t ranks, const T* ds, int64_t ld_ds,
+                       const acc_t<T>* factors, T* scaled, int64_t ld_scaled) {
+  for (int64_t i = begin; i < end; ++i)
+    for (int64_t r = 0; r < ranks; ++r)
+      scaled[i * ld_scaled + r] = store<T>(load(ds[i * ld_ds + r]) * factors[i]);
+}
+
+// A span's sums dy' s of the columns of strip i, to the parts of the span: each [cols, ranks].
+template <class T>
+inline void store_parts(const LoraBBwdArgs& a, const LoraSpan& span, const Sums<T>& sums,
+                        int64_t i) {
+  using A = acc_t<T>;
+  constexpr int64_t kWidth = kTileN<typename Packed<T>::E>;
+  A* begin = static_cast<A*>(a.d_lora_b);
+  for (int64_t j = 0; j < a.part_count; ++j) {
+    const LoraSpan& place = a.parts[j].place;
+    if (place.row == span.row && place.rows == span.rows) {
+      const int64_t count = sums.width(i) * place.columns;
+      A* out = begin + i * kWidth * place.columns;
+      transpose(place.columns, sums.width(i), sums.strip(i) + (place.column - span.column) * kWidth,
+                kWidth, out, place.columns);
+      for (int64_t e = 0; e < count; ++e) out[e] *= static_cast<A>(a.parts[j].scale);
+    }
+    begin += place.rows * place.columns;
   }
 }
 
@@ -179,13 +212,13 @@ void a_fwd(const LoraAFwdArgs& a, int64_t first, int64_t ranks) {
 // OpenMP divides static loops of equal length in the same way.
 template <class T>
 void b_bwd(const LoraBBwdArgs& a, const LoraSpan& span) {
-  using A = acc_t<T>;
   using E = typename Packed<T>::E;
   const int64_t cols = span.rows, ranks = span.columns;
   const T* dy = static_cast<const T*>(a.dy) + span.row;
   const T* lora_b = static_cast<const T*>(a.lora_b) + span.row * a.b_stride + span.column;
   const T* low_rank = static_cast<const T*>(a.s) + span.column;
-  T* ds = static_cast<T*>(a.ds) + span.column;
+  T *ds = static_cast<T*>(a.ds) + span.column, *scaled = static_cast<T*>(a.scaled_ds);
+  const acc_t<T>* factors = static_cast<const acc_t<T>*>(a.row_factors);
   const bool with_gradient = a.d_lora_b != nullptr;
   const int64_t step = block_rows<E>(cols) * omp_get_max_threads();
   Scratch scratch;
@@ -205,16 +238,17 @@ void b_bwd(const LoraBBwdArgs& a, const LoraSpan& span) {
     for (int64_t begin = 0; begin < a.rows; begin += step) {
       const int64_t end = smaller(begin + step, a.rows);
 #pragma omp for schedule(static) nowait
-      for (int64_t row = begin; row < end; row += kProjectRows)
+      for (int64_t row = begin; row < end; row += kProjectRows) {
         project_from(row, end, dy, a.dy_stride, p, ds, a.ds_stride, copy);
+        if (factors)
+          scale_rows(row, smaller(row + kProjectRows, end), ranks, ds, a.ds_stride, factors,
+                     scaled + span.column, a.scaled_stride);
+      }
 #pragma omp for schedule(static) nowait
       for (int64_t i = 0; i < sums.strips; ++i) sums.add(i, begin, end, dy, a.dy_stride, s, copy);
     }
 #pragma omp for schedule(static)
-    for (int64_t i = 0; i < sums.strips; ++i) {
-      A* out = static_cast<A*>(a.d_lora_b) + (span.row + i * kTileN<E>)*a.d_stride + span.column;
-      transpose(ranks, sums.width(i), sums.strip(i), kTileN<E>, out, a.d_stride);
-    }
+    for (int64_t i = 0; i < sums.strips; ++i) store_parts(a, span, sums, i);
   }
 }
 
@@ -224,6 +258,8 @@ void a_bwd(const LoraABwdArgs& a, int64_t first, int64_t ranks) {
   using E = typename Packed<T>::E;
   const T *x = static_cast<const T*>(a.x), *ds = static_cast<const T*>(a.ds) + first;
   A* d_lora_a = static_cast<A*>(a.d_lora_a) + first * a.d_stride;
+  const T* weight = static_cast<const T*>(a.column_weight);
+  const A offset = static_cast<A>(a.column_offset);
   const int64_t step = block_rows<E>(a.cols);
   Scratch scratch;
   Packed<T> s(scratch, a.rows, ranks);
@@ -243,9 +279,12 @@ void a_bwd(const LoraABwdArgs& a, int64_t first, int64_t ranks) {
     }
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < sums.strips; ++i)
-      for (int64_t r = 0; r < ranks; ++r)
-        std::memcpy(d_lora_a + r * a.d_stride + i * kTileN<E>, sums.strip(i) + r * kTileN<E>,
-                    sizeof(A) * sums.width(i));
+      for (int64_t r = 0; r < ranks; ++r) {
+        const A* sum = sums.strip(i) + r * kTileN<E>;
+        A* out = d_lora_a + r * a.d_stride + i * kTileN<E>;
+        for (int64_t j = 0; j < sums.width(i); ++j)
+          out[j] = weight ? sum[j] * (load(weight[i * kTileN<E> + j]) + offset) : sum[j];
+      }
   }
 }
 

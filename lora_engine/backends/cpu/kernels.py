@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lora_engine.backends import extension
 from lora_engine.backends.contracts import Span
+from lora_engine.backends.lora_parts import AdapterPart
 
 Address: TypeAlias = int  # as of Tensor.data_ptr(); 0 is null
 
@@ -285,11 +286,13 @@ class LoraAFwdArgs(NamedTuple):
     x: Address
     lora_a: Address
     s: Address
+    copy: Address
     rows: int
     cols: int
     x_stride: int
     a_stride: int
     s_stride: int
+    copy_stride: int
     spans: Sequence[Span]
 
 
@@ -298,25 +301,30 @@ class LoraBBwdArgs(NamedTuple):
     lora_b: Address
     s: Address
     ds: Address
+    row_factors: Address
+    scaled_ds: Address
     d_lora_b: Address
     rows: int
     dy_stride: int
     b_stride: int
     s_stride: int
     ds_stride: int
-    d_stride: int
+    scaled_stride: int
     spans: Sequence[Span]
+    parts: Sequence[AdapterPart]
 
 
 class LoraABwdArgs(NamedTuple):
     ds: Address
     x: Address
     d_lora_a: Address
+    column_weight: Address
     rows: int
     cols: int
     ds_stride: int
     x_stride: int
     d_stride: int
+    column_offset: float
     spans: Sequence[Span]
 
 

@@ -15,13 +15,7 @@ from lora_engine.backends.cpu.kernels import (
     kernels,
     pointer,
 )
-from lora_engine.backends.lora_parts import (
-    AdapterPart,
-    Placing,
-    ScaledColumns,
-    ScaledRows,
-    split_parts,
-)
+from lora_engine.backends.lora_parts import AdapterPart, Placing, ScaledColumns, ScaledRows
 from lora_engine.values import Dropout
 
 
@@ -44,8 +38,7 @@ def lora_a_fwd(
     copy: Tensor | None = None,  # [M, R]
 ) -> None:
     """Writes s = drop_i(x) lora_aᵀ, and 0 in columns of no span; to copy too."""
-    for unused in _unused(spans, s.shape[1]):
-        s[:, unused] = 0
+    _clear_unused(spans, s, copy)
     for kept, part in _kept(x, spans, dropout):
         kernels().lora_a_fwd(
             dtype_code(x.dtype),
@@ -53,16 +46,16 @@ def lora_a_fwd(
                 x=kept.data_ptr(),
                 lora_a=lora_a.data_ptr(),
                 s=s.data_ptr(),
+                copy=pointer(copy),
                 rows=x.shape[0],
                 cols=x.shape[1],
                 x_stride=kept.stride(0),
                 a_stride=lora_a.stride(0),
                 s_stride=s.stride(0),
+                copy_stride=0 if copy is None else copy.stride(0),
                 spans=part,
             ),
         )
-    if copy is not None:
-        copy.copy_(s)
 
 
 def lora_b_bwd(
@@ -80,12 +73,8 @@ def lora_b_bwd(
 
     Columns of ds in no span become 0.
     """
-    whole, alone = None, False  # [N, R]
-    if d_lora_b is not None:
-        alone = len(parts) == 1 and d_lora_b.numel() == lora_b.numel()
-        whole = d_lora_b.view(lora_b.shape) if alone else d_lora_b.new_empty(lora_b.shape)
-    for unused in _unused(spans, ds.shape[1]):
-        ds[:, unused] = 0
+    scaled_ds = None if scaled is None else scaled.ds
+    _clear_unused(spans, ds, scaled_ds)
     kernels().lora_b_bwd(
         dtype_code(dy.dtype),
         LoraBBwdArgs(
@@ -93,23 +82,19 @@ def lora_b_bwd(
             lora_b=lora_b.data_ptr(),
             s=s.data_ptr(),
             ds=ds.data_ptr(),
-            d_lora_b=pointer(whole),
+            row_factors=0 if scaled is None else scaled.factors.data_ptr(),
+            scaled_ds=pointer(scaled_ds),
+            d_lora_b=pointer(d_lora_b),
             rows=dy.shape[0],
             dy_stride=dy.stride(0),
             b_stride=lora_b.stride(0),
             s_stride=s.stride(0),
             ds_stride=ds.stride(0),
-            d_stride=0 if whole is None else whole.stride(0),
+            scaled_stride=0 if scaled_ds is None else scaled_ds.stride(0),
             spans=spans,
+            parts=parts,
         ),
     )
-    if whole is not None and alone:
-        whole.mul_(parts[0].scale)
-    elif d_lora_b is not None and whole is not None:
-        for part, gradient in zip(parts, split_parts(d_lora_b, parts), strict=True):
-            torch.mul(whole[part.rows, part.columns], part.scale, out=gradient)
-    if scaled is not None:
-        torch.mul(ds, scaled.factors[:, None], out=scaled.ds)
 
 
 def lora_a_bwd(
@@ -130,16 +115,16 @@ def lora_a_bwd(
                 ds=ds.data_ptr(),
                 x=kept.data_ptr(),
                 d_lora_a=d_lora_a.data_ptr(),
+                column_weight=0 if scaled is None else scaled.weight.data_ptr(),
                 rows=x.shape[0],
                 cols=x.shape[1],
                 ds_stride=ds.stride(0),
                 x_stride=kept.stride(0),
                 d_stride=d_lora_a.stride(0),
+                column_offset=0.0 if scaled is None else scaled.offset,
                 spans=part,
             ),
         )
-    if scaled is not None:
-        d_lora_a.mul_(scaled.weight.to(d_lora_a.dtype) + scaled.offset)
 
 
 def lora_linear_fwd(
@@ -216,6 +201,14 @@ def _products(spans: Sequence[Span], *, merge: bool) -> list[tuple[int, slice]]:
         else:
             runs.append((substream, columns))
     return runs
+
+
+def _clear_unused(spans: Sequence[Span], *copies: Tensor | None) -> None:
+    """Writes 0 to the columns of [.., R] in no span."""
+    for each in copies:
+        if each is not None:
+            for unused in _unused(spans, each.shape[1]):
+                each[:, unused] = 0
 
 
 def _unused(spans: Sequence[Span], ranks: int) -> list[slice]:
