@@ -109,12 +109,13 @@ def augmented(case: Case) -> Strategy:
     dys = case.x.new_empty(m, n + group.padded_rank)
     xs[:, :k], dys[:, :n] = case.x, case.dy
     needs = [factor is case.lora_a or factor is case.lora_b for factor in group.tensors()]
+    wanted = product.wanted(needs)
 
     def both() -> Sequence[Tensor | None]:
         y, _ = product.forward(xs)
-        ds, d_b = product.fill_ds(dys, xs[:, k:], wanted=True)
+        ds, d_b = product.fill_ds(dys, xs[:, k:], wanted)
         dx = product.input_gradient(dys)
-        d_a = product.lora_a_gradient(ds, xs[:, :k], wanted=True)
+        d_a = product.lora_a_gradient(ds, xs[:, :k], wanted)
         found = product.factor_gradients(needs, d_a, d_b, [dys[:, :n]], None)
         return y, dx, found[0], found[1]
 

@@ -65,13 +65,17 @@ LORA_ENGINE_FIELDS(LoraAFwdArgs, FIELD(x), FIELD(lora_a), FIELD(s), FIELD(copy),
                    FIELD(cols), FIELD(x_stride), FIELD(a_stride), FIELD(s_stride),
                    FIELD(copy_stride), array("spans", &Args::spans, &Args::span_count));
 LORA_ENGINE_FIELDS(LoraBBwdArgs, FIELD(dy), FIELD(lora_b), FIELD(s), FIELD(ds), FIELD(row_factors),
-                   FIELD(scaled_ds), FIELD(d_lora_b), FIELD(rows), FIELD(dy_stride),
-                   FIELD(b_stride), FIELD(s_stride), FIELD(ds_stride), FIELD(scaled_stride),
+                   FIELD(scaled_ds), FIELD(rows), FIELD(dy_stride), FIELD(b_stride),
+                   FIELD(s_stride), FIELD(ds_stride), FIELD(scaled_stride),
                    array("spans", &Args::spans, &Args::span_count),
-                   array("parts", &Args::parts, &Args::part_count));
+                   array("parts", &Args::parts, &Args::part_count), FIELD(adds));
 LORA_ENGINE_FIELDS(LoraABwdArgs, FIELD(ds), FIELD(x), FIELD(d_lora_a), FIELD(column_weight),
                    FIELD(rows), FIELD(cols), FIELD(ds_stride), FIELD(x_stride), FIELD(d_stride),
-                   FIELD(column_offset), array("spans", &Args::spans, &Args::span_count));
+                   FIELD(column_offset), array("spans", &Args::spans, &Args::span_count),
+                   array("parts", &Args::parts, &Args::part_count));
+LORA_ENGINE_FIELDS(LoraPlacing, FIELD(factor), FIELD(dtype), FIELD(place), FIELD(rows), FIELD(cols),
+                   FIELD(row_stride), FIELD(col_stride), FIELD(place_stride), FIELD(scale));
+LORA_ENGINE_FIELDS(PlaceFactorsArgs, array("placings", &Args::placings, &Args::placing_count));
 LORA_ENGINE_FIELDS(LoraAdapter, FIELD(lora_a), FIELD(lora_b), FIELD(dtype), FIELD(ranks),
                    FIELD(a_stride), FIELD(b_stride), FIELD(scaling));
 LORA_ENGINE_FIELDS(LoraBase, FIELD(rows), FIELD(bias), FIELD(adapters));
@@ -86,27 +90,33 @@ LORA_ENGINE_FIELDS(Dequantize4bitArgs, FIELD(codes), FIELD(absmax), FIELD(nested
                    FIELD(cols), FIELD(stride), FIELD(first), FIELD(block));
 LORA_ENGINE_FIELDS(QuantizeKArgs, FIELD(w), FIELD(codes), FIELD(blocks), FIELD(bits));
 
-// A span is a pair of slices (rows, columns) in Python.
-template <>
-LoraSpan read_value<LoraSpan>(py::handle object, Elements&) {
-  const auto [rows, columns] = object.cast<std::pair<py::slice, py::slice>>();
-  const auto unpack = [](const py::slice& slice, int64_t& begin, int64_t& count) {
-    Py_ssize_t start, stop, step;
-    if (PySlice_Unpack(slice.ptr(), &start, &stop, &step) < 0) throw py::error_already_set();
-    begin = start;
-    count = stop - start;
-  };
+static void unpack(py::handle slice, int64_t& begin, int64_t& count) {
+  Py_ssize_t start, stop, step;
+  if (PySlice_Unpack(slice.ptr(), &start, &stop, &step) < 0) throw py::error_already_set();
+  begin = start;
+  count = stop - start;
+}
+
+static LoraSpan span_of(const py::slice& rows, const py::slice& columns) {
   LoraSpan span;
   unpack(rows, span.row, span.rows);
   unpack(columns, span.column, span.columns);
   return span;
 }
 
-// A part is a triple (rows, columns, scale) in Python.
+// A span is a pair of slices (rows, columns) in Python.
 template <>
-LoraPart read_value<LoraPart>(py::handle object, Elements& elements) {
-  const auto [rows, columns, scale] = object.cast<std::tuple<py::slice, py::slice, double>>();
-  return {read_value<LoraSpan>(py::make_tuple(rows, columns), elements), scale};
+LoraSpan read_value<LoraSpan>(py::handle object, Elements&) {
+  const auto [rows, columns] = object.cast<std::pair<py::slice, py::slice>>();
+  return span_of(rows, columns);
+}
+
+// A part is a tuple (rows, columns, scale, address of the gradient) in Python.
+template <>
+LoraPart read_value<LoraPart>(py::handle object, Elements&) {
+  const auto [rows, columns, scale, gradient] =
+      object.cast<std::tuple<py::slice, py::slice, double, uintptr_t>>();
+  return {span_of(rows, columns), scale, reinterpret_cast<void*>(gradient)};
 }
 
 namespace {
@@ -181,6 +191,7 @@ void bind_cpu(py::module_ m) {
   define(m, "lora_a_fwd", &Kernels::lora_a_fwd);
   define(m, "lora_b_bwd", &Kernels::lora_b_bwd);
   define(m, "lora_a_bwd", &Kernels::lora_a_bwd);
+  define(m, "place_factors", &Kernels::place_factors);
   define(m, "lora_linear_few_rows", &Kernels::lora_linear_few_rows);
   define(m, "quantize_4bit", &Kernels::quantize_4bit);
   define(m, "dequantize_4bit", &Kernels::dequantize_4bit);

@@ -28,6 +28,7 @@ const Kernels table = {
     lora_a_fwd,
     lora_b_bwd,
     lora_a_bwd,
+    place_factors,
     lora_linear_few_rows,
     quantize_4bit,
     dequantize_4bit,

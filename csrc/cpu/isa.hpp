@@ -24,6 +24,7 @@ void grad_norm(DType, const GradNormArgs&);
 void lora_a_fwd(DType, const LoraAFwdArgs&);
 void lora_b_bwd(DType, const LoraBBwdArgs&);
 void lora_a_bwd(DType, const LoraABwdArgs&);
+void place_factors(DType, const PlaceFactorsArgs&);
 void lora_linear_few_rows(DType, const FewRowsArgs&);
 void quantize_4bit(DType, const Quantize4bitArgs&);
 void dequantize_4bit(DType, const Dequantize4bitArgs&);

@@ -202,36 +202,56 @@ struct LoraAFwdArgs {
   int64_t span_count;
 };
 
-// One adapter of a linear: the linear's rows, its own columns of the linear's.
+// One adapter of a linear, by the linear's rows and its own columns, and where a factor's gradient
+// goes, contiguous: B's [rows, columns] times scale, or A's [columns, cols]; null: it is not
+// needed.
 struct LoraPart {
   LoraSpan place;
   double scale;
+  void* gradient;
 };
 
 struct LoraBBwdArgs {
   const void* dy;           // [rows, cols]
   const void* lora_b;       // [cols, ranks]
-  const void* s;            // [rows, ranks]; not read without d_lora_b
+  const void* s;            // [rows, ranks]; not read without parts
   void* ds;                 // [rows, ranks]: dy lora_b
   const void* row_factors;  // [rows], of the arithmetic type; or null
   void* scaled_ds;          // [rows, ranks]: each row of ds times its factor
-  void* d_lora_b;           // scale dy' s of each part [cols, ranks], one after the other; or null
   int64_t rows, dy_stride, b_stride, s_stride, ds_stride, scaled_stride;
   const LoraSpan* spans;
   int64_t span_count;
-  const LoraPart* parts;
+  const LoraPart* parts;  // dy' s
   int64_t part_count;
+  bool adds;  // to the gradients, which are overwritten otherwise
 };
 
 struct LoraABwdArgs {
   const void* ds;             // [rows, ranks]
   const void* x;              // [rows, cols]
-  void* d_lora_a;             // [ranks, cols]: ds' x, columns times column_weight + column_offset
-  const void* column_weight;  // [cols]; null: columns as they are
+  void* d_lora_a;             // [ranks, cols]: ds' x, overwritten; null: it goes to the parts
+  const void* column_weight;  // [cols]: columns of ds' x are multiplied by it; null: as they are
   int64_t rows, cols, ds_stride, x_stride, d_stride;
-  double column_offset;
+  double column_offset;  // added to column_weight
   const LoraSpan* spans;
   int64_t span_count;
+  const LoraPart* parts;  // each is added to
+  int64_t part_count;
+};
+
+// A factor of an adapter as products read it: place = scale * factor, rounded to the factor's type
+// and then to the place's.
+struct LoraPlacing {
+  const void* factor;  // [rows, cols]
+  DType dtype;         // of the factor
+  void* place;         // [rows, cols]
+  int64_t rows, cols, row_stride, col_stride, place_stride;
+  double scale;
+};
+
+struct PlaceFactorsArgs {
+  const LoraPlacing* placings;
+  int64_t placing_count;
 };
 
 // An adapter of a linear, as the model stores it.
@@ -313,6 +333,7 @@ struct Kernels {
   void (*lora_a_fwd)(DType, const LoraAFwdArgs&);
   void (*lora_b_bwd)(DType, const LoraBBwdArgs&);
   void (*lora_a_bwd)(DType, const LoraABwdArgs&);
+  void (*place_factors)(DType, const PlaceFactorsArgs&);
   void (*lora_linear_few_rows)(DType, const FewRowsArgs&);
   void (*quantize_4bit)(DType, const Quantize4bitArgs&);
   void (*dequantize_4bit)(DType, const Dequantize4bitArgs&);

@@ -188,24 +188,43 @@ inline void scale_rows(int64_t begin, int64_t end, int64_t ranks, const T* ds, i
       scaled[i * ld_scaled + r] = store<T>(load(ds[i * ld_ds + r]) * factors[i]);
 }
 
+// Multiplies what stands at `values`; a sum that is added elsewhere is rounded here first.
+template <class A>
+inline void scale_sums(int64_t count, A scale, A* values) {
+  for (int64_t i = 0; i < count; ++i) values[i] *= scale;
+}
+
 // A span's sums dy' s of the columns of strip i, to the parts of the span: each [cols, ranks].
+// `work` holds a strip.
 template <class T>
-inline void store_parts(const LoraBBwdArgs& a, const LoraSpan& span, const Sums<T>& sums,
-                        int64_t i) {
+inline void store_parts(const LoraBBwdArgs& a, const LoraSpan& span, const Sums<T>& sums, int64_t i,
+                        acc_t<T>* work) {
   using A = acc_t<T>;
   constexpr int64_t kWidth = kTileN<typename Packed<T>::E>;
-  A* begin = static_cast<A*>(a.d_lora_b);
   for (int64_t j = 0; j < a.part_count; ++j) {
     const LoraSpan& place = a.parts[j].place;
-    if (place.row == span.row && place.rows == span.rows) {
-      const int64_t count = sums.width(i) * place.columns;
-      A* out = begin + i * kWidth * place.columns;
-      transpose(place.columns, sums.width(i), sums.strip(i) + (place.column - span.column) * kWidth,
-                kWidth, out, place.columns);
-      for (int64_t e = 0; e < count; ++e) out[e] *= static_cast<A>(a.parts[j].scale);
-    }
-    begin += place.rows * place.columns;
+    A* gradient = static_cast<A*>(a.parts[j].gradient);
+    if (!gradient || place.row != span.row || place.rows != span.rows) continue;
+    A* strip = sums.strip(i) + (place.column - span.column) * kWidth;
+    scale_sums(place.columns * kWidth, static_cast<A>(a.parts[j].scale), strip);
+    A* out = gradient + i * kWidth * place.columns;
+    transpose(place.columns, sums.width(i), strip, kWidth, a.adds ? work : out, place.columns);
+    const int64_t added = a.adds ? sums.width(i) * place.columns : 0;
+    for (int64_t e = 0; e < added; ++e) out[e] += work[e];
   }
+}
+
+// Row `row` of the gradient of A; null: it is not needed.
+template <class A>
+inline A* gradient_row(const LoraABwdArgs& a, int64_t row) {
+  if (a.d_lora_a) return static_cast<A*>(a.d_lora_a) + row * a.d_stride;
+  for (int64_t j = 0; j < a.part_count; ++j) {
+    const int64_t first = a.parts[j].place.column;
+    A* gradient = static_cast<A*>(a.parts[j].gradient);
+    if (gradient && row >= first && row < first + a.parts[j].place.columns)
+      return gradient + (row - first) * a.cols;
+  }
+  return nullptr;
 }
 
 // A thread adds to the same strips in every block of rows, so no barrier is needed between blocks:
@@ -219,7 +238,7 @@ void b_bwd(const LoraBBwdArgs& a, const LoraSpan& span) {
   const T* low_rank = static_cast<const T*>(a.s) + span.column;
   T *ds = static_cast<T*>(a.ds) + span.column, *scaled = static_cast<T*>(a.scaled_ds);
   const acc_t<T>* factors = static_cast<const acc_t<T>*>(a.row_factors);
-  const bool with_gradient = a.d_lora_b != nullptr;
+  const bool with_gradient = a.part_count > 0;
   const int64_t step = block_rows<E>(cols) * omp_get_max_threads();
   Scratch scratch;
   Packed<T> p(scratch, cols, ranks), s(scratch, with_gradient ? a.rows : 0, ranks);
@@ -247,8 +266,9 @@ void b_bwd(const LoraBBwdArgs& a, const LoraSpan& span) {
 #pragma omp for schedule(static) nowait
       for (int64_t i = 0; i < sums.strips; ++i) sums.add(i, begin, end, dy, a.dy_stride, s, copy);
     }
+    acc_t<T>* work = own.allocate<acc_t<T>>(a.adds ? sums.size() : 0);
 #pragma omp for schedule(static)
-    for (int64_t i = 0; i < sums.strips; ++i) store_parts(a, span, sums, i);
+    for (int64_t i = 0; i < sums.strips; ++i) store_parts(a, span, sums, i, work);
   }
 }
 
@@ -257,7 +277,6 @@ void a_bwd(const LoraABwdArgs& a, int64_t first, int64_t ranks) {
   using A = acc_t<T>;
   using E = typename Packed<T>::E;
   const T *x = static_cast<const T*>(a.x), *ds = static_cast<const T*>(a.ds) + first;
-  A* d_lora_a = static_cast<A*>(a.d_lora_a) + first * a.d_stride;
   const T* weight = static_cast<const T*>(a.column_weight);
   const A offset = static_cast<A>(a.column_offset);
   const int64_t step = block_rows<E>(a.cols);
@@ -280,17 +299,58 @@ void a_bwd(const LoraABwdArgs& a, int64_t first, int64_t ranks) {
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < sums.strips; ++i)
       for (int64_t r = 0; r < ranks; ++r) {
-        const A* sum = sums.strip(i) + r * kTileN<E>;
-        A* out = d_lora_a + r * a.d_stride + i * kTileN<E>;
-        for (int64_t j = 0; j < sums.width(i); ++j)
-          out[j] = weight ? sum[j] * (load(weight[i * kTileN<E> + j]) + offset) : sum[j];
+        A* sum = sums.strip(i) + r * kTileN<E>;
+        A* out = gradient_row<A>(a, first + r);
+        if (!out) continue;
+        const int64_t column = i * kTileN<E>, width = sums.width(i);
+        if (weight)
+          for (int64_t j = 0; j < width; ++j) sum[j] *= load(weight[column + j]) + offset;
+        if (a.d_lora_a)
+          std::memcpy(out + column, sum, sizeof(A) * width);
+        else
+          for (int64_t j = 0; j < width; ++j) out[column + j] += sum[j];
       }
+  }
+}
+
+// Rows of this many elements altogether are placed by one thread alone.
+constexpr int64_t kPlacedAlone = 64 * 1024;
+
+template <class T, class F>
+inline void place_row(const LoraPlacing& p, int64_t row) {
+  const F* from = static_cast<const F*>(p.factor) + row * p.row_stride;
+  T* to = static_cast<T*>(p.place) + row * p.place_stride;
+  const acc_t<F> scale = static_cast<acc_t<F>>(p.scale);
+  const auto placed = [scale](F x) {
+    return store<T>(static_cast<acc_t<T>>(load(store<F>(load(x) * scale))));
+  };
+  if (p.col_stride == 1)
+    for (int64_t i = 0; i < p.cols; ++i) to[i] = placed(from[i]);
+  else
+    for (int64_t i = 0; i < p.cols; ++i) to[i] = placed(from[i * p.col_stride]);
+}
+
+template <class T>
+void place(const PlaceFactorsArgs& a) {
+  int64_t size = 0;
+  for (int64_t i = 0; i < a.placing_count; ++i) size += a.placings[i].rows * a.placings[i].cols;
+#pragma omp parallel if (size > kPlacedAlone)
+  for (int64_t i = 0; i < a.placing_count; ++i) {
+    const LoraPlacing& p = a.placings[i];
+    dispatch(p.dtype, [&](auto f) {
+#pragma omp for schedule(static) nowait
+      for (int64_t row = 0; row < p.rows; ++row) place_row<T, decltype(f)>(p, row);
+    });
   }
 }
 
 }  // namespace
 
 namespace LORA_ENGINE_ISA {
+
+void place_factors(DType dtype, const PlaceFactorsArgs& args) {
+  dispatch(dtype, [&](auto t) { place<decltype(t)>(args); });
+}
 
 void lora_a_fwd(DType dtype, const LoraAFwdArgs& args) {
   dispatch(dtype, [&](auto t) {

@@ -25,7 +25,13 @@ from lora_engine.backends.triton.philox import keep_mask, signed_words
 from lora_engine.backends.triton.relaunch import Relaunched
 from torch import Tensor
 
-from lora_engine.backends.lora_parts import AdapterPart, ScaledColumns, ScaledRows
+from lora_engine.backends.lora_parts import (
+    AdapterPart,
+    Added,
+    ScaledColumns,
+    ScaledRows,
+    split_parts,
+)
 from lora_engine.values import Dropout
 
 # float32 products take no tf32 short cut. They run on the ordinary arithmetic units.
@@ -268,12 +274,21 @@ def lora_b_bwd(
     spans: Sequence[Span],
     parts: Sequence[AdapterPart] = (),
     scaled: ScaledRows | None = None,
+    added: Sequence[Added] = (),
 ) -> None:
     """Writes ds = dy lora_b, each linear's columns alone, and d_lora_b = scale dyᵀ s of each part,
-    one [n, r] after the other; and what `scaled` asks for. One pass over dy.
+    one [n, r] after the other; and what `scaled` asks for. One pass over dy. Without d_lora_b the
+    same is added to what `added` has for each adapter, in a launch more.
 
     Columns of ds in no span become 0. Launch size: M.
     """
+    totals = [(each.part, each.lora_b) for each in added if each.lora_b is not None]
+    if d_lora_b is None and totals:
+        parts = [part for part, _ in totals]
+        sums = torch.empty(sum(b.numel() for _, b in totals), dtype=torch.float32, device=dy.device)
+        lora_b_bwd(dy, lora_b, s, ds, sums, spans, parts, scaled)
+        torch._foreach_add_([b for _, b in totals], split_parts(sums, parts))
+        return
     rows, cols = dy.shape
     linears = [(n, r) for n, r in spans if n.stop > n.start and r.stop > r.start]
     if not linears or rows == 0:
@@ -323,17 +338,27 @@ def lora_b_bwd(
 def lora_a_bwd(
     ds: Tensor,  # [M, R]
     x: Tensor,  # [M, K]
-    d_lora_a: Tensor,  # [R, K], float32
+    d_lora_a: Tensor | None,  # [R, K], float32
     spans: Sequence[Span],
     dropout: Dropout | None = None,
     scaled: ScaledColumns | None = None,
+    added: Sequence[Added] = (),
 ) -> None:
     """Writes d_lora_a = dsᵀ drop_i(x), its columns times `scaled`, and 0 in rows of no span.
 
+    Without d_lora_a the same is added to what `added` has for each adapter, in a launch more.
     Launch size: M.
     """
     rows, cols = x.shape
     rank = ds.shape[1]
+    if d_lora_a is None:
+        sums = torch.empty(rank, cols, dtype=torch.float32, device=x.device)
+        lora_a_bwd(ds, x, sums, spans, dropout, scaled)
+        totals = [(each.part, each.lora_a) for each in added if each.lora_a is not None]
+        if totals:
+            made = [sums[part.columns] for part, _ in totals]
+            torch._foreach_add_([a for _, a in totals], made)
+        return
     if rows == 0 or cols == 0 or not has_ranks(spans):
         d_lora_a.zero_()
         return

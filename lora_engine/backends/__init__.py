@@ -14,6 +14,7 @@ from lora_engine.backends.choice import (
     Choice,
 )
 from lora_engine.backends.devices import (
+    adds_gradients,
     gpu_count,
     has_own_memory,
     keeps_freed_memory,
@@ -65,6 +66,7 @@ __all__ = [
     "STRATEGIES",
     "Choice",
     "Extension",
+    "adds_gradients",
     "attention_plan",
     "capability",
     "capability_text",

@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol, TypeAlias
 
 from torch import Tensor
 
-from lora_engine.backends.lora_parts import AdapterPart, Placing, ScaledColumns, ScaledRows
+from lora_engine.backends.lora_parts import AdapterPart, Added, Placing, ScaledColumns, ScaledRows
 from lora_engine.values import Dropout
 
 # A linear's rows of [N, ...] and its columns of [..., R]. A group's columns ascend.
@@ -147,9 +147,11 @@ class LoraLinear(Protocol):
         spans: Sequence[Span],
         parts: Sequence[AdapterPart] = (),
         scaled: ScaledRows | None = None,
+        added: Sequence[Added] = (),
     ) -> None:
         """Writes ds = dy lora_b, each linear's columns alone, and d_lora_b = scale dyᵀ s of each
-        part, one [n, r] after the other; and what `scaled` asks for.
+        part, one [n, r] after the other; and what `scaled` asks for. Without d_lora_b the same
+        is added to what `added` has for each adapter.
 
         Columns of ds in no span become 0.
         """
@@ -158,12 +160,16 @@ class LoraLinear(Protocol):
         self,
         ds: Tensor,  # [M, R]
         x: Tensor,  # [M, K]
-        d_lora_a: Tensor,  # [R, K] float32
+        d_lora_a: Tensor | None,  # [R, K] float32
         spans: Sequence[Span],
         dropout: Dropout | None = None,
         scaled: ScaledColumns | None = None,
+        added: Sequence[Added] = (),
     ) -> None:
-        """Writes d_lora_a = dsᵀ drop_i(x), its columns times `scaled`, and 0 in rows of no span."""
+        """Writes d_lora_a = dsᵀ drop_i(x), its columns times `scaled`, and 0 in rows of no span.
+
+        Without d_lora_a the same is added to what `added` has for each adapter.
+        """
 
     def lora_linear_fwd(
         self,

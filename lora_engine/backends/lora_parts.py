@@ -31,6 +31,14 @@ class Placing(NamedTuple):
             torch.mul(self.factors.lora_b, self.factors.scaling, out=self.lora_b)
 
 
+class Added(NamedTuple):
+    """One adapter, and where its gradients are added, float32; None for one that is not needed."""
+
+    part: AdapterPart
+    lora_a: Tensor | None  # [r, K], contiguous
+    lora_b: Tensor | None  # [n, r], contiguous
+
+
 class ScaledRows(NamedTuple):
     """dS once more with each row times a factor, of dS as it is rounded."""
 

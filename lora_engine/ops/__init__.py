@@ -18,6 +18,7 @@ from lora_engine.ops.head.linear_divergence import (
     linear_divergence,
 )
 from lora_engine.ops.layer_norm import layer_norm
+from lora_engine.ops.lora.added import adding_gradients
 from lora_engine.ops.lora.base import BaseWeight, DenseBase
 from lora_engine.ops.lora.embedding import lora_embedding
 from lora_engine.ops.lora.few_rows import linear as linear_few_rows
@@ -46,6 +47,7 @@ __all__ = [
     "QuantizedWeight",
     "adamw_",
     "adamw_8bit_",
+    "adding_gradients",
     "attention",
     "attention_decode",
     "base_of",

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from lora_engine.backends import extension
 from lora_engine.backends.contracts import Span
-from lora_engine.backends.lora_parts import AdapterPart
 
 Address: TypeAlias = int  # as of Tensor.data_ptr(); 0 is null
 
@@ -282,6 +281,10 @@ class DropoutArgs(NamedTuple):
     substream: int
 
 
+# An adapter's rows and columns, its scale, and where the gradient of one of its factors goes.
+LoraPart: TypeAlias = tuple[slice, slice, float, Address]
+
+
 class LoraAFwdArgs(NamedTuple):
     x: Address
     lora_a: Address
@@ -303,7 +306,6 @@ class LoraBBwdArgs(NamedTuple):
     ds: Address
     row_factors: Address
     scaled_ds: Address
-    d_lora_b: Address
     rows: int
     dy_stride: int
     b_stride: int
@@ -311,7 +313,8 @@ class LoraBBwdArgs(NamedTuple):
     ds_stride: int
     scaled_stride: int
     spans: Sequence[Span]
-    parts: Sequence[AdapterPart]
+    parts: Sequence[LoraPart]
+    adds: bool
 
 
 class LoraABwdArgs(NamedTuple):
@@ -326,6 +329,23 @@ class LoraABwdArgs(NamedTuple):
     d_stride: int
     column_offset: float
     spans: Sequence[Span]
+    parts: Sequence[LoraPart]
+
+
+class LoraPlacing(NamedTuple):
+    factor: Address
+    dtype: DTypeCode
+    place: Address
+    rows: int
+    cols: int
+    row_stride: int
+    col_stride: int
+    place_stride: int
+    scale: float
+
+
+class PlaceFactorsArgs(NamedTuple):
+    placings: Sequence[LoraPlacing]
 
 
 class LoraAdapter(NamedTuple):
@@ -415,6 +435,7 @@ class Kernels(Protocol):
     def lora_a_fwd(self, dtype: DTypeCode, args: LoraAFwdArgs) -> None: ...
     def lora_b_bwd(self, dtype: DTypeCode, args: LoraBBwdArgs) -> None: ...
     def lora_a_bwd(self, dtype: DTypeCode, args: LoraABwdArgs) -> None: ...
+    def place_factors(self, dtype: DTypeCode, args: PlaceFactorsArgs) -> None: ...
     def lora_linear_few_rows(self, dtype: DTypeCode, args: FewRowsArgs) -> None: ...
     def quantize_4bit(self, dtype: DTypeCode, args: Quantize4bitArgs) -> None: ...
     def dequantize_4bit(self, dtype: DTypeCode, args: Dequantize4bitArgs) -> None: ...

@@ -4,19 +4,26 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
+from lora_engine.backends import choice
 from lora_engine.backends.contracts import Span
 from lora_engine.backends.cpu.dropout import dropout_fwd
 from lora_engine.backends.cpu.kernels import (
     LoraABwdArgs,
     LoraAFwdArgs,
     LoraBBwdArgs,
+    LoraPart,
+    LoraPlacing,
+    PlaceFactorsArgs,
     dtype_code,
     kernels,
     pointer,
 )
-from lora_engine.backends.lora_parts import AdapterPart, Placing, ScaledColumns, ScaledRows
+from lora_engine.backends.lora_parts import AdapterPart, Added, Placing, ScaledColumns, ScaledRows
 from lora_engine.values import Dropout
+
+DTYPES = choice.DTYPES["cpu"]  # of factors and of their places
 
 
 def place_factors(
@@ -24,9 +31,52 @@ def place_factors(
     lora_b: Tensor,  # [N, R]
     placings: Sequence[Placing],
 ) -> None:
-    """Writes A and scaling * B of each adapter to its place, rounded once."""
+    """Writes A and scaling * B of each adapter to its place, rounded once. One launch."""
+    listed = []
     for placing in placings:
-        placing.by_torch()
+        factors, a, b = placing
+        scale = factors.scaling
+        if (
+            isinstance(scale, float | int)
+            and _is_readable(factors.lora_a, a)
+            and _is_readable(factors.lora_b, b)
+        ):
+            listed += [_placed(factors.lora_a, a, 1.0), _placed(factors.lora_b, b, scale)]
+        else:
+            placing.by_torch()
+    if listed:
+        kernels().place_factors(dtype_code(lora_a.dtype), PlaceFactorsArgs(listed))
+
+
+def _is_readable(factor: Tensor, place: Tensor) -> bool:
+    """Whether the kernel can read the elements where they are, and there are as many as in place.
+
+    A parameter's data may have been exchanged for data of another shape, type or device.
+    """
+    return (
+        type(factor) in (Tensor, Parameter)  # subclasses need not have their elements in memory
+        and factor.shape == place.shape
+        and factor.device == place.device
+        and factor.dtype in DTYPES
+        and place.dtype in DTYPES
+        and factor.layout == torch.strided
+        and not factor.is_neg()
+    )
+
+
+def _placed(factor: Tensor, place: Tensor, scale: float) -> LoraPlacing:
+    rows, cols = factor.shape
+    return LoraPlacing(
+        factor.data_ptr(),
+        dtype_code(factor.dtype),
+        place.data_ptr(),
+        rows,
+        cols,
+        factor.stride(0),
+        factor.stride(1),
+        place.stride(0),
+        scale,
+    )
 
 
 def lora_a_fwd(
@@ -67,9 +117,11 @@ def lora_b_bwd(
     spans: Sequence[Span],
     parts: Sequence[AdapterPart] = (),
     scaled: ScaledRows | None = None,
+    added: Sequence[Added] = (),
 ) -> None:
     """Writes ds = dy lora_b, each linear's columns alone, and d_lora_b = scale dyᵀ s of each part,
-    one [n, r] after the other; and what `scaled` asks for.
+    one [n, r] after the other; and what `scaled` asks for. Without d_lora_b the same is added to
+    what `added` has for each adapter.
 
     Columns of ds in no span become 0.
     """
@@ -84,7 +136,6 @@ def lora_b_bwd(
             ds=ds.data_ptr(),
             row_factors=0 if scaled is None else scaled.factors.data_ptr(),
             scaled_ds=pointer(scaled_ds),
-            d_lora_b=pointer(d_lora_b),
             rows=dy.shape[0],
             dy_stride=dy.stride(0),
             b_stride=lora_b.stride(0),
@@ -92,37 +143,59 @@ def lora_b_bwd(
             ds_stride=ds.stride(0),
             scaled_stride=0 if scaled_ds is None else scaled_ds.stride(0),
             spans=spans,
-            parts=parts,
+            parts=_adjacent(d_lora_b, parts) if d_lora_b is not None else _parts_of_b(added),
+            adds=d_lora_b is None,
         ),
     )
+
+
+def _adjacent(d_lora_b: Tensor, parts: Sequence[AdapterPart]) -> list[LoraPart]:
+    """The parts whose gradients stand in d_lora_b [E] one after the other."""
+    adjacent, place = [], d_lora_b.data_ptr()
+    for part in parts:
+        rows, columns, _ = part
+        adjacent.append((*part, place))
+        place += (rows.stop - rows.start) * (columns.stop - columns.start) * d_lora_b.itemsize
+    return adjacent
+
+
+def _parts_of_b(added: Sequence[Added]) -> list[LoraPart]:
+    return [(*each.part, each.lora_b.data_ptr()) for each in added if each.lora_b is not None]
 
 
 def lora_a_bwd(
     ds: Tensor,  # [M, R]
     x: Tensor,  # [M, K]
-    d_lora_a: Tensor,  # [R, K], float32 (float64 for float64)
+    d_lora_a: Tensor | None,  # [R, K], float32 (float64 for float64)
     spans: Sequence[Span],
     dropout: Dropout | None = None,
     scaled: ScaledColumns | None = None,
+    added: Sequence[Added] = (),
 ) -> None:
-    """Writes d_lora_a = dsᵀ drop_i(x), its columns times `scaled`, and 0 in rows of no span."""
-    for unused in _unused(spans, d_lora_a.shape[0]):
-        d_lora_a[unused] = 0
+    """Writes d_lora_a = dsᵀ drop_i(x), its columns times `scaled`, and 0 in rows of no span.
+
+    Without d_lora_a the same is added to what `added` has for each adapter.
+    """
+    if d_lora_a is not None:
+        for unused in _unused(spans, d_lora_a.shape[0]):
+            d_lora_a[unused] = 0
+    parts = [(*each.part, each.lora_a.data_ptr()) for each in added if each.lora_a is not None]
     for kept, part in _kept(x, spans, dropout):
         kernels().lora_a_bwd(
             dtype_code(x.dtype),
             LoraABwdArgs(
                 ds=ds.data_ptr(),
                 x=kept.data_ptr(),
-                d_lora_a=d_lora_a.data_ptr(),
+                d_lora_a=pointer(d_lora_a),
                 column_weight=0 if scaled is None else scaled.weight.data_ptr(),
                 rows=x.shape[0],
                 cols=x.shape[1],
                 ds_stride=ds.stride(0),
                 x_stride=kept.stride(0),
-                d_stride=d_lora_a.stride(0),
+                d_stride=0 if d_lora_a is None else d_lora_a.stride(0),
                 column_offset=0.0 if scaled is None else scaled.offset,
                 spans=part,
+                parts=parts,
             ),
         )
 

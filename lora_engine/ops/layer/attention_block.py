@@ -255,13 +255,12 @@ class _AttentionBlock(torch.autograd.Function):
         widths = outer.group.in_features, outer.group.padded_rank
         o, outer_s = saved.os.split_with_sizes(widths, dim=1)
         needs, outer_needs = call.split(ctx.needs_input_grad[len(asked) :])
-        wants_a, wants_b = inner.wants(needs)
-        outer_wants_a, outer_wants_b = outer.wants(outer_needs)
+        wanted, outer_wanted = inner.wanted(needs), outer.wanted(outer_needs)
 
         d_out = outer.claim_gradient([dy])
-        outer_ds, outer_d_b = outer.fill_ds(d_out, outer_s, wanted=outer_wants_b)
+        outer_ds, outer_d_b = outer.fill_ds(d_out, outer_s, outer_wanted)
         d_o = outer.input_gradient(d_out)
-        outer_d_a = outer.lora_a_gradient(outer_ds, o, wanted=outer_wants_a)
+        outer_d_a = outer.lora_a_gradient(outer_ds, o, outer_wanted)
         raw_q, raw_k, v = saved.qkv.split_with_sizes(inner.group.out_features, dim=1)
         q, k = raw_q, raw_k
         rstd_heads: list[Tensor] | None = None
@@ -305,8 +304,8 @@ class _AttentionBlock(torch.autograd.Function):
             )
 
         dys = inner.claim_gradient(parts)
-        scaled = call.scaled_ds(x, saved.rstd, wants_a=wants_a)
-        ds, d_b = inner.fill_ds(dys, saved.s, wanted=wants_b, scaled=scaled)
+        scaled = call.scaled_ds(x, saved.rstd, wants_a=wanted.lora_a)
+        ds, d_b = inner.fill_ds(dys, saved.s, wanted, scaled)
         dx, dweight, d_a = call.inner_gradients(
             as_rows(dy),
             dys,
@@ -315,7 +314,7 @@ class _AttentionBlock(torch.autograd.Function):
             x,
             saved.rstd,
             (asked.x, asked.norm_weight),
-            wants_a=wants_a,
+            wanted,
         )
         grads = _Gradients(
             x=None if dx is None else augmented.keep_padding(dx, dx.view(shape)),

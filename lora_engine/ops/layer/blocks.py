@@ -24,7 +24,7 @@ from lora_engine.backends.lora_parts import ScaledColumns, ScaledRows
 from lora_engine.ops import augmented
 from lora_engine.ops.lora.group import LoraGroup
 from lora_engine.ops.lora.linear import checked_product, make_product
-from lora_engine.ops.lora.product import LoraProduct
+from lora_engine.ops.lora.product import LoraProduct, Wanted
 from lora_engine.ops.tensors import accumulate_dtype, check, empty_rows, shape_of
 from lora_engine.values import Dropout, PreNorm
 
@@ -187,8 +187,7 @@ class Call:
         x: Tensor,
         rstd: Tensor,
         needs: Sequence[bool],  # of x, of the norm's weight
-        *,
-        wants_a: bool,
+        wanted: Wanted,  # of the inner product
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Gradients of x, of the norm's weight, and of the inner A.
 
@@ -196,8 +195,8 @@ class Call:
         """
         rows, cols = x.shape
         d_lora_a = None
-        if wants_a and ds is not None:
-            d_lora_a = self._inner_a_gradient(ds, scaled, x, rstd)
+        if wanted.lora_a and ds is not None:
+            d_lora_a = self._inner_a_gradient(ds, scaled, x, rstd, wanted)
         if not any(needs):
             return None, None, d_lora_a
         d_normed = self.inner.input_gradient(dys)
@@ -232,6 +231,7 @@ class Call:
         scaled: ScaledRows | None,
         x: Tensor,  # [M, H]
         rstd: Tensor,  # [M]
+        wanted: Wanted,
     ) -> Tensor | None:
         """dSᵀ norm(x) [R, H] without norm(x): a factor of each row goes to dS, of each column last.
 
@@ -240,6 +240,6 @@ class Call:
         if scaled is None:
             normed = torch.empty_like(x)
             self._norm_into(normed, x, rstd)
-            return self.inner.lora_a_gradient(ds, normed, wanted=True)
+            return self.inner.lora_a_gradient(ds, normed, wanted)
         columns = ScaledColumns(self.norm.weight, self.norm.offset)
-        return self.inner.lora_a_gradient(scaled.ds, x, wanted=True, scaled=columns)
+        return self.inner.lora_a_gradient(scaled.ds, x, wanted, columns)

@@ -16,7 +16,7 @@ from lora_engine.backends import launchers
 from lora_engine.backends.choice import Activation
 from lora_engine.backends.lora_parts import ScaledRows
 from lora_engine.ops.layer.blocks import Call
-from lora_engine.ops.lora.product import LoraProduct
+from lora_engine.ops.lora.product import LoraProduct, Wanted
 
 
 def activate(
@@ -42,13 +42,6 @@ def activate(
     outer.route(s, copy)
 
 
-class Wanted(NamedTuple):
-    """Which gradients of factors are: A of the outer product, B of the inner one."""
-
-    outer_a: bool
-    inner_b: bool
-
-
 class FactorGradients(NamedTuple):
     """dS [M, R] and dB [E] of the inner product, dA [R, I] of the outer; None if not made."""
 
@@ -64,7 +57,8 @@ def activate_backward(
     parts: Sequence[Tensor],  # dgate, dup [M, I] each: with padding columns, not yet written
     inner_s: Tensor,  # [M, R]
     outer_ds: Tensor | None,  # [M, R]
-    wanted: Wanted,
+    wanted: Wanted,  # of the inner product
+    outer_wanted: Wanted,
     scaled: ScaledRows | None,
     activation: str,
 ) -> tuple[Tensor, FactorGradients]:
@@ -77,21 +71,25 @@ def activate_backward(
     gate, up = gate_up.split_with_sizes(inner.group.out_features, dim=1)
     sizes = Activation(
         dh.shape[1],
-        max(_rank(inner), _rank(outer) if wanted.outer_a else 0),
+        max(_rank(inner), _rank(outer) if outer_wanted.lora_a else 0),
         backward=True,
-        apart=inner.filling.dora is not None or (wanted.outer_a and outer.dropout is not None),
+        apart=inner.filling.dora is not None
+        or (outer_wanted.lora_a and outer.dropout is not None)
+        or len(wanted.added) + len(outer_wanted.added) > 0,
     )
     if not backends.takes_one_pass(sizes, dh.device, dh.dtype, call.impl):
         h = dh  # the activation takes the place of its gradient
         kernels = launchers.glu(call.implementation("glu", dh))
         kernels.glu_bwd(dh, gate, up, dgate, dup, h, activation=activation)
-        d_a = outer.lora_a_gradient(outer_ds, h, wanted=wanted.outer_a)
+        d_a = outer.lora_a_gradient(outer_ds, h, outer_wanted)
         dys = inner.claim_gradient(parts)
-        ds, d_b = inner.fill_ds(dys, inner_s, wanted=wanted.inner_b, scaled=scaled)
+        ds, d_b = inner.fill_ds(dys, inner_s, wanted, scaled)
         return dys, FactorGradients(ds, d_b, d_a)
     dys = inner.claim_gradient(parts)
-    of_inner = inner.dy_gradients(dys, inner_s, wanted=wanted.inner_b, scaled=scaled)
-    of_outer = outer.x_gradient(outer_ds) if wanted.outer_a and outer_ds is not None else None
+    of_inner = inner.dy_gradients(dys, inner_s, wanted, scaled)
+    of_outer = None
+    if outer_wanted.lora_a and outer_ds is not None:
+        of_outer = outer.x_gradient(outer_ds)
     one_pass = launchers.glu_lora(call.implementation("glu", dh))
     one_pass.glu_lora_bwd(dh, gate, up, dgate, dup, of_inner, of_outer, activation=activation)
     inner.route(of_inner.ds, None if scaled is None else scaled.ds)

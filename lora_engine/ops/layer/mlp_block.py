@@ -12,7 +12,7 @@ from lora_engine.backends import launchers
 from lora_engine.ops import augmented
 from lora_engine.ops.context import Context
 from lora_engine.ops.layer.blocks import Branch, Call, check_branch, implementation, products
-from lora_engine.ops.layer.gated import Wanted, activate, activate_backward
+from lora_engine.ops.layer.gated import activate, activate_backward
 from lora_engine.ops.lora import few_rows
 from lora_engine.ops.lora.linear import adapted_linears
 from lora_engine.ops.tensors import (
@@ -170,11 +170,10 @@ class _MlpBlock(torch.autograd.Function):
         inner.begin_backward()
         outer.begin_backward()
         needs, outer_needs = call.split(ctx.needs_input_grad[len(asked) :])
-        wants_a, wants_b = inner.wants(needs)
-        outer_wants_a, outer_wants_b = outer.wants(outer_needs)
+        wanted, outer_wanted = inner.wanted(needs), outer.wanted(outer_needs)
 
         d_out = outer.claim_gradient([dy])
-        outer_ds, outer_d_b = outer.fill_ds(d_out, saved.outer_s, wanted=outer_wants_b)
+        outer_ds, outer_d_b = outer.fill_ds(d_out, saved.outer_s, outer_wanted)
         dh = outer.input_gradient(d_out)
         parts = augmented.empty(
             x.shape[0],
@@ -184,7 +183,7 @@ class _MlpBlock(torch.autograd.Function):
             device=x.device,
             zeros=False,
         )
-        scaled = call.scaled_ds(x, saved.rstd, wants_a=wants_a)
+        scaled = call.scaled_ds(x, saved.rstd, wants_a=wanted.lora_a)
         dys, made = activate_backward(
             call,
             dh,
@@ -192,7 +191,8 @@ class _MlpBlock(torch.autograd.Function):
             parts,
             saved.s,
             outer_ds,
-            Wanted(outer_a=outer_wants_a, inner_b=wants_b),
+            wanted,
+            outer_wanted,
             scaled,
             call.activation,
         )
@@ -205,7 +205,7 @@ class _MlpBlock(torch.autograd.Function):
             x,
             saved.rstd,
             (asked.x, asked.norm_weight),
-            wants_a=wants_a,
+            wanted,
         )
         grads = _Gradients(
             x=None if dx is None else augmented.keep_padding(dx, dx.view(shape)),

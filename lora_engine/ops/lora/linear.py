@@ -180,11 +180,11 @@ class _LoraLinear(torch.autograd.Function):
         asked = _Needs(*ctx.needs_input_grad[: len(_Needs._fields)])
         needs = ctx.needs_input_grad[len(asked) :]
         product.begin_backward()
-        wants_a, wants_b = product.wants(needs)
+        wanted = product.wanted(needs)
         dys = product.claim_gradient(grads)
-        ds, d_lora_b = product.fill_ds(dys, saved.s, wanted=wants_b)
+        ds, d_lora_b = product.fill_ds(dys, saved.s, wanted)
         dx = product.input_gradient(dys).view(shape) if asked.x else None
-        d_lora_a = product.lora_a_gradient(ds, saved.x, wanted=wants_a)
+        d_lora_a = product.lora_a_gradient(ds, saved.x, wanted)
         return (
             *_Gradients(dx),
             *product.factor_gradients(needs, d_lora_a, d_lora_b, grads, saved.unscaled),

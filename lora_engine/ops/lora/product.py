@@ -20,13 +20,26 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lora_engine import backends
 from lora_engine.backends import contracts
-from lora_engine.backends.lora_parts import ScaledColumns, ScaledRows, split_parts
+from lora_engine.backends.lora_parts import Added, ScaledColumns, ScaledRows, split_parts
 from lora_engine.ops import augmented
+from lora_engine.ops.lora.added import added_gradients
 from lora_engine.ops.lora.group import Filling, LoraGroup
 from lora_engine.ops.lora.trained import OfAdapter, OfGroup
 from lora_engine.ops.tensors import accumulate_dtype, empty_rows, matmul
 from lora_engine.values import Dropout
+
+
+class Wanted(NamedTuple):
+    """Whether gradients of any A and of any B are wanted, and where they are added.
+
+    added: empty where they are results, for autograd.
+    """
+
+    lora_a: bool
+    lora_b: bool
+    added: Sequence[Added] = ()
 
 
 @dataclass(frozen=True)
@@ -177,26 +190,27 @@ class LoraProduct:
         return buffer
 
     def fill_ds(
-        self, dys: Tensor, s: Tensor, *, wanted: bool, scaled: ScaledRows | None = None
+        self, dys: Tensor, s: Tensor, wanted: Wanted, scaled: ScaledRows | None = None
     ) -> tuple[Tensor | None, Tensor | None]:
         """Writes dS [M, R] behind dY in `dys` [M, N + R]; returns it, and dB [E], if wanted.
 
-        dB is every adapter's s dYᵀ S, see `lora_parts.split_parts`. None for either without
-        adapters, and then `scaled`, which else is written too, is left as it is.
+        dB is every adapter's s dYᵀ S, see `lora_parts.split_parts`; None where it is added. None
+        for either without adapters, and then `scaled`, which else is written too, is left as it is.
         """
         if not self.group.padded_rank:
             return None, None
-        made = self.dy_gradients(dys, s, wanted=wanted, scaled=scaled)
-        self.kernels.lora_b_bwd(dys[:, : made.lora_b.shape[0]], *made)
+        made = self.dy_gradients(dys, s, wanted, scaled)
+        added = wanted.added if wanted.lora_b else ()
+        self.kernels.lora_b_bwd(dys[:, : made.lora_b.shape[0]], *made, added)
         self.route(made.ds, None if scaled is None else scaled.ds)
         return made.ds, made.d_lora_b
 
     def dy_gradients(
-        self, dys: Tensor, s: Tensor, *, wanted: bool, scaled: ScaledRows | None = None
+        self, dys: Tensor, s: Tensor, wanted: Wanted, scaled: ScaledRows | None = None
     ) -> contracts.DyGradients:
         """What is to be made of dY in `dys`, not yet written; see `fill_ds`."""
         lora_b, d_lora_b, adapters = self.group.placed.lora_b, None, self.filling.adapters
-        if wanted:
+        if wanted.lora_b and not wanted.added:
             dtype = accumulate_dtype(dys.dtype)
             d_lora_b = torch.empty(adapters.size_of_b, dtype=dtype, device=dys.device)
         ds = dys[:, lora_b.shape[0] :]
@@ -226,12 +240,14 @@ class LoraProduct:
         self,
         ds: Tensor | None,  # [M, R]
         x: Tensor,  # [M, K]
-        *,
-        wanted: bool,
+        wanted: Wanted,
         scaled: ScaledColumns | None = None,
     ) -> Tensor | None:
-        """dSᵀ X [R, K], its columns times `scaled`, if wanted."""
-        if not wanted or ds is None:
+        """dSᵀ X [R, K], its columns times `scaled`, if wanted; None where it is added."""
+        if not wanted.lora_a or ds is None:
+            return None
+        if wanted.added:
+            self.kernels.lora_a_bwd(ds, x, None, self.spans, self.dropout, scaled, wanted.added)
             return None
         made = self.x_gradient(ds)
         self.kernels.lora_a_bwd(ds, x, made.d_lora_a, self.spans, self.dropout, scaled)
@@ -300,10 +316,15 @@ class LoraProduct:
         rows = {i: grads[i].reshape(-1, grads[i].shape[-1]) for i in wanted}
         return {i: dy.sum(0, dtype=accumulate_dtype(dy.dtype)) for i, dy in rows.items()}
 
-    def wants(self, needs: Sequence[bool]) -> tuple[bool, bool]:
-        """Whether any lora_a, and whether any lora_b, needs a gradient."""
-        wanted = _wanted(tuple(needs), len(self.filling.adapters.blocks))
-        return wanted.lora_a, wanted.lora_b
+    def wanted(self, needs: Sequence[bool]) -> Wanted:
+        """What a backward pass makes of the factors, where `filling.tensors` have these `needs`."""
+        adapters, base = self.filling.adapters, self.group.base
+        key = tuple(needs), len(adapters.blocks)
+        any_a, any_b, _ = _wanted(*key)
+        # Gradients of double precision are not for totals of single precision.
+        if not backends.adds_gradients(base.device) or base.dtype == torch.float64:
+            return Wanted(any_a, any_b)
+        return Wanted(any_a, any_b, added_gradients(adapters, _by_name(*key)))
 
 
 class _Wanted(NamedTuple):

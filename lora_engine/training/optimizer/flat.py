@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from lora_engine import ops
 from lora_engine.errors import UserError
 from lora_engine.training.optimizer.shared_memory import compact_strides, groups_of_memory
 
@@ -109,6 +110,13 @@ class FlatParameters:
             and len(entry.parameters) == 1
             and entry.numel <= MOST_COLLECTED
         ]
+        self._added = [
+            views[0]
+            for entry, views in zip(self.entries, self._grad_views, strict=True)
+            if entry.dtype == torch.float32
+            and len(entry.parameters) == 1
+            and views[0][1].is_contiguous()
+        ]
         self._hooks: list[RemovableHandle] = []
         self._attach()
 
@@ -140,18 +148,21 @@ class FlatParameters:
 
     @contextmanager
     def collecting(self) -> Iterator[None]:
-        """For a backward pass: adds the gradients to `grad` after it, all in a few launches.
+        """For a backward pass: its gradients are added to `grad`, with few calls of PyTorch.
 
-        Meanwhile the `.grad` of float32 parameters hold this pass's alone. The additions that
-        autograd would make one by one cost a launch for each parameter, most of them for a few
-        thousand values. Large gradients and those of tied parameters are added by autograd: a
-        second tensor of all of the first would cost memory, and of tied ones memory is the same.
+        Products of adapters add theirs as they make them (`ops.adding_gradients`), but for those of
+        parameters that have hooks, which autograd calls. What arrives through autograd is added
+        after the pass, all in a few launches; meanwhile the `.grad` of float32 parameters hold this
+        pass's alone. The additions that autograd would make one by one cost a launch for each
+        parameter. Large gradients and those of tied parameters are added by autograd: a second
+        tensor of all of the first would cost memory, and of tied ones memory is the same.
         """
         collected = self._collected
         for parameter, _ in collected:
             parameter.grad = None
         try:
-            yield
+            with ops.adding_gradients(pair for pair in self._added if not _has_hooks(pair[0])):
+                yield
             arrived = [(view, p.grad) for p, view in collected if p.grad is not None]
             if arrived:
                 with torch.no_grad():
@@ -227,6 +238,11 @@ class FlatParameters:
         shown = "; ".join(sorted(problems)[:3])
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
         raise UserError(f"not the tensors of this model's trainable parameters: {shown}{more}")
+
+
+def _has_hooks(parameter: nn.Parameter) -> bool:
+    """Whether autograd calls someone with this parameter's gradient."""
+    return bool(parameter._backward_hooks or parameter._post_accumulate_grad_hooks)
 
 
 def _accumulate_in_float32(parameter: nn.Parameter, grad: torch.Tensor) -> RemovableHandle:

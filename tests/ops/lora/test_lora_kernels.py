@@ -25,6 +25,7 @@ from lora_engine import backends
 from lora_engine.backends import contracts, launchers
 from lora_engine.backends.lora_parts import (
     AdapterPart,
+    Added,
     Placing,
     ScaledColumns,
     ScaledRows,
@@ -171,6 +172,37 @@ def test_lora_a_bwd(
             [inputs.ds[:, columns], inputs.x, weight],
         )
     assert (d_lora_a[outside] == 0).all()
+
+
+@pytest.mark.parametrize("with_scaled", [True, False], ids=["scaled", ""])
+@pytest.mark.parametrize("group", [GROUPS[0], *GROUPS[3:]], ids=str)
+def test_gradients_are_added_with_the_bits_of_a_sum_of_tensors(
+    backend: Backend, dtype: torch.dtype, small_tiles: None, group: Group, with_scaled: bool
+) -> None:
+    """Two adapters to a linear, each with totals; the second needs none of A, the third of B."""
+    inputs, parts = make(group, backend, dtype), two_adapters_of_a_linear(group)
+    kernels, to = kernels_of(backend), factor_dtype(dtype)
+    ds, again = (wide_nan(group.rows, group.total, dtype, backend) for _ in range(2))
+    columns_scaled = ScaledColumns(inputs.weight[0], 1.0) if with_scaled else None
+    (d_a, d_b) = backend.put(
+        torch.empty(group.total, group.cols, dtype=to), torch.empty(group.size_of_b, dtype=to)
+    )
+    kernels.lora_b_bwd(inputs.dy, inputs.lora_b, inputs.s, ds, d_b, group.spans, parts)
+    kernels.lora_a_bwd(inputs.ds, inputs.x, d_a, group.spans, None, columns_scaled)
+
+    added, expected = [], []
+    for number, (part, of_b) in enumerate(zip(parts, split_parts(d_b, parts), strict=True)):
+        of_a = d_a[part.columns]
+        a, b = backend.put(*(torch.randn(made.shape, dtype=to) for made in (of_a, of_b)))
+        expected += [(a, a + of_a, number != 1), (b, b + of_b, number != 2)]
+        added.append(Added(part, a if number != 1 else None, b if number != 2 else None))
+    before = [total.clone() for total, _, _ in expected]
+    operands = inputs.dy, inputs.lora_b, inputs.s
+    kernels.lora_b_bwd(*operands, again, None, group.spans, parts, None, added)
+    kernels.lora_a_bwd(inputs.ds, inputs.x, None, group.spans, None, columns_scaled, added)
+    assert torch.equal(ds, again) and untouched(again)
+    for (total, wanted, is_added), old in zip(expected, before, strict=True):
+        assert torch.equal(total, wanted if is_added else old)
 
 
 PLACED = (torch.float32, torch.bfloat16, torch.float64)

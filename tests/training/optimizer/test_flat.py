@@ -1,3 +1,5 @@
+from contextlib import contextmanager
+
 import peft
 import pytest
 import torch
@@ -5,9 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
-from training_helpers import tiny_lora
+from training_helpers import rows, tiny_lora
 
 from lora_engine.errors import UserError
+from lora_engine.models.attach.accelerate import accelerate
 from lora_engine.training.optimizer.flat import ALIGNMENT, FlatParameters
 
 
@@ -77,6 +80,85 @@ def test_collected_gradients_add_up_in_few_launches(monkeypatch):
     assert calls == [2, 2] and [grad.unique().tolist() for grad in seen] == [[1.0], [10.0]]
     for entry in flat.entries[:4]:
         assert entry.parameters[0].grad.data_ptr() == entry.view(flat.grad).data_ptr()
+
+
+def gradients_of_two_passes(model, kwargs):
+    """The flat gradients by name, and how many of them came through autograd in each pass."""
+    flat, arrived = FlatParameters(model.named_parameters()), []
+    for factor in (1.0, 0.37):
+        with counted_arrivals(arrived), flat.collecting():
+            (model(**kwargs).loss * factor).backward()
+    return flat.named_copies(flat.grad), arrived
+
+
+@contextmanager
+def counted_arrivals(arrived):
+    with pytest.MonkeyPatch.context() as patch:
+        add, count = torch._foreach_add_, []
+        patch.setattr(torch, "_foreach_add_", lambda x, y: count.append(len(x)) or add(x, y))
+        yield
+    arrived.append(sum(count))
+
+
+def adapted(**kwargs):
+    model = tiny_lora(init_lora_weights=False, **kwargs)
+    accelerate(model.train())
+    return model
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [{}, {"dtype": torch.bfloat16}, {"use_dora": True}, {"rank": 3}],
+    ids=["float32", "bfloat16", "dora", "rank 3"],
+)
+def test_products_add_gradients_with_the_bits_of_autograd(monkeypatch, kwargs):
+    direct, arrived = gradients_of_two_passes(adapted(**kwargs), rows())
+    monkeypatch.setattr("lora_engine.backends.adds_gradients", lambda device: False)
+    by_autograd, all_of_them = gradients_of_two_passes(adapted(**kwargs), rows())
+    assert direct.keys() == by_autograd.keys()
+    for name, expected in by_autograd.items():
+        assert torch.equal(direct[name], expected) and expected.any(), name
+    magnitudes = sum("magnitude" in name for name in direct)
+    assert len(all_of_them) == 2 and arrived == [magnitudes] * 2
+
+
+def test_hooks_of_an_adapter_are_called_and_frozen_factors_get_nothing():
+    """The group of a factor with a hook goes through autograd, others are added by products."""
+    model, seen = adapted(), []
+    named = dict(model.named_parameters())
+    hooked = next(p for name, p in named.items() if "q_proj.lora_A" in name)
+    hooked.register_hook(seen.append)
+    flat = FlatParameters(named.items())
+    frozen = next(p for name, p in named.items() if "down_proj.lora_B" in name)
+    frozen.requires_grad_(False)
+    expected, _ = gradients_of_two_passes(adapted(), rows())
+    arrived = []
+    for factor in (1.0, 0.37):
+        with counted_arrivals(arrived), flat.collecting():
+            (model(**rows()).loss * factor).backward()
+    # A and B of q, k and v of one layer.
+    assert arrived == [6, 6] and len(seen) == 2
+    for name, gradient in flat.named_copies(flat.grad).items():
+        if named[name] is frozen:
+            assert not gradient.any()
+        else:
+            assert torch.equal(gradient, expected[name]), name
+
+
+def test_outside_of_a_pass_of_ours_autograd_has_all_gradients():
+    """What others' loops and `torch.autograd.grad` are given is not added to the totals."""
+    model = adapted()
+    flat = FlatParameters(model.named_parameters())
+    factors = [p for p in model.parameters() if p.requires_grad]
+    with flat.collecting():
+        model(**rows()).loss.backward()
+    added = flat.grad.clone()
+    parts = torch.autograd.grad(model(**rows()).loss, factors)
+    assert torch.equal(flat.grad, added)
+    for entry, part in zip(flat.entries, parts, strict=True):
+        assert torch.equal(entry.view(added), part)
+    model(**rows()).loss.backward()
+    assert torch.equal(flat.grad, added * 2)
 
 
 def test_a_pass_that_fails_leaves_the_gradients_views():
