@@ -134,6 +134,9 @@ def evaluate(
         str | None,
         typer.Option("--adapter", metavar="FOLDER", help="Measured beside MODEL without it."),
     ] = None,
+    choices: Annotated[
+        bool, typer.Option("--choices", help="The rows are questions with choices.")
+    ] = False,
     group: Annotated[
         str | None, typer.Option("--group", metavar="COLUMN", help="Also by this column.")
     ] = None,
@@ -142,7 +145,8 @@ def evaluate(
         typer.Option(
             "--metric",
             metavar="NAME",
-            help="Of what is written: exact_match, f1, bleu, or module:function; repeatable.",
+            help="Of what is written: exact_match, f1, bleu, rouge1, rouge2, rougeL, or "
+            "module:function; repeatable.",
             show_default=False,
         ),
     ] = None,
@@ -164,6 +168,7 @@ def evaluate(
         model,
         data=data,
         adapter=adapter,
+        choices=choices,
         group=group,
         metrics=metric or [],
         answers=answers,

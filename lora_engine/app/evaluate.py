@@ -1,17 +1,29 @@
 """`lora-engine evaluate`: a model, or its base beside the adapter, on held-out data."""
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lora_engine.app.trained import Tell, check_base, find_trained
+from lora_engine.app.trained import Tell, Trained, check_base, find_trained, load_tokenizer_of
 from lora_engine.data import prepare
 from lora_engine.data.readers import RowError
+from lora_engine.data.render import Example
 from lora_engine.data.sources import open_source
 from lora_engine.errors import UserError, nearest
+from lora_engine.evaluation.choices import (
+    Question,
+    choice_difference,
+    choice_examples,
+    choices_by_group,
+    read_questions,
+    score_choices,
+    summarise_choices,
+)
 from lora_engine.evaluation.modes import without_adapters
-from lora_engine.evaluation.samples import choose_prompts, generate
+from lora_engine.evaluation.samples import Prompt, choose_prompts, generate
 from lora_engine.evaluation.scores import (
     METRICS,
     by_group,
@@ -23,6 +35,17 @@ from lora_engine.export.adapter import chosen_adapters
 from lora_engine.models.load.load import load_model
 
 Metric = Callable[[Sequence[str], Sequence[str]], float]
+_SAMPLES = 8  # prompts whose answers the report has
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """Of one model. section: of the report. scores: of each example, for the difference of two.
+    texts: what it wrote for the prompts of metrics."""
+
+    section: dict[str, Any]
+    scores: Sequence[Any]
+    texts: Sequence[str]
 
 
 def evaluate(
@@ -30,6 +53,7 @@ def evaluate(
     *,
     data: str,
     adapter: str | None = None,
+    choices: bool = False,
     group: str | None = None,
     metrics: Sequence[str] = (),
     answers: int = 100,
@@ -42,47 +66,97 @@ def evaluate(
     """Loss, perplexity and accuracy on `data`, and metrics of what the model writes.
 
     model: as `load_model` takes it, or a run's folder, whose base and adapter are then meant.
-    group: a column of the data. metrics: names of `scores.METRICS`, or "module:function" of a
-    function of answers and references; each of the first `answers` prompts is answered for them.
-    The report has a section "model", or with an adapter "base" and "adapter". Raises UserError for
-    what cannot be read.
+    choices: the rows are questions with choices (`read_questions`), of which it is measured how
+    often the right one is the likeliest. group: a column of the data. metrics: names of
+    `scores.METRICS`, or "module:function" of a function of answers and references; each of the
+    first `answers` prompts is answered for them. The report has a section "model", or with an
+    adapter "base" and "adapter". Raises UserError for what cannot be read.
     """
+    if choices and metrics:
+        raise UserError(
+            f"--metric {metrics[0]}: questions with choices are not answered in words; give one of "
+            "the two"
+        )
     chosen = {name: _metric(name) for name in metrics}
-    source, folder = _model_and_adapter(model, adapter)
+    source, trained = _model_and_adapter(model, adapter)
+    questions = read_questions(data, limit=limit) if choices else []
     tell(f"loading {source}")
     loaded, tokenizer = load_model(source, dtype=dtype, device=device)
-    sides = {"model": False}
-    if folder is not None:
+    sides = ["model"]
+    report: dict[str, Any] = {"data": data, "source": source}
+    if trained is not None:
         from peft import PeftModel
 
+        (folder,) = trained.adapters.values()
         loaded = PeftModel.from_pretrained(loaded, folder).eval()
-        sides = {"base": True, "adapter": False}
-    examples = prepare(data, tokenizer, limit=limit)
-    groups = None if group is None else _groups(data, group, [e.origin for e in examples])
-    prompts = choose_prompts(examples, tokenizer, answers) if chosen else []
-    report: dict[str, Any] = {"data": data, "source": source}
-    if folder is not None:
+        tokenizer = _tokenizer_of(trained) or tokenizer
+        sides = ["base", "adapter"]
         report["adapter_folder"] = str(folder)
-    scores = {}
-    for side, off in sides.items():
-        tell(f"measuring {len(examples):,} examples ({side})")
-        if off:
-            with without_adapters(loaded):
-                scores[side] = score_examples(loaded, examples)
-                texts = generate(loaded, tokenizer, prompts, max_new_tokens=max_new_tokens)
-        else:
-            scores[side] = score_examples(loaded, examples)
-            texts = generate(loaded, tokenizer, prompts, max_new_tokens=max_new_tokens)
-        report[side] = summary(scores[side])
-        if groups is not None:
-            report[side]["groups"] = by_group(scores[side], groups)
-        if prompts:
-            references = [prompt.reference for prompt in prompts]
-            report[side]["metrics"] = {n: float(m(texts, references)) for n, m in chosen.items()}
-            report[side]["answers"] = len(prompts)
-    if folder is not None:
-        report["difference"] = difference(scores["adapter"], scores["base"])
+    if choices:
+        examples: Sequence[Example] = choice_examples(questions, tokenizer)
+        origins = [question.origin for question in questions]
+    else:
+        examples = prepare(data, tokenizer, limit=limit)
+        origins = [example.origin for example in examples]
+    groups = None if group is None else _groups(data, group, origins)
+    prompts = choose_prompts(examples, tokenizer, answers) if chosen else []
+
+    def measured() -> _Measured:
+        if choices:
+            return _of_questions(loaded, questions, examples, groups)
+        texts = generate(loaded, tokenizer, prompts, max_new_tokens=max_new_tokens)
+        return _of_examples(loaded, examples, groups, chosen, prompts, texts)
+
+    found: dict[str, _Measured] = {}
+    for side in sides:
+        tell(f"measuring {len(origins):,} {'questions' if choices else 'examples'} ({side})")
+        with without_adapters(loaded) if side == "base" else nullcontext():
+            found[side] = measured()
+        report[side] = found[side].section
+    if trained is not None:
+        both = found["adapter"].scores, found["base"].scores
+        report["difference"] = (choice_difference if choices else difference)(*both)
+    report["samples"] = [
+        {
+            "prompt": prompt.text,
+            "reference": prompt.reference,
+            **{side: found[side].texts[i] for side in sides},
+        }
+        for i, prompt in enumerate(prompts[:_SAMPLES])
+    ]
     return report
+
+
+def _of_examples(
+    model: Any,
+    examples: Sequence[Example],
+    groups: Sequence[str] | None,
+    metrics: Mapping[str, Metric],
+    prompts: Sequence[Prompt],
+    texts: Sequence[str],
+) -> _Measured:
+    scores = score_examples(model, examples)
+    section: dict[str, Any] = {**summary(scores)}
+    if groups is not None:
+        section["groups"] = by_group(scores, groups)
+    if prompts:
+        references = [prompt.reference for prompt in prompts]
+        section["metrics"] = {n: float(m(texts, references)) for n, m in metrics.items()}
+        section["answers"] = len(prompts)
+    return _Measured(section, scores, texts)
+
+
+def _of_questions(
+    model: Any,
+    questions: Sequence[Question],
+    examples: Sequence[Example],
+    groups: Sequence[str] | None,
+) -> _Measured:
+    found = score_choices(model, questions, examples)
+    section: dict[str, Any] = {**summarise_choices(found)}
+    if groups is not None:
+        section["groups"] = choices_by_group(found, groups)
+    return _Measured(section, found, ())
 
 
 def render(report: dict[str, Any]) -> str:
@@ -96,23 +170,33 @@ def render(report: dict[str, Any]) -> str:
                 lines += [f"  {name} {value:.4g} ({report[side]['answers']:,} answers)"]
     if "difference" in report:
         d = report["difference"]
-        lines += [
-            f"with the adapter the loss is {d['value']:+.4f} ({d['low']:+.4f} to {d['high']:+.4f})"
-        ]
+        form = "+.1%" if "questions" in report["adapter"] else "+.4f"
+        what = "accuracy" if "questions" in report["adapter"] else "loss"
+        value, low, high = (format(d[key], form) for key in ("value", "low", "high"))
+        lines += [f"with the adapter the {what} is {value} ({low} to {high})"]
     return "\n".join(lines)
 
 
 def _line(name: str, part: dict[str, Any]) -> str:
-    loss, accuracy = part["loss"], part["accuracy"]
+    if "questions" in part:
+        return (
+            f"{name}: accuracy {_share(part['accuracy'])}, by byte "
+            f"{_share(part['accuracy_per_byte'])}, {part['questions']:,} questions"
+        )
+    loss = part["loss"]
     return (
         f"{name}: loss {loss['value']:.4f} ({loss['low']:.4f} to {loss['high']:.4f}), "
-        f"perplexity {part['perplexity']['value']:.4g}, accuracy {accuracy['value']:.1%} "
-        f"({accuracy['low']:.1%} to {accuracy['high']:.1%}), "
+        f"perplexity {part['perplexity']['value']:.4g}, accuracy {_share(part['accuracy'])}, "
         f"{part['examples']:,} examples, {part['targets']:,} tokens"
     )
 
 
-def _model_and_adapter(model: str, adapter: str | None) -> tuple[str, Path | None]:
+def _share(found: Mapping[str, float]) -> str:
+    return f"{found['value']:.1%} ({found['low']:.1%} to {found['high']:.1%})"
+
+
+def _model_and_adapter(model: str, adapter: str | None) -> tuple[str, Trained | None]:
+    """What is to be loaded, and what has the one adapter that is measured on it."""
     path = Path(model)
     if adapter is None and path.is_dir() and not (path / "config.json").is_file():
         trained = find_trained(model)
@@ -125,7 +209,15 @@ def _model_and_adapter(model: str, adapter: str | None) -> tuple[str, Path | Non
     name = next(iter(chosen_adapters(trained.adapters, [])))
     if Path(trained.base).is_dir():
         check_base(trained.base_folder, trained.read([name]))
-    return trained.base, trained.adapters[name]
+    return trained.base, replace(trained, adapters={name: trained.adapters[name]})
+
+
+def _tokenizer_of(trained: Trained) -> Any:
+    """The tokenizer, with its chat template, that was saved with the adapter; None without one."""
+    folders = [*trained.adapters.values(), trained.folder]
+    if not any((folder / "tokenizer_config.json").is_file() for folder in folders):
+        return None
+    return load_tokenizer_of(trained, folders[0])
 
 
 def _groups(data: str, column: str, origins: Sequence[str]) -> list[str]:

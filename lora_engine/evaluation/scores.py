@@ -137,10 +137,32 @@ def bleu(answers: Sequence[str], references: Sequence[str]) -> float:
     return float(sacrebleu.corpus_bleu(list(answers), [list(references)]).score)
 
 
+def rouge(kind: str) -> Callable[[Sequence[str], Sequence[str]], float]:
+    """The metric of rouge-score's kind "rouge1", "rouge2" or "rougeL": the mean F-measure, 0 to 1,
+    without stemming. It raises UserError where the package is not installed."""
+
+    def mean(answers: Sequence[str], references: Sequence[str]) -> float:
+        try:
+            from rouge_score.rouge_scorer import RougeScorer
+        except ImportError as error:
+            raise UserError(
+                f"metric {kind} needs rouge-score; run: pip install rouge-score"
+            ) from error
+        scorer = RougeScorer([kind])
+        pairs = zip(references, answers, strict=True)
+        values = [scorer.score(reference, answer)[kind].fmeasure for reference, answer in pairs]
+        return float(sum(values) / len(values))
+
+    return mean
+
+
 METRICS: dict[str, Callable[[Sequence[str], Sequence[str]], float]] = {
     "exact_match": exact_match,
     "f1": word_f1,
     "bleu": bleu,
+    "rouge1": rouge("rouge1"),
+    "rouge2": rouge("rouge2"),
+    "rougeL": rouge("rougeL"),
 }
 
 

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from tries import Try, check, run, tries
+from tries import MISTAKE, Try, check, run, tries
 
 ROWS = "".join(
     json.dumps({"prompt": f"say {i}", "completion": f"it is {i}", "kind": "ab"[i % 2]}) + "\n"
@@ -39,7 +39,44 @@ def test_a_run_s_base_beside_its_adapter(finished, capfd, monkeypatch):
     assert status == 0 and "model: loss" in printed
 
 
+CHOICES = "".join(
+    json.dumps({"prompt": f"say {i}", "choices": [f"it is {i}", "qqq"], "answer": 0, "k": i % 2})
+    + "\n"
+    for i in range(6)
+)
+
+
+def test_questions_with_choices(finished, capfd):
+    (finished / "asked.jsonl").write_text(CHOICES)
+    call = ("evaluate", "run", "--data", "asked.jsonl", "--choices", "--group", "k")
+    status, printed, _ = run(capfd, *call, "--json")
+    assert status == 0
+    report = json.loads(printed)
+    for side in ("base", "adapter"):
+        assert report[side]["questions"] == 6 and report[side]["groups"]["0"]["questions"] == 3
+        assert 0 <= report[side]["accuracy"]["low"] <= report[side]["accuracy"]["high"] <= 1
+    change = report["adapter"]["accuracy"]["value"] - report["base"]["accuracy"]["value"]
+    assert report["difference"]["value"] == pytest.approx(change)
+    status, printed, _ = run(capfd, *call)
+    assert status == 0 and "6 questions" in printed and "the accuracy is" in printed
+
+
+def test_a_run_is_measured_with_its_own_chat_template(finished, capfd):
+    """That of the base may be another, or missing."""
+    rows = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}]
+    (finished / "held.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (finished / "tiny" / "chat_template.jinja").unlink()
+    status, _, told = run(capfd, "evaluate", "tiny", "--data", "held.jsonl")
+    assert status == MISTAKE and "no chat template" in told
+    assert run(capfd, "evaluate", "run", "--data", "held.jsonl")[0] == 0
+
+
 MISTAKES = [
+    Try("no choices", ["evaluate", "tiny", "--data", "rows.jsonl", "--choices"],
+        ["'choices' must be a list"]),
+    Try("choices and a metric",
+        ["evaluate", "tiny", "--data", "rows.jsonl", "--choices", "--metric", "f1"],
+        ["--metric f1"]),
     Try("no data", ["evaluate", "tiny", "--data", "none.jsonl"], ["none.jsonl"]),
     Try("no model", ["evaluate", "tinny/", "--data", "rows.jsonl"], ["tinny"]),
     Try("no adapter", ["evaluate", "tiny", "--adapter", "none", "--data", "rows.jsonl"], ["none"]),

@@ -1,5 +1,7 @@
 """Scores of single examples, their intervals, and metrics of answers."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from training_helpers import make_examples
 
 from lora_engine.errors import UserError
 from lora_engine.evaluation.scores import (
+    METRICS,
     Score,
     bleu,
     by_group,
@@ -90,6 +93,21 @@ def test_bleu_is_sacrebleu_s():
     pytest.importorskip("sacrebleu")
     assert bleu(["the cat sat on the mat"], ["the cat sat on the mat"]) == pytest.approx(100)
     assert bleu(["a dog"], ["the cat sat on the mat"]) < 5
+
+
+def test_rouge_is_rouge_score_s():
+    pytest.importorskip("rouge_score")
+    answers, references = ["the cat sat", "a dog"], ["the cat is on the mat", "a dog"]
+    # Of 3 and 6 words two are shared: precision 2/3, recall 1/3; "the cat" is the one shared pair.
+    assert METRICS["rouge1"](answers, references) == pytest.approx((4 / 9 + 1) / 2)
+    assert METRICS["rouge2"](answers, references) == pytest.approx((2 / 7 + 1) / 2)
+    assert METRICS["rougeL"](answers, references) == pytest.approx((4 / 9 + 1) / 2)
+
+
+def test_a_metric_whose_package_is_missing_says_so(monkeypatch):
+    monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)
+    with pytest.raises(UserError, match="rougeL needs rouge-score; run: pip install"):
+        METRICS["rougeL"](["a"], ["a"])
 
 
 def test_nothing_supervised_is_told(model):
