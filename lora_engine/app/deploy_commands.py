@@ -220,7 +220,8 @@ def _exported(report: dict[str, Any], to: str) -> str:
     if verified := report["verified"]:
         lines.append(
             f"llama.cpp on {verified['positions']:,} tokens of {verified['rows']}: the likeliest "
-            f"token agrees at {verified['top1']:.1%}, its log-probability within "
+            f"token agrees at {verified['top1']:.1%} ({verified['top1_decided']:.1%} of "
+            f"{verified['decided']:,} where it is no near tie), its log-probability within "
             f"{verified['logprob']:.2g} nats; {verified['texts']} texts tokenized alike"
         )
     else:

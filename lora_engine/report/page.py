@@ -194,7 +194,7 @@ def _probe_chart(metrics: Sequence[Row], last: float) -> Chart | None:
     return line_chart(
         "Forgetting",
         [Series("before training", before, "before"), Series("probe", points, "probe")],
-        note="loss on the probe, nats per token",
+        note="nats per token",
         last_step=last,
         label=loss_label,
     )

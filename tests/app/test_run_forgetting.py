@@ -81,6 +81,8 @@ def test_a_stream_replays_too_and_holds_none_of_it_out(texts):
     assert len(set(old)) == 10
     assert heldout and all(example.origin.startswith("rows.jsonl") for example in heldout)
     assert not {example.origin for example in heldout} & set(origins)
+    numbers = [int(example.origin.split(":")[1]) for example in heldout]
+    assert max(numbers) > 20  # of buffers after the first one, in which old.jsonl came to its end
 
 
 def test_a_stream_with_replay_is_resumed_bit_for_bit(texts):

