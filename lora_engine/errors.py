@@ -1,6 +1,7 @@
 """Errors that are the user's to mend: one line that says what, where and how."""
 
 import difflib
+import re
 from collections.abc import Iterable
 
 _LONGEST_REASON = 300
@@ -33,6 +34,17 @@ def nearest(name: str, choices: Iterable[str], likeness: float = 0.6) -> str | N
     """The choice most like `name`, or None if none is close (1 is the same text)."""
     matches = difflib.get_close_matches(name, list(choices), n=1, cutoff=likeness)
     return matches[0] if matches else None
+
+
+_MEMORY = re.compile(r"not enough memory|out of memory|std::bad_alloc|cannot allocate memory", re.I)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device or the computer had no memory left: torch's errors of it differ."""
+    if isinstance(error, MemoryError):
+        return True
+    said = _MEMORY.search(str(error)) is not None
+    return said and isinstance(error, RuntimeError | OSError)
 
 
 def reason(error: BaseException) -> str:

@@ -7,7 +7,13 @@ import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora_engine.errors import PeerLost, UnavailableError, UserError, reason
+from lora_engine.errors import (
+    PeerLost,
+    UnavailableError,
+    UserError,
+    is_out_of_memory,
+    reason,
+)
 from lora_engine.files import system_error
 from lora_engine.text import bytes_text, one_line
 
@@ -36,7 +42,6 @@ _REFUSALS = {
     errno.EPIPE: ("its reader has gone", "let the program that reads it run to the end"),
     errno.ENOMEM: ("not enough memory", "end other programs, or take a smaller model"),
 }
-_MEMORY = re.compile(r"not enough memory|out of memory|std::bad_alloc|cannot allocate memory", re.I)
 _BYTES_ASKED = re.compile(r"allocate (\d+) bytes|allocate ([\d.]+ [KMGT]i?B)", re.I)
 
 
@@ -87,9 +92,7 @@ def describe(error: BaseException) -> Failure:
 def _refusal(error: BaseException) -> str | None:
     """The line for what the machine refused; None if it did not."""
     text = str(error)
-    if isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError | OSError) and _MEMORY.search(text)
-    ):
+    if is_out_of_memory(error):
         return _no_memory(text)
     if isinstance(error, OSError) and error.errno is not None:
         path = error.filename2 if error.filename is None else error.filename

@@ -26,6 +26,7 @@ from lora_engine.app.config import RunConfig, dump_config, load_config
 from lora_engine.app.datasets import Reading, prepare_data, prepare_probe, prepare_prompt_data
 from lora_engine.app.objectives import ONLINE, name_of, objective_of, teacher_of
 from lora_engine.app.online import online_of, shown_prompts
+from lora_engine.app.plan import with_memory
 from lora_engine.app.run_summary import description, earlier_peak, model_name, perplexity
 from lora_engine.app.samples_before import counted, read_json, samples_before
 from lora_engine.app.starting_adapter import StartingAdapter, going_on, starting_adapter
@@ -114,6 +115,8 @@ def _finetune(config: RunConfig, resume: bool, observer: Observer | None, world:
     start = starting_adapter(config)
     if start is not None:
         config = config.model_copy(update={"lora": start.lora})
+    if config.train.memory is not None:
+        config = with_memory(config, _config_of_run(folder) if resume else None, world, tell)
     tell(f"loading {model_name(config)}")
     model, tokenizer = _load(config, observer)
     origin = _origin(config, model, start)
@@ -278,12 +281,19 @@ def _with_dtype(config: RunConfig, resume: bool, world: World) -> RunConfig:
     if config.model.dtype != "auto":
         return config
     dtype = "auto"
-    if resume and world.is_first:
-        with suppress(UserError):  # a config.yaml that is lost or damaged
-            dtype = load_config(RunFolder(config.train.output_dir).config).model.dtype
+    if resume and world.is_first and (begun := _config_of_run(config.train.output_dir)):
+        dtype = begun.model.dtype
     chosen = resolve_dtype(dtype, resolve_device(config.model.device))
     name = world.of_first(next(name for name, known in DTYPES.items() if known == chosen))
     return config.model_copy(update={"model": config.model.model_copy(update={"dtype": name})})
+
+
+def _config_of_run(folder: Path) -> RunConfig | None:
+    """What the run in the folder was configured with; None where its config.yaml is lost or
+    damaged."""
+    with suppress(UserError):
+        return load_config(RunFolder(folder).config)
+    return None
 
 
 def _load(config: RunConfig, observer: Observer | None) -> tuple[Any, Any]:

@@ -3,7 +3,7 @@
 Nothing is loaded: the model's configuration is read, and its modules are made without weights.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ import torch
 from lora_engine import backends
 from lora_engine.app.config import RunConfig
 from lora_engine.app.objectives import ONLINE, name_of, teacher_of
+from lora_engine.distributed.world import World
 from lora_engine.errors import UserError, nearest
 from lora_engine.memory.plan import CANDIDATES, ROWS, Budget, Candidate, best, budget_of, candidates
 from lora_engine.memory.policy import policy_of
@@ -133,6 +134,45 @@ def load_of(config: RunConfig, device: torch.device) -> Load:
     return Load(rows, rows, policy, train.optimizer, device, cached)
 
 
+def with_memory(
+    config: RunConfig, begun: RunConfig | None, world: World, tell: Callable[[str], None]
+) -> RunConfig:
+    """`config` with the policy, and where that is not enough the micro-batches, that fit
+    `train.memory`.
+
+    begun: of a run that is resumed; its micro-batches remain. tell: takes a line of what was
+    chosen. Raises UserError where nothing fits.
+    """
+    train = config.train
+    if world.size > 1:
+        raise UserError(
+            "train.memory: fits one process; with several set train.checkpointing instead, as "
+            "lora-engine plan finds it"
+        )
+    if begun is not None:
+        kept = ("tokens_per_batch", "gradient_accumulation_steps")
+        train = train.model_copy(update={key: getattr(begun.train, key) for key in kept})
+        config = config.model_copy(update={"train": train})
+    made = plan(config, budget=None if train.memory == "auto" else train.memory)
+    chosen = made.chosen
+    if chosen is None or (begun is not None and not chosen.fits):
+        hints = [line for line in conclusion(made) if " fit with other numbers: " in line]
+        raise UserError(
+            f"train.memory {train.memory}: {_least(made)} "
+            + (hints[0] if hints else "Take a smaller model, lora.r or train.tokens_per_batch.")
+        )
+    update: dict[str, Any] = {"checkpointing": chosen.policy}
+    line = f"memory: checkpointing {chosen.policy}"
+    if not chosen.fits:
+        parts = -(-train.tokens_per_batch // chosen.most_rows)
+        rows = min(chosen.most_rows, -(-train.tokens_per_batch // parts // ROWS) * ROWS)
+        update["tokens_per_batch"] = rows
+        update["gradient_accumulation_steps"] = parts * train.gradient_accumulation_steps
+        line += f", {parts} micro-batches of {rows:,} tokens for one of {train.tokens_per_batch:,}"
+    tell(f"{line}, for {bytes_text(made.budget.nbytes)}")
+    return config.model_copy(update={"train": train.model_copy(update=update)})
+
+
 def _policies(config: RunConfig) -> Sequence[str]:
     """Those to choose from: the configured one alone, if there is one."""
     stated = config.train.checkpointing
@@ -241,7 +281,7 @@ def render(made: Plan, name: str) -> "RenderableType":
         + (
             "for the driver and what the allocator loses"
             if made.modelled
-            else "taken by this program"
+            else "for this program and its libraries"
         )
     )
     return Group(

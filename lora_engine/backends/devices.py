@@ -1,5 +1,6 @@
 """The devices that tensors may be on: which there are, and their memory."""
 
+import ctypes
 import os
 import sys
 from pathlib import Path
@@ -80,6 +81,17 @@ def keeps_freed_memory(device: torch.device) -> bool:
     is made where an earlier kernel still reads. Memory of a CPU goes back to the system.
     """
     return device.type != "cpu"
+
+
+def release_freed_memory(device: torch.device) -> None:
+    """Gives back what was freed and is kept for reuse: torch's cache on a GPU, else the C library's
+    (glibc's alone can)."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        return
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -52,6 +52,15 @@ def checkpointing(model: nn.Module, policy: str | Policy | None) -> Iterator[Non
                 forward.keeps = "input"
 
 
+def can_follow(model: nn.Module, policy: str) -> bool:
+    """Whether the model's layers can follow the policy."""
+    try:
+        _layers(model, policy_of(policy))
+    except UserError:
+        return False
+    return True
+
+
 def _state(layer: DecoderLayer) -> tuple[bool, Callable[..., Tensor] | None]:
     return layer.gradient_checkpointing, vars(layer).get("_gradient_checkpointing_func")
 

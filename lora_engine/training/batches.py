@@ -108,6 +108,11 @@ class BatchSource:
         kept = [example for _, example in sorted(chosen.items())]
         return collate(kept, share_prefixes=self.share_prefixes)
 
+    def largest(self) -> PackedBatch:
+        """The micro-batch of the first epoch with the most tokens."""
+        planned, lengths = self._sampler.epoch_batches(0), self._sampler.lengths
+        return self._collate(max(planned, key=lambda indices: int(lengths[indices].sum())))
+
     def count(self, epochs: int) -> int:
         """Number of micro-batches in the first `epochs` epochs; packing may vary per epoch."""
         return sum(self._sampler.num_batches(epoch) for epoch in range(epochs))

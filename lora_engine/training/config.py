@@ -14,6 +14,7 @@ from pydantic import (
 
 from lora_engine.files import user_path
 from lora_engine.memory.policy import policy_of
+from lora_engine.text import parsed_bytes
 
 Service: TypeAlias = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 
@@ -36,6 +37,7 @@ _FREE_ON_RESUME = frozenset(
         "epochs",
         "log_to",
         "checkpointing",
+        "memory",
     }
 )
 
@@ -46,6 +48,15 @@ def _as_path(value: object) -> object:
 
 def _checked_policy(name: str) -> str:
     return policy_of(name).name
+
+
+def _checked_memory(size: str) -> str:
+    if size != "auto":
+        try:
+            parsed_bytes(size)
+        except ValueError as error:
+            raise ValueError(f"{error}, or auto") from error
+    return size
 
 
 # A path, ~ as the home folder.
@@ -121,6 +132,13 @@ class TrainConfig(BaseModel):
         "second layer its input alone, `selective` the input and attention's output, `half` the "
         "inputs of a layer's halves, `layer` the input (docs/memory.md). `null` leaves the model's "
         "layers as they are.",
+    )
+
+    memory: Annotated[str, AfterValidator(_checked_memory)] | None = Field(
+        None,
+        description="Memory of the device that the run may use, `24GB` say, or `auto` for all of "
+        "it: checkpointing, and smaller micro-batches where that is not enough, are chosen to fit, "
+        "and the longest batch is tried before the first step (docs/memory.md).",
     )
 
     learning_rate: float = Field(2e-4, gt=0, le=100, description="Peak learning rate.")

@@ -10,6 +10,7 @@ from typing import cast
 from torch import nn
 
 from lora_engine import backends
+from lora_engine.data.batch import PackedBatch
 from lora_engine.distributed.world import ALONE, World
 from lora_engine.errors import PeerLost
 from lora_engine.evaluation.heldout import HeldoutResult
@@ -105,6 +106,10 @@ class TrainingLoop:
         )
         self.state = TrainState.from_json(state)
         return of_first
+
+    def try_out(self, batch: PackedBatch) -> None:
+        """As `TrainStep.try_out`."""
+        self._step.try_out(batch)
 
     def run(self) -> Stopped:
         """Train until done. Whatever the reason to stop, the last good state is saved."""

@@ -118,6 +118,21 @@ class TrainStep:
         loss = _loss_of(results, weight)
         return StepResult(loss, grad_norm, tokens, targets, _means_of(results))
 
+    def try_out(self, batch: PackedBatch) -> None:
+        """Both passes of a micro-batch, for the memory that they take; they leave no trace.
+
+        Of one process alone, not of several that share steps.
+        """
+        weight = added([weight_of(self.objective, batch)])
+        if not any(weight.values()):
+            return
+        before = random_state.capture()
+        try:
+            self._accumulate(0, [batch], [0], weight, lambda: None)
+        finally:
+            self.optimizer.flat.zero_grad()
+            random_state.restore(*before)
+
     def close(self) -> None:
         """No further step is made."""
         self._sum.close()

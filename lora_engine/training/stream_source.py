@@ -49,6 +49,10 @@ class StreamSource(BatchSource):
         """As of a BatchSource, of the first buffer."""
         return self._source(self._stream.first()[1]).first(tokens)
 
+    def largest(self) -> PackedBatch:
+        """As of a BatchSource, of the first buffer."""
+        return self._source(self._stream.first()[1]).largest()
+
     def count(self, epochs: int) -> int:
         """A stream is not counted."""
         raise NotImplementedError

@@ -43,6 +43,7 @@ from lora_engine.training.arguments import (
 from lora_engine.training.batches import BatchSource
 from lora_engine.training.callbacks import Callbacks
 from lora_engine.training.config import TrainConfig
+from lora_engine.training.fitting import fitting_policy
 from lora_engine.training.length import check_length, tell_extension
 from lora_engine.training.loop import TrainingLoop
 from lora_engine.training.measure import Measure, Measuring
@@ -317,12 +318,27 @@ class Trainer:
             self.state = loop.state
             self.callbacks.on_start(self)
             self.model.train()
-            with checkpointing(self.model, self.config.checkpointing):
+            with checkpointing(self.model, self._fitting_policy(loop)):
                 stopped = loop.run()
             loop.load_final_weights()
             return stopped
         finally:
             loop.close()
+
+    def _fitting_policy(self, loop: TrainingLoop) -> str | None:
+        """The checkpointing policy with which the largest batches are within config.memory."""
+        config = self.config
+        if config.memory is None or self._online is not None:
+            return config.checkpointing
+        heldout = None
+        if self.eval_dataset is not None:
+            source = BatchSource(self.eval_dataset, config.tokens_per_batch, shuffle=False)
+            source.share_prefixes = self._shares_prefixes(training=False)
+            heldout = source.largest()
+        largest = self._train_source.largest()
+        return fitting_policy(
+            self.model, config, loop.try_out, largest, heldout, self.objective, self._world
+        )
 
     def _first_batch(self, tokens: int) -> PackedBatch:
         """The first examples, up to `tokens`, or batch of the run that the objective gives weight;

@@ -5,7 +5,13 @@ import json
 import pytest
 import yaml
 
+from lora_engine import backends
 from lora_engine.app.cli import main
+from lora_engine.app.config import load_config
+from lora_engine.app.plan import with_memory
+from lora_engine.distributed.world import ALONE, World
+from lora_engine.errors import UserError
+from lora_engine.memory.plan import CPU_OVERHEAD_BYTES
 from lora_engine.testing import byte_tokenizer, tiny_llama
 
 
@@ -101,3 +107,55 @@ def test_a_mistake_is_one_line(config, capsys, words, message):
     assert (status, out) == (2, "")
     assert err.startswith("lora-engine: ") and err.count("\n") == 1
     assert message in err
+
+
+def fitted(config, megabytes, *overrides, begun=None):
+    """The configuration of a run that may take so much beside this process, and what was told."""
+    beside = backends.resident_bytes() + CPU_OVERHEAD_BYTES
+    memory = f"{(beside + megabytes * 10**6) / 1e6:.3f}MB"
+    told = []
+    given = load_config(config, [f"train.memory={memory}", *overrides])
+    return with_memory(given, begun, ALONE, told.append).train, told
+
+
+def test_memory_that_is_enough_takes_the_quickest_policy(config):
+    train, told = fitted(config, 2000)
+    assert (train.checkpointing, train.tokens_per_batch) == ("none", 4096)
+    assert len(told) == 1 and told[0].startswith("memory: checkpointing none, for ")
+
+
+def test_memory_that_is_short_takes_a_policy_that_keeps_less(config):
+    train, _ = fitted(config, 40)
+    assert train.checkpointing not in (None, "none")
+    assert (train.tokens_per_batch, train.gradient_accumulation_steps) == (4096, 1)
+
+
+def test_micro_batches_are_split_where_no_policy_is_enough(config):
+    stated = "train.gradient_accumulation_steps=3"
+    train, told = fitted(config, 60, "train.tokens_per_batch=40000", stated)
+    parts = train.gradient_accumulation_steps // 3
+    assert parts > 1 and train.gradient_accumulation_steps % 3 == 0
+    assert 40_000 <= parts * train.tokens_per_batch < 40_000 + 64 * parts
+    assert (
+        f"{parts} micro-batches of {train.tokens_per_batch:,} tokens for one of 40,000" in told[0]
+    )
+
+
+def test_a_run_that_is_resumed_keeps_its_micro_batches(config):
+    begun = load_config(
+        config, ["train.tokens_per_batch=640", "train.gradient_accumulation_steps=7"]
+    )
+    train, _ = fitted(config, 2000, begun=begun)
+    assert (train.tokens_per_batch, train.gradient_accumulation_steps) == (640, 7)
+
+
+def test_memory_that_nothing_fits(config):
+    with pytest.raises(
+        UserError, match=r"^train.memory 1MB: Nothing fits: 64 tokens take .*Take a"
+    ):
+        with_memory(load_config(config, ["train.memory=1MB"]), None, ALONE, print)
+
+
+def test_several_processes_are_not_planned(config):
+    with pytest.raises(UserError, match=r"^train.memory: fits one process"):
+        with_memory(load_config(config, ["train.memory=auto"]), None, World(size=2), print)

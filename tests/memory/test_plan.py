@@ -77,8 +77,10 @@ def test_layers_that_are_trained_are_not_taken_apart():
 
 def test_what_a_gpu_has_is_not_all_for_tensors():
     assert budget_of(24_000_000_000, CUDA, 0).usable == pytest.approx(22.2e9, rel=0.01)
-    assert budget_of(10**9, torch.device("cpu"), 4 * 10**8).usable == 6 * 10**8
-    assert budget_of(10**8, torch.device("cpu"), 4 * 10**8).usable == 0
+    cpu = torch.device("cpu")
+    assert budget_of(10**9, cpu, 4 * 10**8).usable == 6 * 10**8 - 300 * 2**20
+    assert budget_of(10**8, cpu, 4 * 10**8).usable == 0
+    assert budget_of(10**8, cpu, None).usable == 10**8
 
 
 @pytest.mark.parametrize(

@@ -74,3 +74,18 @@ def test_is_frozen():
 )
 def test_trajectory_holds_what_decides_the_weights(change, same_run):
     assert (TrainConfig(**change).trajectory() == TrainConfig().trajectory()) is same_run
+
+
+@pytest.mark.parametrize("size", ["auto", "24GB", "1.5GB", "800MB", "16GiB"])
+def test_sizes_of_memory(size):
+    assert TrainConfig(memory=size).memory == size
+
+
+@pytest.mark.parametrize("size", ["24", "GB", "0GB", "all", "-3GB"])
+def test_no_size_of_memory(size):
+    with pytest.raises(ValidationError, match="is no size of memory; write 24GB"):
+        TrainConfig(memory=size)
+
+
+def test_memory_leaves_the_weights_as_they_are():
+    assert TrainConfig(memory="auto").trajectory() == TrainConfig().trajectory()

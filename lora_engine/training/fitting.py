@@ -1,0 +1,96 @@
+"""Whether a run's largest micro-batches fit the memory, tried before its first step."""
+
+import gc
+import logging
+from collections.abc import Callable
+
+from torch import nn
+
+from lora_engine import backends
+from lora_engine.data.batch import PackedBatch
+from lora_engine.distributed.world import ALONE, World
+from lora_engine.errors import UserError, is_out_of_memory
+from lora_engine.evaluation.batch_loss import target_scores
+from lora_engine.evaluation.modes import inference
+from lora_engine.memory.checkpointing import can_follow, checkpointing
+from lora_engine.memory.plan import CANDIDATES, budget_of
+from lora_engine.objectives.base import Objective
+from lora_engine.text import bytes_text, parsed_bytes
+from lora_engine.training.config import TrainConfig
+
+logger = logging.getLogger(__name__)
+
+
+def fitting_policy(
+    model: nn.Module,
+    config: TrainConfig,
+    try_out: Callable[[PackedBatch], None],
+    largest: PackedBatch,
+    largest_heldout: PackedBatch | None,
+    objective: Objective,
+    world: World = ALONE,
+) -> str:
+    """The first policy from config.checkpointing on, to those that keep less, that fits.
+
+    try_out: runs both passes of a micro-batch, as a step would, and leaves no trace. largest,
+    largest_heldout: the run's largest micro-batches; the second is measured as held-out data are.
+    Fits: what was taken is within config.memory (on a CPU the process's resident size). Raises
+    UserError where none does, and for several processes.
+    """
+    if world.size > 1:
+        raise UserError(
+            "train.memory: fits one process; with several set train.checkpointing instead, as "
+            "lora-engine plan finds it"
+        )
+    device = next(model.parameters()).device
+    assert config.memory is not None
+    nbytes = (
+        backends.memory(device).nbytes if config.memory == "auto" else parsed_bytes(config.memory)
+    )
+    usable = budget_of(nbytes, device, process=None).usable
+    taken = ""
+    for policy in _policies(model, config.checkpointing or "none"):
+        gc.collect()  # what a failed try left behind its traceback
+        backends.release_freed_memory(device)
+        backends.reset_peak_memory(device)
+        try:
+            with checkpointing(model, policy):
+                try_out(largest)
+            if largest_heldout is not None:
+                with inference(model):
+                    target_scores(model, largest_heldout.to(device), objective)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            taken = f"more than there is with checkpointing {policy}"
+        except UserError:  # attention cannot be kept by itself
+            if policy == config.checkpointing or policy != "selective":
+                raise
+        else:
+            peak = backends.peak_memory_bytes(device)
+            if peak <= usable:
+                _tell(policy, largest, peak)
+                return policy
+            taken = f"{bytes_text(peak)} with checkpointing {policy}"
+    raise UserError(
+        f"train.memory {config.memory}: a step on the largest batch, of {largest.num_rows:,} "
+        f"tokens, takes {taken}, and {bytes_text(usable)} may be used; lower "
+        "train.tokens_per_batch or data.max_length, or set model.quantize or "
+        "train.optimizer=adamw_8bit"
+    )
+
+
+def _policies(model: nn.Module, first: str) -> list[str]:
+    """`first`, and of CANDIDATES those that keep less and that the model's layers can follow."""
+    begin = "every_4" if first.startswith("every_") and first not in CANDIDATES else first
+    less = CANDIDATES[CANDIDATES.index(begin) + 1 :]
+    return [first, *(policy for policy in less if can_follow(model, policy))]
+
+
+def _tell(policy: str, batch: PackedBatch, peak: int) -> None:
+    logger.info(
+        "the largest batch, of %s tokens, takes %s with checkpointing %s",
+        f"{batch.num_rows:,}",
+        bytes_text(peak),
+        policy,
+    )
