@@ -5,7 +5,7 @@
 The wide products of a LoRA linear, forward and dX, by each strategy; the head with its loss and
 gradient by the bytes of a chunk of logits. The first of each is what is chosen at present, and
 takes part twice: what it differs from itself is noise. At the end stands which is the fastest over
-all sizes, if it is so for certain; lora_strategy.json and choice.py are changed by hand.
+all sizes, if it is so for certain; lora_strategy.json and plans.py are changed by hand.
 """
 
 import argparse
@@ -23,7 +23,8 @@ from benchmarks.common import measure, output
 from benchmarks.common.journal import Journal, read, started
 from benchmarks.gpu.tune_search import Decision, Measured, decide
 from lora_engine import backends, ops
-from lora_engine.backends import choice, selection
+from lora_engine.backends import choice, plans, selection
+from lora_engine.backends.request import Head, Request
 from lora_engine.ops.lora.linear import make_product
 
 AGAIN = "again"
@@ -114,9 +115,9 @@ def _head_runs(
 
     def by(mebibytes: int) -> measure.Thunk:
         limit = mebibytes * 2**20
-        with mock.patch.dict(choice.CHUNK_BYTES, {"cpu": limit, "cuda": limit}):
-            head = choice.Head(rows, classes)
-            request = choice.Request.on(device, "linear_cross_entropy", dtype, head)
+        with mock.patch.dict(plans.CHUNK_BYTES, {"cpu": limit, "cuda": limit}):
+            head = Head(rows, classes)
+            request = Request.on(device, "linear_cross_entropy", dtype, head)
             plan: Any = choice.choose(request, selection.present()).plan
 
         def run() -> object:
@@ -125,7 +126,7 @@ def _head_runs(
 
         return run
 
-    present = choice.CHUNK_BYTES[device.type] // 2**20
+    present = plans.CHUNK_BYTES[device.type] // 2**20
     return {f"{x} MiB": by(x) for x in dict.fromkeys((present, *MEBIBYTES[device.type]))}
 
 

@@ -9,8 +9,6 @@ from lora_engine.backends.choice import (
     DTYPES,
     IMPLEMENTATIONS,
     OPERATIONS,
-    PASSES,
-    STRATEGIES,
     Choice,
 )
 from lora_engine.backends.devices import (
@@ -45,6 +43,7 @@ from lora_engine.backends.hardware import (
     runs_on,
     triton_interpreted,
 )
+from lora_engine.backends.plans import PASSES, STRATEGIES
 from lora_engine.backends.selection import (
     attention_plan,
     chunk_rows,

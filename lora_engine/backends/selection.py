@@ -7,9 +7,11 @@ from types import ModuleType
 import torch
 
 from lora_engine.backends import devices, extension, hardware, tables
-from lora_engine.backends.choice import (
+from lora_engine.backends.choice import Choice, choose
+from lora_engine.backends.extension import Extension
+from lora_engine.backends.plans import Strategy
+from lora_engine.backends.request import (
     Activation,
-    Choice,
     Extent,
     Forward,
     Head,
@@ -20,10 +22,7 @@ from lora_engine.backends.choice import (
     Queries,
     Request,
     Sizes,
-    Strategy,
-    choose,
 )
-from lora_engine.backends.extension import Extension
 from lora_engine.errors import EngineWarning, UserError
 
 

@@ -6,20 +6,10 @@ import pytest
 import torch
 
 from lora_engine import backends
-from lora_engine.backends import choice
-from lora_engine.backends.choice import (
-    CHUNK_BYTES,
-    DECODED_ROWS,
-    Extent,
-    Head,
-    Heads,
-    Packed,
-    Present,
-    Product,
-    Request,
-    Strategy,
-    choose,
-)
+from lora_engine.backends import choice, plans
+from lora_engine.backends.choice import choose
+from lora_engine.backends.plans import CHUNK_BYTES, DECODED_ROWS, Strategy
+from lora_engine.backends.request import Extent, Head, Heads, Packed, Present, Product, Request
 from lora_engine.errors import UnavailableError
 
 CPU = torch.device("cpu")
@@ -149,7 +139,7 @@ def test_heads_wider_than_the_kernels_take_run_as_the_reference() -> None:
 
 
 def test_flash_attention_takes_the_heads_of_its_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choice, "FLASH_HEADS", {90: (128, 256), None: (0, 64)})
+    monkeypatch.setattr(plans, "FLASH_HEADS", {90: (128, 256), None: (0, 64)})
     with_flash = replace(WITH_GPU, flash=True)
 
     def plan(heads: Heads, present: Present = with_flash, capability: int = 90, **more) -> str:
@@ -172,8 +162,8 @@ def test_flash_attention_takes_the_heads_of_its_table(monkeypatch: pytest.Monkey
 
 
 def test_cudnn_takes_equal_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choice, "CUDNN_HEADS", {90: (64, 128), None: (0, 0)})
-    monkeypatch.setattr(choice, "CUDNN_LENGTH", 128)
+    monkeypatch.setattr(plans, "CUDNN_HEADS", {90: (64, 128), None: (0, 0)})
+    monkeypatch.setattr(plans, "CUDNN_LENGTH", 128)
     present = replace(WITH_GPU, cudnn=True)
 
     def plan(heads: Heads, capability: int = 90, present: Present = present, **more) -> str:
@@ -192,8 +182,8 @@ def test_cudnn_takes_equal_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_kernels_for_hopper_take_the_heads_of_their_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choice, "HOPPER_HEADS", (64, 128))
-    monkeypatch.setattr(choice, "CUDNN_HEADS", {90: (64, 256), None: (0, 0)})
+    monkeypatch.setattr(plans, "HOPPER_HEADS", (64, 128))
+    monkeypatch.setattr(plans, "CUDNN_HEADS", {90: (64, 256), None: (0, 0)})
     built = replace(WITH_GPU, architectures=("80", "90a"), cudnn=True, flash=True)
 
     def plan(heads: Heads, capability: int = 90, present: Present = built, **more) -> str:

@@ -77,9 +77,9 @@ def test_nothing_else_asks(path: Path) -> None:
         "torch.cuda.is_available()",
         "gpu.capability >= 90",
         "torch.cuda.get_device_capability()",
-        "from lora_engine.backends.choice import FEW_ROWS",
+        "from lora_engine.backends.plans import FEW_ROWS",
         "from lora_engine.backends import hardware",
-        "rows <= choice.FEW_ROWS",
+        "rows <= plans.FEW_ROWS",
     ],
 )
 def test_questions_are_found(line: str) -> None:

@@ -62,7 +62,7 @@ def test_larger_chunks_are_taken_where_more_bytes_are_given(
 
     monkeypatch.setattr(tune_choice.ops, "linear_cross_entropy", record)
     monkeypatch.setitem(tune_choice.MEBIBYTES, "cpu", (2, 1))
-    monkeypatch.setitem(tune_choice.choice.CHUNK_BYTES, "cpu", 2**20)
+    monkeypatch.setitem(tune_choice.plans.CHUNK_BYTES, "cpu", 2**20)
     runs = tune_choice._head_runs((2048, 8, 2048), torch.device("cpu"), torch.float32)
     for run in runs.values():
         run()

@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 
 from lora_engine.backends import selection
-from lora_engine.backends.choice import Choice, Extent, Present, Request, choose
+from lora_engine.backends.choice import Choice, choose
+from lora_engine.backends.request import Extent, Present, Request
 
 CAPABILITY = 90
 

@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from lora_engine import reference
 from lora_engine.backends import contracts
-from lora_engine.backends.choice import Heads
+from lora_engine.backends.request import Heads
 from lora_engine.ops import augmented
 from lora_engine.ops.attention import check_parents, heads_of, kernels_for
 from lora_engine.ops.context import Context

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from lora_engine import backends
 from lora_engine.backends import contracts, launchers
-from lora_engine.backends.choice import Heads
 from lora_engine.backends.lora_parts import ScaledColumns, ScaledRows
+from lora_engine.backends.request import Heads
 from lora_engine.ops import augmented
 from lora_engine.ops.lora.group import LoraGroup
 from lora_engine.ops.lora.linear import checked_product, make_product

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from lora_engine import backends
 from lora_engine.backends import launchers
-from lora_engine.backends.choice import Activation
 from lora_engine.backends.lora_parts import ScaledRows
+from lora_engine.backends.request import Activation
 from lora_engine.ops.layer.blocks import Call
 from lora_engine.ops.lora.product import LoraProduct, Wanted
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lora_engine import backends
 from lora_engine.backends import contracts
-from lora_engine.backends.choice import Product
+from lora_engine.backends.request import Product
 from lora_engine.ops.lora.adapters import Adapters, AdapterSet, total_rank
 from lora_engine.ops.lora.base import BaseWeight, DenseBase, Factors, padded_rank
 from lora_engine.ops.lora.dora import MagnitudeScale, magnitude_scale

@@ -12,9 +12,12 @@ from test_blocks import Mlp
 from torch import Tensor
 
 from lora_engine import backends
-from lora_engine.backends import choice, launchers, selection
+from lora_engine.backends import launchers, plans, selection
+from lora_engine.backends.choice import choose
 from lora_engine.backends.contracts import DyGradients, XGradient
 from lora_engine.backends.lora_parts import AdapterPart, split_parts
+from lora_engine.backends.plans import Strategy
+from lora_engine.backends.request import Activation, Present, Request
 from lora_engine.testing import error
 
 OPERATION = "glu_lora"
@@ -212,8 +215,8 @@ def test_a_block_takes_it_and_its_results_are_the_same(
     half = Mlp(backend, torch.float32, variant)
     together = gradients(half)
     assert taken == expected
-    monkeypatch.setattr(choice, "FORWARD_PASS_RANKS", 0)
-    monkeypatch.setattr(choice, "BACKWARD_PASS_RANKS", 0)
+    monkeypatch.setattr(plans, "FORWARD_PASS_RANKS", 0)
+    monkeypatch.setattr(plans, "BACKWARD_PASS_RANKS", 0)
     selection._choose_once.cache_clear()
     apart = gradients(half)
     assert taken == expected
@@ -236,15 +239,15 @@ def test_what_nobody_asks_for_is_not_made(backend: Backend, taken: list[str]) ->
 
 def test_the_choice_says_why() -> None:
     """By ranks, alignment and what comes between; only where there are kernels."""
-    gpu = choice.Request("glu", "cuda", 90, torch.bfloat16)
-    present = choice.Present("avx2", None, True, False, (), False, True)
+    gpu = Request("glu", "cuda", 90, torch.bfloat16)
+    present = Present("avx2", None, True, False, (), False, True)
 
-    def plan(sizes: choice.Activation, request: choice.Request = gpu) -> choice.Strategy:
-        found = choice.choose(replace(request, sizes=sizes), present).plan
-        assert isinstance(found, choice.Strategy)
+    def plan(sizes: Activation, request: Request = gpu) -> Strategy:
+        found = choose(replace(request, sizes=sizes), present).plan
+        assert isinstance(found, Strategy)
         return found
 
-    suited = choice.Activation(14336, 16, backward=True, apart=False)
+    suited = Activation(14336, 16, backward=True, apart=False)
     assert plan(suited).name == "one_pass"
     assert plan(suited._replace(backward=False)).name == "one_pass"
     others = [
@@ -256,6 +259,6 @@ def test_the_choice_says_why() -> None:
     for sizes, reason in others:
         assert plan(sizes).name == "one_by_one"
         assert reason in plan(sizes).reason
-    cpu = choice.Request("glu", "cpu", None, torch.bfloat16)
+    cpu = Request("glu", "cpu", None, torch.bfloat16)
     assert plan(suited, cpu).name == "one_by_one"
     assert not backends.takes_one_pass(suited, torch.device("cpu"), torch.float32)

@@ -8,7 +8,7 @@ from gpu_choices import choices_of_a_gpu
 from torch import Tensor
 
 from lora_engine import backends, ops
-from lora_engine.backends.choice import DECODED_ROWS
+from lora_engine.backends.plans import DECODED_ROWS
 from lora_engine.ops import DenseBase, LoraFactors, LoraGroup, QuantizedBase, quantize_weight
 
 
