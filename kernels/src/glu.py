@@ -54,7 +54,7 @@ def activated(gate, ACTIVATION: tl.constexpr, ELEMENT: tl.constexpr):
         c = tl.minimum(tl.maximum(gate, -40.0), 40.0)
         s = _sigmoid(c * (1.5957691216057308 + 0.0713548162726009 * c * c), EXACT)
         value = gate * s
-        slope = s + gate * (s * (1 - s)) * (1.5957691216057308 + 0.2140644488178027 * c * c)
+        slope = s + value * (1 - s) * (1.5957691216057308 + 0.2140644488178027 * c * c)
     else:
         tl.static_assert(ACTIVATION == "gelu")
         bell = tl.exp(-0.5 * gate * gate)
