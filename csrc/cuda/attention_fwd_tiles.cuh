@@ -10,33 +10,11 @@
 // exponentials of another meet.
 #pragma once
 
-#include "hopper.cuh"
+#include "attention_fwd_queue.cuh"
 
 namespace lora_engine {
 namespace cuda {
 namespace {
-
-constexpr int kNoWindow = 1 << 30;
-
-struct AttentionFwd {
-  void* o;                // [tokens, heads, D], tokens `stride_o` elements apart
-  float* lse;             // [heads, tokens]
-  const int* cu_seqlens;  // [sequences + 1]
-  int* taken;             // [], zero: tiles that thread blocks took after their first
-  int64_t tokens, stride_o;
-  int sequences, heads, group;  // group: query heads of a key head
-  int tiles;                    // of queries, of one head: tokens / kQueries + sequences
-  int causal;
-  int window;   // kNoWindow: none
-  float scale;  // of scores, positive, in units of log 2
-};
-
-// A tile of queries. Positions count from the sequence's first token.
-struct FwdTile {
-  int head, begin, length;
-  int first;       // query; below 0: there are no more tiles
-  int start, end;  // tiles of keys that the queries see
-};
 
 template <class T, int kD, int kGroups, int kKeys, int kStages>
 struct FwdShape {
@@ -48,26 +26,11 @@ struct FwdShape {
   // Offsets in shared memory.
   static constexpr uint32_t kQ = 0, kK = kQueryBytes, kV = kK + kStages * kKeyBytes;
   static constexpr uint32_t kBarriers = kV + kStages * kKeyBytes;
-  static constexpr uint32_t kTiles = kBarriers + (6 + 4 * kStages) * 8;
+  static constexpr uint32_t kQueue = kBarriers + 2 * 8;
+  static constexpr uint32_t kStageBarriers = kQueue + FwdQueue<kQueries, kKeys>::kBarrierBytes;
+  static constexpr uint32_t kTiles = kStageBarriers + 4 * kStages * 8;
   static constexpr uint32_t kBytes = kTiles + 2 * sizeof(FwdTile);
 };
-
-// Of sequence i the tiles from cu_seqlens[i] / size + i on: as many as it needs or one more, which
-// starts behind its last row. All of a warp look together.
-__device__ inline void find_tile(const AttentionFwd& a, int tile, int size, FwdTile& found) {
-  const int lane = threadIdx.x % 32;
-  int low = 0, count = a.sequences;  // the sequence is one of `count` from `low` on
-  while (count > 1) {
-    const int step = (count + 31) / 32, middle = low + lane * step;
-    const bool starts = lane * step < count && a.cu_seqlens[middle] / size + middle <= tile;
-    const int passed = (__popc(__ballot_sync(kFullWarp, starts)) - 1) * step;
-    low += passed;
-    count = min(step, count - passed);
-  }
-  found.begin = a.cu_seqlens[low];
-  found.length = a.cu_seqlens[low + 1] - found.begin;
-  found.first = (tile - found.begin / size - low) * size;
-}
 
 __device__ inline float exp2_of(float x) {
   float y;
@@ -97,17 +60,13 @@ struct FwdKernel {
 
   const AttentionFwd& a;
   const uint32_t shared;
-  FwdTile* const tiles;  // [2] in shared memory: the one that is worked on, and the next
+  const FwdQueue<Shape::kQueries, kKeys> queue;
 
   // Barriers. Of K and V the bytes are awaited apart: K is needed first and free again first.
   __device__ uint32_t q_full() const { return shared + Shape::kBarriers; }
   __device__ uint32_t q_empty() const { return shared + Shape::kBarriers + 8; }
-  __device__ uint32_t tile_full(int slot) const {
-    return shared + Shape::kBarriers + 16 + 16 * slot;
-  }
-  __device__ uint32_t tile_empty(int slot) const { return tile_full(slot) + 8; }
   __device__ uint32_t k_full(int stage) const {
-    return shared + Shape::kBarriers + 48 + 32 * stage;
+    return shared + Shape::kStageBarriers + 32 * stage;
   }
   __device__ uint32_t k_empty(int stage) const { return k_full(stage) + 8; }
   __device__ uint32_t v_full(int stage) const { return k_full(stage) + 16; }
@@ -117,10 +76,7 @@ struct FwdKernel {
     constexpr int kWarps = Shape::kConsumers / 32;
     init_barrier(q_full(), 1);
     init_barrier(q_empty(), kWarps);
-    for (int slot = 0; slot < 2; ++slot) {
-      init_barrier(tile_full(slot), 1);
-      init_barrier(tile_empty(slot), kWarps + 1);
-    }
+    queue.init(kWarps + 1);
     for (int stage = 0; stage < kStages; ++stage) {
       init_barrier(k_full(stage), 1);
       init_barrier(k_empty(stage), kWarps);
@@ -130,60 +86,13 @@ struct FwdKernel {
     show_barriers();
   }
 
-  // ---- one warp looks for tiles
-
-  // Under a causal mask the last tile of a sequence has most keys and is taken first.
-  __device__ FwdTile tile_of(int place) const {
-    FwdTile tile;
-    tile.head = place % a.heads;
-    find_tile(a, a.tiles - 1 - place / a.heads, Shape::kQueries, tile);
-    int end = tile.length;
-    if (a.causal) end = min(end, tile.first + Shape::kQueries);
-    tile.end = (end + kKeys - 1) / kKeys;
-    tile.start = a.window > tile.first ? 0 : (tile.first - a.window + 1) / kKeys;
-    return tile;
-  }
-
-  __device__ void look() const {
-    const int lane = threadIdx.x % 32, places = a.tiles * a.heads;
-    int count = 0;
-    const auto give = [&](const FwdTile& tile) {
-      wait_for(tile_empty(count & 1), ~(count >> 1) & 1);
-      if (lane == 0) {
-        tiles[count & 1] = tile;
-        arrive(tile_full(count & 1));
-      }
-      ++count;
-    };
-    for (int place = blockIdx.x; place < places;) {
-      int next = 0;
-      if (lane == 0) next = static_cast<int>(gridDim.x) + atomicAdd(a.taken, 1);
-      const FwdTile tile = tile_of(place);
-      if (tile.first < tile.length) give(tile);
-      place = __shfl_sync(kFullWarp, next, 0);
-    }
-    FwdTile none{};
-    none.first = -1;
-    give(none);
-  }
-
-  // The thread block's tile number `count`; its slot is free again when all who need it have read
-  // it.
-  __device__ FwdTile take(int count) const {
-    wait_for(tile_full(count & 1), count >> 1 & 1);
-    const FwdTile tile = tiles[count & 1];
-    __syncwarp(__activemask());
-    release(tile_empty(count & 1));
-    return tile;
-  }
-
   // ---- one thread brings their queries and keys
 
   __device__ void produce(const TensorMap* q, const TensorMap* k, const TensorMap* v) const {
     int stage = 0;
     uint32_t parity = 1;
     for (int count = 0;; ++count) {
-      const FwdTile tile = take(count);
+      const FwdTile tile = queue.take(count);
       if (tile.first < 0) break;
       wait_for(q_empty(), ~count & 1);
       arrive_expecting(q_full(), Shape::kQueryBytes);
@@ -277,10 +186,6 @@ struct FwdKernel {
         p[i][j] = rounded_pair(T{}, s[8 * i + 2 * j], s[8 * i + 2 * j + 1]);
   }
 
-  __device__ void release(uint32_t barrier) const {
-    if (threadIdx.x % 32 == 0) arrive(barrier);
-  }
-
   // Sets V's rows behind the sequence's last to zero: P is zero there, but 0 * NaN is not.
   __device__ void clear(int stage, int rows) const {
     const uint32_t tile = shared + Shape::kV + stage * Shape::kKeyBytes;
@@ -331,7 +236,7 @@ struct FwdKernel {
     int k_stage = 0, v_stage = 0;
     uint32_t k_parity = 0, v_parity = 0;
     for (int count = 0;; ++count) {
-      const FwdTile tile = take(count);
+      const FwdTile tile = queue.take(count);
       if (tile.first < 0) break;
       const int row = tile.first + own_row, group_row = tile.first + group * 64;
       // Tiles [full_start, full_end) of keys are seen whole by all of the warpgroup.
@@ -410,7 +315,9 @@ __global__ void __launch_bounds__(kGroups * 128 + 128, 1)
   extern __shared__ __align__(1024) unsigned char memory[];
   unsigned char* base = memory + (1024 - (shared_address(memory) & 1023)) % 1024;
   const FwdKernel<T, kD, kGroups, kKeys, kStages> kernel{
-      a, shared_address(base), reinterpret_cast<FwdTile*>(base + Shape::kTiles)};
+      a,
+      shared_address(base),
+      {a, reinterpret_cast<FwdTile*>(base + Shape::kTiles), shared_address(base) + Shape::kQueue}};
   // Equal in a warp, and the compiler knows it by the shuffle.
   const int group = __shfl_sync(kFullWarp, threadIdx.x / 128, 0);
   if (threadIdx.x == 0) kernel.init();
@@ -418,7 +325,7 @@ __global__ void __launch_bounds__(kGroups * 128 + 128, 1)
   if (group == kGroups) {
     give_registers<kGroups == 3 ? 32 : 24>();
     const int warp = __shfl_sync(kFullWarp, threadIdx.x / 32 % 4, 0);
-    if (warp == 0) kernel.look();
+    if (warp == 0) kernel.queue.look();
     if (warp == 1 && threadIdx.x % 32 == 0) kernel.produce(&q, &k, &v);
   } else {
     take_registers<kGroups == 3 ? 160 : 240>();

@@ -25,6 +25,10 @@ __device__ inline void show_barriers() {
 __device__ inline void arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
+// One arrival of a warp.
+__device__ inline void release(uint32_t barrier) {
+  if (threadIdx.x % 32 == 0) arrive(barrier);
+}
 // Arrives, and announces bytes that copies will bring.
 __device__ inline void arrive_expecting(uint32_t barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
