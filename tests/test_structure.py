@@ -20,6 +20,7 @@ LAYERS: list[set[str]] = [
     {"quantization"},
     {"reference"},
     {"backends"},
+    {"distributed.world", "distributed.replicate"},
     {"backends.cpu", "backends.cuda", "backends.triton"},
     {
         "backends.torch_attention",

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lora_engine import backends
 from lora_engine.distributed import is_started
 from lora_engine.errors import PeerLost, UserError, reason
 
@@ -113,7 +114,7 @@ def joined(words: Callable[[BaseException], str] = reason) -> Iterator[World]:
         yield ALONE
         return
     backend = "gloo"
-    if torch.cuda.is_available():
+    if backends.gpu_count():
         torch.cuda.set_device(_local_rank())
         backend = "cpu:gloo,cuda:nccl"
     try:
@@ -155,7 +156,7 @@ def check_same(world: World, what: Mapping[str, str]) -> None:
 
 def _local_rank() -> int:
     """The number of this process's GPU. Raises UserError if there is none for it."""
-    local, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    local, count = int(os.environ.get("LOCAL_RANK", "0")), backends.gpu_count()
     if local >= count:
         raise UserError(
             f"process {os.environ['RANK']}: has no GPU of its own, torch sees {count}; start at "
