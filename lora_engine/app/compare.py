@@ -9,10 +9,9 @@ from rich.table import Table
 from rich.text import Text
 
 from lora_engine.errors import UserError
-from lora_engine.files import user_path, write_text
+from lora_engine.files import write_text
 from lora_engine.report.compare import (
     Run,
-    check_page_path,
     comparison_json,
     comparison_page,
     differing_settings,
@@ -20,6 +19,7 @@ from lora_engine.report.compare import (
     measured_alike,
     read_runs,
 )
+from lora_engine.report.template import COMPARISON, page_path
 from lora_engine.text import visible
 
 as_json = comparison_json
@@ -39,12 +39,7 @@ def compare(paths: Sequence[str], html: str | None) -> Compared:
     without one, and a file that is no such page already."""
     if len(paths) < 2:
         raise UserError("compare: give two runs or more")
-    try:
-        page = None if html is None else user_path(html)
-    except ValueError as error:
-        raise UserError(f"--html: {error}") from error
-    if page is not None:
-        check_page_path(page)
+    page = None if html is None else page_path(html, COMPARISON)
     runs = read_runs(paths)
     if page is not None:
         write_text(page, comparison_page(runs))

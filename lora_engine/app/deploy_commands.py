@@ -156,6 +156,9 @@ def evaluate(
     limit: Annotated[
         int | None, typer.Option(metavar="N", help="Use the first N records.", min=1)
     ] = None,
+    html: Annotated[
+        str | None, typer.Option("--html", metavar="FILE", help="Write a page for a browser.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Measure MODEL on held-out data, without and with an adapter."""
@@ -173,6 +176,7 @@ def evaluate(
         metrics=metric or [],
         answers=answers,
         limit=limit,
+        html=html,
         tell=(lambda text: None) if as_json else console.print,
     )
     if as_json:

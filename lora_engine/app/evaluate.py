@@ -32,7 +32,10 @@ from lora_engine.evaluation.scores import (
     summary,
 )
 from lora_engine.export.adapter import chosen_adapters
+from lora_engine.files import write_text
 from lora_engine.models.load.load import load_model
+from lora_engine.report.evaluation_page import evaluation_page
+from lora_engine.report.template import EVALUATION, page_path
 
 Metric = Callable[[Sequence[str], Sequence[str]], float]
 _SAMPLES = 8  # prompts whose answers the report has
@@ -59,6 +62,7 @@ def evaluate(
     answers: int = 100,
     max_new_tokens: int = 64,
     limit: int | None = None,
+    html: str | None = None,
     dtype: str = "auto",
     device: str = "auto",
     tell: Tell = lambda text: None,
@@ -70,8 +74,10 @@ def evaluate(
     often the right one is the likeliest. group: a column of the data. metrics: names of
     `scores.METRICS`, or "module:function" of a function of answers and references; each of the
     first `answers` prompts is answered for them. The report has a section "model", or with an
-    adapter "base" and "adapter". Raises UserError for what cannot be read.
+    adapter "base" and "adapter". html: a file to write it to as a page. Raises UserError for what
+    cannot be read, and for a file that is there and is no such page.
     """
+    page = None if html is None else page_path(html, EVALUATION)
     if choices and metrics:
         raise UserError(
             f"--metric {metrics[0]}: questions with choices are not answered in words; give one of "
@@ -124,6 +130,8 @@ def evaluate(
         }
         for i, prompt in enumerate(prompts[:_SAMPLES])
     ]
+    if page is not None:
+        write_text(page, evaluation_page(report))
     return report
 
 

@@ -20,7 +20,7 @@ from lora_engine.report.page import (
     scientific,
     value_text,
 )
-from lora_engine.report.template import rendered
+from lora_engine.report.template import COMPARISON, rendered
 from lora_engine.text import bytes_text, duration_text, visible
 from lora_engine.training.run.folder import RunFolder
 
@@ -28,7 +28,6 @@ COLOURS = 8  # of runs, in report.css; those of more runs are dashed
 # Settings of `data` that change neither what is held out nor how it is read.
 _NOT_HELD_OUT = {"replay", "processes", "cache", "stream", "stream_buffer"}
 _OF_TRAINING_DATA = {"train", "split", "eval_fraction", "seed"}
-_MARK = '<meta name="generator" content="lora-engine compare">'
 
 
 @dataclass(frozen=True)
@@ -306,7 +305,7 @@ def comparison_page(runs: Sequence[Run]) -> str:
     shown = samples(runs)
     return rendered(
         "compare.html.j2",
-        mark=_MARK,
+        mark=COMPARISON,
         runs=runs,
         styles=[run_style(number) for number in range(len(runs))],
         settings=differing_settings(runs),
@@ -316,11 +315,3 @@ def comparison_page(runs: Sequence[Run]) -> str:
         samples=shown,
         peeks=differing_parts([sample["prompt"] for sample in shown]),
     )
-
-
-def check_page_path(path: Path) -> None:
-    """Raises UserError where a file is that `comparison_page` did not make."""
-    if path.is_dir():
-        raise UserError(f"{path}: is a folder; give a file's name with --html")
-    if path.exists() and _MARK not in path.read_text(encoding="utf-8", errors="replace"):
-        raise UserError(f"{path}: holds something else; give another name with --html")

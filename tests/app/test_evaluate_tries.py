@@ -17,10 +17,15 @@ def test_a_run_s_base_beside_its_adapter(finished, capfd, monkeypatch):
     monkeypatch.syspath_prepend(str(finished))
     status, printed, _ = run(
         capfd, "evaluate", "run", "--data", "held.jsonl", "--group", "kind", "--answers", "4",
-        "--metric", "exact_match", "--metric", "mine:half", "--json",
+        "--metric", "exact_match", "--metric", "mine:half", "--json", "--html", "page.html",
     )  # fmt: skip
     assert status == 0
     report = json.loads(printed)
+    assert [sample["reference"] for sample in report["samples"]] == [
+        f"it is {i}" for i in range(0, 8, 2)
+    ]
+    page = (finished / "page.html").read_text()
+    assert "mine:half" in page and "it is 2" in page
     base, adapter = report["base"], report["adapter"]
     assert base["examples"] == 8 and set(base["groups"]) == {"a", "b"}
     assert base["metrics"] == {"exact_match": 0.0, "mine:half": 2.0}
@@ -84,6 +89,9 @@ MISTAKES = [
         ["promt", "did you mean prompt"]),
     Try("no metric", ["evaluate", "tiny", "--data", "rows.jsonl", "--metric", "blue"],
         ["blue", "did you mean bleu"]),
+    Try("another's file as page",
+        ["evaluate", "tiny", "--data", "rows.jsonl", "--html", "rows.jsonl"],
+        ["rows.jsonl: holds something else"]),
     Try("no function", ["evaluate", "tiny", "--data", "rows.jsonl", "--metric", "math:nothing"],
         ["math:nothing", "module:function"]),
 ]  # fmt: skip

@@ -2,12 +2,11 @@
 
 import errno
 import os
-import resource
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from broken_machine import file_size_limit
 from safetensors import SafetensorError
 from tries import FAILED, INTERRUPTED, MISTAKE, Try, check, run, snapshot, tries
 
@@ -160,17 +159,6 @@ PLACES = [
 @tries(PLACES)
 def test_places_that_cannot_hold_a_run(capfd, run_folder, entry):
     check(capfd, run_folder, entry)
-
-
-@contextmanager
-def file_size_limit(size: int):
-    """Files can grow to `size` bytes, as on a disk that is full then."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("size", [0, 100, 1500, 4000, 20_000])

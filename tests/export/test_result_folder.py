@@ -2,12 +2,10 @@
 
 import errno
 import json
-import os
-import resource
 import signal
-import sys
 
 import pytest
+from broken_machine import file_size_limit, in_a_child, killed_at
 
 from lora_engine.errors import UserError
 from lora_engine.export.folder import check_space, result_folder, write_report
@@ -31,43 +29,12 @@ def content(target):
     return text
 
 
-def in_a_child(work):
-    """The exit status of a process that does `work`."""
-    pid = os.fork()
-    if pid == 0:
-        status = 1
-        try:
-            work()
-            status = 0
-        finally:
-            os._exit(status)
-    return os.waitpid(pid, 0)[1]
-
-
-def dies_at(event, target):
-    """A child that replaces the result and is killed at its n-th call of the system."""
-    count = 0
-
-    def hook(name, args):
-        nonlocal count
-        if name == "open" or name.startswith(("os.", "shutil.", "ctypes.")):
-            count += 1
-            if count == event:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    def work():
-        sys.addaudithook(hook)
-        write_result(target, "new", overwrite=True)
-
-    return in_a_child(work)
-
-
 def test_a_kill_at_any_moment_leaves_the_old_or_the_new(tmp_path):
     target = tmp_path / "result"
     seen = []
     for event in range(1, 200):
         write_result(target, "old", overwrite=True)
-        status = dies_at(event, target)
+        status = killed_at(event, lambda: write_result(target, "new", overwrite=True))
         seen.append(content(target))
         if status == 0:
             break
@@ -83,8 +50,7 @@ def test_a_disk_that_is_full_leaves_the_old(tmp_path):
     write_result(target, "old")
 
     def work():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (BIG, BIG))
-        with pytest.raises(OSError) as caught:
+        with file_size_limit(BIG), pytest.raises(OSError) as caught:
             write_result(target, "new", overwrite=True)
         assert caught.value.errno == errno.EFBIG and caught.value.filename == str(target)
 

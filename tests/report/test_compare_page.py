@@ -12,7 +12,6 @@ from lora_engine.app.config import load_config
 from lora_engine.errors import UserError
 from lora_engine.report.compare import (
     charts,
-    check_page_path,
     comparison_json,
     comparison_page,
     differing_settings,
@@ -22,6 +21,7 @@ from lora_engine.report.compare import (
     run_style,
     samples,
 )
+from lora_engine.report.template import COMPARISON, page_path
 
 PROMPTS = ["say <1>", "say <2>"]
 
@@ -216,9 +216,9 @@ def test_a_last_line_that_is_not_whole_is_left_out_and_another_is_refused(tmp_pa
 
 def test_a_page_replaces_a_page_and_nothing_else(tmp_path, runs):
     page = tmp_path / "page.html"
-    check_page_path(page)
+    assert page_path(str(page), COMPARISON) == page
     page.write_text(comparison_page(runs))
-    check_page_path(page)
+    assert page_path(str(page), COMPARISON) == page
     page.write_text("<html>mine</html>")
     with pytest.raises(UserError, match="holds something else"):
-        check_page_path(page)
+        page_path(str(page), COMPARISON)
