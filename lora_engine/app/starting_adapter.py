@@ -12,6 +12,7 @@ from lora_engine.app.trained import check_base, find_trained
 from lora_engine.errors import UserError
 from lora_engine.export.adapter import Adapter
 from lora_engine.models.peft.adapters import LoraConfig
+from lora_engine.models.peft.routing import REFERENCE_ADAPTER
 from lora_engine.objectives.online import OnlineObjective
 
 if TYPE_CHECKING:
@@ -34,19 +35,20 @@ _FIELDS = {
 
 @dataclass(frozen=True)
 class StartingAdapter:
-    """folder: of the adapter. lora: its settings, as a run's. sha256: of its weights."""
+    """folder: of the adapter. lora: its settings, as a run's. sha256: of its weights. compares: the
+    objective has a reference, which is the model with the adapter as it is now."""
 
     folder: Path
     lora: LoraConfig
     sha256: str
+    compares: bool
 
 
 def starting_adapter(config: RunConfig) -> StartingAdapter | None:
     """The adapter that `config` goes on with; None if it makes one.
 
-    Raises UserError for a folder without one adapter, one that is not LoRA or of another base,
-    settings in `lora` that are not the adapter's, and an objective that would compare with the
-    model without it.
+    Raises UserError for a folder without one adapter, one that is not LoRA or of another base, and
+    settings in `lora` that are not the adapter's.
     """
     source = config.model.adapter
     if source is None:
@@ -69,17 +71,16 @@ def starting_adapter(config: RunConfig) -> StartingAdapter | None:
         )
     objective = objective_of(config.objective)
     compares = isinstance(objective, OnlineObjective) and objective.compares
-    if objective.reads.reference or compares:
-        raise UserError(
-            "model.adapter: the objective compares with the model without its adapter; merge the "
-            f"adapter first, lora-engine merge {source} --to DIR, and give DIR as model.path"
-        )
+    compares = compares or objective.reads.reference
     weights = (adapter.folder / "adapter_model.safetensors").read_bytes()
-    return StartingAdapter(adapter.folder, own, hashlib.sha256(weights).hexdigest())
+    return StartingAdapter(adapter.folder, own, hashlib.sha256(weights).hexdigest(), compares)
 
 
 def going_on(model: "nn.Module", start: StartingAdapter) -> "PeftCausalLm":
-    """`model` in a PeftModel with the adapter, to be trained; its values in float32."""
+    """`model` in a PeftModel with the adapter, to be trained; its values in float32.
+
+    Where the objective compares, a frozen copy of the adapter is beside it: REFERENCE_ADAPTER.
+    """
     import peft
 
     try:
@@ -88,6 +89,9 @@ def going_on(model: "nn.Module", start: StartingAdapter) -> "PeftCausalLm":
             wrapped: PeftCausalLm = peft.PeftModel.from_pretrained(
                 model, start.folder, is_trainable=True
             )
+            if start.compares:
+                wrapped.load_adapter(start.folder, REFERENCE_ADAPTER, is_trainable=False)
+                wrapped.set_adapter("default")
     except (RuntimeError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(

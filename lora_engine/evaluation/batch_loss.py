@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lora_engine.data.batch import PackedBatch, without_shared_prefixes
 from lora_engine.distributed.world import ALONE, World
 from lora_engine.errors import UserError
-from lora_engine.evaluation.modes import inference, with_adapter, without_adapters
+from lora_engine.evaluation.modes import as_reference, inference, with_adapter, without_adapters
 from lora_engine.models.attach.head import Head, output_head
 from lora_engine.models.attach.packed import can_share_prefixes, packed_hidden_states
 from lora_engine.models.attach.scalar_head import scalar_head
@@ -66,7 +66,8 @@ def target_scores(model: nn.Module, batch: PackedBatch, objective: Objective) ->
 
 
 def reference_logprobs(model: nn.Module, batch: PackedBatch, temperature: float = 1.0) -> Tensor:
-    """[U] float32: the targets' log-probabilities under the model without its adapters.
+    """[U] float32: the targets' log-probabilities under the model without its adapters, or with the
+    adapter that its run began with.
 
     In evaluation mode and without gradients. Draws no random number.
     """
@@ -75,7 +76,7 @@ def reference_logprobs(model: nn.Module, batch: PackedBatch, temperature: float 
             "the objective compares the model with itself without adapters, and it has none: "
             "add an adapter with peft.get_peft_model"
         )
-    with inference(model), without_adapters(model):
+    with inference(model), as_reference(model):
         hidden = packed_hidden_states(model, batch, batch.target_index)
         return (
             output_head(model)

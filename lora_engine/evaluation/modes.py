@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from lora_engine.models.families.modules import PeftCausalLm
+from lora_engine.models.peft.routing import REFERENCE_ADAPTER
 
 
 @contextmanager
@@ -26,6 +27,15 @@ def inference(model: nn.Module) -> Iterator[None]:
 def without_adapters(model: PeftCausalLm) -> Iterator[None]:
     """The PeftModel computes as its base model does; which parameters are trained stays as is."""
     with _keeping_trained(model), model.disable_adapter():
+        yield
+
+
+@contextmanager
+def as_reference(model: PeftCausalLm) -> Iterator[None]:
+    """The PeftModel computes as what it is compared with: with its adapter REFERENCE_ADAPTER where
+    it has one, else without adapters."""
+    has_own = REFERENCE_ADAPTER in model.peft_config
+    with with_adapter(model, REFERENCE_ADAPTER) if has_own else without_adapters(model):
         yield
 
 

@@ -29,7 +29,7 @@ class CloseToBase:
         own = self.objective
         problem = None
         if isinstance(own, OnlineObjective):
-            problem = "has such a term of its own, objective.beta"
+            problem = "has such a term of its own, objective.kl_weight"
         elif own.reads.divergence is not None:
             problem = "is drawn to a teacher already"
         elif own.reads.values == "examples":

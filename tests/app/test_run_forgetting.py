@@ -85,6 +85,7 @@ def test_a_stream_replays_too_and_holds_none_of_it_out(texts):
     assert max(numbers) > 20  # of buffers after the first one, in which old.jsonl came to its end
 
 
+@pytest.mark.slow
 def test_a_stream_with_replay_is_resumed_bit_for_bit(texts):
     stream = ("data.stream=true", "data.stream_buffer=16", *HELP)
     run(*stream, "train.output_dir=whole")

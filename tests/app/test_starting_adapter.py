@@ -1,6 +1,7 @@
 """`model.adapter`: a run goes on with an adapter, as it is, or says why it cannot."""
 
 import json
+import math
 import shutil
 
 import pytest
@@ -52,6 +53,26 @@ def test_it_is_resumed_with_the_adapter_that_it_began_with(settings):
     assert run(*going_on, resume=True).result.steps == 4
 
 
+def test_the_reference_is_the_adapter_that_it_began_with(settings):
+    begun(settings)
+    rows = [{"prompt": f"double {i}", "chosen": f"{i} {i}", "rejected": f"{i}"} for i in range(20)]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (settings / "pairs.jsonl").write_text(lines)
+    compared = ("model.adapter=first", "objective=dpo", "data.train=pairs.jsonl", "samples.count=0")
+    summary = run(*compared).summary
+    assert summary["heldout_loss_before"] == pytest.approx(math.log(2), abs=1e-6)
+    assert summary["heldout_loss_after"] < summary["heldout_loss_before"] - 1e-4
+    adapter = settings / "out/adapter"
+    assert not [path for path in adapter.iterdir() if path.is_dir()]
+    old, new = (
+        load_file(path / "adapter_model.safetensors")
+        for path in (settings / "first/adapter", adapter)
+    )
+    assert old.keys() == new.keys() and any(not torch.equal(old[n], new[n]) for n in old)
+    saved = load_file(settings / "out/checkpoints/step-00000004/weights.safetensors")
+    assert not [name for name in saved if "frozen_reference" in name]
+
+
 def without_a_tensor(path):
     tensors = load_file(path)
     del tensors[next(name for name in tensors if "q_proj" in name and "lora_B" in name)]
@@ -68,7 +89,6 @@ def wider(path):
         (["model.adapter=gone"], "gone: no such folder; give the folder of a run"),
         (["model.adapter=rows.jsonl"], "rows.jsonl: is a file; give the folder of a run"),
         (["lora.r=8"], r"lora: the adapter in first keeps its settings \(r 4, alpha 8\); leave"),
-        (["objective=dpo"], "merge the adapter first, lora-engine merge first --to DIR"),
         (["train.output_dir=first", "train.overwrite=true"], "holds first, the adapter to begin"),
     ],
 )

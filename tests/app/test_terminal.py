@@ -28,6 +28,7 @@ data: {train: rows.jsonl, eval_fraction: 0.2}
 lora: {r: 2}
 train: {output_dir: "runs/[/red] [bold]\u202e", max_steps: 2, tokens_per_batch: 64}
 samples: {count: 1, max_new_tokens: 2}
+evaluation: {probe: null}
 """
 MARKUP = "[/red][bold]a[/]"
 

@@ -78,7 +78,7 @@ def test_each_term_has_its_own_weight():
     [
         (Distill(), "is drawn to a teacher already"),
         (Reward(), "predicts no tokens"),
-        (GRPO(), "has such a term of its own, objective.beta"),
+        (GRPO(), "has such a term of its own, objective.kl_weight"),
     ],
     ids=["distill", "reward", "grpo"],
 )

@@ -184,6 +184,8 @@ class PeftCausalLm(nn.Module):
     peft_config: Mapping[str, AdapterConfig]
 
     add_adapter: Callable[[str, object], None]
+    load_adapter: Callable[..., object]
+    set_adapter: Callable[[str], None]
     save_pretrained: Callable[..., object]
     get_base_model: Callable[[], CausalLm]
     disable_adapter: Callable[[], AbstractContextManager[None]]

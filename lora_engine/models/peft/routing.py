@@ -21,6 +21,10 @@ def is_peft(model: nn.Module) -> TypeGuard[PeftCausalLm]:
     return isinstance(model, PeftModel)
 
 
+# A frozen copy of the adapter that a run goes on with, for objectives that compare with it.
+REFERENCE_ADAPTER = "frozen_reference"
+
+
 def active_adapters(model: nn.Module) -> tuple[str, ...]:
     """The adapters of a PeftModel that are active; none for other models."""
     return tuple(model.active_adapters) if is_peft(model) else ()

@@ -23,7 +23,7 @@ from lora_engine.data.template import Tokenizer
 from lora_engine.models.families.modules import CausalLm, PeftCausalLm
 from lora_engine.models.load.origin import Base, base_of, write_base
 from lora_engine.models.load.transformers_files import quiet_transformers
-from lora_engine.models.peft.routing import active_adapters, is_peft
+from lora_engine.models.peft.routing import REFERENCE_ADAPTER, active_adapters, is_peft
 from lora_engine.training.run.atomic import new_folder
 from lora_engine.training.run.card import CardFacts, adapter_card, index_card, model_card
 
@@ -39,7 +39,7 @@ def export_model(
     base = base_of(model)
     with new_folder(target) as folder, quiet_transformers():
         if is_peft(model):
-            model.save_pretrained(folder)
+            model.save_pretrained(folder, selected_adapters=_saved(model))
             _complete_adapters(model, tokenizer, folder, base, facts)
         else:
             cast(CausalLm, model).save_pretrained(folder)
@@ -53,7 +53,8 @@ def _complete_adapters(
 ) -> None:
     """What PEFT leaves out of its folders, or writes for this machine alone."""
     active = active_adapters(model)
-    for name, peft_config in model.peft_config.items():
+    for name in _saved(model):
+        peft_config = model.peft_config[name]
         own = folder if name == "default" else folder / name
         _name_base(own / "adapter_config.json", base)
         write_base(own, base)
@@ -64,7 +65,12 @@ def _complete_adapters(
         )
         _write(own / "README.md", card)
     if "default" not in model.peft_config:
-        _write(folder / "README.md", index_card(base, list(model.peft_config)))
+        _write(folder / "README.md", index_card(base, _saved(model)))
+
+
+def _saved(model: PeftCausalLm) -> list[str]:
+    """The adapters that are a result of the run."""
+    return [name for name in model.peft_config if name != REFERENCE_ADAPTER]
 
 
 def _name_base(path: Path, base: Base) -> None:
