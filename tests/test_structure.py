@@ -33,7 +33,7 @@ LAYERS: list[set[str]] = [
     {"ops.lora", "ops.head"},
     {"ops.layer"},
     {"ops.__init__"},
-    {"models.families", "models.quantized"},
+    {"models.families", "models.quantized", "models.sharded"},
     {"testing", "models", "models.peft", "models.proof", "models.attach", "models.load"},
     {"memory"},
     {"generation"},

@@ -92,6 +92,12 @@ class ModelConfig(Section):
         "serve, instead of unpacking them.",
     )
 
+    shard: bool = Field(
+        default=False,
+        description="Of several processes, each keeps its part of the linears' frozen weights, and "
+        "gathers them layer by layer: for a model that does not fit whole.",
+    )
+
     @model_validator(mode="after")
     def _quantisation_is_one(self) -> "ModelConfig":
         if self.quantize is None and (self.double_quant or self.quantize_skip is not None):
@@ -246,6 +252,10 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _packed_weights_have_adapters(self) -> "RunConfig":
+        if self.lora is None and self.model.shard:
+            raise ValueError(
+                "model.shard: weights in shards are frozen; give lora, or leave it out"
+            )
         if self.lora is None and (self.model.quantize is not None or self.model.keep_quantized):
             raise ValueError("lora: weights in packed bits are frozen; give lora, or leave them")
         return self

@@ -17,7 +17,7 @@ import shlex
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 
@@ -27,6 +27,7 @@ from lora_engine.app.datasets import Reading, prepare_data, prepare_probe, prepa
 from lora_engine.app.objectives import ONLINE, name_of, objective_of, teacher_of
 from lora_engine.app.online import online_of, shown_prompts
 from lora_engine.app.plan import with_memory
+from lora_engine.app.run_model import run_model
 from lora_engine.app.run_summary import description, earlier_peak, model_name, perplexity
 from lora_engine.app.samples_before import counted, read_json, samples_before
 from lora_engine.app.starting_adapter import StartingAdapter, going_on, starting_adapter
@@ -51,11 +52,10 @@ from lora_engine.models.load.load import (
 )
 from lora_engine.models.load.scalar import add_value_head, with_scalar_head
 from lora_engine.models.peft.adapters import add_adapters
-from lora_engine.models.quantized.linear import QuantizedLinear
+from lora_engine.models.sharded.shard import is_sharded
 from lora_engine.objectives.base import Objective, Teacher
 from lora_engine.report.page import write_report
 from lora_engine.training.run.folder import RunFolder
-from lora_engine.training.run.identity import model_weights_sha256
 from lora_engine.training.together import check_share
 from lora_engine.training.trainer import Trainer, TrainResult
 
@@ -118,8 +118,8 @@ def _finetune(config: RunConfig, resume: bool, observer: Observer | None, world:
     if config.train.memory is not None:
         config = with_memory(config, _config_of_run(folder) if resume else None, world, tell)
     tell(f"loading {model_name(config)}")
-    model, tokenizer = _load(config, observer)
-    origin = _origin(config, model, start)
+    model, tokenizer, fingerprint = run_model(config, getattr(observer, "on_load", None), world)
+    origin = _origin(config, fingerprint, start)
     if name_of(config.objective) == "reward":
         model = with_scalar_head(
             model, pad_token_id=tokenizer.pad_token_id, seed=config.lora.seed if config.lora else 0
@@ -164,8 +164,10 @@ def _finetune(config: RunConfig, resume: bool, observer: Observer | None, world:
         tell(f"preflight: {preflight}")
     writes = trainer.objective.reads.values != "examples"
     prompts = shown_prompts(eval_data, tokenizer, config.samples.count if writes else 0)
-    if world.is_first:
-        kept = None if step is None else read_json(files.samples_before)
+    writing = world.is_first or is_sharded(model)  # all processes run a model that they share
+    if writing:
+        kept = read_json(files.samples_before) if step is not None and world.is_first else None
+        kept = cast("dict[str, Any] | None", world.of_first(kept)) if world.size > 1 else kept
         before = samples_before(config, model, tokenizer, prompts, kept, tell)
     trainer.open_folder(step)
     if world.is_first:
@@ -181,11 +183,13 @@ def _finetune(config: RunConfig, resume: bool, observer: Observer | None, world:
     result = trainer.fit(resume=resume)
     if coverage is not None:
         restore(model)
-    if result.stopped == "interrupted" or not world.is_first:
+    if result.stopped == "interrupted" or not writing:
         return Outcome(folder, result, None, is_told=world.is_first)
     if prompts:
         tell(f"writing {counted(len(prompts))}")
     after = generate(model, tokenizer, prompts, max_new_tokens=config.samples.max_new_tokens)
+    if not world.is_first:
+        return Outcome(folder, result, None, is_told=False)
     unit = trainer.objective.unit
     summary = {
         **result.summary(),
@@ -296,29 +300,9 @@ def _config_of_run(folder: Path) -> RunConfig | None:
     return None
 
 
-def _load(config: RunConfig, observer: Observer | None) -> tuple[Any, Any]:
-    """The run's model and tokenizer. Raises UserError for one that nothing could train."""
-    stated = config.model
-    model, tokenizer = load_model(
-        stated.path,
-        dtype=stated.dtype,
-        device=stated.device,
-        quantize=stated.quantize,
-        double_quant=stated.double_quant,
-        quantize_skip=stated.quantize_skip,
-        keep_quantized=stated.keep_quantized,
-        progress=getattr(observer, "on_load", None),
-    )
-    if config.lora is None and any(isinstance(m, QuantizedLinear) for m in model.modules()):
-        raise UserError(
-            f"{stated.path}: its weights are in packed bits, which are frozen; give lora"
-        )
-    return model, tokenizer
-
-
-def _origin(config: RunConfig, model: Any, start: StartingAdapter | None) -> dict[str, Any]:
+def _origin(config: RunConfig, weights: str, start: StartingAdapter | None) -> dict[str, Any]:
     """What the trained model is made from, for the identity of the run."""
-    origin = {"weights": model_weights_sha256(model)}
+    origin = {"weights": weights}
     if start is not None:
         return {**origin, "model.adapter": start.sha256}
     return origin if config.lora is None else {**origin, "lora.seed": config.lora.seed}

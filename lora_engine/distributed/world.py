@@ -32,12 +32,16 @@ _TELLING = 3.0  # seconds that the first process has to say why the run ended
 class World:
     """This process among those of a run.
 
-    rank: its number, from 0. size: how many there are. All of them call the methods below, in the
+    rank: its number, from 0. size: how many there are. in_step: they share the model's weights, so
+    that all of them make the same passes, also those whose results only one needs.
+
+    All of them call the methods below, in the
     same order; what they do is nothing where there is one process. Raise PeerLost.
     """
 
     rank: int = 0
     size: int = 1
+    in_step: bool = False
 
     @property
     def is_first(self) -> bool:
@@ -55,8 +59,13 @@ class World:
         with _peers():
             return dist.all_reduce(tensor, async_op=True)
 
+    def begin_gather_(self, out: Tensor, own: Tensor) -> "dist.Work | None":
+        """Begins to put all processes' `own` [n], by rank, into `out` [size n]."""
+        with _peers():
+            return dist.all_gather_into_tensor(out, own, async_op=True)
+
     def end(self, work: "dist.Work | None") -> None:
-        """Wait for what `begin_add_` began; on a GPU its stream waits, not the host."""
+        """Wait for what was begun; on a GPU its stream waits, not the host."""
         if work is not None:
             with _peers():
                 work.wait()

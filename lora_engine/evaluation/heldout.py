@@ -67,7 +67,7 @@ class Sums(TypedDict):
     """What held-out batches came to, JSON; those of several processes add up.
 
     weights, totals: of the loss, by term. metrics: total and count by name. failure: what was not
-    finite, of which examples, and where; nothing was measured after it then.
+    finite, of which examples, and where; the rest is of no use then.
     """
 
     weights: dict[str, float]
@@ -128,10 +128,13 @@ def measure(
             terms = {term: total.item() for term, total in terms_of(judged).items()}
             values = {name: mean.total.item() for name, mean in judged.metrics.items()}
             for name, value in [*(("loss", value) for value in terms.values()), *values.items()]:
-                if not math.isfinite(value):
-                    layer = first_nonfinite_layer(model, on_device, objective)
-                    sums["failure"] = (f"the held-out {name} is {value}", batch.origins, layer)
-                    return sums
+                if not math.isfinite(value) and sums["failure"] is None:
+                    what, layer = f"the held-out {name} is {value}", None
+                    if not world.in_step:
+                        layer = first_nonfinite_layer(model, on_device, objective)
+                    sums["failure"] = (what, batch.origins, layer)
+            if sums["failure"] is not None and not world.in_step:
+                return sums
             sums["totals"] = added([sums["totals"], terms])
             correct += scores.correct.sum()
             sums["targets"] += scores.correct.numel()

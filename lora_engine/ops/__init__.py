@@ -29,6 +29,7 @@ from lora_engine.ops.lora.storage import base_of, has_base
 from lora_engine.ops.quantized_weight import QuantizedWeight, quantize_weight
 from lora_engine.ops.rms_norm import rms_norm
 from lora_engine.ops.rope import rope
+from lora_engine.ops.sharded_weight import ShardedWeight, shard_weight
 from lora_engine.values import Dropout, LoraFactors, PreNorm
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "PreNorm",
     "QuantizedBase",
     "QuantizedWeight",
+    "ShardedWeight",
     "adamw_",
     "adamw_8bit_",
     "adding_gradients",
@@ -66,4 +68,5 @@ __all__ = [
     "quantize_weight",
     "rms_norm",
     "rope",
+    "shard_weight",
 ]

@@ -83,7 +83,9 @@ class TrainStep:
         self.optimizer = optimizer
         self.seed = seed
         self.world = world
-        self._sum = GradientSum(world, optimizer.flat.grad, optimizer.flat.large())
+        # Gathered weights and gradients would meet in another order in each process.
+        large = [] if world.in_step else optimizer.flat.large()
+        self._sum = GradientSum(world, optimizer.flat.grad, large)
 
     def __call__(
         self,
@@ -152,17 +154,22 @@ class TrainStep:
         flat, world = self.optimizer.flat, self.world
         flat.zero_grad()
         indices = weighty[world.rank :: world.size]
+        count = len(indices)
+        if world.in_step and count < -(-len(weighty) // world.size):
+            indices = [*indices, weighty[0]]  # a pass with the others, which counts nothing
         own = [batches[index] for index in indices]
         micro: list[_OnDevice] = []
         stopped = None
         counted = with_statistics(self.model, own, self.objective, check, world)
-        for index, batch in zip(indices, counted, strict=True):
-            if (stopped := interrupting(check)) is not None:
+        for place, (index, batch) in enumerate(zip(indices, counted, strict=True)):
+            if stopped is None:
+                stopped = interrupting(check)
+            if stopped is not None and not world.in_step:
                 break
             random_state.seed_micro_batch(self.seed, step, index)
             on_device = batch.to(flat.device)
             loss = batch_loss(self.model, on_device, self.objective)
-            is_last = index == indices[-1]
+            is_last = place == count - 1
             # Checkpointed layers run again, and need their adapters.
             with (
                 adapters_of(self.model, on_device),
@@ -170,7 +177,10 @@ class TrainStep:
                 flat.collecting(),
             ):
                 # Dividing by the step's weight, not the micro-batch's, weights every token alike.
-                mean_of(self.objective, loss, weight).backward()
+                mean = mean_of(self.objective, loss, weight)
+                (mean if place < count else mean * 0.0).backward()
+            if place == count:
+                break
             terms = {n: total.detach() for n, total in terms_of(loss).items()}
             metrics = {n: Mean(m.total.detach(), m.count) for n, m in loss.metrics.items()}
             micro.append(_OnDevice(on_device, terms, metrics))
@@ -238,10 +248,10 @@ class TrainStep:
         self, step: int, index: int, number: int, micro: Sequence[_OnDevice]
     ) -> str | None:
         """Where the loss of micro-batch `index`, the `number`th with weight, went wrong, by the
-        process that ran it, with the same dropout."""
+        process that ran it, with the same dropout; None where it cannot run the model alone."""
         place, owner = divmod(number, self.world.size)
         layer = None
-        if self.world.rank == owner:
+        if self.world.rank == owner and not self.world.in_step:
             random_state.seed_micro_batch(self.seed, step, index)
             layer = first_nonfinite_layer(self.model, micro[place].batch, self.objective)
         return cast("list[str | None]", self.world.gather(layer))[owner]

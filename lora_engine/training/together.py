@@ -1,6 +1,7 @@
 """What the processes of one run share: its settings have to let them, and they measure together."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import cast
 
 from torch import nn
@@ -9,6 +10,8 @@ from lora_engine.data.batch import PackedBatch
 from lora_engine.distributed.world import World
 from lora_engine.errors import UserError
 from lora_engine.evaluation.heldout import HeldoutResult, Sums, measure, result_of
+from lora_engine.models.sharded.shard import is_sharded
+from lora_engine.objectives.answers import has_weight
 from lora_engine.objectives.base import Objective
 from lora_engine.training.batches import BatchSource
 from lora_engine.training.config import TrainConfig
@@ -36,6 +39,27 @@ def check_share(world: World, config: TrainConfig, *, writes: bool) -> None:
         )
 
 
+def in_step(world: World, model: nn.Module, objective: Objective, origin: bool) -> World:
+    """`world` as it is for the model: in step where processes share its weights.
+
+    origin: whether it is said what the model was made from. Raises UserError for what cannot be
+    trained so.
+    """
+    if not is_sharded(model) or world.size == 1:
+        return world
+    if objective.reads.mismatched:
+        raise UserError(
+            f"objective {objective.name} compares with answers to other prompts, which processes "
+            "that share a model's weights do not do in step; leave model.shard out"
+        )
+    if not origin:
+        raise UserError(
+            "Trainer: the model's weights are in several processes and cannot be told from "
+            "another model's; give origin={'weights': a hash of the model's files}"
+        )
+    return replace(world, in_step=True)
+
+
 def measured_together(
     model: nn.Module,
     source: BatchSource,
@@ -48,14 +72,24 @@ def measured_together(
     check: called before each batch; Interrupted that it raises in one process is so in all.
     """
 
-    def batches() -> Iterator[PackedBatch]:
-        for number in range(world.rank, source.num_batches(0), world.size):
-            if interrupting(check) is not None:  # what was measured is thrown away
-                return
+    def batches(numbers: Sequence[int]) -> Iterator[PackedBatch]:
+        for number in numbers:
+            if interrupting(check) is not None and not world.in_step:
+                return  # what was measured is thrown away
             yield source.batch(0, number)
 
     def of_step(step: int) -> HeldoutResult:
-        own = measure(model, batches(), objective, world=world)
+        every = range(source.num_batches(0))
+        if not world.in_step:
+            own = measure(model, batches(every[world.rank :: world.size]), objective, world=world)
+        else:
+            weighty = [n for n in every if has_weight(objective, source.batch(0, n))]
+            rest = [n for n in every if n not in weighty]  # which are counted, and not run
+            share = weighty[world.rank :: world.size]
+            mine = [*share, *rest[world.rank :: world.size]]
+            own = measure(model, batches(mine), objective, world=world)
+            if len(share) < -(-len(weighty) // world.size):  # a pass with the others
+                measure(model, [source.batch(0, weighty[0])], objective, world=world)
         check_together(world, check)
         return result_of(cast(list[Sums], world.gather(own)), objective, step=step)
 

@@ -61,7 +61,7 @@ from lora_engine.training.run.identity import run_identity, tell_rounding
 from lora_engine.training.signals import InterruptGuard
 from lora_engine.training.state import Stopped, TrainResult, TrainState
 from lora_engine.training.stream_source import StreamSource
-from lora_engine.training.together import check_share
+from lora_engine.training.together import check_share, in_step
 from lora_engine.training.trackers import Tracking
 
 logger = logging.getLogger(__name__)
@@ -121,7 +121,8 @@ class Trainer:
         self.tokenizer = tokenizer
         self.config = config
         self.objective = objective
-        self._world = current()
+        has_origin = origin is not None and "weights" in origin
+        self._world = in_step(current(), model, objective, has_origin)
         check_share(self._world, config, writes=online is not None)
         self._tracking = Tracking(config, objective.name)
         self.callbacks = Callbacks(callbacks if self._world.is_first else ())
@@ -213,7 +214,9 @@ class Trainer:
 
         step: what `check_folder` returned. Raises UserError where the run would learn nothing.
         """
-        if not self.config.preflight or step == self.total_steps or not self._world.is_first:
+        if not self.config.preflight or step == self.total_steps:
+            return None
+        if not (self._world.is_first or self._world.in_step):
             return None
         self._train_source.share_prefixes = self._shares_prefixes(training=True)
         tokens = min(self.config.tokens_per_batch, PREFLIGHT_TOKENS)

@@ -170,3 +170,20 @@ def test_processes_are_not_started_by_each_of_torchruns(monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         cli.main(["train", "demo", "--nproc", "2"])
     assert "--nproc: torchrun has started the processes already" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_model_that_processes_share_is_trained_as_a_whole_one(run_folder):
+    one = [*PROGRAM, "train", "run.yaml", SHARED, "train.output_dir=alone"]
+    packed = ["model.quantize=nf4", "model.shard=true"]
+    subprocess.run([*one, *packed], check=True, capture_output=True)
+    started = Started(*packed)
+    assert started.end() == (0, [])
+    alone, together = (
+        json.loads((run_folder / name / "summary.json").read_text()) for name in ("alone", "run")
+    )
+    assert together["heldout_loss_after"] == pytest.approx(alone["heldout_loss_after"], rel=1e-4)
+    assert together["samples"] == alone["samples"]
+    # Another number of processes goes on with it, whether the weights are shared or not.
+    longer = ["train.max_steps=4", "model.quantize=nf4", "--resume"]
+    subprocess.run([*one[:-1], *longer], check=True, capture_output=True)

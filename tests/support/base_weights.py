@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from lora_engine.distributed.world import ALONE
 from lora_engine.ops import (
     BaseWeight,
     DenseBase,
@@ -17,9 +18,11 @@ from lora_engine.ops import (
     QuantizedBase,
     QuantizedWeight,
     quantize_weight,
+    shard_weight,
 )
 from lora_engine.ops.lora.adapters import Adapters, total_rank
 from lora_engine.ops.lora.base import Factors
+from lora_engine.ops.lora.sharded_base import ShardedBase
 
 
 class LentBase:
@@ -121,6 +124,7 @@ BASES: dict[str, Callable[[Sequence[Tensor], int], BaseWeight]] = {
     "blocks": lambda weights, rank: BlockBase(weights),
     "scratch": lambda weights, rank: ScratchBase(weights),
     "nf4": lambda weights, rank: QuantizedBase([nf4(weight) for weight in weights]),
+    "sharded": lambda weights, rank: ShardedBase([shard_weight(w, ALONE) for w in weights]),
 }
 
 

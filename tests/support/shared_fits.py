@@ -4,12 +4,23 @@ import os
 import signal
 from dataclasses import replace
 
+import peft
 import torch
 from objective_cases import EVERY, examples_for
-from training_helpers import SignalAtStep, accelerated, make_dataset, tiny_lora, trainable
+from training_helpers import (
+    SignalAtStep,
+    accelerated,
+    make_dataset,
+    tiny_llama,
+    tiny_lora,
+    trainable,
+)
 
 from lora_engine.data.dataset import TokenizedDataset
 from lora_engine.distributed.world import current
+from lora_engine.models.quantized.quantize import quantize_model
+from lora_engine.models.sharded.linear import ShardedLinear
+from lora_engine.models.sharded.shard import shard_model
 from lora_engine.training.config import TrainConfig
 from lora_engine.training.trainer import Trainer
 
@@ -57,6 +68,52 @@ def trainer_for(folder, name="sft", *, dropout=0.0, callbacks=(), train=None, **
         objective=EVERY[name],
         callbacks=callbacks,
     )
+
+
+def sharded_model(format=None, *, dropout=0.0, dora=False):
+    """The tiny model with LoRA, its linears in packed bits or dense, shared by all processes."""
+    model = tiny_llama()
+    if format is not None:
+        quantize_model(model, format)
+    if current().size > 1:
+        shard_model(model, current())
+    lora = peft.LoraConfig(
+        r=4,
+        lora_alpha=8,
+        lora_dropout=dropout,
+        target_modules="all-linear",
+        init_lora_weights=False,
+        use_dora=dora,
+    )
+    torch.manual_seed(1)
+    return accelerated(peft.get_peft_model(model, lora))
+
+
+def fit_sharded(folder, formats, name="sft", **settings):
+    """`fit` over shards of each of the formats, and the bytes of weights that a process keeps."""
+    made = {}
+    for format in formats:
+        recorder = Recorder()
+        model = sharded_model(format, **settings)
+        train_data, eval_data = data_for(name)
+        own = {**SETTINGS, "gradient_accumulation_steps": 5, "eval_every": 6, "preflight": True}
+        trainer = Trainer(
+            *(model, None, train_data, eval_data),
+            TrainConfig(output_dir=folder / str(format), **own),
+            objective=EVERY[name],
+            callbacks=[recorder],
+            origin={"weights": "the same"},
+        )
+        result = trainer.fit()
+        weights = {n: values.numpy() for n, values in trainable(model).items()}
+        made[format] = (result, recorder.steps, recorder.evals, weights), kept_bytes(model)
+    return made
+
+
+def kept_bytes(model):
+    """Of the linears' weights, in this process."""
+    linears = [module for module in model.modules() if isinstance(module, ShardedLinear)]
+    return sum(linear.sharded.shard.nbytes for linear in linears)
 
 
 def fit(folder, name="sft", *, resume=False, stop_at=None, **settings):

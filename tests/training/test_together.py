@@ -6,7 +6,14 @@ import time
 import numpy as np
 import pytest
 from processes import Together, run_together
-from shared_fits import fit, fit_and_die, fit_each, fit_on_other_data, fit_with_a_bad_batch
+from shared_fits import (
+    fit,
+    fit_and_die,
+    fit_each,
+    fit_on_other_data,
+    fit_sharded,
+    fit_with_a_bad_batch,
+)
 from training_helpers import lines, saved_steps
 
 from lora_engine.distributed.world import PeerLost
@@ -125,6 +132,23 @@ def test_fewer_micro_batches_than_processes_are_refused(tmp_path):
     first = run.result(0)
     assert isinstance(first, UserError)
     assert "set train.gradient_accumulation_steps to 2" in str(first)
+
+
+LINEARS = 2 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 32 * 48)  # values of the tiny model's linears
+
+
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_processes_that_share_the_weights_train_as_one(tmp_path, count):
+    """Five micro-batches, which no number of processes divides, dense and in packed bits."""
+    formats = [None, "nf4"]
+    (expected,) = run_together(1, fit_sharded, tmp_path / "alone", formats)
+    first, *others = run_together(count, fit_sharded, tmp_path / "together", formats)
+    for format, width in ((None, 4), ("nf4", 0.5 + 4 / 64)):
+        assert_same_run(first[format][0], expected[format][0])
+        assert first[format][1] == pytest.approx(LINEARS * width / count, rel=0.02)
+        for other in others:
+            for name, values in other[format][0][3].items():
+                assert np.array_equal(values, first[format][0][3][name]), name
 
 
 def fit_until(folder, step):

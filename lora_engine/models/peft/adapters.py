@@ -259,6 +259,7 @@ def _user_errors(lora: LoraConfig, name: str) -> Iterator[None]:
 def _check_saved(model: "nn.Module", saved: Sequence[str], key: str) -> None:
     """Refuses to train the weights of a linear that is kept in packed bits."""
     from lora_engine.models.quantized.linear import QuantizedLinear
+    from lora_engine.models.sharded.linear import ShardedLinear
 
     for path, module in model.named_modules():
         named = [name for name in saved if path == name or path.endswith(f".{name}")]
@@ -266,6 +267,11 @@ def _check_saved(model: "nn.Module", saved: Sequence[str], key: str) -> None:
             raise UserError(
                 f"{key}: {named[0]!r} names {path}, whose weight is in packed bits, which are "
                 "frozen; put it into model.quantize_skip, or adapt it by target_modules"
+            )
+        if named and isinstance(module, ShardedLinear):
+            raise UserError(
+                f"{key}: {named[0]!r} names {path}, whose weight is in shards, which are frozen; "
+                "leave model.shard out, or adapt it by target_modules"
             )
 
 

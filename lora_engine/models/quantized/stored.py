@@ -10,14 +10,16 @@ from torch import Tensor, nn
 
 from lora_engine.models.families.modules import PackedLinear, QuantState
 from lora_engine.models.quantized.linear import QuantizedLinear
-from lora_engine.ops import QuantizedWeight
+from lora_engine.models.sharded.linear import ShardedLinear
+from lora_engine.ops import QuantizedWeight, ShardedWeight
 from lora_engine.quantization.blockwise_4bit import BLOCKS, Blockwise4bit
 from lora_engine.quantization.nested_absmax import NESTED_BLOCK
 
 
 def is_plain_linear(module: object) -> bool:
     """Whether the class is one of those whose weights are known here: nn.Linear, not its others."""
-    return type(module) in (nn.Linear, QuantizedLinear) or _is_bitsandbytes_4bit(module)
+    kinds = (nn.Linear, QuantizedLinear, ShardedLinear)
+    return type(module) in kinds or _is_bitsandbytes_4bit(module)
 
 
 def why_not_stored(layer: nn.Module) -> str | None:
@@ -27,8 +29,10 @@ def why_not_stored(layer: nn.Module) -> str | None:
     return _why_not_bitsandbytes(layer) if _is_bitsandbytes_4bit(layer) else None
 
 
-def stored_weight(layer: nn.Linear) -> Tensor | QuantizedWeight:
+def stored_weight(layer: nn.Linear) -> Tensor | QuantizedWeight | ShardedWeight:
     """The layer's weight as it is stored: nothing is copied."""
+    if isinstance(layer, ShardedLinear):
+        return layer.sharded
     if isinstance(layer, QuantizedLinear):
         return layer.quantized
     return _of_bitsandbytes(layer) if _is_bitsandbytes_4bit(layer) else layer.weight
@@ -36,7 +40,7 @@ def stored_weight(layer: nn.Linear) -> Tensor | QuantizedWeight:
 
 def decoded_dtype(layer: nn.Linear) -> torch.dtype:
     """The dtype of the numbers that the layer's weight stands for, however it is stored."""
-    if isinstance(layer, QuantizedLinear):
+    if isinstance(layer, QuantizedLinear | ShardedLinear):
         return layer.dtype
     state = _state_of(layer)
     return layer.weight.dtype if state is None else state.dtype

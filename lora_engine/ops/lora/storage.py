@@ -7,7 +7,9 @@ from torch import Tensor
 
 from lora_engine.ops.lora.base import BaseWeight, DenseBase
 from lora_engine.ops.lora.quantized_base import QuantizedBase
+from lora_engine.ops.lora.sharded_base import ShardedBase
 from lora_engine.ops.quantized_weight import QuantizedWeight
+from lora_engine.ops.sharded_weight import ShardedWeight
 from lora_engine.ops.tensors import check, shape_of
 
 # Weights of the kind that a class takes: what has no value is of every kind.
@@ -25,15 +27,15 @@ class Storage(Protocol):
 
 
 # The first that takes the weights keeps them.
-STORAGES: list[Storage] = [DenseBase, QuantizedBase]
+STORAGES: list[Storage] = [DenseBase, QuantizedBase, ShardedBase]
 
 
-def has_base(weights: Sequence[Tensor | QuantizedWeight]) -> bool:
+def has_base(weights: Sequence[Tensor | QuantizedWeight | ShardedWeight]) -> bool:
     """Whether there is a base for the weights, at least one, of linears that share their input."""
     return any(storage.takes(cast(Kind, weights)) for storage in STORAGES)
 
 
-def base_of(weights: Sequence[Tensor | QuantizedWeight], rank: int) -> BaseWeight:
+def base_of(weights: Sequence[Tensor | QuantizedWeight | ShardedWeight], rank: int) -> BaseWeight:
     """The base that keeps these weights as they are stored; `rank`: see `LoraGroup`'s capacity.
 
     Raises ValueError where there is none.
@@ -45,7 +47,8 @@ def base_of(weights: Sequence[Tensor | QuantizedWeight], rank: int) -> BaseWeigh
     raise ValueError(f"no base weight keeps {', '.join(map(_described, weights))} as one group")
 
 
-def _described(weight: Tensor | QuantizedWeight) -> str:
+def _described(weight: Tensor | QuantizedWeight | ShardedWeight) -> str:
     if isinstance(weight, Tensor):
         return shape_of(weight)
-    return f"{list(weight.shape)} {weight.format.name}"
+    name = "in shards" if weight.format is None else weight.format.name
+    return f"{list(weight.shape)} {name}"

@@ -14,6 +14,7 @@ from lora_engine.errors import UserError
 from lora_engine.evaluation.nonfinite import first_nonfinite, first_nonfinite_layer
 from lora_engine.models.attach.head import transformers_model
 from lora_engine.models.peft.routing import is_routed
+from lora_engine.models.sharded.linear import is_elsewhere
 from lora_engine.training.preflight.trial import Trial
 
 _SUMMED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -66,6 +67,8 @@ def check_values(model: nn.Module) -> None:
     """Raises UserError where a parameter holds NaN, even if the batch does not use it."""
     for name, parameter in model.named_parameters():
         if parameter.dtype not in _SUMMED or parameter.device.type == "meta":
+            continue
+        if is_elsewhere(parameter):
             continue
         if not math.isfinite(float(parameter.sum())) and (bad := int(parameter.isnan().sum())):
             raise UserError(

@@ -1,0 +1,1 @@
+"""Models whose frozen linears several processes share."""
