@@ -164,10 +164,12 @@ def _finetune(config: RunConfig, resume: bool, observer: Observer | None, world:
         tell(f"preflight: {preflight}")
     writes = trainer.objective.reads.values != "examples"
     prompts = shown_prompts(eval_data, tokenizer, config.samples.count if writes else 0)
-    writing = world.is_first or is_sharded(model)  # all processes run a model that they share
+    in_step = is_sharded(model)  # then all processes run it, to write samples, too
+    writing = world.is_first or in_step
     if writing:
         kept = read_json(files.samples_before) if step is not None and world.is_first else None
-        kept = cast("dict[str, Any] | None", world.of_first(kept)) if world.size > 1 else kept
+        if in_step:
+            kept = cast("dict[str, Any] | None", world.of_first(kept))
         before = samples_before(config, model, tokenizer, prompts, kept, tell)
     trainer.open_folder(step)
     if world.is_first:
