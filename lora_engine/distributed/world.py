@@ -22,6 +22,12 @@ from lora_engine import backends
 from lora_engine.distributed import is_started
 from lora_engine.errors import PeerLost, UserError, reason
 
+# Later versions of torch have it under another name.
+if hasattr(dist, "all_gather_single"):
+    _gather_tensors = dist.all_gather_single
+else:
+    _gather_tensors = dist.all_gather_into_tensor
+
 # The first process may take long alone: it writes samples, and measures before the first step.
 _PATIENCE = timedelta(hours=24)
 _GONE = "another process of the run is gone without a word; see whether the system killed it"
@@ -62,7 +68,7 @@ class World:
     def begin_gather_(self, out: Tensor, own: Tensor) -> "dist.Work | None":
         """Begins to put all processes' `own` [n], by rank, into `out` [size n]."""
         with _peers():
-            return dist.all_gather_into_tensor(out, own, async_op=True)
+            return _gather_tensors(out, own, async_op=True)
 
     def end(self, work: "dist.Work | None") -> None:
         """Wait for what was begun; on a GPU its stream waits, not the host."""
@@ -83,12 +89,12 @@ class World:
         own = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
         with _peers():
             sizes = torch.zeros(self.size, dtype=torch.int64)
-            dist.all_gather_into_tensor(sizes, torch.tensor([own.numel()]))
+            _gather_tensors(sizes, torch.tensor([own.numel()]))
             longest = int(sizes.max())
             padded = torch.zeros(longest, dtype=torch.uint8)
             padded[: own.numel()] = own
             texts = torch.zeros(self.size * longest, dtype=torch.uint8)
-            dist.all_gather_into_tensor(texts, padded)
+            _gather_tensors(texts, padded)
         rows = texts.view(self.size, longest).numpy()
         return [json.loads(bytes(row[:n])) for row, n in zip(rows, sizes.tolist(), strict=True)]
 
@@ -137,6 +143,7 @@ def joined(words: Callable[[BaseException], str] = reason) -> Iterator[World]:
         ) from error
     _joined, _store = World(rank, size), store
     try:
+        _joined.gather(None)  # none fails before all are here, or they could not be told
         yield _joined
     except BaseException as error:
         if _is_told_here(store, _joined, error, words):

@@ -180,8 +180,8 @@ class _Gatherer:
         return self._slots[0][: owner.image_bytes]
 
     def _expect(self) -> None:
-        reference = self._next.get(self._lent)
-        following = None if reference is None else reference()
+        after = self._next.get(self._lent)
+        following = None if after is None else after()
         if following is not None:
             self._coming = _Coming(following.serial, following.begin(self._slot(1, following)))
 

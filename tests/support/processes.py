@@ -31,7 +31,7 @@ class Together:
             self.processes.append(process)
             self.pipes.append(ours)
 
-    def result(self, rank, timeout=60):
+    def result(self, rank, timeout=250):
         """What the process returned, or the exception that it raised; None: it was killed."""
         assert self.pipes[rank].poll(timeout), f"process {rank} says nothing"
         try:
@@ -41,7 +41,7 @@ class Together:
         finally:
             self.processes[rank].join(timeout)
 
-    def results(self, timeout=60):
+    def results(self, timeout=250):
         results = [self.result(rank, timeout) for rank in range(len(self.processes))]
         for result in results:
             if isinstance(result, BaseException):

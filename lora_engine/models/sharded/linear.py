@@ -14,9 +14,10 @@ from lora_engine.ops.sharded_weight import ShardedGroup, ShardedWeight
 class ShardedLinear(nn.Linear):
     """A linear whose frozen weight is gathered from all processes for each product.
 
-    weight: a parameter [N, K] of the weight's dtype without memory of its own: every element is the
-    same NaN, so that whoever computes with it, and not with what is gathered, notices. All
-    processes call the linear, one after the other, in the same order.
+    weight: a parameter without memory of its own, of which every element is the same. Of a dense
+    weight it is [N, K] and NaN, so that whoever computes with it, and not with what is gathered,
+    notices; of packed bits it has shape and dtype of the codes. All processes call their linears in
+    the same order.
     """
 
     def __init__(self, sharded: ShardedWeight, bias: Tensor | None = None) -> None:
@@ -68,8 +69,14 @@ class ShardedLinear(nn.Linear):
 
 
 def _without_memory(sharded: ShardedWeight) -> nn.Parameter:
-    nan = torch.full((1, 1), torch.nan, dtype=sharded.dtype, device=sharded.device)
-    return nn.Parameter(nan.expand(sharded.shape), requires_grad=False)
+    """One element in the place of a dense weight, or of codes as a QuantizedLinear has them."""
+    if sharded.format is None:
+        nan = torch.full((1, 1), torch.nan, dtype=sharded.dtype, device=sharded.device)
+        return nn.Parameter(nan.expand(sharded.shape), requires_grad=False)
+    codes = sharded.parts["codes"]
+    shape = codes.shape if len(codes.shape) == 2 else (*codes.shape, 1)
+    zero = torch.zeros((1, 1), dtype=codes.dtype, device=sharded.device)
+    return nn.Parameter(zero.expand(shape), requires_grad=False)
 
 
 def is_elsewhere(parameter: Tensor) -> bool:
