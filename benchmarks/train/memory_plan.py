@@ -2,22 +2,18 @@
 
     python -m benchmarks.train.memory_plan --out benchmarks/results/memory_plan
 
-Each case runs in a process of its own: a random model, adapters, accelerate, an optimiser step.
-`counted` is the most bytes of tensors alive during the step, the model's included; `step` leaves
-out what is alive between steps, on both sides. `resident` is the process's peak resident size in a
-step above what it was before the model was made: beside tensors it holds oneDNN's scratch and
-primitives, Python's objects and memory that the C library keeps.
+Each case is a random model with adapters, accelerated, and an optimiser step. `counted` is the most
+bytes of tensors alive during the step, the model's included; `step` leaves out what is alive
+between steps, on both sides.
 """
 
 import argparse
-import json
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import measure, output
+from benchmarks.common import output
 
 SMOL = {"hidden": 576, "inner": 1536, "layers": 12, "heads": 9, "kv": 3, "vocab": 49152}
 SMALL = {"hidden": 512, "inner": 1408, "layers": 8, "heads": 8, "kv": 4, "vocab": 32000}
@@ -57,7 +53,6 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--cases", help="comma-separated; all if not given")
     parser.add_argument("--out", type=Path, help="write OUT.json and OUT.md")
-    parser.add_argument("--one", help=argparse.SUPPRESS)  # a case
     return parser.parse_args(argv)
 
 
@@ -124,6 +119,7 @@ def run_one(name: str) -> dict[str, Any]:
     from lora_engine.training.step import TrainStep
 
     case = CASES[name]
+    others = bytes_alive()
     tokens, share = case.get("tokens", 1024), case.get("share", 1.0)
     draw = random.Random(0)
     lengths = [tokens // 4] * 4
@@ -164,13 +160,9 @@ def run_one(name: str) -> dict[str, Any]:
     highest = peak(moments)
     between = next(m for m in moments if m.name == "optimiser").total
 
-    before = measure.resident_bytes()
     prepare()
-    measure.release_free_memory()
-    measure.reset_peak()
     steps()
-    resident = measure.peak_resident_bytes() - before
-    alive = bytes_alive()
+    alive = bytes_alive() - others
     held.clear()
     gc.collect()
     counted = peak_cpu_bytes(steps, prepare)
@@ -183,7 +175,6 @@ def run_one(name: str) -> dict[str, Any]:
         "counted_between": alive,
         "predicted_between": between,
         "at": highest.name,
-        "resident": resident,
     }
 
 
@@ -205,18 +196,10 @@ def bytes_alive() -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_arguments(argv)
-    if args.one:
-        print(json.dumps(run_one(args.one)))
-        return 0
     names = args.cases.split(",") if args.cases else list(CASES)
     result: dict[str, Any] = {"context": output.context(), "rows": []}
     for name in names:
-        command = [sys.executable, "-m", "benchmarks.train.memory_plan", "--one", name]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            print(done.stderr[-2000:], file=sys.stderr)
-            return 1
-        result["rows"].append(json.loads(done.stdout.splitlines()[-1]))
+        result["rows"].append(run_one(name))
         print(name, flush=True)
     text = report(result)
     print(text)
@@ -237,7 +220,7 @@ def report(result: dict[str, Any]) -> str:
         for what in ("", "_step"):
             sizes = row[f"counted{what}"], row[f"predicted{what}"]
             line += [*(f"{size / 1e6:,.1f}" for size in sizes), f"{off(row, what):+.1%}"]
-        lines.append([*line, f"{row['resident'] / 1e6:,.0f}"])
+        lines.append(line)
     columns = [
         "case",
         "counted MB",

@@ -261,6 +261,15 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _what_is_trained_is_one(self) -> "RunConfig":
+        if self.lora is not None and self.train.trainable is not None:
+            raise ValueError(
+                "train.trainable: is for training without an adapter; set lora: null, or name "
+                "modules in lora.modules_to_save"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _adapters_fit_the_rest(self) -> "RunConfig":
         adapters = (self.lora.adapters if self.lora else None) or {}
         if len(adapters) > 1 and not self.accelerate:

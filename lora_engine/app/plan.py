@@ -24,6 +24,7 @@ from lora_engine.models.load.outline import outline
 from lora_engine.models.quantized.quantize import SKIPPED
 from lora_engine.quantization.formats import writable_format
 from lora_engine.text import bytes_text, parsed_bytes
+from lora_engine.training.trainable import trained_names
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -107,7 +108,9 @@ def model_sizes(config: RunConfig, dtype: torch.dtype) -> ModelSizes:
     if stated.quantize is not None:
         format = writable_format(stated.quantize, None, stated.double_quant)
     skip = SKIPPED if stated.quantize_skip is None else stated.quantize_skip
-    sizes = sizes_of(of.model, config.lora, dtype, Storing(format, skip))
+    patterns = config.train.trainable
+    names = None if patterns is None else trained_names(of.model, patterns)
+    sizes = sizes_of(of.model, config.lora, dtype, Storing(format, skip), names)
     weights = dict(sizes.weights)
     if of.packed_bytes:
         others = sum(size for part, size in weights.items() if part not in ("linears", "factors"))

@@ -1,6 +1,6 @@
 """A model as what its memory depends on: the extents of its layers, and the bytes it holds."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 
@@ -83,11 +83,16 @@ class Storing:
 
 
 def sizes_of(
-    model: CausalLm, lora: LoraConfig | None, dtype: torch.dtype, storing: Storing = Storing()
+    model: CausalLm,
+    lora: LoraConfig | None,
+    dtype: torch.dtype,
+    storing: Storing = Storing(),
+    names: Collection[str] | None = None,
 ) -> ModelSizes:
     """The sizes of a transformers model, which may be on meta, as it is trained with `lora`.
 
-    lora: None: all weights are trained. Raises UserError for a model whose layers are not the
+    lora: None: the parameters `names` are trained, or all of them; what layers keep is then that of
+    layers that are trained whole, the most. Raises UserError for a model whose layers are not the
     engine's, and for what `lora` names that is not there.
     """
     layers: list[DecoderLayer] = list(getattr(model.base_model, "layers", None) or [])
@@ -113,7 +118,7 @@ def sizes_of(
     head = model.get_output_embeddings()
     embedding = model.get_input_embeddings()
     tied = head is not None and next(head.parameters()) is next(embedding.parameters())
-    trained = list(saved.values()) if lora is not None else list(model.parameters())
+    trained = list(saved.values()) if lora is not None else _trained(model, names)
     whole = {id(parameter) for parameter in trained}
     adapters = sum(rank * sum(_extents(module)) for module, rank in ranks.items())
     weights = _weights(model, layers, groups, storing, dtype, tied=tied)
@@ -161,6 +166,13 @@ def _ranks(model: CausalLm, lora: LoraConfig | None) -> dict[nn.Module, int]:
         for module in adapted:
             ranks[module] = ranks.get(module, 0) + own.r
     return ranks
+
+
+def _trained(model: CausalLm, names: Collection[str] | None) -> list[nn.Parameter]:
+    """The parameters of these names, each once; None: all."""
+    every = model.named_parameters(remove_duplicate=False)
+    found = {id(p): p for name, p in every if names is None or name in names}
+    return list(found.values())
 
 
 def _saved(model: CausalLm, lora: LoraConfig | None) -> dict[str, nn.Parameter]:

@@ -168,6 +168,11 @@ class TrainConfig(BaseModel):
         description="Share of the peak learning rate that cosine and linear end at.",
     )
 
+    trainable: Annotated[tuple[str, ...], Field(min_length=1)] | None = Field(
+        None,
+        description="Without adapters, regular expressions: parameters in whose names one is found "
+        "are trained, the others are frozen; `null` trains those that the model has unfrozen.",
+    )
     optimizer: Literal["adamw", "adamw_8bit"] = Field(
         "adamw",
         description="AdamW with moments in float32, or in 8 bits: 2 bytes a trained value, not 8.",

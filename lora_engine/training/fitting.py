@@ -49,7 +49,7 @@ def fitting_policy(
     )
     usable = budget_of(nbytes, device, process=None).usable
     taken = ""
-    for policy in _policies(model, config.checkpointing or "none"):
+    for policy in _policies(model, first_policy(model, config) or "none"):
         gc.collect()  # what a failed try left behind its traceback
         backends.release_freed_memory(device)
         backends.reset_peak_memory(device)
@@ -78,6 +78,15 @@ def fitting_policy(
         "train.tokens_per_batch or data.max_length, or set model.quantize or "
         "train.optimizer=adamw_8bit"
     )
+
+
+def first_policy(model: nn.Module, config: TrainConfig) -> str | None:
+    """config.checkpointing; where it was chosen for config.memory, and the model's layers cannot be
+    taken apart, as without the engine's kernels, "layer"."""
+    policy = config.checkpointing
+    if config.memory is None or policy is None or can_follow(model, policy):
+        return policy
+    return "layer"
 
 
 def _policies(model: nn.Module, first: str) -> list[str]:

@@ -43,7 +43,7 @@ from lora_engine.training.arguments import (
 from lora_engine.training.batches import BatchSource
 from lora_engine.training.callbacks import Callbacks
 from lora_engine.training.config import TrainConfig
-from lora_engine.training.fitting import fitting_policy
+from lora_engine.training.fitting import first_policy, fitting_policy
 from lora_engine.training.length import check_length, tell_extension
 from lora_engine.training.loop import TrainingLoop
 from lora_engine.training.measure import Measure, Measuring
@@ -63,6 +63,7 @@ from lora_engine.training.state import Stopped, TrainResult, TrainState
 from lora_engine.training.stream_source import StreamSource
 from lora_engine.training.together import check_share, in_step
 from lora_engine.training.trackers import Tracking
+from lora_engine.training.trainable import train_only
 
 logger = logging.getLogger(__name__)
 
@@ -117,6 +118,8 @@ class Trainer:
     ) -> None:
         check_kinds(model, tokenizer, config)
         check_objective(objective, "Trainer")
+        if config.trainable is not None:
+            train_only(model, config.trainable)
         self.model = model
         self.tokenizer = tokenizer
         self.config = config
@@ -221,7 +224,7 @@ class Trainer:
         self._train_source.share_prefixes = self._shares_prefixes(training=True)
         tokens = min(self.config.tokens_per_batch, PREFLIGHT_TOKENS)
         weights = {} if step is None else self.folder.checkpoints.tensors(step, "weights")
-        policy = checkpointing(self.model, self.config.checkpointing)
+        policy = checkpointing(self.model, first_policy(self.model, self.config))
         with with_values(self.model, weights), policy:
             objective = self._minimised if self._online is None else self._online.tried()
             report = preflight(self.model, self._first_batch(tokens), objective=objective)

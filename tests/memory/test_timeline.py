@@ -134,6 +134,15 @@ def test_what_is_held_between_steps():
     assert sizes.weights["embedding"] == sizes.weights["head"] == 4 * 512 * 128
 
 
+def test_of_trained_parameters_only_those_named_have_states():
+    with torch.device("meta"):
+        model = model_of({})
+    sizes = sizes_of(model, None, torch.bfloat16, names={"model.norm.weight", "lm_head.weight"})
+    assert sizes.trained_values == 128 + 512 * 128
+    assert sizes.head and not sizes.embedding
+    assert held(sizes, "adamw")["optimiser"] == 8 * sizes.trained_values
+
+
 def test_each_dearer_policy_takes_less():
     sizes = sizes_for({})
     peaks = [

@@ -89,6 +89,13 @@ def test_layers_that_cannot_be_taken_apart_skip_those_policies(tmp_path, monkeyp
     assert tries.policies == ["none", "every_4", "every_3", "every_2", "layer"]
 
 
+def test_a_policy_that_was_chosen_and_cannot_be_followed_gives_way(tmp_path, monkeypatch):
+    tries = Tries(monkeypatch)
+    trainer = make_trainer(tmp_path, tiny_lora(), max_steps=1, memory="900GB", checkpointing="half")
+    trainer.fit()
+    assert tries.policies == ["layer"]
+
+
 def test_the_largest_batch_has_the_most_tokens():
     source = BatchSource(TRAIN.examples, 40)
     largest = source.largest()
