@@ -25,6 +25,7 @@ from benchmarks.gpu.tune_search import Decision, Measured, decide
 from lora_engine import backends, ops
 from lora_engine.backends import choice, plans, selection
 from lora_engine.backends.request import Head, Request
+from lora_engine.ops.augmented import Joined
 from lora_engine.ops.lora.linear import make_product
 
 AGAIN = "again"
@@ -92,8 +93,8 @@ def _product_runs(
     group = ops.LoraGroup.dense([weight], [ops.LoraFactors(*pair, 2.0)])
     xs = torch.randn(m, k + group.padded_rank, device=device, dtype=dtype)
     dys = torch.randn(m, n + group.padded_rank, device=device, dtype=dtype)
-    product = make_product(xs[:, :k], group)
-    work = (lambda: product.forward(xs)) if forward else (lambda: product.input_gradient(dys))
+    product, joined = make_product(xs[:, :k], group), Joined.of(xs, k)
+    work = (lambda: product.forward(joined)) if forward else (lambda: product.input_gradient(dys))
 
     def by(name: str) -> measure.Thunk:
         def run() -> object:

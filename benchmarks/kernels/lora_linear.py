@@ -23,6 +23,7 @@ from torch import Tensor
 from benchmarks.common import measure, output
 from benchmarks.common.journal import Journal, started
 from lora_engine import backends, ops
+from lora_engine.ops.augmented import Joined
 from lora_engine.ops.lora.linear import make_product
 from lora_engine.testing import assert_as_good_as
 
@@ -108,18 +109,19 @@ def augmented(case: Case) -> Strategy:
     xs = case.x.new_empty(m, k + group.padded_rank)
     dys = case.x.new_empty(m, n + group.padded_rank)
     xs[:, :k], dys[:, :n] = case.x, case.dy
+    joined = Joined.of(xs, k)
     needs = [factor is case.lora_a or factor is case.lora_b for factor in group.tensors()]
     wanted = product.wanted(needs)
 
     def both() -> Sequence[Tensor | None]:
-        y, _ = product.forward(xs)
+        y, _ = product.forward(joined)
         ds, d_b = product.fill_ds(dys, xs[:, k:], wanted)
         dx = product.input_gradient(dys)
         d_a = product.lora_a_gradient(ds, xs[:, :k], wanted)
         found = product.factor_gradients(needs, d_a, d_b, [dys[:, :n]], None)
         return y, dx, found[0], found[1]
 
-    return Strategy(lambda: product.forward(xs), both)
+    return Strategy(lambda: product.forward(joined), both)
 
 
 def _differentiated(case: Case, function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Strategy:

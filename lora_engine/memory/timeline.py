@@ -16,7 +16,7 @@ from lora_engine import backends
 from lora_engine.memory.policy import Policy, policy_of
 from lora_engine.memory.sizes import GroupSizes, ModelSizes, accumulate_bytes
 from lora_engine.ops.head.head_gradients import PIECE_BYTES
-from lora_engine.ops.tensors import ROW_STEP
+from lora_engine.ops.tensors import stepped_rows
 
 INT64 = 8
 FLOAT32 = 4
@@ -124,7 +124,7 @@ class _Step:
 
     def row(self, rows: int, columns: int) -> int:
         """Bytes of [rows, columns], memory of whole steps of rows."""
-        return -(-rows // ROW_STEP) * ROW_STEP * columns * self.item
+        return stepped_rows(rows, columns * self.item) * columns * self.item
 
     def sums(self, rows: int, columns: int = 1) -> int:
         return rows * columns * self.sum_item

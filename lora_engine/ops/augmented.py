@@ -7,21 +7,36 @@ gives the consumer the whole buffer, if the tensors it received are still those 
 consumer claimed them before; otherwise it copies them into a buffer with padding columns. So one
 consumer at most writes the padding, and tensors from elsewhere work too, at the cost of a copy.
 
-Products of these tensors alone may read the padding columns as well (see `front_columns`). So
+Products of these tensors alone may read the padding columns as well (`tensors.front_columns`). So
 `empty` zeroes them where they do, and `operand` copies a tensor from elsewhere that is part of a
 wider one.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lora_engine import backends
-from lora_engine.ops.tensors import empty_rows, front_columns, not_a_view
+from lora_engine.ops.tensors import empty_rows, not_a_view
 
 _ATTRIBUTE = "_lora_engine_padding"
+
+
+class Joined(NamedTuple):
+    """X with columns for S behind it."""
+
+    whole: Tensor  # [M, K + R]
+    front: Tensor  # [M, K]: X
+    behind: Tensor  # [M, R]: S
+
+    @staticmethod
+    def of(whole: Tensor, cols: int) -> "Joined":
+        """The first `cols` columns are X."""
+        return Joined(whole, *whole.split_with_sizes((cols, whole.shape[1] - cols), dim=1))
 
 
 @dataclass
@@ -51,11 +66,11 @@ def empty(
     cols = sum(widths)
     buffer = empty_rows(rows, cols + padding_columns, dtype=dtype, device=device)
     # .data has a version counter of its own: writing padding columns does not mark the columns that
-    # autograd may have saved as changed.
-    padding = _Padding(buffer.data, tuple(widths))
-    zeros = zeros and backends.reads_beside_operands(device)
-    front = front_columns(buffer, cols) if zeros else buffer[:, :cols]
-    parts = front.split_with_sizes(widths, dim=1)
+    # autograd may have saved as changed. It has saved none of what is claimed where it was made.
+    padding = _Padding(buffer.data if zeros else buffer, tuple(widths))
+    *parts, behind = buffer.split_with_sizes((*widths, padding_columns), dim=1)
+    if zeros and padding_columns and backends.reads_beside_operands(device):
+        behind.zero_()
     for part in parts:
         setattr(part, _ATTRIBUTE, padding)
     return tuple(parts)
@@ -119,9 +134,9 @@ def claim(parts: Sequence[Tensor], padding_columns: int) -> Tensor:
 
 def _views_rows(part: Tensor) -> bool:
     """Whether `part` [..., cols] as rows is a view of it, in the same order."""
-    if part.dim() == 2:
-        return True
-    return part.reshape(-1, part.shape[-1]).data_ptr() == part.data_ptr()
+    sizes, strides = part.shape, part.stride()
+    wide = [i for i in range(part.dim() - 1) if sizes[i] != 1]
+    return all(strides[i] == strides[j] * sizes[j] for i, j in pairwise(wide))
 
 
 def _are_columns(parts: Sequence[Tensor], padding: _Padding, padding_columns: int) -> bool:

@@ -21,16 +21,23 @@ def as_rows(x: Tensor) -> Tensor:
 
 
 ROW_STEP = 64
+LEAST_STEPPED_BYTES = 2**20
+
+
+def stepped_rows(rows: int, row_bytes: int) -> int:
+    """The rows that `empty_rows` allocates: whole steps of ROW_STEP where the memory is large.
+
+    Packed batches differ by a few tokens: in sizes of whole steps the allocator can reuse memory.
+    Of small memory the front rows' view would cost more time than that saves.
+    """
+    return rows + -rows % ROW_STEP if rows * row_bytes >= LEAST_STEPPED_BYTES else rows
 
 
 def empty_rows(rows: int, cols: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """An uninitialised [rows, cols] whose memory is a multiple of ROW_STEP rows.
-
-    Packed batches differ by a few tokens: in sizes of whole steps the allocator can reuse memory.
-    """
-    unused = -rows % ROW_STEP
-    buffer = torch.empty(rows + unused, cols, dtype=dtype, device=device)
-    return buffer[:rows] if unused else buffer
+    """An uninitialised [rows, cols], the front of `stepped_rows`."""
+    allocated = stepped_rows(rows, cols * dtype.itemsize)
+    buffer = torch.empty(allocated, cols, dtype=dtype, device=device)
+    return buffer[:rows] if allocated > rows else buffer
 
 
 def not_a_view(x: Tensor) -> Tensor:

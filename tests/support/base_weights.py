@@ -90,7 +90,7 @@ class ScratchBase(LentBase):
         super().__init__(weights, sum(weight.shape[0] for weight in weights))
 
     def forward_operand(self, lora_b: Tensor) -> "contextmanager[Tensor]":
-        return self._lend(torch.cat((self._whole(), lora_b), dim=1))
+        return self._lend(torch.cat((self._whole(), lora_b), dim=1).t())
 
     def backward_operand(self, lora_a: Tensor) -> "contextmanager[Tensor]":
         return self._lend(torch.cat((self._whole(), lora_a)))

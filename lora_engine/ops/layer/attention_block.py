@@ -219,11 +219,12 @@ class _AttentionBlock(torch.autograd.Function):
         qkv, unscaled = call.inner.forward(xs, copy=s)
         os, lse = call.attention_kept() or _attend(call, qkv, rstd, cu_seqlens, cos, sin)
         call.keep_attention(os, lse)
-        y, outer_unscaled = torch.empty_like(rows), None
+        attended = augmented.Joined.of(os, outer.in_features)
         if unread:
-            call.outer.fill_s(*os.split_with_sizes((outer.in_features, outer.padded_rank), dim=1))
+            call.outer.fill_s(attended.front, attended.behind)
+            y, outer_unscaled = torch.empty_like(rows), None
         else:
-            y, outer_unscaled = call.outer.forward(os, residual=rows, residual_copy=copy)
+            y, outer_unscaled = call.outer.forward(attended, residual=rows, residual_copy=copy)
         ctx.kept = _Kept(call, x.shape)
         saved = _Saved(
             x=rows,

@@ -156,7 +156,9 @@ class Call:
         """What norms tensors like x."""
         return launchers.rms_norm(self.implementation("rms_norm", x))
 
-    def normed(self, x: Tensor, *, unread: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
+    def normed(
+        self, x: Tensor, *, unread: bool = False
+    ) -> tuple[augmented.Joined, Tensor, Tensor | None]:
         """norm(x) with padding columns for S behind it, 1 / rms, and a copy of x.
 
         The outer product adds itself to the copy; None where it does not, or is not made (`unread`
@@ -168,9 +170,10 @@ class Call:
             copy = empty_rows(rows, cols, dtype=x.dtype, device=x.device)
         width = cols + self.inner.group.padded_rank
         buffer = empty_rows(rows, width, dtype=x.dtype, device=x.device)
+        joined = augmented.Joined.of(buffer, cols)
         rstd = torch.empty(rows, dtype=accumulate_dtype(x.dtype), device=x.device)
-        self._norm_into(buffer[:, :cols], x, rstd, copy)
-        return buffer, rstd, copy
+        self._norm_into(joined.front, x, rstd, copy)
+        return joined, rstd, copy
 
     def _norm_into(self, y: Tensor, x: Tensor, rstd: Tensor, copy: Tensor | None = None) -> None:
         norm = self.norm

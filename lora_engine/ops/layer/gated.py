@@ -86,7 +86,8 @@ def activate_backward(
         ds, d_b = inner.fill_ds(dys, inner_s, wanted, scaled)
         return dys, FactorGradients(ds, d_b, d_a)
     dys = inner.claim_gradient(parts)
-    of_inner = inner.dy_gradients(dys, inner_s, wanted, scaled)
+    inner_ds = dys[:, sum(inner.group.out_features) :]
+    of_inner = inner.dy_gradients(inner_ds, inner_s, wanted, scaled)
     of_outer = None
     if outer_wanted.lora_a and outer_ds is not None:
         of_outer = outer.x_gradient(outer_ds)

@@ -142,8 +142,9 @@ class _MlpBlock(torch.autograd.Function):
         outer_s = torch.empty(rows.shape[0], outer.padded_rank, dtype=x.dtype, device=x.device)
         h, s_behind = hs.split_with_sizes((width, outer.padded_rank), dim=1)
         activate(call, gate, up, h, s_behind, outer_s, call.activation)
-        y, outer_unscaled = torch.empty_like(rows), None
-        if not unread:
+        if unread:
+            y, outer_unscaled = torch.empty_like(rows), None
+        else:
             y, outer_unscaled = call.outer.forward_with(h, s_behind, rows, hs, copy)
         ctx.kept = _Kept(call, x.shape)
         saved = _Saved(

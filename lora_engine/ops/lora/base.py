@@ -79,7 +79,7 @@ class BaseWeight(Protocol):
         """W in blocks of consecutive rows, all of them in order: which rows, and W[rows]."""
 
     def forward_operand(self, lora_b: Tensor) -> AbstractContextManager[Tensor]:
-        """[W | lora_b], [N, K + R], if the base is augmentable.
+        """[W | lora_b]ᵀ, [K + R, N], if the base is augmentable.
 
         lora_b [N, R] is `factors.lora_b`, or the borrower's where `factors` is None.
         """
@@ -132,7 +132,7 @@ class DenseBase:
         self.buffer[:n, k:].zero_()
         self.factors = Factors(self.buffer[n:, :k], self.buffer[:n, k:])
         self._blocks = ((slice(0, n), self.resident),)
-        self._forward = nullcontext(self.buffer[:n])
+        self._forward = nullcontext(self.buffer[:n].t())
         self._backward = nullcontext(self.buffer[:, :k])
 
     @staticmethod
@@ -168,7 +168,7 @@ class DenseBase:
         return self._blocks
 
     def forward_operand(self, lora_b: Tensor) -> AbstractContextManager[Tensor]:
-        """[W | sB]; lora_b stands in the buffer already."""
+        """[W | sB]ᵀ; lora_b stands in the buffer already."""
         return self._forward
 
     def backward_operand(self, lora_a: Tensor) -> AbstractContextManager[Tensor]:

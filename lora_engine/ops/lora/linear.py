@@ -146,8 +146,8 @@ def _forward(x: Tensor, product: LoraProduct) -> tuple[tuple[Tensor, ...], _Save
     group = product.group
     k = group.in_features
     if group.forward_strategy(x.numel() // k) == "augmented":
-        xs = augmented.claim([x], group.padded_rank)
-        rows, low_rank = xs[:, :k], xs[:, k:]
+        xs = augmented.Joined.of(augmented.claim([x], group.padded_rank), k)
+        rows, low_rank = xs.front, xs.behind
         y, unscaled = product.forward(xs)
     else:
         rows = as_rows(augmented.operand(x))

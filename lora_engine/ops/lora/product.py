@@ -68,7 +68,7 @@ class LoraProduct:
 
     def forward(
         self,
-        xs: Tensor,  # [M, K + R]
+        xs: augmented.Joined,  # [M, K + R]
         residual: Tensor | None = None,  # [M, N]
         copy: Tensor | None = None,  # [M, R]
         residual_copy: Tensor | None = None,  # [M, N]
@@ -78,9 +78,8 @@ class LoraProduct:
         X stands in the front columns of `xs`; S is written behind it, and to `copy`. What is given
         as `residual_copy`, where the product `adds_to` one, becomes Y.
         """
-        x, s = xs.split_with_sizes((self.group.in_features, self.group.padded_rank), dim=1)
-        self.fill_s(x, s, copy)
-        return self.forward_with(x, s, residual, xs, residual_copy)
+        self.fill_s(xs.front, xs.behind, copy)
+        return self.forward_with(xs.front, xs.behind, residual, xs.whole, residual_copy)
 
     def forward_apart(
         self,
@@ -157,8 +156,8 @@ class LoraProduct:
                 joined = torch.cat((x, s), dim=1)
             with base.forward_operand(placed.lora_b) as operand:
                 if total is not None:
-                    return total.addmm_(joined, operand.t())
-                return _matmul(joined, operand.t(), addend)
+                    return total.addmm_(joined, operand)
+                return _matmul(joined, operand, addend)
         n = placed.lora_b.shape[0]
         y = total
         if y is None:
@@ -199,21 +198,21 @@ class LoraProduct:
         """
         if not self.group.padded_rank:
             return None, None
-        made = self.dy_gradients(dys, s, wanted, scaled)
+        dy, ds = dys.split_with_sizes(self.group.placed.lora_b.shape, dim=1)
+        made = self.dy_gradients(ds, s, wanted, scaled)
         added = wanted.added if wanted.lora_b else ()
-        self.kernels.lora_b_bwd(dys[:, : made.lora_b.shape[0]], *made, added)
+        self.kernels.lora_b_bwd(dy, *made, added)
         self.route(made.ds, None if scaled is None else scaled.ds)
         return made.ds, made.d_lora_b
 
     def dy_gradients(
-        self, dys: Tensor, s: Tensor, wanted: Wanted, scaled: ScaledRows | None = None
+        self, ds: Tensor, s: Tensor, wanted: Wanted, scaled: ScaledRows | None = None
     ) -> contracts.DyGradients:
-        """What is to be made of dY in `dys`, not yet written; see `fill_ds`."""
+        """What is to be made of dY, not yet written, with dS [M, R] at `ds`; see `fill_ds`."""
         lora_b, d_lora_b, adapters = self.group.placed.lora_b, None, self.filling.adapters
         if wanted.lora_b and not wanted.added:
-            dtype = accumulate_dtype(dys.dtype)
-            d_lora_b = torch.empty(adapters.size_of_b, dtype=dtype, device=dys.device)
-        ds = dys[:, lora_b.shape[0] :]
+            dtype = accumulate_dtype(ds.dtype)
+            d_lora_b = torch.empty(adapters.size_of_b, dtype=dtype, device=ds.device)
         parts = adapters.spans, adapters.parts
         return contracts.DyGradients(lora_b, s, ds, d_lora_b, *parts, scaled)
 

@@ -103,12 +103,12 @@ class QuantizedBase:
 
     @contextmanager
     def forward_operand(self, lora_b: Tensor) -> Iterator[Tensor]:
-        """[W | lora_b] in the scratch memory."""
+        """[W | lora_b]ᵀ in the scratch memory."""
         n, k = sum(self.out_features), self.in_features
         operand = _scratch.matrix(n, k + lora_b.shape[1], self.dtype, self.device)
         self._decode(0, operand[:, :k])
         operand[:, k:] = lora_b
-        yield operand
+        yield operand.t()
 
     @contextmanager
     def backward_operand(self, lora_a: Tensor) -> Iterator[Tensor]:

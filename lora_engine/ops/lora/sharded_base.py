@@ -62,7 +62,7 @@ class ShardedBase:
 
     @contextmanager
     def forward_operand(self, lora_b: Tensor) -> Iterator[Tensor]:
-        """[W | lora_b], of packed weights."""
+        """[W | lora_b]ᵀ, of packed weights."""
         with self._packed().forward_operand(lora_b) as operand:
             yield operand
 

@@ -59,7 +59,7 @@ def test_augmented_operands_hold_the_factors(kind: str) -> None:
     if not group.base.is_augmentable:
         pytest.skip("a base of blocks alone")
     with group.base.forward_operand(group.placed.lora_b) as operand:
-        assert torch.equal(operand, torch.cat((whole_of(kind), lora_b), dim=1))
+        assert torch.equal(operand.t(), torch.cat((whole_of(kind), lora_b), dim=1))
     with group.base.backward_operand(group.placed.lora_a) as operand:
         assert torch.equal(operand, torch.cat((whole_of(kind), lora_a)))
 
