@@ -35,7 +35,7 @@ def alone(tmp_path_factory):
     return folder, runs
 
 
-def assert_same_run(run, expected):
+def assert_same_run(run, expected, *, quantised=False):
     (result, steps, evals, weights), (of_one, *of_one_rest) = run, expected
     assert [s.loss for s in steps] == pytest.approx([s.loss for s in of_one_rest[0]], **ROUNDING)
     for step, own in zip(steps, of_one_rest[0], strict=True):
@@ -49,7 +49,9 @@ def assert_same_run(run, expected):
         assert (measured.tokens, measured.targets) == (own.tokens, own.targets)
     assert (result.stopped, result.best_step) == (of_one.stopped, of_one.best_step)
     for name, values in weights.items():
-        np.testing.assert_allclose(values, of_one_rest[2][name], rtol=2e-3, atol=2e-4)
+        # A code of 8-bit moments may be the next one; losses and norms above stay as close.
+        off = 2e-3 if quantised else 2e-4
+        np.testing.assert_allclose(values, of_one_rest[2][name], rtol=2e-3, atol=off)
 
 
 def test_two_processes_train_as_one(alone, tmp_path):
@@ -75,7 +77,7 @@ def test_every_kind_of_run_on_more_processes(tmp_path, count):
     (expected,) = run_together(1, fit_each, tmp_path / "alone", RUNS)
     first, *_ = run_together(count, fit_each, tmp_path / "together", RUNS)
     for key in RUNS:
-        assert_same_run(first[key], expected[key])
+        assert_same_run(first[key], expected[key], quantised=key == "adamw_8bit")
 
 
 @pytest.mark.parametrize(
