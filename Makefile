@@ -4,7 +4,7 @@
 # make test-machines   the tests that compute, again and again as other processors would
 # make test-shared     training beside other busy programs keeps its share; wants a quiet machine
 # make lint    ruff, mypy and clang-format
-# make bench   the training step beside TRL's, results under benchmarks/results
+# make bench   the training step beside TRL's: the README's claim, in less than ten minutes
 # make kernels-check   compile every GPU kernel for every supported GPU; no GPU needed
 # make test-ptx        operations' tests on compiled GPU kernels, executed on the CPU
 # make same-bits ARGS="main HEAD"   whether two revisions train to the same losses and weights
@@ -69,7 +69,7 @@ format: $(STAMPS)/lint
 	$(BIN)/clang-format -i $(CSRC)
 
 bench: $(STAMPS)/bench $(STAMPS)/model
-	$(PY) -m benchmarks.train.train_step $(ARGS)
+	$(BIN)/lora-engine bench train $(ARGS)
 
 kernels-check: $(STAMPS)/test
 	$(PY) kernels/check.py $(ARGS)

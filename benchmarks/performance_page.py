@@ -13,7 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import journal
+from benchmarks.common import bench_pages, document, journal, peers
+from benchmarks.common import results as bench_results
 from benchmarks.common.text_table import table
 from benchmarks.gpu import attention_report, step_report, tune_report
 
@@ -28,15 +29,16 @@ HEAD = f"""\
 Made by `{COMMAND}` from the files in
 [benchmarks/results](../benchmarks/results), which have every number, the commands and the versions.
 [benchmarks/README.md](../benchmarks/README.md) says how each is measured and what the columns mean;
-`make bench` and `make gpu-check` measure your machine. Times are medians; contenders take turns in
-one run, and only results that are right are timed.
+`lora-engine bench` and `make gpu-check` measure your machine. Times are medians; contenders take
+turns in one run, and only results that are right are timed.
 """
 NO_GPU = "Nothing has run on a GPU: there are no results of one."
 
 
 def render(results: Path = RESULTS) -> str:
     """The page for a folder of results."""
-    parts = [HEAD, "## A training step on a CPU", *_train_steps(results)]
+    parts = [HEAD, "## lora-engine bench", *_benches(results)]
+    parts += ["## A training step on a CPU", *_train_steps(results)]
     parts += ["## Kernels on a CPU", *_kernel_files(results)]
     parts += ["## LoRA on top of a frozen linear, on a CPU", *_linear_files(results)]
     parts += ["## 4-bit weights on a CPU", *_four_bit(results)]
@@ -47,6 +49,25 @@ def render(results: Path = RESULTS) -> str:
     gpus = sorted(path.parent for path in results.glob("*/environment.json"))
     parts += [part for folder in gpus for part in _gpu(folder)] or ["## On a GPU", NO_GPU]
     return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
+
+
+def _benches(results: Path) -> list[str]:
+    """What `lora-engine bench` wrote, area by area, and where it has not run."""
+    parts, runs = [], []
+    for area in bench_pages.TITLES:
+        for path in sorted(results.glob(f"bench_{area}-*.json")):
+            run = _read(path)
+            runs.append(run)
+            link = f"benchmarks/results/{path.stem}"
+            busy = f"load average at the start {run['load_average']:.1f}"
+            if bench_results.is_busy(run):
+                busy += f": {bench_pages.BUSY}"
+            parts += [f"### {bench_pages.TITLES[area]}: {bench_results.machine(run)}"]
+            parts += [f"{_source(path, run)[:-1]}; {busy}.", peers.sentence(run["peers"])]
+            parts += [document.markdown(bench_pages.body(run, level=4), f"../{link}")]
+            parts += ["\n".join(f"- {line}" for line in run["failures"] + run["notes"])]
+    parts += bench_pages.not_run(run["hardware"] for run in runs)
+    return [part for part in parts if part]
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -21,10 +21,16 @@ EPS = 1e-5
 
 @dataclass(frozen=True)
 class Contender:
-    """An implementation of a case. in_place: it changes its inputs, where ours need not."""
+    """An implementation of a case.
+
+    in_place: it changes its inputs, where ours need not.
+    timed: where it has arrays of its own kind, makes of the inputs what is timed, with the backward
+        pass or without; None: the function itself is.
+    """
 
     function: Function
     in_place: bool = False
+    timed: Callable[[Sequence[Tensor], bool], Callable[[], object]] | None = None
 
 
 @dataclass(frozen=True)
@@ -34,14 +40,24 @@ class Work:
     amount: bytes, or operations with a multiply-add as two.
     matmuls: None if memory bounds the case (the ceiling is then a copy of as many bytes), else
         the products whose measured rate is the ceiling.
+    arithmetic: operations on each byte where memory bounds the case, exp and its like as one; they
+        place it in the roofline, and nothing else depends on them.
     """
 
     amount: int
     matmuls: tuple[Matmul, ...] | None = None
+    arithmetic: float = 0.0
 
     @property
     def unit(self) -> str:
         return "GB/s" if self.matmuls is None else "GFLOP/s"
+
+    def intensity(self, itemsize: int) -> float:
+        """Operations for each byte that has to be moved, of operands of `itemsize` bytes."""
+        if self.matmuls is None:
+            return self.arithmetic
+        moved = sum(p.m * p.k + p.n * p.k + p.m * p.n for p in self.matmuls) * itemsize
+        return self.amount / moved
 
 
 @dataclass(frozen=True)
@@ -124,6 +140,12 @@ SIZES = {
     "hopper": Size(LLAMA_8B, (1024,) * 8, 8192),
     **POINTWISE,
 }
+# SmolLM2's layers for batches of M tokens in one sequence: how time grows with M.
+SWEEP = {
+    f"smollm2-m{m}": replace(SIZES["smollm2"], lengths=(m,), targets=max(1, m // 8))
+    for m in (16, 64, 256, 1024, 4096)
+}
+SIZES |= SWEEP
 CASES: dict[str, Builder] = {}
 
 

@@ -126,7 +126,9 @@ TRAIN_STEP = module(
     "train_step",
 )
 
-CEILINGS = module("benchmarks.gpu.ceilings", ("--device", "cuda"), ("--device", "cpu"), "ceilings")
+CEILINGS = module(
+    "benchmarks.common.ceilings", ("--device", "cuda"), ("--device", "cpu"), "ceilings"
+)
 
 STEPS = (
     Step("ceilings", 0.2, CEILINGS, repeats=True),

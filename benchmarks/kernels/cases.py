@@ -47,8 +47,8 @@ def rms_norm(size: Size, dtype: torch.dtype, device: torch.device) -> Problem:
         ours=lambda x, r, w: ops.rms_norm(x, w, EPS, residual=r),
         eager=eager,
         oracle=lambda x, r, w: reference.rms_norm(x, w, EPS, residual=r),
-        forward=Work(4 * x.nbytes),
-        both=Work(8 * x.nbytes),
+        forward=Work(4 * x.nbytes, arithmetic=6 / (4 * x.itemsize)),
+        both=Work(8 * x.nbytes, arithmetic=16 / (8 * x.itemsize)),
     )
 
 
@@ -63,8 +63,8 @@ def layer_norm(size: Size, dtype: torch.dtype, device: torch.device) -> Problem:
         ours=lambda x, w, b: ops.layer_norm(x, w, b, EPS),
         eager=lambda x, w, b: F.layer_norm(x, (hidden,), w, b, EPS),
         oracle=lambda x, w, b: reference.layer_norm(x, w, b, EPS),
-        forward=Work(2 * x.nbytes),
-        both=Work(5 * x.nbytes),
+        forward=Work(2 * x.nbytes, arithmetic=8 / (2 * x.itemsize)),
+        both=Work(5 * x.nbytes, arithmetic=20 / (5 * x.itemsize)),
     )
 
 
@@ -92,8 +92,8 @@ def rope(size: Size, dtype: torch.dtype, device: torch.device) -> Problem:
         ours=ops.rope,
         eager=eager,
         oracle=reference.rope,
-        forward=Work(2 * heads_bytes + tables),
-        both=Work(4 * heads_bytes + 2 * tables),
+        forward=Work(2 * heads_bytes + tables, arithmetic=3 / (2 * q.itemsize)),
+        both=Work(4 * heads_bytes + 2 * tables, arithmetic=3 / (2 * q.itemsize)),
     )
 
 
@@ -112,8 +112,8 @@ def _glu(
         ours=lambda gate, up: ops.glu(gate, up, activation=activation),
         eager=lambda gate, up: act(gate) * up,
         oracle=lambda gate, up: reference.glu(gate, up, activation=activation),
-        forward=Work(3 * gate.nbytes),
-        both=Work(8 * gate.nbytes),
+        forward=Work(3 * gate.nbytes, arithmetic=5 / (3 * gate.itemsize)),
+        both=Work(8 * gate.nbytes, arithmetic=15 / (8 * gate.itemsize)),
         operation="glu",
     )
 
@@ -146,8 +146,8 @@ def cross_entropy(size: Size, dtype: torch.dtype, device: torch.device) -> Probl
         ours=lambda logits, t: ops.cross_entropy(logits, t).mean(),
         eager=lambda logits, t: F.cross_entropy(logits.float(), t),
         oracle=lambda logits, t: reference.cross_entropy(logits, t).mean(),
-        forward=Work(logits.nbytes),
-        both=Work(2 * logits.nbytes),
+        forward=Work(logits.nbytes, arithmetic=4 / logits.itemsize),
+        both=Work(2 * logits.nbytes, arithmetic=7 / (2 * logits.itemsize)),
     )
 
 
@@ -272,7 +272,7 @@ def attention_decode(size: Size, dtype: torch.dtype, device: torch.device) -> Pr
         ours=decode(None),
         eager=eager,
         oracle=decode("reference"),
-        forward=Work(2 * keys.nbytes),
+        forward=Work(2 * keys.nbytes, arithmetic=2 * heads / kv_heads / keys.itemsize),
         both=None,
         in_place=True,
     )
@@ -306,7 +306,7 @@ def adamw(size: Size, dtype: torch.dtype, device: torch.device) -> Problem:
         ours=flat(ops),
         eager=TorchAdamW(sizes),
         oracle=flat(reference),
-        forward=Work(8 * params.nbytes),
+        forward=Work(8 * params.nbytes, arithmetic=17 / 32),
         both=None,
         in_place=True,
         more={
@@ -373,7 +373,8 @@ def adamw_8bit(size: Size, dtype: torch.dtype, device: torch.device) -> Problem:
         eager=plain,
         oracle=plain,
         forward=Work(
-            3 * params.nbytes + 2 * (m.nbytes + v.nbytes + m_absmax.nbytes + v_absmax.nbytes)
+            3 * params.nbytes + 2 * (m.nbytes + v.nbytes + m_absmax.nbytes + v_absmax.nbytes),
+            arithmetic=19 / 16,
         ),
         both=None,
         in_place=True,
@@ -405,7 +406,7 @@ def blockwise_4bit(size: Size, dtype: torch.dtype, device: torch.device) -> Prob
         ours=ours,
         eager=eager,
         oracle=lambda w: packed.rows(0, n, out=torch.empty_like(w), impl="reference"),
-        forward=Work(packed.nbytes + weight.nbytes),
+        forward=Work(packed.nbytes + weight.nbytes, arithmetic=1 / (weight.itemsize + 0.5)),
         both=None,
         in_place=True,
     )

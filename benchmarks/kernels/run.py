@@ -3,18 +3,18 @@
     python -m benchmarks.kernels.run --dtype bfloat16 --out benchmarks/results/kernels
 
 A case is timed only if its results match the reference first; the exit status is 1 if any does not.
-On a CPU they are compared on the first tokens and targets of a large size.
+On a CPU they are compared on the first tokens and targets of a large size, and each call takes
+other random inputs, in turn, as many as the last level of cache does not hold.
 """
 
 import argparse
 import gc
-import importlib.util
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -25,14 +25,15 @@ from benchmarks.common.registry import CASES, SIZES, Contender, Problem, Size, W
 from benchmarks.common.verify import copies, references, upstream, verify
 from benchmarks.kernels import (
     cases,  # noqa: F401  (registers the cases)
+    kernel_peers,
     kernel_report,
-    liger,
 )
 from benchmarks.kernels.plans import Item, plan_for
 from lora_engine import backends
 
 LONGEST_MESSAGE = 500
 DEVICE_LOST = 3
+COMPILED = "torch.compile"
 # What is compared with float64 on a CPU, where that takes longer than all the rest.
 VERIFIED_TOKENS = 1536
 VERIFIED_TARGETS = 128
@@ -64,20 +65,31 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+# A problem, and what is timed on its inputs by name.
+Set: TypeAlias = tuple[Problem, dict[str, Contender]]
+
+
 def measure_case(
-    problem: Problem, contenders: dict[str, Contender], device: torch.device, samples: int
+    sets: Sequence[Set], device: torch.device, samples: int
 ) -> Iterator[dict[str, Any]]:
-    """One row per pass and implementation."""
+    """One row per pass and implementation.
+
+    sets: the same problem with other inputs, and the same contenders; taken in turn.
+    """
+    problem = sets[0][0]
+    itemsize = problem.inputs[0].itemsize
     if problem.both is None:
         passes = [("step", problem.forward)]
     else:
         passes = [("forward", problem.forward), ("forward+backward", problem.both)]
     for pass_name, work in passes:
+        backward = work is problem.both
         runs = {
-            name: _run(problem, contender, backward=work is problem.both)
-            for name, contender in contenders.items()
+            name: measure.rotated([_run(p, found[name], backward=backward) for p, found in sets])
+            for name in sets[0][1]
         }
-        ceiling = _ceiling(work, problem.inputs[0].dtype, device)
+        dtype = problem.inputs[0].dtype
+        ceiling = measure.rotated([_ceiling(work, dtype, device) for _ in sets])
         timings = measure.time_alternating({**runs, "": ceiling}, device, samples=samples)
         rate = _ceiling_amount(work) / timings.pop("").median
         for name, timing in timings.items():
@@ -91,11 +103,16 @@ def measure_case(
                 "ceiling": rate,
                 "share_of_ceiling": achieved / rate,
                 "extra_bytes": measure.extra_memory(runs[name], device),
+                "calls": measure.count_calls(runs[name], device),
+                "operations_per_byte": work.intensity(itemsize),
+                "input_sets": len(sets),
             }
 
 
 def _run(problem: Problem, contender: Contender, *, backward: bool) -> measure.Thunk:
     function = contender.function
+    if contender.timed is not None:
+        return contender.timed(problem.inputs, backward)
     inputs = copies(problem.inputs) if contender.in_place else problem.inputs
     gradients: list[Tensor] = []
     if not backward:
@@ -177,9 +194,8 @@ def _run_item(
     verified = _verified_problem(item, problem, device, notes)
     expected = references(verified)
     verify(verified, verified.ours, expected)
-    contenders = {"ours": Contender(problem.ours), "pytorch": Contender(problem.eager)}
+    right = ["ours", "pytorch"]
     checked = _contenders_of(item, verified, device)
-    timed = checked if verified is problem else _contenders_of(item, problem, device)
     for name, contender in checked.items():
         try:
             verify(verified, contender.function, expected, in_place=contender.in_place)
@@ -189,12 +205,44 @@ def _run_item(
             if not _usable(device):
                 raise
         else:
-            contenders[name] = timed[name]
+            right.append(name)
+    compiled = {COMPILED: checked[COMPILED]} if COMPILED in right else {}
+    if compiled and verified is not problem:
+        compiled = dict(_compiled(item, problem))
     del expected, verified, checked
     _free(device)
-    for row in measure_case(problem, contenders, device, args.samples):
+    for row in measure_case(
+        input_sets(item, problem, right, device, compiled), device, args.samples
+    ):
         size = {"size": item.size, "dtype": item.dtype}
         yield {"case": item.case, **size, "choice": chosen, **row}
+
+
+def input_sets(
+    item: Item,
+    problem: Problem,
+    names: Sequence[str],
+    device: torch.device,
+    compiled: Mapping[str, Contender] | None = None,
+) -> list[Set]:
+    """The problem and others alike, of which the cache does not hold the inputs, with contenders.
+
+    compiled: what is compiled once, and called with the inputs of each.
+    """
+    count = measure.input_sets(sum(x.nbytes for x in problem.inputs), device)
+    problems = [problem]
+    problems += [_problem(item, SIZES[item.size], device) for _ in range(count - 1)]
+    sets = []
+    for each in problems:
+        found = {**contenders(item, each, device), **(compiled or {})}
+        sets.append((each, {name: found[name] for name in names}))
+    return sets
+
+
+def contenders(item: Item, problem: Problem, device: torch.device) -> dict[str, Contender]:
+    """Ours, PyTorch's and other packages', by name; what is compiled is not among them."""
+    found = {"ours": Contender(problem.ours), "pytorch": Contender(problem.eager)}
+    return found | dict(_others(item, problem, device))
 
 
 def _problem(item: Item, size: Size, device: torch.device) -> Problem:
@@ -219,20 +267,20 @@ def _verified_problem(
 
 def _contenders_of(item: Item, problem: Problem, device: torch.device) -> dict[str, Contender]:
     """What is timed beside ours and PyTorch as it is, by name."""
-    return dict(_others(item, problem, device))
+    return dict(_others(item, problem, device)) | dict(_compiled(item, problem))
 
 
 def _others(item: Item, problem: Problem, device: torch.device) -> Iterator[tuple[str, Contender]]:
     for name, function in problem.more.items():
         yield name, Contender(function)
+    yield from kernel_peers.contenders(item.case, problem, device)
+
+
+def _compiled(item: Item, problem: Problem) -> Iterator[tuple[str, Contender]]:
     if item.compile:
         # Sizes share a function's code, and after a few recompilations it would run as it is.
         torch.compiler.reset()
-        yield "torch.compile", Contender(torch.compile(problem.eager, dynamic=False))
-    if device.type == "cuda" and importlib.util.find_spec("liger_kernel") is not None:
-        found = liger.contender(item.case, problem)
-        if found is not None:
-            yield "liger", found
+        yield COMPILED, Contender(torch.compile(problem.eager, dynamic=False))
 
 
 def _one_line(error: BaseException) -> str:

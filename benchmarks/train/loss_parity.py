@@ -3,7 +3,7 @@
     python -m benchmarks.train.loss_parity --out benchmarks/results/loss_parity
 
 float32, the same batches and initial adapters, AdamW. Theirs: eager attention, padded batches,
-torch.optim.AdamW. Ours: what train_step.py measures.
+torch.optim.AdamW. Ours: what train_job.py measures.
 """
 
 import argparse
@@ -42,6 +42,7 @@ def train_plainly(
     model: Any,
     batches: Sequence[Sequence[Example]],
     learning_rate: float = train_workload.LEARNING_RATE,
+    max_grad_norm: float | None = None,
 ) -> Iterator[float]:
     """Train a PEFT model as transformers' documentation does; yields each step's loss."""
     model.train()
@@ -49,8 +50,11 @@ def train_plainly(
     optimizer = torch.optim.AdamW(trainable, lr=learning_rate, weight_decay=0.0)
     for examples in batches:
         optimizer.zero_grad()
-        loss = model(**pad(examples), use_cache=False).loss
+        batch = {name: x.to(model.device) for name, x in pad(examples).items()}
+        loss = model(**batch, use_cache=False).loss
         loss.backward()
+        if max_grad_norm is not None:
+            torch.nn.utils.clip_grad_norm_(trainable, max_grad_norm)
         optimizer.step()
         yield loss.item()
 

@@ -1,19 +1,15 @@
-"""The contenders of train_step.py; each runs alone in a process of its own.
+"""Who trains in train_job.py; each runs alone in a process of its own."""
 
-python -m benchmarks.train.train_contenders WORKLOAD --contender ours --dtype bfloat16 --out FILE
-"""
-
-import argparse
-import json
-import time
+import importlib
+import os
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from benchmarks.common import measure
+from benchmarks.common.steps import Result, Stopwatch, step_recorder
 from benchmarks.train import train_flops, train_workload
 from benchmarks.train.train_workload import Workload
 from lora_engine.data.render import Example
@@ -62,62 +58,21 @@ TRL_VARIANTS = {
     ),
 }
 OURS = "lora_engine: accelerate, packed batches and the Trainer's step, float32 adapters"
-CONTENDERS = {"ours": OURS, **{name: v.description for name, v in TRL_VARIANTS.items()}}
-
-
-@dataclass(frozen=True)
-class Step:
-    """One optimiser step: wall time including its batch's preparation, and the mean loss.
-
-    cpu_seconds: processor time of all threads. Well under `seconds` times their number, either
-    the step left cores idle or others had them.
-    """
-
-    seconds: float
-    cpu_seconds: float
-    loss: float
-
-
-@dataclass(frozen=True)
-class Result:
-    """steps: all steps, warm-up included.
-
-    loaded_bytes: resident once the model and its adapters are in memory.
-    peak_bytes: highest resident size of the process, loading included.
-    peak_training_bytes: highest resident size from the first step on.
-    """
-
-    contender: str
-    steps: list[Step]
-    loaded_bytes: int
-    peak_bytes: int
-    peak_training_bytes: int
-
-
-class Stopwatch:
-    """Measures step after step, and the peak of memory from its creation on."""
-
-    def __init__(self) -> None:
-        self._peak_before = measure.peak_resident_bytes()
-        measure.reset_peak()
-        self._last = time.perf_counter(), time.process_time()
-
-    def step(self, loss: float) -> Step:
-        """The step since the last one, or since the creation."""
-        (wall, cpu), self._last = self._last, (time.perf_counter(), time.process_time())
-        return Step(self._last[0] - wall, self._last[1] - cpu, loss)
-
-    def result(self, contender: str, steps: list[Step], loaded_bytes: int) -> Result:
-        peak = measure.peak_resident_bytes()
-        return Result(contender, steps, loaded_bytes, max(peak, self._peak_before), peak)
+CONTENDERS = {
+    "ours": OURS,
+    **{name: v.description for name, v in TRL_VARIANTS.items()},
+    "peft": "a loop of one's own: PEFT on transformers with sdpa, padding, everything in the dtype",
+    "unsloth": "Unsloth's FastLanguageModel (on a CPU UNSLOTH_ALLOW_CPU=1) in SFTTrainer, padding",
+}
+PACKAGES = {**dict.fromkeys(TRL_VARIANTS, "trl"), "unsloth": "unsloth"}
 
 
 def train_ours(
     model: Any, batches: Sequence[Sequence[Example]], **settings: Any
 ) -> Iterator[float]:
-    """Accelerate a PEFT model and train it a step per batch, as the Trainer does; yields losses.
+    """Accelerate a PEFT model, then train it a step per batch, as the Trainer does.
 
-    settings: of TrainConfig; the learning rate stays constant.
+    settings: of TrainConfig; the learning rate stays constant. Returns the losses as they come.
     """
     import lora_engine
     from lora_engine.data.batch import collate
@@ -132,38 +87,69 @@ def train_ours(
     config = lora_engine.TrainConfig(**{"learning_rate": train_workload.LEARNING_RATE, **settings})
     step = TrainStep(model, SFT(), FlatAdamW(FlatParameters(model.named_parameters()), config))
     share = config.share_prefixes and can_share_prefixes(model)
-    for number, examples in enumerate(batches, start=1):
-        batch = collate(examples, share_prefixes=share)
-        result = step(number, [batch], config.learning_rate, check=lambda: None)
-        yield result.loss
+
+    def losses() -> Iterator[float]:
+        for number, examples in enumerate(batches, start=1):
+            batch = collate(examples, share_prefixes=share)
+            result = step(number, [batch], config.learning_rate, check=lambda: None)
+            yield result.loss
+
+    return losses()
 
 
 def run_ours(workload: Workload, dtype: torch.dtype) -> Result:
     """lora_engine: accelerate, packed batches, and the Trainer's step."""
+    device = torch.device(workload.device)
     model, _ = train_workload.load_with_adapters(workload, dtype)
-    loaded = measure.resident_bytes()
-    watch = Stopwatch()
-    steps = [watch.step(loss) for loss in train_ours(model, workload.batches)]
+    loaded = measure.held_bytes(device)
+    watch = Stopwatch(device)
+    steps = watch.watch(train_ours(model, workload.batches))
     return watch.result("ours", steps, loaded)
+
+
+def run_peft(workload: Workload, dtype: torch.dtype) -> Result:
+    """PEFT on transformers, the loop of its documentation over padded batches."""
+    from benchmarks.train.loss_parity import train_plainly
+
+    device = torch.device(workload.device)
+    model, _ = train_workload.load_with_adapters(workload, dtype, float32_adapters=False)
+    loaded = measure.held_bytes(device)
+    watch = Stopwatch(device)
+    steps = watch.watch(train_plainly(model, workload.batches, max_grad_norm=1.0))
+    return watch.result("peft", steps, loaded)
 
 
 def run_trl(workload: Workload, dtype: torch.dtype, name: str, variant: TrlVariant) -> Result:
     """TRL's SFTTrainer on a PEFT model; its whole loop, as trainer.train() runs it."""
     import datasets
-    import trl
 
     datasets.disable_progress_bars()
     weights = torch.float32 if variant.float32_weights else dtype
     model, tokenizer = train_workload.load_with_adapters(
         workload, weights, float32_adapters=variant.float32_adapters
     )
-    loaded = measure.resident_bytes()
+    return _train_by_trl(workload, dtype, name, variant, model, tokenizer)
+
+
+def _train_by_trl(
+    workload: Workload,
+    dtype: torch.dtype,
+    name: str,
+    variant: TrlVariant,
+    model: Any,
+    tokenizer: Any,
+) -> Result:
+    import datasets
+    import trl
+
+    device = torch.device(workload.device)
+    loaded = measure.held_bytes(device)
     rows = [
         {"input_ids": example.input_ids, "labels": train_workload.labels(example)}
         for batch in workload.batches
         for example in batch
     ]
-    recorder = _step_recorder()
+    recorder = step_recorder(device, count_calls=not variant.compile)
     trainer = trl.SFTTrainer(
         model=model,
         args=_sft_config(workload, dtype, variant),
@@ -190,7 +176,7 @@ def _sft_config(workload: Workload, dtype: torch.dtype, variant: TrlVariant) -> 
         gradient_checkpointing=variant.gradient_checkpointing,
         bf16=variant.autocast and dtype == torch.bfloat16,
         torch_compile=variant.compile,
-        use_cpu=True,
+        use_cpu=workload.device == "cpu",
         dataloader_pin_memory=False,
         logging_steps=1,
         report_to="none",
@@ -199,24 +185,30 @@ def _sft_config(workload: Workload, dtype: torch.dtype, variant: TrlVariant) -> 
     )
 
 
-def _step_recorder() -> Any:
-    from transformers import TrainerCallback
+def run_unsloth(workload: Workload, dtype: torch.dtype) -> Result:
+    """Unsloth as its documentation has it, but for the checkpointing of activations, and our
+    initial adapters."""
+    os.environ.setdefault("UNSLOTH_ALLOW_CPU", "1")
+    fast: Any = importlib.import_module("unsloth").FastLanguageModel  # before transformers and trl
 
-    class StepRecorder(TrainerCallback):
-        """From the start of training, the time and loss of every step."""
+    from lora_engine.models.load.gguf import converted_gguf, smollm2_gguf_path
 
-        def __init__(self) -> None:
-            self.steps: list[Step] = []
-            self.watch: Stopwatch
-
-        def on_train_begin(self, *_: Any, **__: Any) -> None:
-            self.watch = Stopwatch()
-
-        def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
-            if "loss" in logs:  # after every step; the summary at the end has another key
-                self.steps.append(self.watch.step(logs["loss"]))
-
-    return StepRecorder()
+    source = workload.model
+    if source == train_workload.MODEL:
+        source = str(converted_gguf(smollm2_gguf_path(), dtype))
+    model, tokenizer = fast.from_pretrained(
+        source, max_seq_length=train_workload.MAX_LENGTH, dtype=dtype, load_in_4bit=False
+    )
+    model = fast.get_peft_model(
+        model,
+        r=train_workload.RANK,
+        lora_alpha=train_workload.ALPHA,
+        lora_dropout=0,
+        use_gradient_checkpointing=False,
+    )
+    train_workload.load_adapters(model, workload.adapters)
+    variant = TRL_VARIANTS["trl-padded"]
+    return _train_by_trl(workload, dtype, "unsloth", variant, model, tokenizer)
 
 
 def run(workload: Workload, contender: str, dtype: torch.dtype, checkpointing: str) -> Result:
@@ -224,8 +216,9 @@ def run(workload: Workload, contender: str, dtype: torch.dtype, checkpointing: s
 
     checkpointing: "on" or "off" overrides the TRL variant's own choice, "auto" leaves it.
     """
-    if contender == "ours":
-        return run_ours(workload, dtype)
+    own = {"ours": run_ours, "peft": run_peft, "unsloth": run_unsloth}
+    if contender in own:
+        return own[contender](workload, dtype)
     variant = TRL_VARIANTS[contender]
     if checkpointing != "auto":
         variant = replace(variant, gradient_checkpointing=checkpointing == "on")
@@ -238,7 +231,7 @@ def measure_matmuls(workload: Workload, dtype: torch.dtype) -> dict[str, float]:
     The decoder layers are alike: one is measured and counted as often as there are layers. Its
     weights stay in the cache between repetitions, so that this is the machine's best.
     """
-    device, shape = torch.device("cpu"), workload.shape
+    device, shape = torch.device(workload.device), workload.shape
     count = len(workload.batches)
     tokens = sum(map(sum, workload.lengths())) // count
     parts = {
@@ -253,23 +246,3 @@ def measure_matmuls(workload: Workload, dtype: torch.dtype) -> dict[str, float]:
     seconds = sum(repeats[name] * timings[name].fastest for name in parts)
     flops = sum(repeats[name] * m.flops for name, matmuls in parts.items() for m in matmuls)
     return {"seconds": seconds, "flops_per_second": flops / seconds}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("workload", type=Path)
-    parser.add_argument("--contender", choices=(*CONTENDERS, "matmuls"), required=True)
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), required=True)
-    parser.add_argument("--checkpointing", choices=("auto", "on", "off"), default="auto")
-    parser.add_argument("--out", type=Path, required=True)
-    args = parser.parse_args()
-    workload, dtype = train_workload.load(args.workload), getattr(torch, args.dtype)
-    if args.contender == "matmuls":
-        result = measure_matmuls(workload, dtype)
-    else:
-        result = asdict(run(workload, args.contender, dtype, args.checkpointing))
-    args.out.write_text(json.dumps(result))
-
-
-if __name__ == "__main__":
-    main()

@@ -27,12 +27,13 @@ LORA_B_STD = 0.02
 @dataclass(frozen=True)
 class Workload:
     """model: what load_model takes. shape: its sizes. batches: lists of tokenised examples.
-    adapters: file with the initial adapter weights."""
+    adapters: file with the initial adapter weights. device: "cpu" or "cuda"."""
 
     model: str
     shape: ModelShape
     batches: list[list[Example]]
     adapters: Path
+    device: str = "cpu"
 
     def lengths(self) -> list[list[int]]:
         """Tokens of every example, per batch."""
@@ -53,8 +54,11 @@ class Workload:
 
 def prepare(
     folder: Path, *, batches: int, batch_size: int, seed: int, model_source: str = MODEL
-) -> None:
-    """Draw examples from the demo's data, tokenise them, and draw initial adapters."""
+) -> Any:
+    """Draw examples from the demo's data, tokenise them, and draw initial adapters.
+
+    Returns the model, float32, with its adapters.
+    """
     from lora_engine import load_model
 
     model, tokenizer = load_model(model_source, dtype="float32", device="cpu")
@@ -67,14 +71,15 @@ def prepare(
     drawn = [examples[i : i + batch_size] for i in range(0, len(examples), batch_size)]
     job = {"model": model_source, "shape": asdict(shape), "batches": drawn}
     (folder / "job.json").write_text(json.dumps(job))
+    return model
 
 
-def load(folder: Path) -> Workload:
-    """What `prepare` wrote to `folder`."""
+def load(folder: Path, device: str = "cpu") -> Workload:
+    """What `prepare` wrote to `folder`, for a device."""
     job = json.loads((folder / "job.json").read_text())
     batches = [[Example(**example) for example in batch] for batch in job["batches"]]
     shape = ModelShape(**job["shape"])
-    return Workload(job["model"], shape, batches, folder / "adapters.safetensors")
+    return Workload(job["model"], shape, batches, folder / "adapters.safetensors", device)
 
 
 def add_adapters(model: Any, *, float32_adapters: bool = True) -> Any:
@@ -115,10 +120,10 @@ def save_adapters(model: Any, path: Path) -> None:
 def load_with_adapters(
     workload: Workload, dtype: torch.dtype, *, float32_adapters: bool = True
 ) -> tuple[Any, Any]:
-    """The workload's model in `dtype` on the CPU with its initial adapters, and its tokenizer."""
+    """The workload's model in `dtype` with its initial adapters, and its tokenizer."""
     from lora_engine import load_model
 
-    model, tokenizer = load_model(workload.model, dtype=dtype, device="cpu")
+    model, tokenizer = load_model(workload.model, dtype=dtype, device=workload.device)
     model = add_adapters(model, float32_adapters=float32_adapters)
     load_adapters(model, workload.adapters)
     return model, tokenizer

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
 
 import typer
 
-from lora_engine.app import deploy_commands, write_commands
+from lora_engine.app import bench_commands, deploy_commands, write_commands
 from lora_engine.app.failures import Interrupted, RunFailed
 
 if TYPE_CHECKING:
@@ -218,6 +218,9 @@ AFTER_TRAINING: tuple[Callable[..., None], ...] = (
 )
 for after_training in AFTER_TRAINING:
     app.command()(_interruptible(after_training))
+for measuring in bench_commands.COMMANDS:
+    bench_commands.app.command()(_interruptible(measuring))
+app.add_typer(bench_commands.app, name="bench")
 
 
 def _launch(count: int, words: Sequence[str]) -> None:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from benchmarks.common import measure
+from benchmarks.common.measure import Timing
 
 CPU = torch.device("cpu")
 MIB = 2**20
@@ -57,3 +58,41 @@ def test_matmuls_of_a_linear():
     for matmul, columns in ((forward, 5), (backward, 7)):
         left, right, out = measure._operands(matmul, torch.float32, CPU)
         assert (left @ right).shape == out.shape == (3, columns)
+
+
+def test_a_timing_has_the_middle_half_of_its_samples():
+    timing = Timing.of([4.0, 1.0, 2.0, 3.0, 100.0])
+    assert (timing.fastest, timing.lower, timing.median, timing.upper) == (1, 2, 3, 4)
+    assert (timing.slowest, timing.samples) == (100, 5)
+    assert Timing.of([2.0]).lower == Timing.of([2.0]).upper == 2
+
+
+def test_inputs_in_turn_are_more_than_the_cache_holds(monkeypatch):
+    monkeypatch.setattr(measure, "last_level_cache", lambda: 8 * MIB)
+    assert measure.input_sets(5 * MIB, CPU) == 4
+    assert measure.input_sets(16 * MIB, CPU) == 1
+    assert measure.input_sets(1, CPU) == measure.MOST_SETS
+    assert measure.input_sets(1, torch.device("cuda")) == 1, "its cache is flushed"
+
+
+def test_the_cache_is_what_the_system_says(monkeypatch, tmp_path):
+    file = tmp_path / "size"
+    monkeypatch.setattr(measure, "_LAST_LEVEL_CACHE", file)
+    assert measure.last_level_cache() == measure.USUAL_CACHE
+    file.write_text("260096K\n")
+    assert measure.last_level_cache() == 254 * MIB
+
+
+def test_runs_are_called_in_turn():
+    called = []
+    run = measure.rotated([lambda n=n: called.append(n) for n in range(3)])
+    for _ in range(4):
+        run()
+    assert called == [0, 1, 2, 0]
+
+
+def test_calls_of_the_backward_pass_count():
+    x = torch.ones(3, requires_grad=True)
+    forward = measure.count_calls(lambda: x * 2, CPU)
+    both = measure.count_calls(lambda: torch.autograd.grad(x * 2, x, torch.ones(3)), CPU)
+    assert forward == 1 and both == 3, "the product, the ones, the gradient's product"

@@ -1,6 +1,7 @@
 """docs/performance.md is what its command makes of the committed results."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -69,3 +70,34 @@ def cells(page: str, first: str) -> list[str]:
 def test_without_a_gpu_the_page_says_so(tmp_path: Path) -> None:
     page = performance_page.render(tmp_path)
     assert page.endswith(f"## On a GPU\n\n{performance_page.NO_GPU}\n")
+
+
+def test_what_bench_wrote_is_on_the_page_with_its_charts(tmp_path: Path) -> None:
+    run = {
+        "area": "kernels",
+        "date": "2030-01-01T10:00:00+00:00",
+        "hardware": {"processor": "P", "cores used": "2 of 2", "instructions": "avx2, amx_bf16"},
+        "software": {"torch": "3"},
+        "load_average": 7.0,
+        "peers": {"PEFT": "not installed"},
+        "limits": {"copy": 8e9, "products": {"bfloat16": 4e11}},
+        "failures": [],
+        "notes": ["rope: left out"],
+    }
+    more = {"ceiling": 1.0, "extra_bytes": 0, "calls": 4, "operations_per_byte": 0.5}
+    rows = [{**kernel_row("ours", 1e-3), **more, "input_sets": 1}]
+    rows[0]["seconds"] = {"median": 1e-3, "lower": 1e-3, "upper": 1e-3}
+    (tmp_path / "bench_kernels-p.json").write_text(json.dumps({**run, "rows": rows}))
+    page = performance_page.render(tmp_path)
+    assert "### Kernels: P, 2 cores, avx2, amx_bf16" in page
+    assert "of this run ratios alone say something" in page and "measured: PEFT." in page
+    assert "(../benchmarks/results/bench_kernels-p-roofline.svg)" in page
+    assert cells(page, "glu")[3:6] == ["ours", "1,000", "0%"] and "- rope: left out" in page
+    assert "is of a processor with AMX" not in page
+    assert "Nothing of `lora-engine bench` has run on a GPU." in page
+
+
+def test_the_charts_on_the_page_are_committed() -> None:
+    links = re.findall(r"!\[[^]]*\]\(([^)]+)\)", performance_page.PAGE.read_text())
+    missing = [x for x in links if not (performance_page.PAGE.parent / x).is_file()]
+    assert not missing

@@ -1,17 +1,23 @@
 import json
 import sys
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
 
-from benchmarks.common import journal
+from benchmarks.common import journal, measure
 from benchmarks.common.registry import CASES, SIZES, Contender
 from benchmarks.kernels import run
 from lora_engine import backends
 
 CPU = torch.device("cpu")
 TINY = SIZES["tiny"]
+
+
+@pytest.fixture(autouse=True)
+def few_inputs(monkeypatch):
+    monkeypatch.setattr(measure, "MOST_SETS", 2)
 
 
 def test_every_operation_has_a_case():
@@ -221,3 +227,27 @@ def test_torch_compile_takes_part(monkeypatch, capsys):
     run_with(monkeypatch, "--cases", "glu", "--compile")
     assert compiled == [False]
     assert "| torch.compile " in capsys.readouterr().out
+
+
+def test_every_call_takes_the_next_inputs(monkeypatch):
+    """Those of one problem for one call, and all of them in turn."""
+    called = []
+    build = CASES["glu"]
+
+    def watched(*args):
+        problem = build(*args)
+
+        def ours(gate, up):
+            assert gate.data_ptr() == problem.inputs[0].data_ptr(), "another problem's inputs"
+            called.append(float(gate.detach()[0, 0]))
+            return problem.ours(gate, up)
+
+        return replace(problem, ours=ours)
+
+    monkeypatch.setitem(CASES, "glu", watched)
+    problem = watched(TINY, torch.float32, CPU)
+    sets = run.input_sets(run.Item("glu", "tiny", "float32"), problem, ["ours"], CPU)
+    rows = list(run.measure_case(sets, CPU, samples=1))
+    assert len(set(called)) == 2 and all(a != b for a, b in pairwise(called[2:9]))
+    assert {row["implementation"] for row in rows} == {"ours"}
+    assert all(row["input_sets"] == 2 and row["calls"] > 0 for row in rows)

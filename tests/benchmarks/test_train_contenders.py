@@ -4,7 +4,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks.train import train_contenders, train_step, train_workload
+from benchmarks.common import jobs
+from benchmarks.train import train_contenders, train_job, train_workload
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +68,13 @@ def test_checkpointing_option_overrides_a_variant(workload, monkeypatch):
     assert seen == [default, default, replace(default, gradient_checkpointing=False)]
 
 
-def test_unknown_contender_is_refused_with_the_choices(capsys):
-    with pytest.raises(SystemExit):
-        train_step.parse_arguments(["--contenders", "ours,trl"])
-    assert "no contender trl; there are ours, trl-default" in capsys.readouterr().err
+def test_the_first_loss_is_that_of_plain_peft(chat_model, tmp_path):
+    words = {"model": str(chat_model), "dtype": "float32", "steps": "1", "batch_size": "2"}
+    options, names = jobs.options_of(train_job.JOB, words)
+    facts = train_job.prepare(tmp_path, options)
+    assert names == ("ours", "trl-padded", "trl-padding-free")
+    assert [len(facts[kind][""]) for kind in ("amounts", "flops")] == [2, 2]
+    for name in ("ours", "peft"):
+        result = train_job.run(tmp_path, options, name)
+        assert result.steps[0].loss == pytest.approx(facts["expected"][""], rel=1e-5)
+        assert result.contender == name and len(result.steps) == 2 and result.calls > 50

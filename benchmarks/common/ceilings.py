@@ -1,6 +1,6 @@
-"""What this GPU does at most: bytes a copy moves, operations a matrix product makes.
+"""What this machine does at most: bytes a copy moves, operations a matrix product makes.
 
-    python -m benchmarks.gpu.ceilings --append ceilings.jsonl
+    python -m benchmarks.common.ceilings --append ceilings.jsonl
 
 A copy's bytes are those read and those written. Operands are random: a product of zeros draws less
 power and runs at a higher clock.
@@ -9,6 +9,7 @@ power and runs at a higher clock.
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,13 @@ import torch
 from benchmarks.common import measure, output
 from benchmarks.common.journal import Journal, started
 
-COPIES = {"cuda": (64 * 2**20, 2**30, 8 * 2**30), "cpu": (2**20,)}
-PRODUCTS = {"cuda": ((8192, 4096, 4096), (8192, 8192, 8192)), "cpu": ((64, 64, 64),)}
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+COPIES = {"cuda": (64 * 2**20, 2**30, 8 * 2**30), "cpu": (2**20, 2**28)}
+PRODUCTS = {"cuda": ((8192, 4096, 4096), (8192, 8192, 8192)), "cpu": ((1024, 1024, 1024),)}
+# Nothing of ours is trained in float16 on a CPU, where its products take seconds.
+DTYPES = {
+    "cuda": (torch.bfloat16, torch.float16, torch.float32),
+    "cpu": (torch.bfloat16, torch.float32),
+}
 
 
 def ceilings(device: torch.device) -> list[tuple[dict[str, Any], measure.Thunk, int]]:
@@ -29,12 +34,32 @@ def ceilings(device: torch.device) -> list[tuple[dict[str, Any], measure.Thunk, 
         for count in COPIES[device.type]
     ]
     for m, n, k in PRODUCTS[device.type]:
-        for dtype in DTYPES:
+        for dtype in DTYPES[device.type]:
             matmul = measure.Matmul(m, n, k)
             name = str(dtype).removeprefix("torch.")
             item = {"ceiling": "product", "m": m, "n": n, "k": k, "dtype": name}
             found.append((item, measure.matmul_run([matmul], dtype, device), matmul.flops))
     return found
+
+
+def measured(device: torch.device, samples: int = 10) -> list[dict[str, Any]]:
+    """A row for each ceiling: {"item": its name, "seconds": of one call, "rate": of its median}."""
+    rows = []
+    for item, run, amount in ceilings(device):
+        timing = measure.time_alternating({"": run}, device, samples=samples)[""]
+        rows.append({"item": item, "seconds": asdict(timing), "rate": amount / timing.median})
+    return rows
+
+
+def limits(rows: Sequence[dict[str, Any]]) -> tuple[float, dict[str, float]]:
+    """Of `measured`: bytes a second of the largest copy, operations a second by dtype's name."""
+    copies = [row for row in rows if row["item"]["ceiling"] == "copy"]
+    products: dict[str, float] = {}
+    for row in rows:
+        if row["item"]["ceiling"] == "product":
+            name = row["item"]["dtype"]
+            products[name] = max(products.get(name, 0.0), row["rate"])
+    return max(copies, key=lambda row: row["item"]["bytes"])["rate"], products
 
 
 def main(argv: Sequence[str] | None = None) -> int:

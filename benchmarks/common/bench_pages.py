@@ -1,0 +1,246 @@
+"""What a run of `lora-engine bench` came to: tables, charts, and how this machine compares."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import charts, results
+from benchmarks.common.document import Heading, Part, Table, text
+from benchmarks.common.peers import sentence
+
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+GIB = 2**30
+BUSY = (
+    "other programs ran beside, so of this run ratios alone say something, most of all those of "
+    "CPU time and of memory"
+)
+TITLES = {
+    "kernels": "Kernels",
+    "train": "A training step",
+    "generate": "Writing",
+    "rl": "Preferences and rewards",
+    "memory": "Memory",
+}
+
+
+def parts(run: Mapping[str, Any], committed: Path = RESULTS) -> list[Part]:
+    """The page of a run, beside the committed results of the same area."""
+    found: list[Part] = [Heading(f"{TITLES[run['area']]}: lora-engine bench", 1), *_where(run)]
+    if run["failures"]:
+        found += [Heading("Wrong"), text(*run["failures"], listed=True)]
+    if run["rows"]:
+        found += [*body(run), *comparison(run, committed)]
+    if run["notes"]:
+        found += [Heading("Left out, and noted"), text(*run["notes"], listed=True)]
+    return found
+
+
+def body(run: Mapping[str, Any], level: int = 2) -> list[Part]:
+    """Tables and charts of a run. level: of its headings."""
+    if not run["rows"]:
+        return [text("No results.")]
+    return _kernels(run) if run["area"] == "kernels" else _jobs(run, level)
+
+
+def not_run(hardware: Iterable[Mapping[str, str]]) -> list[str]:
+    """A line for each kind of machine that none of these results is of."""
+    everything, lines = list(hardware), []
+    if not any("amx" in each.get("instructions", "") for each in everything):
+        lines.append("No committed result of `lora-engine bench` is of a processor with AMX.")
+    if not any(each.get("GPU", "none") != "none" for each in everything):
+        lines.append("Nothing of `lora-engine bench` has run on a GPU.")
+    return lines
+
+
+def _where(run: Mapping[str, Any]) -> list[Part]:
+    when = run["date"][:16].replace("T", " ")
+    lines = [f"`{run['command']}`, {when} UTC, commit {run.get('commit', 'unknown')}"]
+    for kind in ("hardware", "software"):
+        lines.append(", ".join(f"{name} {value}" for name, value in run[kind].items()))
+    load = f"load average at the start {run['load_average']:.1f}"
+    if results.is_busy(run):
+        load += f": {BUSY}"
+    lines += [load, sentence(run["peers"])]
+    return [text(*lines, listed=True)]
+
+
+def _kernels(run: Mapping[str, Any]) -> list[Part]:
+    rows = run["rows"]
+    limits = run["limits"]
+    rates = ", ".join(
+        f"{dtype} products {rate / 1e9:,.0f} GFLOP/s" for dtype, rate in limits["products"].items()
+    )
+    sets = max(row["input_sets"] for row in rows)
+    columns = ("case", "size", "pass", "contender", "µs", "± quartiles", "rate", "of ceiling")
+    columns += ("extra MiB", "calls", "times ours")
+    base = {_place(row): row for row in rows if row["implementation"] == "ours"}
+    lines = []
+    for row in rows:
+        seconds, ours = row["seconds"], base.get(_place(row))
+        ratio = seconds["median"] / ours["seconds"]["median"] if ours else None
+        lines.append(
+            (
+                row["case"],
+                f"{row['size']} {row['dtype']}",
+                row["pass"],
+                row["implementation"],
+                f"{seconds['median'] * 1e6:,.0f}",
+                f"{(seconds['upper'] - seconds['lower']) / 2 / seconds['median']:.0%}",
+                f"{row['rate'] / 1e9:,.1f} {row['unit']}",
+                f"{row['share_of_ceiling']:.0%}",
+                f"{row['extra_bytes'] / 2**20:,.1f}",
+                str(row["calls"]),
+                "" if ratio is None else f"{ratio:.2f}",
+            )
+        )
+    return [
+        text(
+            f"This machine at most: copy {limits['copy'] / 1e9:,.1f} GB/s, {rates}.",
+            "The ceiling of each case is measured in turn with it: a copy of as many bytes, or "
+            "torch.mm of the same shapes."
+            + (f" Up to {sets} sets of random inputs are taken in turn." if sets > 1 else ""),
+            "Calls are of torch's operators, on a GPU launches.",
+        ),
+        *charts.of_kernels(run),
+        Table(columns, tuple(lines), left=4),
+    ]
+
+
+def _place(row: Mapping[str, Any]) -> tuple[str, str, str, str]:
+    return row["case"], row["size"], row["dtype"], row["pass"]
+
+
+def _jobs(run: Mapping[str, Any], level: int) -> list[Part]:
+    found: list[Part] = []
+    for name, job in run["jobs"].items():
+        rows = [row for row in run["rows"] if row["case"] == name]
+        if not rows:
+            continue
+        found += [Heading(job["what"].rstrip("."), level), text(job["text"])]
+        found.append(text(*(f"{n}: {what}" for n, what in job["contenders"].items()), listed=True))
+        # A ceiling that another process measured at another time is none on a busy machine.
+        if "ceiling" in rows[0] and not results.is_busy(run):
+            rate = rows[0]["ceiling"] / 1e9
+            found.append(text(f"torch.mm on the model's own shapes: {rate:,.0f} GFLOP/s."))
+        else:
+            rows = [{k: v for k, v in row.items() if k != "share_of_ceiling"} for row in rows]
+        found += [_steps(rows), *_compared(rows), *charts.of_steps(rows)]
+        if name != "write" and any(any(row["losses"]) for row in rows):
+            found.append(_losses(rows))
+    return found
+
+
+def _steps(rows: Sequence[Mapping[str, Any]]) -> Table:
+    length = "x" in rows[0]
+    shared = any("share_of_ceiling" in row for row in rows)
+    columns = ["contender", *(["tokens"] if length else []), rows[0]["unit"], "(range)", "s/step"]
+    columns += ["CPU s/step", *(["of GEMM rate"] if shared else [])]
+    columns += ["peak GiB", "step's GiB", "loaded GiB", "calls"]
+    lines = []
+    for row in rows:
+        line = [row["implementation"], *([str(row["x"])] if length else [])]
+        line += [f"{row['rate']:,.0f}"]
+        line += [f"{row['rates']['lowest']:,.0f} to {row['rates']['highest']:,.0f}"]
+        line += [f"{row['seconds']['median']:.2f}", f"{row['cpu_seconds']['median']:.2f}"]
+        if shared:
+            line.append(f"{row['share_of_ceiling']:.0%}" if "share_of_ceiling" in row else "")
+        for kind in ("peak_bytes", "training_bytes", "loaded_bytes"):
+            line.append(f"{row[kind] / GIB:.2f}")
+        line.append("" if row["calls"] is None else f"{row['calls']:,}")
+        lines.append(tuple(line))
+    return Table(tuple(columns), tuple(lines))
+
+
+def _compared(rows: Sequence[Mapping[str, Any]]) -> list[Part]:
+    lines = []
+    for row in rows:
+        if "compared" in row:
+            found = row["compared"]
+            times, cpu = found["times_as_long"], found["times_the_cpu"]
+            name = row["implementation"] + (f", {row['x']} tokens" if "x" in row else "")
+            lines.append(
+                (
+                    name,
+                    f"{times['median']:.2f}",
+                    f"{times['lowest']:.2f} to {times['highest']:.2f}",
+                    f"{cpu['median']:.2f}",
+                    f"{found['our_share_of_memory']:.2f}",
+                )
+            )
+    columns = ("ours against", "times faster", "(range)", "in CPU time", "share of its memory")
+    return [Table(columns, tuple(lines))] if lines else []
+
+
+def _losses(rows: Sequence[Mapping[str, Any]]) -> Table:
+    steps = len(rows[0]["losses"])
+    columns = ("loss of step", *(str(i + 1) for i in range(steps)))
+    return Table(
+        columns,
+        tuple(
+            (
+                row["implementation"] + (f", {row['x']} tokens" if "x" in row else ""),
+                *(f"{loss:.4f}" for loss in row["losses"]),
+            )
+            for row in rows
+        ),
+    )
+
+
+def comparison(run: Mapping[str, Any], committed: Path) -> list[Part]:
+    """This run's ours beside the committed results of the same measurements, machine by machine."""
+    files = [path for path in sorted(committed.glob("*.json")) if _of_area(path, run["area"])]
+    found: list[Part] = [Heading("How this machine compares")]
+    for path in files:
+        other = results.read(path)
+        table = _beside(run, other)
+        if table is not None:
+            load = f"load average {other['load_average']:.1f}" if "load_average" in other else ""
+            about = ", ".join(filter(None, (results.machine(other), other["date"][:10], load)))
+            found += [text(f"{path.stem}: {about}."), table]
+    if len(found) == 1:
+        found.append(text("No committed result has these measurements."))
+    news = [path for path in files if path.name.startswith("bench_")]
+    found += [text(line) for line in not_run(results.read(path)["hardware"] for path in news)]
+    return found
+
+
+def _of_area(path: Path, area: str) -> bool:
+    older = {"train": ("train_step-",), "kernels": ("kernels-",)}
+    return path.name.startswith((f"bench_{area}-", *older.get(area, ())))
+
+
+def _beside(run: Mapping[str, Any], other: Mapping[str, Any]) -> Table | None:
+    """Of what both measured: rates, shares of the ceiling, and how far ours is ahead."""
+    theirs = {results.key_of(row): row for row in other["rows"]}
+    lines = []
+    for row in run["rows"]:
+        match = theirs.get(results.key_of(row))
+        if match is None or (run["area"] == "kernels" and row["implementation"] != "ours"):
+            continue
+        case, size, dtype, what, name = results.key_of(row)
+        scale = 1.0 if row["unit"] == "tokens/s" else 1e9
+        line = [f"{case}, {size} {dtype}, {what}", name]
+        line += [f"{row['rate'] / scale:,.0f} {row['unit']}", f"{match['rate'] / scale:,.0f}"]
+        line += ["" if results.is_busy(x) else _share(y) for x, y in ((run, row), (other, match))]
+        line += [shown(x) for shown in (_ahead, _memory) for x in (row, match)]
+        lines.append(tuple(line))
+    if not lines:
+        return None
+    columns = ["", "contender", "here", "there", "of ceiling here", "there"]
+    columns += ["ours is faster here", "there", "peak GiB here", "there"]
+    kept = [i for i in range(len(columns)) if i < 4 or any(line[i] for line in lines)]
+    return Table(
+        tuple(columns[i] for i in kept), tuple(tuple(x[i] for i in kept) for x in lines), left=2
+    )
+
+
+def _share(row: Mapping[str, Any]) -> str:
+    return f"{row['share_of_ceiling']:.0%}" if "share_of_ceiling" in row else ""
+
+
+def _ahead(row: Mapping[str, Any]) -> str:
+    return f"{row['compared']['times_as_long']['median']:.2f} times" if "compared" in row else ""
+
+
+def _memory(row: Mapping[str, Any]) -> str:
+    return f"{row['peak_bytes'] / GIB:.2f}" if "peak_bytes" in row else ""

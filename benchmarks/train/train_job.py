@@ -1,0 +1,84 @@
+"""A training step beside other trainers: `lora-engine bench train`.
+
+One job for all: the same model, LoRA of rank 16 on every linear, the same initial adapters (A and B
+random), the same batches of docstring examples, AdamW, a constant learning rate, gradients clipped
+at norm 1. A step's time runs from the end of the step before to its own end: it includes fetching
+and collating the batch, the optimiser and the logging.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.common.jobs import COMMON, Facts, Job, Options
+from benchmarks.common.steps import Result
+from benchmarks.train import train_contenders, train_flops, train_workload
+from benchmarks.train.loss_parity import pad
+
+
+def prepare(folder: Path, options: Options) -> Facts:
+    """The work of each step, and the first step's loss by plain PEFT on transformers in float32."""
+    model = train_workload.prepare(
+        folder,
+        batches=options["warmup"] + options["steps"],
+        batch_size=options["batch_size"],
+        seed=options["seed"],
+        model_source=options["model"],
+    )
+    workload = train_workload.load(folder)
+    lengths, pieces, targets = workload.lengths(), workload.pieces(), workload.targets()
+    flops = [
+        train_flops.step_flops(workload.shape, train_workload.RANK, own, count)
+        for own, count in zip(pieces, targets, strict=True)
+    ]
+    timed = slice(options["warmup"], None)
+    tokens = _mean([sum(own) for own in lengths[timed]])
+    padded = _mean([len(own) * max(own) for own in lengths[timed]])
+    shared = _mean([sum(length for _, length in own) for own in pieces[timed]])
+    return {
+        "unit": "tokens/s",
+        "amounts": {"": [sum(own) for own in lengths]},
+        "flops": {"": flops},
+        "expected": {"": plain_loss(model, workload.batches[0])},
+        "text": f"{options['model']}, LoRA of rank {train_workload.RANK} on all linears, "
+        f"{options['dtype']}, {options['batch_size']} examples a step: {tokens:.0f} tokens on "
+        f"average, {padded:.0f} if padded to the longest, {shared:.0f} without what examples of a "
+        "step begin with in common more than once. Rates count real tokens, padding not.",
+    }
+
+
+def plain_loss(model: Any, examples: Sequence[Any]) -> float:
+    """The mean loss of the examples' targets, by the model as transformers runs it."""
+    model.eval()
+    with torch.no_grad():
+        return float(model(**pad(examples), use_cache=False).loss)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def run(folder: Path, options: Options, name: str) -> Result:
+    workload = train_workload.load(folder, options["device"])
+    dtype = getattr(torch, options["dtype"])
+    return train_contenders.run(workload, name, dtype, options["checkpointing"])
+
+
+def rate(folder: Path, options: Options) -> dict[str, float]:
+    workload = train_workload.load(folder, options["device"])
+    return train_contenders.measure_matmuls(workload, getattr(torch, options["dtype"]))
+
+
+JOB = Job(
+    name="sft",
+    what="A training step beside TRL's SFTTrainer.",
+    options={**COMMON, "batch_size": 8, "checkpointing": "auto"},
+    contenders=train_contenders.CONTENDERS,
+    default=("ours", "trl-padded", "trl-padding-free"),
+    prepare=prepare,
+    run=run,
+    rate=rate,
+    packages=train_contenders.PACKAGES,
+)
