@@ -159,7 +159,7 @@ def _legend(found: Sequence[Line]) -> list[str]:
                 f'<rect class="{line.colour}" x="{x:.0f}" y="38" width="12" height="12" rx="3"/>'
             )
         body.append(_text(x + 20, 48, line.name, "tick"))
-        x += 38 + 6.4 * len(line.name)
+        x += 34 + 6.1 * len(line.name)
     return body
 
 
