@@ -95,11 +95,12 @@ class _Step:
         activations = first + sum(kept)
         yield self._moment("forward", activations=activations, working=self._forward_work())
         yield self._moment("head", activations=activations, head=self._head())
-        of_head = 2 * self._head_gradients()
+        gradient = self._head_gradients()
+        of_head = max(2 * gradient, self._arriving(gradient))
         d_hidden = 2 * self.row(targets, sizes.hidden)
         if of_head:
             yield self._moment("head, backward", activations=activations, head=of_head + d_hidden)
-        arrived = of_head // 2
+        arrived = gradient
         values = sizes.adapter_values * FLOAT32 // sizes.layers
         trained = self._arriving_whole()
         for index in reversed(range(sizes.layers)):
@@ -275,7 +276,13 @@ class _Step:
         """The largest gradient of a trained weight before it is added to the flat buffer."""
         if self.sizes.fused:
             return 0
-        return max(g.outputs * g.inputs for g in self.sizes.groups) * self.item
+        return self._arriving(max(g.outputs * g.inputs for g in self.sizes.groups) * self.item)
+
+    def _arriving(self, gradient: int) -> int:
+        """A gradient while it is added to the float32 buffer: a CPU casts one of 16 bits first."""
+        if self.item == self.sum_item or backends.has_own_memory(self.load.device):
+            return gradient
+        return gradient + gradient * self.sum_item // self.item
 
     # The head.
 
