@@ -412,6 +412,34 @@ def blockwise_4bit(size: Size, dtype: torch.dtype, device: torch.device) -> Prob
     )
 
 
+@case
+def packed_weight(size: Size, dtype: torch.dtype, device: torch.device) -> Problem:
+    """The largest weight of a layer out of FP8 with a scale a row, into memory that is kept.
+
+    Reads codes and scales and writes the weight.
+    """
+    n, k = max(size.model.linears, key=lambda linear: linear[0] * linear[1])
+    weight = _normal(n, k, dtype=dtype, device=device, grad=False)
+    packed = ops.quantize_weight(weight, "fp8")
+
+    def ours(weight: Tensor) -> Tensor:
+        return packed.rows(0, n, out=weight)
+
+    def eager(weight: Tensor) -> Tensor:
+        codes, scale = packed.tensors["codes"], packed.tensors["scale"]
+        return weight.copy_(codes.view(torch.float8_e4m3fn).float() * scale)
+
+    return Problem(
+        (weight,),
+        ours=ours,
+        eager=eager,
+        oracle=lambda w: packed.rows(0, n, out=torch.empty_like(w), impl="reference"),
+        forward=Work(packed.nbytes + weight.nbytes),
+        both=None,
+        in_place=True,
+    )
+
+
 def _matmul_work(
     matmuls: Sequence[Matmul], *, extra_forward: int = 0, extra_both: int = 0
 ) -> tuple[Work, Work]:

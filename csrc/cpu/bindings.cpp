@@ -89,6 +89,12 @@ LORA_ENGINE_FIELDS(Dequantize4bitArgs, FIELD(codes), FIELD(absmax), FIELD(nested
                    FIELD(nested_code), FIELD(offset), FIELD(values), FIELD(w), FIELD(rows),
                    FIELD(cols), FIELD(stride), FIELD(first), FIELD(block));
 LORA_ENGINE_FIELDS(QuantizeKArgs, FIELD(w), FIELD(codes), FIELD(blocks), FIELD(bits));
+LORA_ENGINE_FIELDS(DecodeScaledArgs, FIELD(codes), FIELD(scale), FIELD(zero), FIELD(w), FIELD(rows),
+                   FIELD(cols), FIELD(group), FIELD(codes_stride), FIELD(scale_stride),
+                   FIELD(zero_stride), FIELD(stride), FIELD(element), FIELD(zero_of_all),
+                   FIELD(factor));
+LORA_ENGINE_FIELDS(DecodeBlocksArgs, FIELD(codes), FIELD(w), FIELD(rows), FIELD(cols),
+                   FIELD(codes_stride), FIELD(stride), FIELD(type));
 
 static void unpack(py::handle slice, int64_t& begin, int64_t& count) {
   Py_ssize_t start, stop, step;
@@ -196,6 +202,8 @@ void bind_cpu(py::module_ m) {
   define(m, "quantize_4bit", &Kernels::quantize_4bit);
   define(m, "dequantize_4bit", &Kernels::dequantize_4bit);
   define(m, "quantize_k", &Kernels::quantize_k);
+  define(m, "decode_scaled", &Kernels::decode_scaled);
+  define(m, "decode_blocks", &Kernels::decode_blocks);
   define(m, "adamw_8bit", &Kernels::adamw_8bit);
 }
 

@@ -33,6 +33,8 @@ const Kernels table = {
     quantize_4bit,
     dequantize_4bit,
     quantize_k,
+    decode_scaled,
+    decode_blocks,
 };
 
 }  // namespace LORA_ENGINE_ISA

@@ -29,6 +29,8 @@ void lora_linear_few_rows(DType, const FewRowsArgs&);
 void quantize_4bit(DType, const Quantize4bitArgs&);
 void dequantize_4bit(DType, const Dequantize4bitArgs&);
 void quantize_k(const QuantizeKArgs&);
+void decode_scaled(DType, const DecodeScaledArgs&);
+void decode_blocks(DType, const DecodeBlocksArgs&);
 
 }  // namespace LORA_ENGINE_ISA
 }  // namespace lora_engine

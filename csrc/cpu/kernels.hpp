@@ -313,6 +313,30 @@ struct QuantizeKArgs {
   int64_t blocks, bits;
 };
 
+// What a code of a packed weight is; of four bits two are in a byte, the first in its lower half.
+enum class PackedElement : int64_t { kInt8, kUint8, kE4m3, kE2m1, kUint4 };
+
+// w = (code - zero) * scale * factor, with a scale, and perhaps a zero, for each `group` columns.
+struct DecodeScaledArgs {
+  const uint8_t* codes;  // [rows], codes_stride bytes apart
+  const float* scale;    // [rows, ceil(cols / group)]; a stride of 0 lets all rows share it
+  const float* zero;     // as scale, or null: then zero_of_all
+  void* w;               // [rows, cols]
+  int64_t rows, cols, group, codes_stride, scale_stride, zero_stride, stride;
+  int64_t element;  // a PackedElement
+  float zero_of_all, factor;
+};
+
+enum class GgufType : int64_t { kQ4_0, kQ4_1, kQ5_0, kQ5_1, kQ8_0, kQ4_K, kQ5_K, kQ6_K };
+
+// Rows of whole blocks of a GGUF file.
+struct DecodeBlocksArgs {
+  const uint8_t* codes;  // [rows], codes_stride bytes apart
+  void* w;               // [rows, cols]
+  int64_t rows, cols, codes_stride, stride;
+  int64_t type;  // a GgufType
+};
+
 struct Kernels {
   const char* isa;
   void (*rms_norm_fwd)(DType, const RmsNormArgs&);
@@ -338,6 +362,8 @@ struct Kernels {
   void (*quantize_4bit)(DType, const Quantize4bitArgs&);
   void (*dequantize_4bit)(DType, const Dequantize4bitArgs&);
   void (*quantize_k)(const QuantizeKArgs&);
+  void (*decode_scaled)(DType, const DecodeScaledArgs&);
+  void (*decode_blocks)(DType, const DecodeBlocksArgs&);
 };
 
 // The best table that was built and that this processor can run; null where it can run none.

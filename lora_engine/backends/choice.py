@@ -30,6 +30,7 @@ OPERATIONS: dict[str, tuple[str, ...]] = {
     "adamw": ("cpu", "triton", "cuda"),
     "adamw_8bit": ("cpu", "triton", "cuda"),
     "blockwise_4bit": ("cpu", "triton", "cuda"),
+    "packed_weight": ("cpu",),
 }
 # Functions made of several operations: they run where all of these have kernels.
 BLOCKS: dict[str, tuple[str, ...]] = {

@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol, TypeAlias
 from torch import Tensor
 
 from lora_engine.backends.lora_parts import AdapterPart, Added, Placing, ScaledColumns, ScaledRows
+from lora_engine.quantization.format import Blocks, Scaled
 from lora_engine.values import Dropout
 
 # A linear's rows of [N, ...] and its columns of [..., R]. A group's columns ascend.
@@ -442,5 +443,23 @@ class Blockwise4bit(Protocol):
         w: Tensor,  # [rows, K]
         first: int,  # the place of w[0, 0] among the weight's values
         block: int,
+    ) -> None:
+        """Writes w."""
+
+
+class PackedWeight(Protocol):
+    """Weights in the formats of `quantization` that PyTorch's operations decode too."""
+
+    def decode_scaled(
+        self,
+        packed: Scaled,  # codes [R, bytes], contiguous rows
+        w: Tensor,  # [R, K]
+    ) -> None:
+        """Writes w."""
+
+    def decode_blocks(
+        self,
+        packed: Blocks,  # codes [R, bytes], contiguous rows
+        w: Tensor,  # [R, K]
     ) -> None:
         """Writes w."""

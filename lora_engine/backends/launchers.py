@@ -195,6 +195,15 @@ def blockwise_4bit(impl: str) -> contracts.Blockwise4bit:
     _no_kernels("blockwise_4bit", impl)
 
 
+@cache
+def packed_weight(impl: str) -> contracts.PackedWeight:
+    if impl == "cpu":
+        from lora_engine.backends.cpu import packed_weight as cpu
+
+        return cpu
+    _no_kernels("packed_weight", impl)
+
+
 LAUNCHERS: dict[str, Callable[[str], object]] = {
     "rms_norm": rms_norm,
     "layer_norm": layer_norm,
@@ -208,4 +217,5 @@ LAUNCHERS: dict[str, Callable[[str], object]] = {
     "adamw": adamw,
     "adamw_8bit": adamw_8bit,
     "blockwise_4bit": blockwise_4bit,
+    "packed_weight": packed_weight,
 }

@@ -8,11 +8,19 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
+from lora_engine import backends
+from lora_engine.backends import launchers
 from lora_engine.ops.blockwise_4bit import dequantize_4bit_, quantize_4bit
 from lora_engine.ops.tensors import check, shape_of
 from lora_engine.quantization.bitsandbytes_state import from_bitsandbytes, to_bitsandbytes
 from lora_engine.quantization.blockwise_4bit import Blockwise4bit
-from lora_engine.quantization.format import Format, TorchFormat, WritableFormat
+from lora_engine.quantization.format import (
+    Blocks,
+    Format,
+    Scaled,
+    TorchFormat,
+    WritableFormat,
+)
 from lora_engine.quantization.formats import WRITABLE, writable_format
 from lora_engine.quantization.packed_state import STATE, from_packed_state, to_packed_state
 
@@ -116,8 +124,14 @@ class QuantizedWeight:
         if isinstance(self.format, Blockwise4bit):
             dequantize_4bit_(out, self.tensors, self.format, first_row=start, impl=impl)
             return out
-        _check_impl(self.format, impl)
-        format, step = cast(TorchFormat, self.format), max(1, _VALUES_AT_A_TIME // cols)
+        format = cast(TorchFormat, self.format)
+        packed = format.packed_rows(self.tensors, start, stop)
+        if packed is None:
+            _check_impl(self.format, impl)
+        elif (chosen := _select(out, impl)) != "reference":
+            _decode_by(chosen, packed, out)
+            return out
+        step = max(1, _VALUES_AT_A_TIME // cols)
         for first in range(start, stop, step):
             last = min(first + step, stop)
             decoded = format.decode(self.tensors, self.shape, first, last)
@@ -260,6 +274,26 @@ def encode_weight(weight: Tensor, format: Format) -> dict[str, Tensor]:
                 first = start // together if tensor.shape[0] != rows else start
                 tensor[first : first + part[name].shape[0]] = part[name]
     return tensors
+
+
+def _select(out: Tensor, impl: str | None) -> str:
+    """What decodes. Dtypes that it does not write go through float32."""
+    return backends.select("packed_weight", out.device, torch.float32, impl)
+
+
+def _decode_by(impl: str, packed: Scaled | Blocks, out: Tensor) -> None:
+    """Writes rows of the weight into `out`, rounded once."""
+    fits = out.dtype in backends.DTYPES.get(impl, ())
+    place = out if fits else torch.empty_like(out, dtype=torch.float32)
+    kernels = launchers.packed_weight(impl)
+    if isinstance(packed, Scaled):
+        kernels.decode_scaled(packed, place)
+    else:
+        kernels.decode_blocks(packed, place)
+    if place is not out:
+        out.copy_(place)
+    else:
+        torch.autograd.graph.increment_version(out)  # as an operation of torch's in place does
 
 
 def _check_impl(format: Format, impl: str | None) -> None:

@@ -1,7 +1,7 @@
 """What a format of packed weights says of itself, whichever it is."""
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -33,8 +33,36 @@ class Format(Protocol):
         """
 
 
+class Scaled(NamedTuple):
+    """Rows of a weight as codes with scales: (code - zero) * scale * factor, in float32.
+
+    codes: uint8, a row its bytes. element: what a code is; of four bits two are in a byte, the
+    first in its lower half. scale, zero: for each `group` columns (0: all of them) of a row, or of
+    all rows; zero is one number where all have it.
+    """
+
+    codes: Tensor  # [rows, bytes]
+    element: Literal["int8", "uint8", "e4m3", "e2m1", "uint4"]
+    scale: Tensor  # [rows or 1, G] float32
+    zero: Tensor | float  # [rows, G] float32
+    group: int
+    factor: float = 1.0
+
+
+class Blocks(NamedTuple):
+    """Rows of a weight as blocks of a GGUF file, whose type is `type`."""
+
+    codes: Tensor  # [rows, bytes] uint8
+    type: str
+
+
 class TorchFormat(Format, Protocol):
     """A format that PyTorch's operations decode, on any device."""
+
+    def packed_rows(
+        self, tensors: Mapping[str, Tensor], start: int, stop: int
+    ) -> Scaled | Blocks | None:
+        """Rows [start, stop) as kernels decode them; None where none does."""
 
     def decode(
         self,

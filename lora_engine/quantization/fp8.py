@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lora_engine.quantization.format import (
     Entry,
+    Scaled,
     all_finite,
     e4m3_finite,
     group_count,
@@ -67,6 +68,11 @@ class Fp8:
         values = tensors["codes"][start:stop].view(torch.float8_e4m3fn).float()
         scale = self._of_rows(tensors["scale"], start, stop)
         return in_groups_(values, Tensor.mul_, scale, self.cols)
+
+    def packed_rows(self, tensors: Mapping[str, Tensor], start: int, stop: int) -> Scaled:
+        """Rows [start, stop) as kernels decode them."""
+        scale = self._of_rows(tensors["scale"], start, stop).float()
+        return Scaled(tensors["codes"][start:stop], "e4m3", scale, 0.0, self.cols)
 
     @property
     def rows_together(self) -> int:

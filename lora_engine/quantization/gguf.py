@@ -14,6 +14,7 @@ values j and j + 32 of each 64 (Q6_K: j and j + 64 of each 128). The fifth and s
 apart. Every sum and product is rounded to float32, as llama.cpp's reference does it.
 """
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -22,7 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lora_engine.quantization.format import Entry, all_finite
+from lora_engine.quantization.format import Blocks, Entry, all_finite
 
 
 class _Type(NamedTuple):
@@ -68,6 +69,12 @@ class Gguf:
         """Rows [stop - start, K], float32."""
         of = TYPES[self.type]
         return of.decode(tensors["codes"][start:stop].view(-1, of.bytes)).view(stop - start, -1)
+
+    def packed_rows(self, tensors: Mapping[str, Tensor], start: int, stop: int) -> Blocks | None:
+        """Rows [start, stop) as kernels decode them."""
+        if sys.byteorder != "little":
+            return None
+        return Blocks(tensors["codes"][start:stop], self.type)
 
     @property
     def rows_together(self) -> int:

@@ -16,15 +16,18 @@ With `ordered`, group_of [K] names each column's group (activation order); other
 consecutive columns.
 """
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from lora_engine.quantization.format import (
     Entry,
+    Scaled,
     all_finite,
     group_absmax,
     group_count,
@@ -112,6 +115,17 @@ class Int4Group:
         else:
             in_groups_(values, Tensor.sub_, zero, self.group)
         return in_groups_(values, Tensor.mul_, scale, self.group)
+
+    def packed_rows(self, tensors: Mapping[str, Tensor], start: int, stop: int) -> Scaled | None:
+        """Rows [start, stop) as kernels decode them: codes along a row, groups in their order."""
+        if self.packing != "compressed" or self.ordered or sys.byteorder != "little":
+            return None
+        zero: Tensor | float = float(2 ** (self.bits - 1))
+        if self.zeros:
+            zero = self._zeros(tensors["zero"], start, stop)
+        codes = tensors["codes"][start:stop].view(torch.uint8)
+        element: Literal["uint4", "uint8"] = "uint4" if self.bits == 4 else "uint8"
+        return Scaled(codes, element, tensors["scale"][start:stop].float(), zero, self.group)
 
     @property
     def rows_together(self) -> int:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lora_engine.quantization.format import (
     Entry,
+    Scaled,
     all_finite,
     group_absmax,
     group_count,
@@ -65,6 +66,12 @@ class Int8:
         values = tensors["codes"][start:stop].float()
         in_groups_(values, Tensor.mul_, tensors["scale"][start:stop], self.group)
         return values.mul_(1 / 127) if self.absmax else values
+
+    def packed_rows(self, tensors: Mapping[str, Tensor], start: int, stop: int) -> Scaled:
+        """Rows [start, stop) as kernels decode them."""
+        codes = tensors["codes"][start:stop].view(torch.uint8)
+        scale = tensors["scale"][start:stop].float()
+        return Scaled(codes, "int8", scale, 0.0, self.group, 1 / 127 if self.absmax else 1.0)
 
     @property
     def rows_together(self) -> int:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lora_engine.quantization import e2m1
-from lora_engine.quantization.format import Entry, group_absmax, in_groups_
+from lora_engine.quantization.format import Entry, Scaled, group_absmax, in_groups_
 
 BLOCK = 32
 _BIAS = 127
@@ -45,6 +45,11 @@ class Mxfp4:
         """Rows [stop - start, K], float32."""
         values = e2m1.unpack(tensors["codes"][start:stop])
         return in_groups_(values, Tensor.mul_, _powers(tensors["scale"][start:stop]), BLOCK)
+
+    def packed_rows(self, tensors: Mapping[str, Tensor], start: int, stop: int) -> Scaled:
+        """Rows [start, stop) as kernels decode them."""
+        scale = _powers(tensors["scale"][start:stop])
+        return Scaled(tensors["codes"][start:stop], "e2m1", scale, 0.0, BLOCK)
 
     @property
     def rows_together(self) -> int:

@@ -15,6 +15,7 @@ from torch import Tensor
 from lora_engine.quantization import e2m1, fp8
 from lora_engine.quantization.format import (
     Entry,
+    Scaled,
     all_finite,
     e4m3_finite,
     group_absmax,
@@ -54,6 +55,11 @@ class Nvfp4:
         scale = self._scale(tensors["scale"][start:stop], tensors["global_scale"])
         values = e2m1.unpack(tensors["codes"][start:stop])
         return in_groups_(values, Tensor.mul_, scale, BLOCK)
+
+    def packed_rows(self, tensors: Mapping[str, Tensor], start: int, stop: int) -> Scaled:
+        """Rows [start, stop) as kernels decode them."""
+        scale = self._scale(tensors["scale"][start:stop], tensors["global_scale"])
+        return Scaled(tensors["codes"][start:stop], "e2m1", scale, 0.0, BLOCK)
 
     @property
     def rows_together(self) -> int:

@@ -58,6 +58,8 @@ if TYPE_CHECKING:
         launchers.blockwise_4bit("cpu").dequantize_4bit(x, x, x, x, 0, 64)  # type: ignore[arg-type]
         launchers.blockwise_4bit("cuda").quantize_4bit(x, x, x, x, x, "64")  # type: ignore[arg-type]
         launchers.blockwise_4bit("triton").quantize_4bit(x, x, x, x, x)  # type: ignore[call-arg]
+        launchers.packed_weight("cpu").decode_scaled(x, x)  # type: ignore[arg-type]
+        launchers.packed_weight("cpu").decode_blocks(x)  # type: ignore[arg-type,call-arg]
 
     def wrong_structs(x: Tensor, hyper: AdamWHyper) -> None:
         norm = cpu.GradNormArgs(x.data_ptr(), x.data_ptr(), x)  # type: ignore[arg-type]

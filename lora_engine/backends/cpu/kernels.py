@@ -411,6 +411,33 @@ class QuantizeKArgs(NamedTuple):
     bits: int
 
 
+class DecodeScaledArgs(NamedTuple):
+    codes: Address
+    scale: Address
+    zero: Address
+    w: Address
+    rows: int
+    cols: int
+    group: int
+    codes_stride: int
+    scale_stride: int
+    zero_stride: int
+    stride: int
+    element: int
+    zero_of_all: float
+    factor: float
+
+
+class DecodeBlocksArgs(NamedTuple):
+    codes: Address
+    w: Address
+    rows: int
+    cols: int
+    codes_stride: int
+    stride: int
+    type: int
+
+
 class Kernels(Protocol):
     """The extension's kernels, each for operands of a dtype."""
 
@@ -440,6 +467,8 @@ class Kernels(Protocol):
     def quantize_4bit(self, dtype: DTypeCode, args: Quantize4bitArgs) -> None: ...
     def dequantize_4bit(self, dtype: DTypeCode, args: Dequantize4bitArgs) -> None: ...
     def quantize_k(self, args: QuantizeKArgs) -> None: ...
+    def decode_scaled(self, dtype: DTypeCode, args: DecodeScaledArgs) -> None: ...
+    def decode_blocks(self, dtype: DTypeCode, args: DecodeBlocksArgs) -> None: ...
 
 
 kernels = cast(Callable[[], Kernels], extension.native)
