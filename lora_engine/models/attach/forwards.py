@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable, Mapping
 from functools import wraps
-from types import CodeType, FunctionType
+from types import CodeType, FunctionType, MethodType
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -27,6 +27,10 @@ def uncompiled(call: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(call)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        instead = _exchanged(args[0] if args else None)
+        if instead is not None:
+            result: R = instead(*args[1:], **kwargs)
+            return result
         for x in (*args[1:2], kwargs.get("hidden_states")):
             if isinstance(x, Tensor) and not _has_memory(x):
                 raise UserError(
@@ -56,6 +60,7 @@ class ReplacedForward:
     """A forward of ours in the place of a method, whose code tools look at beside its signature."""
 
     __wrapped__: FunctionType  # or a bound method, which has all that its function has
+    replaces_class = False  # whether what it replaced was the forward of the module's class
 
     @property
     def __code__(self) -> CodeType:
@@ -63,8 +68,25 @@ class ReplacedForward:
 
 
 def own_forward(module: nn.Module) -> object:
-    """The forward that the module was given; None if it has its class's."""
-    return vars(module).get("forward")
+    """The forward that the module was given; None if it has its class's.
+
+    Where somebody has exchanged the class, or its forward, since ours replaced it: the new one.
+    """
+    forward = vars(module).get("forward")
+    return _exchanged(forward) or forward
+
+
+def _exchanged(forward: object) -> Callable[..., R] | None:
+    """The forward that the class of the module has by now; None if ours replaced that very one."""
+    if not isinstance(forward, ReplacedForward) or not forward.replaces_class:
+        return None
+    replaced: object = forward.__wrapped__
+    if not isinstance(replaced, MethodType):
+        return None
+    module = replaced.__self__
+    assert isinstance(module, nn.Module)
+    now = type(module).forward
+    return None if now is replaced.__func__ else MethodType(now, module)
 
 
 def only_argument(original: Callable[..., object], named: Mapping[str, Tensor]) -> Tensor:

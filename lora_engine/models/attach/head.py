@@ -146,7 +146,7 @@ def _why_not_lora(head: LoraLinear) -> str | None:
         return "several adapters are active at once"
     if any(one.magnitude is not None for one in factors):
         return "DoRA"
-    if lora_state.adapter_state(head).dropout > 0:
+    if any(lora_state.adapter_state(head).dropout):
         return "lora_dropout > 0"
     return lora_state.why_not_active(head)
 

@@ -56,10 +56,12 @@ class LinearGroup:
                 patches.set_storage(layer.weight, view)
             held = layer.weight.detach() if view is None else view
             self._placed.append((layer, layer.weight, held))
-        self._dropout = 0.0
+        self._dropout: tuple[float, ...] = ()  # of one element, but where adapters differ
         self._state: tuple[object, ...] | None = None
         self._problem: str | None = None
         self._watched: list[nn.Module] = []
+        # The parts that compute, and the forwards that their classes had when they were taken.
+        self._computing: list[tuple[nn.Module, object]] = []
 
     @property
     def padding_columns(self) -> int:
@@ -82,17 +84,20 @@ class LinearGroup:
             if parameter.requires_grad:
                 return False
         states = [lora_state.adapter_state(module) for module in self._adapted]
-        self._dropout = max([state.dropout for state in states], default=0.0)
+        self._dropout = tuple({p for state in states for p in state.dropout})
         state = (self.router.names, *states)
         if state != self._state:
             self._problem = self._take_adapters(self.lora)
-            parts = (part for module in self.modules for part in module.modules())
-            self._watched = [p for p in parts if not (self.inside and p in self.modules)]
+            self._watch()
             self._state = state
         base = self.lora.base
         if self._problem is not None or x.dtype != base.dtype:
             return False
+        if len(self._dropout) > 1 or 1.0 in self._dropout:
+            return False
         if lora_state.hooks_everywhere() or are_altered(self._watched):
+            return False
+        if any(type(part).forward is not forward for part, forward in self._computing):
             return False
         if lora_state.autocast_to_another_half(base.device, base.dtype):
             return False
@@ -101,7 +106,7 @@ class LinearGroup:
 
     def alone(self, x: Tensor) -> ops.LoraGroup | None:
         """`lora` where it is all that the layers compute of inputs like x now, without dropout."""
-        return self.lora if self.ready(x) and self._dropout == 0.0 else None
+        return self.lora if self.ready(x) and not any(self._dropout) else None
 
     def stands_for(self, *modules: nn.Module) -> bool:
         """Whether `modules` are still those that the group was made of, with one warning if not.
@@ -118,9 +123,9 @@ class LinearGroup:
 
         None for none.
         """
-        if self._dropout == 0.0:
+        if not any(self._dropout):
             return None
-        return ops.Dropout(self._dropout, int(torch.randint(2**62, ()).item()))
+        return ops.Dropout(self._dropout[0], int(torch.randint(2**62, ()).item()))
 
     def routes(self, x: Tensor) -> Tensor | None:
         """The adapter of each of x's rows [...], if rows are routed."""
@@ -136,8 +141,22 @@ class LinearGroup:
             return tuple(forward(x) for forward in self.forwards)
         return tuple(module(x) for module in self.modules)  # hooks run in a module's call
 
+    def _watch(self) -> None:
+        """Takes note of all parts of the linears, and of what their classes compute."""
+        parts = [part for module in self.modules for part in module.modules()]
+        self._watched = [p for p in parts if not (self.inside and p in self.modules)]
+        known = dict(self._computing)
+        self._computing = [
+            (part, known.get(part, type(part).forward))
+            for part in parts
+            if type(part).forward is not nn.Module.forward
+        ]
+
     def _take_adapters(self, lora: ops.LoraGroup) -> str | None:
         """Gives the active adapters to the group; the reason if that is not possible."""
+        for module, (layer, _, _) in zip(self.modules, self._placed, strict=True):
+            if base_layer(module) is not layer:
+                return "its base layer was exchanged: accelerate anew"
         for module in self._adapted:
             problem = lora_state.why_not_active(module)
             if problem is not None:

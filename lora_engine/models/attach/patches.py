@@ -7,6 +7,8 @@ from enum import Enum
 import torch
 from torch import nn
 
+from lora_engine.models.attach.forwards import ReplacedForward
+
 
 class _Before(Enum):
     """Of an attribute that an instance had none of: the same object after pickling."""
@@ -33,6 +35,8 @@ class Patches:
     def set_forward(self, module: nn.Module, forward: Callable[..., object]) -> None:
         """Sets the module's forward, which shows the signature, name and docstring of its own."""
         functools.update_wrapper(forward, module.forward, updated=())
+        if isinstance(forward, ReplacedForward):
+            forward.replaces_class = "forward" not in vars(module)
         self.set_attribute(module, "forward", forward)
 
     def set_storage(self, parameter: torch.Tensor, view: torch.Tensor) -> None:

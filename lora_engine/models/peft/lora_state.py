@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from types import FunctionType
 from typing import Literal, NamedTuple, TypeAlias, TypeGuard, cast
 
 import torch
@@ -99,26 +100,36 @@ def autocast_to_another_half(device: torch.device, dtype: torch.dtype) -> bool:
 class AdapterState(NamedTuple):
     """What decides which of a LoRA layer's adapters run, and how.
 
-    dropout: the probability with which their inputs are dropped.
+    dropout: the probabilities with which their inputs are dropped.
     """
 
-    dropout: float
+    dropout: tuple[float, ...]
     rest: tuple[object, ...]
 
 
 def adapter_state(module: LoraLinear) -> AdapterState:
     """The layer's state at this moment."""
     running = _running(module)
-    state: list[object] = [module.disable_adapters, bool(module.merged)]
+    base = id(module._modules["base_layer"])
+    state: list[object] = [module.disable_adapters, bool(module.merged), base]
     lora_a, lora_b = _parts(module, "lora_A"), _parts(module, "lora_B")
+    dropout = _parts(module, "lora_dropout")
     for name in running:
         scaling, magnitude = module.scaling[name], _magnitude(module, name)
+        a, b = lora_a[name], lora_b[name]
+        a_weight, b_weight = _weight(a), _weight(b)
         state += [
             name,
             id(scaling) if isinstance(scaling, torch.Tensor) else scaling,
-            id(_weight(lora_a[name])),
-            id(_weight(lora_b[name])),
-            id(_bias(lora_b[name])),
+            id(a),
+            id(b),
+            id(dropout[name]),
+            id(a_weight),
+            id(b_weight),
+            a_weight.shape,  # a parameter may be given other data
+            b_weight.shape,
+            id(_bias(a)),
+            id(_bias(b)),
             id(magnitude),
         ]
     return AdapterState(_dropout_of(module, running), tuple(state))
@@ -137,12 +148,12 @@ def _parts(module: LoraLinear, part: _Part) -> Mapping[str, nn.Module]:
     return cast("Mapping[str, nn.Module]", parts._modules)
 
 
-def _weight(layer: nn.Module) -> object:
+def _weight(layer: nn.Module) -> torch.Tensor:
     """The layer's weight, a parameter or what stands for one."""
     try:
-        return layer._parameters["weight"]
+        return cast(torch.Tensor, layer._parameters["weight"])
     except KeyError:
-        return layer.weight
+        return cast(torch.Tensor, layer.weight)
 
 
 def _bias(layer: nn.Module) -> object:
@@ -217,8 +228,14 @@ def why_not_active(module: LoraLinear) -> str | None:
     """Why the active adapters of a LoRA layer cannot be part of a group."""
     if module.disable_adapters and module.merged:
         return "the adapter is disabled but merged: PEFT takes it out of the weight"
+    forward: object = type(module).forward
+    if not isinstance(forward, FunctionType) or not _is_peft_s(forward):
+        return f"the forward of {type(module).__name__} is not PEFT's"
     active = _running(module)
     for name in active:
+        problem = _why_not_as_peft_makes(module, name)
+        if problem is not None:
+            return problem
         if name in module.lora_variant:
             variant = type(module.lora_variant[name]).__name__
             if variant != "DoraLinearVariant":
@@ -229,6 +246,25 @@ def why_not_active(module: LoraLinear) -> str | None:
                 return "several adapters are active at once, one of them DoRA"
     if module.fan_in_fan_out:
         return "fan_in_fan_out=True"
+    return None
+
+
+def _is_peft_s(function: FunctionType) -> bool:
+    """Whether a function stands in PEFT's own files, whatever it was given as name and module."""
+    name: str = function.__globals__["__name__"]
+    return name.partition(".")[0] == "peft"
+
+
+def _why_not_as_peft_makes(module: LoraLinear, name: str) -> str | None:
+    """Why an adapter may compute something else than B A dropout(x); None if it may not."""
+    for part in (module.lora_A[name], module.lora_B[name]):
+        if type(part) is not nn.Linear:
+            return f"a factor of {name} is {type(part).__name__}, not nn.Linear"
+    if module.lora_A[name].bias is not None:
+        return f"lora_A of {name} has a bias"
+    dropout = module.lora_dropout[name]
+    if type(dropout) not in (nn.Dropout, nn.Identity):
+        return f"the dropout of {name} is {type(dropout).__name__}, not nn.Dropout"
     return None
 
 
@@ -255,11 +291,6 @@ def _running(module: LoraLinear) -> list[str]:
     return [] if module.disable_adapters or module.merged else _active(module)
 
 
-def _dropout_of(module: LoraLinear, names: Sequence[str]) -> float:
-    layers = _parts(module, "lora_dropout")
-    probability = 0.0
-    for name in names:
-        layer = layers[name]
-        if layer.training:
-            probability = max(probability, vars(layer).get("p", 0.0))
-    return probability
+def _dropout_of(module: LoraLinear, names: Sequence[str]) -> tuple[float, ...]:
+    layers = [_parts(module, "lora_dropout")[name] for name in names]
+    return tuple([vars(each).get("p", 0.0) if each.training else 0.0 for each in layers])
