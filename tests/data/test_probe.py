@@ -41,9 +41,9 @@ def test_its_licence_comes_with_it():
 
 
 @pytest.mark.parametrize("chats", [True, False], ids=["chats", "plain text"])
-def test_questions_are_chats_where_there_is_a_template(tokenizer, chats):
+def test_questions_are_chats_where_there_is_a_template(tokenizer, chats, monkeypatch):
     if not chats:
-        tokenizer.chat_template = None
+        monkeypatch.setattr(tokenizer, "chat_template", None)  # the tokenizer is the session's
     probe = shipped_probe(tokenizer)
     assert len(probe) == 72 and not probe.dropped
     example = probe[24]
@@ -54,6 +54,7 @@ def test_questions_are_chats_where_there_is_a_template(tokenizer, chats):
     assert whole.startswith("Question: ") != chats
 
 
-def test_a_template_that_refuses_leaves_the_texts(tokenizer):
-    tokenizer.chat_template = "{{ raise_exception('no chats here') }}"
+def test_a_template_that_refuses_leaves_the_texts(tokenizer, monkeypatch):
+    refusing = "{{ raise_exception('no chats here') }}"
+    monkeypatch.setattr(tokenizer, "chat_template", refusing)
     assert len(shipped_probe(tokenizer)) == 24
