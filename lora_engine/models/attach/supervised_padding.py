@@ -127,9 +127,11 @@ def _supervised(model: CausalLm, arguments: Mapping[str, object], mask: Tensor) 
     if isinstance(kept, int) and kept == 1:  # generation goes on behind each row's last token
         supervised = torch.zeros_like(mask, dtype=torch.bool)
         supervised[:, -1] = True
+    is_known = _is_of_transformers(getattr(model, "loss_function", None))
     for targets, shift in ((labels, 1), (shifted, 0)):
-        if isinstance(targets, Tensor) and targets.dim() != mask.dim():
-            supervised = torch.ones_like(mask, dtype=torch.bool)  # labels laid out otherwise
+        if isinstance(targets, Tensor) and (targets.dim() != mask.dim() or not is_known):
+            # Labels laid out otherwise, or a loss of somebody's, which may read any row.
+            supervised = torch.ones_like(mask, dtype=torch.bool)
         elif isinstance(targets, Tensor) and targets.shape == mask.shape:
             counted = (targets != ignored).to(mask.device)
             rows = nn.functional.pad(counted, (0, shift))[:, shift:]
@@ -137,3 +139,8 @@ def _supervised(model: CausalLm, arguments: Mapping[str, object], mask: Tensor) 
                 rows = rows | counted
             supervised = rows if supervised is None else supervised | rows
     return supervised
+
+
+def _is_of_transformers(loss: object) -> bool:
+    """Whether a model's loss is one that transformers brings, or it has none of its own."""
+    return loss is None or getattr(loss, "__module__", "").startswith("transformers.")

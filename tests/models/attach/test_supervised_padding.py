@@ -69,6 +69,27 @@ def test_a_model_whose_loss_is_its_own() -> None:
     assert_trains_as_without(plain, mask_of("right"), IDS)
 
 
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("padding", ["left", "right"])
+def test_a_loss_of_somebody_s_may_read_every_row(when: str, padding: str) -> None:
+    def all_rows(logits: torch.Tensor, labels: torch.Tensor, **options: Any) -> torch.Tensor:
+        return logits.float().logsumexp(-1).square().mean()
+
+    plain = with_lora(tiny_llama()).train()
+    model = copy.deepcopy(plain)
+    if when == "after":
+        lora_engine.accelerate(model)
+    for each in (plain, model):
+        each.base_model.model.loss_function = all_rows
+    if when == "before":
+        lora_engine.accelerate(model)
+    mask = mask_of(padding)
+    labels = IDS.masked_fill(mask == 0, -100)
+    ours, theirs = (loss_and_gradients(each, mask, labels) for each in (model, plain))
+    assert torch.allclose(ours[0], theirs[0], rtol=1e-5)
+    assert (ours[1] - theirs[1]).abs().max() <= 1e-4 * theirs[1].abs().max()
+
+
 def test_labels_of_each_token_are_not_shifted() -> None:
     torch.manual_seed(0)
     config = tiny_llama(classifier_dropout=0.0, num_labels=97).config
