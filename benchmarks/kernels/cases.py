@@ -387,29 +387,17 @@ def blockwise_4bit(size: Size, dtype: torch.dtype, device: torch.device) -> Prob
 
     Reads codes and scales and writes the weight.
     """
-    n, k = max(size.model.linears, key=lambda linear: linear[0] * linear[1])
-    weight = _normal(n, k, dtype=dtype, device=device, grad=False)
+    weight = _largest_weight(size, dtype, device)
     packed = ops.quantize_weight(weight, "nf4", double_quant=True)
     values = code_values("nf4", device)
-
-    def ours(weight: Tensor) -> Tensor:
-        return packed.rows(0, n, out=weight)
 
     def eager(weight: Tensor) -> Tensor:
         codes, absmax, *nested = packed.tensors.values()
         scales = dequantize_absmax(absmax, *nested)
         both = torch.stack((codes >> 4, codes & 15), dim=1).view(-1, packed.format.block)
-        return weight.copy_((values[both.int()] * scales[:, None]).view(n, k))
+        return weight.copy_((values[both.int()] * scales[:, None]).view(weight.shape))
 
-    return Problem(
-        (weight,),
-        ours=ours,
-        eager=eager,
-        oracle=lambda w: packed.rows(0, n, out=torch.empty_like(w), impl="reference"),
-        forward=Work(packed.nbytes + weight.nbytes, arithmetic=1 / (weight.itemsize + 0.5)),
-        both=None,
-        in_place=True,
-    )
+    return _decoding(packed, weight, eager)
 
 
 @case
@@ -418,23 +406,32 @@ def packed_weight(size: Size, dtype: torch.dtype, device: torch.device) -> Probl
 
     Reads codes and scales and writes the weight.
     """
-    n, k = max(size.model.linears, key=lambda linear: linear[0] * linear[1])
-    weight = _normal(n, k, dtype=dtype, device=device, grad=False)
+    weight = _largest_weight(size, dtype, device)
     packed = ops.quantize_weight(weight, "fp8")
-
-    def ours(weight: Tensor) -> Tensor:
-        return packed.rows(0, n, out=weight)
 
     def eager(weight: Tensor) -> Tensor:
         codes, scale = packed.tensors["codes"], packed.tensors["scale"]
         return weight.copy_(codes.view(torch.float8_e4m3fn).float() * scale)
 
+    return _decoding(packed, weight, eager)
+
+
+def _largest_weight(size: Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    n, k = max(size.model.linears, key=lambda linear: linear[0] * linear[1])
+    return _normal(n, k, dtype=dtype, device=device, grad=False)
+
+
+def _decoding(
+    packed: ops.QuantizedWeight, weight: Tensor, eager: Callable[[Tensor], Tensor]
+) -> Problem:
+    """All rows of `packed` into `weight`: a product for each value."""
+    rows, moved = weight.shape[0], packed.nbytes + weight.nbytes
     return Problem(
         (weight,),
-        ours=ours,
+        ours=lambda w: packed.rows(0, rows, out=w),
         eager=eager,
-        oracle=lambda w: packed.rows(0, n, out=torch.empty_like(w), impl="reference"),
-        forward=Work(packed.nbytes + weight.nbytes),
+        oracle=lambda w: packed.rows(0, rows, out=torch.empty_like(w), impl="reference"),
+        forward=Work(moved, arithmetic=weight.numel() / moved),
         both=None,
         in_place=True,
     )
