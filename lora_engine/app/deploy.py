@@ -20,10 +20,11 @@ from lora_engine.export.weights import read_config
 from lora_engine.models.load.load import DTYPES
 from lora_engine.models.load.origin import base_of_folder
 from lora_engine.quantization.formats import writable_format
-from lora_engine.training.run.card import merged_card
+from lora_engine.training.run.card import MergedForm, merged_card
 
 MERGE_REPORT = "merge_report.json"
 _ROWS = 64
+_READ_BY_TRANSFORMERS = ("nf4", "fp4")  # of what is packed, with bitsandbytes
 
 
 def merge(
@@ -128,7 +129,9 @@ def put_merged(
                     f"the merged weights do not compute what the adapter does: {problem}; nothing "
                     f"was written to {to}; try {more}"
                 )
-    card = merged_card(base_of_folder(base), [a.folder for a, _ in chosen])
+    of_transformers = packing is None or packing.format in _READ_BY_TRANSFORMERS
+    form: MergedForm = "model" if of_transformers else "packed"
+    card = merged_card(base_of_folder(base), [a.folder for a, _ in chosen], form)
     (target / "README.md").write_text(card, encoding="utf-8")
     return report
 

@@ -1,5 +1,6 @@
 """The commands after training: read arguments, call `deploy`, print."""
 
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -77,7 +78,7 @@ def merge(
         overwrite=overwrite,
         tell=console.print,
     )
-    console.print(_outcome(report, to))
+    console.print(_outcome(report, to), soft_wrap=True)
 
 
 def export(
@@ -122,7 +123,7 @@ def export(
         overwrite=overwrite,
         tell=console.print,
     )
-    console.print(_exported(report, to))
+    console.print(_exported(report, to), soft_wrap=True)
 
 
 def evaluate(
@@ -182,7 +183,7 @@ def evaluate(
     if as_json:
         print(json.dumps(report, indent=2, ensure_ascii=False))
     else:
-        console.print(evaluation.render(report))
+        console.print(evaluation.render(report), soft_wrap=True)
 
 
 def compare(
@@ -226,8 +227,12 @@ def _exported(report: dict[str, Any], to: str) -> str:
             f"llama.cpp on {verified['positions']:,} tokens of {verified['rows']}: the likeliest "
             f"token agrees at {verified['top1']:.1%} ({verified['top1_decided']:.1%} of "
             f"{verified['decided']:,} where it is no near tie), its log-probability within "
-            f"{verified['logprob']:.2g} nats; {verified['texts']} texts tokenized alike"
+            f"{verified['logprob']:.2g} nats; {verified['texts']} texts tokenized and "
+            f"{verified['conversations']} chats written alike, and {verified['written_alike']} of "
+            f"{verified['written']} tokens of a greedy text"
         )
+    elif find_spec("xllamacpp"):
+        lines.append("not verified (--no-verify)")
     else:
         lines.append("not verified; pip install xllamacpp has llama.cpp compare it")
     return "\n".join([*lines, to])

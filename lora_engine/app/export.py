@@ -1,6 +1,7 @@
 """`lora-engine export`: a run in the form that another program takes."""
 
 import json
+import shlex
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -19,10 +20,11 @@ from lora_engine.export.packed import dense_folder
 from lora_engine.export.verify import load_plain, with_adapters
 from lora_engine.export.weights import MergedWeights
 from lora_engine.models.load.load import DTYPES
-from lora_engine.models.load.origin import base_of_folder
-from lora_engine.training.run.card import merged_card
+from lora_engine.models.load.origin import base_of_folder, read_base
+from lora_engine.training.run.card import MergedForm, merged_card
 
 EXPORT_REPORT = "export_report.json"
+ADAPTER_FILE = "adapter.gguf"
 FORMATS = ("hf", "peft", "gguf", "gguf-lora", "vllm")
 
 
@@ -75,15 +77,15 @@ def export(
             tell(f"writing {to}")
             report |= put_merged(folder, chosen, target, dtype, name, rows, to)
         elif format == "gguf-lora":
-            report |= _gguf_lora(folder, chosen, target)
+            with dense_folder(folder, target) as dense:
+                report |= _gguf_lora(trained, dense, chosen, target, name, rows, tell)
+            _write_card(target, folder, chosen, "gguf-lora", ADAPTER_FILE)
         else:
             tell(f"writing a GGUF file of type {kind}")
             called = base_of_folder(folder).name or folder.name
             with dense_folder(folder, target) as dense:
                 report |= _gguf(trained, dense, called, chosen, target, kind, name, rows, tell)
-        card = merged_card(base_of_folder(folder), [a.folder for a, _ in chosen])
-        if not (target / "README.md").exists():
-            (target / "README.md").write_text(card, encoding="utf-8")
+            _write_card(target, folder, chosen, "gguf", f"model-{kind}.gguf")
         write_report(target, EXPORT_REPORT, report)
     return report
 
@@ -117,13 +119,32 @@ def _export_adapter(
             "lint": problems,
         }
         if format == "vllm":
-            served = trained.base
+            named = f"{Path(to).absolute().name}={to}"
             report["command"] = (
-                f"vllm serve {served} --enable-lora --max-lora-rank {room_for(adapter)} "
-                f"--lora-modules {Path(to).name}={to}"
+                f"vllm serve {shlex.quote(_base_for_servers(trained, adapter))} --enable-lora "
+                f"--max-lora-rank {room_for(adapter)} --lora-modules {shlex.quote(named)}"
             )
         write_report(target, EXPORT_REPORT, report)
     return report
+
+
+def _base_for_servers(trained: Trained, adapter: Adapter) -> str:
+    """The base as other programs find it: our short names are the hub's to them."""
+    known = read_base(adapter.folder)
+    is_here = Path(trained.base).exists()
+    return known.hub_id if known and known.hub_id and not is_here else trained.base
+
+
+def _write_card(
+    target: Path,
+    base: Path,
+    chosen: Sequence[tuple[Adapter, float]],
+    form: MergedForm,
+    file: str,
+) -> None:
+    folders = [adapter.folder for adapter, _ in chosen]
+    card = merged_card(base_of_folder(base), folders, form, file)
+    (target / "README.md").write_text(card, encoding="utf-8")
 
 
 def _gguf(
@@ -147,29 +168,62 @@ def _gguf(
     (target / "Modelfile").write_text(text, encoding="utf-8")
     report: dict[str, Any] = {"type": kind, "types": written.types}
     if rows and llama_cpp.is_installed():
-        tell(f"comparing llama.cpp with the adapter on, on {name}")
-        model = load_plain(folder)
-        model = with_adapters(model, chosen) if chosen else model
-        found = llama_cpp.compare(path, model, tokenizer, rows)
-        report["verified"] = {"rows": name, **asdict(found)}
-        if found.top1 < llama_cpp.TOP1[kind]:
-            raise UserError(
-                f"llama.cpp computes something else with the file: the likeliest token agrees at "
-                f"{found.top1:.1%}, {llama_cpp.TOP1[kind]:.0%} are usual for {kind}; use another "
-                "--type, or --format hf"
-            )
+        report["verified"] = _verified(path, folder, chosen, tokenizer, kind, name, rows, tell)
     return report
 
 
 def _gguf_lora(
-    folder: Path, chosen: Sequence[tuple[Adapter, float]], target: Path
+    trained: Trained,
+    folder: Path,
+    chosen: Sequence[tuple[Adapter, float]],
+    target: Path,
+    name: str,
+    rows: Sequence[Sequence[int]],
+    tell: Tell,
 ) -> dict[str, Any]:
+    """The adapter's file, compared over the base's, which is written for that and removed."""
     if len(chosen) > 1 or chosen[0][1] != 1:
         raise UserError("--format gguf-lora takes one adapter without a weight; use --format gguf")
     called = base_of_folder(folder).name or folder.name
-    path = target / "adapter.gguf"
-    gguf.write_gguf_adapter(chosen[0][0], _config(folder), path, name=f"adapter of {called}")
-    return {"type": "f32"}
+    path, config = target / ADAPTER_FILE, _config(folder)
+    gguf.write_gguf_adapter(chosen[0][0], config, path, name=f"adapter of {called}")
+    report: dict[str, Any] = {"type": "f32"}
+    if rows and llama_cpp.is_installed():
+        base, tokenizer = target / "base.gguf", load_tokenizer_of(trained, folder)
+        gguf.write_gguf(MergedWeights(folder), config, tokenizer, base, "f16", name=called)
+        report["verified"] = _verified(
+            base, folder, chosen, tokenizer, "f16", name, rows, tell, path
+        )
+        base.unlink()
+    return report
+
+
+def _verified(
+    path: Path,
+    folder: Path,
+    chosen: Sequence[tuple[Adapter, float]],
+    tokenizer: Any,
+    kind: str,
+    name: str,
+    rows: Sequence[Sequence[int]],
+    tell: Tell,
+    adapter: Path | None = None,
+) -> dict[str, Any]:
+    """What llama.cpp computes with the file, and an adapter's, beside the adapters on.
+
+    Raises UserError where that is something else.
+    """
+    tell(f"comparing llama.cpp with the adapter on, on {name}")
+    model = load_plain(folder)
+    model = with_adapters(model, chosen) if chosen else model
+    found = llama_cpp.compare(path, model, tokenizer, rows, adapter=adapter)
+    if found.top1 < llama_cpp.TOP1[kind]:
+        raise UserError(
+            f"llama.cpp computes something else with the file: the likeliest token agrees at "
+            f"{found.top1:.1%}, {llama_cpp.TOP1[kind]:.0%} are usual for {kind}; use another "
+            "--type, or --format hf"
+        )
+    return {"rows": name, **asdict(found)}
 
 
 def _config(folder: Path) -> Any:

@@ -167,6 +167,12 @@ def _add_special(writer: Any, tokenizer: Any, stops: Sequence[int]) -> None:
     for name, token in special.items():
         if token is not None:
             getattr(writer, f"add_{name}_token_id")(token)
+    writer.add_add_bos_token(puts_start(tokenizer))
     ids, bare = tokenizer.encode("a"), tokenizer.encode("a", add_special_tokens=False)
-    writer.add_add_bos_token(ids[:1] != bare[:1] and ids[:1] == [special["bos"]])
     writer.add_add_eos_token(ids[-1:] != bare[-1:] and ids[-1:] == [special["eos"]])
+
+
+def puts_start(tokenizer: Any) -> bool:
+    """Whether the tokenizer puts its start token before a text; llama.cpp and Ollama then do."""
+    ids, bare = tokenizer.encode("a"), tokenizer.encode("a", add_special_tokens=False)
+    return bool(ids[:1] != bare[:1] and ids[:1] == [tokenizer.bos_token_id])

@@ -1,8 +1,9 @@
 """What llama.cpp computes with a GGUF file, through the package xllamacpp, beside transformers."""
 
 import json
+import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,6 +13,8 @@ import torch
 from torch import Tensor
 
 from lora_engine.errors import UserError
+from lora_engine.export.gguf_vocabulary import puts_start
+from lora_engine.export.ollama import CONVERSATIONS, render
 
 # Least share of positions with the same likeliest token: of small models, which lose most. A file
 # that is read otherwise than it was written agrees nowhere.
@@ -26,6 +29,7 @@ TOP1 = {
     "mxfp4": 0.5,
 }
 POSITIONS = 200
+WRITTEN = 24  # tokens of a greedy text
 # Nats between the two likeliest tokens from which on a position is decided. llama.cpp rounds
 # activations to 8 bits, which moves log-probabilities of small models by 0.05 on the average, and
 # not by the same when a prompt is read at once or token by token: closer tokens it may take the one
@@ -48,7 +52,10 @@ class Agreement:
     """positions: next-token distributions compared. top1: share with the same likeliest token.
     logprob: mean difference of that token's log-probability, in nats. texts: tokenized alike.
     decided: positions where the model's two likeliest tokens are DECIDED apart or more.
-    top1_decided: share of these with the same likeliest token, 1 if there are none."""
+    top1_decided: share of these with the same likeliest token, 1 if there are none.
+    conversations: written alike by the chat template. written: tokens of a greedy text, of which
+    written_alike are the same before the first that is not; there the model's likeliest token is
+    `parted` nats over the one that llama.cpp takes, 0 if there is none."""
 
     positions: int
     top1: float
@@ -56,6 +63,10 @@ class Agreement:
     texts: int
     decided: int
     top1_decided: float
+    conversations: int
+    written: int
+    written_alike: int
+    parted: float
 
 
 def is_installed() -> bool:
@@ -124,14 +135,26 @@ class LlamaCpp:
     def tokenize(self, text: str) -> list[int]:
         """Token ids with what is put around a whole text; control tokens in it are recognised."""
         body = {"content": text, "add_special": True, "parse_special": True}
+        return list(self._ask("tokenize", body)["tokens"])
+
+    def prompt(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """A conversation by the file's chat template, with the beginning of an answer; without the
+        start token where that is put before every text."""
+        return str(self._ask("apply-template", {"messages": list(messages)})["prompt"])
+
+    def _ask(self, path: str, body: Mapping[str, object]) -> Any:
         request = urllib.request.Request(
-            f"{self._server.listening_address}/tokenize",
+            f"{self._server.listening_address}/{path}",
             json.dumps(body).encode(),
             {"Content-Type": "application/json"},
         )
         direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        with direct.open(request, timeout=60) as response:
-            return list(json.load(response)["tokens"])
+        try:
+            with direct.open(request, timeout=60) as response:
+                return json.load(response)
+        except urllib.error.HTTPError as error:
+            told = error.read().decode(errors="replace")
+            raise UserError(f"llama.cpp refuses /{path}: {told[:300]}; use --format hf") from error
 
 
 def compare(
@@ -140,13 +163,18 @@ def compare(
     tokenizer: Any,
     rows: Sequence[Sequence[int]],
     positions: int = POSITIONS,
+    *,
+    adapter: Path | None = None,
 ) -> Agreement:
     """llama.cpp with the file beside `model` of transformers, on the first positions of `rows`.
 
-    Raises UserError for a text that the two tokenize differently.
+    adapter: a GGUF LoRA adapter on top of the file. Raises UserError for a text that the two
+    tokenize differently, and for a conversation that the chat template writes differently.
     """
     longest = max(len(row) for row in rows)
-    engine = LlamaCpp(path, context=max(256, min(longest, positions) + 8))
+    context = max(256, min(longest, positions) + WRITTEN + 8)
+    engine = LlamaCpp(path, adapter=adapter, context=context)
+    conversations = _check_conversations(path, engine, tokenizer)
     texts = [*TEXTS, *(f"a{t} b" for t in special_tokens(tokenizer))]
     for text in texts:
         ours, theirs = tokenizer.encode(text), engine.tokenize(text)
@@ -169,6 +197,8 @@ def compare(
             token, logprob = engine.likeliest(ids[:end])[0]
             agrees.append(token == int(own.argmax()))
             difference += abs(logprob - float(own[token]))
+    first = list(rows[0])[:positions]
+    written, alike, parted = _greedy_texts(engine, model, first[: max(1, len(first) // 2)])
     of_decided = [same for same, is_decided in zip(agrees, decided, strict=True) if is_decided]
     return Agreement(
         positions=len(agrees),
@@ -177,7 +207,43 @@ def compare(
         texts=len(texts),
         decided=len(of_decided),
         top1_decided=sum(of_decided) / len(of_decided) if of_decided else 1.0,
+        conversations=conversations,
+        written=written,
+        written_alike=alike,
+        parted=parted,
     )
+
+
+def _check_conversations(path: Path, engine: LlamaCpp, tokenizer: Any) -> int:
+    """How many conversations the file's chat template was asked to write."""
+    if not tokenizer.chat_template:
+        return 0
+    asked = 0
+    start = tokenizer.bos_token if puts_start(tokenizer) else ""
+    for conversation in CONVERSATIONS:
+        messages = [{"role": role, "content": text} for role, text in conversation]
+        ours = render(tokenizer, messages, True)
+        if ours is None:
+            continue
+        theirs = engine.prompt(messages)
+        if theirs.removeprefix(start) != ours.removeprefix(start):
+            raise UserError(
+                f"{path}: llama.cpp's chat template writes {theirs!r}, the tokenizer's {ours!r}; "
+                "use --format hf, or --no-verify to take the file as it is"
+            )
+        asked += 1
+    return asked
+
+
+def _greedy_texts(engine: LlamaCpp, model: Any, prompt: Sequence[int]) -> tuple[int, int, float]:
+    """The fields written, written_alike and parted of `Agreement`."""
+    theirs = engine.greedy(prompt, WRITTEN)
+    # Along their text: up to the first token that is not ours it is ours too.
+    logprobs = _logprobs(model, [*prompt, *theirs])[len(prompt) - 1 : -1]
+    for place, (token, own) in enumerate(zip(theirs, logprobs, strict=True)):
+        if token != int(own.argmax()):
+            return len(theirs), place, float(own.max() - own[token])
+    return len(theirs), len(theirs), 0.0
 
 
 def special_tokens(tokenizer: Any) -> list[str]:

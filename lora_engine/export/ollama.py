@@ -3,9 +3,12 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lora_engine.export.gguf_vocabulary import puts_start
+
 # What the template writes is found out by asking it about these.
 _CONTENT = {"system": "⟦S⟧", "user": "⟦U⟧", "assistant": "⟦A⟧"}
-_CONVERSATIONS: tuple[tuple[tuple[str, str], ...], ...] = (
+# By role and content: with and without a system's message, of one question and of two.
+CONVERSATIONS: tuple[tuple[tuple[str, str], ...], ...] = (
     (("user", "one"),),
     (("system", "be"), ("user", "one")),
     (("user", "one"), ("assistant", "two"), ("user", "three")),
@@ -43,9 +46,9 @@ def go_template(tokenizer: Any) -> str | None:
     parts = _parts(tokenizer)
     if parts is None:
         return None
-    for conversation in _CONVERSATIONS:
+    for conversation in CONVERSATIONS:
         messages = [{"role": role, "content": text} for role, text in conversation]
-        if _render(tokenizer, messages, True) != _written(parts, conversation):
+        if render(tokenizer, messages, True) != _written(parts, conversation):
             return None
     if any("{{" in text or '"""' in text for text in parts.values()):
         return None
@@ -58,10 +61,7 @@ def go_template(tokenizer: Any) -> str | None:
     default = ""
     if parts["default"]:
         default = f"{{{{ if not .System }}}}{parts['default']}{{{{ end }}}}"
-    return (
-        f"{parts['start']}{default}{{{{ range .Messages }}}}{inner}{{{{ end }}}}{{{{ end }}}}"
-        f"{parts['answer']}"
-    )
+    return f"{default}{{{{ range .Messages }}}}{inner}{{{{ end }}}}{{{{ end }}}}{parts['answer']}"
 
 
 def _parts(tokenizer: Any) -> dict[str, str] | None:
@@ -70,9 +70,9 @@ def _parts(tokenizer: Any) -> dict[str, str] | None:
     asked = [{"role": "user", "content": _CONTENT["user"]}]
     system = [{"role": "system", "content": _CONTENT["system"]}]
     answered = [*asked, {"role": "assistant", "content": _CONTENT["assistant"]}]
-    open_, closed = _render(tokenizer, asked, True), _render(tokenizer, asked, False)
-    with_system = _render(tokenizer, [*system, *asked], False)
-    longer = _render(tokenizer, [*system, *answered, *asked], False)
+    open_, closed = render(tokenizer, asked, True), render(tokenizer, asked, False)
+    with_system = render(tokenizer, [*system, *asked], False)
+    longer = render(tokenizer, [*system, *answered, *asked], False)
     if None in (open_, closed, with_system, longer) or not open_.startswith(closed):
         return None
     texts: dict[str, str] = {"answer": open_[len(closed) :]}
@@ -84,7 +84,7 @@ def _parts(tokenizer: Any) -> dict[str, str] | None:
     user_after = closed.partition(_CONTENT["user"])[2]
     if not to_answer.startswith(user_after):
         return None
-    answer_after = _render(tokenizer, answered, False).partition(_CONTENT["assistant"])[2]
+    answer_after = render(tokenizer, answered, False).partition(_CONTENT["assistant"])[2]
     again = after_answer.partition(_CONTENT["user"])[0]
     if not again.startswith(answer_after):
         return None
@@ -92,11 +92,11 @@ def _parts(tokenizer: Any) -> dict[str, str] | None:
     head = closed.partition(_CONTENT["user"])[0]
     if not (head.endswith(user_before) and to_user.endswith(user_before)):
         return None
-    start = tokenizer.bos_token or ""
-    if not (start and before.startswith(start)):
+    # A start token that the GGUF file asks for is written by Ollama itself.
+    start = tokenizer.bos_token if puts_start(tokenizer) else ""
+    if not before.startswith(start):
         start = ""
     texts |= {
-        "start": "",  # Ollama writes the start token that the GGUF file asks for
         "default": head[: len(head) - len(user_before)].removeprefix(start),
         "system before": before.removeprefix(start),
         "system after": to_user[: len(to_user) - len(user_before)],
@@ -118,8 +118,9 @@ def _written(parts: Mapping[str, str], conversation: Sequence[tuple[str, str]]) 
     return text + parts["answer"]
 
 
-def _render(tokenizer: Any, messages: Sequence[Mapping[str, str]], prompt: bool) -> Any:
-    """None where the template refuses the conversation, one with a system message, say."""
+def render(tokenizer: Any, messages: Sequence[Mapping[str, str]], prompt: bool) -> Any:
+    """A conversation's text, with `prompt` that before an answer too. None where the template
+    refuses the conversation, one with a system message, say."""
     try:
         return tokenizer.apply_chat_template(
             list(messages), tokenize=False, add_generation_prompt=prompt

@@ -1,7 +1,9 @@
 """`lora-engine export`: every format of one adapter, read by the libraries that they are for."""
 
 import json
+import shlex
 import shutil
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import peft
@@ -11,10 +13,12 @@ from small_ggufs import byte_level, save_model
 from tries import MISTAKE, Try, check, run, tries
 
 from lora_engine.app.export import EXPORT_REPORT
+from lora_engine.export import gguf
 from lora_engine.export.adapter import read_adapter
 from lora_engine.export.lint import lint, room_for
 from lora_engine.export.llama_cpp import LlamaCpp
 from lora_engine.export.verify import load_plain, with_adapters
+from lora_engine.models.load.origin import Base, read_base
 
 ROW = [5 + (7 * i) % 380 for i in range(40)]
 
@@ -56,9 +60,9 @@ def export(capfd, format, *more, adapter="adapter"):
     return run(capfd, *arguments, "--format", format, *more)
 
 
-def report_of(folder):
-    report = json.loads((folder / "out" / EXPORT_REPORT).read_text())
-    assert set(report["files"]) == {path.name for path in (folder / "out").iterdir()}
+def report_of(folder, name="out"):
+    report = json.loads((folder / name / EXPORT_REPORT).read_text())
+    assert set(report["files"]) == {path.name for path in (folder / name).iterdir()}
     return report
 
 
@@ -84,6 +88,8 @@ def test_gguf(place, capfd):
     assert status == 0 and "llama.cpp on" in printed
     report = report_of(place)
     assert report["verified"]["top1"] == 1.0 and report["verified"]["logprob"] < 0.01
+    assert report["verified"]["conversations"] == 4
+    assert "llama-server -m model-f32.gguf" in (place / "out/README.md").read_text()
     modelfile = (place / "out/Modelfile").read_text()
     assert modelfile.startswith("FROM ./model-f32.gguf\nTEMPLATE") and "<|im_end|>" in modelfile
 
@@ -92,7 +98,10 @@ def test_a_gguf_adapter_beside_its_base(place, capfd):
     pytest.importorskip("xllamacpp")
     plain = ["export", "base", "--format", "gguf", "--type", "f32", "--no-verify", "--to", "b"]
     assert run(capfd, *plain)[0] == 0
-    assert export(capfd, "gguf-lora")[0] == 0
+    status, printed, _ = export(capfd, "gguf-lora")
+    assert status == 0 and "llama.cpp on" in printed
+    assert report_of(place)["verified"]["top1"] == 1.0  # and base.gguf is not left there
+    assert "llama-server -m BASE.gguf --lora adapter.gguf" in (place / "out/README.md").read_text()
     engine = LlamaCpp(place / "b/model-f32.gguf", adapter=place / "out/adapter.gguf", context=256)
     model = with_adapters(load_plain(place / "base"), [(read_adapter(place / "adapter"), 1.0)])
     with torch.no_grad():
@@ -102,6 +111,34 @@ def test_a_gguf_adapter_beside_its_base(place, capfd):
     assert token == int(logprobs[-1].argmax())
     assert logprob == pytest.approx(float(logprobs[-1, token]), abs=0.02)
     assert abs(float(off[-1, token]) - logprob) > 0.1  # the adapter is what makes it so
+
+
+def test_a_gguf_adapter_of_another_scale_is_not_put_in_place(place, capfd, monkeypatch):
+    pytest.importorskip("xllamacpp")
+    write = gguf.write_gguf_adapter
+
+    def altered(adapter, *arguments, **named):
+        layers = {n: replace(x, scaling=-9 * x.scaling) for n, x in adapter.low_rank.items()}
+        return write(replace(adapter, low_rank=layers), *arguments, **named)
+
+    monkeypatch.setattr(gguf, "write_gguf_adapter", altered)
+    status, _, told = export(capfd, "gguf-lora")
+    assert status == MISTAKE and "llama.cpp computes something else" in told
+    assert not (place / "out").exists()
+
+
+def test_a_server_is_told_the_hub_s_name_of_the_base(place, capfd):
+    """Not a name that is known here alone."""
+    path = place / "adapter/base.json"
+    known = asdict(read_base(place / "adapter") or Base("base"))
+    path.write_text(json.dumps({**known, "hub_id": "someone/base"}))
+    status, printed, _ = run(
+        capfd, "export", "adapter", "--base", "smollm2", "--format", "vllm", "--to", "an adapter"
+    )
+    assert status == 0
+    command = report_of(place, "an adapter")["command"]
+    assert shlex.split(command)[:3] == ["vllm", "serve", "someone/base"]
+    assert shlex.split(command)[-1] == "an adapter=an adapter" and command in printed
 
 
 def test_servers_with_adapters(place, capfd):

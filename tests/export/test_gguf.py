@@ -16,7 +16,7 @@ from lora_engine.data.dataset import prepare
 from lora_engine.data.docstrings import docstring_records
 from lora_engine.errors import UserError
 from lora_engine.export.gguf import TYPES, encode, tensor_type, write_gguf
-from lora_engine.export.llama_cpp import LlamaCpp, compare
+from lora_engine.export.llama_cpp import WRITTEN, LlamaCpp, compare
 from lora_engine.export.verify import load_plain
 from lora_engine.export.weights import MergedWeights
 from lora_engine.models.load.load import load_model
@@ -119,6 +119,10 @@ def test_each_type_holds_the_weights_and_llama_cpp_reads_it(tmp_path, wide, kind
     first, second = logits.log_softmax(-1).topk(2).values.T
     assert agreement.decided == int((first - second >= 0.25).sum()) > 10
     assert agreement.top1_decided == 1
+    exact = kind in ("f32", "f16")
+    assert 0 <= agreement.parted < (0.02 if exact else 0.25)
+    assert agreement.written == WRITTEN >= agreement.written_alike > 0
+    assert (agreement.written_alike == WRITTEN) == (agreement.parted == 0)
 
 
 @pytest.mark.slow
@@ -168,7 +172,8 @@ def test_llama_cpp_tokenizes_alike(tmp_path, kind):
     tokenizer = TOKENIZERS[kind]()
     folder = save_model(tmp_path / "model", tokenizer, num_hidden_layers=1)
     written(folder, tmp_path / "m.gguf")
-    compare(tmp_path / "m.gguf", load_plain(folder), tokenizer, [ROW[:2]])
+    agreement = compare(tmp_path / "m.gguf", load_plain(folder), tokenizer, [ROW[:2]])
+    assert agreement.conversations == 4
     reader = gguf.GGUFReader(tmp_path / "m.gguf")
     assert reader.get_field("tokenizer.chat_template").contents() == tokenizer.chat_template
     assert reader.get_field("tokenizer.ggml.eos_token_id").contents() == 4
@@ -180,6 +185,23 @@ def test_another_tokenization_is_noticed(tmp_path):
     written(folder, tmp_path / "m.gguf")
     with pytest.raises(UserError, match=r"llama\.cpp tokenizes"):
         compare(tmp_path / "m.gguf", load_plain(folder), byte_level("smollm"), [ROW[:2]])
+
+
+@pytest.mark.parametrize("split", ["llama-bpe", "qwen2"])
+def test_a_template_may_write_the_start_token(tmp_path, split):
+    """Which the tokenizer puts before a text too (llama-bpe), or does not (qwen2)."""
+    pytest.importorskip("xllamacpp")
+    tokenizer = byte_level(split)
+    tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
+    folder = save_model(tmp_path / "model", tokenizer, num_hidden_layers=1)
+    written(folder, tmp_path / "m.gguf")
+    model = load_plain(folder)
+    assert compare(tmp_path / "m.gguf", model, tokenizer, [ROW[:2]]).conversations == 4
+    tokenizer.chat_template = tokenizer.chat_template.replace("You are", "I am")
+    with pytest.raises(
+        UserError, match=r"chat template writes .*You are.*, the tokenizer's .*I am"
+    ):
+        compare(tmp_path / "m.gguf", model, tokenizer, [ROW[:2]])
 
 
 def llama_cpp_quantizes(w: np.ndarray, kind: str) -> np.ndarray:

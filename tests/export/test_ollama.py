@@ -34,7 +34,23 @@ def test_a_default_system_message_and_a_start_token(tokenizer):
     template = go_template(tokenizer)
     assert template.startswith("{{ if not .System }}<|im_start|>system\n")
     tokenizer.chat_template = "{{ bos_token }}" + CHATML
-    assert go_template(tokenizer).startswith("{{ range .Messages }}")  # the file asks for <s>
+    assert go_template(tokenizer).startswith(
+        "{{ if not .System }}<s>{{ end }}{{ range .Messages }}"
+    )
+    tokenizer = byte_level("llama-bpe")  # puts <s> before a text, as its file says
+    tokenizer.chat_template = "{{ bos_token }}" + CHATML
+    assert go_template(tokenizer).startswith("{{ range .Messages }}")
+
+
+def test_a_turn_may_begin_with_the_start_token(tokenizer):
+    """As SmolLM2's do, whose tokenizer puts none before a text."""
+    tokenizer.chat_template = CHATML_DEFAULT_SYSTEM
+    expected = go_template(tokenizer)
+    tokenizer.bos_token = "<|im_start|>"
+    try:
+        assert go_template(tokenizer) == expected
+    finally:
+        tokenizer.bos_token = "<s>"
 
 
 def test_a_template_that_changes_in_a_longer_conversation_is_left_out(tokenizer):

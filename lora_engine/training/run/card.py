@@ -4,6 +4,7 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import yaml
 
@@ -23,6 +24,14 @@ _ADAPTER_SETTINGS = (
     "target_modules",
     "modules_to_save",
 )
+MergedForm = Literal["model", "packed", "gguf", "gguf-lora"]
+_LIBRARIES = {"model": "transformers", "packed": "lora_engine", "gguf": "gguf", "gguf-lora": "gguf"}
+# What loads a folder that transformers does not, in its language; {}: the file in it.
+_RUNNING = {
+    "packed": ("python", 'model, tokenizer = lora_engine.load_model(".")  # this folder'),
+    "gguf": ("sh", "llama-server -m {}"),
+    "gguf-lora": ("sh", "llama-server -m BASE.gguf --lora {}  # the base model above, in GGUF"),
+}
 # Settings of the run that are another section's, or say nothing about the weights.
 _LEFT_OUT = frozenset({"output_dir", "adapter_learning_rates", "share_prefixes"})
 
@@ -97,13 +106,25 @@ def model_card(base: Base, facts: CardFacts, *, tokenizer: bool) -> str:
     )
 
 
-def merged_card(base: Base, adapters: list[Path]) -> str:
+def merged_card(
+    base: Base, adapters: list[Path], form: MergedForm = "model", file: str = ""
+) -> str:
     """The card of a base with adapters merged into it; adapters: their folders.
 
-    What their own cards say of data, settings and figures is part of it.
+    form: "model" as transformers loads it, "packed" as lora_engine alone does, or the GGUF file
+    `file`, of a model or of an adapter. What the adapters' own cards say of data, settings and
+    figures is part of it.
     """
-    lines = [f"# {_code(base.name or 'A model')} with an adapter merged into it", ""]
-    lines += [*_base_section(base), *_loading(base, "model", tokenizer=True)]
+    name = _code(base.name or "A model")
+    title = f"{name} with an adapter merged into it" if adapters else name
+    if form == "gguf-lora":
+        title = f"LoRA adapter for {name}"
+    lines = [f"# {title}{', in GGUF' if file else ''}", "", *_base_section(base)]
+    if form == "model":
+        lines += _loading(base, "model", tokenizer=True)
+    else:
+        language, code = _RUNNING[form]
+        lines += ["## How to load", "", f"```{language}", code.format(file), "```", ""]
     for folder in adapters:
         try:
             card = (folder / "README.md").read_text(encoding="utf-8")
@@ -111,7 +132,7 @@ def merged_card(base: Base, adapters: list[Path]) -> str:
             continue
         start = card.find("## Adapter")
         lines += [card[start:].rstrip(), ""] if start >= 0 else []
-    return _card(base, "transformers", lines)
+    return _card(base, _LIBRARIES[form], lines)
 
 
 def index_card(base: Base, folders: list[str]) -> str:
