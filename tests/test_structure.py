@@ -16,7 +16,7 @@ PACKAGE = Path(lora_engine.__file__).parent
 LAYERS: list[set[str]] = [
     {"errors", "openmp", "text", "values"},
     {"memory.policy"},
-    {"files", "distributed"},
+    {"files", "distributed", "user_code"},
     {"quantization"},
     {"reference"},
     {"backends"},

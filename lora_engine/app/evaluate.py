@@ -1,7 +1,6 @@
 """`lora-engine evaluate`: a model, or its base beside the adapter, on held-out data."""
 
-import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +10,7 @@ from lora_engine.app.trained import Tell, Trained, check_base, find_trained, loa
 from lora_engine.data import prepare
 from lora_engine.data.readers import RowError
 from lora_engine.data.render import Example
-from lora_engine.data.sources import open_source
+from lora_engine.data.sources import BUILT_IN, files_of, open_source
 from lora_engine.errors import UserError, nearest
 from lora_engine.evaluation.choices import (
     Question,
@@ -22,22 +21,17 @@ from lora_engine.evaluation.choices import (
     score_choices,
     summarise_choices,
 )
+from lora_engine.evaluation.metrics import Metric, measure, metric_of
 from lora_engine.evaluation.modes import without_adapters
 from lora_engine.evaluation.samples import Prompt, choose_prompts, generate
-from lora_engine.evaluation.scores import (
-    METRICS,
-    by_group,
-    difference,
-    score_examples,
-    summary,
-)
+from lora_engine.evaluation.scores import by_group, difference, score_examples, summary
 from lora_engine.export.adapter import chosen_adapters
 from lora_engine.files import write_text
+from lora_engine.models.attach.accelerate import accelerate
 from lora_engine.models.load.load import load_model
 from lora_engine.report.evaluation_page import evaluation_page
 from lora_engine.report.template import EVALUATION, page_path
 
-Metric = Callable[[Sequence[str], Sequence[str]], float]
 _SAMPLES = 8  # prompts whose answers the report has
 
 
@@ -72,10 +66,10 @@ def evaluate(
     model: as `load_model` takes it, or a run's folder, whose base and adapter are then meant.
     choices: the rows are questions with choices (`read_questions`), of which it is measured how
     often the right one is the likeliest. group: a column of the data. metrics: names of
-    `scores.METRICS`, or "module:function" of a function of answers and references; each of the
-    first `answers` prompts is answered for them. The report has a section "model", or with an
-    adapter "base" and "adapter". html: a file to write it to as a page. Raises UserError for what
-    cannot be read, and for a file that is there and is no such page.
+    `metrics.METRICS`, or "module:function" of a function of answers and references; `answers`
+    prompts, spread over the data, are answered for them. The report has a section "model", or with
+    an adapter "base" and "adapter". html: a file to write it to as a page. Raises UserError for
+    what cannot be read, and for a file that is there and is no such page.
     """
     page = None if html is None else page_path(html, EVALUATION)
     if choices and metrics:
@@ -83,9 +77,11 @@ def evaluate(
             f"--metric {metrics[0]}: questions with choices are not answered in words; give one of "
             "the two"
         )
-    chosen = {name: _metric(name) for name in metrics}
+    chosen = {name: metric_of(name) for name in metrics}
     source, trained = _model_and_adapter(model, adapter)
     questions = read_questions(data, limit=limit) if choices else []
+    if data not in BUILT_IN:
+        files_of(data)  # what is not there is told before a model is loaded
     tell(f"loading {source}")
     loaded, tokenizer = load_model(source, dtype=dtype, device=device)
     sides = ["model"]
@@ -98,6 +94,7 @@ def evaluate(
         tokenizer = _tokenizer_of(trained) or tokenizer
         sides = ["base", "adapter"]
         report["adapter_folder"] = str(folder)
+    accelerate(loaded)
     if choices:
         examples: Sequence[Example] = choice_examples(questions, tokenizer)
         origins = [question.origin for question in questions]
@@ -149,8 +146,15 @@ def _of_examples(
         section["groups"] = by_group(scores, groups)
     if prompts:
         references = [prompt.reference for prompt in prompts]
-        section["metrics"] = {n: float(m(texts, references)) for n, m in metrics.items()}
+        section["metrics"] = {n: measure(n, m, texts, references) for n, m in metrics.items()}
         section["answers"] = len(prompts)
+        group_of = dict(zip((e.origin for e in examples), groups or (), strict=False))
+        for group, part in section.get("groups", {}).items():
+            own = [i for i, p in enumerate(prompts) if group_of[p.origin] == group]
+            if own:
+                asked = [texts[i] for i in own], [references[i] for i in own]
+                part["metrics"] = {n: measure(n, m, *asked) for n, m in metrics.items()}
+                part["answers"] = len(own)
     return _Measured(section, scores, texts)
 
 
@@ -172,10 +176,9 @@ def render(report: dict[str, Any]) -> str:
     lines = []
     for side in ("model", "base", "adapter"):
         if side in report:
-            lines += [_line(side, report[side])]
-            lines += [_line(f"  {n}", part) for n, part in report[side].get("groups", {}).items()]
-            for name, value in report[side].get("metrics", {}).items():
-                lines += [f"  {name} {value:.4g} ({report[side]['answers']:,} answers)"]
+            lines += [_line(side, report[side]), *_metric_lines(report[side], "  ")]
+            for name, part in report[side].get("groups", {}).items():
+                lines += [_line(f"  {name}", part), *_metric_lines(part, "    ")]
     if "difference" in report:
         d = report["difference"]
         form = "+.1%" if "questions" in report["adapter"] else "+.4f"
@@ -183,6 +186,14 @@ def render(report: dict[str, Any]) -> str:
         value, low, high = (format(d[key], form) for key in ("value", "low", "high"))
         lines += [f"with the adapter the {what} is {value} ({low} to {high})"]
     return "\n".join(lines)
+
+
+def _metric_lines(part: dict[str, Any], indent: str) -> list[str]:
+    lines = []
+    for name, found in part.get("metrics", {}).items():
+        ends = f" ({found['low']:.4g} to {found['high']:.4g})" if "low" in found else ""
+        lines.append(f"{indent}{name} {found['value']:.4g}{ends}, {part['answers']:,} answers")
+    return lines
 
 
 def _line(name: str, part: dict[str, Any]) -> str:
@@ -242,18 +253,3 @@ def _groups(data: str, column: str, origins: Sequence[str]) -> list[str]:
         hint = f"did you mean {close}?" if close else f"there is {', '.join(sorted(columns))}"
         raise UserError(f"--group {column}: {data} has no such column; {hint}")
     return [values.get(origin, "") for origin in origins]
-
-
-def _metric(name: str) -> Metric:
-    if name in METRICS:
-        return METRICS[name]
-    module, colon, function = name.partition(":")
-    if not colon:
-        close = nearest(name, METRICS)
-        hint = f"did you mean {close}?" if close else f"use {', '.join(METRICS)}, module:function"
-        raise UserError(f"--metric {name}: is unknown; {hint}")
-    try:
-        found: Metric = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"--metric {name}: {error}; give module:function") from error
-    return found

@@ -2,15 +2,20 @@
 
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 
-from lora_engine.evaluation.modes import inference
-from lora_engine.models.families.modules import CausalLm
+from lora_engine.evaluation.modes import inference, with_adapter
+from lora_engine.generation.engine import Generator, Request
+from lora_engine.generation.sampling import Sampling
+from lora_engine.models.attach.cached_layers import why_not_cached
+from lora_engine.models.families.modules import CausalLm, PeftCausalLm
 
-BATCH_SIZE = 8
+BATCH_SIZE = 8  # of transformers' generate
+CACHE_TOKENS = 65536  # whose keys and values are kept, or more where two prompts have more
 PROMPT_TOKENS_OF_PLAIN_TEXT = 0.5
 
 
@@ -39,7 +44,7 @@ class TextTokenizer(Protocol):
     pad_token_id: int | None
     eos_token_id: int | None
 
-    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str: ...
+    def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -117,17 +122,39 @@ def generate(
 ) -> list[str]:
     """The model's greedy continuation of every prompt, as text without special tokens.
 
-    model: a transformers (or PEFT) causal language model; each module's training mode is as
-    before afterwards, and no random number is drawn. A prompt that names an adapter is continued
-    by that one alone.
+    model: a transformers (or PEFT) causal language model, by our own layers where it is accelerated
+    and these take it, else by its own `generate`; each module's training mode is as before
+    afterwards, and no random number is drawn. A prompt that names an adapter is continued by that
+    one alone.
     """
-    texts: list[str] = []
+    texts = [""] * len(prompts)
     with inference(model):
+        if prompts and why_not_cached(model) is None:
+            for name in dict.fromkeys(prompt.adapter for prompt in prompts):
+                places = [i for i, prompt in enumerate(prompts) if prompt.adapter == name]
+                with with_adapter(cast(PeftCausalLm, model), name) if name else nullcontext():
+                    own = [prompts[i] for i in places]
+                    found = _generate_side_by_side(model, tokenizer, own, max_new_tokens)
+                for i, text in zip(places, found, strict=True):
+                    texts[i] = text
+            return texts
         for first in range(0, len(prompts), BATCH_SIZE):
-            texts += _generate_batch(
-                model, tokenizer, prompts[first : first + BATCH_SIZE], max_new_tokens
-            )
+            part = slice(first, first + BATCH_SIZE)
+            texts[part] = _generate_batch(model, tokenizer, prompts[part], max_new_tokens)
     return texts
+
+
+def _generate_side_by_side(
+    model: CausalLm, tokenizer: TextTokenizer, prompts: Sequence[Prompt], max_new_tokens: int
+) -> list[str]:
+    stop = stop_tokens(model, tokenizer)
+    longest = max(len(prompt.input_ids) for prompt in prompts) + max_new_tokens
+    generator = Generator(
+        model, tokenizer, stop_tokens=stop, cache_tokens=max(CACHE_TOKENS, 2 * longest)
+    )
+    sampling = Sampling(max_new_tokens=max_new_tokens, temperature=0.0)
+    made = generator.run([Request(prompt.input_ids, sampling) for prompt in prompts])
+    return [completion.text.strip() for (completion,) in made]
 
 
 def _generate_batch(

@@ -5,8 +5,7 @@ are drawn, not tokens, because the tokens of one example are not independent.
 """
 
 import math
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypedDict
 
@@ -103,67 +102,20 @@ def by_group(scores: Sequence[Score], groups: Sequence[str]) -> dict[str, Summar
 def interval(totals: np.ndarray, counts: np.ndarray) -> dict[str, float]:
     """Σ totals / Σ counts over examples, and the ends of its 95 % interval."""
     value = float(totals.sum() / counts.sum())
-    random = np.random.default_rng(0)
-    drawn = random.integers(len(counts), size=(RESAMPLES, len(counts)))
+    drawn = resamples(len(counts))
     sums = counts[drawn].sum(1)
-    means = totals[drawn].sum(1)[sums > 0] / sums[sums > 0]
-    low, high = np.percentile(means, [2.5, 97.5])
+    return with_ends(value, totals[drawn].sum(1)[sums > 0] / sums[sums > 0])
+
+
+def resamples(count: int) -> np.ndarray:
+    """[RESAMPLES, count]: numbers below `count`, the same ones each time."""
+    return np.random.default_rng(0).integers(count, size=(RESAMPLES, count))
+
+
+def with_ends(value: float, resampled: np.ndarray) -> dict[str, float]:
+    """The value and its 95 % interval, by what it is over resamples."""
+    low, high = np.percentile(resampled, [2.5, 97.5])
     return {"value": value, "low": float(low), "high": float(high)}
-
-
-def exact_match(answers: Sequence[str], references: Sequence[str]) -> float:
-    """Share of answers that are the reference, but for white space around them."""
-    same = [a.strip() == r.strip() for a, r in zip(answers, references, strict=True)]
-    return sum(same) / len(same)
-
-
-def word_f1(answers: Sequence[str], references: Sequence[str]) -> float:
-    """Mean F1 of the words that answer and reference share (Rajpurkar et al. 2016)."""
-    values = []
-    for answer, reference in zip(answers, references, strict=True):
-        ours, theirs = Counter(answer.split()), Counter(reference.split())
-        shared = (ours & theirs).total()
-        total = ours.total() + theirs.total()
-        values.append(2 * shared / total if total else 1.0)
-    return sum(values) / len(values)
-
-
-def bleu(answers: Sequence[str], references: Sequence[str]) -> float:
-    """Corpus BLEU of sacrebleu, 0 to 100. Raises UserError where that is not installed."""
-    try:
-        import sacrebleu
-    except ImportError as error:
-        raise UserError("metric bleu needs sacrebleu; run: pip install sacrebleu") from error
-    return float(sacrebleu.corpus_bleu(list(answers), [list(references)]).score)
-
-
-def rouge(kind: str) -> Callable[[Sequence[str], Sequence[str]], float]:
-    """The metric of rouge-score's kind "rouge1", "rouge2" or "rougeL": the mean F-measure, 0 to 1,
-    without stemming. It raises UserError where the package is not installed."""
-
-    def mean(answers: Sequence[str], references: Sequence[str]) -> float:
-        try:
-            from rouge_score.rouge_scorer import RougeScorer
-        except ImportError as error:
-            raise UserError(
-                f"metric {kind} needs rouge-score; run: pip install rouge-score"
-            ) from error
-        scorer = RougeScorer([kind])
-        pairs = zip(references, answers, strict=True)
-        values = [scorer.score(reference, answer)[kind].fmeasure for reference, answer in pairs]
-        return float(sum(values) / len(values))
-
-    return mean
-
-
-METRICS: dict[str, Callable[[Sequence[str], Sequence[str]], float]] = {
-    "exact_match": exact_match,
-    "f1": word_f1,
-    "bleu": bleu,
-    "rouge1": rouge("rouge1"),
-    "rouge2": rouge("rouge2"),
-    "rougeL": rouge("rougeL"),
-}
 
 
 def _packs(examples: Sequence[Example], tokens: int) -> Iterator[list[Example]]:

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lora_engine.evaluation.samples import differing_parts
 from lora_engine.report.template import EVALUATION, rendered
 
 SIDES = ("model", "base", "adapter")
@@ -38,7 +39,7 @@ def evaluation_page(report: Report) -> str:
     for name in groups:
         parts = [report[side].get("groups", {}).get(name) for side in sides]
         tables.append((name or "(none)", _rows(parts)))
-    metrics = dict.fromkeys(name for side in sides for name in report[side].get("metrics", {}))
+    prompts = [sample["prompt"] for sample in report["samples"]]
     return rendered(
         "evaluate.html.j2",
         mark=EVALUATION,
@@ -47,9 +48,8 @@ def evaluation_page(report: Report) -> str:
         counted=_counted(report[sides[0]]),
         difference=_difference(report),
         tables=tables,
-        metrics=[
-            (name, [f"{report[side]['metrics'][name]:.4g}" for side in sides]) for name in metrics
-        ],
+        peeks=differing_parts(prompts),
+        answers=report[sides[0]].get("answers"),
     )
 
 
@@ -87,13 +87,18 @@ def _rows(parts: Sequence[Report | None]) -> list[MeasureRow]:
     rows = []
     for key, name, form in _MEASURES:
         found = [None if part is None else part.get(key) for part in parts]
-        there = [value for value in found if value is not None]
-        if there:
-            ends = [value[end] for value in there for end in ("low", "high", "value")]
-            scale = min(ends), max(ends)
-            cells = [None if value is None else _cell(value, form, scale) for value in found]
-            rows.append(MeasureRow(name, cells))
+        if any(value is not None for value in found):
+            rows.append(_row(name, found, form))
+    by_name = [{} if part is None else part.get("metrics", {}) for part in parts]
+    for name in dict.fromkeys(name for metrics in by_name for name in metrics):
+        rows.append(_row(name, [metrics.get(name) for metrics in by_name], "{:.4g}"))
     return rows
+
+
+def _row(name: str, found: Sequence[Mapping[str, float] | None], form: str) -> MeasureRow:
+    ends = [end for value in found if value is not None for end in value.values()]
+    scale = min(ends), max(ends)
+    return MeasureRow(name, [None if v is None else _cell(v, form, scale) for v in found])
 
 
 def _cell(found: Mapping[str, float], form: str, scale: tuple[float, float]) -> Cell:
@@ -102,6 +107,9 @@ def _cell(found: Mapping[str, float], form: str, scale: tuple[float, float]) -> 
     def place(value: float) -> float:
         return 50.0 if width == 0 else 4 + 92 * (value - scale[0]) / width
 
+    value = found["value"]
+    if "low" not in found:  # of a metric that is one number
+        return Cell(form.format(value), "", place(value), place(value), place(value))
     low, high = found["low"], found["high"]
     told = f"{form.format(low)} to {form.format(high)}"
-    return Cell(form.format(found["value"]), told, place(found["value"]), place(low), place(high))
+    return Cell(form.format(value), told, place(value), place(low), place(high))

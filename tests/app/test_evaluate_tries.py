@@ -11,10 +11,9 @@ ROWS = "".join(
 )
 
 
-def test_a_run_s_base_beside_its_adapter(finished, capfd, monkeypatch):
+def test_a_run_s_base_beside_its_adapter(finished, capfd):
     (finished / "held.jsonl").write_text(ROWS)
     (finished / "mine.py").write_text("def half(answers, references): return len(answers) / 2\n")
-    monkeypatch.syspath_prepend(str(finished))
     status, printed, _ = run(
         capfd, "evaluate", "run", "--data", "held.jsonl", "--group", "kind", "--answers", "4",
         "--metric", "exact_match", "--metric", "mine:half", "--json", "--html", "page.html",
@@ -28,7 +27,10 @@ def test_a_run_s_base_beside_its_adapter(finished, capfd, monkeypatch):
     assert "mine:half" in page and "it is 2" in page
     base, adapter = report["base"], report["adapter"]
     assert base["examples"] == 8 and set(base["groups"]) == {"a", "b"}
-    assert base["metrics"] == {"exact_match": 0.0, "mine:half": 2.0}
+    nothing = {"value": 0.0, "low": 0.0, "high": 0.0}
+    assert base["metrics"] == {"exact_match": nothing, "mine:half": {"value": 2.0}}
+    assert base["groups"]["a"]["metrics"] == {"exact_match": nothing, "mine:half": {"value": 2.0}}
+    assert "metrics" not in base["groups"]["b"], "the four prompts are all of the other"
     assert adapter["loss"]["low"] < adapter["loss"]["value"] < adapter["loss"]["high"]
     change = report["difference"]
     assert change["value"] == pytest.approx(adapter["loss"]["value"] - base["loss"]["value"])
@@ -83,6 +85,16 @@ MISTAKES = [
         ["evaluate", "tiny", "--data", "rows.jsonl", "--choices", "--metric", "f1"],
         ["--metric f1"]),
     Try("no data", ["evaluate", "tiny", "--data", "none.jsonl"], ["none.jsonl"]),
+    Try("a column that no row has", ["evaluate", "tiny", "--data", "rows.jsonl", "--group", ""],
+        ["--group", "there is"]),
+    Try("a metric that fails",
+        ["evaluate", "tiny", "--data", "rows.jsonl", "--metric", "broken.py:metric"],
+        ["--metric broken.py:metric: ValueError: odd"],
+        {"broken.py": "def metric(answers, references): raise ValueError('odd')\n"}),
+    Try("a metric that gives no number",
+        ["evaluate", "tiny", "--data", "rows.jsonl", "--metric", "broken.py:metric"],
+        ["--metric broken.py:metric: gave 'good'"],
+        {"broken.py": "def metric(answers, references): return 'good'\n"}),
     Try("no model", ["evaluate", "tinny/", "--data", "rows.jsonl"], ["tinny"]),
     Try("no adapter", ["evaluate", "tiny", "--adapter", "none", "--data", "rows.jsonl"], ["none"]),
     Try("no column", ["evaluate", "tiny", "--data", "rows.jsonl", "--group", "promt"],
@@ -93,7 +105,7 @@ MISTAKES = [
         ["evaluate", "tiny", "--data", "rows.jsonl", "--html", "rows.jsonl"],
         ["rows.jsonl: holds something else"]),
     Try("no function", ["evaluate", "tiny", "--data", "rows.jsonl", "--metric", "math:nothing"],
-        ["math:nothing", "module:function"]),
+        ["--metric math:nothing", "no function 'nothing'"]),
 ]  # fmt: skip
 
 

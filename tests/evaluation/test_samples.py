@@ -2,9 +2,11 @@
 
 from dataclasses import dataclass
 
+import peft
 import pytest
 import torch
 
+from lora_engine.evaluation.modes import with_adapter
 from lora_engine.evaluation.samples import (
     Prompt,
     choose_prompts,
@@ -12,6 +14,8 @@ from lora_engine.evaluation.samples import (
     generate,
     split_example,
 )
+from lora_engine.generation.engine import Generator
+from lora_engine.models.attach.accelerate import accelerate
 from lora_engine.testing import tiny_llama, with_lora
 
 
@@ -21,7 +25,7 @@ class LetterTokenizer:
     pad_token_id = 0
     eos_token_id = 1
 
-    def decode(self, ids, skip_special_tokens):
+    def decode(self, ids, *, skip_special_tokens):
         assert skip_special_tokens
         return "".join(chr(96 + i) for i in ids if i > 1)
 
@@ -39,10 +43,14 @@ def row(prompt, answer, **kwargs):
     return Row([*prompt, *answer], [False] * len(prompt) + [True] * len(answer), **kwargs)
 
 
-@pytest.fixture
-def model():
+@pytest.fixture(params=["transformers", "ours"])
+def model(request):
+    """A model that writes by transformers' generate, and one that writes by our layers."""
     model = with_lora(tiny_llama(vocab_size=40))
     model.generation_config.eos_token_id = None
+    if request.param == "ours":
+        accelerate(model)
+        model.generate = model.base_model.model.generate = lambda **_: 1 / 0
     return model
 
 
@@ -61,7 +69,8 @@ def greedy(model, ids, steps):
 
 
 def text_until_end(ids):
-    return LetterTokenizer().decode(ids[: ids.index(1)] if 1 in ids else ids, True)
+    kept = ids[: ids.index(1)] if 1 in ids else ids
+    return LetterTokenizer().decode(kept, skip_special_tokens=True)
 
 
 def test_batch_with_padding_is_greedy_decoding_of_each(model):
@@ -78,6 +87,29 @@ def test_stops_at_the_models_own_end_token(model):
     model.generation_config.eos_token_id = [stop]
     [text] = generate(model, LetterTokenizer(), prompts_of([5, 6, 7]), max_new_tokens=6)
     assert text == text_until_end(answer[: answer.index(stop)])
+
+
+@pytest.mark.parametrize("ours", [False, True], ids=["transformers", "ours"])
+def test_a_prompt_is_continued_by_the_adapter_it_names(ours):
+    model = with_lora(tiny_llama(vocab_size=40)).eval()
+    model.generation_config.eos_token_id = None
+    model.add_adapter("other", peft.LoraConfig(r=3, target_modules="all-linear"))
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_(std=0.3)
+    expected = {}
+    for name in ("default", "other"):
+        with with_adapter(model, name):
+            expected[name] = text_until_end(greedy(model, [5, 6, 7], 6)[3:])
+    assert expected["default"] != expected["other"]
+    if ours:
+        accelerate(model)
+    names = ["default", "other", "default"]
+    prompts = [Prompt((5, 6, 7), "", "", "", name) for name in names]
+    texts = generate(model, LetterTokenizer(), prompts, max_new_tokens=6)
+    assert texts == [expected[name] for name in names]
+    assert model.active_adapters == ["default"]
 
 
 def test_generation_leaves_no_trace(model):
@@ -105,6 +137,7 @@ def test_no_prompts_no_work():
 def test_mode_comes_back_after_an_error(model, monkeypatch):
     model.train()
     monkeypatch.setattr(model, "generate", lambda **_: 1 / 0)
+    monkeypatch.setattr(Generator, "step", lambda self: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         generate(model, LetterTokenizer(), prompts_of([5]), max_new_tokens=3)
     assert model.training

@@ -1,6 +1,4 @@
-"""Scores of single examples, their intervals, and metrics of answers."""
-
-import sys
+"""Scores of single examples, and their intervals."""
 
 import numpy as np
 import pytest
@@ -9,16 +7,12 @@ from training_helpers import make_examples
 
 from lora_engine.errors import UserError
 from lora_engine.evaluation.scores import (
-    METRICS,
     Score,
-    bleu,
     by_group,
     difference,
-    exact_match,
     interval,
     score_examples,
     summary,
-    word_f1,
 )
 from lora_engine.testing import tiny_llama
 
@@ -80,34 +74,6 @@ def test_groups_and_perplexity():
     assert parts["x"]["perplexity"]["value"] == pytest.approx(np.e)
     assert parts["x"]["accuracy"]["value"] == pytest.approx(2 / 3)
     assert (parts["y"]["examples"], parts["y"]["targets"]) == (1, 1)
-
-
-def test_metrics_of_answers():
-    answers, references = ["a b", "c ", "d e f"], ["a x", "c", "f e"]
-    assert exact_match(answers, references) == pytest.approx(1 / 3)
-    assert word_f1(answers, references) == pytest.approx((0.5 + 1 + 0.8) / 3)
-    assert word_f1([""], [""]) == 1.0
-
-
-def test_bleu_is_sacrebleu_s():
-    pytest.importorskip("sacrebleu")
-    assert bleu(["the cat sat on the mat"], ["the cat sat on the mat"]) == pytest.approx(100)
-    assert bleu(["a dog"], ["the cat sat on the mat"]) < 5
-
-
-def test_rouge_is_rouge_score_s():
-    pytest.importorskip("rouge_score")
-    answers, references = ["the cat sat", "a dog"], ["the cat is on the mat", "a dog"]
-    # Of 3 and 6 words two are shared: precision 2/3, recall 1/3; "the cat" is the one shared pair.
-    assert METRICS["rouge1"](answers, references) == pytest.approx((4 / 9 + 1) / 2)
-    assert METRICS["rouge2"](answers, references) == pytest.approx((2 / 7 + 1) / 2)
-    assert METRICS["rougeL"](answers, references) == pytest.approx((4 / 9 + 1) / 2)
-
-
-def test_a_metric_whose_package_is_missing_says_so(monkeypatch):
-    monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)
-    with pytest.raises(UserError, match="rougeL needs rouge-score; run: pip install"):
-        METRICS["rougeL"](["a"], ["a"])
 
 
 def test_nothing_supervised_is_told(model):

@@ -25,15 +25,17 @@ def report() -> dict[str, object]:
         side: {
             **texts(loss),
             "groups": {"<hard>": texts(loss + 1), "easy\u202e": texts(loss - 1)},
-            "metrics": {"rougeL": 0.123456},
+            "metrics": {"rougeL": measured(0.123456, 0.05, 0.2), "mine:<own>": {"value": 7.0}},
             "answers": 40,
         }
         for side, loss in (("base", 3.0), ("adapter", 2.0))
     }
-    answer = {"prompt": "ask <1>", "reference": "r", "base": "</p><script>", "adapter": ""}
+    answer = {"prompt": "ask\n<1>", "reference": "r", "base": "</p><script>", "adapter": ""}
+    sides["base"]["groups"]["<hard>"]["metrics"] = {"rougeL": measured(0.01, 0.0, 0.02)}
     return {
         "data": "held <out>.jsonl", "source": "tiny", "adapter_folder": "run/adapter", **sides,
-        "difference": measured(-1.0, -1.5, -0.5), "samples": [answer],
+        "difference": measured(-1.0, -1.5, -0.5),
+        "samples": [answer, {**answer, "prompt": "ask\n<2>"}],
     }  # fmt: skip
 
 
@@ -47,7 +49,9 @@ def test_measures_groups_metrics_and_answers(report):
     for shown in (
         "1,234 examples, 5,678 tokens", "With the adapter the loss is \u22121.0000",
         "3.0000 2.5000 to 3.5000", "2.0000 1.5000 to 2.5000", "50.0% 25.0% to 75.0%",
-        "&lt;hard&gt;", "4.0000", "easy\\u202e", "rougeL 0.1235", "Of 40 prompts", "(nothing)",
+        "&lt;hard&gt;", "4.0000", "easy\\u202e",
+        "rougeL 0.1235 0.05 to 0.2", "rougeL 0.01 0 to 0.02 \u2013",
+        "mine:&lt;own&gt; 7 7", "of 40 prompts", "2 &lt;2&gt; ask", "(nothing)",
         "held &lt;out&gt;.jsonl", "&lt;/p&gt;&lt;script&gt;",
     ):  # fmt: skip
         assert shown in text, shown

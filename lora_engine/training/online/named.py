@@ -1,17 +1,13 @@
 """Rewards as they are named: functions of Python, `module:function`, and those of the package."""
 
-import importlib
-import importlib.util
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from inspect import signature
-from pathlib import Path
 from typing import TypeAlias
 
 from lora_engine.errors import UserError, nearest
 from lora_engine.training.online.rewards import Reward
 from lora_engine.training.online.verifiable import BUILT_IN
+from lora_engine.user_code import function_of
 
 Named: TypeAlias = "Reward | Callable[..., object] | str | Mapping[str, object]"
 _COMMON = ("reward", "name", "weight", "timeout")
@@ -58,7 +54,7 @@ def _reward(one: object) -> Reward:
                 f"unknown key {next(iter(settings))!r}; a function of yours takes "
                 f"{', '.join(_COMMON[1:])}"
             )
-        function = what if callable(what) else _imported(str(what))
+        function = what if callable(what) else function_of(str(what))
         name = getattr(function, "__name__", type(function).__name__)
     elif isinstance(what, str) and what in BUILT_IN:
         function, name = _built_in(what, settings), what
@@ -88,43 +84,6 @@ def _built_in(name: str, settings: Mapping[str, object]) -> Callable[..., object
         return BUILT_IN[name](**settings)
     except Exception as error:  # re.error of a pattern, TypeError of a value
         raise UserError(f"{name}: {error}; mend its settings") from error
-
-
-def _imported(name: str) -> Callable[..., object]:
-    """The function in a module, or in a file, which is looked for from the working folder."""
-    module_name, _, function_name = name.rpartition(":")
-    try:
-        with _working_folder():
-            if module_name.endswith(".py"):
-                path = Path(module_name).expanduser()
-                spec = importlib.util.spec_from_file_location(path.stem, path)
-                assert spec is not None and spec.loader is not None
-                module = importlib.util.module_from_spec(spec)
-                spec.loader.exec_module(module)
-            else:
-                module = importlib.import_module(module_name)
-    except Exception as error:
-        raise UserError(
-            f"{name}: the module cannot be imported ({type(error).__name__}: {error}); it is "
-            f"looked for from {Path.cwd()} and where Python looks"
-        ) from error
-    function = vars(module).get(function_name)
-    if not callable(function):
-        close = nearest(function_name, vars(module))
-        hint = f"did you mean {close}?" if close else "give a function that it has"
-        raise UserError(f"{name}: the module has no function {function_name!r}; {hint}")
-    return function
-
-
-@contextmanager
-def _working_folder() -> Iterator[None]:
-    """Modules are found in the working folder too."""
-    here = str(Path.cwd())
-    sys.path.insert(0, here)
-    try:
-        yield
-    finally:
-        sys.path.remove(here)
 
 
 def _text(value: object, key: str) -> str:
