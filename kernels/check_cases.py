@@ -235,7 +235,7 @@ def adamw(dtype: torch.dtype) -> Iterator[Call]:
     """float32 whatever the dtype, so once is enough."""
     from lora_engine.backends.triton import adamw, adamw_8bit
 
-    from lora_engine.backends.contracts import AdamWHyper
+    from lora_engine.values import AdamWHyper
 
     if dtype != torch.float32:
         return
@@ -264,7 +264,7 @@ def adamw(dtype: torch.dtype) -> Iterator[Call]:
 def blockwise_4bit(dtype: torch.dtype) -> Iterator[Call]:
     from lora_engine.backends.triton import blockwise_4bit
 
-    from lora_engine.backends.contracts import BlockScales
+    from lora_engine.quantization.format import BlockScales
 
     def flat(size: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return empty(size, dtype=dtype)
@@ -338,8 +338,7 @@ def glu_lora(dtype: torch.dtype) -> Iterator[Call]:
     """Between adapted linears, and with adapters on some of them alone."""
     from lora_engine.backends.triton import glu_lora
 
-    from lora_engine.backends.contracts import DyGradients, XGradient
-    from lora_engine.backends.lora_parts import AdapterPart
+    from lora_engine.backends.lora_parts import AdapterPart, DyGradients, XGradient
 
     rank, cols = 16, 14336
     for gate_rank, up_rank, outer_rank in ((16, 16, 16), (8, 8, 8), (16, 0, 16), (0, 16, 0)):

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -77,6 +78,23 @@ class PreNorm:
     weight: Tensor  # [H] or [D]
     eps: float
     offset: float = 0.0
+
+
+class AdamWHyper(NamedTuple):
+    """The numbers of one AdamW step.
+
+    bias_correction: 1 - beta**step, of either beta.
+    max_grad_norm: what the gradients are clipped to; None where no norm is given.
+    """
+
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    bias_correction1: float
+    bias_correction2: float
+    max_grad_norm: float | None = None
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:

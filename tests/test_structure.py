@@ -19,7 +19,7 @@ LAYERS: list[set[str]] = [
     {"files", "distributed", "user_code"},
     {"quantization"},
     {"reference"},
-    {"backends"},
+    {"backends", "backends.cpu.kernels", "backends.cpu.structs"},  # what the extension has
     {"distributed.world", "distributed.replicate"},
     {"backends.cpu", "backends.cuda", "backends.triton"},
     {

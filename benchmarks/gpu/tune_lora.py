@@ -141,8 +141,7 @@ def _glu_lora_bwd(
 ) -> Call:
     from lora_engine.backends.triton import glu_lora
 
-    from lora_engine.backends.contracts import DyGradients, XGradient
-    from lora_engine.backends.lora_parts import AdapterPart
+    from lora_engine.backends.lora_parts import AdapterPart, DyGradients, XGradient
 
     ranks, spans = 2 * rank, _group(2, rank, cols)
     gate, up = normal(device, dtype, tokens, 2 * cols).split(cols, dim=1)

@@ -211,7 +211,7 @@ def _by_count(itemsize: int, *, count: int) -> int:
 
 
 def _hyper() -> Any:
-    from lora_engine.backends.contracts import AdamWHyper
+    from lora_engine.values import AdamWHyper
 
     return AdamWHyper(
         lr=1e-4,
@@ -277,7 +277,7 @@ def _dequantize_4bit(device: torch.device, dtype: torch.dtype, *, rows: int, col
     """Into rows with columns for an adapter's factors behind them."""
     from lora_engine.backends.triton import blockwise_4bit
 
-    from lora_engine.backends.contracts import BlockScales
+    from lora_engine.quantization.format import BlockScales
 
     codes = torch.randint(256, (rows * cols // 2,), dtype=torch.uint8, device=device)
     scales = BlockScales(torch.rand(rows * cols // 64, device=device))

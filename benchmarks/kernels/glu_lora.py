@@ -15,8 +15,7 @@ from torch import Tensor
 from benchmarks.common import measure, output
 from benchmarks.gpu.tune_cases import empty, moved, normal
 from lora_engine.backends import launchers
-from lora_engine.backends.contracts import DyGradients, XGradient
-from lora_engine.backends.lora_parts import AdapterPart
+from lora_engine.backends.lora_parts import AdapterPart, DyGradients, XGradient
 from lora_engine.testing import error
 
 # (hidden size, intermediate size)

@@ -7,7 +7,7 @@ from lora_engine.backends.triton import launch
 from lora_engine.backends.triton.relaunch import Relaunched
 from torch import Tensor
 
-from lora_engine.backends.contracts import AdamWHyper
+from lora_engine.values import AdamWHyper
 
 # The number of partial sums does not depend on the GPU, so that the order of the sum does not.
 NORM_PARTIALS = 1024

@@ -14,8 +14,8 @@ from lora_engine.backends.triton.adamw import adamw_step, clipping_scale
 from lora_engine.backends.triton.relaunch import Relaunched
 from torch import Tensor
 
-from lora_engine.backends.contracts import AdamWHyper
 from lora_engine.quantization import dynamic_code
+from lora_engine.values import AdamWHyper
 
 QUANT_BLOCK = dynamic_code.BLOCK
 

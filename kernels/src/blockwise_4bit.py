@@ -10,8 +10,8 @@ from lora_engine.backends.triton import launch
 from lora_engine.backends.triton.relaunch import Relaunched
 from torch import Tensor
 
-from lora_engine.backends.contracts import BlockScales
 from lora_engine.quantization.blockwise_4bit import TINY
+from lora_engine.quantization.format import BlockScales
 from lora_engine.quantization.nested_absmax import NESTED_BLOCK
 
 

@@ -25,7 +25,7 @@ from lora_engine.backends.triton.lora_tiles import Span, padded, split_rows
 from lora_engine.backends.triton.relaunch import Relaunched
 from torch import Tensor
 
-from lora_engine.backends.contracts import DyGradients, XGradient
+from lora_engine.backends.lora_parts import DyGradients, XGradient
 
 
 @Relaunched

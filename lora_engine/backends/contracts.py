@@ -7,16 +7,22 @@ tensors that they made. Rows may be any stride apart, columns are one apart.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol, TypeAlias
+from typing import Protocol
 
 from torch import Tensor
 
-from lora_engine.backends.lora_parts import AdapterPart, Added, Placing, ScaledColumns, ScaledRows
-from lora_engine.quantization.format import Blocks, Scaled
-from lora_engine.values import Dropout
-
-# A linear's rows of [N, ...] and its columns of [..., R]. A group's columns ascend.
-Span: TypeAlias = tuple[slice, slice]
+from lora_engine.backends.lora_parts import (
+    AdapterPart,
+    Added,
+    DyGradients,
+    Placing,
+    ScaledColumns,
+    ScaledRows,
+    Span,
+    XGradient,
+)
+from lora_engine.quantization.format import Blocks, BlockScales, Scaled
+from lora_engine.values import AdamWHyper, Dropout
 
 
 class RmsNorm(Protocol):
@@ -200,26 +206,6 @@ class LoraLinear(Protocol):
         """Writes dx = dy weight + ds lora_a, each linear's share of the second under its mask."""
 
 
-class DyGradients(NamedTuple):
-    """What `lora_b_bwd` has beside dY."""
-
-    lora_b: Tensor  # [N, R]
-    s: Tensor  # [M, R]
-    ds: Tensor  # [M, R]
-    d_lora_b: Tensor | None  # [E] float32
-    spans: Sequence[Span]
-    parts: Sequence[AdapterPart] = ()
-    scaled: ScaledRows | None = None
-
-
-class XGradient(NamedTuple):
-    """What `lora_a_bwd` has beside X, without dropout."""
-
-    ds: Tensor  # [M, R]
-    d_lora_a: Tensor  # [R, K] float32
-    spans: Sequence[Span]
-
-
 class GluLora(Protocol):
     """A gated activation between a group (gate, up) and a linear that reads its result.
 
@@ -360,23 +346,6 @@ class AttentionDecode(Protocol):
         """Writes o, and k (rotated) and v into the cache's rows `slots`."""
 
 
-class AdamWHyper(NamedTuple):
-    """The numbers of one AdamW step.
-
-    bias_correction: 1 - beta**step, of either beta.
-    max_grad_norm: what the gradients are clipped to; None where no norm is given.
-    """
-
-    lr: float
-    beta1: float
-    beta2: float
-    eps: float
-    weight_decay: float
-    bias_correction1: float
-    bias_correction2: float
-    max_grad_norm: float | None = None
-
-
 class AdamW(Protocol):
     def adamw(
         self,
@@ -410,15 +379,6 @@ class AdamW8bit(Protocol):
         grad_norm: Tensor | None,  # [] of grads; given with hyper.max_grad_norm
     ) -> None:
         """Updates params, exp_avg, exp_avg_sq and both absmax."""
-
-
-class BlockScales(NamedTuple):
-    """Scales of blocks: absmax, or the values of its codes, scaled by blocks of 256 and offset."""
-
-    absmax: Tensor  # [blocks] float32, or uint8 with the others
-    nested_absmax: Tensor | None = None  # [ceil(blocks / 256)] float32
-    nested_code: Tensor | None = None  # [256] float32
-    offset: Tensor | None = None  # [] float32
 
 
 class Blockwise4bit(Protocol):

@@ -9,6 +9,7 @@ from types import ModuleType
 import torch
 
 from lora_engine import openmp
+from lora_engine.backends.cpu.kernels import Kernels
 from lora_engine.errors import UnavailableError
 
 # oneDNN and torch's layer over it each keep up to 1024 compiled matrix products, one per shape.
@@ -18,6 +19,10 @@ from lora_engine.errors import UnavailableError
 ONEDNN_CACHE_LIMITS = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 for _name in ONEDNN_CACHE_LIMITS:
     os.environ.setdefault(_name, "64")
+
+# What it offers beside the CPU kernels.
+_OTHERS = {"isa", "select_isa", "built_isas", "keep_freed_memory", "crowd_openmp"}
+_OTHERS |= {"cuda_architectures", "triton"}
 
 # csrc/cuda compiled for the host, by tests: the CUDA launchers then take CPU tensors.
 cuda_emulation: ModuleType | None = None
@@ -36,11 +41,20 @@ def loaded() -> Extension:
     """Imports lora_engine._C. torch is imported before it, so both share one OpenMP runtime."""
     try:
         module = importlib.import_module("lora_engine._C")
+        if missing := missing_names(module):
+            found = f"{missing[0]} and {len(missing) - 1} more" if missing[1:] else missing[0]
+            return Extension(None, f"it was built from older sources, without {found}")
         module.isa()
     except (ImportError, RuntimeError) as error:
         return Extension(None, str(error))
     openmp.settle_late(module.crowd_openmp)
     return Extension(module, None)
+
+
+def missing_names(module: ModuleType) -> list[str]:
+    """What the package calls and `module` has not: it was built before that was written."""
+    kernels = {name for name in (*dir(Kernels), *Kernels.__annotations__) if name[0] != "_"}
+    return sorted((kernels | _OTHERS) - {*dir(module)})
 
 
 def extension_available() -> bool:

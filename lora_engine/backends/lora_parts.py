@@ -1,12 +1,15 @@
 """The adapters of a LoRA group as launchers take them: where factors go and gradients come from."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from lora_engine.values import LoraFactors
+
+# A linear's rows of [N, ...] and its columns of [..., R]. A group's columns ascend.
+Span: TypeAlias = tuple[slice, slice]
 
 
 class AdapterPart(NamedTuple):
@@ -51,6 +54,26 @@ class ScaledColumns(NamedTuple):
 
     weight: Tensor  # [K]
     offset: float
+
+
+class DyGradients(NamedTuple):
+    """What `lora_b_bwd` has beside dY."""
+
+    lora_b: Tensor  # [N, R]
+    s: Tensor  # [M, R]
+    ds: Tensor  # [M, R]
+    d_lora_b: Tensor | None  # [E] float32
+    spans: Sequence[Span]
+    parts: Sequence[AdapterPart] = ()
+    scaled: ScaledRows | None = None
+
+
+class XGradient(NamedTuple):
+    """What `lora_a_bwd` has beside X, without dropout."""
+
+    ds: Tensor  # [M, R]
+    d_lora_a: Tensor  # [R, K] float32
+    spans: Sequence[Span]
 
 
 def split_parts(d_lora_b: Tensor, parts: Sequence[AdapterPart]) -> list[Tensor]:

@@ -5,8 +5,8 @@ from torch import Tensor
 
 from lora_engine import backends, reference
 from lora_engine.backends import launchers
-from lora_engine.backends.contracts import AdamWHyper
 from lora_engine.ops.tensors import check, shape_of
+from lora_engine.values import AdamWHyper
 
 
 def adamw_(

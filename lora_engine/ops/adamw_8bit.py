@@ -5,10 +5,10 @@ from torch import Tensor
 
 from lora_engine import backends, reference
 from lora_engine.backends import launchers
-from lora_engine.backends.contracts import AdamWHyper
 from lora_engine.ops.adamw import check_step
 from lora_engine.ops.tensors import check, shape_of
 from lora_engine.quantization import dynamic_code
+from lora_engine.values import AdamWHyper
 
 ADAMW_8BIT_BLOCK = dynamic_code.BLOCK  # values that share an absmax
 

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from lora_engine import backends, reference
 from lora_engine.backends import launchers
-from lora_engine.backends.contracts import BlockScales
 from lora_engine.ops.tensors import check, shape_of
 from lora_engine.quantization.blockwise_4bit import (
     Blockwise4bit,
@@ -22,6 +21,7 @@ from lora_engine.quantization.blockwise_4bit import (
     code_bounds,
     code_values,
 )
+from lora_engine.quantization.format import BlockScales
 from lora_engine.quantization.nested_absmax import (
     dequantize_absmax,
     nested_code,

@@ -49,6 +49,15 @@ class Scaled(NamedTuple):
     factor: float = 1.0
 
 
+class BlockScales(NamedTuple):
+    """Scales of blocks: absmax, or the values of its codes, scaled by blocks of 256 and offset."""
+
+    absmax: Tensor  # [blocks] float32, or uint8 with the others
+    nested_absmax: Tensor | None = None  # [ceil(blocks / 256)] float32
+    nested_code: Tensor | None = None  # [256] float32
+    offset: Tensor | None = None  # [] float32
+
+
 class Blocks(NamedTuple):
     """Rows of a weight as blocks of a GGUF file, whose type is `type`."""
 

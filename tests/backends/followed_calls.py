@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from lora_engine.backends import launchers
-from lora_engine.backends.contracts import AdamWHyper
-from lora_engine.backends.cpu import kernels as cpu
+from lora_engine.backends.cpu import launch as cpu
+from lora_engine.backends.cpu import structs
 from lora_engine.backends.cuda import launch as cuda
+from lora_engine.values import AdamWHyper
 
 if TYPE_CHECKING:
 
@@ -62,7 +63,7 @@ if TYPE_CHECKING:
         launchers.packed_weight("cpu").decode_blocks(x)  # type: ignore[arg-type,call-arg]
 
     def wrong_structs(x: Tensor, hyper: AdamWHyper) -> None:
-        norm = cpu.GradNormArgs(x.data_ptr(), x.data_ptr(), x)  # type: ignore[arg-type]
+        norm = structs.GradNormArgs(x.data_ptr(), x.data_ptr(), x)  # type: ignore[arg-type]
         cpu.kernels().grad_norm(cpu.dtype_code(x.dtype), norm)
         cpu.kernels().adamw(cpu.dtype_code(x.dtype), norm)  # type: ignore[arg-type]
         cpu.kernels().grad_norms(norm)  # type: ignore[attr-defined]

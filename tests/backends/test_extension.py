@@ -1,3 +1,6 @@
+import importlib
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -14,6 +17,27 @@ def test_without_the_extension_nothing_of_it_runs(monkeypatch: pytest.MonkeyPatc
     assert not backends.keep_freed_memory(torch.device("cpu"))
     with pytest.raises(UnavailableError, match="doctor"):
         backends.native()
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [(["packed_weight"], ""), (["glu_fwd"], "without glu_fwd"), (["isa", "DType"], "and 1 more")],
+)
+def test_an_extension_of_older_sources_says_so(
+    monkeypatch: pytest.MonkeyPatch, names: list[str], said: str
+) -> None:
+    built = {name: value for name, value in vars(backends.native()).items() if name not in names}
+    monkeypatch.setattr(importlib, "import_module", lambda name: SimpleNamespace(**built))
+    backends.extension.loaded.cache_clear()
+    try:
+        problem = backends.extension.loaded().problem
+        assert (problem is None) == (not said)
+        if problem is not None:
+            assert said in problem
+            with pytest.raises(UnavailableError, match="older sources, .*builds it"):
+                backends.native()
+    finally:
+        backends.extension.loaded.cache_clear()
 
 
 def test_the_chosen_instruction_set_is_one_the_processor_has() -> None:

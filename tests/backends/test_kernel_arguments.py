@@ -9,7 +9,9 @@ import torch
 from emulated_cuda import emulated_kernels
 
 from lora_engine import backends
-from lora_engine.backends.cpu import kernels as cpu
+from lora_engine.backends.cpu import launch as cpu
+from lora_engine.backends.cpu import structs
+from lora_engine.backends.cpu.kernels import Kernels
 from lora_engine.backends.cuda import launch as cuda
 
 Stranger = namedtuple("Stranger", ["x"])
@@ -37,9 +39,9 @@ def cpu_call(kernel: str) -> Callable[[Any], None]:
     return lambda args: function(cpu.dtype_code(FLOAT32), args)
 
 
-@pytest.mark.parametrize("kernel", names_of(cpu.Kernels))
+@pytest.mark.parametrize("kernel", names_of(Kernels))
 def test_cpu_structs_have_the_fields_of_the_extension(kernel: str) -> None:
-    struct = struct_of(cpu.Kernels, kernel)
+    struct = struct_of(Kernels, kernel)
     expected = f"{struct.__name__}: expected the fields {struct._fields!r}, got ('x',)"
     assert refusal(cpu_call(kernel), Stranger(0)).startswith(expected)
 
@@ -55,11 +57,11 @@ def test_every_kernel_of_the_extension_is_in_the_protocol() -> None:
     others = {"isa", "select_isa", "built_isas", "keep_freed_memory", "crowd_openmp"}
     others |= {"cuda", "cuda_architectures", "triton"}
     compiled = {name for name in vars(backends.native()) if name.islower() and name[0] != "_"}
-    assert compiled - others == set(names_of(cpu.Kernels))
+    assert compiled - others == set(names_of(Kernels))
 
 
 def test_an_order_that_differs_is_refused() -> None:
-    swapped: Any = namedtuple("swapped", reversed(cpu.GradNormArgs._fields))
+    swapped: Any = namedtuple("swapped", reversed(structs.GradNormArgs._fields))
     said = refusal(cpu_call("grad_norm"), swapped(0, 0, 0))
     assert "got ('size', 'norm', 'grads')" in said
 
@@ -71,7 +73,7 @@ def test_values_without_names_are_refused(args: object) -> None:
 
 @pytest.mark.parametrize("values", [(0, 0), (0, 0, 0, 0)])
 def test_a_tuple_of_another_length_is_refused(values: tuple[int, ...]) -> None:
-    args = tuple.__new__(cpu.GradNormArgs, values)
+    args = tuple.__new__(structs.GradNormArgs, values)
     assert "GradNormArgs: too few or too many values" in refusal(cpu_call("grad_norm"), args)
 
 
@@ -86,18 +88,18 @@ def test_a_tuple_of_another_length_is_refused(values: tuple[int, ...]) -> None:
     ],
 )
 def test_a_value_of_another_type_is_named(field: str, value: object, said: str) -> None:
-    args = cpu.GradNormArgs(0, 0, 0)._replace(**{field: value})
+    args = structs.GradNormArgs(0, 0, 0)._replace(**{field: value})
     assert refusal(cpu_call("grad_norm"), args).startswith(said)
 
 
 def test_a_field_of_a_field_is_named() -> None:
-    adamw = cpu.AdamWArgs(*[0] * len(cpu.AdamWArgs._fields))._replace(lr="fast")  # type: ignore
-    args = cpu.AdamW8bitArgs(adamw, 0, 0)
+    adamw = structs.AdamWArgs(*[0] * len(structs.AdamWArgs._fields))._replace(lr="fast")  # type: ignore
+    args = structs.AdamW8bitArgs(adamw, 0, 0)
     assert "AdamW8bitArgs.adamw: " in (said := refusal(cpu_call("adamw_8bit"), args))
     assert "AdamWArgs.lr: " in said
 
 
 def test_flags_are_bools() -> None:
-    args: Any = cpu.AttentionArgs(*[0] * len(cpu.AttentionArgs._fields))
+    args: Any = structs.AttentionArgs(*[0] * len(structs.AttentionArgs._fields))
     said = refusal(cpu_call("attention_fwd"), args)
     assert said == "AttentionArgs.causal: expected True or False"

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from lora_engine import ops
 from lora_engine.backends import launchers
-from lora_engine.backends.contracts import AdamWHyper
 from lora_engine.quantization.dynamic_code import dynamic_code
 from lora_engine.reference.dynamic_code import dequantize_blockwise, quantize_blockwise
+from lora_engine.values import AdamWHyper
 
 OPERATION = "adamw_8bit"
 HYPER = {"lr": 3e-3, "beta1": 0.9, "beta2": 0.98, "eps": 1e-8, "weight_decay": 0.1}

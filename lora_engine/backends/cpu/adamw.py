@@ -2,8 +2,9 @@
 
 from torch import Tensor
 
-from lora_engine.backends.contracts import AdamWHyper
-from lora_engine.backends.cpu.kernels import AdamWArgs, GradNormArgs, dtype_code, kernels, pointer
+from lora_engine.backends.cpu.launch import dtype_code, kernels, pointer
+from lora_engine.backends.cpu.structs import AdamWArgs, GradNormArgs
+from lora_engine.values import AdamWHyper
 
 
 def adamw(

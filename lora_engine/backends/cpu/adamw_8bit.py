@@ -2,9 +2,10 @@
 
 from torch import Tensor
 
-from lora_engine.backends.contracts import AdamWHyper
 from lora_engine.backends.cpu.adamw import arguments
-from lora_engine.backends.cpu.kernels import AdamW8bitArgs, kernels
+from lora_engine.backends.cpu.launch import kernels
+from lora_engine.backends.cpu.structs import AdamW8bitArgs
+from lora_engine.values import AdamWHyper
 
 
 def adamw_8bit(

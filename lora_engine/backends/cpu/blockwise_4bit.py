@@ -2,14 +2,9 @@
 
 from torch import Tensor
 
-from lora_engine.backends.contracts import BlockScales
-from lora_engine.backends.cpu.kernels import (
-    Dequantize4bitArgs,
-    Quantize4bitArgs,
-    dtype_code,
-    kernels,
-    pointer,
-)
+from lora_engine.backends.cpu.launch import dtype_code, kernels, pointer
+from lora_engine.backends.cpu.structs import Dequantize4bitArgs, Quantize4bitArgs
+from lora_engine.quantization.format import BlockScales
 
 
 def quantize_4bit(

@@ -2,7 +2,8 @@
 
 from torch import Tensor
 
-from lora_engine.backends.cpu.kernels import CrossEntropyArgs, dtype_code, kernels, pointer
+from lora_engine.backends.cpu.launch import dtype_code, kernels, pointer
+from lora_engine.backends.cpu.structs import CrossEntropyArgs
 
 
 def cross_entropy(

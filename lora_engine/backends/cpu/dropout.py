@@ -2,7 +2,8 @@
 
 from torch import Tensor
 
-from lora_engine.backends.cpu.kernels import DropoutArgs, dtype_code, kernels
+from lora_engine.backends.cpu.launch import dtype_code, kernels
+from lora_engine.backends.cpu.structs import DropoutArgs
 from lora_engine.values import Dropout
 
 

@@ -5,14 +5,8 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from lora_engine.backends import choice
-from lora_engine.backends.cpu.kernels import (
-    FewRowsArgs,
-    LoraAdapter,
-    LoraBase,
-    dtype_code,
-    kernels,
-    pointer,
-)
+from lora_engine.backends.cpu.launch import dtype_code, kernels, pointer
+from lora_engine.backends.cpu.structs import FewRowsArgs, LoraAdapter, LoraBase
 
 DTYPES = choice.DTYPES["cpu"]  # of weights and adapters
 # A linear's outputs, its bias [N_i] and how many of the adapters are its own.

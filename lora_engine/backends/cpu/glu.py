@@ -2,14 +2,8 @@
 
 from torch import Tensor
 
-from lora_engine.backends.cpu.kernels import (
-    GluArgs,
-    GluBwdArgs,
-    activation_code,
-    dtype_code,
-    kernels,
-    pointer,
-)
+from lora_engine.backends.cpu.launch import activation_code, dtype_code, kernels, pointer
+from lora_engine.backends.cpu.structs import GluArgs, GluBwdArgs
 
 
 def glu_fwd(

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from lora_engine.backends.cpu.kernels import QuantizeKArgs, kernels
+from lora_engine.backends.cpu.launch import kernels
+from lora_engine.backends.cpu.structs import QuantizeKArgs
 
 # Bits of a code, and bytes of a block of 256 values.
 _SIZES = {"Q4_K": (4, 144), "Q5_K": (5, 176), "Q6_K": (6, 210)}

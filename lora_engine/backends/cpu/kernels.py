@@ -1,24 +1,36 @@
-"""The CPU kernels of lora_engine._C and their arguments, by the names of csrc/cpu/kernels.hpp.
+"""The CPU kernels of lora_engine._C, as mypy follows a call of one."""
 
-That file says what each field is. The extension compares a class's fields with its struct when it
-first sees the class, and raises TypeError where a name or the order differs.
-"""
+from typing import Protocol
 
-from collections.abc import Callable, Sequence
-from functools import cache
-from typing import NamedTuple, Protocol, TypeAlias, cast
-
-import torch
-from torch import Tensor
-
-from lora_engine.backends import extension
-from lora_engine.backends.contracts import Span
-
-Address: TypeAlias = int  # as of Tensor.data_ptr(); 0 is null
-
-
-class DTypeCode:
-    """One of the extension's dtypes."""
+from lora_engine.backends.cpu.structs import (
+    ActivationCode,
+    AdamW8bitArgs,
+    AdamWArgs,
+    AttentionArgs,
+    AttentionBwdArgs,
+    AttentionDecodeArgs,
+    CrossEntropyArgs,
+    DecodeBlocksArgs,
+    DecodeScaledArgs,
+    Dequantize4bitArgs,
+    DropoutArgs,
+    DTypeCode,
+    FewRowsArgs,
+    GluArgs,
+    GluBwdArgs,
+    GradNormArgs,
+    LayerNormArgs,
+    LayerNormBwdArgs,
+    LoraABwdArgs,
+    LoraAFwdArgs,
+    LoraBBwdArgs,
+    PlaceFactorsArgs,
+    Quantize4bitArgs,
+    QuantizeKArgs,
+    RmsNormArgs,
+    RmsNormBwdArgs,
+    RopeArgs,
+)
 
 
 class DTypes(Protocol):
@@ -27,415 +39,10 @@ class DTypes(Protocol):
     float64: DTypeCode
 
 
-class ActivationCode:
-    """One of the extension's activations."""
-
-
 class Activations(Protocol):
     silu: ActivationCode
     gelu: ActivationCode
     gelu_tanh: ActivationCode
-
-
-class RmsNormArgs(NamedTuple):
-    x: Address
-    residual: Address
-    weight: Address
-    y: Address
-    h: Address
-    rstd: Address
-    rows: int
-    heads: int
-    cols: int
-    x_stride: int
-    residual_stride: int
-    y_stride: int
-    eps: float
-    offset: float
-
-
-class RmsNormBwdArgs(NamedTuple):
-    dy: Address
-    dh: Address
-    h: Address
-    weight: Address
-    rstd: Address
-    dx: Address
-    dweight: Address
-    rows: int
-    heads: int
-    cols: int
-    dy_stride: int
-    dh_stride: int
-    h_stride: int
-    dx_stride: int
-    offset: float
-
-
-class LayerNormArgs(NamedTuple):
-    x: Address
-    weight: Address
-    bias: Address
-    y: Address
-    mean: Address
-    rstd: Address
-    rows: int
-    cols: int
-    x_stride: int
-    y_stride: int
-    eps: float
-
-
-class LayerNormBwdArgs(NamedTuple):
-    dy: Address
-    x: Address
-    weight: Address
-    mean: Address
-    rstd: Address
-    dx: Address
-    dweight: Address
-    dbias: Address
-    rows: int
-    cols: int
-    dy_stride: int
-    x_stride: int
-    dx_stride: int
-
-
-class RopeHeads(NamedTuple):
-    x: Address
-    y: Address
-    heads: int
-    x_stride: int
-    x_head_stride: int
-    y_stride: int
-    y_head_stride: int
-
-
-class RopeArgs(NamedTuple):
-    q: RopeHeads
-    k: RopeHeads
-    cos: Address
-    sin: Address
-    position_ids: Address
-    table_dtype: DTypeCode
-    tokens: int
-    head_dim: int
-    rotary_dim: int
-    cos_stride: int
-    sin_stride: int
-    interleaved: bool
-    inverse: bool
-
-
-class GluArgs(NamedTuple):
-    gate: Address
-    up: Address
-    y: Address
-    rows: int
-    cols: int
-    gate_stride: int
-    up_stride: int
-    y_stride: int
-    activation: ActivationCode
-
-
-class GluBwdArgs(NamedTuple):
-    dy: Address
-    gate: Address
-    up: Address
-    dgate: Address
-    dup: Address
-    h: Address
-    rows: int
-    cols: int
-    dy_stride: int
-    gate_stride: int
-    up_stride: int
-    dgate_stride: int
-    dup_stride: int
-    h_stride: int
-    activation: ActivationCode
-
-
-class CrossEntropyArgs(NamedTuple):
-    logits: Address
-    target: Address
-    loss: Address
-    logprob: Address
-    entropy: Address
-    lse: Address
-    correct: Address
-    grad: Address
-    grad_scale: Address
-    rows: int
-    cols: int
-    stride: int
-    grad_stride: int
-    ignore_index: int
-    label_smoothing: float
-    softcap: float
-    z_loss: float
-    lse_given: bool
-
-
-class AttentionArgs(NamedTuple):
-    q: Address
-    k: Address
-    v: Address
-    cos: Address
-    sin: Address
-    cu_seqlens: Address
-    parents: Address
-    o: Address
-    lse: Address
-    tokens: int
-    sequences: int
-    q_heads: int
-    kv_heads: int
-    head_dim: int
-    q_stride: int
-    k_stride: int
-    v_stride: int
-    o_stride: int
-    window: int
-    softmax_scale: float
-    causal: bool
-
-
-class AttentionDecodeArgs(NamedTuple):
-    q: Address
-    k: Address
-    v: Address
-    cos: Address
-    sin: Address
-    keys: Address
-    values: Address
-    slots: Address
-    spans: Address
-    cu_spans: Address
-    o: Address
-    sequences: int
-    q_heads: int
-    kv_heads: int
-    head_dim: int
-    q_stride: int
-    k_stride: int
-    v_stride: int
-    o_stride: int
-    cache_stride: int
-    window: int
-    softmax_scale: float
-
-
-class AttentionBwdArgs(NamedTuple):
-    fwd: AttentionArgs
-    d_o: Address
-    dq: Address
-    dk: Address
-    dv: Address
-    do_stride: int
-    dq_stride: int
-    dk_stride: int
-    dv_stride: int
-
-
-class AdamWArgs(NamedTuple):
-    params: Address
-    grads: Address
-    exp_avg: Address
-    exp_avg_sq: Address
-    size: int
-    lr: float
-    beta1: float
-    beta2: float
-    eps: float
-    weight_decay: float
-    bias_correction1: float
-    bias_correction2: float
-    grad_norm: Address
-    max_grad_norm: float
-
-
-class AdamW8bitArgs(NamedTuple):
-    adamw: AdamWArgs
-    exp_avg_absmax: Address
-    exp_avg_sq_absmax: Address
-
-
-class GradNormArgs(NamedTuple):
-    grads: Address
-    norm: Address
-    size: int
-
-
-class DropoutArgs(NamedTuple):
-    x: Address
-    y: Address
-    rows: int
-    cols: int
-    x_stride: int
-    y_stride: int
-    p: float
-    seed: int
-    substream: int
-
-
-# An adapter's rows and columns, its scale, and where the gradient of one of its factors goes.
-LoraPart: TypeAlias = tuple[slice, slice, float, Address]
-
-
-class LoraAFwdArgs(NamedTuple):
-    x: Address
-    lora_a: Address
-    s: Address
-    copy: Address
-    rows: int
-    cols: int
-    x_stride: int
-    a_stride: int
-    s_stride: int
-    copy_stride: int
-    spans: Sequence[Span]
-
-
-class LoraBBwdArgs(NamedTuple):
-    dy: Address
-    lora_b: Address
-    s: Address
-    ds: Address
-    row_factors: Address
-    scaled_ds: Address
-    rows: int
-    dy_stride: int
-    b_stride: int
-    s_stride: int
-    ds_stride: int
-    scaled_stride: int
-    spans: Sequence[Span]
-    parts: Sequence[LoraPart]
-    adds: bool
-
-
-class LoraABwdArgs(NamedTuple):
-    ds: Address
-    x: Address
-    d_lora_a: Address
-    column_weight: Address
-    rows: int
-    cols: int
-    ds_stride: int
-    x_stride: int
-    d_stride: int
-    column_offset: float
-    spans: Sequence[Span]
-    parts: Sequence[LoraPart]
-
-
-class LoraPlacing(NamedTuple):
-    factor: Address
-    dtype: DTypeCode
-    place: Address
-    rows: int
-    cols: int
-    row_stride: int
-    col_stride: int
-    place_stride: int
-    scale: float
-
-
-class PlaceFactorsArgs(NamedTuple):
-    placings: Sequence[LoraPlacing]
-
-
-class LoraAdapter(NamedTuple):
-    lora_a: Address
-    lora_b: Address
-    dtype: DTypeCode
-    ranks: int
-    a_stride: int
-    b_stride: int
-    scaling: float
-
-
-class LoraBase(NamedTuple):
-    rows: int
-    bias: Address
-    adapters: int
-
-
-class FewRowsArgs(NamedTuple):
-    x: Address
-    weight: Address
-    residual: Address
-    y: Address
-    rows: int
-    cols: int
-    x_stride: int
-    w_stride: int
-    residual_stride: int
-    y_stride: int
-    linears: Sequence[LoraBase]
-    adapters: Sequence[LoraAdapter]
-
-
-class Quantize4bitArgs(NamedTuple):
-    w: Address
-    bounds: Address
-    ascending: Address
-    codes: Address
-    absmax: Address
-    size: int
-    block: int
-
-
-class Dequantize4bitArgs(NamedTuple):
-    codes: Address
-    absmax: Address
-    nested_absmax: Address
-    nested_code: Address
-    offset: Address
-    values: Address
-    w: Address
-    rows: int
-    cols: int
-    stride: int
-    first: int
-    block: int
-
-
-class QuantizeKArgs(NamedTuple):
-    w: Address
-    codes: Address
-    blocks: int
-    bits: int
-
-
-class DecodeScaledArgs(NamedTuple):
-    codes: Address
-    scale: Address
-    zero: Address
-    w: Address
-    rows: int
-    cols: int
-    group: int
-    codes_stride: int
-    scale_stride: int
-    zero_stride: int
-    stride: int
-    element: int
-    zero_of_all: float
-    factor: float
-
-
-class DecodeBlocksArgs(NamedTuple):
-    codes: Address
-    w: Address
-    rows: int
-    cols: int
-    codes_stride: int
-    stride: int
-    type: int
 
 
 class Kernels(Protocol):
@@ -469,31 +76,3 @@ class Kernels(Protocol):
     def quantize_k(self, args: QuantizeKArgs) -> None: ...
     def decode_scaled(self, dtype: DTypeCode, args: DecodeScaledArgs) -> None: ...
     def decode_blocks(self, dtype: DTypeCode, args: DecodeBlocksArgs) -> None: ...
-
-
-kernels = cast(Callable[[], Kernels], extension.native)
-
-
-@cache
-def dtype_code(dtype: torch.dtype) -> DTypeCode:
-    """The extension's name for `dtype`."""
-    names = kernels().DType
-    codes = {
-        torch.float32: names.float32,
-        torch.bfloat16: names.bfloat16,
-        torch.float64: names.float64,
-    }
-    return codes[dtype]
-
-
-@cache
-def activation_code(activation: str) -> ActivationCode:
-    """The extension's name for one of `values.ACTIVATIONS`."""
-    names = kernels().Activation
-    codes = {"silu": names.silu, "gelu": names.gelu, "gelu_tanh": names.gelu_tanh}
-    return codes[activation]
-
-
-def pointer(x: Tensor | None) -> Address:
-    """The address of `x`; 0 for None."""
-    return 0 if x is None else x.data_ptr()

@@ -2,13 +2,8 @@
 
 from torch import Tensor
 
-from lora_engine.backends.cpu.kernels import (
-    LayerNormArgs,
-    LayerNormBwdArgs,
-    dtype_code,
-    kernels,
-    pointer,
-)
+from lora_engine.backends.cpu.launch import dtype_code, kernels, pointer
+from lora_engine.backends.cpu.structs import LayerNormArgs, LayerNormBwdArgs
 
 
 def layer_norm_fwd(

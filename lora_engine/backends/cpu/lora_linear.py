@@ -7,20 +7,24 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from lora_engine.backends import choice
-from lora_engine.backends.contracts import Span
 from lora_engine.backends.cpu.dropout import dropout_fwd
-from lora_engine.backends.cpu.kernels import (
+from lora_engine.backends.cpu.launch import dtype_code, kernels, pointer
+from lora_engine.backends.cpu.structs import (
     LoraABwdArgs,
     LoraAFwdArgs,
     LoraBBwdArgs,
     LoraPart,
     LoraPlacing,
     PlaceFactorsArgs,
-    dtype_code,
-    kernels,
-    pointer,
 )
-from lora_engine.backends.lora_parts import AdapterPart, Added, Placing, ScaledColumns, ScaledRows
+from lora_engine.backends.lora_parts import (
+    AdapterPart,
+    Added,
+    Placing,
+    ScaledColumns,
+    ScaledRows,
+    Span,
+)
 from lora_engine.values import Dropout
 
 DTYPES = choice.DTYPES["cpu"]  # of factors and of their places

@@ -2,12 +2,8 @@
 
 from torch import Tensor
 
-from lora_engine.backends.cpu.kernels import (
-    DecodeBlocksArgs,
-    DecodeScaledArgs,
-    dtype_code,
-    kernels,
-)
+from lora_engine.backends.cpu.launch import dtype_code, kernels
+from lora_engine.backends.cpu.structs import DecodeBlocksArgs, DecodeScaledArgs
 from lora_engine.quantization.format import Blocks, Scaled
 
 # PackedElement and GgufType of csrc/cpu/kernels.hpp.

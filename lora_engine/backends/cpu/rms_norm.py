@@ -6,13 +6,8 @@ side, which have one row of rstd each and no residual (dh).
 
 from torch import Tensor
 
-from lora_engine.backends.cpu.kernels import (
-    RmsNormArgs,
-    RmsNormBwdArgs,
-    dtype_code,
-    kernels,
-    pointer,
-)
+from lora_engine.backends.cpu.launch import dtype_code, kernels, pointer
+from lora_engine.backends.cpu.structs import RmsNormArgs, RmsNormBwdArgs
 
 
 def heads(x: Tensor) -> int:

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from lora_engine.backends.cpu.kernels import RopeArgs, RopeHeads, dtype_code, kernels, pointer
+from lora_engine.backends.cpu.launch import dtype_code, kernels, pointer
+from lora_engine.backends.cpu.structs import RopeArgs, RopeHeads
 
 NO_HEADS = RopeHeads(0, 0, 0, 0, 0, 0, 0)
 

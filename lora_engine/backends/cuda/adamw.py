@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lora_engine.backends import contracts
+from lora_engine import values
 from lora_engine.backends.cuda.launch import AdamWArgs, AdamWHyper, GradNormArgs, kernels, stream_on
 
 NORM_PARTIALS = 1024  # as csrc/cuda/adamw.cu
@@ -14,7 +14,7 @@ def adamw(
     grads: Tensor,  # [P]
     exp_avg: Tensor,  # [P]
     exp_avg_sq: Tensor,  # [P]
-    hyper: contracts.AdamWHyper,
+    hyper: values.AdamWHyper,
     grad_norm: Tensor | None,  # []
 ) -> None:
     """Updates params, exp_avg and exp_avg_sq."""

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from lora_engine.backends import contracts
+from lora_engine import values
 from lora_engine.backends.cuda.launch import AdamW8bitArgs, AdamWHyper, kernels, stream_on
 
 
@@ -13,7 +13,7 @@ def adamw_8bit(
     exp_avg_sq: Tensor,  # [P] uint8
     exp_avg_absmax: Tensor,  # [ceil(P / 256)] float32
     exp_avg_sq_absmax: Tensor,  # [ceil(P / 256)] float32
-    hyper: contracts.AdamWHyper,
+    hyper: values.AdamWHyper,
     grad_norm: Tensor | None,  # []
 ) -> None:
     """Updates params, exp_avg, exp_avg_sq and both absmax."""

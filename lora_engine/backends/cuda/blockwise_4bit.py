@@ -2,7 +2,6 @@
 
 from torch import Tensor
 
-from lora_engine.backends.contracts import BlockScales
 from lora_engine.backends.cuda.launch import (
     Dequantize4bitArgs,
     Quantize4bitArgs,
@@ -11,6 +10,7 @@ from lora_engine.backends.cuda.launch import (
     pointer,
     stream_on,
 )
+from lora_engine.quantization.format import BlockScales
 
 
 def quantize_4bit(

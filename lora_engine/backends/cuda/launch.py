@@ -12,7 +12,8 @@ from typing import NamedTuple, Protocol, TypeAlias, cast
 import torch
 from torch import Tensor
 
-from lora_engine.backends import contracts, extension
+from lora_engine import values
+from lora_engine.backends import extension
 
 Address: TypeAlias = int  # as of Tensor.data_ptr(); 0 is null
 
@@ -29,7 +30,7 @@ class AdamWHyper(NamedTuple):
     max_grad_norm: float
 
     @staticmethod
-    def of(hyper: contracts.AdamWHyper, grad_norm: Tensor | None) -> "AdamWHyper":
+    def of(hyper: values.AdamWHyper, grad_norm: Tensor | None) -> "AdamWHyper":
         """The contract's numbers beside the address of the norm that they clip by."""
         return AdamWHyper(
             lr=hyper.lr,

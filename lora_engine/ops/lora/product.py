@@ -22,7 +22,14 @@ from torch import Tensor
 
 from lora_engine import backends
 from lora_engine.backends import contracts
-from lora_engine.backends.lora_parts import Added, ScaledColumns, ScaledRows, split_parts
+from lora_engine.backends.lora_parts import (
+    Added,
+    DyGradients,
+    ScaledColumns,
+    ScaledRows,
+    XGradient,
+    split_parts,
+)
 from lora_engine.ops import augmented
 from lora_engine.ops.lora.added import added_gradients
 from lora_engine.ops.lora.group import Filling, LoraGroup
@@ -207,14 +214,14 @@ class LoraProduct:
 
     def dy_gradients(
         self, ds: Tensor, s: Tensor, wanted: Wanted, scaled: ScaledRows | None = None
-    ) -> contracts.DyGradients:
+    ) -> DyGradients:
         """What is to be made of dY, not yet written, with dS [M, R] at `ds`; see `fill_ds`."""
         lora_b, d_lora_b, adapters = self.group.placed.lora_b, None, self.filling.adapters
         if wanted.lora_b and not wanted.added:
             dtype = accumulate_dtype(ds.dtype)
             d_lora_b = torch.empty(adapters.size_of_b, dtype=dtype, device=ds.device)
         parts = adapters.spans, adapters.parts
-        return contracts.DyGradients(lora_b, s, ds, d_lora_b, *parts, scaled)
+        return DyGradients(lora_b, s, ds, d_lora_b, *parts, scaled)
 
     def input_gradient(self, dys: Tensor) -> Tensor:
         """dX [M, K] from `dys` with dS filled in."""
@@ -252,11 +259,11 @@ class LoraProduct:
         self.kernels.lora_a_bwd(ds, x, made.d_lora_a, self.spans, self.dropout, scaled)
         return made.d_lora_a
 
-    def x_gradient(self, ds: Tensor) -> contracts.XGradient:
+    def x_gradient(self, ds: Tensor) -> XGradient:
         """What is to be made of dS and X, not yet written; see `lora_a_gradient`."""
         shape = self.group.placed.lora_a.shape
         d_lora_a = torch.empty(shape, dtype=accumulate_dtype(ds.dtype), device=ds.device)
-        return contracts.XGradient(ds, d_lora_a, self.spans)
+        return XGradient(ds, d_lora_a, self.spans)
 
     def factor_gradients(
         self,

@@ -14,8 +14,7 @@ from torch import Tensor
 from lora_engine import backends
 from lora_engine.backends import launchers, plans, selection
 from lora_engine.backends.choice import choose
-from lora_engine.backends.contracts import DyGradients, XGradient
-from lora_engine.backends.lora_parts import AdapterPart, split_parts
+from lora_engine.backends.lora_parts import AdapterPart, DyGradients, XGradient, split_parts
 from lora_engine.backends.plans import Strategy
 from lora_engine.backends.request import Activation, Present, Request
 from lora_engine.testing import error
