@@ -36,6 +36,7 @@ BESIDE = ("models/attach/embedding.py", "training/callbacks.py", "training/loop.
 UNTYPED = {
     "__init__.py": "names that are imported when they are asked for",
     "app": "values of YAML files and command lines, which a schema checks, and JSON for people",
+    "config_schema.py": "annotations of models, and values that are no configuration's yet",
     "evaluation/harness.py": "tokenizers of any class, and what tasks of others say",
     "export": "models and tokenizers of any class, and what other programs write",
     "generation/engine.py": "states of a decoder's own kind, which go back to it unread",

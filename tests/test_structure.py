@@ -16,7 +16,7 @@ PACKAGE = Path(lora_engine.__file__).parent
 LAYERS: list[set[str]] = [
     {"errors", "openmp", "text", "values"},
     {"memory.policy"},
-    {"files", "distributed", "user_code"},
+    {"files", "distributed", "user_code", "config_schema"},
     {"quantization"},
     {"reference"},
     {"backends", "backends.cpu.kernels", "backends.cpu.structs"},  # what the extension has

@@ -17,14 +17,14 @@ from pydantic import (
 )
 
 from lora_engine.app.config_data import DataConfig, Section, Source
-from lora_engine.app.config_schema import (
+from lora_engine.app.config_yaml import parse_mapping, parse_value, read_config
+from lora_engine.app.objectives import ONLINE, name_of, objective_of
+from lora_engine.app.rewards import check_named
+from lora_engine.config_schema import (
     FieldPath,
     describe_problems,
     find_switch_for_number,
 )
-from lora_engine.app.config_yaml import parse_mapping, parse_value, read_config
-from lora_engine.app.objectives import ONLINE, name_of, objective_of
-from lora_engine.app.rewards import check_named
 from lora_engine.data.probe import SHIPPED
 from lora_engine.errors import UserError, nearest
 from lora_engine.models.peft.adapters import LoraConfig
@@ -316,7 +316,7 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         path, message = problem
         raise UserError(f"{_where(name, lines, overridden, path)}: {message}")
     try:
-        return RunConfig.model_validate(values)
+        return RunConfig.model_validate(values, context={"source": name})
     except ValidationError as error:
         path, message, more = describe_problems(RunConfig, error.errors())
         if not path:  # about several sections: the line begins with the key that is to change

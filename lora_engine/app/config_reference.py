@@ -4,7 +4,7 @@ python -m lora_engine.app.config_reference > docs/configuration.md
 """
 
 from lora_engine.app.config import RunConfig
-from lora_engine.app.config_schema import markdown_reference
+from lora_engine.config_schema import markdown_reference
 
 _INTRODUCTION = """\
 # Configuration

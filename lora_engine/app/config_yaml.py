@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import yaml
 
-from lora_engine.app.config_schema import FieldPath, dotted
+from lora_engine.config_schema import FieldPath, dotted
 from lora_engine.errors import UserError, nearest
 from lora_engine.files import user_path
 

@@ -9,9 +9,14 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    ValidationInfo,
     model_validator,
 )
 
+from lora_engine.config_schema import describe_problems
+from lora_engine.errors import UserError
 from lora_engine.files import user_path
 from lora_engine.memory.policy import policy_of
 from lora_engine.text import parsed_bytes
@@ -64,7 +69,10 @@ UserPath = Annotated[Path, BeforeValidator(_as_path)]
 
 
 class TrainConfig(BaseModel):
-    """The training loop: how long, how fast, how often it measures and saves."""
+    """The training loop: how long, how fast, how often it measures and saves.
+
+    Raises UserError, one line, for a value that a field does not take.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -241,8 +249,26 @@ class TrainConfig(BaseModel):
         0, ge=0, lt=2**32, description="Seed of the order of the data and of dropout."
     )
 
-    @model_validator(mode="after")
-    def _one_of_each_pair(self) -> "TrainConfig":
+    @model_validator(mode="wrap")
+    @classmethod
+    def _checked(
+        cls, values: object, handler: ModelWrapValidatorHandler["TrainConfig"], info: ValidationInfo
+    ) -> "TrainConfig":
+        """Context is given by a reader of files, who says more: where the value stands."""
+        try:
+            config = handler(values)
+            config._check_pairs()
+        except ValueError as error:
+            if info.context is not None:
+                raise
+            message, more = str(error), 0
+            if isinstance(error, ValidationError):
+                message, more = describe_problems(TrainConfig, error.errors())[1:]
+            suffix = f" ({more} more after this one)" if more else ""
+            raise UserError(f"TrainConfig: {message}{suffix}") from error
+        return config
+
+    def _check_pairs(self) -> None:
         if self.max_steps is not None and self.epochs is not None:
             raise ValueError("give either max_steps or epochs, not both")
         if self.warmup_steps is not None and self.warmup_ratio is not None:
@@ -259,7 +285,6 @@ class TrainConfig(BaseModel):
             raise ValueError("early_stopping_patience needs eval_every; give both")
         if self.stop_on_forgetting is not None and self.eval_every is None:
             raise ValueError("stop_on_forgetting needs eval_every; give both")
-        return self
 
     def trajectory(self) -> dict[str, object]:
         """The fields that decide the weights, as JSON values; a resumed run must share them."""

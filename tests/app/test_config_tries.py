@@ -7,7 +7,7 @@ import pytest
 from tries import CONFIG, Try, check, run, tries
 
 from lora_engine.app.config import RunConfig
-from lora_engine.app.config_schema import NAME, dotted, expected, fields, section_of
+from lora_engine.config_schema import NAME, dotted, expected, fields, section_of
 
 SECTIONS = {"model", "data", "lora", "train", "samples"}
 LAUGHS = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(

@@ -34,7 +34,7 @@ def test_an_extension_of_older_sources_says_so(
         assert (problem is None) == (not said)
         if problem is not None:
             assert said in problem
-            with pytest.raises(UnavailableError, match="older sources, .*builds it"):
+            with pytest.raises(UnavailableError, match=r"older sources, .*builds it"):
                 backends.native()
     finally:
         backends.extension.loaded.cache_clear()

@@ -1,6 +1,7 @@
 import pytest
 from pydantic import ValidationError
 
+from lora_engine.errors import UserError
 from lora_engine.training.config import TrainConfig
 
 
@@ -36,7 +37,7 @@ def test_every_field_has_a_description():
     ids=str,
 )
 def test_refused(values):
-    with pytest.raises(ValidationError):
+    with pytest.raises(UserError):
         TrainConfig(**values)
 
 
@@ -50,8 +51,26 @@ def test_refused(values):
     ],
 )
 def test_fields_that_contradict_each_other(values, message):
-    with pytest.raises(ValidationError, match=message):
+    with pytest.raises(UserError, match=message):
         TrainConfig(**values)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"max_stepz": 3}, "max_stepz: unknown key; did you mean max_steps?"),
+        ({"epochs": "x"}, "epochs: expected a whole number from 1 to 10,000 or null, got 'x'"),
+        ({"max_steps": 5, "epochs": 1}, "give either max_steps or epochs, not both"),
+        (
+            {"beta1": 2, "beta2": 2},
+            "beta1: expected a number ≥ 0 and < 1, got 2 (1 more after this one)",
+        ),
+    ],
+)
+def test_an_error_is_one_line(values, message):
+    with pytest.raises(UserError) as caught:
+        TrainConfig(**values)
+    assert str(caught.value) == f"TrainConfig: {message}"
 
 
 def test_is_frozen():
@@ -83,7 +102,7 @@ def test_sizes_of_memory(size):
 
 @pytest.mark.parametrize("size", ["24", "GB", "0GB", "all", "-3GB"])
 def test_no_size_of_memory(size):
-    with pytest.raises(ValidationError, match="is no size of memory; write 24GB"):
+    with pytest.raises(UserError, match="is no size of memory; write 24GB"):
         TrainConfig(memory=size)
 
 

@@ -69,5 +69,5 @@ def test_adapters_are_trained_by_themselves(tmp_path):
 
 def test_it_decides_the_weights_and_may_not_be_empty():
     assert TrainConfig(trainable=("a",)).trajectory() != TrainConfig().trajectory()
-    with pytest.raises(ValidationError):
+    with pytest.raises(UserError):
         TrainConfig(trainable=())
