@@ -242,9 +242,8 @@ class Generator:
             logits,
             [w.prompt.request.sampling for w in writing],
             [w.random for w in writing],
-            [(*w.prompt.request.prompt_ids, *w.tokens) for w in writing]
-            if any(w.prompt.request.sampling.repetition_penalty != 1 for w in writing)
-            else [()] * len(writing),
+            [w.prompt.request.prompt_ids for w in writing],
+            [w.tokens for w in writing],
         )
         events = []
         chosen_tokens, logprobs = chosen.tokens.tolist(), chosen.logprobs.tolist()

@@ -1,5 +1,6 @@
 """How the next token is chosen from a model's logits."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,6 +25,8 @@ class Sampling:
     min_p: only tokens with at least this share of the most likely one's probability.
     repetition_penalty: logits of tokens that the prompt or the text has are divided by it, or
         multiplied where they are negative (arXiv:1909.05858).
+    presence_penalty, frequency_penalty: what logits lose of tokens that the text has, once and for
+        each time that it has them, the prompt not counted (as OpenAI defines them); -2 to 2.
     stop: texts that end a continuation; they and what follows are not part of it.
     stop_tokens: tokens that end it; None: the tokenizer's and the model's own.
     top_logprobs: of each token so many of the likeliest in its place are told, at most 20.
@@ -39,6 +42,8 @@ class Sampling:
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
     stop: tuple[str, ...] = ()
     stop_tokens: tuple[int, ...] | None = None
     top_logprobs: int = 0
@@ -52,6 +57,8 @@ class Sampling:
             "top_p": (0 < self.top_p <= 1, "over 0 and at most 1"),
             "min_p": (0 <= self.min_p <= 1, "from 0 to 1"),
             "repetition_penalty": (0 < self.repetition_penalty < float("inf"), "over 0"),
+            "presence_penalty": (-2 <= self.presence_penalty <= 2, "from -2 to 2"),
+            "frequency_penalty": (-2 <= self.frequency_penalty <= 2, "from -2 to 2"),
             "top_logprobs": (0 <= self.top_logprobs <= 20, "from 0 to 20"),
             "seed": (0 <= self.seed < 2**64, "from 0 to 2**64 - 1"),
             "stop": (all(self.stop), "texts that are not empty"),
@@ -59,6 +66,12 @@ class Sampling:
         for name, (fits, expected) in ranges.items():
             if not fits:
                 raise UserError(f"{name}: expected {expected}, got {getattr(self, name)!r}")
+
+    @property
+    def penalises(self) -> bool:
+        """Whether what stands there already counts."""
+        own = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty)
+        return own != (1.0, 0.0, 0.0)
 
 
 Likeliest = tuple[tuple[int, float], ...]
@@ -91,18 +104,19 @@ def choose(
     logits: Tensor,  # [S, V]
     settings: Sequence[Sampling],
     numbers: Sequence[RandomNumbers],
-    histories: Sequence[Sequence[int]],
+    prompts: Sequence[Sequence[int]],
+    texts: Sequence[Sequence[int]],
 ) -> Chosen:
-    """The next token of each of S continuations, whose prompts and texts are `histories`.
+    """The next token of each of S continuations, of their prompts and the texts so far.
 
     Raises UserError where a row of logits has no finite one, or has a NaN.
     """
     scores = logits.float()
-    penalised = [s for s, one in enumerate(settings) if one.repetition_penalty != 1.0]
+    penalised = [s for s, one in enumerate(settings) if one.penalises]
     if penalised:
         scores = scores.clone()
         for s in penalised:
-            _penalise(scores[s], settings[s].repetition_penalty, histories[s])
+            _penalise(scores[s], settings[s], prompts[s], texts[s])
     greedy = [one.temperature == 0 for one in settings]
     temperatures = [1.0 if one.temperature == 0 else one.temperature for one in settings]
     if any(temperature != 1.0 for temperature in temperatures):
@@ -116,25 +130,37 @@ def choose(
         if not greedy[s]:
             tokens[s] = _draw(logprobs[s], one, numbers[s].next())
     chosen = torch.tensor(tokens, device=logits.device)
-    likeliest = [_likeliest(logprobs[s], one.top_logprobs) for s, one in enumerate(settings)]
-    return Chosen(chosen, logprobs.gather(1, chosen[:, None])[:, 0], likeliest)
+    told = [likeliest(logprobs[s], one.top_logprobs) for s, one in enumerate(settings)]
+    return Chosen(chosen, logprobs.gather(1, chosen[:, None])[:, 0], told)
 
 
-def _likeliest(
+def likeliest(
     logprobs: Tensor,  # [V]
     count: int,
 ) -> Likeliest:
+    """The `count` likeliest tokens and their log-probabilities."""
     if count == 0:
         return ()
     values, tokens = logprobs.topk(min(count, len(logprobs)))
     return tuple(zip(tokens.tolist(), values.tolist(), strict=True))
 
 
-def _penalise(scores: Tensor, penalty: float, history: Sequence[int]) -> None:
-    """Changes a row of logits [V]."""
-    seen = torch.tensor(sorted(set(history)), dtype=torch.int64, device=scores.device)
-    values = scores[seen]
-    scores[seen] = torch.where(values > 0, values / penalty, values * penalty)
+def _penalise(
+    scores: Tensor,  # [V]
+    settings: Sampling,
+    prompt: Sequence[int],
+    text: Sequence[int],
+) -> None:
+    """Changes a row of logits."""
+    if settings.repetition_penalty != 1.0:
+        seen = torch.tensor(sorted({*prompt, *text}), dtype=torch.int64, device=scores.device)
+        values, penalty = scores[seen], settings.repetition_penalty
+        scores[seen] = torch.where(values > 0, values / penalty, values * penalty)
+    if text and (settings.presence_penalty or settings.frequency_penalty):
+        counts = Counter(text)
+        tokens = torch.tensor(list(counts), dtype=torch.int64, device=scores.device)
+        times = torch.tensor(list(counts.values()), dtype=scores.dtype, device=scores.device)
+        scores[tokens] -= settings.presence_penalty + settings.frequency_penalty * times
 
 
 def _draw(

@@ -14,10 +14,14 @@ class TextStream:
 
     A piece is text that no later token will change: a character whose bytes are not all there, and
     the beginning of a text that would end the continuation, are kept back.
+
+    special: whether special tokens are text too.
     """
 
-    def __init__(self, tokenizer: Detokenizer, stop: tuple[str, ...] = ()) -> None:
-        self.tokenizer, self.stop = tokenizer, stop
+    def __init__(
+        self, tokenizer: Detokenizer, stop: tuple[str, ...] = (), *, special: bool = False
+    ) -> None:
+        self.tokenizer, self.stop, self.special = tokenizer, stop, special
         self.stopped = False
         self._ids: list[int] = []
         self._shown, self._read = 0, 0  # tokens before which the text is settled, and is decoded
@@ -46,7 +50,7 @@ class TextStream:
         return self._text[: self._given]
 
     def _decode(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
+        return self.tokenizer.decode(ids, skip_special_tokens=not self.special)
 
     def _append(self, piece: str) -> None:
         start = len(self._text)

@@ -18,6 +18,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from lora_engine.errors import reason
 from lora_engine.generation.engine import Written
+from lora_engine.generation.prompt import Read
 from lora_engine.serving.errors import ApiError
 from lora_engine.serving.models import Served
 from lora_engine.serving.replies import Piece, Pieces, Reply
@@ -142,9 +143,10 @@ class _Server:
         self.worker.check_room()
         loop = asyncio.get_running_loop()
         requests = await loop.run_in_executor(self.readers, served.requests, asked, self.limits)
-        pieces = Pieces(served, requests, logprobs=asked.logprobs is not None)
+        pieces = Pieces(served, asked, requests)
         inbox = _Inbox(loop, pieces)
-        job = Job(served, requests, inbox)
+        told, writes = asked.logprobs is not None, not asked.only_read
+        job = Job(served, requests, inbox, echo=asked.echo, logprobs=told, writes=writes)
         reply = Reply(asked, requests)
         self.worker.submit(job)
         if asked.stream:
@@ -162,6 +164,10 @@ class _Inbox:
     def __init__(self, loop: asyncio.AbstractEventLoop, pieces: Pieces) -> None:
         self._loop, self._pieces = loop, pieces
         self._queue: asyncio.Queue[Piece | ApiError | None] = asyncio.Queue()
+
+    def read(self, place: int, prompt: Sequence[Read]) -> None:
+        for piece in self._pieces.prompt(place, prompt):
+            self._put(piece)
 
     def written(self, place: int, event: Written) -> None:
         self._put(self._pieces.piece(place, event))

@@ -11,7 +11,7 @@ from lora_engine.data.prompts import prompt_ids
 from lora_engine.data.records import Record
 from lora_engine.errors import UserError
 from lora_engine.generation.engine import Request
-from lora_engine.generation.text import Detokenizer
+from lora_engine.generation.text import Detokenizer, TextStream
 from lora_engine.serving.errors import ApiError
 from lora_engine.serving.requests import Asked, Limits, Prompt
 
@@ -63,16 +63,27 @@ class Served:
             )
         room = self.positions - len(ids)
         new = min(limits.new_tokens, room) if asked.new_tokens is None else asked.new_tokens
-        if new < 1 or new > room:
+        least = 0 if asked.only_read else 1
+        if new < least or new > room:
             raise ApiError(
                 400,
-                f"{param}: {len(ids):,} tokens, and {max(new, 1):,} new ones, are more than the "
-                f"{self.positions:,} of {self.name}",
+                f"{param}: {len(ids):,} tokens, and {max(new, least):,} new ones, are more than "
+                f"the {self.positions:,} of {self.name}",
                 param=param,
                 code="context_length_exceeded",
             )
-        sampling = replace(asked.sampling, max_new_tokens=new, stop_tokens=self.stop_tokens)
+        sampling = replace(asked.sampling, max_new_tokens=max(new, 1), stop_tokens=self.stop_tokens)
         return Request(tuple(ids), sampling, asked.count)
+
+    def prompt_texts(self, prompt: Prompt, prompt_ids: Sequence[int]) -> list[str]:
+        """What each token of a prompt adds to its text; special ones are text too, but for the
+        start token that a text did not have."""
+        stream = TextStream(self._tokenizer, special=True)
+        texts = [stream.push(token) for token in prompt_ids]
+        texts[-1] += stream.finish()
+        if isinstance(prompt, Record) and "".join(texts[1:]) == prompt.prompt:
+            texts[0] = ""
+        return texts
 
     def token_text(self, token: int) -> tuple[str, bytes]:
         """The token as it stands within a text, and its bytes: of a part of a character the text is

@@ -8,6 +8,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from lora_engine.generation.engine import Finish, Request, Written
+from lora_engine.generation.prompt import Read
 from lora_engine.serving.models import Served
 from lora_engine.serving.requests import Asked
 
@@ -15,11 +16,11 @@ _LOWEST = -9999.0  # JSON has no infinity
 
 
 class Told(NamedTuple):
-    """A token's text, its bytes and its log-probability."""
+    """A token's text, its bytes and its log-probability, None of a prompt's first token."""
 
     text: str
     spelled: bytes
-    logprob: float
+    logprob: float | None
 
 
 class TokenInfo(NamedTuple):
@@ -30,35 +31,61 @@ class TokenInfo(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """What one token adds to the answer of that number. info: None where it is not to be told."""
+    """What one token adds to the answer of that number. info: None where it is not to be told.
+    written: whether it is the model's, and not the prompt's."""
 
     answer: int
     text: str
     info: TokenInfo | None
     finish: Finish | None
+    written: bool = True
 
 
 class Pieces:
     """Makes pieces of the generator's events, in the thread that these come in."""
 
-    def __init__(self, served: Served, requests: Sequence[Request], *, logprobs: bool) -> None:
-        self._count, self._logprobs = requests[0].count, logprobs
+    def __init__(self, served: Served, asked: Asked, requests: Sequence[Request]) -> None:
+        self._served, self._asked, self._requests = served, asked, requests
         self._stop_tokens = frozenset(served.stop_tokens)
         self._text = lru_cache(1024)(served.token_text)
 
     def piece(self, place: int, event: Written) -> Piece:
         done = event.completion
         info = None
-        if self._logprobs and event.token not in self._stop_tokens:
+        if self._asked.logprobs is not None and event.token not in self._stop_tokens:
             info = TokenInfo(
                 self._told(event.token, event.logprob),
                 tuple(self._told(token, logprob) for token, logprob in event.likeliest),
             )
         finish = None if done is None else done.finish
-        return Piece(place * self._count + event.number, event.piece, info, finish)
+        return Piece(place * self._asked.count + event.number, event.piece, info, finish)
 
-    def _told(self, token: int, logprob: float) -> Told:
-        return Told(*self._text(token), max(logprob, _LOWEST))
+    def prompt(self, place: int, read: Sequence[Read]) -> list[Piece]:
+        """The prompt at the beginning of each of its answers. read: its tokens, or none where
+        they are not to be told."""
+        ids = self._requests[place].prompt_ids
+        texts = self._served.prompt_texts(self._asked.prompts[place], ids)
+        infos: list[TokenInfo | None] = [
+            TokenInfo(
+                self._told(one.token, one.logprob),
+                tuple(self._told(token, logprob) for token, logprob in one.likeliest),
+            )
+            for one in read
+        ]
+        if not infos:
+            texts, infos = ["".join(texts)], [None]
+        ending: list[Finish | None] = [None] * len(texts)
+        if self._asked.only_read:
+            ending[-1] = "length"
+        count = self._asked.count
+        return [
+            Piece(place * count + number, *piece, written=False)
+            for number in range(count)
+            for piece in zip(texts, infos, ending, strict=True)
+        ]
+
+    def _told(self, token: int, logprob: float | None) -> Told:
+        return Told(*self._text(token), None if logprob is None else max(logprob, _LOWEST))
 
 
 @dataclass
@@ -85,7 +112,7 @@ class Reply:
         if piece.info is not None:
             answer.infos.append((len(answer.text), piece.info))
         answer.text += piece.text
-        answer.tokens += 1
+        answer.tokens += piece.written
         answer.finish = piece.finish
 
     def whole(self) -> dict[str, object]:
@@ -165,7 +192,10 @@ class Reply:
     def _logprobs(self, infos: Sequence[tuple[int, TokenInfo]]) -> dict[str, object]:
         if self.asked.chat:
             return {"content": [_chat_token(info) for _, info in infos], "refusal": None}
-        likeliest = [{t.text: t.logprob for t in info.likeliest} for _, info in infos]
+        likeliest = [
+            None if info.token.logprob is None else {t.text: t.logprob for t in info.likeliest}
+            for _, info in infos
+        ]
         return {
             "tokens": [info.token.text for _, info in infos],
             "token_logprobs": [info.token.logprob for _, info in infos],

@@ -27,8 +27,6 @@ _WITHOUT_EFFECT = frozenset(
 )
 # Fields that this server does not know, and the values with which they ask for nothing.
 _UNSUPPORTED: dict[str, tuple[object, ...]] = {
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
     "logit_bias": ({},),
     "response_format": ({"type": "text"},),
     "tools": ([],),
@@ -69,7 +67,8 @@ class Asked:
     """A request that was read.
 
     prompts: records to be tokenised, or token ids. new_tokens: None: as many as there is room
-    for. logprobs: None: they are not told.
+    for; 0: the prompts are only read. logprobs: None: they are not told. echo: answers begin with
+    their prompts.
     """
 
     chat: bool
@@ -81,6 +80,12 @@ class Asked:
     stream: bool
     usage: bool
     logprobs: int | None
+    echo: bool
+
+    @property
+    def only_read(self) -> bool:
+        """Whether nothing is written after the prompts."""
+        return self.new_tokens == 0
 
 
 class _Part(BaseModel):
@@ -129,6 +134,8 @@ class _Body(_Part):
     top_k: Annotated[int, Field(ge=-1, le=10**6)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(ge=0.1, le=10)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     stop: str | Annotated[list[str], Field(max_length=4)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
 
@@ -146,7 +153,9 @@ _Id = Annotated[int, Field(ge=0)]
 
 class _CompletionBody(_Body):
     prompt: str | list[str] | list[_Id] | list[list[_Id]]
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    echo: bool | None = None
 
 
 _NAMES = {
@@ -207,8 +216,11 @@ def read_completion(body: Mapping[str, object], limits: Limits) -> Asked:
     prompts = _prompts(read.prompt)
     if not prompts:
         raise ApiError(400, "prompt: holds none", param="prompt")
-    new = read.max_tokens or _DEFAULT_COMPLETION_TOKENS
-    return _asked(read, limits, prompts, new, read.logprobs, chat=False)
+    new = _DEFAULT_COMPLETION_TOKENS if read.max_tokens is None else read.max_tokens
+    if new == 0 and not read.echo:
+        raise ApiError(400, "max_tokens: 0 needs echo: true", param="max_tokens")
+    echo = bool(read.echo)
+    return _asked(read, limits, prompts, new, read.logprobs, chat=False, echo=echo)
 
 
 def _prompts(given: str | list[str] | list[int] | list[list[int]]) -> tuple[Prompt, ...]:
@@ -232,6 +244,7 @@ def _asked(
     logprobs: int | None,
     *,
     chat: bool,
+    echo: bool = False,
 ) -> Asked:
     count = 1 if read.n is None else read.n
     if len(prompts) * count > limits.answers:
@@ -257,6 +270,8 @@ def _asked(
         top_k=max(read.top_k or 0, 0),
         min_p=read.min_p or 0.0,
         repetition_penalty=read.repetition_penalty or 1.0,
+        presence_penalty=read.presence_penalty or 0.0,
+        frequency_penalty=read.frequency_penalty or 0.0,
         stop=stop,
         seed=seed,
     )
@@ -270,6 +285,7 @@ def _asked(
         stream=bool(read.stream),
         usage=read.stream_options is not None and read.stream_options.include_usage,
         logprobs=logprobs,
+        echo=echo,
     )
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from lora_engine.errors import UserError, reason
 from lora_engine.evaluation.modes import inference
 from lora_engine.generation.engine import Generator, Request, Written
+from lora_engine.generation.prompt import Read, read_prompt
 from lora_engine.serving.errors import ApiError
 from lora_engine.serving.models import Served
 
@@ -19,6 +20,9 @@ _LOG = logging.getLogger(__name__)
 
 class Listener(Protocol):
     """Who asked. Its methods are called in the worker's thread and must not wait."""
+
+    def read(self, place: int, prompt: Sequence[Read]) -> None:
+        """The tokens of the request's prompt, or none where they are not to be told."""
 
     def written(self, place: int, event: Written) -> None:
         """A token of the request at `place` of the job's."""
@@ -29,11 +33,18 @@ class Listener(Protocol):
 
 @dataclass(eq=False)
 class Job:
-    """Requests that belong together. open: their numbers at the generator, and their places."""
+    """Requests that belong together.
+
+    echo: whether their prompts are told first, `logprobs`: with those of their tokens. writes:
+    whether anything comes after. open: their numbers at the generator, and their places.
+    """
 
     served: Served
     requests: Sequence[Request]
     listener: Listener
+    echo: bool = False
+    logprobs: bool = False
+    writes: bool = True
     open: dict[int, int] = field(default_factory=dict)
     left: int = 0
     begun: bool = False
@@ -155,8 +166,23 @@ class Worker:
     def _admit(self, served: Served) -> None:
         for job in self._taken(lambda job: job.served is served):
             self._active.append(job)
-            job.open = {self._generator.add(one): i for i, one in enumerate(job.requests)}
-            job.left = sum(one.count for one in job.requests)
+            if job.echo:
+                self._read(job)
+            if job.writes:
+                job.open = {self._generator.add(one): i for i, one in enumerate(job.requests)}
+                job.left = sum(one.count for one in job.requests)
+            elif not self._closed:
+                self._end(job, None)
+
+    def _read(self, job: Job) -> None:
+        for place, one in enumerate(job.requests):
+            if job.cancelled or self._closed:
+                return
+            read: list[Read] = []
+            if job.logprobs:
+                count, temperature = one.sampling.top_logprobs, one.sampling.temperature or 1.0
+                read = read_prompt(self.model, one.prompt_ids, count=count, temperature=temperature)
+            job.listener.read(place, read)
 
     def _tell(self, event: Written) -> None:
         job = next(job for job in self._active if event.request in job.open)

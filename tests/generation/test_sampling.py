@@ -13,7 +13,9 @@ LOGITS = torch.tensor([2.0, 1.0, 0.0, -1.0, -torch.inf, 3.0])
 
 def drawn(settings: Sampling, count: int = 400, history: tuple[int, ...] = ()) -> Counter[int]:
     numbers = [RandomNumbers(settings.seed, n) for n in range(count)]
-    chosen = choose(LOGITS.expand(count, -1), [settings] * count, numbers, [history] * count)
+    chosen = choose(
+        LOGITS.expand(count, -1), [settings] * count, numbers, [history] * count, [()] * count
+    )
     return Counter(chosen.tokens.tolist())
 
 
@@ -54,7 +56,8 @@ def test_more_than_the_tokens_that_are_sorted_first_can_be_kept() -> None:
     logits = torch.zeros(1, 5000)
     settings = Sampling(top_p=0.9)
     found = [
-        int(choose(logits, [settings], [RandomNumbers(0, n)], [()]).tokens[0]) for n in range(300)
+        int(choose(logits, [settings], [RandomNumbers(0, n)], [()], [()]).tokens[0])
+        for n in range(300)
     ]
     assert len(set(found)) > 256
 
@@ -64,16 +67,32 @@ def test_seen_tokens_are_penalised() -> None:
         torch.tensor([[3.0, 2.9], [-3.0, -3.1]]),
         [Sampling(temperature=0, repetition_penalty=1.2)] * 2,
         [RandomNumbers(0, 0)] * 2,
-        [(0, 0), (0,)],
+        [(0, 0), ()],
+        [(), (0,)],
     )
     assert chosen.tokens.tolist() == [1, 1]
 
 
+@pytest.mark.parametrize(("presence", "frequency"), [(0.5, 0.0), (0.0, 0.5), (1.0, -0.25)], ids=str)
+def test_tokens_of_the_text_lose_by_presence_and_frequency(
+    presence: float, frequency: float
+) -> None:
+    """Those of the prompt do not."""
+    settings = Sampling(temperature=0, presence_penalty=presence, frequency_penalty=frequency)
+    chosen = choose(LOGITS[None], [settings], [RandomNumbers(0, 0)], [(0, 1)], [(5, 2, 5)])
+    expected = LOGITS.clone()
+    expected[5] -= presence + 2 * frequency
+    expected[2] -= presence + frequency
+    assert chosen.logprobs[0].item() == pytest.approx(expected.log_softmax(0).max().item())
+    unwritten = choose(LOGITS[None], [settings], [RandomNumbers(0, 0)], [(5, 5)], [()])
+    assert unwritten.logprobs[0].item() == pytest.approx(LOGITS.log_softmax(0)[5].item())
+
+
 def test_the_logprob_is_of_the_distribution_at_the_temperature() -> None:
     settings = Sampling(temperature=0.5, top_k=1)
-    chosen = choose(LOGITS[None], [settings], [RandomNumbers(0, 0)], [()])
+    chosen = choose(LOGITS[None], [settings], [RandomNumbers(0, 0)], [()], [()])
     assert chosen.logprobs[0].item() == pytest.approx((LOGITS / 0.5).log_softmax(0)[5].item())
-    greedy = choose(LOGITS[None], [Sampling(temperature=0)], [RandomNumbers(0, 0)], [()])
+    greedy = choose(LOGITS[None], [Sampling(temperature=0)], [RandomNumbers(0, 0)], [()], [()])
     assert greedy.logprobs[0].item() == pytest.approx(LOGITS.log_softmax(0)[5].item())
 
 
@@ -90,19 +109,19 @@ def test_a_number_s_stream_depends_on_seed_and_number() -> None:
 def test_the_likeliest_are_told_with_their_logprobs() -> None:
     settings = [Sampling(temperature=2, top_k=1, top_logprobs=2), Sampling(top_logprobs=9)]
     numbers = [RandomNumbers(0, 0), RandomNumbers(0, 1)]
-    two, all_six = choose(LOGITS.expand(2, -1), settings, numbers, [()] * 2).likeliest
+    two, all_six = choose(LOGITS.expand(2, -1), settings, numbers, [()] * 2, [()] * 2).likeliest
     logprobs = (LOGITS / 2).log_softmax(0).tolist()
     assert [token for token, _ in two] == [5, 0]
     assert [logprob for _, logprob in two] == pytest.approx([logprobs[5], logprobs[0]])
     assert [token for token, _ in all_six] == [5, 0, 1, 2, 3, 4]
-    assert choose(LOGITS[None], [Sampling()], numbers[:1], [()]).likeliest == [()]
+    assert choose(LOGITS[None], [Sampling()], numbers[:1], [()], [()]).likeliest == [()]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_logits_that_are_no_numbers_are_refused(bad: float) -> None:
     logits = torch.tensor([[0.0, bad, 1.0]])
     with pytest.raises(UserError, match="NaN"):
-        choose(logits, [Sampling()], [RandomNumbers(0, 0)], [()])
+        choose(logits, [Sampling()], [RandomNumbers(0, 0)], [()], [()])
 
 
 @pytest.mark.parametrize(
@@ -116,6 +135,8 @@ def test_logits_that_are_no_numbers_are_refused(bad: float) -> None:
         {"top_k": -1},
         {"max_new_tokens": 0},
         {"repetition_penalty": 0.0},
+        {"presence_penalty": 2.1},
+        {"frequency_penalty": float("nan")},
         {"seed": -1},
         {"top_logprobs": 21},
         {"stop": ("",)},

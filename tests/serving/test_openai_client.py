@@ -198,6 +198,70 @@ def test_completions_tell_logprobs_and_stream_them(client: Any) -> None:
     assert none.token_logprobs == told.token_logprobs and none.top_logprobs is None
 
 
+@pytest.mark.parametrize("prompt", ["say it", [3, 60, 61, 250, 9]], ids=["text", "tokens"])
+def test_an_echo_is_the_prompt_with_its_logprobs(
+    client: Any, plain: Any, tokenizer: Any, prompt: Any
+) -> None:
+    """The way in which lm-evaluation-harness asks servers for what a text's tokens are worth."""
+    ids = tokenizer(prompt).input_ids if isinstance(prompt, str) else prompt
+    text = prompt if isinstance(prompt, str) else tokenizer.decode(ids)
+    asked = {"model": "two", "prompt": prompt, "temperature": 0, "echo": True, "logprobs": 2}
+    written = client.completions.create(**{**asked, "echo": False}, max_tokens=3).choices[0]
+    answer = client.completions.create(**asked, max_tokens=3)
+    (choice,) = answer.choices
+    assert choice.text == text + written.text
+    assert answer.usage.prompt_tokens == len(ids) and answer.usage.completion_tokens <= 3
+    told, count = choice.logprobs, len(ids)
+    assert told.tokens[count:] == written.logprobs.tokens
+    assert told.token_logprobs[count:] == written.logprobs.token_logprobs
+    assert told.token_logprobs[0] is None and told.top_logprobs[0] is None
+    assert told.text_offset[0] == 0 and told.text_offset[count] == len(text)
+    for end in range(1, count):
+        logprobs = plain("two", ids[:end], 1)[1][0].log_softmax(0)
+        assert told.token_logprobs[end] == pytest.approx(float(logprobs[ids[end]]), abs=1e-4)
+        best = sorted(told.top_logprobs[end].values(), reverse=True)
+        assert best == pytest.approx(logprobs.topk(2).values.tolist(), abs=1e-4)
+    alone = client.completions.create(**asked, max_tokens=0)
+    assert alone.choices[0].text == text and alone.choices[0].finish_reason == "length"
+    assert alone.choices[0].logprobs.token_logprobs == told.token_logprobs[:count]
+    assert alone.usage.completion_tokens == 0
+
+
+def test_echoes_of_many_prompts_and_in_streams(client: Any) -> None:
+    asked = {"model": "one", "prompt": ["say", "3"], "n": 2, "max_tokens": 4, "seed": 1}
+    plain = client.completions.create(**asked).choices
+    echoed = client.completions.create(**asked, echo=True).choices
+    assert [c.text for c in echoed] == [
+        begin + c.text for begin, c in zip(["say", "say", "3", "3"], plain, strict=True)
+    ]
+    assert all(choice.logprobs is None for choice in echoed)
+    told = client.completions.create(**asked, echo=True, logprobs=1).choices
+    texts, tokens = [""] * 4, [[] for _ in range(4)]
+    for chunk in client.completions.create(**asked, echo=True, logprobs=1, stream=True):
+        for choice in chunk.choices:
+            texts[choice.index] += choice.text
+            tokens[choice.index] += choice.logprobs.tokens if choice.logprobs else []
+    assert texts == [choice.text for choice in echoed]
+    assert tokens == [choice.logprobs.tokens for choice in told]
+
+
+def test_penalties_are_of_what_is_written(client: Any, plain: Any, tokenizer: Any) -> None:
+    """A greedy text with them, by the definition."""
+    ids = chat_ids(tokenizer)
+    expected: list[int] = []
+    for _ in range(12):
+        scores = plain("one", [*ids, *expected], 1)[1][0]
+        for token in set(expected):
+            scores[token] -= 0.5 + 0.75 * expected.count(token)
+        expected.append(int(scores.argmax()))
+    answer = client.chat.completions.create(
+        model="one", presence_penalty=0.5, frequency_penalty=0.75, **GREEDY
+    )
+    text = answer.choices[0].message.content
+    assert text == tokenizer.decode(until_end(expected), skip_special_tokens=True)
+    assert text != client.chat.completions.create(model="one", **GREEDY).choices[0].message.content
+
+
 def test_the_end_token_ends_an_answer_and_is_not_told(client: Any) -> None:
     answer = client.completions.create(
         model="tiny", prompt="x", max_tokens=60, n=64, seed=0, logprobs=0

@@ -1,7 +1,9 @@
 """Many clients at once, clients that leave, a queue that is full, and what is left afterwards."""
 
+import asyncio
 import gc
 import json
+import os
 import socket
 import threading
 import time
@@ -177,18 +179,39 @@ def test_nothing_is_left_of_five_hundred_requests(server: Running) -> None:
         elif number % 5 == 1:
             assert server.post(COMPLETIONS, {**body, "top_p": 7})[0] == 400
         else:
-            assert text(server.post(COMPLETIONS, body)) is not None
+            more = {"echo": True, "logprobs": 3} if number % 5 == 2 else {}
+            assert text(server.post(COMPLETIONS, {**body, **more})) is not None
 
-    def left() -> tuple[int, int]:
+    def left() -> dict[str, int]:
+        """What a request could leave behind, once all have ended."""
         server.wait_until_idle()
+        until = time.monotonic() + 10
+        while len(asyncio_tasks()) > tasks and time.monotonic() < until:
+            time.sleep(0.01)
         gc.collect()
-        held = sum(isinstance(x, Job) for x in gc.get_objects())
-        return held, server.worker._generator._decoder.cache.free.size
+        return {
+            "jobs": sum(isinstance(x, Job) for x in gc.get_objects()),
+            "tasks": len(asyncio_tasks()),
+            "files": len(os.listdir("/proc/self/fd")),
+            "threads": threading.active_count(),
+            "rows of the cache": server.worker._generator._decoder.cache.free.size,
+        }
 
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    tasks = len(asyncio_tasks())
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(once, range(50)))
-        before, rows = left()
+        list(pool.map(once, range(100)))
+        before, memory = left(), resident()
         list(pool.map(once, range(500)))
-    after, rows_after = left()
-    assert before == after == 0
-    assert rows_after <= max(rows, 8 * 64)
+        after, grown = left(), resident() - memory
+    assert before["jobs"] == 0 and before["tasks"] == tasks
+    assert after.pop("rows of the cache") <= max(before.pop("rows of the cache"), 8 * 64)
+    assert all(after[what] <= before[what] for what in before), (before, after)
+    assert grown < 16e6, f"{grown / 500:.0f} bytes a request"
+
+
+def asyncio_tasks() -> list[object]:
+    """Of every event loop, those that are not done."""
+    return [x for x in gc.get_objects() if isinstance(x, asyncio.Task) and not x.done()]
