@@ -96,6 +96,19 @@ class AdamWHyper(NamedTuple):
     bias_correction2: float
     max_grad_norm: float | None = None
 
+    @staticmethod
+    def of_step(
+        step: int,  # from 1
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+        max_grad_norm: float | None,
+    ) -> "AdamWHyper":
+        """The numbers of the step that is the `step`th."""
+        corrections = (1 - betas[0] ** step, 1 - betas[1] ** step)
+        return AdamWHyper(lr, *betas, eps, weight_decay, *corrections, max_grad_norm)
+
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """The type arithmetic on operands of `dtype` is done in: float32, except for float64."""

@@ -60,16 +60,7 @@ def adamw_(
             max_grad_norm=max_grad_norm,
         )
         return
-    hyper = AdamWHyper(
-        lr=lr,
-        beta1=beta1,
-        beta2=beta2,
-        eps=eps,
-        weight_decay=weight_decay,
-        bias_correction1=1 - beta1**step,
-        bias_correction2=1 - beta2**step,
-        max_grad_norm=max_grad_norm,
-    )
+    hyper = AdamWHyper.of_step(step, lr, (beta1, beta2), eps, weight_decay, max_grad_norm)
     launchers.adamw(impl).adamw(
         params,
         grads,

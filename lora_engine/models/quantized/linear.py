@@ -1,13 +1,12 @@
 """A linear over a weight in packed bits, as a module of its own."""
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lora_engine.ops import QuantizedWeight
-from lora_engine.ops.context import Context
+from lora_engine.ops.frozen_product import frozen_product
 from lora_engine.quantization.blockwise_4bit import Blockwise4bit
 
 
@@ -62,7 +61,7 @@ class QuantizedLinear(nn.Linear):
                 f"the input of {self} is {input.dtype}; a model that casts to the dtype of this "
                 "layer's weight needs the layer in quantize_model's skip"
             )
-        y: Tensor = _Product.apply(input, self.quantized)
+        y = frozen_product(input, self.quantized.dequantize)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def extra_repr(self) -> str:
@@ -136,25 +135,3 @@ class QuantizedLinear(nn.Linear):
 def _as_parameter(codes: Tensor) -> Tensor:
     """The codes as a module shows them: one column where they are a vector."""
     return codes.view(-1, 1) if codes.dim() == 1 else codes
-
-
-class _Kept(NamedTuple):
-    """For the backward pass: W, and the dtype of x."""
-
-    weight: QuantizedWeight
-    dtype: torch.dtype
-
-
-class _Product(torch.autograd.Function):
-    """x Wᵀ, and dX = dY W with W decoded again: nothing as large as W is kept in between."""
-
-    @staticmethod
-    def forward(ctx: Context[_Kept], x: Tensor, quantized: QuantizedWeight) -> Tensor:
-        ctx.kept = _Kept(quantized, x.dtype)
-        return nn.functional.linear(x, quantized.dequantize().to(x.dtype))
-
-    @staticmethod
-    def backward(ctx: Context[_Kept], dy: Tensor) -> tuple[Tensor | None, None]:
-        if not ctx.needs_input_grad[0]:
-            return None, None
-        return (dy @ ctx.kept.weight.dequantize().to(dy.dtype)).to(ctx.kept.dtype), None

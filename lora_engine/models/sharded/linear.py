@@ -1,12 +1,12 @@
 """A linear of whose frozen weight each of several processes keeps a part."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from lora_engine.ops.context import Context
+from lora_engine.ops.frozen_product import frozen_product
 from lora_engine.ops.quantized_weight import QuantizedWeight
 from lora_engine.ops.sharded_weight import ShardedGroup, ShardedWeight
 
@@ -46,7 +46,7 @@ class ShardedLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """input [..., K] times the weight, plus the bias: [..., N], in input's dtype."""
-        y: Tensor = _Product.apply(input, self._group)
+        y = frozen_product(input, partial(_gathered, self._group))
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def extra_repr(self) -> str:
@@ -88,25 +88,3 @@ def _gathered(group: ShardedGroup) -> Tensor:
     """The one weight [N, K] of the group, dense; valid until another group's is asked for."""
     (weight,) = group.whole()
     return weight.dequantize() if isinstance(weight, QuantizedWeight) else weight
-
-
-class _Kept(NamedTuple):
-    """For the backward pass: W, and the dtype of x."""
-
-    group: ShardedGroup
-    dtype: torch.dtype
-
-
-class _Product(torch.autograd.Function):
-    """x Wᵀ, and dX = dY W with W gathered again: it is not kept in between."""
-
-    @staticmethod
-    def forward(ctx: Context[_Kept], x: Tensor, group: ShardedGroup) -> Tensor:
-        ctx.kept = _Kept(group, x.dtype)
-        return nn.functional.linear(x, _gathered(group).to(x.dtype))
-
-    @staticmethod
-    def backward(ctx: Context[_Kept], dy: Tensor) -> tuple[Tensor | None, None]:
-        if not ctx.needs_input_grad[0]:
-            return None, None
-        return (dy @ _gathered(ctx.kept.group).to(dy.dtype)).to(ctx.kept.dtype), None
