@@ -20,8 +20,8 @@ from lora_engine.objectives.sft import SFT
 from lora_engine.testing import byte_tokenizer, tiny_llama, with_lora
 from lora_engine.training.batches import BatchSource
 from lora_engine.training.config import TrainConfig
+from lora_engine.training.optimizer.adamw import FlatAdamW
 from lora_engine.training.optimizer.flat import FlatParameters
-from lora_engine.training.optimizer.optimizer import FlatAdamW
 from lora_engine.training.state import Position
 from lora_engine.training.step import TrainStep
 

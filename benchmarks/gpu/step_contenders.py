@@ -136,8 +136,8 @@ def ours(
     def setup(job: Job) -> Iterator[Step]:
         from lora_engine.data.batch import PackedBatch, collate
         from lora_engine.objectives.sft import SFT
+        from lora_engine.training.optimizer.adamw import FlatAdamW
         from lora_engine.training.optimizer.flat import FlatParameters
-        from lora_engine.training.optimizer.optimizer import FlatAdamW
         from lora_engine.training.step import TrainStep
 
         job.need(convert)

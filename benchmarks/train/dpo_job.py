@@ -128,8 +128,8 @@ def _train(model: Any, batches: list[list[Any]], *, share: bool) -> Iterator[flo
     import lora_engine
     from lora_engine.data.batch import collate
     from lora_engine.objectives import DPO
+    from lora_engine.training.optimizer.adamw import FlatAdamW
     from lora_engine.training.optimizer.flat import FlatParameters
-    from lora_engine.training.optimizer.optimizer import FlatAdamW
     from lora_engine.training.step import TrainStep
 
     lora_engine.accelerate(model, strict=True)

@@ -114,8 +114,8 @@ def run_one(name: str) -> dict[str, Any]:
     from lora_engine.objectives.sft import SFT
     from lora_engine.quantization.formats import writable_format
     from lora_engine.training.config import TrainConfig
+    from lora_engine.training.optimizer.adamw import FlatAdamW
     from lora_engine.training.optimizer.flat import FlatParameters
-    from lora_engine.training.optimizer.optimizer import FlatAdamW
     from lora_engine.training.step import TrainStep
 
     case = CASES[name]

@@ -78,8 +78,8 @@ def train_ours(
     from lora_engine.data.batch import collate
     from lora_engine.models.attach.packed import can_share_prefixes
     from lora_engine.objectives.sft import SFT
+    from lora_engine.training.optimizer.adamw import FlatAdamW
     from lora_engine.training.optimizer.flat import FlatParameters
-    from lora_engine.training.optimizer.optimizer import FlatAdamW
     from lora_engine.training.step import TrainStep
 
     lora_engine.accelerate(model, strict=True)

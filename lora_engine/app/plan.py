@@ -134,7 +134,11 @@ def load_of(config: RunConfig, device: torch.device) -> Load:
         count = min(config.samples.count, SAMPLES_AT_ONCE)
         cached = count * (length + config.samples.max_new_tokens)
     policy = policy_of(train.checkpointing or "none")
-    return Load(rows, rows, policy, train.optimizer, device, cached)
+    return Load(
+        *(rows, rows, policy, train.optimizer, device, cached),
+        layerwise_update=train.layerwise_update,
+        masters=train.rounding is None,
+    )
 
 
 def with_memory(
@@ -158,7 +162,8 @@ def with_memory(
         config = config.model_copy(update={"train": train})
     made = plan(config, budget=None if train.memory == "auto" else train.memory)
     chosen = made.chosen
-    if chosen is None or (begun is not None and not chosen.fits):
+    divides = begun is None and not train.layerwise_update  # into smaller micro-batches
+    if chosen is None or not (chosen.fits or divides):
         hints = [line for line in conclusion(made) if " fit with other numbers: " in line]
         raise UserError(
             f"train.memory {train.memory}: {_least(made)} "

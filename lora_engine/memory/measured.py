@@ -23,7 +23,8 @@ def peak_cpu_bytes(work: Callable[[], object], before: Callable[[], object] | No
 
     Counted by torch's allocator, which tells its profiler of every allocation and of every end of
     one. Memory that libraries take past it (oneDNN's scratch, Python's objects) does not count.
-    Work under it takes longer, by some microseconds an allocation.
+    Work under it takes longer, by some microseconds an allocation. Raises RuntimeError where the
+    profiler recorded nothing, as a second one in a process sometimes does.
     """
     with _Unparsed(use_kineto=True, profile_memory=True) as profiled:
         if before is not None:
@@ -31,13 +32,15 @@ def peak_cpu_bytes(work: Callable[[], object], before: Callable[[], object] | No
         with record_function(_BEGINS):
             pass
         work()
-    begin, events = 0, []
+    begin, events = None, []
     assert profiled.kineto_results is not None
     for event in profiled.kineto_results.events():
         if event.name() == _BEGINS:
             begin = event.start_ns()
         elif event.name() == "[memory]" and event.device_type() == torch.autograd.DeviceType.CPU:
             events.append((event.start_ns(), event.nbytes()))
+    if begin is None or not events:
+        raise RuntimeError("torch's profiler recorded nothing; measure in a process of its own")
     peak = alive = 0
     for at, size in sorted(events, key=lambda event: event[0]):
         if at >= begin:

@@ -35,7 +35,8 @@ class ModelSizes:
 
     dtype: of the weights and activations. weights: bytes of the base, by part.
     adapter_values: trained values of adapters, in float32. trained_values: those of the model's
-        own tensors, in `dtype`. head, embedding: whether they are trained.
+    own tensors, in `dtype`. factored_values: of Adafactor's second moments, N + K for [N, K].
+    head, embedding: whether they are trained.
     fused: whether a layer's linears are frozen, so that its halves run as one function each.
     window: of attention; 0: none.
     packed: whether linears are in packed bits, decoded for each product.
@@ -55,6 +56,7 @@ class ModelSizes:
     weights: Mapping[str, int] = field(default_factory=dict)
     adapter_values: int = 0
     trained_values: int = 0
+    factored_values: int = 0
     head: bool = False
     embedding: bool = False
     fused: bool = True
@@ -135,6 +137,7 @@ def sizes_of(
         weights=weights,
         adapter_values=adapters + _biases(model, lora),
         trained_values=sum(p.numel() for p in trained),
+        factored_values=_factored(trained, ranks),
         head=head is not None and id(next(head.parameters())) in whole,
         embedding=id(next(embedding.parameters())) in whole,
         fused=lora is not None,
@@ -173,6 +176,12 @@ def _trained(model: CausalLm, names: Collection[str] | None) -> list[nn.Paramete
     every = model.named_parameters(remove_duplicate=False)
     found = {id(p): p for name, p in every if names is None or name in names}
     return list(found.values())
+
+
+def _factored(trained: Sequence[nn.Parameter], ranks: Mapping[nn.Module, int]) -> int:
+    """Values of Adafactor's second moments: of a matrix [N, K] N + K, of a vector all."""
+    own = sum(p.shape[0] + p.shape[1] if p.dim() == 2 else p.numel() for p in trained)
+    return own + sum(2 * rank + sum(_extents(module)) for module, rank in ranks.items())
 
 
 def _saved(model: CausalLm, lora: LoraConfig | None) -> dict[str, nn.Parameter]:

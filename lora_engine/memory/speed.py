@@ -7,10 +7,10 @@ from typing import NamedTuple
 import torch
 
 from lora_engine.memory.sizes import ModelSizes
-from lora_engine.memory.timeline import FLOAT32, Load
+from lora_engine.memory.timeline import Load
 
-# Reads and writes of a trained value by the optimiser: value and gradient, two moments, both ways.
-_OPTIMISER_BYTES = 28
+# Reads and writes of a trained value by the optimiser: value, gradient and moments, both ways.
+_OPTIMISER_BYTES = {"adamw": 28, "adamw_8bit": 16, "lion": 20, "adafactor": 20}
 # Products over those of the forward pass: those for the input's gradient, and for the weight's.
 _ATTENTION_BACKWARD = 2.5
 
@@ -96,8 +96,7 @@ def step_seconds(sizes: ModelSizes, load: Load, machine: Machine, length: int) -
     if sizes.packed:
         traffic += uses * layers * sum(2 * g.outputs * g.inputs for g in sizes.groups)
     values = sizes.adapter_values + sizes.trained_values
-    eight = load.optimizer == "adamw_8bit"
-    traffic += values * (_OPTIMISER_BYTES - (3 * FLOAT32 if eight else 0))
+    traffic += values * _OPTIMISER_BYTES[load.optimizer]
     launches = layers * 45
     return flops / machine.flops + traffic / machine.bandwidth + launches * machine.launch
 

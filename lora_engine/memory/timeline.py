@@ -28,9 +28,10 @@ _NONE = policy_of("none")
 class Load:
     """What a step is given, and how it is carried out.
 
-    rows: T, tokens of the micro-batch. targets: U, those that are supervised. optimizer: as
-    `train.optimizer`. device: where it runs. cached: tokens whose keys and values are kept while
-    the model writes samples or rollouts.
+    rows: T, tokens of the micro-batch. targets: U, those that are supervised. optimizer,
+    layerwise_update: as `train` has them. masters: whether weights of 16 bits that are trained have
+    float32 copies. device: where it runs. cached: tokens whose keys and values are kept while the
+    model writes samples or rollouts.
     """
 
     rows: int
@@ -39,6 +40,8 @@ class Load:
     optimizer: str = "adamw"
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     cached: int = 0
+    layerwise_update: bool = False
+    masters: bool = True
 
 
 class Moment(NamedTuple):
@@ -62,19 +65,26 @@ def timeline(sizes: ModelSizes, load: Load) -> list[Moment]:
     return list(_Step(sizes, load).moments())
 
 
-def held(sizes: ModelSizes, optimizer: str) -> dict[str, int]:
+def held(
+    sizes: ModelSizes, optimizer: str, *, layerwise_update: bool = False, masters: bool = True
+) -> dict[str, int]:
     """Bytes that are alive from the first step to the last, by part."""
     values = sizes.adapter_values + sizes.trained_values
     # The weights of trained float32 tensors are views of the flat buffer; others have a master.
-    views = sizes.trained_values * FLOAT32 if sizes.dtype == torch.float32 else 0
+    is_view = sizes.dtype == torch.float32 or not masters
+    item = FLOAT32 if masters else sizes.dtype.itemsize
     blocks = -(-values // ADAMW_8BIT_BLOCK)
-    eight = 2 * (values + FLOAT32 * blocks)
-    moments = eight if optimizer == "adamw_8bit" else 2 * FLOAT32 * values
+    moments = {
+        "adamw": 2 * FLOAT32 * values,
+        "adamw_8bit": 2 * (values + FLOAT32 * blocks),
+        "lion": FLOAT32 * values,
+        "adafactor": FLOAT32 * sizes.factored_values,
+    }
     return {
-        "weights": sizes.weight_bytes - views,
-        "trained": FLOAT32 * values,
-        "gradients": FLOAT32 * values,
-        "optimiser": moments,
+        "weights": sizes.weight_bytes - (item * sizes.trained_values if is_view else 0),
+        "trained": item * values,
+        "gradients": 0 if layerwise_update else FLOAT32 * values,
+        "optimiser": moments[optimizer],
     }
 
 
@@ -82,7 +92,13 @@ class _Step:
     def __init__(self, sizes: ModelSizes, load: Load) -> None:
         self.sizes, self.load = sizes, load
         self.item, self.sum_item = sizes.dtype.itemsize, accumulate_bytes(sizes.dtype)
-        self.base = Counter(held(sizes, load.optimizer))
+        kept = held(
+            sizes,
+            load.optimizer,
+            layerwise_update=load.layerwise_update,
+            masters=load.masters,
+        )
+        self.base = Counter(kept)
         self.base["batch"] = self._batch()
         if sizes.packed:
             self.base["decoded"] = self._decoded()
@@ -100,7 +116,7 @@ class _Step:
         d_hidden = 2 * self.row(targets, sizes.hidden)
         if of_head:
             yield self._moment("head, backward", activations=activations, head=of_head + d_hidden)
-        arrived = gradient
+        arrived = 0 if load.layerwise_update else gradient
         values = sizes.adapter_values * FLOAT32 // sizes.layers
         trained = self._arriving_whole()
         for index in reversed(range(sizes.layers)):

@@ -43,6 +43,7 @@ _FREE_ON_RESUME = frozenset(
         "log_to",
         "checkpointing",
         "memory",
+        "layerwise_update",
     }
 )
 
@@ -181,16 +182,39 @@ class TrainConfig(BaseModel):
         description="Without adapters, regular expressions: parameters in whose names one is found "
         "are trained, the others are frozen; `null` trains those that the model has unfrozen.",
     )
-    optimizer: Literal["adamw", "adamw_8bit"] = Field(
+    optimizer: Literal["adamw", "adamw_8bit", "lion", "adafactor"] = Field(
         "adamw",
-        description="AdamW with moments in float32, or in 8 bits: 2 bytes a trained value, not 8.",
+        description="`adamw` has moments in float32, 8 bytes a trained value, `adamw_8bit` in 8 "
+        "bits, 2 bytes; `lion` has one moment, 4 bytes, and wants a third to a tenth of AdamW's "
+        "learning rate; `adafactor` a row and a column of a matrix (docs/memory.md).",
+    )
+    rounding: Literal["stochastic"] | None = Field(
+        None,
+        description="How bfloat16 weights that are trained take an update: `null` keeps float32 "
+        "masters of them, 4 bytes a value; `stochastic` has none, and rounds each weight up or "
+        "down at random.",
+    )
+    layerwise_update: bool = Field(
+        False,
+        description="Update each weight within the backward pass, when its gradient is there, so "
+        "that gradients are never all in memory. For one micro-batch a step, without max_grad_norm "
+        "(docs/memory.md).",
     )
     weight_decay: float = Field(
         0.0, ge=0, le=100, description="Decoupled weight decay, on all trained weights."
     )
-    beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's decay rate of the gradient's mean.")
+    beta1: float = Field(
+        0.9,
+        ge=0,
+        lt=1,
+        description="AdamW's decay rate of the gradient's mean; Lion's of its step.",
+    )
     beta2: float = Field(
-        0.999, ge=0, lt=1, description="AdamW's decay rate of the squared gradient's mean."
+        0.999,
+        ge=0,
+        lt=1,
+        description="AdamW's decay rate of the squared gradient's mean; Lion's of its moment, 0.99 "
+        "unless given.",
     )
     eps: float = Field(1e-8, gt=0, lt=1, description="AdamW's term in the denominator.")
     kl_to_base: float | None = Field(
@@ -249,6 +273,13 @@ class TrainConfig(BaseModel):
         0, ge=0, lt=2**32, description="Seed of the order of the data and of dropout."
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _betas_of_lion(cls, given: object) -> object:
+        if isinstance(given, dict) and given.get("optimizer") == "lion":
+            return {"beta2": 0.99, **given}
+        return given
+
     @model_validator(mode="wrap")
     @classmethod
     def _checked(
@@ -285,6 +316,16 @@ class TrainConfig(BaseModel):
             raise ValueError("early_stopping_patience needs eval_every; give both")
         if self.stop_on_forgetting is not None and self.eval_every is None:
             raise ValueError("stop_on_forgetting needs eval_every; give both")
+        if self.layerwise_update and self.gradient_accumulation_steps > 1:
+            raise ValueError(
+                "layerwise_update has no gradients to accumulate; set gradient_accumulation_steps "
+                "to 1"
+            )
+        if self.layerwise_update and self.max_grad_norm is not None:
+            raise ValueError(
+                "layerwise_update cannot clip by a norm that is known after the updates; set "
+                "max_grad_norm to null"
+            )
 
     def trajectory(self) -> dict[str, object]:
         """The fields that decide the weights, as JSON values; a resumed run must share them."""

@@ -21,8 +21,8 @@ from lora_engine.training.batches import BatchSource
 from lora_engine.training.callbacks import Callbacks
 from lora_engine.training.config import TrainConfig
 from lora_engine.training.metrics import MetricsLog, StepMetrics
+from lora_engine.training.optimizer.choice import flat_optimizer
 from lora_engine.training.optimizer.flat import FlatParameters
-from lora_engine.training.optimizer.optimizer import FlatAdamW
 from lora_engine.training.optimizer.schedule import Schedule
 from lora_engine.training.run.folder import Loaded, OfRun, RunFolder
 from lora_engine.training.signals import Interrupted
@@ -69,7 +69,7 @@ class TrainingLoop:
         self._of_run = of_run
         self._callbacks = callbacks
         self._check = check
-        self._optimizer = FlatAdamW(flat, config)
+        self._optimizer = flat_optimizer(flat, config)
         self._world = world
         self._step = TrainStep(model, objective, self._optimizer, seed=config.seed, world=world)
         self._saved_step: int | None = None
@@ -127,7 +127,9 @@ class TrainingLoop:
             self._save()
             return "interrupted"
         except NonFiniteError as error:
-            error.checkpoint = self._save()
+            # A step that updated some weights leaves none to save: the last checkpoint is.
+            torn = self._optimizer.torn
+            error.checkpoint = self._last_saved() if torn else self._save()
             self._world.gather(None)  # a process that has ended would end the one that saves
             raise
         except PeerLost:
@@ -253,6 +255,11 @@ class TrainingLoop:
             also = () if best is None else (best,)
             checkpoints.prune(step, self._config.keep_checkpoints, also)
         return checkpoints.path(step)
+
+    def _last_saved(self) -> Path | None:
+        """The newest checkpoint of this run."""
+        step = self._folder.checkpoints.latest() if self._log is not None else None
+        return None if step is None else self._folder.checkpoints.path(step)
 
 
 def _why_forgetting(state: TrainState, config: TrainConfig) -> str:

@@ -23,7 +23,7 @@ from lora_engine.models.peft.routing import adapters_of
 from lora_engine.objectives.answers import added, mean_of, terms_of, weight_of
 from lora_engine.objectives.base import Mean, Objective
 from lora_engine.training import random_state
-from lora_engine.training.optimizer.optimizer import FlatAdamW
+from lora_engine.training.optimizer.optimizer import FlatOptimizer
 from lora_engine.training.signals import Interrupted, interrupting
 
 
@@ -73,7 +73,7 @@ class TrainStep:
         self,
         model: nn.Module,
         objective: Objective,
-        optimizer: FlatAdamW,
+        optimizer: FlatOptimizer,
         *,
         seed: int = 0,
         world: World = ALONE,
@@ -99,14 +99,15 @@ class TrainStep:
         check: called before every micro-batch; whatever it raises leaves the step unapplied and
             the random state as it was. What is Interrupted in one process is so in all.
         Raises NonFiniteError, likewise without a trace, if a loss, gradient or metric is not
-        finite. Without any weight no update is made; loss and norm are then 0.
+        finite; where updates are layer-wise, a gradient or metric leaves `optimizer.torn`. Without
+        any weight no update is made; loss and norm are then 0.
         """
         before = random_state.capture()
         weights = [weight_of(self.objective, batch) for batch in batches]
         weight = added(weights)
         weighty = [index for index, of_batch in enumerate(weights) if any(of_batch.values())]
         try:
-            micro, stopped = self._accumulate(step, batches, weighty, weight, check)
+            micro, stopped = self._accumulate(step, batches, weighty, weight, check, learning_rate)
             norm = self.optimizer.grad_norm()
             grad_norm, results = self._read(micro, list(weight), norm, stopped)
             self._check_finite(step, batches, weighty, grad_norm, results, micro)
@@ -130,7 +131,7 @@ class TrainStep:
             return
         before = random_state.capture()
         try:
-            self._accumulate(0, [batch], [0], weight, lambda: None)
+            self._accumulate(0, [batch], [0], weight, lambda: None, None)
         finally:
             self.optimizer.flat.zero_grad()
             random_state.restore(*before)
@@ -146,10 +147,12 @@ class TrainStep:
         weighty: Sequence[int],
         weight: Mapping[str, float],
         check: Callable[[], None],
+        learning_rate: float | None,
     ) -> tuple[list[_OnDevice], str | None]:
         """Results of this process's micro-batches, and the signal that came between them, if any.
 
-        The gradients of all processes are in the buffer then.
+        The gradients of all processes are in the buffer then. learning_rate: of updates that are
+        layer-wise; None: there are none.
         """
         flat, world = self.optimizer.flat, self.world
         flat.zero_grad()
@@ -174,11 +177,13 @@ class TrainStep:
             with (
                 adapters_of(self.model, on_device),
                 self._sum.overlapped() if is_last else nullcontext(),
-                flat.collecting(),
             ):
                 # Dividing by the step's weight, not the micro-batch's, weights every token alike.
                 mean = mean_of(self.objective, loss, weight)
-                (mean if place < count else mean * 0.0).backward()
+                # A loss that would spoil weights before the step is checked: the host waits for it.
+                if flat.gathered or mean.isfinite():
+                    with self.optimizer.receiving(learning_rate):
+                        (mean if place < count else mean * 0.0).backward()
             if place == count:
                 break
             terms = {n: total.detach() for n, total in terms_of(loss).items()}
@@ -238,7 +243,11 @@ class TrainStep:
         origins = [origin for index in weighty for origin in batches[index].origins]
         if not math.isfinite(grad_norm):
             flat = self.optimizer.flat
-            layer = last_nonfinite_gradient((e.name, e.view(flat.grad)) for e in flat.entries)
+            layer = (
+                last_nonfinite_gradient((e.name, e.view(flat.grad)) for e in flat.entries)
+                if flat.gathered
+                else self.optimizer.nonfinite_gradient()
+            )
             raise NonFiniteError(f"the gradient's norm is {grad_norm}", step, origins, layer)
         for name, (total, _) in _sums_of(results).items():
             if not math.isfinite(total):

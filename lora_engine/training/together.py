@@ -30,6 +30,11 @@ def check_share(world: World, config: TrainConfig, *, writes: bool) -> None:
             f"{world.size} processes: a run that writes its own completions trains in one process; "
             "start it without torchrun or --nproc"
         )
+    if config.layerwise_update:
+        raise UserError(
+            f"{world.size} processes: train.layerwise_update has no gradients that processes could "
+            "add up; start it without torchrun or --nproc"
+        )
     accumulated = config.gradient_accumulation_steps
     if accumulated < world.size:
         raise UserError(

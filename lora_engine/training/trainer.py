@@ -49,7 +49,7 @@ from lora_engine.training.loop import TrainingLoop
 from lora_engine.training.measure import Measure, Measuring
 from lora_engine.training.online.online import Online, OnlineRun
 from lora_engine.training.optimizer.flat import FlatParameters
-from lora_engine.training.optimizer.optimizer import check_rates, rate_of
+from lora_engine.training.optimizer.rates import check_rates, rate_of
 from lora_engine.training.optimizer.schedule import Schedule
 from lora_engine.training.preflight.preflight import PreflightReport, preflight
 from lora_engine.training.preflight.trial import with_values
@@ -213,11 +213,15 @@ class Trainer:
 
     def preflight(self, step: int | None) -> PreflightReport | None:
         """`lora_engine.preflight` on the first examples that teach anything, with the weights that
-        the run goes on from; None where config.preflight is off, or no step is left to do.
+        the run goes on from; None where config.preflight is off, where config.layerwise_update
+        is on (it would hold all gradients), or no step is left to do.
 
         step: what `check_folder` returned. Raises UserError where the run would learn nothing.
         """
         if not self.config.preflight or step == self.total_steps:
+            return None
+        if self.config.layerwise_update:
+            logger.info("preflight: left out, it would hold all gradients at once")
             return None
         if not (self._world.is_first or self._world.in_step):
             return None
@@ -268,7 +272,12 @@ class Trainer:
             if self._opened is None:
                 begin = self.check_folder(resume)
                 self.preflight(begin)
-            flat = FlatParameters(self.model.named_parameters(), rate_of(self.config))
+            flat = FlatParameters(
+                self.model.named_parameters(),
+                rate_of(self.config),
+                masters=self.config.rounding is None,
+                gathered=not self.config.layerwise_update,
+            )
             try:
                 if self._opened is None:
                     self.open_folder(begin)

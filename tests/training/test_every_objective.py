@@ -27,8 +27,8 @@ from lora_engine.objectives.distill import Distill
 from lora_engine.objectives.dpo import DPO
 from lora_engine.objectives.kto import KTO
 from lora_engine.objectives.sft import SFT
+from lora_engine.training.optimizer.adamw import FlatAdamW
 from lora_engine.training.optimizer.flat import FlatParameters
-from lora_engine.training.optimizer.optimizer import FlatAdamW
 from lora_engine.training.step import TrainStep
 
 # One of each; the others differ in a formula that is tested on numbers.

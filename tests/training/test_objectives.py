@@ -29,8 +29,8 @@ from lora_engine.evaluation.heldout import evaluate
 from lora_engine.evaluation.nonfinite import NonFiniteError, first_nonfinite_layer
 from lora_engine.objectives.base import Loss, Mean, Reads
 from lora_engine.objectives.sft import SFT
+from lora_engine.training.optimizer.adamw import FlatAdamW
 from lora_engine.training.optimizer.flat import FlatParameters
-from lora_engine.training.optimizer.optimizer import FlatAdamW
 from lora_engine.training.step import TrainStep
 
 

@@ -14,8 +14,8 @@ from lora_engine.models.attach.accelerate import accelerate
 from lora_engine.objectives.sft import SFT
 from lora_engine.testing import tiny_llama, with_lora
 from lora_engine.training.config import TrainConfig
+from lora_engine.training.optimizer.adamw import FlatAdamW
 from lora_engine.training.optimizer.flat import FlatParameters
-from lora_engine.training.optimizer.optimizer import FlatAdamW
 from lora_engine.training.step import TrainStep
 
 PRODUCTS = ("mm", "addmm", "addmm_")

@@ -20,8 +20,8 @@ from lora_engine import backends
 from lora_engine.models.attach.accelerate import accelerate
 from lora_engine.objectives.sft import SFT
 from lora_engine.training.config import TrainConfig
+from lora_engine.training.optimizer.adamw import FlatAdamW
 from lora_engine.training.optimizer.flat import FlatParameters
-from lora_engine.training.optimizer.optimizer import FlatAdamW
 from lora_engine.training.step import TrainStep
 
 CPU = torch.device("cpu")

@@ -26,13 +26,14 @@ class FlatEntry:
 
     parameters: all tensors with this memory, usually one; the first gives name and shape.
     strides: of each of them in the buffers. Tied tensors may be transposes of each other.
-    offset: index of its first element in the buffers.
+    offset: index of its first element in the buffers. rate: what multiplies its learning rate.
     """
 
     name: str
     parameters: tuple[nn.Parameter, ...]
     strides: tuple[tuple[int, ...], ...]
     offset: int
+    rate: float = 1.0
 
     @property
     def shape(self) -> torch.Size:
@@ -45,6 +46,11 @@ class FlatEntry:
     @property
     def numel(self) -> int:
         return self.shape.numel()
+
+    @property
+    def part(self) -> slice:
+        """Its elements of the buffers, without padding."""
+        return slice(self.offset, self.offset + self.numel)
 
     def view(self, buffer: torch.Tensor) -> torch.Tensor:
         """The first parameter's part of a flat buffer, in its shape."""
@@ -61,13 +67,18 @@ class FlatParameters:
     """Owns the storage of trainable parameters while they are trained.
 
     data [P] float32: float32 parameters are views into it; for another dtype it holds a float32
-        master copy, which `publish` rounds into the parameter.
+        master copy, which `publish` rounds into the parameter. Without masters it is bfloat16, and
+        all parameters are views into it.
     grad [P] float32: the `.grad` of float32 parameters are views into it, and autograd adds to
         them in place. Gradients of other dtypes are added to it in float32 after every backward
-        pass, so that accumulation over micro-batches does not round to 16 bits.
-    P counts a few unused elements, always 0, that align every parameter to 64 bytes.
+        pass, so that accumulation over micro-batches does not round to 16 bits. Where gradients are
+        not gathered, it is empty, and `on_arrival` is called with each one within the backward
+        pass, which then ends it.
+    P counts a few unused elements, always 0, that align every parameter to 64 bytes (of `by_entry`
+    to 256 elements).
 
     rates: the parts of the buffers in order, as slices, and what multiplies the learning rate.
+    by_entry: whether updates go from entry to entry, not over a whole part at once.
 
     Parameters that are the same memory are held once, under the first one's name, and stay the
     same memory, here and after `release`: tied weights, PEFT's tied adapters (one the transpose of
@@ -79,11 +90,16 @@ class FlatParameters:
         self,
         named_parameters: Iterable[tuple[str, nn.Parameter]],
         rate_of: Callable[[str], float] = lambda name: 1.0,
+        *,
+        masters: bool = True,
+        gathered: bool = True,
     ) -> None:
         """Takes those that require gradients. `rate_of` a name multiplies its learning rate.
 
-        Raises UserError if there are none, if they are on several devices, or if one of them
-        shares a part of its memory with another.
+        masters: whether parameters of 16 bits have float32 masters; gathered: whether gradients
+        have a buffer. Raises UserError if there are none, if they are on several devices, if one of
+        them shares a part of its memory with another, and for what cannot be trained without
+        masters or ungathered.
         """
         named = list(named_parameters)
         trainable = [(name, p) for name, p in named if p.requires_grad]
@@ -99,9 +115,22 @@ class FlatParameters:
                 f"({', '.join(sorted(map(str, devices)))}): move the model to one"
             )
         self.device = devices.pop()
-        self.entries, self.rates, size = _layout(named, rate_of)
-        self.data = torch.zeros(size, dtype=torch.float32, device=self.device)
-        self.grad = torch.zeros_like(self.data)
+        self.gathered, self.by_entry = gathered, not (masters and gathered)
+        self.on_arrival: Callable[[FlatEntry, torch.Tensor], None] | None = None
+        self.entries, self.rates, size = _layout(
+            named, rate_of, RATE_ALIGNMENT if self.by_entry else ALIGNMENT
+        )
+        if not masters:
+            self._check_needs_no_masters()
+        dtype = torch.float32 if masters else torch.bfloat16
+        self.data = torch.zeros(size, dtype=dtype, device=self.device)
+        self._hooks: list[RemovableHandle] = []
+        if not gathered:
+            self.grad = torch.zeros(0, device=self.device)
+            self._grad_views, self._collected, self._added = [], [], []
+            self._attach()
+            return
+        self.grad = torch.zeros(size, device=self.device)
         self._grad_views = [list(entry.views(self.grad)) for entry in self.entries]
         self._collected = [
             views[0]
@@ -117,7 +146,6 @@ class FlatParameters:
             and len(entry.parameters) == 1
             and views[0][1].is_contiguous()
         ]
-        self._hooks: list[RemovableHandle] = []
         self._attach()
 
     @property
@@ -141,7 +169,7 @@ class FlatParameters:
     def zero_grad(self) -> None:
         """Set all gradients to zero and the `.grad` of float32 parameters to views of `grad`."""
         self.grad.zero_()
-        for entry, views in zip(self.entries, self._grad_views, strict=True):
+        for entry, views in zip(self.entries, self._grad_views, strict=self.gathered):
             for parameter, grad in views:
                 is_view = entry.dtype == torch.float32 and parameter.requires_grad
                 parameter.grad = grad if is_view else None
@@ -174,13 +202,17 @@ class FlatParameters:
     def publish(self) -> None:
         """Tell the parameters that `data` changed: round masters into parameters of other dtypes
         and bump every parameter's version counter, on which caches are keyed."""
-        with torch.no_grad():
-            for entry in self.entries:
-                if entry.dtype == torch.float32:
-                    torch.autograd.graph.increment_version(entry.parameters)
-                else:
-                    for parameter, master in entry.views(self.data):
-                        parameter.copy_(master)
+        for entry in self.entries:
+            self.publish_entry(entry)
+
+    @torch.no_grad()
+    def publish_entry(self, entry: FlatEntry) -> None:
+        """The same of one entry."""
+        if entry.dtype == self.data.dtype:
+            torch.autograd.graph.increment_version(entry.parameters)
+        else:
+            for parameter, master in entry.views(self.data):
+                parameter.copy_(master)
 
     def named_copies(self, buffer: torch.Tensor) -> dict[str, torch.Tensor]:
         """A flat buffer [P] as one CPU tensor of its own per parameter, as files want it."""
@@ -203,25 +235,55 @@ class FlatParameters:
             hook.remove()
         self._hooks.clear()
         for entry in self.entries:
-            own = self.data[entry.offset : entry.offset + entry.numel].clone()
+            own = self.data[entry.part].clone()
             for parameter, values in dataclasses.replace(entry, offset=0).views(own):
                 parameter.grad = None
-                if entry.dtype == torch.float32:
+                if entry.dtype == self.data.dtype:
                     parameter.data = values
             torch.autograd.graph.increment_version(entry.parameters)
 
     def _attach(self) -> None:
         for entry in self.entries:
             entry.view(self.data).copy_(entry.parameters[0].data)
-            views = zip(entry.views(self.data), entry.views(self.grad), strict=True)
-            for (parameter, values), (_, grad) in views:
+            for parameter, values in entry.views(self.data):
                 parameter.grad = None
-                if entry.dtype == torch.float32:
+                if entry.dtype == self.data.dtype:
                     parameter.data = values
-                elif parameter.requires_grad:
-                    self._hooks.append(_accumulate_in_float32(parameter, grad))
+            if not self.gathered:
+                self._hooks.append(self._watch(entry))
+            elif entry.dtype != torch.float32:
+                trained = [(p, g) for p, g in entry.views(self.grad) if p.requires_grad]
+                self._hooks += [_accumulate_in_float32(p, grad) for p, grad in trained]
             torch.autograd.graph.increment_version(entry.parameters)
         self.zero_grad()
+
+    def _watch(self, entry: FlatEntry) -> RemovableHandle:
+        """Hands the entry's gradient to `on_arrival`, and lets go of it."""
+        trained = [parameter for parameter in entry.parameters if parameter.requires_grad]
+        if len(trained) > 1:
+            raise UserError(
+                f"train.layerwise_update: {entry.name} is the memory of {len(trained)} parameters "
+                "(PEFT's tied adapters), whose gradients add up after the backward pass; leave "
+                "layerwise_update out"
+            )
+
+        def arrived(parameter: torch.Tensor) -> None:
+            gradient, parameter.grad = parameter.grad, None
+            assert gradient is not None
+            if self.on_arrival is not None:
+                self.on_arrival(entry, gradient)
+
+        return trained[0].register_post_accumulate_grad_hook(arrived)
+
+    def _check_needs_no_masters(self) -> None:
+        for entry in self.entries:
+            if entry.dtype != torch.bfloat16:
+                dtype = str(entry.dtype).removeprefix("torch.")
+                raise UserError(
+                    f"train.rounding stochastic: {entry.name} is {dtype}, and weights that are "
+                    "rounded at random are bfloat16: set model.dtype=bfloat16, or leave rounding "
+                    "out"
+                )
 
     def _check_names_and_shapes(self, tensors: Mapping[str, torch.Tensor]) -> None:
         expected = {entry.name: tuple(entry.shape) for entry in self.entries}
@@ -255,7 +317,7 @@ def _accumulate_in_float32(parameter: nn.Parameter, grad: torch.Tensor) -> Remov
 
 
 def _layout(
-    named: list[tuple[str, nn.Parameter]], rate_of: Callable[[str], float]
+    named: list[tuple[str, nn.Parameter]], rate_of: Callable[[str], float], alignment: int
 ) -> tuple[tuple[FlatEntry, ...], tuple[tuple[slice, float], ...], int]:
     """An aligned entry for each distinct memory, the slice of each rate, and the buffers' size."""
     by_rate: dict[float, list[list[tuple[str, nn.Parameter]]]] = {}
@@ -265,13 +327,13 @@ def _layout(
             raise UserError(f"{name}: cannot train parameters of type {first.dtype}")
         by_rate.setdefault(rate_of(name), []).append(group)
     entries, rates, offset = [], [], 0
-    step, rate_step = (a // torch.float32.itemsize for a in (ALIGNMENT, RATE_ALIGNMENT))
+    step, rate_step = (a // torch.float32.itemsize for a in (alignment, RATE_ALIGNMENT))
     for rate, members in by_rate.items():
         start = offset
         for group in members:
             parameters = tuple(parameter for _, parameter in group)
             strides = tuple(map(compact_strides, parameters))
-            entries.append(FlatEntry(group[0][0], parameters, strides, offset))
+            entries.append(FlatEntry(group[0][0], parameters, strides, offset, rate))
             offset += -(-parameters[0].numel() // step) * step
         if len(by_rate) > 1:
             offset = -(-offset // rate_step) * rate_step

@@ -1,108 +1,134 @@
-"""AdamW over flat parameters."""
+"""What every optimiser over flat parameters does: clip, step, keep its state in files."""
 
-from collections.abc import Callable, Mapping, Sequence
-from itertools import pairwise
-from typing import NamedTuple, TypedDict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 
-from lora_engine import ops
-from lora_engine.errors import UserError, nearest
+from lora_engine import backends, ops
+from lora_engine.errors import UserError
 from lora_engine.training.config import TrainConfig
-from lora_engine.training.optimizer.flat import FlatParameters
+from lora_engine.training.optimizer.flat import FlatEntry, FlatParameters
+from lora_engine.training.optimizer.rounding import stochastically_rounded
 
-BLOCK = ops.ADAMW_8BIT_BLOCK
-
-
-class _Step(TypedDict):
-    """What all parameters' steps have in common, as `ops.adamw_` takes it."""
-
-    step: int
-    beta1: float
-    beta2: float
-    eps: float
-    weight_decay: float
-    grad_norm: torch.Tensor | None
-    max_grad_norm: float | None
+# Values that temporary tensors of an update hold: in a processor's cache; a GPU's launches pay.
+CHUNK_CPU = 2**18
+CHUNK_GPU = 2**24
 
 
-class _Moment(NamedTuple):
-    """One of the two moments, by its file's stem."""
+class FlatOptimizer:
+    """Updates flat parameters. Subclasses have the rule, and the state that it remembers.
 
-    name: str
-    values: torch.Tensor  # [P]
-    absmax: torch.Tensor | None = None  # [ceil(P / 256)], of values that are codes
-
-
-class FlatAdamW:
-    """AdamW (Loshchilov & Hutter 2019), clipping by global norm, one launch for each rate.
-
-    exp_avg, exp_avg_sq [P] float32: the moments, laid out as `flat.data`. With the optimizer
-        "adamw_8bit", uint8 codes, of which 256 in a row share a float32 in exp_avg_absmax and
-        exp_avg_sq_absmax [ceil(P / 256)], whatever parameters they belong to.
-    updates: steps applied so far, which the bias correction counts.
-    Weight decay applies to all parameters alike. The step is deterministic.
+    updates: steps applied so far. torn: whether parameters were updated within a step that has not
+        been found sound, as a step that ended in an error with gradients that are not gathered.
+    Weight decay applies to all parameters alike. The step is deterministic: the bits that
+    bfloat16 weights are rounded by are drawn from seed, step and place.
     """
+
+    by_entry = False  # whether the rule needs a parameter's shape
 
     def __init__(self, flat: FlatParameters, config: TrainConfig) -> None:
         self.flat = flat
-        self.quantized = config.optimizer == "adamw_8bit"
-        dtype = torch.uint8 if self.quantized else flat.data.dtype
-        self.exp_avg = torch.zeros_like(flat.data, dtype=dtype)
-        self.exp_avg_sq = torch.zeros_like(flat.data, dtype=dtype)
-        if self.quantized:
-            blocks = -(-flat.data.numel() // BLOCK)
-            self.exp_avg_absmax = flat.data.new_zeros(blocks)
-            self.exp_avg_sq_absmax = flat.data.new_zeros(blocks)
+        self.config = config
         self.updates = 0
-        self._config = config
+        self.torn = False
+        self.chunk = CHUNK_GPU if backends.has_own_memory(flat.device) else CHUNK_CPU
+        self._norms: dict[str, torch.Tensor] = {}  # of a layer-wise step's gradients
+
+    def stored(self) -> Mapping[str, Mapping[str, torch.Tensor]]:
+        """Its state: per file stem of a checkpoint, names to tensors, which may be views."""
+        raise NotImplementedError
+
+    def buffers(self) -> list[torch.Tensor]:
+        """All that it remembers of gradients, to be read and written."""
+        raise NotImplementedError
+
+    def _update(
+        self,
+        part: slice,
+        params: torch.Tensor,  # [n] float32
+        grads: torch.Tensor,  # [n] float32
+        learning_rate: float,
+        norm: torch.Tensor | None,  # []
+    ) -> None:
+        """The rule, in place, for the elements `part` of the buffers."""
+        raise NotImplementedError
 
     def grad_norm(self) -> torch.Tensor:
         """Euclidean norm of all gradients, [] float32, on the parameters' device."""
-        return ops.grad_norm(self.flat.grad)
+        if self.flat.gathered:
+            return ops.grad_norm(self.flat.grad)
+        if not self._norms:
+            return torch.zeros((), device=self.flat.device)
+        return torch.linalg.vector_norm(torch.stack(list(self._norms.values())))
 
+    @contextmanager
+    def receiving(self, learning_rate: float | None) -> Iterator[None]:
+        """Around a backward pass. Where gradients are not gathered, each parameter is updated when
+        its gradient arrives, and those that none arrives for with 0; with None nothing is."""
+        if self.flat.gathered:
+            with self.flat.collecting():
+                yield
+            return
+        self._norms = norms = {}
+
+        def arrived(entry: FlatEntry, gradient: torch.Tensor) -> None:
+            if entry.name in norms:
+                raise UserError(
+                    f"train.layerwise_update: the gradient of {entry.name} arrives in several "
+                    "parts, such as reentrant checkpointing makes of a shared one; use "
+                    "use_reentrant=False"
+                )
+            with torch.no_grad():
+                norms[entry.name] = torch.linalg.vector_norm(gradient, dtype=torch.float32)
+                if learning_rate is not None:
+                    grads = _in_order_of(entry, gradient)
+                    self._update_entry(entry, grads, learning_rate * entry.rate, None)
+                    self.flat.publish_entry(entry)
+
+        if learning_rate is not None:
+            self.updates += 1
+            self.torn = True
+        self.flat.on_arrival = arrived
+        try:
+            yield
+            missing = [entry for entry in self.flat.entries if entry.name not in norms]
+            for entry in missing if learning_rate is not None else ():
+                arrived(entry, torch.zeros(entry.shape, device=self.flat.device))
+        finally:
+            self.flat.on_arrival = None
+
+    def nonfinite_gradient(self) -> str | None:
+        """The parameter whose gradient was the first that is not finite, of a layer-wise step."""
+        return next((name for name, norm in self._norms.items() if not norm.isfinite()), None)
+
+    @torch.no_grad()
     def step(self, learning_rate: float, grad_norm: torch.Tensor) -> None:
         """Apply the gradients in `flat.grad`, whose norm is `grad_norm` [], and publish.
 
-        The kernel reads the norm that it clips by where it lies: nothing waits for a device.
+        What clips reads the norm where it lies: nothing waits for a device. Of gradients that are
+        not gathered the updates are done; this says that they are sound.
         """
-        config, flat = self._config, self.flat
+        flat = self.flat
+        self.torn = False
+        if not flat.gathered:
+            return
         self.updates += 1
-        step: _Step = {
-            "step": self.updates,
-            "beta1": config.beta1,
-            "beta2": config.beta2,
-            "eps": config.eps,
-            "weight_decay": config.weight_decay,
-            "grad_norm": None if config.max_grad_norm is None else grad_norm,
-            "max_grad_norm": config.max_grad_norm,
-        }
-        for part, rate in flat.rates:
-            lr = learning_rate * rate
-            params, grads = flat.data[part], flat.grad[part]
-            moments = self.exp_avg[part], self.exp_avg_sq[part]
-            if self.quantized:
-                blocks = slice(part.start // BLOCK, -(-part.stop // BLOCK))
-                absmax = self.exp_avg_absmax[blocks], self.exp_avg_sq_absmax[blocks]
-                ops.adamw_8bit_(params, grads, *moments, *absmax, lr=lr, **step)
-            else:
-                ops.adamw_(params, grads, *moments, lr=lr, **step)
+        norm = None if self.config.max_grad_norm is None else grad_norm
+        if flat.by_entry or self.by_entry:
+            for entry in flat.entries:
+                self._update_entry(entry, flat.grad[entry.part], learning_rate * entry.rate, norm)
+        else:
+            for part, rate in flat.rates:
+                self._update(part, flat.data[part], flat.grad[part], learning_rate * rate, norm)
         flat.publish()
 
     def tensors(self) -> dict[str, dict[str, torch.Tensor]]:
-        """The moments as files want them: per file stem, names to CPU tensors.
-
-        One tensor per parameter in float32; in 8 bits, where blocks take no notice of parameters,
-        the flat codes and what scales them.
-        """
-        moments = {}
-        for name, values, absmax in self._moments():
-            if absmax is None:
-                moments[name] = self.flat.named_copies(values)
-            else:
-                parts = {"codes": values, "absmax": absmax}
-                moments[name] = {part: x.detach().to("cpu", copy=True) for part, x in parts.items()}
-        return moments
+        """`stored` in CPU tensors of their own."""
+        return {
+            stem: {n: x.detach().to("cpu", copy=True).contiguous() for n, x in named.items()}
+            for stem, named in self.stored().items()
+        }
 
     @torch.no_grad()
     def load(self, read: Callable[[str], Mapping[str, torch.Tensor]]) -> None:
@@ -110,52 +136,53 @@ class FlatAdamW:
 
         Raises UserError if they are of other parameters.
         """
-        for name, values, absmax in self._moments():
-            tensors = read(name)
-            if absmax is None:
-                self.flat.load_named(values, tensors)
-                continue
-            for part, x in (("codes", values), ("absmax", absmax)):
-                if part not in tensors or tensors[part].shape != x.shape:
-                    raise UserError(f"{name}: not the 8-bit moments of this model's parameters")
-                x.copy_(tensors[part])
+        for stem, named in self.stored().items():
+            tensors = read(stem)
+            if {n: x.shape for n, x in tensors.items()} != {n: x.shape for n, x in named.items()}:
+                raise UserError(f"{stem}: not the moments of this model's parameters")
+            for name, values in named.items():
+                values.copy_(tensors[name])
 
-    def buffers(self) -> list[torch.Tensor]:
-        """All that it remembers of gradients, to be read and written."""
-        parts = [part for _, *moment in self._moments() for part in moment]
-        return [part for part in parts if part is not None]
+    def _update_entry(
+        self,
+        entry: FlatEntry,
+        grads: torch.Tensor,  # [n] float32
+        learning_rate: float,
+        norm: torch.Tensor | None,
+    ) -> None:
+        for part in self._chunks(entry.part):
+            own = slice(part.start - entry.offset, part.stop - entry.offset)
+            with self._writing(self.flat.data[part], part.start) as params:
+                self._update(part, params, grads[own], learning_rate, norm)
 
-    def _moments(self) -> tuple[_Moment, _Moment]:
-        if not self.quantized:
-            return _Moment("exp_avg", self.exp_avg), _Moment("exp_avg_sq", self.exp_avg_sq)
-        return (
-            _Moment("exp_avg", self.exp_avg, self.exp_avg_absmax),
-            _Moment("exp_avg_sq", self.exp_avg_sq, self.exp_avg_sq_absmax),
-        )
+    def _chunks(self, part: slice) -> Iterator[slice]:
+        for start in range(part.start, part.stop, self.chunk):
+            yield slice(start, min(start + self.chunk, part.stop))
+
+    @contextmanager
+    def _writing(self, values: torch.Tensor, place: int) -> Iterator[torch.Tensor]:
+        """A part of `flat.data` in float32, to be written; bfloat16 is rounded at random then.
+
+        place: of its first element in the buffer, which tells one part's draws from another's.
+        """
+        if values.dtype == torch.float32:
+            yield values
+            return
+        wide = values.float()
+        yield wide
+        values.copy_(stochastically_rounded(wide, (self.config.seed, self.updates, place)))
+
+    def _clipping(self, norm: torch.Tensor | None) -> torch.Tensor | float:
+        """What multiplies gradients of that norm."""
+        most = self.config.max_grad_norm
+        return 1.0 if norm is None or most is None else (most / norm).clamp(max=1)
 
 
-def rate_of(config: TrainConfig) -> Callable[[str], float]:
-    """What multiplies the learning rate of a parameter, by its name in a PEFT model."""
-
-    def rate(name: str) -> float:
-        parts = name.split(".")
-        is_b = any(part in ("lora_B", "lora_embedding_B") for part in parts)
-        own = config.adapter_learning_rates
-        # An adapter's name follows that of the PEFT container that holds its tensors.
-        held = (b for a, b in pairwise(parts) if a.startswith("lora_") or a == "modules_to_save")
-        adapter = next((own[part] for part in held if part in own), 1.0)
-        return (config.loraplus_lr_ratio if is_b else 1.0) * adapter
-
-    return rate
-
-
-def check_rates(config: TrainConfig, adapters: Sequence[str]) -> None:
-    """Raises UserError if a learning rate is for an adapter that is not among the trained ones."""
-    for name in config.adapter_learning_rates:
-        if name not in adapters:
-            close = nearest(name, adapters)
-            there_is = f"there is {', '.join(adapters)}" if adapters else "no adapter is trained"
-            raise UserError(
-                f"adapter_learning_rates: no adapter {name!r}; "
-                + (f"did you mean {close}?" if close else there_is)
-            )
+def _in_order_of(entry: FlatEntry, gradient: torch.Tensor) -> torch.Tensor:
+    """A gradient [n] in float32, its elements in the order of the buffers."""
+    if gradient.dtype == torch.float32 and gradient.stride() == entry.strides[0]:
+        return gradient.as_strided((entry.numel,), (1,))
+    ordered = torch.empty(entry.numel, device=gradient.device)
+    trained = next(i for i, p in enumerate(entry.parameters) if p.requires_grad)
+    ordered.as_strided(entry.parameters[trained].shape, entry.strides[trained]).copy_(gradient)
+    return ordered

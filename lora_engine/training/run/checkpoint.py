@@ -1,7 +1,8 @@
 """Checkpoints on disk: whole or absent, tensors in safetensors, the rest in JSON.
 
     checkpoints/step-00000120/
-        weights.safetensors  exp_avg.safetensors  exp_avg_sq.safetensors  random.safetensors
+        weights.safetensors  random.safetensors
+        exp_avg.safetensors  exp_avg_sq.safetensors  (of the optimiser, those that it has)
         state.json           the loop's state; size and SHA-256 of every other file, and its own
 
 A checkpoint is filled under a temporary name, flushed to the disk and renamed. It is complete if
@@ -28,7 +29,9 @@ from lora_engine.training.run.fingerprint import files_sha256, json_sha256
 logger = logging.getLogger(__name__)
 
 FORMAT = 2
-STEMS = frozenset({"weights", "exp_avg", "exp_avg_sq", "random"})
+STEMS = frozenset(
+    {"weights", "exp_avg", "exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_column", "random"}
+)
 _STATE = "state.json"
 _KEYS = frozenset({"format", "step", "files", "state"})
 _NAME = r"step-\d{8,}"

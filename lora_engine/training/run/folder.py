@@ -14,7 +14,7 @@ from lora_engine.errors import UserError
 from lora_engine.files import naming
 from lora_engine.training import random_state
 from lora_engine.training.optimizer.flat import FlatParameters
-from lora_engine.training.optimizer.optimizer import FlatAdamW
+from lora_engine.training.optimizer.optimizer import FlatOptimizer
 from lora_engine.training.run.atomic import remove_folder, remove_leftovers
 from lora_engine.training.run.checkpoint import CheckpointStore
 from lora_engine.training.run.identity import Identity, check_identity
@@ -187,7 +187,7 @@ class RunFolder:
     def save(
         self,
         flat: FlatParameters,
-        optimizer: FlatAdamW,
+        optimizer: FlatOptimizer,
         state: TrainState,
         metrics: Written,
         of_run: OfRun,
@@ -221,7 +221,7 @@ class RunFolder:
         """The JSON of the checkpoint of `step`, which is complete."""
         return cast(Saved, self.checkpoints.state(step))
 
-    def load(self, step: int, flat: FlatParameters, optimizer: FlatAdamW) -> Loaded:
+    def load(self, step: int, flat: FlatParameters, optimizer: FlatOptimizer) -> Loaded:
         """Bring back what `save` wrote, random state included."""
         content, folder = self.saved(step), self.checkpoints.path(step)
         try:
