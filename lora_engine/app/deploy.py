@@ -124,16 +124,23 @@ def put_merged(
             found = compare(dense, chosen, target, rows, load=load)
             report["verified"] = {"rows": name, **asdict(found), "tolerance": asdict(tolerance)}
             if problem := found.problem(tolerance):
-                more = "--dtype float32" if packing is None else "a format of more bits"
                 raise UserError(
                     f"the merged weights do not compute what the adapter does: {problem}; nothing "
-                    f"was written to {to}; try {more}"
+                    f"was written to {to}; use {_instead(packing, report['packed'])}"
                 )
     of_transformers = packing is None or packing.format in _READ_BY_TRANSFORMERS
     form: MergedForm = "model" if of_transformers else "packed"
     card = merged_card(base_of_folder(base), [a.folder for a, _ in chosen], form)
     (target / "README.md").write_text(card, encoding="utf-8")
     return report
+
+
+def _instead(packing: Packing | None, packed: dict[str, Any] | None) -> str:
+    """What may keep what the adapter changes where this does not."""
+    if packing is None or packed is None:
+        return "--dtype float32"
+    more = "--quantize int8, or " if packed["bits"] < 8 else ""
+    return f"{more}no --quantize, or the adapter beside its base"
 
 
 def _packed(merged: Path, target: Path, packing: Packing) -> Packed:

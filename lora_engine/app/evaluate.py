@@ -250,6 +250,7 @@ def _groups(data: str, column: str, origins: Sequence[str]) -> list[str]:
         values[row.origin] = str(row.value.get(column, ""))
     if column not in columns:
         close = nearest(column, columns)
-        hint = f"did you mean {close}?" if close else f"there is {', '.join(sorted(columns))}"
+        there = f"there is {', '.join(sorted(columns))}" if columns else "it has none, leave it out"
+        hint = f"did you mean {close}?" if close else there
         raise UserError(f"--group {column}: {data} has no such column; {hint}")
     return [values.get(origin, "") for origin in origins]

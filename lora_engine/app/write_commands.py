@@ -22,7 +22,7 @@ Model = Annotated[
     ),
 ]
 NewTokens = Annotated[
-    int, typer.Option("--max-new-tokens", metavar="N", help="At most so many tokens.")
+    int, typer.Option("--max-new-tokens", metavar="N", help="At most so many tokens.", min=1)
 ]
 Temperature = Annotated[float, typer.Option(metavar="T", help="0: always the most likely token.")]
 TopK = Annotated[int, typer.Option(metavar="K", help="Only the K most likely tokens; 0: all.")]

@@ -46,12 +46,18 @@ class Writer:
         """A context in which the model writes with its adapter, or without it."""
         return nullcontext() if adapter or not self.adapted else without_adapters(self.model)
 
-    def request(self, record: Record, sampling: Sampling, count: int = 1) -> Request:
+    def request(
+        self, record: Record, sampling: Sampling, count: int = 1, *, as_fits: bool = False
+    ) -> Request:
         """A record's prompt, gone on with. Raises UserError where it has none, or a too long one.
 
-        An answer that the record has already, as a training record does, is no part of it.
+        An answer that the record has already, as a training record does, is no part of it. as_fits:
+        the answer has as many tokens at most as the model has left for it.
         """
         ids = prompt_ids(record, Encoder(self.tokenizer))
+        if as_fits and self.positions is not None:
+            left = max(self.positions - len(ids), 1)
+            sampling = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, left))
         new = sampling.max_new_tokens
         if not ids:
             raise UserError(f"{record.origin}: the prompt is empty; give some text")
@@ -201,7 +207,7 @@ class Conversation:
         """The pieces of an answer to the messages so far, which stay as they are."""
         record = Record("messages", messages=tuple(self.messages), origin="chat")
         seed = self.sampling.seed + sum(m.get("role") == "user" for m in self.messages)
-        request = self.writer.request(record, replace(self.sampling, seed=seed))
+        request = self.writer.request(record, replace(self.sampling, seed=seed), as_fits=True)
         with self.writer.writing(adapter=adapter):
             for event in self.writer.generator().stream(request):
                 yield event.piece

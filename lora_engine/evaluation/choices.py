@@ -18,7 +18,7 @@ from lora_engine.data.fields import kind_of, messages_of, string_of
 from lora_engine.data.listing import raise_listed, without_origin
 from lora_engine.data.readers import Row, RowError
 from lora_engine.data.render import Example
-from lora_engine.data.sources import open_source
+from lora_engine.data.sources import BUILT_IN, open_source
 from lora_engine.data.strings import check_string
 from lora_engine.data.template import Message, Tokenizer
 from lora_engine.errors import UserError
@@ -62,6 +62,8 @@ def read_questions(source: str, *, limit: int | None = None) -> list[Question]:
     answer: one of the choices, or its number from 0, or its letter from A. Raises one UserError
     that lists every row that is none, and one for a source that cannot be read or has no rows.
     """
+    if source in BUILT_IN:
+        raise UserError(f"{source}: holds no questions with choices; give a file of them")
     name, rows = open_source(source, None)
     found: list[Question] = []
     problems: list[tuple[str, str]] = []

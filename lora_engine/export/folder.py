@@ -55,21 +55,20 @@ def check_space(folder: Path, nbytes: int) -> None:
 
 
 def _check(path: Path, report: str, overwrite: bool) -> None:
-    if os.path.lexists(path) and not path.is_dir():
-        raise UserError(f"{path}: is a file, --to must be a folder; give another")
     if path.is_symlink():
         raise UserError(f"{path}: is a link; give the folder that it leads to")
-    there = [p for p in path.rglob("*") if not p.is_dir()] if path.is_dir() else []
-    if not there:
-        return
-    if not overwrite:
-        raise UserError(f"{path}: is not empty; give another folder, or --overwrite to replace it")
-    known = _known(path / report)
-    foreign = [p for p in there if str(p.relative_to(path)) not in known]
-    if foreign:
-        raise UserError(
-            f"{foreign[0]}: was not written by this command; move it away, or give another folder"
-        )
+    if os.path.lexists(path) and not path.is_dir():
+        raise UserError(f"{path}: is a file, --to must be a folder; give another")
+    known = _known(path / report) if overwrite else set()
+    for name in (p for p in path.rglob("*") if not p.is_dir()):  # none where there is no folder
+        if not overwrite:
+            raise UserError(
+                f"{path}: is not empty; give another folder, or --overwrite to replace it"
+            )
+        if str(name.relative_to(path)) not in known:
+            raise UserError(
+                f"{name}: was not written by this command; move it away, or give another folder"
+            )
 
 
 def _known(report: Path) -> set[str]:

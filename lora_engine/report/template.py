@@ -1,9 +1,10 @@
 """The report's pages, from the templates beside this file, and which files they may replace."""
 
+import tempfile
 from pathlib import Path
 
 from lora_engine.errors import UserError
-from lora_engine.files import user_path
+from lora_engine.files import naming, user_path
 from lora_engine.text import visible
 
 # Marks by which a page is known again.
@@ -37,4 +38,7 @@ def page_path(name: str, mark: str) -> Path:
         raise UserError(f"{path}: is a folder; give a file's name with --html")
     if path.exists() and mark not in path.read_text(encoding="utf-8", errors="replace"):
         raise UserError(f"{path}: holds something else; give another name with --html")
+    with naming(path):  # what cannot be written is told before anything is measured
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
     return path

@@ -71,6 +71,7 @@ MISTAKES = [
         ["two adapters are called run"]),
     Try("another base", ["serve", "other", *FREE, "--adapter", "x=run"],
         ["is not the base of the adapter"], prepare=other_base),
+    Try("no tokens", ["serve", "tiny", *FREE, "--max-new-tokens", "0"], ["--max-new-tokens"]),
     Try("nobody may wait", ["serve", "tiny", *FREE, "--waiting", "0"], ["waiting"]),
 ]  # fmt: skip
 

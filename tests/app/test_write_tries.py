@@ -108,7 +108,16 @@ def test_a_conversation_that_grows_too_long_can_begin_anew(finished, capfd, monk
     assert "more than the 512 that the model was made for" in printed
 
 
+def test_an_answer_has_what_is_left_for_it(finished, capfd, monkeypatch):
+    """Of 512 positions, where 512 new tokens are asked for."""
+    monkeypatch.setattr("sys.stdin", io.StringIO("hi\n"))
+    status, printed, _ = run(capfd, "chat", "tiny", "--temperature", "0")
+    assert status == 0 and "more than" not in printed and len(printed.split("> ")[1]) > 1
+
+
 MISTAKES = [
+    Try("no tokens", ["generate", "tiny", "--prompt", "x", "--max-new-tokens", "0"],
+        ["--max-new-tokens"]),
     Try("no model", ["generate", "nothing", "--prompt", "x"], ["nothing"]),
     Try("nothing asked", ["generate", "tiny"], ["give a file of prompts"]),
     Try("asked twice", ["generate", "tiny", "rows.jsonl", "--prompt", "x"], ["give a file"]),

@@ -16,7 +16,7 @@ from lora_engine.data.dataset import prepare
 from lora_engine.data.docstrings import docstring_records
 from lora_engine.errors import UserError
 from lora_engine.export.gguf import TYPES, encode, tensor_type, write_gguf
-from lora_engine.export.llama_cpp import WRITTEN, LlamaCpp, compare
+from lora_engine.export.llama_cpp import DECIDED, WRITTEN, LlamaCpp, compare
 from lora_engine.export.verify import load_plain
 from lora_engine.export.weights import MergedWeights
 from lora_engine.models.load.load import load_model
@@ -128,20 +128,37 @@ def test_each_type_holds_the_weights_and_llama_cpp_reads_it(tmp_path, wide, kind
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "least", "least_decided"),
-    [("f16", 1.0, 1.0), ("q8_0", 0.9, 0.97), ("q4_k", 0.9, 0.97)],
+    [("f16", 0.99, 1.0), ("q8_0", 0.94, 0.99), ("q4_k", 0.9, 0.97)],
 )
 def test_llama_cpp_agrees_on_smollm2_but_for_near_ties(
     tmp_path, smollm2, kind, least, least_decided
 ):
-    """With the weights that the file holds, in float32: llama.cpp's activations have 8 bits."""
+    """With the weights that the file holds, in float32. In quantised files llama.cpp rounds
+    activations to 8 bits, which moves near ties; nothing else may be lost."""
     folder, rows = smollm2
     written(folder, tmp_path / "m.gguf", kind)
     model = as_read(folder, gguf.GGUFReader(tmp_path / "m.gguf").tensors)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    agreement = compare(tmp_path / "m.gguf", model, tokenizer, rows)
-    assert agreement.positions == 200 and agreement.decided > 150
+    agreement = compare(tmp_path / "m.gguf", model, tokenizer, rows, positions=400)
+    assert agreement.positions == 400 and agreement.decided > 300
     assert agreement.top1 >= least, agreement
     assert agreement.top1_decided >= least_decided, agreement
+    if kind != "q8_0":
+        return
+    # The same weights as a file of float32, where llama.cpp rounds no activations.
+    model.save_pretrained(tmp_path / "read")
+    tokenizer.save_pretrained(tmp_path / "read")
+    written(tmp_path / "read", tmp_path / "f32.gguf")
+    agreement = compare(tmp_path / "f32.gguf", model, tokenizer, rows, positions=400)
+    assert agreement.top1 >= 0.99 and agreement.top1_decided == 1.0, agreement
+    # What the format itself costs, whoever reads the file, are near ties alone.
+    ids = torch.tensor([rows[0]])
+    with torch.no_grad():
+        own = load_plain(folder)(input_ids=ids).logits[0].log_softmax(-1)
+        kept = model(input_ids=ids).logits[0]
+    best, second = own.topk(2).values.T
+    same = own.argmax(-1) == kept.argmax(-1)
+    assert same[best - second >= DECIDED].all()
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 import errno
 import json
 import signal
+from pathlib import Path
 
 import pytest
 from broken_machine import file_size_limit, in_a_child, killed_at
@@ -82,6 +83,19 @@ def test_other_people_s_files_are_not_replaced(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match=r"file: is a file, --to must be a folder"):
         write_result(tmp_path / "file", "new", overwrite=True)
+
+
+def test_a_folder_of_many_files_is_refused_at_its_first(tmp_path, monkeypatch):
+    """A slip such as --to / would take long to walk through."""
+    (tmp_path / "result").mkdir()
+    for name in "abc":
+        (tmp_path / "result" / name).touch()
+    seen = []
+    is_dir = Path.is_dir
+    monkeypatch.setattr(Path, "is_dir", lambda self: seen.append(self.name) or is_dir(self))
+    with pytest.raises(UserError, match="is not empty"):
+        write_result(tmp_path / "result", "new")
+    assert len({"a", "b", "c"}.intersection(seen)) == 1
 
 
 def test_one_writer_at_a_time(tmp_path):
