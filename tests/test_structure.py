@@ -17,6 +17,7 @@ LAYERS: list[set[str]] = [
     {"errors", "openmp", "text", "values"},
     {"memory.policy"},
     {"files", "distributed", "user_code", "config_schema"},
+    {"scratch_file"},
     {"quantization"},
     {"reference"},
     {"backends", "backends.cpu.kernels", "backends.cpu.structs"},  # what the extension has

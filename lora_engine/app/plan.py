@@ -138,6 +138,7 @@ def load_of(config: RunConfig, device: torch.device) -> Load:
         *(rows, rows, policy, train.optimizer, device, cached),
         layerwise_update=train.layerwise_update,
         masters=train.rounding is None,
+        offloaded=train.offload_activations is not None,
     )
 
 

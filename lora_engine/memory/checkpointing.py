@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lora_engine.errors import UserError
+from lora_engine.memory.offload import ActivationStore
 from lora_engine.memory.policy import Policy, policy_of
 from lora_engine.models.attach.decoder_layer import DecoderLayerForward
 from lora_engine.models.attach.forwards import own_forward
@@ -20,22 +21,26 @@ from lora_engine.models.families.modules import DecoderLayer
 
 
 @contextmanager
-def checkpointing(model: nn.Module, policy: str | Policy | None) -> Iterator[None]:
+def checkpointing(
+    model: nn.Module, policy: str | Policy | None, store: ActivationStore | None = None
+) -> Iterator[None]:
     """Within, `model`'s layers follow `policy` in training; None leaves them as they are.
 
-    model: of transformers, plain, with PEFT's adapters or accelerated. The layers are what they
-    were afterwards. Raises UserError where they cannot follow it, ValueError for an unknown one.
+    model: of transformers, plain, with PEFT's adapters or accelerated. store: keeps the inputs of
+    what runs again; None: memory does. The layers are what they were afterwards. Raises UserError
+    where they cannot follow it, ValueError for an unknown one.
     """
     if policy is None:
         yield
         return
     policy = policy_of(policy) if isinstance(policy, str) else policy
     layers = _layers(model, policy)
+    run = partial(checkpoint, use_reentrant=False) if store is None else store.checkpoint
     before = [_state(layer) for layer in layers]
     try:
         for index, layer in enumerate(layers):
             layer.gradient_checkpointing = policy.covers(index)
-            layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+            layer._gradient_checkpointing_func = run
             forward = own_forward(layer)
             if isinstance(forward, DecoderLayerForward):
                 forward.keeps = policy.keeps

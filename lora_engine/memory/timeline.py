@@ -30,8 +30,8 @@ class Load:
 
     rows: T, tokens of the micro-batch. targets: U, those that are supervised. optimizer,
     layerwise_update: as `train` has them. masters: whether weights of 16 bits that are trained have
-    float32 copies. device: where it runs. cached: tokens whose keys and values are kept while the
-    model writes samples or rollouts.
+    float32 copies. offloaded: whether the inputs of what runs again are on disk. device: where it
+    runs. cached: tokens whose keys and values are kept while the model writes samples or rollouts.
     """
 
     rows: int
@@ -42,6 +42,7 @@ class Load:
     cached: int = 0
     layerwise_update: bool = False
     masters: bool = True
+    offloaded: bool = False
 
 
 class Moment(NamedTuple):
@@ -108,6 +109,8 @@ class _Step:
         rows, targets = load.rows, load.targets
         kept = [self._kept(index) for index in range(sizes.layers)]
         first = self.row(rows, sizes.hidden)  # the embedding's result
+        if load.offloaded and load.policy.covers(0):
+            first = 0
         activations = first + sum(kept)
         yield self._moment("forward", activations=activations, working=self._forward_work())
         yield self._moment("head", activations=activations, head=self._head())
@@ -206,11 +209,13 @@ class _Step:
         rows, fed, hidden = self.load.rows, self._mlp_rows(index), self.sizes.hidden
         policy = self.load.policy
         result = self.row(fed, hidden)
+        if self.load.offloaded and index + 1 < self.sizes.layers and policy.covers(index + 1):
+            result = 0  # the next layer's input
         middle = self.row(fed, hidden)
         if not policy.covers(index):
             return self._attention_saved(rows) + middle + self._mlp_saved(fed) + result
         if policy.keeps == "inputs_of_halves":
-            return self.row(rows, hidden) + result
+            return (0 if self.load.offloaded else self.row(rows, hidden)) + result
         if policy.keeps == "input_and_attention":
             return self._attention_output(rows) + result
         return result

@@ -44,6 +44,7 @@ _FREE_ON_RESUME = frozenset(
         "checkpointing",
         "memory",
         "layerwise_update",
+        "offload_activations",
     }
 )
 
@@ -141,6 +142,12 @@ class TrainConfig(BaseModel):
         "second layer its input alone, `selective` the input and attention's output, `half` the "
         "inputs of a layer's halves, `layer` the input (docs/memory.md). `null` leaves the model's "
         "layers as they are.",
+    )
+
+    offload_activations: Literal["disk"] | None = Field(
+        None,
+        description="Where what `checkpointing` keeps waits for the backward pass: `disk` is a "
+        "file without a name in output_dir (docs/memory.md); `null`: the model's device.",
     )
 
     memory: Annotated[str, AfterValidator(_checked_memory)] | None = Field(
@@ -316,6 +323,11 @@ class TrainConfig(BaseModel):
             raise ValueError("early_stopping_patience needs eval_every; give both")
         if self.stop_on_forgetting is not None and self.eval_every is None:
             raise ValueError("stop_on_forgetting needs eval_every; give both")
+        if self.offload_activations and self.checkpointing in (None, "none"):
+            raise ValueError(
+                "offload_activations is for what checkpointed layers keep; set checkpointing to "
+                "layer, half, selective or every_2"
+            )
         if self.layerwise_update and self.gradient_accumulation_steps > 1:
             raise ValueError(
                 "layerwise_update has no gradients to accumulate; set gradient_accumulation_steps "

@@ -22,6 +22,7 @@ from lora_engine.data.vocabulary import check_vocabulary
 from lora_engine.distributed.world import check_same, current
 from lora_engine.errors import UserError
 from lora_engine.memory.checkpointing import checkpointing
+from lora_engine.memory.offload import activation_store
 from lora_engine.models.attach.accelerate import is_accelerated
 from lora_engine.models.attach.head import transformers_model
 from lora_engine.models.attach.packed import can_share_prefixes
@@ -333,7 +334,9 @@ class Trainer:
             self.state = loop.state
             self.callbacks.on_start(self)
             self.model.train()
-            with checkpointing(self.model, self._fitting_policy(loop)):
+            policy = self._fitting_policy(loop)
+            offloaded = activation_store(self.config.offload_activations, self.folder.path)
+            with offloaded as store, checkpointing(self.model, policy, store):
                 stopped = loop.run()
             loop.load_final_weights()
             return stopped
