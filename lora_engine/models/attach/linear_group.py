@@ -16,6 +16,7 @@ from lora_engine.models.attach.forwards import (
     uncompiled,
 )
 from lora_engine.models.attach.patches import Patches
+from lora_engine.models.attach.saving import save_apart
 from lora_engine.models.peft import lora_state
 from lora_engine.models.peft.lora_state import base_layer, is_lora
 from lora_engine.models.peft.router import AdapterRouter
@@ -54,6 +55,7 @@ class LinearGroup:
             view = base.weight(i)
             if view is not None:
                 patches.set_storage(layer.weight, view)
+                save_apart(layer, patches)
             held = layer.weight.detach() if view is None else view
             self._placed.append((layer, layer.weight, held))
         self._dropout: tuple[float, ...] = ()  # of one element, but where adapters differ

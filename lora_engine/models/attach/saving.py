@@ -5,6 +5,7 @@ In an accelerated model frozen weights are views of larger buffers, and not cont
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
 from lora_engine.models.attach.attachment import detach
@@ -21,6 +22,32 @@ def patch_ways_out(model: CausalLm, tuner: PeftTuner | None, patches: Patches) -
     for name in ("unload", "merge_and_unload"):
         if hasattr(tuner, name):
             patches.set_attribute(tuner, name, _RestoreFirst(model, getattr(tuner, name)))
+
+
+def save_apart(module: nn.Linear, patches: Patches) -> None:
+    """Gives the weight a storage of its own in state dicts, still in the memory of the buffer.
+
+    accelerate takes tensors that share a storage for one, and leaves out all but the first.
+    """
+    patches.on_undo(module.register_state_dict_post_hook(_apart).remove)
+
+
+def _apart(
+    module: nn.Module, state_dict: dict[str, object], prefix: str, local_metadata: object
+) -> None:
+    weight = state_dict.get(f"{prefix}weight")
+    if not isinstance(weight, Tensor) or isinstance(weight, nn.Parameter):  # as `keep_vars` asks
+        return
+    storage, size = weight.untyped_storage(), weight.element_size()
+    if storage.nbytes() == weight.nbytes:  # somebody moved it
+        return
+    first = weight.storage_offset()
+    last = first + sum(
+        (n - 1) * step for n, step in zip(weight.shape, weight.stride(), strict=True)
+    )
+    apart = torch.empty(0, dtype=weight.dtype, device=weight.device)
+    part = storage[first * size : (last + 1) * size]
+    state_dict[f"{prefix}weight"] = apart.set_(part, 0, weight.shape, weight.stride())
 
 
 class _RestoreFirst:

@@ -313,3 +313,25 @@ def test_padding_in_a_model_whose_configuration_knows_no_cache() -> None:
     model = copy.deepcopy(plain)
     lora_engine.accelerate(model)
     assert_same(model, plain)
+
+
+@pytest.mark.parametrize("parameters", [2**25, 1])
+def test_gradients_beside_a_kink_are_compared_with_those_of_float64(
+    parameters: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rounding alone decides float32's own there. Of large models no float64 copy is made."""
+    from lora_engine.models.attach import accelerate
+
+    def beside_a_kink(model: Any) -> proof.Results:
+        results = proof.own_results(model)
+        name = next(name for name in results.gradients if "lora_B" in name)
+        results.gradients[name] *= 1.05
+        return results
+
+    monkeypatch.setattr(accelerate, "own_results", beside_a_kink)
+    monkeypatch.setattr(proof, "_MOST_EXACT", parameters)
+    model = with_lora(tiny_llama(), init_lora_weights=False)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    left = lora_engine.accelerate(model).left
+    assert [entry.operation for entry in left] == ([] if parameters > 1 else ["everything"])
+    assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
