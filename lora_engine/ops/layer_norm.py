@@ -4,12 +4,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lora_engine import backends, reference
 from lora_engine.backends import contracts, launchers
 from lora_engine.ops import augmented
 from lora_engine.ops.context import Context
+from lora_engine.ops.once_differentiable import once_differentiable
 from lora_engine.ops.tensors import accumulate_dtype, as_rows, check, empty_rows, shape_of
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lora_engine import ops
+from lora_engine.errors import UserError
 from lora_engine.ops import LoraFactors
 from lora_engine.testing import cu_seqlens, error
 
@@ -38,14 +39,26 @@ OPERATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+@pytest.mark.parametrize("loss", [torch.square, torch.clone])
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_second_derivatives_are_refused(name: str) -> None:
-    """Beside a way through torch's own operations, too, where they would be a part of the sum."""
+def test_second_derivatives_are_refused(name: str, loss: Callable[[Tensor], Tensor]) -> None:
+    """Beside a way through torch's own operations, too, where they would be a part of the sum.
+
+    The gradient that a sum gives to the operation is a constant.
+    """
     x = torch.randn(ROWS, COLS, requires_grad=True)
-    y = OPERATIONS[name](x).square().sum() + x.pow(3).sum()
-    (grad,) = torch.autograd.grad(y, x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.square().sum().backward()
+    y = loss(OPERATIONS[name](x)).sum() + x.pow(3).sum()
+    with pytest.raises(UserError, match="no second derivatives; if the model is accelerated"):
+        torch.autograd.grad(y, x, create_graph=True)
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_batched_gradients_are_refused(name: str) -> None:
+    x = torch.randn(ROWS, COLS, requires_grad=True)
+    y = OPERATIONS[name](x)
+    each = torch.ones(2, *y.shape)
+    with pytest.raises(UserError, match="no batch of gradients"):
+        torch.autograd.grad(y, x, each, is_grads_batched=True)
 
 
 @pytest.mark.parametrize("name", [*OPERATIONS, "lora_embedding"])

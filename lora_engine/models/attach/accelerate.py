@@ -1,5 +1,8 @@
 """`accelerate`: our kernels under a transformers model; `restore`: the model as it was."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -55,7 +58,7 @@ def accelerate(
     expected = _loss_and_gradients(model, verify) if verify is not None else None
     backends.keep_freed_memory(next(inner.parameters()).device)
     try:
-        with not_packed_anew(inner):
+        with not_packed_anew(inner), _outside_modes(inner):
             report = _attach_proven(inner)
         attached = attachment(inner)
         assert attached is not None
@@ -69,6 +72,15 @@ def accelerate(
         restore(model)
         raise
     return report
+
+
+@contextmanager
+def _outside_modes(model: nn.Module) -> Iterator[None]:
+    """Within, the caller's modes do not count: autocast, and meta as the default device."""
+    meta = torch.get_default_device().type == "meta"
+    device = next(model.parameters()).device if meta else nullcontext()
+    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False), device:
+        yield
 
 
 def _replace_kept_forward(model: nn.Module, inner: nn.Module, patches: Patches) -> None:

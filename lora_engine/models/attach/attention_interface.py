@@ -21,7 +21,26 @@ def use_attention(model: CausalLm, patches: Patches) -> str | None:
     for config in list(_copied_configs(model, before)):
         config._attn_implementation = attention_function.IMPLEMENTATION
         patches.on_undo(_set_copy_back, config, before)
+    if hasattr(model, "generate_batch"):
+        patches.set_attribute(model, "generate_batch", _GenerateBatch(model, before))
     return before
+
+
+class _GenerateBatch:
+    """`generate_batch` with the model's own attention, which knows its paged cache."""
+
+    def __init__(self, model: CausalLm, own: str) -> None:
+        self.model, self.own, self.original = model, own, model.generate_batch
+
+    def __call__(self, *args: object, **kwargs: object) -> object:
+        chosen = self.model.config._attn_implementation
+        if chosen != attention_function.IMPLEMENTATION:
+            return self.original(*args, **kwargs)
+        self.model.set_attn_implementation(self.own)
+        try:
+            return self.original(*args, **kwargs)
+        finally:
+            self.model.set_attn_implementation(chosen)
 
 
 def _set_back(model: CausalLm, before: str) -> None:

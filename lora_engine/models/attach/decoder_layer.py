@@ -8,7 +8,12 @@ from torch import Tensor, nn
 
 from lora_engine.errors import UserError
 from lora_engine.models.attach.attention import AttentionForward
-from lora_engine.models.attach.forwards import ReplacedForward, own_forward, uncompiled
+from lora_engine.models.attach.forwards import (
+    ReplacedForward,
+    own_forward,
+    uncompiled,
+    unrecorded,
+)
 from lora_engine.models.attach.mlp import MlpForward
 from lora_engine.models.attach.norm import RmsNormForward
 from lora_engine.models.attach.sequences import LayerInputs
@@ -96,7 +101,8 @@ class DecoderLayerForward(ReplacedForward):
         def call(x: Tensor) -> Tensor:
             nonlocal first
             rerun.again, first = not first, False
-            return context.run(run, x, rerun)
+            with unrecorded():
+                return context.run(run, x, rerun)
 
         return self.module._gradient_checkpointing_func(call, x)
 

@@ -2,12 +2,15 @@
 
 import inspect
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from types import CodeType, FunctionType, MethodType
 from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
+from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispatchMode
 
 from lora_engine.errors import UserError
 
@@ -41,11 +44,26 @@ def uncompiled(call: Callable[P, R]) -> Callable[P, R]:
             raise UserError(f"torch.export cannot record an accelerated model: {_MEND}")
         if torch.jit.is_tracing():
             raise UserError(f"torch.jit.trace cannot record an accelerated model: {_MEND}")
-        return call(*args, **kwargs)
+        with unrecorded():
+            return call(*args, **kwargs)
 
     why = f"an accelerated model has no full graph, and cannot be exported: {_MEND}"
     uncompiled_run: Callable[P, R] = torch.compiler.disable(run, reason=why)
     return uncompiled_run
+
+
+def unrecorded() -> AbstractContextManager[object]:
+    """Within: policies of selective checkpointing are not asked, and all is computed again.
+
+    They keep results of PyTorch's operations, which kernels write into before and after.
+    """
+    if torch._C._len_torch_dispatch_stack() and any(
+        isinstance(mode, _CachingTorchDispatchMode | _CachedTorchDispatchMode)
+        for mode in _get_current_dispatch_mode_stack()
+    ):
+        modes: AbstractContextManager[object] = _disable_current_modes()
+        return modes
+    return nullcontext()
 
 
 def _has_memory(x: Tensor) -> bool:

@@ -112,6 +112,7 @@ class CausalLm(nn.Module):
     dtype: torch.dtype
     generation_config: object
     generate: Callable[..., Tensor]  # [B, L] int64
+    generate_batch: Callable[..., object]
 
 
 class Magnitude(nn.Module):

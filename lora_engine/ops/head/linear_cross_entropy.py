@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lora_engine import backends, reference
 from lora_engine.backends import contracts, launchers
@@ -29,6 +28,7 @@ from lora_engine.ops.head.linear_head import (
     Wanted,
 )
 from lora_engine.ops.head.logits_again import LogitsAgain
+from lora_engine.ops.once_differentiable import once_differentiable
 from lora_engine.ops.tensors import accumulate_dtype, check, shape_of, without_autocast
 from lora_engine.values import LoraFactors
 

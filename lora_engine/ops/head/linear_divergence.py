@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lora_engine import backends, reference
 from lora_engine.ops.augmented import operand
@@ -23,6 +22,7 @@ from lora_engine.ops.head.linear_head import (
     ParameterGradients,
     Wanted,
 )
+from lora_engine.ops.once_differentiable import once_differentiable
 from lora_engine.ops.tensors import accumulate_dtype, check, shape_of, without_autocast
 from lora_engine.values import LoraFactors
 

@@ -5,7 +5,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lora_engine import reference
 from lora_engine.backends import contracts
@@ -16,6 +15,7 @@ from lora_engine.ops.context import Context
 from lora_engine.ops.layer.blocks import Branch, Call, check_branch, implementation, products
 from lora_engine.ops.layer.head_norms import norm_heads, norm_heads_backward
 from lora_engine.ops.lora.linear import adapted_linears
+from lora_engine.ops.once_differentiable import once_differentiable
 from lora_engine.ops.tensors import (
     accumulate_dtype,
     as_rows,

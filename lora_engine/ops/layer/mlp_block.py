@@ -5,7 +5,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lora_engine import reference
 from lora_engine.backends import launchers
@@ -15,6 +14,7 @@ from lora_engine.ops.layer.blocks import Branch, Call, check_branch, implementat
 from lora_engine.ops.layer.gated import activate, activate_backward
 from lora_engine.ops.lora import few_rows
 from lora_engine.ops.lora.linear import adapted_linears
+from lora_engine.ops.once_differentiable import once_differentiable
 from lora_engine.ops.tensors import (
     accumulate_dtype,
     as_rows,

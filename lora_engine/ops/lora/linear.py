@@ -4,7 +4,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lora_engine import backends, reference
 from lora_engine.backends import launchers
@@ -13,6 +12,7 @@ from lora_engine.ops.context import Context
 from lora_engine.ops.lora import few_rows
 from lora_engine.ops.lora.group import LoraGroup
 from lora_engine.ops.lora.product import LoraProduct
+from lora_engine.ops.once_differentiable import once_differentiable
 from lora_engine.ops.tensors import as_rows, is_observed, not_a_view, shape_of, without_autocast
 from lora_engine.values import AdaptedLinear, Dropout
 

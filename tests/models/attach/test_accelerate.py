@@ -310,3 +310,13 @@ def test_what_is_no_module_is_refused_in_one_line(given: Any, mend: str) -> None
         lora_engine.accelerate(given)
     with pytest.raises(UserError, match=r"^restore: \w+ is no model; give the accelerated one$"):
         lora_engine.restore(given)
+
+
+@pytest.mark.parametrize(
+    "mode", [torch.device("meta"), torch.autocast("cpu", torch.bfloat16), torch.no_grad()]
+)
+def test_the_mode_in_which_it_is_called_does_not_count(mode: Any) -> None:
+    model = with_lora(tiny_llama(), init_lora_weights=False)
+    with mode:
+        report = lora_engine.accelerate(model)
+    assert report.replaced and not report.left

@@ -1,6 +1,7 @@
 """What people do with an accelerated model: right, or as the model's own."""
 
 import copy
+import functools
 import inspect
 import pickle
 from pathlib import Path
@@ -12,8 +13,14 @@ import torch
 import transformers
 from safetensors.torch import load_file
 from torch import nn
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 import lora_engine
+from lora_engine.errors import UserError
 from lora_engine.testing import tiny_llama, with_lora
 
 IDS = torch.arange(3, 43).view(2, 20)
@@ -296,6 +303,36 @@ def test_forked_workers_compute_the_same_after_the_parent_has_on_two_threads() -
     finally:
         torch.set_num_threads(before)
     assert (forked - results(plain)).abs().max() <= 1e-4 * forked.abs().max()
+
+
+def test_a_gradient_penalty_is_refused() -> None:
+    """Autograd's own `once_differentiable` would leave it out without a word."""
+    model = pair()[0]
+    embedded = model.get_input_embeddings()(IDS).detach().requires_grad_()
+    loss = model(inputs_embeds=embedded, labels=IDS).loss
+    with pytest.raises(UserError, match=r"no second derivatives.*lora_engine\.restore\(model\)"):
+        torch.autograd.grad(loss, embedded, create_graph=True)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_selective_checkpointing_computes_all_again(whole: bool) -> None:
+    """A policy that keeps everything cannot know what kernels write into PyTorch's results."""
+    ours, plain = pair()
+
+    def everything(*args: Any, **options: Any) -> CheckpointPolicy:
+        return CheckpointPolicy.MUST_SAVE
+
+    contexts = functools.partial(create_selective_checkpoint_contexts, everything)
+    options = {"use_reentrant": False, "context_fn": contexts}
+    if not whole:
+        ours.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+        ours.enable_input_require_grads()
+        assert_equal(gradients(ours), gradients(plain))
+        return
+    ours.train()
+    checkpoint(lambda: ours(input_ids=IDS, labels=IDS).loss, **options).backward()
+    grads = {n: p.grad for n, p in ours.named_parameters() if p.grad is not None}
+    assert_equal(grads, gradients(plain))
 
 
 def refuses(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:

@@ -184,3 +184,22 @@ def test_a_token_reads_weights_and_adapters_where_they_are(monkeypatch: pytest.M
     with torch.no_grad():
         expected = model(token, past_key_values=again).logits
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_continuous_batching_runs_with_attention_that_knows_its_cache() -> None:
+    plain = with_lora(tiny_llama(), init_lora_weights=False).eval()
+    ours = copy.deepcopy(plain)
+    lora_engine.accelerate(ours)
+    chosen = ours.config._attn_implementation
+    settings = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": -1, "pad_token_id": 0}
+    options = {
+        "generation_config": transformers.GenerationConfig(**settings),
+        "continuous_batching_config": transformers.ContinuousBatchingConfig(
+            num_blocks=8, max_batch_tokens=32, auto_switch_to_flash=False
+        ),
+    }
+    asked = [[5, 6, 7], list(range(3, 20))]
+    results = [model.generate_batch(asked, **options) for model in (ours, plain)]
+    tokens = [[result[name].generated_tokens for name in sorted(result)] for result in results]
+    assert tokens[0] == tokens[1] and ours.config._attn_implementation == chosen
