@@ -11,6 +11,7 @@ from typing import Any
 
 from lora_engine.errors import UserError
 from lora_engine.files import naming, user_path
+from lora_engine.text import bytes_text
 from lora_engine.training.run.atomic import new_folder, remove_leftovers
 from lora_engine.training.run.lock import locked
 
@@ -44,13 +45,14 @@ def write_report(folder: Path, name: str, content: dict[str, Any]) -> None:
 
 
 def check_space(folder: Path, nbytes: int) -> None:
-    """Raises UserError if the disk of `folder` has no room for that many bytes."""
+    """Raises UserError if the disk of `folder`, which may be unfinished, has no room for that many
+    bytes."""
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     free = shutil.disk_usage(existing).free
     if free < nbytes:
         raise UserError(
-            f"{folder}: the disk has {free / 1e9:,.1f} GB free and {nbytes / 1e9:,.1f} GB are to "
-            "be written; free some space, or take a folder on another disk"
+            f"{folder.parent}: the disk has {bytes_text(free)} free and {bytes_text(nbytes)} are "
+            "to be written; free some space, or take a folder on another disk"
         )
 
 
@@ -59,6 +61,8 @@ def _check(path: Path, report: str, overwrite: bool) -> None:
         raise UserError(f"{path}: is a link; give the folder that it leads to")
     if os.path.lexists(path) and not path.is_dir():
         raise UserError(f"{path}: is a file, --to must be a folder; give another")
+    if path.is_mount():
+        raise UserError(f"{path}: is where a disk is mounted; give a folder in it")
     known = _known(path / report) if overwrite else set()
     for name in (p for p in path.rglob("*") if not p.is_dir()):  # none where there is no folder
         if not overwrite:

@@ -1,6 +1,8 @@
 """Merged weights against PEFT's own merge in float64, and against what PEFT computes adapter-on."""
 
 import json
+import threading
+from contextlib import contextmanager
 from copy import deepcopy
 from functools import cache
 from pathlib import Path
@@ -12,9 +14,10 @@ from safetensors.torch import load_file, save_file
 from tiny_model import save_tiny_model
 
 from lora_engine.errors import UserError
-from lora_engine.export.adapter import read_adapter
+from lora_engine.export.adapter import Adapter, LowRank, read_adapter
 from lora_engine.export.merge import merge_folder
 from lora_engine.export.verify import TOLERANCES, compare, load_plain, with_adapters
+from lora_engine.export.weights import MergedWeights
 
 ROWS = [[3 + (7 * i + j) % 90 for j in range(40)] for i in range(3)]
 LINEARS = ["q_proj", "down_proj"]
@@ -180,6 +183,54 @@ def test_shards_stay_and_long_tensors_are_merged_in_pieces(bases, tmp_path, monk
     assert index["metadata"]["total_size"] == result.total_bytes
     assert "lm_head.weight" in index["weight_map"]
     assert compare(base, [(adapter, 1.0)], tmp_path / "merged", ROWS).kl < 1e-9
+
+
+@pytest.mark.parametrize("write", ["merge", "gguf"])
+def test_no_more_than_pieces_of_a_tensor_are_in_memory(tmp_path, monkeypatch, write):
+    """Of a model of 100 MB in one file; its pages are the file's, which the system may drop."""
+    monkeypatch.setattr("lora_engine.export.shards._PIECE", 1 << 18)
+    sizes = {"hidden_size": 1024, "intermediate_size": 2048, "layers": 3, "dtype": torch.bfloat16}
+    base = save_tiny_model(tmp_path / "base", **sizes)
+    size = (base / "model.safetensors").stat().st_size
+    low = {
+        f"model.layers.{i}.mlp.{name}_proj": LowRank(
+            torch.ones(2, 1024), torch.ones(2048, 2), 1.0, None, False, None
+        )
+        for i in range(3)
+        for name in ("gate", "up")
+    }
+    adapter = Adapter("default", tmp_path, {}, low, {})
+    (tmp_path / "merged").mkdir()
+    with anonymous_memory() as grown:
+        if write == "merge":
+            assert len(merge_folder(base, [(adapter, 1.0)], tmp_path / "merged").changed) == 6
+        else:
+            weights = MergedWeights(base, [(adapter, 1.0)])
+            for name in weights.names():
+                weights.tensor(name)
+    assert size > 50e6 and grown[0] < 25e6, (size, grown)
+
+
+@contextmanager
+def anonymous_memory():
+    """By how many bytes the process's memory, without files', grows at most within it: [bytes]."""
+
+    def now():
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * int(next(x for x in lines if x.startswith("RssAnon:")).split()[1])
+
+    def watch():
+        while not ended.wait(0.001):
+            grown[0] = max(grown[0], now() - before)
+
+    before, grown, ended = now(), [0], threading.Event()
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield grown
+    finally:
+        ended.set()
+        thread.join()
 
 
 def test_a_conv1d_stores_its_weight_transposed(tmp_path):

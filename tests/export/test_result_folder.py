@@ -98,6 +98,11 @@ def test_a_folder_of_many_files_is_refused_at_its_first(tmp_path, monkeypatch):
     assert len({"a", "b", "c"}.intersection(seen)) == 1
 
 
+def test_where_a_disk_is_mounted_no_folder_can_be_put():
+    with pytest.raises(UserError, match=r"/proc: is where a disk is mounted; give a folder in it"):
+        write_result("/proc", "new")
+
+
 def test_one_writer_at_a_time(tmp_path):
     with result_folder(tmp_path / "result", REPORT, overwrite=False):
 
@@ -113,5 +118,5 @@ def test_one_writer_at_a_time(tmp_path):
 
 def test_a_disk_without_room_is_told_before_anything_is_written(tmp_path):
     check_space(tmp_path / "not" / "there", 1000)
-    with pytest.raises(UserError, match=r"GB free and 9,000,000.0 GB are to be written; free some"):
+    with pytest.raises(UserError, match=r"not: the disk has .* free and 9e\+03 TB are to be"):
         check_space(tmp_path / "not" / "there", 9 * 10**15)
