@@ -32,6 +32,7 @@ FOREIGN_SYMBOLS = {
     "AutoPeftModelForCausalLM",
     "BitsAndBytesConfig",
     "bnb_4bit_compute_dtype",
+    "init_continuous_batching",
     "maxnreg",
     "prefetcht1",
     "tf32x3",

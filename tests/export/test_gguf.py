@@ -6,6 +6,7 @@ from pathlib import Path
 
 import gguf
 import numpy as np
+import peft
 import pytest
 import torch
 from small_ggufs import MODELS, as_read, byte_level, save_model, with_byte_fallback
@@ -15,9 +16,10 @@ from lora_engine.backends.cpu.k_quants import quantize_k
 from lora_engine.data.dataset import prepare
 from lora_engine.data.docstrings import docstring_records
 from lora_engine.errors import UserError
-from lora_engine.export.gguf import TYPES, encode, tensor_type, write_gguf
+from lora_engine.export.adapter import read_adapter
+from lora_engine.export.gguf import TYPES, encode, tensor_type, write_gguf, write_gguf_adapter
 from lora_engine.export.llama_cpp import DECIDED, WRITTEN, LlamaCpp, compare
-from lora_engine.export.verify import load_plain
+from lora_engine.export.verify import load_plain, with_adapters
 from lora_engine.export.weights import MergedWeights
 from lora_engine.models.load.load import load_model
 
@@ -50,6 +52,34 @@ def test_llama_cpp_computes_what_transformers_does(tmp_path, tokenizer, family):
     for end in (1, 2, 20, len(ROW)):
         for token, logprob in engine.likeliest(ROW[:end], 5):
             assert logprob == pytest.approx(float(logprobs[end - 1, token]), abs=0.02)
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_an_adapter_beside_its_base_and_merged_is_peft_s(tmp_path, tokenizer, family):
+    pytest.importorskip("xllamacpp")
+    base = save_model(tmp_path / "model", tokenizer, **MODELS[family])
+    torch.manual_seed(1)
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear")
+    trained = peft.get_peft_model(load_plain(base), config)
+    for parameter in trained.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(0.1 * torch.randn(parameter.shape))
+    trained.save_pretrained(tmp_path / "adapter")
+    adapter = read_adapter(tmp_path / "adapter")
+    written(base, tmp_path / "base.gguf")
+    own = AutoConfig.from_pretrained(base)
+    write_gguf_adapter(adapter, own, tmp_path / "adapter.gguf", name="an adapter")
+    merged = MergedWeights(base, [(adapter, 1.0)])
+    write_gguf(merged, own, tokenizer, tmp_path / "merged.gguf", "f32", name="a model")
+    model = with_adapters(load_plain(base), [(adapter, 1.0)])
+    beside = compare(
+        tmp_path / "base.gguf", model, tokenizer, [ROW], adapter=tmp_path / "adapter.gguf"
+    )
+    inside = compare(tmp_path / "merged.gguf", model, tokenizer, [ROW])
+    without = compare(tmp_path / "base.gguf", model, tokenizer, [ROW])
+    for found in (beside, inside):
+        assert found.top1_decided == 1 and found.logprob < 0.01 and found.parted < 0.02
+    assert without.logprob > 0.004 > 10 * max(beside.logprob, inside.logprob)
 
 
 @pytest.mark.parametrize("family", MODELS)
