@@ -147,6 +147,28 @@ def test_an_operation_calls_the_reference_where_it_is_asked_for_alone(path: Path
     assert not [n.lineno for n in names if n.id == "reference" and n not in asked]
 
 
+@pytest.mark.parametrize("path", sorted((PACKAGE / "ops").rglob("*.py")), ids=lambda p: p.stem)
+def test_autograd_is_asked_and_answered_by_name(path: Path) -> None:
+    """No `needs_input_grad[3]`, and no gradient or saved tensor that is told by its place."""
+    tree = ast.parse(path.read_text())
+    numbered = [
+        node.lineno
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Subscript)
+        and isinstance(node.slice, ast.Constant)
+        and ast.unparse(node.value).endswith((".needs_input_grad", ".saved_tensors"))
+    ]
+    unnamed = [
+        node.lineno
+        for function in ast.walk(tree)
+        if isinstance(function, ast.FunctionDef) and function.name == "backward"
+        for node in ast.walk(function)
+        if isinstance(node, ast.Return) and isinstance(node.value, ast.Tuple)
+        if not all(isinstance(part, ast.Starred) for part in node.value.elts)
+    ]
+    assert not numbered + unnamed
+
+
 def run_python(code: str) -> str:
     return subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True

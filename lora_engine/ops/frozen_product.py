@@ -25,6 +25,20 @@ class _Kept(NamedTuple):
     dtype: torch.dtype  # of x
 
 
+class _Needs(NamedTuple):
+    """Which of the function's inputs need a gradient."""
+
+    x: bool
+    make_weight: bool
+
+
+class _Gradients(NamedTuple):
+    """The gradients of those inputs."""
+
+    x: Tensor | None = None
+    make_weight: None = None
+
+
 class _FrozenProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Context[_Kept], x: Tensor, make_weight: MakeWeight) -> Tensor:
@@ -32,7 +46,7 @@ class _FrozenProduct(torch.autograd.Function):
         return nn.functional.linear(x, make_weight().to(x.dtype))
 
     @staticmethod
-    def backward(ctx: Context[_Kept], dy: Tensor) -> tuple[Tensor | None, None]:
-        if not ctx.needs_input_grad[0]:
-            return None, None
-        return (dy @ ctx.kept.make_weight().to(dy.dtype)).to(ctx.kept.dtype), None
+    def backward(ctx: Context[_Kept], dy: Tensor) -> _Gradients:
+        if not _Needs(*ctx.needs_input_grad).x:
+            return _Gradients()
+        return _Gradients(x=(dy @ ctx.kept.make_weight().to(dy.dtype)).to(ctx.kept.dtype))

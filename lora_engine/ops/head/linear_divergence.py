@@ -113,12 +113,22 @@ class _Job:
 class _Gradients(NamedTuple):
     """The gradients of the function's inputs."""
 
-    hidden: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
-    lora_a: Tensor | None
-    lora_b: Tensor | None
+    hidden: Tensor | None = None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    lora_a: Tensor | None = None
+    lora_b: Tensor | None = None
     job: None = None
+
+
+class _Saved(NamedTuple):
+    """What the backward pass reads: the gradients of the inputs for a total whose own is 1."""
+
+    d_hidden: Tensor | None
+    d_weight: Tensor | None
+    d_bias: Tensor | None
+    d_lora_a: Tensor | None
+    d_lora_b: Tensor | None
 
 
 class _LinearDivergence(torch.autograd.Function):
@@ -156,7 +166,14 @@ class _LinearDivergence(torch.autograd.Function):
             if sums is not None:
                 sums.add(z, hidden[span], s, ds, job.scaling)
         d_head = ParameterGradients() if sums is None else sums.finish()
-        ctx.save_for_backward(d_hidden, *d_head)
+        saved = _Saved(
+            d_hidden=d_hidden,
+            d_weight=d_head.weight,
+            d_bias=d_head.bias,
+            d_lora_a=d_head.lora_a,
+            d_lora_b=d_head.lora_b,
+        )
+        ctx.save_for_backward(*saved)
         ctx.mark_non_differentiable(by_row)
         ctx.set_materialize_grads(False)
         return by_row.sum(), by_row
@@ -164,11 +181,16 @@ class _LinearDivergence(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Context[None], d_total: Tensor | None, _by_row: None) -> _Gradients:
-        saved = ctx.saved_tensors
+        saved = _Saved(*ctx.saved_tensors)
         if d_total is None:
-            return _Gradients(None, None, None, None, None)
-        hidden, weight, bias, lora_a, lora_b = (scaled(gradient, d_total) for gradient in saved)
-        return _Gradients(hidden, weight, bias, lora_a, lora_b)
+            return _Gradients()
+        return _Gradients(
+            hidden=scaled(saved.d_hidden, d_total),
+            weight=scaled(saved.d_weight, d_total),
+            bias=scaled(saved.d_bias, d_total),
+            lora_a=scaled(saved.d_lora_a, d_total),
+            lora_b=scaled(saved.d_lora_b, d_total),
+        )
 
 
 def _of(head: HeadInput) -> tuple[LinearHead, Tensor]:
