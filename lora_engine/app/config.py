@@ -29,7 +29,7 @@ from lora_engine.data.probe import SHIPPED
 from lora_engine.errors import UserError, nearest
 from lora_engine.models.peft.adapters import LoraConfig
 from lora_engine.objectives.close_to_base import CloseToBase
-from lora_engine.training.config import TrainConfig
+from lora_engine.training.config import TrainConfig, UserPath
 from lora_engine.training.online.config import RolloutConfig
 
 # Those of `quantization.formats.WRITABLE`.
@@ -98,6 +98,13 @@ class ModelConfig(Section):
         "gathers them layer by layer: for a model that does not fit whole.",
     )
 
+    offload_folder: UserPath | None = Field(
+        default=None,
+        description="A folder on a fast disk where the linears' frozen weights wait, in a file "
+        "without a name, and are read layer by layer: for a model that does not fit "
+        "(docs/memory.md).",
+    )
+
     @model_validator(mode="after")
     def _quantisation_is_one(self) -> "ModelConfig":
         if self.quantize is None and (self.double_quant or self.quantize_skip is not None):
@@ -106,6 +113,8 @@ class ModelConfig(Section):
             raise ValueError(f"double_quant is of nf4 and fp4, not {self.quantize}; leave it out")
         if self.quantize is not None and self.keep_quantized:
             raise ValueError("give either quantize or keep_quantized, not both")
+        if self.offload_folder is not None and (self.keep_quantized or self.shard):
+            raise ValueError("give one of offload_folder, keep_quantized and shard")
         return self
 
 
@@ -255,6 +264,10 @@ class RunConfig(Section):
         if self.lora is None and self.model.shard:
             raise ValueError(
                 "model.shard: weights in shards are frozen; give lora, or leave it out"
+            )
+        if self.lora is None and self.model.offload_folder is not None:
+            raise ValueError(
+                "model.offload_folder: weights on disk are frozen; give lora, or leave it out"
             )
         if self.lora is None and (self.model.quantize is not None or self.model.keep_quantized):
             raise ValueError("lora: weights in packed bits are frozen; give lora, or leave them")

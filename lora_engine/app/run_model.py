@@ -21,6 +21,10 @@ def run_model(config: RunConfig, progress: Progress | None, world: World) -> tup
     all of it. Raises UserError for a model that nothing could train.
     """
     device = config.model.device
+    if config.model.offload_folder is not None and world.size > 1:
+        raise UserError(
+            "model.offload_folder: is for one process; with several set model.shard=true instead"
+        )
     if not config.model.shard or world.size == 1:
         model, tokenizer = _load(config, device, progress)
         return model, tokenizer, model_weights_sha256(model)
@@ -44,6 +48,7 @@ def _load(config: RunConfig, device: str, progress: Progress | None) -> tuple[An
         double_quant=stated.double_quant,
         quantize_skip=stated.quantize_skip,
         keep_quantized=stated.keep_quantized,
+        offload_folder=stated.offload_folder,
         progress=progress,
     )
     if config.lora is None and any(isinstance(m, QuantizedLinear) for m in model.modules()):

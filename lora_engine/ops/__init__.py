@@ -30,6 +30,7 @@ from lora_engine.ops.quantized_weight import QuantizedWeight, quantize_weight
 from lora_engine.ops.rms_norm import rms_norm
 from lora_engine.ops.rope import rope
 from lora_engine.ops.sharded_weight import ShardedWeight, shard_weight
+from lora_engine.ops.stored_weight import StoredWeight, store_weight
 from lora_engine.values import Dropout, LoraFactors, PreNorm
 
 __all__ = [
@@ -47,6 +48,7 @@ __all__ = [
     "QuantizedBase",
     "QuantizedWeight",
     "ShardedWeight",
+    "StoredWeight",
     "adamw_",
     "adamw_8bit_",
     "adding_gradients",
@@ -69,4 +71,5 @@ __all__ = [
     "rms_norm",
     "rope",
     "shard_weight",
+    "store_weight",
 ]

@@ -19,7 +19,7 @@ from lora_engine.quantization.format import Format
 _ALIGNMENT = 64  # bytes between packed tensors: what any dtype and vector load can start at
 
 
-class _Part(NamedTuple):
+class Part(NamedTuple):
     """Where one of a weight's tensors lies in its bytes."""
 
     offset: int
@@ -43,7 +43,7 @@ class ShardedWeight:
     shape: tuple[int, int]
     dtype: torch.dtype
     format: Format | None
-    parts: Mapping[str, _Part]
+    parts: Mapping[str, Part]
     shard: Tensor
     tail: Tensor
     world: World
@@ -77,6 +77,11 @@ class ShardedWeight:
             return tensors["weight"]
         return QuantizedWeight(self.format, tensors, self.shape, self.dtype)
 
+    @property
+    def kept(self) -> str:
+        """How much of it is here, for people."""
+        return f"1/{self.world.size} of it"
+
     def to(self, device: torch.device) -> "ShardedWeight":
         """The same shard on `device`."""
         return ShardedWeight(
@@ -94,7 +99,7 @@ def shard_weight(weight: Tensor | QuantizedWeight, world: World) -> ShardedWeigh
     parts, offset = {}, 0
     for name, tensor in tensors.items():
         offset = -(-offset // align) * align
-        parts[name] = _Part(offset, tuple(tensor.shape), tensor.dtype)
+        parts[name] = Part(offset, tuple(tensor.shape), tensor.dtype)
         offset += parts[name].nbytes
     each = offset // world.size
     start = world.rank * each
@@ -109,7 +114,7 @@ def shard_weight(weight: Tensor | QuantizedWeight, world: World) -> ShardedWeigh
 
 def _bytes_between(
     tensors: Mapping[str, Tensor],
-    parts: Mapping[str, _Part],
+    parts: Mapping[str, Part],
     start: int,
     stop: int,
     device: torch.device,

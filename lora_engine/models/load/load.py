@@ -30,6 +30,7 @@ from lora_engine.models.quantized.quantize import (
     packed_weight,
     quantize_model,
 )
+from lora_engine.scratch_file import ScratchFile
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHORT_NAMES = {"smollm2": smollm2_gguf_path}
@@ -51,6 +52,7 @@ def load_model(
     double_quant: bool = False,
     quantize_skip: str | Sequence[str] | None = None,
     keep_quantized: bool = False,
+    offload_folder: str | Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Any, Any]:
     """A transformers causal language model on `device`, in eval mode, and its tokenizer.
@@ -66,6 +68,9 @@ def load_model(
     keep_quantized: a GGUF file's linears stay in its packed bits instead of being unpacked to
         `dtype`. Folders whose weights are quantised (bitsandbytes, FP8, compressed-tensors, GPTQ,
         AWQ, ModelOpt, or saved here) are always loaded as they are.
+    offload_folder: a folder on a disk where linears' weights wait, but for heads, in a file without
+        a name. Each product reads them, the next layer's while one is computed: for training
+        adapters of a model that does not fit.
     progress: called with the bytes read so far and those of all files, where tensors are read one
         by one: with quantize, and for packed weights.
 
@@ -81,6 +86,9 @@ def load_model(
     chosen_device = resolve_device(device)
     chosen_dtype = resolve_dtype(dtype, chosen_device)
     resolved = resolve_source(source)
+    if offload_folder is not None and keep_quantized:
+        raise UserError(f"{source}: give keep_quantized or offload_folder, not both")
+    scratch = None if offload_folder is None else ScratchFile(user_path(offload_folder))
     if keep_quantized:
         if not isinstance(resolved, Path):
             raise UserError(f"{source}: keep_quantized is for GGUF files; leave it out")
@@ -99,10 +107,15 @@ def load_model(
             lambda name, weight: packed_weight(name, weight, quantize, block, double_quant),
         )
     model = None
-    if chosen is not None or stated_quantization(config):
+    if chosen is not None or scratch is not None or stated_quantization(config):
         folder = _local_folder(str(source), resolved)
         model = streamed_model(
-            str(source), folder, config, chosen_dtype, chosen_device, chosen, progress
+            str(source), folder, config, chosen_dtype, chosen_device, chosen, progress, scratch
+        )
+    if model is None and scratch is not None:
+        raise UserError(
+            f"{source}: transformers converts the tensors of its files, which cannot wait on disk; "
+            "leave offload_folder out"
         )
     if model is None:
         model = _model(str(source), resolved, chosen_dtype)

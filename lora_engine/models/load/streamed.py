@@ -18,9 +18,12 @@ from lora_engine.models.load.shards import Shards
 from lora_engine.models.load.skeleton import Place, empty_model, places, put, tensors
 from lora_engine.models.load.transformers_files import check_weights, quiet_transformers
 from lora_engine.models.quantized.linear import QuantizedLinear
+from lora_engine.models.quantized.quantize import SKIPPED, linears_to_quantize
 from lora_engine.models.quantized.record import record_quantization
+from lora_engine.models.sharded.shard import store_linear
 from lora_engine.ops import QuantizedWeight
 from lora_engine.quantization.format import all_finite
+from lora_engine.scratch_file import ScratchFile
 
 Progress = Callable[[int, int], None]
 
@@ -40,9 +43,11 @@ def streamed_model(
     device: torch.device,
     quantize: Quantize | None = None,
     progress: Progress | None = None,
+    scratch: ScratchFile | None = None,
 ) -> Any | None:
     """The model in `folder`, on `device`.
 
+    scratch: where the weights of linears go, but for heads, each when it was read.
     progress: called with the bytes read so far and those of all files. None where no linear is
     packed in the files and their tensors are not the model's one by one, so that transformers has
     to convert them. Raises UserError, with file and tensor, for whatever is wrong; nothing is
@@ -67,15 +72,21 @@ def streamed_model(
     if stated and not packed:
         raise UserError(f"{source}: config.json says it is quantised, but no linear of it is")
     linears = set(quantize.linears(model)) if quantize is not None else set()
+    stored = set() if scratch is None else set(linears_to_quantize(model, SKIPPED))
     done, total = 0, sum(stored.nbytes for stored in files.shards.tensors.values())
     every: list[_Packed | _Dense] = [*packed, *dense]
     for work in sorted(every, key=files.turn):
         if isinstance(work, _Packed):
-            _fill_packed(model, work, files, dtype, device, reader, stated)
+            filled = _fill_packed(model, work, files, dtype, device, reader, stated)
+            original: nn.Module = work.linear
         else:
             owner = work.place.parent
             chosen = quantize if work.place.child == "weight" and owner in linears else None
-            _fill_dense(model, work, files, device, chosen)
+            filled = _fill_dense(model, work, files, device, chosen)
+            original = owner
+        if scratch is not None and filled is not None and original in stored:
+            replace(model, filled, store_linear(filled, scratch))
+            filled.register_parameter("weight", None)  # the list of work still has the linear
         done += sum(files.shards.tensors[key].nbytes for key in work.keys.values())
         if progress is not None:
             progress(done, total)
@@ -203,7 +214,8 @@ def _fill_packed(
     device: torch.device,
     reader: Reader,
     stated: Mapping[str, Any],
-) -> None:
+) -> nn.Linear | None:
+    """Returns the linear that has the weight; None of a head."""
     linear, keys = work.linear, work.keys
     shape = (linear.out_features, linear.in_features)
 
@@ -219,13 +231,16 @@ def _fill_packed(
     if linear is model.get_output_embeddings():  # the loss multiplies by it as it is
         linear.weight = nn.Parameter(weight.dequantize().to(device))
         linear.bias = None if bias is None else nn.Parameter(bias)
-        return
-    replace(model, linear, QuantizedLinear(weight.to(device), bias))
+        return None
+    filled = QuantizedLinear(weight.to(device), bias)
+    replace(model, linear, filled)
+    return filled
 
 
 def _fill_dense(
     model: Any, work: _Dense, files: _Files, device: torch.device, quantize: Quantize | None
-) -> None:
+) -> nn.Linear | None:
+    """Returns the linear whose weight it is; None of other tensors."""
     place, key = work.place, work.keys[""]
     value = files.shards.read(key)
     if value.is_floating_point() and not all_finite(value):
@@ -236,17 +251,21 @@ def _fill_dense(
     value = value.to(device)
     if quantize is None:
         put(place, work.tensor, value)
-        return
+        if isinstance(place.parent, nn.Linear) and place.child == "weight":
+            return place.parent
+        return None
     linear = place.parent
     assert isinstance(linear, nn.Linear)
     weight = quantize.weight(place.name, value.to(work.tensor.dtype))
-    replace(model, linear, QuantizedLinear(weight, linear.bias))
+    filled = QuantizedLinear(weight, linear.bias)
+    replace(model, linear, filled)
+    return filled
 
 
-def replace(model: nn.Module, linear: nn.Linear, packed: QuantizedLinear) -> None:
-    """Puts `packed` everywhere in the model where `linear` is."""
+def replace(model: nn.Module, linear: nn.Linear, other: nn.Linear) -> None:
+    """Puts `other` everywhere in the model where `linear` is."""
     for place in places(model, linear):
-        setattr(place.parent, place.child, packed.train(linear.training))
+        setattr(place.parent, place.child, other.train(linear.training))
 
 
 def _read_generation_config(model: Any, folder: Path) -> None:

@@ -52,7 +52,7 @@ class ShardedLinear(nn.Linear):
     def extra_repr(self) -> str:
         sharded = self.sharded
         kind = sharded.dtype if sharded.format is None else sharded.format
-        return f"{super().extra_repr()}, {kind}, 1/{sharded.world.size} of it"
+        return f"{super().extra_repr()}, {kind}, {sharded.kept}"
 
     def _keep(self, sharded: ShardedWeight) -> None:
         self._group = ShardedGroup([sharded])

@@ -8,6 +8,8 @@ from lora_engine.models.quantized.linear import QuantizedLinear
 from lora_engine.models.quantized.quantize import SKIPPED, linears_to_quantize
 from lora_engine.models.sharded.linear import ShardedLinear
 from lora_engine.ops.sharded_weight import shard_weight
+from lora_engine.ops.stored_weight import store_weight
+from lora_engine.scratch_file import ScratchFile
 
 
 def shard_model(model: nn.Module, world: World) -> None:
@@ -41,6 +43,12 @@ def shard_model(model: nn.Module, world: World) -> None:
                 if module is linear:
                     setattr(parent, child, sharded)
         del weight
+
+
+def store_linear(linear: nn.Linear, file: ScratchFile) -> ShardedLinear:
+    """A linear whose frozen weight, `linear`'s, waits in `file`; nothing else of it is copied."""
+    weight = linear.quantized if isinstance(linear, QuantizedLinear) else linear.weight
+    return ShardedLinear(store_weight(weight, file), linear.bias).train(linear.training)
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -18,8 +18,10 @@ from lora_engine.data.template import Tokenizer
 from lora_engine.errors import UserError
 from lora_engine.models.attach.head import transformers_model
 from lora_engine.models.peft.routing import active_adapters
+from lora_engine.models.sharded.linear import ShardedLinear
 from lora_engine.objectives.base import Objective, settings_of
 from lora_engine.objectives.sft import SFT
+from lora_engine.ops import StoredWeight
 from lora_engine.training.run.fingerprint import json_sha256, tensors_sha256, tokenizer_sha256
 
 logger = logging.getLogger(__name__)
@@ -188,7 +190,16 @@ def _weights_sha256(model: nn.Module, parameters: set[str]) -> str:
         for name, p in model.named_parameters()
         if name in parameters
     ]
-    return tensors_sha256([*buffers, *chosen])
+    return tensors_sha256([*buffers, *chosen, *_on_disk(model)])
+
+
+def _on_disk(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """The checksums of weights that wait in a file: their parameters hold nothing."""
+    return [
+        (f"{name}.stored", torch.tensor(list(bytes.fromhex(module.sharded.sha256))))
+        for name, module in model.named_modules()
+        if isinstance(module, ShardedLinear) and isinstance(module.sharded, StoredWeight)
+    ]
 
 
 def _vocabulary(tokenizer: Tokenizer | None) -> str | None:
