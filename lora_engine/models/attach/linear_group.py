@@ -80,7 +80,8 @@ class LinearGroup:
         if self.lora is None:
             return False
         for layer, parameter, held in self._placed:
-            if layer.weight is not parameter or parameter.data_ptr() != held.data_ptr():
+            weight = lora_state.own_tensor(layer, "weight")
+            if weight is not parameter or parameter.data_ptr() != held.data_ptr():
                 _warn_moved()
                 return False
             if parameter.requires_grad:

@@ -108,31 +108,34 @@ class AdapterState(NamedTuple):
 
 
 def adapter_state(module: LoraLinear) -> AdapterState:
-    """The layer's state at this moment."""
-    running = _running(module)
-    base = id(module._modules["base_layer"])
-    state: list[object] = [module.disable_adapters, bool(module.merged), base]
+    """The layer's state at this moment. Every product asks this of up to three layers."""
+    disabled, merged = module.disable_adapters, bool(module.merged)
     lora_a, lora_b = _parts(module, "lora_A"), _parts(module, "lora_B")
-    dropout = _parts(module, "lora_dropout")
-    for name in running:
+    dropouts = _parts(module, "lora_dropout")
+    state: list[object] = [disabled, merged, id(module._modules["base_layer"])]
+    dropped = []
+    for name in [] if disabled or merged else module.active_adapters:
+        if name not in lora_a:
+            continue
+        a, b, dropout = lora_a[name], lora_b[name], dropouts[name]
         scaling, magnitude = module.scaling[name], _magnitude(module, name)
-        a, b = lora_a[name], lora_b[name]
-        a_weight, b_weight = _weight(a), _weight(b)
+        a_weight, b_weight = own_tensor(a, "weight"), own_tensor(b, "weight")
         state += [
             name,
             id(scaling) if isinstance(scaling, torch.Tensor) else scaling,
             id(a),
             id(b),
-            id(dropout[name]),
+            id(dropout),
             id(a_weight),
             id(b_weight),
-            a_weight.shape,  # a parameter may be given other data
-            b_weight.shape,
-            id(_bias(a)),
-            id(_bias(b)),
+            None if a_weight is None else a_weight.shape,  # a parameter may be given other data
+            None if b_weight is None else b_weight.shape,
+            id(own_tensor(a, "bias")),
+            id(own_tensor(b, "bias")),
             id(magnitude),
         ]
-    return AdapterState(_dropout_of(module, running), tuple(state))
+        dropped.append(vars(dropout).get("p", 0.0) if dropout.training else 0.0)
+    return AdapterState(tuple(dropped), tuple(state))
 
 
 _Part: TypeAlias = Literal["lora_A", "lora_B", "lora_dropout"]
@@ -141,26 +144,20 @@ _Part: TypeAlias = Literal["lora_A", "lora_B", "lora_dropout"]
 def _parts(module: LoraLinear, part: _Part) -> Mapping[str, nn.Module]:
     """What a layer has of each adapter, by the adapters' names.
 
-    Read past nn.Module's __getattr__, as every product asks this of up to three layers.
+    Read past nn.Module's __getattr__, which takes longer.
     """
     parts = module._modules[part]
     assert parts is not None
     return cast("Mapping[str, nn.Module]", parts._modules)
 
 
-def _weight(layer: nn.Module) -> torch.Tensor:
-    """The layer's weight, a parameter or what stands for one."""
-    try:
-        return cast(torch.Tensor, layer._parameters["weight"])
-    except KeyError:
-        return cast(torch.Tensor, layer.weight)
+def own_tensor(layer: nn.Module, name: str) -> torch.Tensor | None:
+    """A layer's parameter, or the tensor that stands in its place; None where it has neither.
 
-
-def _bias(layer: nn.Module) -> object:
-    try:
-        return layer._parameters["bias"]
-    except KeyError:
-        return layer.bias
+    Not what it computes under that name: spectral norm takes a step whenever it is asked.
+    """
+    parameters = layer._parameters
+    return parameters[name] if name in parameters else vars(layer).get(name)
 
 
 def rank_capacity(modules: Sequence[nn.Module]) -> int:
@@ -289,8 +286,3 @@ def _active(module: LoraLinear) -> list[str]:
 def _running(module: LoraLinear) -> list[str]:
     """The adapters whose product is computed; merged ones are in the base weight already."""
     return [] if module.disable_adapters or module.merged else _active(module)
-
-
-def _dropout_of(module: LoraLinear, names: Sequence[str]) -> tuple[float, ...]:
-    layers = [_parts(module, "lora_dropout")[name] for name in names]
-    return tuple([vars(each).get("p", 0.0) if each.training else 0.0 for each in layers])

@@ -171,19 +171,31 @@ class ProbedLayers:
             return None
         if sum(p.numel() for p in parameters) > _MOST_PARAMETERS:
             return None
-        named = (*layer.module.named_parameters(), *layer.module.named_buffers())
-        state = {name: _wide(value) for name, value in named}
+        state = {name: _wide(value) for name, value in _tensors(layer.module)}
         args = tuple(map(_widened, args))
         kwargs = {key: _widened(value) for key, value in kwargs.items()}
         layer.running = True
         try:
             with torch.no_grad():
-                out = _output(torch.func.functional_call(layer.module, state, args, kwargs))
+                call = torch.func.functional_call
+                out = _output(call(layer.module, state, args, kwargs, tie_weights=False))
         except Exception:  # a class that insists on its own type is compared in that
             return None
         finally:
             layer.running = False
         return out if out is not None and out.dtype == torch.float32 else None
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers, each once for every module that has it, by the module's first name.
+
+    Where a module is a part of several (PEFT's banks of vectors), `functional_call` would by itself
+    exchange its tensors twice, and leave the exchanged ones in it.
+    """
+    for prefix, part in module.named_modules():
+        for name, tensor in (*part._parameters.items(), *part._buffers.items()):
+            if tensor is not None:
+                yield f"{prefix}.{name}" if prefix else name, tensor
 
 
 def _layers(model: nn.Module) -> Iterator[_Layer]:

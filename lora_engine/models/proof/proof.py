@@ -155,13 +155,13 @@ def _exact_gradients(model: CausalLm, dtype: torch.dtype) -> Mapping[str, Tensor
     """
     if dtype != torch.float32 or sum(p.numel() for p in model.parameters()) > _MOST_EXACT:
         return None
-    exact = copy.deepcopy(model)
     try:
+        exact = copy.deepcopy(model)
         detach(exact)
         exact.double()
         with measuring(exact):
             return _train(exact)[1]
-    except Exception:  # of parts that compute in float32 alone
+    except Exception:  # parts that compute in float32 alone, or hold what cannot be copied
         return None
 
 

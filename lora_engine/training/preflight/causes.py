@@ -163,9 +163,11 @@ def why_idle(
                     f"preflight: {names[0]}{more} gets a gradient of zero, so that it learns "
                     f"nothing; {factor} is zero and frozen: set its requires_grad"
                 )
+            alone = len(names) < len(_of_layer(model, trial, place))
+            what = names[0] if alone else f"adapter {place.adapter!r}"
             return (
-                f"preflight: adapter {place.adapter!r} changes nothing in the output of "
-                f"{place.layer}, so that it learns nothing there; look for another forward"
+                f"preflight: {what} changes nothing in the output of {place.layer}, so that it "
+                "learns nothing there; look for another forward"
             )
     reached = {name for names in asked for name in names if place_of(model, name).layer in own}
     for names in groups:
@@ -265,14 +267,20 @@ def _frozen_at_zero(model: nn.Module, place: Place) -> str | None:
     return None
 
 
+def _of_layer(model: nn.Module, trial: Trial, place: Place) -> list[str]:
+    """The trained parameters of the place's layer and adapter."""
+    return [name for name in trial.trained if place_of(model, name)[::2] == place[::2]]
+
+
 def _outputs(
     model: nn.Module, trial: Trial, parameters: Sequence[list[str]]
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Sum of the outputs' absolute values, by layer, for the layers of these parameters that ran:
-    with the model's own values, and with noise on the trained ones."""
+    with noise on what else is trained of them (A does nothing while B is 0), and on these too."""
     at = {place_of(model, together[0]).layer for together in parameters}
     layers = {name: model.get_submodule(name) for name in at}
-    names = [name for name in trial.trained if place_of(model, name).layer in at]
+    names = dict.fromkeys(name for together in parameters for name in together)
+    others = [n for n in trial.trained if place_of(model, n).layer in at and n not in names]
     batch = trial.batch
     if isinstance(batch, PackedBatch):
         # Layers with routed rows, and the head, refuse to run watched; see `first_nonfinite_layer`.
@@ -282,7 +290,7 @@ def _outputs(
         parts = set() if head is None else set(head.modules())
         layers = {name: module for name, module in layers.items() if module not in parts}
     figures = []
-    for changed in ([], names):
+    for changed in (others, [*others, *names]):  # with the same noise on the others
         trial.shake(changed)
         with _watched(layers) as sums:
             trial.loss()

@@ -239,9 +239,16 @@ class _Preflight:
             raise UserError(problem)
 
     def _matters(self, names: list[str], tolerance: float = 0.0) -> bool:
-        """Whether the loss depends on these parameters."""
-        self.trial.shake(names)
-        changed = abs(self.trial.loss() - self.before)
+        """Whether the loss depends on these parameters.
+
+        At other values of what else is trained in their layers: A changes nothing while B is 0.
+        """
+        layers = {self.places[name][::2] for name in names}
+        others = [n for n, at in self.places.items() if at[::2] in layers and n not in names]
+        self.trial.shake(others)
+        before = self.trial.loss() if others else self.before
+        self.trial.shake([*others, *names])  # with the same noise on the others
+        changed = abs(self.trial.loss() - before)
         self.trial.reset()
         return not changed <= tolerance  # also where it is not finite
 

@@ -9,6 +9,7 @@ import peft
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 import lora_engine
 from lora_engine.testing import error, tiny_llama, with_lora
@@ -215,3 +216,43 @@ def test_everything_may_be_dropped() -> None:
     loss = model(input_ids=IDS, labels=IDS).loss
     with model.disable_adapter():
         assert error(loss, model(input_ids=IDS, labels=IDS).loss) < 1e-5
+
+
+class Counted(nn.Module):
+    """A parametrization that does something whenever its weight is asked for, as spectral_norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked = 0
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        self.asked += 1
+        return 3 * weight
+
+
+@pytest.mark.parametrize("parametrized_first", [True, False])
+@pytest.mark.parametrize("part", ["lora_A", "lora_B", "base_layer"])
+def test_a_parametrized_weight_is_asked_for_as_often_as_by_peft(
+    part: str, parametrized_first: bool
+) -> None:
+    plain = with_lora(tiny_llama(), init_lora_weights=False)
+    ours = copy.deepcopy(plain)
+
+    def parametrize_one(model: Any) -> Counted:
+        layer = next(adapted(model))
+        held = layer.base_layer if part == "base_layer" else getattr(layer, part)["default"]
+        counted = Counted()
+        parametrize.register_parametrization(held, "weight", counted)
+        return counted
+
+    if parametrized_first:
+        counts = [parametrize_one(model) for model in (plain, ours)]
+        lora_engine.accelerate(ours)
+    else:
+        lora_engine.accelerate(ours)
+        counts = [parametrize_one(model) for model in (plain, ours)]
+    before = [counted.asked for counted in counts]
+    losses = [model.train()(input_ids=IDS, labels=IDS).loss for model in (plain, ours)]
+    assert error(losses[1], losses[0]) < 1e-5
+    theirs, mine = (c.asked - start for c, start in zip(counts, before, strict=True))
+    assert theirs == mine > 0

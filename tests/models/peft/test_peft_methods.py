@@ -38,6 +38,8 @@ METHODS: dict[str, Callable[[], Any]] = {
     "HRA": lambda: peft.HRAConfig(r=4, **LINEAR),
     "FourierFT": lambda: peft.FourierFTConfig(n_frequency=20, **LINEAR),
     "VB-LoRA": lambda: peft.VBLoRAConfig(r=4, num_vectors=8, vector_length=8, topk=2, **SQUARE),
+    "UniLoRA": lambda: peft.UniLoraConfig(r=4, **SQUARE),
+    "TinyLoRA": lambda: peft.TinyLoraConfig(**SQUARE),
     "MiSS": lambda: peft.MissConfig(r=4, **LINEAR),
     "LN tuning": lambda: peft.LNTuningConfig(
         target_modules=["input_layernorm", "norm"], task_type="CAUSAL_LM"
@@ -95,3 +97,17 @@ def test_every_number_is_as_without(method: str, when: str) -> None:
         found, expected = (results(made(method, each), mask) for each in (when, None))
         for ours, theirs in zip(found, expected, strict=True):
             assert torch.allclose(ours, theirs, atol=2e-5 * max(float(theirs.abs().max()), 1e-3))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_parameters_stay_themselves_in_half_precision(method: str) -> None:
+    """Each layer is tried in float32 too, with banks of parameters that its linears share."""
+    base = tiny_llama(dtype=torch.bfloat16)
+    model = peft.get_peft_model(base, METHODS[method](), autocast_adapter_dtype=False)
+    before = dict(model.named_parameters(remove_duplicate=False))
+    values = {name: p.detach().clone() for name, p in before.items()}
+    lora_engine.accelerate(model)
+    after = dict(model.named_parameters(remove_duplicate=False))
+    assert after.keys() == before.keys()
+    for name, p in before.items():
+        assert after[name] is p and torch.equal(p, values[name]), name

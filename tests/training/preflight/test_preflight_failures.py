@@ -94,6 +94,20 @@ def passed_by(model):
     return model, rows()
 
 
+def copy_of_a(model):
+    """B is trained, A computes with a copy of itself."""
+    up = layer(model, 0).mlp.up_proj
+    a, b = up.lora_A["default"].weight.detach().clone(), up.lora_B["default"].weight
+    up.forward = lambda x: up.base_layer(x) + x @ a.T @ b.T
+    return model, rows()
+
+
+def no_gradient_of_a(model):
+    """At first A has none anyway, as B is 0."""
+    layer(model, 0).mlp.up_proj.lora_A["default"].weight.register_hook(torch.zeros_like)
+    return model, rows()
+
+
 def masked(model):
     """The only adapted layer's output is multiplied by zero later."""
     inner = tiny_llama()
@@ -243,6 +257,8 @@ WRONG = {
     reentrant: ("checkpointing is reentrant", "enable_input_require_grads()"),
     detached: ("layers.1.mlp", "lora_A.default.weight (and 5 more) gets no gradient", "detach()"),
     passed_by: ("'default' changes nothing in the output of", "layers.0.mlp.up_proj"),
+    copy_of_a: ("up_proj.lora_A.default.weight changes nothing in the output of", "mlp.up_proj"),
+    no_gradient_of_a: ("up_proj.lora_A.default.weight gets a gradient of zero", "a hook"),
     masked: ("adapter 'default' changes nothing in the loss", "factor of zero"),
     scaled_by_zero: ("its scaling is 0",),
     both_zero: ("layers.1.mlp.up_proj.lora_A.default.weight (and 1 more)", "both zero"),
