@@ -43,7 +43,7 @@ def checkpointing(
             layer._gradient_checkpointing_func = run
             forward = own_forward(layer)
             if isinstance(forward, DecoderLayerForward):
-                forward.keeps = policy.keeps
+                forward.keeps, forward.tile = policy.keeps, policy.tile
         yield
     finally:
         for layer, (on, function) in zip(layers, before, strict=True):
@@ -54,7 +54,7 @@ def checkpointing(
                 layer._gradient_checkpointing_func = function
             forward = own_forward(layer)
             if isinstance(forward, DecoderLayerForward):
-                forward.keeps = "input"
+                forward.keeps, forward.tile = "input", 0
 
 
 def can_follow(model: nn.Module, policy: str) -> bool:

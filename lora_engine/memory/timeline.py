@@ -226,12 +226,15 @@ class _Step:
         """The most that a half makes in its forward pass and gives up at its end."""
         sizes, rows = self.sizes, self.load.rows
         normed = self.row(rows, sizes.hidden + sizes.gate_up.rank)
-        activated = self.row(rows, sizes.inner + sizes.down.rank)
-        dropped = self.row(rows, sizes.inner) if sizes.dropout else 0
         policy = self.load.policy
+        tile = min(rows, policy.tile or rows)
+        activated = self.row(tile, sizes.inner + sizes.down.rank)
+        dropped = self.row(tile, sizes.inner) if sizes.dropout else 0
         more = 0
         if policy.covers(0):  # what the layer then lets go
-            more = self._mlp_saved(rows)
+            more = self._mlp_saved(tile)
+            if policy.tile:  # the tiles' results, until they are one; attention's as well
+                more = max(more + self.row(rows, sizes.hidden), self._attention_saved(rows))
             if policy.keeps == "input":
                 more += self._attention_saved(rows)
         return normed + activated + dropped + more
@@ -240,12 +243,15 @@ class _Step:
         """The most that a layer's backward pass has beside what was kept."""
         rows, fed = self.load.rows, self._mlp_rows(index)
         policy, hidden = self.load.policy, self.sizes.hidden
-        mlp, attention = self._mlp_work(fed, last=last), self._attention_work(rows, last=last)
+        tile = min(fed, policy.tile or fed)
+        mlp, attention = self._mlp_work(tile, last=last), self._attention_work(rows, last=last)
         if not policy.covers(index):
             # The MLP's saved tensors are gone when the attention half runs.
             gone = self._mlp_saved(fed) + (self.row(fed, hidden) if not last else 0)
             return max(mlp, attention - gone)
-        saved, attended = self._mlp_saved(fed), self._attention_saved(rows)
+        saved, attended = self._mlp_saved(tile), self._attention_saved(rows)
+        if policy.tile:  # the gradients of the half's output and of the tiles
+            saved += 2 * self.row(fed, hidden)
         if policy.keeps == "inputs_of_halves":
             return max(saved + mlp, attended + attention - self.row(fed, hidden))
         middle = self.row(fed, hidden)

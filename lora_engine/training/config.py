@@ -140,7 +140,8 @@ class TrainConfig(BaseModel):
         description="What layers keep for the backward pass, which computes the rest again, to "
         "bitwise the same weights: `none` keeps everything, `every_2` (or another number) of each "
         "second layer its input alone, `selective` the input and attention's output, `half` the "
-        "inputs of a layer's halves, `layer` the input (docs/memory.md). `null` leaves the model's "
+        "inputs of a layer's halves, `tiled_4096` as well, with the MLP run on so many tokens at "
+        "once (to rounding), `layer` the input (docs/memory.md). `null` leaves the model's "
         "layers as they are.",
     )
 

@@ -91,6 +91,8 @@ def first_policy(model: nn.Module, config: TrainConfig) -> str | None:
 
 def _policies(model: nn.Module, first: str) -> list[str]:
     """`first`, and of CANDIDATES those that keep less and that the model's layers can follow."""
+    if first.startswith("tiled_"):
+        return [first]
     begin = "every_4" if first.startswith("every_") and first not in CANDIDATES else first
     less = CANDIDATES[CANDIDATES.index(begin) + 1 :]
     return [first, *(policy for policy in less if can_follow(model, policy))]

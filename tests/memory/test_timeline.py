@@ -29,6 +29,7 @@ CASES = {
     "float32, a part supervised": {"dtype": torch.float32, "share": 0.3},
     "dropout": {"lora": {"dropout": 0.2}},
     "nf4, half": {"quantize": "nf4", "policy": "half"},
+    "in tiles": {"policy": "tiled_64"},
     "head norms, selective": {"kind": "Qwen3", "policy": "selective"},
     "layer, 8-bit AdamW, head trained": {
         "policy": "layer",

@@ -92,16 +92,29 @@ def test_interrupted_and_resumed_is_bitwise_the_same(
     assert len(lines(tmp_path / "broken")) == len(lines(tmp_path / "straight"))
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit", "lion", "adafactor"])
 def test_a_step_reads_nothing_but_its_result(
-    device: torch.device, monkeypatch: pytest.MonkeyPatch
+    optimizer: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(backends, "reads_at_once", lambda x: False)  # as on a GPU
-    step = step_of(on(device, adapted("llama", "lora", torch.bfloat16)))
+    step = step_of(on(device, adapted("llama", "lora", torch.bfloat16)), optimizer=optimizer)
     losses(step, count=1)
     with HostReads(device) as reads:
         losses(step, count=1)
     # Of each of the two micro-batches transformers looks whether positions begin anew.
     assert reads.found == ["_local_scalar_dense"] * 2
+
+
+def test_a_read_within_a_micro_batch_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test above fails where a layer asks for a value, as here a norm's."""
+    monkeypatch.setattr(backends, "reads_at_once", lambda x: False)
+    model = on(CPU, adapted("llama", "lora", torch.bfloat16))
+    layer = model.get_base_model().model.layers[1]
+    layer.register_forward_hook(lambda module, inputs, result: float(result.sum()) and None)
+    step = step_of(model)
+    with HostReads(CPU) as reads:
+        losses(step, count=1)
+    assert reads.found.count("_local_scalar_dense") == 2 * 2
 
 
 @pytest.mark.gpu

@@ -1,9 +1,11 @@
 """Decoder layers whose halves are single functions: norm, linears, core and residual together."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import copy_context
+from functools import partial
 from typing import Literal, TypeAlias, TypeGuard
 
+import torch
 from torch import Tensor, nn
 
 from lora_engine.errors import UserError
@@ -37,12 +39,14 @@ class DecoderLayerForward(ReplacedForward):
 
     The last layer takes `output_rows` [U], places in its rows: its MLP runs on these alone, and
     its result is [1, U, H]. Under gradient checkpointing a layer runs again in the backward pass;
-    `keeps` says what it keeps until then.
+    `keeps` says what it keeps until then. With `tile` the MLP half of a packed batch runs on that
+    many rows at once, each of these tiles again by itself.
     """
 
     def __init__(self, module: DecoderLayer, router: AdapterRouter, *, last: bool) -> None:
         self.module, self.router, self.last = module, router, last
         self.keeps: Keeps = "input"
+        self.tile = 0
 
     @uncompiled
     def __call__(
@@ -85,6 +89,8 @@ class DecoderLayerForward(ReplacedForward):
                 lambda x, run: self._attended(x, once, position_ids, False, others, run),
                 Rerun("attention_block"),
             )
+            if self.tile > 0 and x.shape[0] == 1:
+                return self._fed_in_tiles(x, output_rows)
             return self._again(x, lambda x, run: self._fed(x, output_rows, run), Rerun("mlp_block"))
         return self._again(
             hidden_states,
@@ -155,10 +161,41 @@ class DecoderLayerForward(ReplacedForward):
         rerun: Rerun | None,
     ) -> Tensor:
         """The MLP half."""
-        module = self.module
         rows = output_rows if self.last else None
         if rows is not None:
             x = x.flatten(0, 1).index_select(0, rows)[None]
+        return self._fed_rows(x, rows, rerun)
+
+    def _fed_in_tiles(
+        self,
+        x: Tensor,  # [1, L, H]
+        output_rows: Tensor | None,  # [U] int64
+    ) -> Tensor:
+        """The MLP half, a tile of rows after the other."""
+        rows = output_rows if self.last else None
+        if rows is not None:
+            x = x.flatten(0, 1).index_select(0, rows)[None]
+        elif self.router.rows is not None:
+            rows = torch.arange(x.shape[1], device=x.device)
+        indices: Sequence[Tensor | None] = [None] * -(-x.shape[1] // self.tile)
+        if rows is not None:
+            indices = rows.split(self.tile)
+        tiles = [
+            self._again(piece, partial(self._fed_tile, index), Rerun("mlp_block"))
+            for piece, index in zip(x.split(self.tile, 1), indices, strict=True)
+        ]
+        return torch.cat(tiles, 1)
+
+    def _fed_tile(self, rows: Tensor | None, x: Tensor, rerun: Rerun) -> Tensor:
+        return self._fed_rows(x, rows, rerun)
+
+    def _fed_rows(
+        self,
+        x: Tensor,  # [B, L, H]
+        rows: Tensor | None,  # [L] int64, their places in the batch; None: all of it
+        rerun: Rerun | None,
+    ) -> Tensor:
+        module = self.module
         with self.router.selecting(rows):
             y = self.mlp_half(x, rerun)
             return x + module.mlp(module.post_attention_layernorm(x)) if y is None else y
