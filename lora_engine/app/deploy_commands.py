@@ -130,7 +130,15 @@ def evaluate(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="A model, or a run: its base and its adapter.")
     ],
-    data: Annotated[str, typer.Option("--data", metavar="SOURCE", help="Held-out data.")],
+    data: Annotated[
+        str | None,
+        typer.Option(
+            "--data",
+            metavar="SOURCE",
+            help="Held-out data.",
+            show_default="what the run held out",
+        ),
+    ] = None,
     adapter: Annotated[
         str | None,
         typer.Option("--adapter", metavar="FOLDER", help="Measured beside MODEL without it."),

@@ -6,6 +6,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lora_engine.app.config_data import DataConfig
+from lora_engine.app.datasets import prepare_data
+from lora_engine.app.objectives import name_of
 from lora_engine.app.trained import Tell, Trained, check_base, find_trained, load_tokenizer_of
 from lora_engine.data import prepare
 from lora_engine.data.readers import RowError
@@ -32,6 +35,7 @@ from lora_engine.models.load.load import load_model
 from lora_engine.report.evaluation_page import evaluation_page
 from lora_engine.report.template import EVALUATION, page_path
 
+_OF_TOKENS = ("sft", "domain")  # objectives whose held-out rows have a loss of their own
 _SAMPLES = 8  # prompts whose answers the report has
 
 
@@ -48,7 +52,7 @@ class _Measured:
 def evaluate(
     model: str,
     *,
-    data: str,
+    data: str | None = None,
     adapter: str | None = None,
     choices: bool = False,
     group: str | None = None,
@@ -64,6 +68,7 @@ def evaluate(
     """Loss, perplexity and accuracy on `data`, and metrics of what the model writes.
 
     model: as `load_model` takes it, or a run's folder, whose base and adapter are then meant.
+    data: None: what the run held out.
     choices: the rows are questions with choices (`read_questions`), of which it is measured how
     often the right one is the likeliest. group: a column of the data. metrics: names of
     `metrics.METRICS`, or "module:function" of a function of answers and references; `answers`
@@ -79,9 +84,13 @@ def evaluate(
         )
     chosen = {name: metric_of(name) for name in metrics}
     source, trained = _model_and_adapter(model, adapter)
-    questions = read_questions(data, limit=limit) if choices else []
-    if data not in BUILT_IN:
+    held_out = None
+    if data is None:
+        held_out = _held_out_of(trained, choices, group)
+        data = ""
+    elif data not in BUILT_IN:
         files_of(data)  # what is not there is told before a model is loaded
+    questions = read_questions(data, limit=limit) if choices else []
     tell(f"loading {source}")
     loaded, tokenizer = load_model(source, dtype=dtype, device=device)
     sides = ["model"]
@@ -99,7 +108,11 @@ def evaluate(
         examples: Sequence[Example] = choice_examples(questions, tokenizer)
         origins = [question.origin for question in questions]
     else:
-        examples = prepare(data, tokenizer, limit=limit)
+        if held_out is not None:
+            own = prepare_data(held_out, tokenizer)[1]
+            report["data"], examples = own.name, list(own)[:limit]
+        else:
+            examples = prepare(data, tokenizer, limit=limit)
         origins = [example.origin for example in examples]
     groups = None if group is None else _groups(data, group, origins)
     prompts = choose_prompts(examples, tokenizer, answers) if chosen else []
@@ -130,6 +143,20 @@ def evaluate(
     if page is not None:
         write_text(page, evaluation_page(report))
     return report
+
+
+def _held_out_of(trained: Trained | None, choices: bool, group: str | None) -> DataConfig:
+    """The data of the run, of which a part is held out. Raises UserError where there is none."""
+    config = None if trained is None else trained.config
+    if (
+        config is None
+        or choices
+        or group is not None
+        or name_of(config.objective) not in _OF_TOKENS
+    ):
+        what = "--choices" if choices else "--group" if group else "this model"
+        raise UserError(f"evaluate: {what} needs data of its own; give --data SOURCE")
+    return config.data
 
 
 def _of_examples(

@@ -46,6 +46,18 @@ def test_a_run_s_base_beside_its_adapter(finished, capfd):
     assert status == 0 and "model: loss" in printed
 
 
+def test_a_run_is_measured_on_what_it_held_out(finished, capfd):
+    status, printed, _ = run(capfd, "evaluate", "run", "--json", "--metric", "f1")
+    assert status == 0
+    report = json.loads(printed)
+    summary = json.loads((finished / "run/summary.json").read_text())
+    assert report["data"] == "rows.jsonl, held out"
+    for side, when in (("base", "before"), ("adapter", "after")):
+        loss = report[side]["loss"]["value"]
+        assert loss == pytest.approx(summary[f"heldout_loss_{when}"], rel=1e-3)
+    assert report["base"]["answers"] == report["base"]["examples"] > 0
+
+
 CHOICES = "".join(
     json.dumps({"prompt": f"say {i}", "choices": [f"it is {i}", "qqq"], "answer": 0, "k": i % 2})
     + "\n"
@@ -93,6 +105,9 @@ MISTAKES = [
         ["evaluate", "tiny", "--data", "rows.jsonl", "--choices", "--metric", "f1"],
         ["--metric f1"]),
     Try("no data", ["evaluate", "tiny", "--data", "none.jsonl"], ["none.jsonl"]),
+    Try("data of no run", ["evaluate", "tiny"], ["this model", "--data"]),
+    Try("a group of what was held out", ["evaluate", "run", "--group", "kind"],
+        ["--group needs", "--data"]),
     Try("a column that no row has", ["evaluate", "tiny", "--data", "rows.jsonl", "--group", ""],
         ["--group", "there is"]),
     Try("a metric that fails",
