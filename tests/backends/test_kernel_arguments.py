@@ -2,6 +2,7 @@
 
 from collections import namedtuple
 from collections.abc import Callable
+from inspect import signature
 from typing import Any, get_type_hints
 
 import pytest
@@ -34,7 +35,7 @@ def refusal(call: Callable[[Any], None], args: Any) -> str:
 
 def cpu_call(kernel: str) -> Callable[[Any], None]:
     function = getattr(backends.native(), kernel)
-    if kernel in ("adamw_8bit", "quantize_k"):  # of one dtype
+    if "dtype" not in signature(getattr(Kernels, kernel)).parameters:  # of one dtype
         return function
     return lambda args: function(cpu.dtype_code(FLOAT32), args)
 
