@@ -236,8 +236,9 @@ def _exported(report: dict[str, Any], to: str) -> str:
             f"token agrees at {verified['top1']:.1%} ({verified['top1_decided']:.1%} of "
             f"{verified['decided']:,} where it is no near tie), its log-probability within "
             f"{verified['logprob']:.2g} nats; {verified['texts']} texts tokenized and "
-            f"{verified['conversations']} chats written alike, and {verified['written_alike']} of "
-            f"{verified['written']} tokens of a greedy text"
+            f"{verified['conversations']} chats written alike; of {verified['written']} tokens of "
+            f"a greedy text {verified['written_alike']} are the likeliest, the others within "
+            f"{verified['parted']:.2g} nats of it"
         )
     elif find_spec("xllamacpp"):
         lines.append("not verified (--no-verify)")

@@ -53,9 +53,9 @@ class Agreement:
     logprob: mean difference of that token's log-probability, in nats. texts: tokenized alike.
     decided: positions where the model's two likeliest tokens are DECIDED apart or more.
     top1_decided: share of these with the same likeliest token, 1 if there are none.
-    conversations: written alike by the chat template. written: tokens of a greedy text, of which
-    written_alike are the same before the first that is not; there the model's likeliest token is
-    `parted` nats over the one that llama.cpp takes, 0 if there is none."""
+    conversations: written alike by the chat template. written: tokens of llama.cpp's greedy text,
+    of which written_alike are the model's likeliest too; elsewhere that is at most `parted` nats
+    over the one that llama.cpp takes."""
 
     positions: int
     top1: float
@@ -242,12 +242,9 @@ def _check_conversations(path: Path, engine: LlamaCpp, tokenizer: Any) -> int:
 def _greedy_texts(engine: LlamaCpp, model: Any, prompt: Sequence[int]) -> tuple[int, int, float]:
     """The fields written, written_alike and parted of `Agreement`."""
     theirs = engine.greedy(prompt, WRITTEN)
-    # Along their text: up to the first token that is not ours it is ours too.
     logprobs = _logprobs(model, [*prompt, *theirs])[len(prompt) - 1 : -1]
-    for place, (token, own) in enumerate(zip(theirs, logprobs, strict=True)):
-        if token != int(own.argmax()):
-            return len(theirs), place, float(own.max() - own[token])
-    return len(theirs), len(theirs), 0.0
+    behind = [float(own.max() - own[token]) for token, own in zip(theirs, logprobs, strict=True)]
+    return len(theirs), behind.count(0.0), max(behind)
 
 
 def special_tokens(tokenizer: Any) -> list[str]:
