@@ -32,6 +32,7 @@ ISA_FLAGS = (
         "avx2": ["-march=x86-64-v3"],
         "avx512": ["-march=x86-64-v4"],
         "avx512_bf16": ["-march=x86-64-v4", "-mavx512bf16"],
+        "amx_bf16": ["-march=x86-64-v4", "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
     }
     if X86
     else {"generic": []}
@@ -45,7 +46,12 @@ NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-
 NVCC_FLAGS += ["--threads", "0"]  # the architectures in parallel
 
 SHARED_SOURCES = ["csrc/bindings.cpp", "csrc/cpu/bindings.cpp", "csrc/cpu/dispatch.cpp"]
-SHARED_SOURCES += ["csrc/cpu/memory.cpp", "csrc/cpu/openmp_crowd.cpp", "csrc/triton/launcher.cpp"]
+SHARED_SOURCES += [
+    "csrc/cpu/matrix_unit.cpp",
+    "csrc/cpu/memory.cpp",
+    "csrc/cpu/openmp_crowd.cpp",
+    "csrc/triton/launcher.cpp",
+]
 KERNEL_SOURCES = sorted(
     {str(path.relative_to(ROOT)) for path in (ROOT / "csrc/cpu").glob("*.cpp")} - {*SHARED_SOURCES}
 )

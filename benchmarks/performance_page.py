@@ -41,6 +41,7 @@ def render(results: Path = RESULTS) -> str:
     parts += ["## A training step on a CPU", *_train_steps(results)]
     parts += ["## Kernels on a CPU", *_kernel_files(results)]
     parts += ["## LoRA on top of a frozen linear, on a CPU", *_linear_files(results)]
+    parts += ["## Products of large matrices on a CPU", *_matmul(results)]
     parts += ["## 4-bit weights on a CPU", *_four_bit(results)]
     parts += [
         "## Other people's trainers",
@@ -161,6 +162,22 @@ def linears(rows: Sequence[Mapping[str, Any]]) -> str:
         for key, found in groups.items()
     ]
     return table(("linear", "tokens", "rank", "pass", *names), lines, left=4)
+
+
+def _matmul(results: Path) -> list[str]:
+    """Ours beside PyTorch's, where it has seen the number of rows and where it has not."""
+    parts = []
+    for path in sorted(results.glob("matmul-*.json")):
+        run = _read(path)
+        rows = []
+        for each in run["seconds"]:
+            ours, seen, first = (each[n] for n in ("ours", "torch.mm", "torch.mm, rows unseen"))
+            times = [f"{seconds * 1e3:.3f}" for seconds in (ours, seen, first)]
+            ratios = [f"{seconds / ours:.2f} times" for seconds in (seen, first)]
+            rows.append([each["linear"], each["pass"], *times, *ratios])
+        titles = ["linear", "pass", "ours ms", "torch.mm ms", "rows unseen ms", "as long", "unseen"]
+        parts += [f"{run['what']}. {_source(path, run)}", table(titles, rows, left=2)]
+    return parts or ["No results."]
 
 
 def _four_bit(results: Path) -> list[str]:

@@ -22,6 +22,8 @@ LAYERS: list[set[str]] = [
     {"reference"},
     {"backends", "backends.cpu.kernels", "backends.cpu.structs"},  # what the extension has
     {"distributed.world", "distributed.replicate"},
+    {"backends.cpu.launch", "backends.cpu.matmul"},
+    {"backends.products"},
     {"backends.cpu", "backends.cuda", "backends.triton"},
     {
         "backends.torch_attention",

@@ -89,22 +89,22 @@ void load_tile(const AttentionBwdArgs& b, int64_t head, int64_t token, int64_t c
 }
 
 // probs <- exp(scale * scores - lse);  d_scores <- scale * probs * (d_probs - delta), and both as
-// elements for multiplication.
-template <class T>
-void softmax_backward(int64_t keys, acc_t<T> scale, Workspace<T>& w) {
-  using A = acc_t<T>;
+// elements for multiplication. Called, not inlined, as the forward pass's softmax is.
+template <class A, class E>
+__attribute__((noinline)) void softmax_backward(int64_t keys, A scale, const A* lse, const A* delta,
+                                                A* probs, A* d_scores, E* prob_rows,
+                                                E* d_score_rows) {
   for (int64_t j = 0; j < keys; ++j) {
-    A* prob = w.probs + j * kQueries;
-    A* d_score = w.d_scores + j * kQueries;
+    A* prob = probs + j * kQueries;
+    A* d_score = d_scores + j * kQueries;
 #pragma omp simd
     for (int64_t i = 0; i < kQueries; ++i) {
-      prob[i] = exp_acc(prob[i] * scale - w.lse[i]);
-      d_score[i] = scale * prob[i] * (d_score[i] - w.delta[i]);
+      prob[i] = exp_acc(prob[i] * scale - lse[i]);
+      d_score[i] = scale * prob[i] * (d_score[i] - delta[i]);
     }
-    convert_row(kQueries, prob, w.prob_rows + j * kQueries);
-    convert_row(kQueries, d_score, w.d_score_rows + j * kQueries);
+    convert_row(kQueries, prob, prob_rows + j * kQueries);
+    convert_row(kQueries, d_score, d_score_rows + j * kQueries);
   }
-  pack_rows(keys, kQueries, w.d_scores, kQueries, w.d_score_pack, kQueries);
 }
 
 // Writes rows of a gradient, rotated back where the forward pass rotated.
@@ -145,7 +145,9 @@ void query_tile(const AttentionBwdArgs& b, const HeadTask& task, int64_t head, i
     mask_scores(a, first, key, keys, w.probs, -A(INFINITY));
     tile_gemm<E>(keys, kQueries, D, w.values + key * D, D, w.d_out_t, kQueries, w.d_scores,
                  kQueries, false);
-    softmax_backward(keys, A(a.softmax_scale), w);
+    softmax_backward(keys, A(a.softmax_scale), w.lse, w.delta, w.probs, w.d_scores, w.prob_rows,
+                     w.d_score_rows);
+    pack_rows(keys, kQueries, w.d_scores, kQueries, w.d_score_pack, kQueries);
     tile_gemm<E>(keys, w.padded_dim, kQueries, w.prob_rows, kQueries, w.d_out_rows, w.padded_dim,
                  w.dv + key * w.padded_dim, w.padded_dim, true);
     tile_gemm<E>(keys, w.padded_dim, kQueries, w.d_score_rows, kQueries, w.query_rows, w.padded_dim,
@@ -181,6 +183,7 @@ void backward(const AttentionBwdArgs& b) {
 #pragma omp parallel for schedule(dynamic)
   for (int64_t index = 0; index < tasks; ++index) {
     const HeadTask task = head_task(a, index);
+    [[maybe_unused]] const MatrixUnit unit;
     Scratch scratch;
     Workspace<T> w(scratch, task.length, D);
     load_seen<T>(a, task, a.k, a.k_stride, true, w.keys);

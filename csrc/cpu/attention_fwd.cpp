@@ -118,6 +118,7 @@ void forward(const AttentionArgs& a) {
 #pragma omp parallel for schedule(dynamic)
   for (int64_t index = 0; index < tasks; ++index) {
     const HeadTask task = head_task(a, index);
+    [[maybe_unused]] const MatrixUnit unit;
     Scratch scratch;
     Workspace<T> w(scratch, task.length, D);
     load_seen<T>(a, task, a.v, a.v_stride, false, w.values);

@@ -96,6 +96,10 @@ LORA_ENGINE_FIELDS(DecodeScaledArgs, FIELD(codes), FIELD(scale), FIELD(zero), FI
 LORA_ENGINE_FIELDS(DecodeBlocksArgs, FIELD(codes), FIELD(w), FIELD(rows), FIELD(cols),
                    FIELD(codes_stride), FIELD(stride), FIELD(type));
 
+LORA_ENGINE_FIELDS(MatmulArgs, FIELD(a), FIELD(b), FIELD(addend), FIELD(c), FIELD(m), FIELD(n),
+                   FIELD(k), FIELD(a_stride), FIELD(b_stride), FIELD(addend_stride),
+                   FIELD(c_stride), FIELD(b_transposed));
+
 static void unpack(py::handle slice, int64_t& begin, int64_t& count) {
   Py_ssize_t start, stop, step;
   if (PySlice_Unpack(slice.ptr(), &start, &stop, &step) < 0) throw py::error_already_set();
@@ -194,6 +198,7 @@ void bind_cpu(py::module_ m) {
   define(m, "adamw", &Kernels::adamw);
   define(m, "dropout", &Kernels::dropout);
   define(m, "grad_norm", &Kernels::grad_norm);
+  define(m, "matmul", &Kernels::matmul);
   define(m, "lora_a_fwd", &Kernels::lora_a_fwd);
   define(m, "lora_b_bwd", &Kernels::lora_b_bwd);
   define(m, "lora_a_bwd", &Kernels::lora_a_bwd);

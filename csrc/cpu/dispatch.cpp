@@ -3,10 +3,14 @@
 #include <cstring>
 
 #include "kernels.hpp"
+#include "matrix_unit.hpp"
 
 namespace lora_engine {
 
 #ifdef LORA_ENGINE_X86
+namespace amx_bf16 {
+extern const Kernels table;
+}
 namespace avx512_bf16 {
 extern const Kernels table;
 }
@@ -25,14 +29,16 @@ static const BuiltIsa* built() {
   const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                   __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
                   __builtin_cpu_supports("avx512vl");
+  const bool v4_bf16 = v4 && __builtin_cpu_supports("avx512bf16");
   static const BuiltIsa list[] = {
-      {&avx512_bf16::table, v4 && __builtin_cpu_supports("avx512bf16")},
+      {&amx_bf16::table, v4_bf16 && matrix_unit_permitted()},
+      {&avx512_bf16::table, v4_bf16},
       {&avx512::table, v4},
       {&avx2::table, v3},
   };
   return list;
 }
-static constexpr int kBuilt = 3;
+static constexpr int kBuilt = 4;
 #else
 namespace generic {
 extern const Kernels table;

@@ -25,6 +25,7 @@ const Kernels table = {
     dropout,
     adamw_8bit,
     grad_norm,
+    matmul,
     lora_a_fwd,
     lora_b_bwd,
     lora_a_bwd,

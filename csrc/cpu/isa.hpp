@@ -21,6 +21,7 @@ void adamw(DType, const AdamWArgs&);
 void dropout(DType, const DropoutArgs&);
 void adamw_8bit(const AdamW8bitArgs&);
 void grad_norm(DType, const GradNormArgs&);
+void matmul(DType, const MatmulArgs&);
 void lora_a_fwd(DType, const LoraAFwdArgs&);
 void lora_b_bwd(DType, const LoraBBwdArgs&);
 void lora_a_bwd(DType, const LoraABwdArgs&);

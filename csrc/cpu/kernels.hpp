@@ -337,6 +337,16 @@ struct DecodeBlocksArgs {
   int64_t type;  // a GgufType
 };
 
+// k may be 0: the sums are then 0.
+struct MatmulArgs {
+  const void* a;       // [m, k]
+  const void* b;       // [n, k] if b_transposed, else [k, n]
+  const void* addend;  // [m, n], may be c; with addend_stride 0 [n]; or null
+  void* c;             // [m, n]: a b + addend, rounded once
+  int64_t m, n, k, a_stride, b_stride, addend_stride, c_stride;
+  bool b_transposed;
+};
+
 struct Kernels {
   const char* isa;
   void (*rms_norm_fwd)(DType, const RmsNormArgs&);
@@ -354,6 +364,7 @@ struct Kernels {
   void (*dropout)(DType, const DropoutArgs&);
   void (*adamw_8bit)(const AdamW8bitArgs&);
   void (*grad_norm)(DType, const GradNormArgs&);
+  void (*matmul)(DType, const MatmulArgs&);
   void (*lora_a_fwd)(DType, const LoraAFwdArgs&);
   void (*lora_b_bwd)(DType, const LoraBBwdArgs&);
   void (*lora_a_bwd)(DType, const LoraABwdArgs&);

@@ -70,7 +70,25 @@ struct Packed {
     pack_rows(smaller(k - begin, kPackRows), ranks, p + begin * stride, stride, out, ld);
   }
 
-  // The same of the transpose of p [ranks, k]. `work` holds kPackRows * ld elements.
+  // The same for the left operand of `collect`: where a matrix unit takes it, 32 rows of 16 ranks
+  // after the other, transposed.
+  void pack_columns(int64_t i, const T* p, int64_t stride) {
+    pack(i, p, stride);
+    if constexpr (kOnUnit<E>) {
+      using Word = GroupWord<E>;
+      constexpr int64_t kPairs = kUnitDepth / 2;
+      Word* piece = reinterpret_cast<Word*>(data + i * kPackRows * ld);
+      Scratch scratch;
+      Word* copy = scratch.allocate<Word>(kPairs * ld);
+      for (int64_t pair = 0; pair < kPackRows / 2; pair += kPairs) {
+        std::memcpy(copy, piece + pair * ld, sizeof(Word) * kPairs * ld);
+        for (int64_t rank = 0; rank < ld; rank += kUnitRows)
+          transpose(kPairs, kUnitRows, copy + rank, ld, piece + pair * ld + rank * kPairs, kPairs);
+      }
+    }
+  }
+
+  // `pack` of the transpose of p [ranks, k]. `work` holds kPackRows * ld elements.
   void pack_transpose(int64_t i, const T* p, int64_t stride, E* work) {
     const int64_t begin = i * kPackRows;
     copy_part(p + begin, stride, ranks, smaller(k - begin, kPackRows), ld, kPackRows, work,
@@ -80,7 +98,7 @@ struct Packed {
 };
 
 // Rows a multiple of 2 KiB apart map to few sets of the level-1 cache; a tile of such rows is
-// copied to rows at another distance.
+// copied to rows at another distance, but for a matrix unit, which reads whole lines.
 constexpr int64_t kShareLines = 2048;
 
 template <class E>
@@ -88,14 +106,14 @@ inline int64_t copied_stride(int64_t k) {
   return round_up(k, kLine<E>) + kLine<E>;
 }
 
-// out [.., ranks] = x p for the tile of rows from `row` on. `copy` holds kProjectRows rows
+// out [.., ranks] = x p for the tile of rows from `row` on. `copy` holds kProjectRows<E> rows
 // copied_stride apart.
 template <class T>
 inline void project_from(int64_t row, int64_t end, const T* x, int64_t ldx, const Packed<T>& p,
                          T* out, int64_t ldo, typename Packed<T>::E* copy) {
   using E = typename Packed<T>::E;
-  const int64_t rows = smaller(end - row, kProjectRows), k = round_up(p.k, Dot<E>::kGroup);
-  const bool may_stay = ldx * static_cast<int64_t>(sizeof(E)) % kShareLines != 0;
+  const int64_t rows = smaller(end - row, kProjectRows<E>), k = round_up(p.k, Dot<E>::kGroup);
+  const bool may_stay = kOnUnit<E> || ldx * static_cast<int64_t>(sizeof(E)) % kShareLines != 0;
   const Part<E> part =
       part_of(may_stay, x + row * ldx, ldx, rows, p.k, rows, k, copy, copied_stride<E>(k));
   project(rows, k, p.ranks, part.data, part.ld, p.data, p.ld, out + row * ldo, ldo);
@@ -115,7 +133,7 @@ struct Sums {
         strips((cols + kTileN<E> - 1) / kTileN<E>),
         data(scratch.allocate<A>(strips * size())) {}
 
-  int64_t size() const { return ranks * kTileN<E>; }
+  int64_t size() const { return round_up(ranks, kCollectRanks<E>) * kTileN<E>; }
   A* strip(int64_t i) const { return data + i * size(); }
   int64_t width(int64_t i) const { return smaller(cols - i * kTileN<E>, kTileN<E>); }
   void clear(int64_t i) { std::memset(strip(i), 0, sizeof(A) * size()); }
@@ -134,8 +152,8 @@ struct Sums {
 // How many rows of X [.., cols] a core takes at a time, to read them twice from its level-2 cache.
 template <class E>
 inline int64_t block_rows(int64_t cols) {
-  const int64_t tiles = kBlockBytes / static_cast<int64_t>(sizeof(E)) / (cols * kProjectRows);
-  return (tiles < 2 ? 2 : smaller(tiles, 8)) * kProjectRows;
+  const int64_t tiles = kBlockBytes / static_cast<int64_t>(sizeof(E)) / (cols * kProjectRows<E>);
+  return (tiles < 2 ? 2 : smaller(tiles, 8)) * kProjectRows<E>;
 }
 
 // Calls body(first, count) for every run of adjacent columns that the spans cover: X is read once
@@ -164,15 +182,16 @@ void a_fwd(const LoraAFwdArgs& a, int64_t first, int64_t ranks) {
   Packed<T> p(scratch, a.cols, ranks);
 #pragma omp parallel
   {
+    [[maybe_unused]] const MatrixUnit unit;
     Scratch own;
     E* work = own.allocate<E>(kPackRows * p.ld);
-    E* copy = own.allocate<E>(kProjectRows * copied_stride<E>(a.cols));
+    E* copy = own.allocate<E>(kProjectRows<E> * copied_stride<E>(a.cols));
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < p.pieces; ++i) p.pack_transpose(i, lora_a, a.a_stride, work);
 #pragma omp for schedule(static)
-    for (int64_t row = 0; row < a.rows; row += kProjectRows) {
+    for (int64_t row = 0; row < a.rows; row += kProjectRows<E>) {
       project_from(row, a.rows, x, a.x_stride, p, s, a.s_stride, copy);
-      const int64_t end = copies ? smaller(row + kProjectRows, a.rows) : row;
+      const int64_t end = copies ? smaller(row + kProjectRows<E>, a.rows) : row;
       for (int64_t i = row; i < end; ++i)
         std::memcpy(copies + i * a.copy_stride + first, s + i * a.s_stride, sizeof(T) * ranks);
     }
@@ -245,22 +264,23 @@ void b_bwd(const LoraBBwdArgs& a, const LoraSpan& span) {
   Sums<T> sums(scratch, ranks, with_gradient ? cols : 0);
 #pragma omp parallel
   {
+    [[maybe_unused]] const MatrixUnit unit;
     Scratch own;
-    const int64_t tile = kProjectRows * copied_stride<E>(cols), strip = step * kTileN<E>;
+    const int64_t tile = kProjectRows<E> * copied_stride<E>(cols), strip = step * kTileN<E>;
     E* copy = own.allocate<E>(tile > strip ? tile : strip);
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < p.pieces; ++i) p.pack(i, lora_b, a.b_stride);
 #pragma omp for schedule(static)
-    for (int64_t i = 0; i < s.pieces; ++i) s.pack(i, low_rank, a.s_stride);
+    for (int64_t i = 0; i < s.pieces; ++i) s.pack_columns(i, low_rank, a.s_stride);
 #pragma omp for schedule(static) nowait
     for (int64_t i = 0; i < sums.strips; ++i) sums.clear(i);
     for (int64_t begin = 0; begin < a.rows; begin += step) {
       const int64_t end = smaller(begin + step, a.rows);
 #pragma omp for schedule(static) nowait
-      for (int64_t row = begin; row < end; row += kProjectRows) {
+      for (int64_t row = begin; row < end; row += kProjectRows<E>) {
         project_from(row, end, dy, a.dy_stride, p, ds, a.ds_stride, copy);
         if (factors)
-          scale_rows(row, smaller(row + kProjectRows, end), ranks, ds, a.ds_stride, factors,
+          scale_rows(row, smaller(row + kProjectRows<E>, end), ranks, ds, a.ds_stride, factors,
                      scaled + span.column, a.scaled_stride);
       }
 #pragma omp for schedule(static) nowait
@@ -285,10 +305,11 @@ void a_bwd(const LoraABwdArgs& a, int64_t first, int64_t ranks) {
   Sums<T> sums(scratch, ranks, a.cols);
 #pragma omp parallel
   {
+    [[maybe_unused]] const MatrixUnit unit;
     Scratch own;
     E* copy = own.allocate<E>(step * kTileN<E>);
 #pragma omp for schedule(static)
-    for (int64_t i = 0; i < s.pieces; ++i) s.pack(i, ds, a.ds_stride);
+    for (int64_t i = 0; i < s.pieces; ++i) s.pack_columns(i, ds, a.ds_stride);
 #pragma omp for schedule(static) nowait
     for (int64_t i = 0; i < sums.strips; ++i) sums.clear(i);
     for (int64_t begin = 0; begin < a.rows; begin += step) {

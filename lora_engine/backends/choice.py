@@ -60,8 +60,8 @@ class Choice:
     """What runs.
 
     impl: the implementation. reason: why that, and why not another one.
-    plan: for a Product, a Forward, Queries, an Activation or Heads the strategy; for a Head the
-        rows of logits that are held at a time, of a Packed the rows that are decoded at a time.
+    plan: for a Product, a Forward, a Matmul, Queries, an Activation or Heads the strategy; for a
+        Head the rows of logits that are held at a time, of a Packed those decoded at a time.
     launch: for an Extent the line of launch_table.json.
     """
 

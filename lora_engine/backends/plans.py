@@ -10,6 +10,7 @@ from lora_engine.backends.request import (
     Forward,
     Head,
     Heads,
+    Matmul,
     Packed,
     Present,
     Product,
@@ -44,6 +45,11 @@ DECODED_ROWS = 1024
 # once, where they are: the vendor's product packs the weight at every call.
 FEW_ROWS = 16
 
+# Instruction sets with a matrix unit, and what it multiplies: products of large matrices are a
+# kernel of our own there. PyTorch's compiles one for every number of rows that it has not seen,
+# which takes up to 70 ms, and packed batches differ in theirs.
+MATRIX_UNITS = {"amx_bf16": (torch.bfloat16,)}
+
 # Ranks of a linear up to which the pass of a gated activation makes its neighbours' thin products
 # too: their sums stay in registers. 0: it never does.
 FORWARD_PASS_RANKS = 16
@@ -72,7 +78,8 @@ HOPPER, HOPPER_BUILD = 90, "90a"
 class Strategy(NamedTuple):
     """How it is carried out, and why.
 
-    Of a Product one of STRATEGIES; of a Forward "few_rows" or "many_rows"; of Queries "one_query"
+    Of a Product one of STRATEGIES; of a Forward "few_rows" or "many_rows"; of a Matmul "tiles" or
+    "vendor", PyTorch's; of Queries "one_query"
     or "sdpa", PyTorch's; of an Activation "one_pass" or "one_by_one"; of Heads "tiles", the
     implementation's own, "hopper", in CUDA C++ for 9.0 alone, "flash" or "cudnn", PyTorch's.
     """
@@ -91,6 +98,8 @@ def plan(request: Request, present: Present, impl: str) -> Strategy | int | None
         return _product(request, sizes)
     if isinstance(sizes, Forward):
         return _forward(impl, sizes)
+    if isinstance(sizes, Matmul):
+        return _matmul(request, present)
     if isinstance(sizes, Queries):
         return _queries(request, sizes)
     if isinstance(sizes, Activation):
@@ -121,6 +130,13 @@ def _forward(impl: str, sizes: Forward) -> Strategy:
     if impl == "cpu" and 0 < sizes.rows <= FEW_ROWS:
         return Strategy("few_rows", "the weight is read once, where it is")
     return Strategy("many_rows", f"not the C++ kernel of up to {FEW_ROWS} rows")
+
+
+def _matmul(request: Request, present: Present) -> Strategy:
+    unit = present.isa in MATRIX_UNITS and request.dtype in MATRIX_UNITS[present.isa]
+    if request.device != "cpu" or not unit:
+        return Strategy("vendor", "there is no matrix unit that a kernel of ours runs on")
+    return Strategy("tiles", f"C++ kernel, {present.isa}: nothing is compiled for a new size")
 
 
 def _queries(request: Request, sizes: Queries) -> Strategy:

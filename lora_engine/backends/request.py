@@ -30,6 +30,10 @@ class Forward(NamedTuple):
     rows: int
 
 
+class Matmul(NamedTuple):
+    """A product of two large matrices."""
+
+
 class Head(NamedTuple):
     """A linear head: so many rows of so many logits."""
 
@@ -83,7 +87,9 @@ class Extent(NamedTuple):
     size: int
 
 
-Sizes: TypeAlias = Product | Forward | Head | Packed | Queries | Activation | Heads | Extent
+Sizes: TypeAlias = (
+    Product | Forward | Matmul | Head | Packed | Queries | Activation | Heads | Extent
+)
 
 
 @dataclass(frozen=True)

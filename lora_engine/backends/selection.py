@@ -16,6 +16,7 @@ from lora_engine.backends.request import (
     Forward,
     Head,
     Heads,
+    Matmul,
     Packed,
     Present,
     Product,
@@ -111,6 +112,13 @@ def takes_few_rows(
     """Whether a product of so many rows, without gradients, is one for few rows."""
     choice = _choose_here("lora_linear", device, dtype, Forward(rows), impl, format)
     return _strategy(choice) == "few_rows"
+
+
+@cache  # asked before every product
+def multiplies(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether products of large matrices are our kernel's; else they are PyTorch's."""
+    request = Request.on(device, "lora_linear", dtype, Matmul())
+    return _strategy(choose(request, present())) == "tiles"
 
 
 def takes_one_pass(

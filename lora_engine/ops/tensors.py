@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from lora_engine.backends.products import multiply
 from lora_engine.values import accumulate_dtype as accumulate_dtype
 
 P = ParamSpec("P")
@@ -65,7 +66,7 @@ def front_columns(buffer: Tensor, cols: int) -> Tensor:
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     """`a @ b` [M, N] into `empty_rows`."""
     out = empty_rows(a.shape[0], b.shape[1], dtype=a.dtype, device=a.device)
-    return torch.mm(a, b, out=out)
+    return multiply(out, a, b)
 
 
 def check(condition: bool, message: str | Callable[[], str]) -> None:

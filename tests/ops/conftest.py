@@ -9,6 +9,7 @@ import importlib.util
 from collections.abc import Iterator
 
 import pytest
+import tile_model
 import torch
 from emulated_cuda import emulated_kernels
 from implementations import Backend, parameters, runnable_isas
@@ -61,6 +62,10 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr(backends.extension, "cuda_emulation", emulated_kernels())
     if chosen.isa is None:
         yield chosen
+        return
+    if chosen.isa == tile_model.NAME:
+        with tile_model.tiles_modelled(monkeypatch):
+            yield chosen
         return
     native = backends.native()
     best = native.isa()

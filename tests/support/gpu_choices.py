@@ -28,6 +28,11 @@ def choices_of_a_gpu() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(selection, "choose", of_a_gpu)
-        selection._choose_once.cache_clear()
+        _forget()
         yield
+    _forget()
+
+
+def _forget() -> None:
     selection._choose_once.cache_clear()
+    selection.multiplies.cache_clear()

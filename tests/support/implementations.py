@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import pytest
+import tile_model
 import torch
 from torch import Tensor
 
@@ -44,6 +45,7 @@ REFERENCE = Backend("reference", CPU)
 BACKENDS = {
     "reference": REFERENCE,
     **{f"cpu-{isa}": Backend("cpu", CPU, isa) for isa in runnable_isas()},
+    "cpu-tiles": Backend("cpu", CPU, tile_model.NAME),
     "triton-interpreter": Backend("triton", CPU),
     "triton-ptx-80": Backend("triton", CPU, capability=80),
     "triton-ptx-90": Backend("triton", CPU, capability=90),
@@ -75,9 +77,13 @@ def parameters(operation: str, *, with_dtype: bool, with_reference: bool = False
     for name, backend in BACKENDS.items():
         if backend.impl not in impls:
             continue
+        if backend.isa == tile_model.NAME and not tile_model.stands_in(operation):
+            continue
         marks = [pytest.mark.gpu] if backend.device.type == "cuda" else []
         marks += [pytest.mark.ptx] if backend.capability else []
         for dtype in backend.dtypes if with_dtype else [None]:
+            if backend.isa == tile_model.NAME and dtype not in (torch.bfloat16, None):
+                continue
             label = f"{name}-{str(dtype).removeprefix('torch.')}" if with_dtype else name
             values = (backend, dtype) if with_dtype else (backend,)
             found.append(pytest.param(*values, id=label, marks=marks))

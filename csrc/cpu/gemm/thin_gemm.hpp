@@ -10,6 +10,7 @@
 #pragma once
 
 #include "tile_gemm.hpp"
+#include "unit_thin_gemm.hpp"
 
 namespace lora_engine {
 namespace {
@@ -19,7 +20,18 @@ constexpr int64_t kLanes = kTileN<E> / 2;  // ranks or columns in a vector
 template <class E>
 constexpr int64_t kLine = 64 / sizeof(E);  // elements of a cache line
 
-constexpr int64_t kProjectRows = 2 * kTileRows;  // of X in a tile with one vector of ranks
+// Rows of X in a tile with one vector of ranks.
+template <class E>
+constexpr int64_t kProjectRows = 2 * kTileRows;
+// `collect` sums for ranks in multiples of this.
+template <class E>
+constexpr int64_t kCollectRanks = 1;
+#ifdef LORA_ENGINE_TILES
+template <>
+constexpr int64_t kProjectRows<bf16> = kUnitBlock;
+template <>
+constexpr int64_t kCollectRanks<bf16> = kUnitRows;
+#endif
 
 // A number of vectors as a type.
 template <int N>
@@ -47,7 +59,7 @@ struct Thin {
   }
 };
 
-#ifdef __AVX512BF16__
+#if defined(__AVX512BF16__) && !defined(LORA_ENGINE_TILES)
 template <>
 struct Thin<bf16> {
   using Vector = float_vector;
@@ -59,15 +71,7 @@ struct Thin<bf16> {
     return (Vector)_mm512_dpbf16_ps((__m512)acc, (__m512bh)b, (__m512bh)_mm512_set1_epi32(pair));
   }
   static inline void load_rows(const bf16* x, int64_t ld, Operand out[2]) {
-    alignas(64) static constexpr uint16_t kLow[32] = {0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,
-                                                      37, 6,  38, 7,  39, 8,  40, 9,  41, 10, 42,
-                                                      11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
-    alignas(64) static constexpr uint16_t kHigh[32] = {16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21,
-                                                       53, 22, 54, 23, 55, 24, 56, 25, 57, 26, 58,
-                                                       27, 59, 28, 60, 29, 61, 30, 62, 31, 63};
-    const __m512i even = load(x), odd = load(x + ld);
-    out[0] = _mm512_permutex2var_epi16(even, _mm512_load_si512(kLow), odd);
-    out[1] = _mm512_permutex2var_epi16(even, _mm512_load_si512(kHigh), odd);
+    interleave(load(x), load(x + ld), out);
   }
 };
 #endif
@@ -110,18 +114,18 @@ inline void project_rows(int64_t rows, int64_t k, const E* x, int64_t ldx, const
   }
 }
 
-// out [rows, ranks] = x [rows, k] p, for up to kProjectRows rows. k is in whole groups; p is packed
-// with ldp ranks, whole vectors.
+// out [rows, ranks] = x [rows, k] p, for up to kProjectRows<E> rows. k is in whole groups; p is
+// packed with ldp ranks, whole vectors.
 template <class E, class T>
 inline void project(int64_t rows, int64_t k, int64_t ranks, const E* x, int64_t ldx, const E* p,
                     int64_t ldp, T* out, int64_t ldo) {
-  typename Dot<E>::Acc sums[kProjectRows * kLanes<E>];
+  typename Dot<E>::Acc sums[kProjectRows<E> * kLanes<E>];
   int64_t rank = 0;
   const auto tile = [&](int64_t row, int64_t count, auto vectors) {
     constexpr int kVectors = decltype(vectors)::value;
     constexpr int64_t kWidth = kVectors * kLanes<E>;
-    project_rows<E, kProjectRows / kVectors, kVectors>(count, k, x + row * ldx, ldx,
-                                                       p + rank * Dot<E>::kGroup, ldp, sums);
+    project_rows<E, kProjectRows<E> / kVectors, kVectors>(count, k, x + row * ldx, ldx,
+                                                          p + rank * Dot<E>::kGroup, ldp, sums);
     const int64_t stored = ranks - rank < kWidth ? ranks - rank : kWidth;
     for (int64_t i = 0; i < count; ++i)
       convert_row(stored, sums + i * kWidth, out + (row + i) * ldo + rank);

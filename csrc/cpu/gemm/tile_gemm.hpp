@@ -5,14 +5,21 @@
 // (k, n) stands at (k / kGroup) * kGroup * ldb + n * kGroup + k % kGroup, so that one vector holds
 // whole groups and one multiply-add takes it with a broadcast group of A. float32 and float64 have
 // groups of one; bfloat16 has pairs, which AVX512-BF16's dot product takes. A and B are padded
-// with zeros to a whole group in k, and n is a multiple of kTileN.
+// with zeros to a whole group in k, and n is a multiple of kTileN. On a matrix unit, which takes
+// the same pairs, the caller has a MatrixUnit in scope.
 #pragma once
 
 #include "../simd/interleave.hpp"
 #include "../simd/numeric.hpp"
+#include "../simd/tiles.hpp"
 #include "../simd/transpose.hpp"
+#include "unit_gemm.hpp"
 #ifdef __AVX512BF16__
 #include <immintrin.h>
+#endif
+// bfloat16 is multiplied in pairs, not as float32.
+#if defined(__AVX512BF16__) || defined(LORA_ENGINE_TILES)
+#define LORA_ENGINE_PAIRS
 #endif
 
 namespace lora_engine {
@@ -57,18 +64,20 @@ struct Dot<double> {
   }
 };
 
-#ifdef __AVX512BF16__
+#ifdef LORA_ENGINE_PAIRS
 template <>
 struct Dot<bf16> {
   using Acc = float;
   using Vector = float_vector;
   static constexpr int kGroup = 2;
+#ifdef __AVX512BF16__
   static inline Vector multiply_add(Vector acc, const bf16* a, const bf16* b) {
     int32_t pair;
     std::memcpy(&pair, a, sizeof pair);
     const __m512i v = _mm512_loadu_si512(b);
     return (Vector)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_set1_epi32(pair), (__m512bh)v);
   }
+#endif
 };
 #endif
 
@@ -77,15 +86,24 @@ template <class T>
 struct Element {
   using type = T;
 };
-#ifndef __AVX512BF16__
+#ifndef LORA_ENGINE_PAIRS
 template <>
 struct Element<bf16> {
   using type = float;
 };
 #endif
 
+// Whether elements are multiplied on a matrix unit.
+template <class E>
+constexpr bool kOnUnit = false;
 template <class E>
 constexpr int64_t kTileN = 2 * kVectorBytes / sizeof(typename Dot<E>::Acc);
+#ifdef LORA_ENGINE_TILES
+template <>
+constexpr bool kOnUnit<bf16> = true;
+template <>
+constexpr int64_t kTileN<bf16> = kUnitBlock;
+#endif
 
 inline int64_t round_up(int64_t x, int64_t multiple) {
   return (x + multiple - 1) / multiple * multiple;
@@ -135,13 +153,17 @@ inline void last_rows(int64_t rows, int64_t k, const E* a, int64_t lda, const E*
 template <class E>
 void tile_gemm(int64_t m, int64_t n, int64_t k, const E* a, int64_t lda, const E* b, int64_t ldb,
                typename Dot<E>::Acc* c, int64_t ldc, bool accumulate) {
-  for (int64_t j = 0; j < n; j += kTileN<E>) {
-    const E* columns = b + j * Dot<E>::kGroup;
-    int64_t i = 0;
-    for (; i + kTileRows <= m; i += kTileRows)
-      tile<E, kTileRows>(k, a + i * lda, lda, columns, ldb, c + i * ldc + j, ldc, accumulate);
-    last_rows<E, kTileRows - 1>(m - i, k, a + i * lda, lda, columns, ldb, c + i * ldc + j, ldc,
-                                accumulate);
+  if constexpr (kOnUnit<E>) {
+    unit_gemm(m, n, k, a, lda, b, ldb, c, ldc, accumulate);
+  } else {
+    for (int64_t j = 0; j < n; j += kTileN<E>) {
+      const E* columns = b + j * Dot<E>::kGroup;
+      int64_t i = 0;
+      for (; i + kTileRows <= m; i += kTileRows)
+        tile<E, kTileRows>(k, a + i * lda, lda, columns, ldb, c + i * ldc + j, ldc, accumulate);
+      last_rows<E, kTileRows - 1>(m - i, k, a + i * lda, lda, columns, ldb, c + i * ldc + j, ldc,
+                                  accumulate);
+    }
   }
 }
 
@@ -175,6 +197,19 @@ inline void interleave_rows(int64_t n, const E* even, const E* odd, E* dst) {
 }
 
 #ifdef __AVX512BF16__
+inline void interleave_rows(int64_t n, const bf16* even, const bf16* odd, bf16* dst) {
+  int64_t i = 0;
+  for (; i + 32 <= n; i += 32) {
+    __m512i pairs[2];
+    interleave(_mm512_loadu_si512(even + i), _mm512_loadu_si512(odd + i), pairs);
+    _mm512_storeu_si512(dst + 2 * i, pairs[0]);
+    _mm512_storeu_si512(dst + 2 * i + 32, pairs[1]);
+  }
+  for (; i < n; ++i) {
+    dst[2 * i] = even[i];
+    dst[2 * i + 1] = odd[i];
+  }
+}
 inline void convert_row(int64_t n, const float* src, bf16* dst) {
   int64_t i = 0;
   for (; i + 16 <= n; i += 16) {

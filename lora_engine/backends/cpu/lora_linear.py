@@ -1,4 +1,4 @@
-"""The products of a LoRA group: C++ kernels for those of few ranks, torch.mm for wide ones."""
+"""The products of a LoRA group: C++ kernels for those of few ranks, `multiply` for wide ones."""
 
 from collections.abc import Iterator, Sequence
 
@@ -25,6 +25,7 @@ from lora_engine.backends.lora_parts import (
     ScaledRows,
     Span,
 )
+from lora_engine.backends.products import multiply
 from lora_engine.values import Dropout
 
 DTYPES = choice.DTYPES["cpu"]  # of factors and of their places
@@ -217,12 +218,9 @@ def lora_linear_fwd(
     Every column of s and lora_b is read: those in no span must be zero in one, finite in the other.
     Padding columns of x must be finite (ops/tensors.py: front_columns).
     """
-    if bias is None:
-        torch.mm(x, weight.t(), out=y)
-    else:
-        torch.addmm(bias, x, weight.t(), out=y)
+    multiply(y, x, weight.t(), bias)
     if s.shape[1]:
-        y.addmm_(s, lora_b.t())
+        multiply(y, s, lora_b.t(), y)
 
 
 def lora_linear_dx(
@@ -239,10 +237,10 @@ def lora_linear_dx(
     Rounded after each product. Rows of lora_a in no span are not read; columns of ds in no span,
     and padding columns of dy and ds, must be finite.
     """
-    torch.mm(dy, weight, out=dx)
+    multiply(dx, dy, weight)
     for substream, columns in _products(spans, merge=dropout is None):
         if dropout is None:
-            dx.addmm_(ds[:, columns], lora_a[columns])
+            multiply(dx, ds[:, columns], lora_a[columns], dx)
         else:
             term = torch.mm(ds[:, columns], lora_a[columns])
             dropout_fwd(term, term, dropout, substream)

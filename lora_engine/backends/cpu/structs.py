@@ -347,6 +347,21 @@ class LoraBase(NamedTuple):
     adapters: int
 
 
+class MatmulArgs(NamedTuple):
+    a: Address
+    b: Address
+    addend: Address
+    c: Address
+    m: int
+    n: int
+    k: int
+    a_stride: int
+    b_stride: int
+    addend_stride: int
+    c_stride: int
+    b_transposed: bool
+
+
 class FewRowsArgs(NamedTuple):
     x: Address
     weight: Address

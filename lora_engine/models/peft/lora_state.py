@@ -151,13 +151,18 @@ def _parts(module: LoraLinear, part: _Part) -> Mapping[str, nn.Module]:
     return cast("Mapping[str, nn.Module]", parts._modules)
 
 
-def own_tensor(layer: nn.Module, name: str) -> torch.Tensor | None:
+def own_tensor(layer: nn.Module, name: Literal["weight", "bias"]) -> torch.Tensor | None:
     """A layer's parameter, or the tensor that stands in its place; None where it has neither.
 
     Not what it computes under that name: spectral norm takes a step whenever it is asked.
     """
     parameters = layer._parameters
-    return parameters[name] if name in parameters else vars(layer).get(name)
+    if name in parameters:
+        return parameters[name]
+    instead: torch.Tensor | None = (
+        vars(layer).get("weight") if name == "weight" else vars(layer).get("bias")
+    )
+    return instead
 
 
 def rank_capacity(modules: Sequence[nn.Module]) -> int:

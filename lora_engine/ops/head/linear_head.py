@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lora_engine.backends.products import multiply
 from lora_engine.ops.tensors import front_columns
 
 ROW_ALIGNMENT = (
@@ -74,10 +75,7 @@ class LinearHead:
 
     def logits(self, hidden: Tensor, out: Tensor) -> Tensor | None:
         """Writes the logits of `hidden` [c, H] into `out` [c, V]; returns hidden lora_aᵀ [c, r]."""
-        if self.bias is None:
-            torch.mm(hidden, self.weight.t(), out=out)
-        else:
-            torch.addmm(self.bias, hidden, self.weight.t(), out=out)
+        multiply(out, hidden, self.weight.t(), self.bias)
         if self.lora_a is None or self.lora_b is None:
             return None
         s = torch.mm(hidden, self.lora_a.t())
@@ -90,6 +88,6 @@ class LinearHead:
 
     def hidden_gradient(self, dz: Tensor, ds: Tensor | None, out: Tensor) -> None:
         """Writes the gradient of hidden [c, H] into `out`."""
-        torch.mm(dz, self.weight, out=out)
+        multiply(out, dz, self.weight)
         if ds is not None and self.lora_a is not None:
-            out.addmm_(ds, self.lora_a)
+            multiply(out, ds, self.lora_a, out)

@@ -30,6 +30,7 @@ from lora_engine.backends.lora_parts import (
     XGradient,
     split_parts,
 )
+from lora_engine.backends.products import multiply
 from lora_engine.ops import augmented
 from lora_engine.ops.lora.added import added_gradients
 from lora_engine.ops.lora.group import Filling, LoraGroup
@@ -163,7 +164,7 @@ class LoraProduct:
                 joined = torch.cat((x, s), dim=1)
             with base.forward_operand(placed.lora_b) as operand:
                 if total is not None:
-                    return total.addmm_(joined, operand)
+                    return multiply(total, joined, operand, total)
                 return _matmul(joined, operand, addend)
         n = placed.lora_b.shape[0]
         y = total
@@ -176,13 +177,10 @@ class LoraProduct:
                 self.kernels.lora_linear_fwd(x, weight, s, placed.lora_b[rows], y[:, rows], bias)
             return y if addend is None or vector is not None else y.add_(addend)
         for rows, weight in base.blocks():
-            if total is not None:
-                y[:, rows].addmm_(x, weight.t())
-            elif addend is None:
-                torch.mm(x, weight.t(), out=y[:, rows])
-            else:
-                torch.addmm(addend[..., rows], x, weight.t(), out=y[:, rows])
-        return y.addmm_(s, placed.lora_b.t()) if placed.rank else y
+            part = y[:, rows]
+            added = None if addend is None else addend[..., rows]
+            multiply(part, x, weight.t(), part if total is not None else added)
+        return multiply(y, s, placed.lora_b.t(), y) if placed.rank else y
 
     def claim_gradient(self, grads: Sequence[Tensor]) -> Tensor:
         """The gradients of Y side by side, times DoRA's scale, and columns for dS: [M, N + R]."""
@@ -239,7 +237,7 @@ class LoraProduct:
                     dys[:, rows], weight, dys[:, n:], lora_a, dx, self.spans, self.dropout
                 )
             else:
-                dx.addmm_(dys[:, rows], weight)
+                multiply(dx, dys[:, rows], weight, dx)
         return dx
 
     def lora_a_gradient(
@@ -368,4 +366,4 @@ def _matmul(a: Tensor, b: Tensor, addend: Tensor | None) -> Tensor:
     if addend is None:
         return matmul(a, b)
     out = empty_rows(a.shape[0], b.shape[1], dtype=a.dtype, device=a.device)
-    return torch.addmm(addend, a, b, out=out)
+    return multiply(out, a, b, addend)

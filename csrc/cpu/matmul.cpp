@@ -1,0 +1,192 @@
+// Products of large matrices: C = A B + addend, B in rows [k, n] or as the transpose of [n, k].
+//
+// A thread packs some strips of kTileN columns of B as tile_gemm.hpp says: they stay in its level-2
+// cache while blocks of A's rows, each in the level-1 cache, pass by them. No packed copy of B is
+// kept, and nothing is compiled for a size when it is first seen.
+#include <omp.h>
+
+#include "gemm/tile_gemm.hpp"
+#include "isa.hpp"
+#include "scratch.hpp"
+
+namespace lora_engine {
+namespace {
+
+constexpr int64_t kBlockBytes = 40 * 1024;     // of a block of A: of a level-1 cache
+constexpr int64_t kPackedBytes = 1024 * 1024;  // of strips of B: of a level-2 cache
+constexpr int64_t kLeastStrips = 4;            // that a block of A is read for, where there are
+constexpr int64_t kDepthStep = 32;             // of pieces of k: whole tiles of a matrix unit
+
+// Rows of A in a block.
+template <class E>
+constexpr int64_t kBlockRows = 4 * kTileRows;
+#ifdef LORA_ENGINE_TILES
+template <>
+constexpr int64_t kBlockRows<bf16> = kUnitBlock;
+#endif
+// Strips are packed to whole multiples of this depth, with zeros.
+template <class E>
+constexpr int64_t kPackedStep = kOnUnit<E> ? kDepthStep : Dot<E>::kGroup;
+
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+inline int64_t parts(int64_t size, int64_t part) { return (size + part - 1) / part; }
+
+// A block of A's rows as elements. On a matrix unit its last columns are apart, filled up with
+// zeros to a whole tile.
+template <class E>
+struct Block {
+  const E* data;
+  int64_t ld;
+  int64_t whole;  // columns at `data`
+  const E* tail;  // [kBlockRows, kDepthStep], or null
+};
+
+template <class T>
+struct Product {
+  using E = typename Element<T>::type;
+  using A = acc_t<T>;
+  static constexpr int64_t kStrip = kTileN<E>, kRows = kBlockRows<E>;
+  const MatmulArgs& args;
+  int64_t piece, pieces;            // columns of A, and how often
+  int64_t strips, group, groups;    // strips of B, those that a thread packs at a time
+  int64_t rows, row_parts, padded;  // rows of A in a task; packed rows of a strip
+
+  explicit Product(const MatmulArgs& a) : args(a) {
+    const int64_t size = sizeof(E), threads = omp_get_max_threads();
+    pieces = larger(parts(a.k, kBlockBytes / (kRows * size)), 1);
+    piece = larger(round_up(parts(a.k, pieces), kDepthStep), kDepthStep);
+    pieces = larger(parts(a.k, piece), 1);
+    padded = round_up(a.k, kPackedStep<E>);
+    strips = parts(a.n, kStrip);
+    const int64_t fitting = kPackedBytes / larger(padded * kStrip * size, 1);
+    const int64_t most = smaller(larger(fitting, 1), strips);
+    // As many groups as threads, or a multiple: all threads end at the same time.
+    groups = round_up(parts(strips, most), smaller(threads, larger(strips / kLeastStrips, 1)));
+    group = parts(strips, groups);
+    groups = parts(strips, group);
+    row_parts = smaller(parts(threads, groups), parts(a.m, kRows));
+    rows = round_up(parts(a.m, row_parts), kRows);
+    row_parts = parts(a.m, rows);
+  }
+
+  // A strip of B. `work` holds [kStrip, padded].
+  void pack(int64_t strip, E* packed, E* work) const {
+    const int64_t column = strip * kStrip, width = smaller(kStrip, args.n - column);
+    const T* b =
+        static_cast<const T*>(args.b) + (args.b_transposed ? column * args.b_stride : column);
+    if (width < kStrip || args.k < padded) std::memset(packed, 0, sizeof(E) * padded * kStrip);
+    if (!args.b_transposed) {
+      pack_rows(args.k, width, b, args.b_stride, packed, kStrip);
+      return;
+    }
+    constexpr int kGroup = Dot<E>::kGroup;
+    if constexpr (sizeof(T) == sizeof(E)) {
+      if (args.k % kGroup == 0 && args.b_stride % kGroup == 0) {
+        pack_transposed(args.k, width, b, args.b_stride, packed, kStrip);
+        return;
+      }
+    }
+    for (int64_t j = 0; j < width; ++j) {
+      convert_row(args.k, b + j * args.b_stride, work + j * padded);
+      for (int64_t p = args.k; p < padded; ++p) work[j * padded + p] = E{};
+    }
+    pack_transposed(padded, width, work, padded, packed, kStrip);
+  }
+
+  // Columns [inner, inner + depth) of `count` rows of A. `copy` holds [kRows, piece].
+  Block<E> block(int64_t row, int64_t count, int64_t inner, int64_t depth, E* copy) const {
+    const T* a = static_cast<const T*>(args.a) + row * args.a_stride + inner;
+    if constexpr (sizeof(T) == sizeof(E)) {
+      const int64_t whole = depth / kPackedStep<E> * kPackedStep<E>;
+      if (whole == depth || kOnUnit<E>) {
+        if (whole < depth) std::memset(copy, 0, sizeof(E) * kRows * kDepthStep);
+        for (int64_t i = 0; i < count && whole < depth; ++i)
+          std::memcpy(copy + i * kDepthStep, a + i * args.a_stride + whole,
+                      sizeof(E) * (depth - whole));
+        return {reinterpret_cast<const E*>(a), args.a_stride, whole,
+                whole < depth ? copy : nullptr};
+      }
+    }
+    const int64_t ld = round_up(depth, Dot<E>::kGroup);
+    for (int64_t i = 0; i < count; ++i) {
+      convert_row(depth, a + i * args.a_stride, copy + i * ld);
+      for (int64_t p = depth; p < ld; ++p) copy[i * ld + p] = E{};
+    }
+    return {copy, ld, ld, nullptr};
+  }
+
+  // sums [count, kStrip] (+)= block times the strip's rows at `packed`.
+  void multiply(int64_t count, const Block<E>& a, const E* packed, A* sums, bool accumulate) const {
+    if constexpr (kOnUnit<E>)
+      unit_strip(count, a.whole, a.data, a.ld, a.tail, packed, sums, accumulate);
+    else
+      tile_gemm<E>(count, kStrip, a.whole, a.data, a.ld, packed, kStrip, sums, kStrip, accumulate);
+  }
+
+  // C's rows [row, row + count) of a strip.
+  void finish(int64_t row, int64_t count, int64_t strip, const A* sums) const {
+    const int64_t column = strip * kStrip, width = smaller(kStrip, args.n - column);
+    const T* addend = static_cast<const T*>(args.addend);
+    for (int64_t i = 0; i < count; ++i) {
+      T* c = static_cast<T*>(args.c) + (row + i) * args.c_stride + column;
+      const A* sum = sums + i * kStrip;
+      if (!addend) {
+        convert_row(width, sum, c);
+        continue;
+      }
+      const T* added = addend + (row + i) * args.addend_stride + column;
+#pragma omp simd
+      for (int64_t j = 0; j < width; ++j) c[j] = store<T>(sum[j] + load(added[j]));
+    }
+  }
+
+  // C's rows [first, end) of strips [begin, last), which are packed.
+  void task(int64_t first, int64_t end, int64_t begin, int64_t last, const E* packed, E* copy,
+            A* sums) const {
+    for (int64_t row = first; row < end; row += kRows) {
+      const int64_t count = smaller(kRows, end - row);
+      for (int64_t p = 0; p < pieces; ++p) {
+        const int64_t inner = p * piece;
+        const Block<E> a = block(row, count, inner, smaller(piece, args.k - inner), copy);
+        for (int64_t strip = begin; strip < last; ++strip) {
+          const int64_t i = strip - begin;
+          A* own = sums + (pieces > 1 ? i * kRows * kStrip : 0);
+          multiply(count, a, packed + (i * padded + inner) * kStrip, own, p > 0);
+          if (p + 1 == pieces) finish(row, count, strip, own);
+        }
+      }
+    }
+  }
+
+  void run() const {
+#pragma omp parallel
+    {
+      [[maybe_unused]] const MatrixUnit unit;
+      Scratch scratch;
+      E* packed = scratch.allocate<E>(group * padded * kStrip);
+      E* work = scratch.allocate<E>(padded * kStrip);
+      E* copy = scratch.allocate<E>(piece * kRows);
+      A* sums = scratch.allocate<A>((pieces > 1 ? group : 1) * kRows * kStrip);
+#pragma omp for schedule(dynamic)
+      for (int64_t index = 0; index < groups * row_parts; ++index) {
+        const int64_t begin = index % groups * group, last = smaller(begin + group, strips);
+        const int64_t first = index / groups * rows;
+        for (int64_t strip = begin; strip < last; ++strip)
+          pack(strip, packed + (strip - begin) * padded * kStrip, work);
+        task(first, smaller(first + rows, args.m), begin, last, packed, copy, sums);
+      }
+    }
+  }
+};
+
+}  // namespace
+
+namespace LORA_ENGINE_ISA {
+
+void matmul(DType dtype, const MatmulArgs& args) {
+  if (args.m > 0 && args.n > 0) dispatch(dtype, [&](auto t) { Product<decltype(t)>(args).run(); });
+}
+
+}  // namespace LORA_ENGINE_ISA
+}  // namespace lora_engine
