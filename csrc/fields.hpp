@@ -105,7 +105,9 @@ void check_class(py::handle object) {
     if (!PyTuple_Check(object.ptr()) || !fields.equal(names<Args>()))
       throw py::type_error(std::string(Fields<Args>::name) + ": expected the fields " +
                            std::string(py::repr(names<Args>())) + ", got " +
-                           std::string(py::repr(fields)) + " of " + std::string(py::repr(type)));
+                           std::string(py::repr(fields)) + " of " + std::string(py::repr(type)) +
+                           "; if lora_engine is of other sources than its extension, build that "
+                           "again: pip install -e .");
     type.inc_ref();
     known = type;
   }

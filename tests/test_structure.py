@@ -20,7 +20,12 @@ LAYERS: list[set[str]] = [
     {"scratch_file"},
     {"quantization"},
     {"reference"},
-    {"backends", "backends.cpu.kernels", "backends.cpu.structs"},  # what the extension has
+    {  # with what the extension has
+        "backends",
+        "backends.cpu.kernels",
+        "backends.cpu.structs",
+        "backends.cpu.lora_structs",
+    },
     {"distributed.world", "distributed.replicate"},
     {"backends.cpu.launch", "backends.cpu.matmul"},
     {"backends.products"},

@@ -188,7 +188,7 @@ def sum_thin(
 ) -> None:
     """Writes s (S or dS) and copy or what `scaled` asks for, each linear's columns from its own
     range of blocks, by first column, else 0; and the sums of `gradients`, see
-    `contracts.LoraLinear.lora_b_bwd`."""
+    `lora_contracts.LoraLinear.lora_b_bwd`."""
     rows, factors = s.shape[0], None
     if scaled is not None:
         factors, copy = scaled

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import NoReturn
 
-from lora_engine.backends import contracts
+from lora_engine.backends import contracts, lora_contracts
 
 
 def _no_kernels(operation: str, impl: str) -> NoReturn:
@@ -68,7 +68,7 @@ def glu(impl: str) -> contracts.Glu:
 
 
 @cache
-def lora_linear(impl: str) -> contracts.LoraLinear:
+def lora_linear(impl: str) -> lora_contracts.LoraLinear:
     if impl == "cpu":
         from lora_engine.backends.cpu import lora_linear as cpu
 
@@ -81,7 +81,7 @@ def lora_linear(impl: str) -> contracts.LoraLinear:
 
 
 @cache
-def glu_lora(impl: str) -> contracts.GluLora:
+def glu_lora(impl: str) -> lora_contracts.GluLora:
     if impl == "triton":
         from lora_engine.backends.triton import glu_lora as triton
 

@@ -25,7 +25,7 @@ from lora_engine.ops.lora.few_rows import linear as linear_few_rows
 from lora_engine.ops.lora.group import LoraGroup
 from lora_engine.ops.lora.linear import lora_linear
 from lora_engine.ops.lora.quantized_base import QuantizedBase
-from lora_engine.ops.lora.storage import base_of, has_base
+from lora_engine.ops.lora.storage import Weight, base_of, has_base
 from lora_engine.ops.quantized_weight import QuantizedWeight, quantize_weight
 from lora_engine.ops.rms_norm import rms_norm
 from lora_engine.ops.rope import rope
@@ -49,6 +49,7 @@ __all__ = [
     "QuantizedWeight",
     "ShardedWeight",
     "StoredWeight",
+    "Weight",
     "adamw_",
     "adamw_8bit_",
     "adding_gradients",

@@ -10,37 +10,23 @@ import torch
 from torch import nn
 
 from lora_engine import backends
-from lora_engine.data.adapters import check_adapters
 from lora_engine.data.batch import PackedBatch
 from lora_engine.data.dataset import TokenizedDataset
-from lora_engine.data.pairs import check_labels, check_roles
 from lora_engine.data.prompts import PromptDataset
 from lora_engine.data.records import Source
-from lora_engine.data.stream import ExampleStream, StreamedDataset
 from lora_engine.data.template import Tokenizer
-from lora_engine.data.vocabulary import check_vocabulary
 from lora_engine.distributed.world import check_same, current
 from lora_engine.errors import UserError
 from lora_engine.memory.checkpointing import checkpointing
 from lora_engine.memory.offload import activation_store
 from lora_engine.models.attach.accelerate import is_accelerated
-from lora_engine.models.attach.head import transformers_model
 from lora_engine.models.attach.packed import can_share_prefixes
 from lora_engine.models.peft.routing import active_adapters
 from lora_engine.models.proof.packed_proof import check_packed_training
 from lora_engine.objectives.answers import check_objective, has_weight
 from lora_engine.objectives.base import Objective
 from lora_engine.objectives.sft import SFT
-from lora_engine.objectives.weighted import with_weights
-from lora_engine.training.arguments import (
-    check_kinds,
-    check_probe,
-    fingerprint_of,
-    minimised,
-    probe_data,
-    tokenized_data,
-    tokenized_prompts,
-)
+from lora_engine.training.arguments import check_kinds, minimised
 from lora_engine.training.batches import BatchSource
 from lora_engine.training.callbacks import Callbacks
 from lora_engine.training.config import TrainConfig
@@ -59,6 +45,7 @@ from lora_engine.training.run.export import export_model
 from lora_engine.training.run.fingerprint import json_sha256
 from lora_engine.training.run.folder import OfRun, RunFolder
 from lora_engine.training.run.identity import run_identity, tell_rounding
+from lora_engine.training.run_data import RunData
 from lora_engine.training.signals import InterruptGuard
 from lora_engine.training.state import Stopped, TrainResult, TrainState
 from lora_engine.training.stream_source import StreamSource
@@ -132,24 +119,14 @@ class Trainer:
         self.callbacks = Callbacks(callbacks if self._world.is_first else ())
         if config.log_to and self._world.is_first:
             self.callbacks = Callbacks((*callbacks, self._tracking))
-        tokenized = tokenized_data if online is None else tokenized_prompts
-        self.train_dataset = tokenized(train_data, tokenizer, config, "train_data")
-        self.eval_dataset = (
-            None if eval_data is None else tokenized(eval_data, tokenizer, config, "eval_data")
+        self._data = RunData(
+            model, tokenizer, config, train_data, eval_data, writes=online is not None
         )
         self.folder = RunFolder(config.output_dir)
         self._online = None if online is None else self._online_run(online)
-        check_labels(self.train_dataset.examples, self.train_dataset.name)
-        both = (self.train_dataset, self.eval_dataset)
-        datasets = [dataset for dataset in both if dataset is not None]
-        for dataset in datasets:
-            self._check_examples(dataset)
-        self.objective = with_weights(self.objective, datasets)
+        self.objective = self._data.weighted(self.objective)
         self._minimised = minimised(self.objective, config, model)
-        self.probe_dataset = (
-            None if probe is None else probe_data(probe, model, tokenizer, config, self.objective)
-        )
-        check_probe(config, self.probe_dataset, self.eval_dataset)
+        self._data.take_probe(probe, self.objective)
         check_packed_training(model)
         check_rates(config, active_adapters(model))
         self._train_source, self.total_steps = self._plan_steps()
@@ -159,41 +136,19 @@ class Trainer:
         self._opened: tuple[int | None] | None = None
         self.state = TrainState()
 
-    def _check_examples(self, dataset: TokenizedDataset) -> None:
-        """Raises UserError for examples that the model or the objective cannot take."""
-        objective = self.objective
-        kind = objective.reads.examples if self._online is None else "prompts"
-        check_roles(dataset.examples, kind, objective.name, dataset.name)
-        check_adapters(dataset, active_adapters(self.model))
-        check_vocabulary(dataset, transformers_model(self.model), self.tokenizer)
-
-    def _check_buffer(self, dataset: TokenizedDataset) -> None:
-        """The same for a later part of a stream."""
-        self._check_examples(dataset)
-        if with_weights(self.objective, [dataset]) is not self.objective:
-            raise UserError(
-                f"{dataset.name}: the first records have no 'weight' and later ones do; give one "
-                "to a record of the first ones too"
-            )
-
     def check_folder(self, resume: bool = False) -> int | None:
         """Step of the checkpoint that `fit(resume)` begins from, None at the beginning.
 
         Touches nothing. Raises UserError where `fit` would because of output_dir.
         """
         config = self.config
-        heldout = None if self.eval_dataset is None else fingerprint_of(self.eval_dataset)
-        stream = _stream_of(self.train_dataset)
-        training = fingerprint_of(self.train_dataset) if stream is None else stream.identity()
-        probe = None if self.probe_dataset is None else fingerprint_of(self.probe_dataset)
-        data = {"training data": training, "held-out data": heldout, "probe": probe}
         self._of_run = {
             "identity": run_identity(
                 self.model,
                 self.tokenizer,
                 {**config.trajectory(), **(self._online.identity() if self._online else {})},
                 self.objective,
-                data,
+                self._data.identity(),
                 self._origin,
             ),
             "length": {
@@ -287,7 +242,7 @@ class Trainer:
                 with InterruptGuard() as guard:
                     stopped = self._train(flat, guard, step)
             finally:
-                if (stream := _stream_of(self.train_dataset)) is not None:
+                if (stream := self._data.stream) is not None:
                     stream.close()
                 flat.release()
                 self.model.eval()
@@ -349,8 +304,8 @@ class Trainer:
         if config.memory is None or self._online is not None:
             return config.checkpointing
         heldout = None
-        if self.eval_dataset is not None:
-            source = BatchSource(self.eval_dataset, config.tokens_per_batch, shuffle=False)
+        if self._data.heldout is not None:
+            source = BatchSource(self._data.heldout, config.tokens_per_batch, shuffle=False)
             source.share_prefixes = self._shares_prefixes(training=False)
             heldout = source.largest()
         largest = self._train_source.largest()
@@ -369,7 +324,7 @@ class Trainer:
 
     def _online_run(self, online: Online) -> OnlineRun:
         """Its parts; the objective is at the rollout's temperature from here on."""
-        train, heldout = self.train_dataset, self.eval_dataset
+        train, heldout = self._data.train, self._data.heldout
         assert isinstance(train, PromptDataset) and isinstance(heldout, PromptDataset | None)
         assert self.tokenizer is not None, "prompts are tokenised"
         made = OnlineRun(
@@ -388,14 +343,13 @@ class Trainer:
         if self._online is not None:
             writing = self._online.source
             return writing, config.max_steps or writing.count(config.epochs or 1)
-        if (stream := _stream_of(self.train_dataset)) is not None:
+        if (stream := self._data.stream) is not None:
             if config.max_steps is None:
                 raise UserError("a stream has no end that is known: give train.max_steps")
-            stream.checks = [self._check_buffer]
             return StreamSource(stream, config.tokens_per_batch, seed=config.seed), config.max_steps
         epochs = None if config.max_steps is not None else config.epochs or 1
         source = BatchSource(
-            self.train_dataset, config.tokens_per_batch, seed=config.seed, epochs=epochs
+            self._data.train, config.tokens_per_batch, seed=config.seed, epochs=epochs
         )
         if epochs is None:
             assert config.max_steps is not None
@@ -404,7 +358,7 @@ class Trainer:
 
     def _measure(self, check: Callable[[], None]) -> Measure | None:
         """Of the held-out data and the probe; None without any."""
-        if self.eval_dataset is None:
+        if self._data.heldout is None:
             return None
         measuring = Measuring(
             self.model,
@@ -416,10 +370,10 @@ class Trainer:
         if self._online is not None:
             heldout = self._online.measure(check)
         else:
-            heldout = measuring.heldout(self.eval_dataset, self.objective)
-        if self.probe_dataset is None:
+            heldout = measuring.heldout(self._data.heldout, self.objective)
+        if self._data.probe is None:
             return heldout
-        return measuring.with_probe(heldout, self.probe_dataset)
+        return measuring.with_probe(heldout, self._data.probe)
 
     def _shares_prefixes(self, *, training: bool) -> bool:
         return self.config.share_prefixes and can_share_prefixes(self.model, training=training)
@@ -439,10 +393,6 @@ class Trainer:
             result,
             self.total_steps,
             self.objective.unit,
-            self.train_dataset,
-            self.eval_dataset,
+            self._data.train,
+            self._data.heldout,
         )
-
-
-def _stream_of(dataset: TokenizedDataset) -> ExampleStream | None:
-    return dataset.stream if isinstance(dataset, StreamedDataset) else None

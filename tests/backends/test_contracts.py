@@ -12,7 +12,7 @@ import pytest
 
 import lora_engine
 from lora_engine import backends
-from lora_engine.backends import contracts, launchers
+from lora_engine.backends import contracts, launchers, lora_contracts
 
 KERNELS = {**backends.OPERATIONS, **backends.PASSES}
 # Operations with kernels of their own; a linear head's are those of cross_entropy.
@@ -67,7 +67,8 @@ def test_every_operation_has_a_contract_and_every_contract_an_operation() -> Non
     assert set(launchers.LAUNCHERS) == set(WITH_LAUNCHERS)
     protocols = {
         value
-        for value in vars(contracts).values()
+        for module in (contracts, lora_contracts)
+        for value in vars(module).values()
         if inspect.isclass(value) and typing.Protocol in value.__bases__
     }
     assert {contract_of(name) for name in WITH_LAUNCHERS} == protocols

@@ -51,7 +51,9 @@ def test_cpu_structs_have_the_fields_of_the_extension(kernel: str) -> None:
 def test_cuda_structs_have_the_fields_of_the_extension(kernel: str) -> None:
     struct, function = struct_of(cuda.Launchers, kernel), getattr(emulated_kernels(), kernel)
     expected = f"cuda::{struct.__name__}: expected the fields {struct._fields!r}, got ('x',)"
-    assert refusal(lambda args: function(args, 0), Stranger(0)).startswith(expected)
+    said = refusal(lambda args: function(args, 0), Stranger(0))
+    assert said.startswith(expected)
+    assert said.endswith("build that again: pip install -e .")
 
 
 def test_every_kernel_of_the_extension_is_in_the_protocol() -> None:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from lora_engine.backends import choice
 from lora_engine.backends.cpu.launch import dtype_code, kernels, pointer
-from lora_engine.backends.cpu.structs import FewRowsArgs, LoraAdapter, LoraBase
+from lora_engine.backends.cpu.lora_structs import FewRowsArgs, LoraAdapter, LoraBase
 
 DTYPES = choice.DTYPES["cpu"]  # of weights and adapters
 # A linear's outputs, its bias [N_i] and how many of the adapters are its own.

@@ -2,6 +2,13 @@
 
 from typing import Protocol
 
+from lora_engine.backends.cpu.lora_structs import (
+    FewRowsArgs,
+    LoraABwdArgs,
+    LoraAFwdArgs,
+    LoraBBwdArgs,
+    PlaceFactorsArgs,
+)
 from lora_engine.backends.cpu.structs import (
     ActivationCode,
     AdamW8bitArgs,
@@ -15,17 +22,12 @@ from lora_engine.backends.cpu.structs import (
     Dequantize4bitArgs,
     DropoutArgs,
     DTypeCode,
-    FewRowsArgs,
     GluArgs,
     GluBwdArgs,
     GradNormArgs,
     LayerNormArgs,
     LayerNormBwdArgs,
-    LoraABwdArgs,
-    LoraAFwdArgs,
-    LoraBBwdArgs,
     MatmulArgs,
-    PlaceFactorsArgs,
     Quantize4bitArgs,
     QuantizeKArgs,
     RmsNormArgs,

@@ -9,7 +9,7 @@ from torch.nn import Parameter
 from lora_engine.backends import choice
 from lora_engine.backends.cpu.dropout import dropout_fwd
 from lora_engine.backends.cpu.launch import dtype_code, kernels, pointer
-from lora_engine.backends.cpu.structs import (
+from lora_engine.backends.cpu.lora_structs import (
     LoraABwdArgs,
     LoraAFwdArgs,
     LoraBBwdArgs,

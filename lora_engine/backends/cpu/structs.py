@@ -2,12 +2,10 @@
 
 That file says what each field is. The extension compares a class's fields with its struct when it
 first sees the class, and raises TypeError where a name or the order differs.
+Those of products with adapters are in lora_structs.py.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple, TypeAlias
-
-from lora_engine.backends.lora_parts import Span
 
 Address: TypeAlias = int  # as of Tensor.data_ptr(); 0 is null
 
@@ -264,89 +262,6 @@ class DropoutArgs(NamedTuple):
     substream: int
 
 
-# An adapter's rows and columns, its scale, and where the gradient of one of its factors goes.
-LoraPart: TypeAlias = tuple[slice, slice, float, Address]
-
-
-class LoraAFwdArgs(NamedTuple):
-    x: Address
-    lora_a: Address
-    s: Address
-    copy: Address
-    rows: int
-    cols: int
-    x_stride: int
-    a_stride: int
-    s_stride: int
-    copy_stride: int
-    spans: Sequence[Span]
-
-
-class LoraBBwdArgs(NamedTuple):
-    dy: Address
-    lora_b: Address
-    s: Address
-    ds: Address
-    row_factors: Address
-    scaled_ds: Address
-    rows: int
-    dy_stride: int
-    b_stride: int
-    s_stride: int
-    ds_stride: int
-    scaled_stride: int
-    spans: Sequence[Span]
-    parts: Sequence[LoraPart]
-    adds: bool
-
-
-class LoraABwdArgs(NamedTuple):
-    ds: Address
-    x: Address
-    d_lora_a: Address
-    column_weight: Address
-    rows: int
-    cols: int
-    ds_stride: int
-    x_stride: int
-    d_stride: int
-    column_offset: float
-    spans: Sequence[Span]
-    parts: Sequence[LoraPart]
-
-
-class LoraPlacing(NamedTuple):
-    factor: Address
-    dtype: DTypeCode
-    place: Address
-    rows: int
-    cols: int
-    row_stride: int
-    col_stride: int
-    place_stride: int
-    scale: float
-
-
-class PlaceFactorsArgs(NamedTuple):
-    placings: Sequence[LoraPlacing]
-
-
-class LoraAdapter(NamedTuple):
-    lora_a: Address
-    lora_b: Address
-    dtype: DTypeCode
-    ranks: int
-    a_stride: int
-    b_stride: int
-    scaling: float
-
-
-class LoraBase(NamedTuple):
-    rows: int
-    bias: Address
-    adapters: int
-
-
 class MatmulArgs(NamedTuple):
     a: Address
     b: Address
@@ -360,21 +275,6 @@ class MatmulArgs(NamedTuple):
     addend_stride: int
     c_stride: int
     b_transposed: bool
-
-
-class FewRowsArgs(NamedTuple):
-    x: Address
-    weight: Address
-    residual: Address
-    y: Address
-    rows: int
-    cols: int
-    x_stride: int
-    w_stride: int
-    residual_stride: int
-    y_stride: int
-    linears: Sequence[LoraBase]
-    adapters: Sequence[LoraAdapter]
 
 
 class Quantize4bitArgs(NamedTuple):

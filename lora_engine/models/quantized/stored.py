@@ -6,12 +6,12 @@ from contextlib import contextmanager
 from typing import TypeGuard
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lora_engine.models.families.modules import PackedLinear, QuantState
 from lora_engine.models.quantized.linear import QuantizedLinear
 from lora_engine.models.sharded.linear import ShardedLinear
-from lora_engine.ops import QuantizedWeight, ShardedWeight
+from lora_engine.ops import QuantizedWeight, Weight
 from lora_engine.quantization.blockwise_4bit import BLOCKS, Blockwise4bit
 from lora_engine.quantization.nested_absmax import NESTED_BLOCK
 
@@ -29,7 +29,7 @@ def why_not_stored(layer: nn.Module) -> str | None:
     return _why_not_bitsandbytes(layer) if _is_bitsandbytes_4bit(layer) else None
 
 
-def stored_weight(layer: nn.Linear) -> Tensor | QuantizedWeight | ShardedWeight:
+def stored_weight(layer: nn.Linear) -> Weight:
     """The layer's weight as it is stored: nothing is copied."""
     if isinstance(layer, ShardedLinear):
         return layer.sharded

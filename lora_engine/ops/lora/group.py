@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lora_engine import backends
-from lora_engine.backends import contracts
+from lora_engine.backends import lora_contracts
 from lora_engine.backends.request import Product
 from lora_engine.ops.lora.adapters import Adapters, AdapterSet, total_rank
 from lora_engine.ops.lora.base import BaseWeight, DenseBase, Factors, padded_rank
@@ -112,7 +112,7 @@ class LoraGroup:
         """What gradients of the next product go to, in a row: see `OfGroup`."""
         return self.adapters.tensors(self.biases).row()
 
-    def fill(self, kernels: contracts.LoraLinear) -> Filling:
+    def fill(self, kernels: lora_contracts.LoraLinear) -> Filling:
         """Places the adapters' factors as they are now."""
         adapters = self.adapters
         self.placed.write(adapters, kernels)
@@ -123,7 +123,7 @@ class LoraGroup:
             bias = self._bias(adapters)
         return Filling(self.placed.writes, adapters, self.biases, bias, dora)
 
-    def fill_again(self, filling: Filling, kernels: contracts.LoraLinear) -> None:
+    def fill_again(self, filling: Filling, kernels: lora_contracts.LoraLinear) -> None:
         """Places the factors of `filling` again, if others were placed since."""
         if filling.write != self.placed.writes:
             self.placed.write(filling.adapters, kernels)

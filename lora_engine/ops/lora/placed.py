@@ -1,6 +1,6 @@
 """The adapters' factors as products read them: cast, scaled, and side by side."""
 
-from lora_engine.backends import contracts
+from lora_engine.backends import lora_contracts
 from lora_engine.backends.lora_parts import Placing
 from lora_engine.ops.lora.adapters import AdapterSet
 from lora_engine.ops.lora.base import Factors
@@ -23,7 +23,7 @@ class PlacedFactors:
         """R, the most ranks that the adapters may have together."""
         return self.lora_a.shape[0]
 
-    def write(self, adapters: AdapterSet, kernels: contracts.LoraLinear) -> None:
+    def write(self, adapters: AdapterSet, kernels: lora_contracts.LoraLinear) -> None:
         """Copies A and scaling * B of every adapter, zeros elsewhere."""
         if adapters is not self._adapters:
             self.lora_a.zero_()

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from lora_engine import backends
-from lora_engine.backends import contracts
+from lora_engine.backends import lora_contracts
 from lora_engine.backends.lora_parts import (
     Added,
     DyGradients,
@@ -61,7 +61,7 @@ class LoraProduct:
 
     group: LoraGroup
     filling: Filling
-    kernels: contracts.LoraLinear
+    kernels: lora_contracts.LoraLinear
     dropout: Dropout | None = None
     columns: Tensor | None = None
 

@@ -3,21 +3,32 @@
 from collections.abc import Sequence
 from typing import NoReturn, Protocol, TypeAlias, cast
 
+import torch
 from torch import Tensor
 
 from lora_engine.ops.lora.base import BaseWeight, DenseBase
 from lora_engine.ops.lora.quantized_base import QuantizedBase
 from lora_engine.ops.lora.sharded_base import ShardedBase
-from lora_engine.ops.quantized_weight import QuantizedWeight
-from lora_engine.ops.sharded_weight import ShardedWeight
 from lora_engine.ops.tensors import check, shape_of
 
 # Weights of the kind that a class takes: what has no value is of every kind.
 Kind: TypeAlias = Sequence[NoReturn]
 
 
+class Weight(Protocol):
+    """The weight [N, K] of one linear, as it is stored: a Tensor, or of a class of ours."""
+
+    @property
+    def shape(self) -> Sequence[int]:
+        """(N, K)."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its numbers."""
+
+
 class Storage(Protocol):
-    """A class of base weights, for tensors or for packed weights."""
+    """A class of base weights, for weights of one kind."""
 
     def __call__(self, weights: Kind, rank: int) -> BaseWeight:
         """The base of these weights, with place for `rank` ranks if it has one for factors."""
@@ -30,12 +41,12 @@ class Storage(Protocol):
 STORAGES: list[Storage] = [DenseBase, QuantizedBase, ShardedBase]
 
 
-def has_base(weights: Sequence[Tensor | QuantizedWeight | ShardedWeight]) -> bool:
+def has_base(weights: Sequence[Weight]) -> bool:
     """Whether there is a base for the weights, at least one, of linears that share their input."""
     return any(storage.takes(cast(Kind, weights)) for storage in STORAGES)
 
 
-def base_of(weights: Sequence[Tensor | QuantizedWeight | ShardedWeight], rank: int) -> BaseWeight:
+def base_of(weights: Sequence[Weight], rank: int) -> BaseWeight:
     """The base that keeps these weights as they are stored; `rank`: see `LoraGroup`'s capacity.
 
     Raises ValueError where there is none.
@@ -47,8 +58,7 @@ def base_of(weights: Sequence[Tensor | QuantizedWeight | ShardedWeight], rank: i
     raise ValueError(f"no base weight keeps {', '.join(map(_described, weights))} as one group")
 
 
-def _described(weight: Tensor | QuantizedWeight | ShardedWeight) -> str:
+def _described(weight: Weight) -> str:
     if isinstance(weight, Tensor):
         return shape_of(weight)
-    name = "in shards" if weight.format is None else weight.format.name
-    return f"{list(weight.shape)} {name}"
+    return f"{list(weight.shape)} {type(weight).__name__}"

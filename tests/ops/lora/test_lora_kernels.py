@@ -22,7 +22,7 @@ from lora_groups import (
 from torch import Tensor
 
 from lora_engine import backends
-from lora_engine.backends import contracts, launchers
+from lora_engine.backends import launchers, lora_contracts
 from lora_engine.backends.lora_parts import (
     AdapterPart,
     Added,
@@ -39,7 +39,7 @@ PARTS = ("one_scale", "scales", "two_adapters", "ds_alone")
 SMALL_TILES = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "BLOCK_R": 16, "GROUP_M": 2}
 
 
-def kernels_of(backend: Backend) -> contracts.LoraLinear:
+def kernels_of(backend: Backend) -> lora_contracts.LoraLinear:
     return launchers.lora_linear(backend.impl)
 
 
