@@ -2,6 +2,7 @@ import json
 import random
 
 import numpy as np
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -40,3 +41,13 @@ def test_seeds_decide():
     random_state.seed_all(1)
     assert draw() == first
     assert all(a != b for a, b in zip(first, other, strict=True))
+
+
+@pytest.mark.parametrize(("seed", "step", "index"), [(0, 0, 0), (3, 7, 1), (2**31 - 1, 9, 0)])
+def test_a_micro_batch_is_seeded_as_torch_seeds(seed, step, index, monkeypatch):
+    word = np.random.SeedSequence([seed, step, index]).generate_state(1, np.uint64)[0]
+    torch.manual_seed(int(word))
+    expected = torch.rand(3)
+    monkeypatch.setattr("traceback.format_stack", None)  # no text of the stack for each batch
+    random_state.seed_micro_batch(seed, step, index)
+    assert torch.equal(torch.rand(3), expected)

@@ -101,7 +101,17 @@ def selects_rows(backbone: Backbone) -> bool:
         return False
     before = backbone.get_input_embeddings()
     after = [module for module in backbone.children() if module is not before]
-    return not any_has_hooks((backbone, *after, *layers[-1].modules()))
+    return not any_has_hooks((backbone, *after, *_modules_of(layers[-1])))
+
+
+def _modules_of(module: nn.Module) -> list[nn.Module]:
+    """The module and all in it, without a generator for each level: a step asks for them."""
+    found = [module]
+    for each in found:  # which grows
+        for child in each._modules.values():
+            if child is not None:
+                found.append(child)
+    return found
 
 
 def can_share_prefixes(model: nn.Module, *, training: bool | None = None) -> bool:

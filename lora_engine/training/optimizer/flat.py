@@ -202,8 +202,12 @@ class FlatParameters:
     def publish(self) -> None:
         """Tell the parameters that `data` changed: round masters into parameters of other dtypes
         and bump every parameter's version counter, on which caches are keyed."""
-        for entry in self.entries:
-            self.publish_entry(entry)
+        views = [entry for entry in self.entries if entry.dtype == self.data.dtype]
+        torch.autograd.graph.increment_version([p for entry in views for p in entry.parameters])
+        if len(views) < len(self.entries):
+            for entry in self.entries:
+                if entry.dtype != self.data.dtype:
+                    self.publish_entry(entry)
 
     @torch.no_grad()
     def publish_entry(self, entry: FlatEntry) -> None:
