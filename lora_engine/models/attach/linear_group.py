@@ -145,15 +145,19 @@ class LinearGroup:
         return tuple(module(x) for module in self.modules)  # hooks run in a module's call
 
     def _watch(self) -> None:
-        """Takes note of all parts of the linears, and of what their classes compute."""
+        """Takes note of all parts of the linears that are called, and of their classes' forwards.
+
+        What only holds others (`nn.ModuleDict`) is not called: it has no forward.
+        """
         parts = [part for module in self.modules for part in module.modules()]
-        self._watched = [p for p in parts if not (self.inside and p in self.modules)]
         known = dict(self._computing)
         self._computing = [
             (part, known.get(part, type(part).forward))
             for part in parts
             if type(part).forward is not nn.Module.forward
         ]
+        own = self.modules if self.inside else ()
+        self._watched = [part for part, _ in self._computing if part not in own]
 
     def _take_adapters(self, lora: ops.LoraGroup) -> str | None:
         """Gives the active adapters to the group; the reason if that is not possible."""

@@ -3,6 +3,7 @@
 In an accelerated model frozen weights are views of larger buffers, and not contiguous.
 """
 
+import sys
 from collections.abc import Callable
 
 import torch
@@ -24,10 +25,12 @@ def patch_ways_out(model: CausalLm, tuner: PeftTuner | None, patches: Patches) -
             patches.set_attribute(tuner, name, _RestoreFirst(model, getattr(tuner, name)))
 
 
-def save_apart(module: nn.Linear, patches: Patches) -> None:
+def save_apart(module: nn.Module, patches: Patches) -> None:
     """Gives the weight a storage of its own in state dicts, still in the memory of the buffer.
 
     accelerate takes tensors that share a storage for one, and leaves out all but the first.
+    safetensors' `load_model` and `save_model` refuse tensors that are not the whole of a storage:
+    they are given copies, which they read names, places and values of, and write nothing into.
     """
     patches.on_undo(module.register_state_dict_post_hook(_apart).remove)
 
@@ -41,6 +44,9 @@ def _apart(
     storage, size = weight.untyped_storage(), weight.element_size()
     if storage.nbytes() == weight.nbytes:  # somebody moved it
         return
+    if _asked_by() == "safetensors.torch":
+        state_dict[f"{prefix}weight"] = _whole(weight, state_dict)
+        return
     first = weight.storage_offset()
     last = first + sum(
         (n - 1) * step for n, step in zip(weight.shape, weight.stride(), strict=True)
@@ -48,6 +54,26 @@ def _apart(
     apart = torch.empty(0, dtype=weight.dtype, device=weight.device)
     part = storage[first * size : (last + 1) * size]
     state_dict[f"{prefix}weight"] = apart.set_(part, 0, weight.shape, weight.stride())
+
+
+def _whole(weight: Tensor, state_dict: dict[str, object]) -> Tensor:
+    """A copy of the weight, the one that the state dict has already where layers are tied."""
+    place = weight.data_ptr()
+    for other in state_dict.values():
+        if isinstance(other, Tensor) and vars(other).get("_copy_of") == place:
+            return other
+    copied = weight.clone(memory_format=torch.contiguous_format)
+    vars(copied)["_copy_of"] = place
+    return copied
+
+
+def _asked_by() -> str | None:
+    """The module whose code asked for the state dict that is being made."""
+    frame = sys._getframe(1)
+    while frame.f_back and frame.f_globals["__name__"] in (__name__, nn.Module.__module__):
+        frame = frame.f_back
+    name: str | None = frame.f_globals.get("__name__")
+    return name
 
 
 class _RestoreFirst:

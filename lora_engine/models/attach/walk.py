@@ -20,6 +20,7 @@ from lora_engine.models.attach.embedding import why_not as why_no_embedding
 from lora_engine.models.attach.linear_group import ContiguousInput, LinearGroup, SingleLinear
 from lora_engine.models.attach.mlp import MlpForward, activation_name, is_gated_mlp
 from lora_engine.models.attach.norm import LayerNormForward, RmsNormForward, norm_forward
+from lora_engine.models.attach.saving import save_apart
 from lora_engine.models.attach.sequences import SequenceFinder
 from lora_engine.models.attach.supervised_padding import LabelledForward
 from lora_engine.models.families.modules import (
@@ -89,6 +90,7 @@ class Walk:
                 self._embedding(name, module)
         self._loss()
         self._backbone()
+        self._tied_embeddings()
         self._account()
         return self.report
 
@@ -206,6 +208,12 @@ class Walk:
             self.patches.set_forward(module, EmbeddingForward(module, self.router))
         how = problem or "gathered rows, one product onto them"
         self.report.add(name, "lora_embedding", problem is None, how)
+
+    def _tied_embeddings(self) -> None:
+        """Embeddings whose weight moved into the buffer of a head that has an adapter."""
+        embeddings = self.model.get_input_embeddings()
+        if isinstance(embeddings, nn.Embedding) and self.patches.places(embeddings.weight):
+            save_apart(embeddings, self.patches)
 
     def _backbone(self) -> None:
         """Packs padded batches where the layers allow it."""

@@ -1,0 +1,192 @@
+"""What `accelerate` costs: seconds to attach, and the share of a step that looking anew takes.
+
+    python -m benchmarks.drop_in.accelerate_cost --attach
+    python -m benchmarks.drop_in.accelerate_cost --tokens 256,1024
+
+--attach: a random Llama of 1.1 billion parameters in bfloat16, with LoRA on all linears: the first
+`accelerate` of the process, the imports of lora_engine included, and the second, after `restore`.
+--tokens: training steps of SmolLM2-135M in bfloat16 on one row of so many tokens, and on the demo's
+batch of eight functions. Nothing of a product is remembered: before each one an accelerated model
+looks at PEFT's layers and copies A and B. Both are timed within the step.
+"""
+
+import argparse
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from benchmarks.common import output
+from benchmarks.train.train_workload import add_adapters, init_adapters, labels
+
+STEPS = 7
+DEMO = 8  # functions a step
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--attach", action="store_true", help="time accelerate() itself")
+    parser.add_argument("--tokens", default="", help="lengths of rows to take steps of, by commas")
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--out", type=Path, help="write OUT.json and OUT.md")
+    return parser.parse_args(argv)
+
+
+def random_llama(**sizes: int) -> Any:
+    """A Llama of bfloat16 with LoRA of rank 16 on all linears, of TinyLlama's sizes or others."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    of_tiny_llama = {
+        "vocab_size": 32000,
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_hidden_layers": 22,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+    }
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        model = LlamaForCausalLM(LlamaConfig(**{**of_tiny_llama, **sizes}))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    return add_adapters(model)
+
+
+def attach_seconds(model: Any) -> dict[str, dict[str, float]]:
+    """Seconds of the first and of the second `accelerate`, by the clock and of all threads."""
+    found = {}
+    for name in ("first", "second"):
+        import lora_engine
+
+        clock, cpu = time.perf_counter(), time.process_time()
+        lora_engine.accelerate(model)
+        found[name] = {"wall": time.perf_counter() - clock, "cpu": time.process_time() - cpu}
+        lora_engine.restore(model)
+    return found
+
+
+@contextmanager
+def timed(calls: dict[str, tuple[type, str]]) -> Iterator[dict[str, float]]:
+    """Within, the seconds spent in methods, by the names given to them."""
+    spent = dict.fromkeys(calls, 0.0)
+    before = {name: getattr(owner, method) for name, (owner, method) in calls.items()}
+
+    def timing(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            began = time.perf_counter()
+            try:
+                return original(*args, **kwargs)
+            finally:
+                spent[name] += time.perf_counter() - began
+
+        return call
+
+    for name, (owner, method) in calls.items():
+        setattr(owner, method, timing(name, before[name]))
+    try:
+        yield spent
+    finally:
+        for name, (owner, method) in calls.items():
+            setattr(owner, method, before[name])
+
+
+def step_shares(model: Any, batch: dict[str, torch.Tensor], steps: int) -> dict[str, float]:
+    """Of a training step: its seconds, and the seconds of looking and of copying; medians."""
+    from lora_engine.models.attach.linear_group import LinearGroup
+    from lora_engine.ops.lora.group import LoraGroup
+
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
+    looked, copied, steps_seconds = [], [], []
+    calls = {
+        "look": (LinearGroup, "ready"),
+        "fill": (LoraGroup, "fill"),
+        "again": (LoraGroup, "fill_again"),
+    }
+    for _ in range(steps + 2):
+        with timed(calls) as spent:
+            began = time.perf_counter()
+            model(**batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            steps_seconds.append(time.perf_counter() - began)
+        looked.append(spent["look"])
+        copied.append(spent["fill"] + spent["again"])
+    shares = [(a + b) / c for a, b, c in zip(looked, copied, steps_seconds, strict=True)]
+    return {
+        "step": median(steps_seconds[2:]),
+        "look": median(looked[2:]),
+        "copy": median(copied[2:]),
+        "share": median(shares[2:]),
+    }
+
+
+def demo_batch(tokenizer: Any) -> dict[str, torch.Tensor]:
+    """Functions and their docstrings, padded on the right."""
+    from lora_engine.data.docstrings import docstring_records
+    from lora_engine.data.render import tokenize
+
+    records = random.Random(0).sample(docstring_records(), DEMO)
+    examples = [tokenize(record, tokenizer, max_length=512) for record in records]
+    longest = max(map(len, examples))
+
+    def padded(rows: list[list[int]], value: int) -> torch.Tensor:
+        return torch.tensor([[*row, *[value] * (longest - len(row))] for row in rows])
+
+    return {
+        "input_ids": padded([list(e.input_ids) for e in examples], 0),
+        "attention_mask": padded([[1] * len(e) for e in examples], 0),
+        "labels": padded(list(map(labels, examples)), -100),
+    }
+
+
+def steps_of_smollm2(lengths: Sequence[int], steps: int) -> dict[str, dict[str, float]]:
+    """`step_shares` by batch."""
+    import lora_engine
+
+    model, tokenizer = lora_engine.load_model("smollm2", dtype=torch.bfloat16, device="cpu")
+    model = add_adapters(model)
+    init_adapters(model, 0)
+    lora_engine.accelerate(model.train())
+    batches = {}
+    for length in lengths:
+        ids = torch.arange(length)[None] % 1000 + 100
+        batches[f"{length} tokens"] = {"input_ids": ids, "labels": ids}
+    demo = demo_batch(tokenizer)
+    batches[f"the demo's, {int(demo['attention_mask'].sum())} tokens"] = demo
+    return {name: step_shares(model, batch, steps) for name, batch in batches.items()}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_arguments(argv)
+    run = output.context()
+    result: dict[str, Any] = {"run": run}
+    parts = [output.header(run)]
+    if args.attach:
+        result["attach"] = attached = attach_seconds(random_llama())
+        rows = [[name, *(f"{s:.2f}" for s in each.values())] for name, each in attached.items()]
+        parts.append(output.table(("accelerate", "seconds", "CPU seconds"), rows))
+    if args.tokens:
+        lengths = [int(length) for length in args.tokens.split(",")]
+        result["steps"] = steps = steps_of_smollm2(lengths, args.steps)
+        rows = []
+        for name, found in steps.items():
+            ms = (f"{1e3 * found[key]:.1f}" for key in ("step", "look", "copy"))
+            rows.append([name, *ms, f"{found['share']:.2%}"])
+        columns = ("batch", "step ms", "looking ms", "copying ms", "share of the step")
+        parts.append(output.table(columns, rows))
+    text = "\n\n".join(parts)
+    print(text)
+    if args.out is not None:
+        output.write(args.out, result, text)
+
+
+if __name__ == "__main__":
+    main()

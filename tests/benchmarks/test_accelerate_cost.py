@@ -1,0 +1,29 @@
+"""benchmarks/drop_in/accelerate_cost.py measures attaching and what a step looks at."""
+
+from typing import Any
+
+import torch
+
+import lora_engine
+from benchmarks.drop_in import accelerate_cost
+from lora_engine.models.attach.linear_group import LinearGroup
+from lora_engine.testing import tiny_llama, with_lora
+
+
+def test_a_model_is_attached_twice_and_left_restored() -> None:
+    model = with_lora(tiny_llama())
+    found = accelerate_cost.attach_seconds(model)
+    assert list(found) == ["first", "second"]
+    assert all(seconds > 0 for each in found.values() for seconds in each.values())
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_looking_and_copying_are_parts_of_the_step() -> None:
+    model: Any = with_lora(tiny_llama())
+    lora_engine.accelerate(model)
+    ready = LinearGroup.ready
+    ids = torch.arange(3, 43).view(2, 20)
+    shares = accelerate_cost.step_shares(model, {"input_ids": ids, "labels": ids}, steps=2)
+    assert LinearGroup.ready is ready
+    assert 0 < shares["look"] + shares["copy"] < shares["step"]
+    assert min(shares["look"], shares["copy"]) > 0 and shares["share"] < 1
