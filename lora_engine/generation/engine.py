@@ -116,9 +116,14 @@ class Generator:
         self._count = 0
 
     @property
+    def max_batch(self) -> int:
+        """The most continuations at once."""
+        return self._decoder.max_batch
+
+    @property
     def batched(self) -> bool:
         """Whether continuations are written side by side, by our own layers."""
-        return self._decoder.max_batch > 1
+        return self.max_batch > 1
 
     def add(self, request: Request) -> int:
         """The request's number; it waits for `step`. UserError for what can never be written."""

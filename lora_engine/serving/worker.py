@@ -55,8 +55,10 @@ class Worker:
     """Writes for the jobs that are handed in, beside each other where they ask the same model.
 
     The models are one with its adapters exchanged, which has to stay as it is while texts are being
-    written. So they take turns: a turn begins with all that wait for a model, and others join it as
-    long as no other model is waited for.
+    written. So they take turns, the next one for the job that has waited longest. A turn begins
+    with the jobs that wait for its model; of those that came after one for another model it takes
+    only as many as fill a batch. Others join as long as no other model is waited for. So a job
+    waits for those before it, and for about a batch of each other model.
 
     new_generator: over the model. waiting: the most jobs of which nothing is written yet.
     """
@@ -163,8 +165,22 @@ class Worker:
             self._waiting = [job for job in self._waiting if not wanted(job)]
         return found
 
+    def _next_of(self, served: Served) -> list[Job]:
+        """Those of the waiting jobs that are begun now, which wait no more."""
+        with self._changed:
+            found: list[Job] = []
+            texts, overtakes = 0, False
+            for job in self._waiting:
+                if job.served is not served:
+                    overtakes = True
+                elif not overtakes or texts < self._generator.max_batch:
+                    found.append(job)
+                    texts += sum(one.count for one in job.requests)
+            self._waiting = [job for job in self._waiting if job not in found]
+        return found
+
     def _admit(self, served: Served) -> None:
-        for job in self._taken(lambda job: job.served is served):
+        for job in self._next_of(served):
             self._active.append(job)
             if job.echo:
                 self._read(job)

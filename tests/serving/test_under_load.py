@@ -102,6 +102,34 @@ def test_who_leaves_takes_nothing_from_others(server: Running) -> None:
     server.wait_until_idle()
 
 
+def test_many_for_one_model_do_not_keep_another_waiting(models: Path) -> None:
+    """One that came second waits for a batch of those behind it, not for all of them."""
+    held, ended = threading.Event(), []
+    with running(models / "tiny", f"one={models / 'one'}", f"two={models / 'two'}") as server:
+        step = server.worker._generator.step
+
+        def slow() -> list[Written]:
+            held.wait()
+            return step()
+
+        def ask(name: str) -> None:
+            body = {"model": name, "prompt": "x", "max_tokens": 4, "seed": 1}
+            assert text(server.post(COMPLETIONS, body)) is not None
+            ended.append(name)
+
+        server.worker._generator.step = slow  # type: ignore[method-assign]
+        with ThreadPoolExecutor(64) as pool:
+            for number, name in enumerate(["tiny", "one", "two", *["one"] * 60], start=1):
+                pool.submit(ask, name)
+                while server.worker.unbegun < number:
+                    time.sleep(0.001)
+            held.set()
+        assert ended[0] == "tiny" and len(ended) == 63
+        batch = server.worker._generator.max_batch
+        assert ended.index("two") <= 1 + batch
+        server.wait_until_idle()
+
+
 def test_a_full_queue_refuses_and_goes_on(models: Path) -> None:
     held = threading.Event()
     with running(models / "tiny", limits=Limits(waiting=2)) as server:
