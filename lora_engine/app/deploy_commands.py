@@ -240,6 +240,13 @@ def _exported(report: dict[str, Any], to: str) -> str:
             f"a greedy text {verified['written_alike']} are the likeliest, the others within "
             f"{verified['parted']:.2g} nats of it"
         )
+        if "weights" in verified:
+            weights, exact = verified["weights"], verified["exact"]
+            lines.append(
+                f"the file's weights in float32: transformers agrees at {weights['top1']:.1%} "
+                f"({weights['top1_decided']:.1%}) with the adapter on, llama.cpp at "
+                f"{exact['top1']:.1%} ({exact['top1_decided']:.1%}) with transformers"
+            )
     elif find_spec("xllamacpp"):
         lines.append("not verified (--no-verify)")
     else:

@@ -5,6 +5,7 @@ import shlex
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,9 +65,10 @@ def export(
     check_base(folder, chosen)
     names = [adapter.name for adapter, _ in chosen]
     wanted = verify and bool(chosen or format == "gguf")
+    exact = wanted and format == "gguf" and kind != "f32" and llama_cpp.is_installed()
     name, rows = heldout_rows(trained, folder, names, data) if wanted else ("", [])
     with result_folder(to, EXPORT_REPORT, overwrite=overwrite) as target:
-        check_space(target, bytes_to_write(folder))
+        check_space(target, bytes_to_write(folder) * (3 if exact else 1))
         report: dict[str, Any] = {
             "format": format,
             "base": asdict(base_of_folder(folder)),
@@ -159,16 +161,29 @@ def _gguf(
     tell: Tell,
 ) -> dict[str, Any]:
     config, tokenizer, stops = _config(folder), load_tokenizer_of(trained, folder), _stops(folder)
-    weights = MergedWeights(folder, chosen)
-    path = target / f"model-{kind}.gguf"
-    written = gguf.write_gguf(
-        weights, config, tokenizer, path, kind, name=f"{called}, fine-tuned", stops=stops
+    write = partial(
+        gguf.write_gguf,
+        MergedWeights(folder, chosen),
+        config,
+        tokenizer,
+        name=f"{called}, fine-tuned",
+        stops=stops,
     )
+    path = target / f"model-{kind}.gguf"
+    written = write(path, kind)
     text = modelfile(path.name, tokenizer, stops)
     (target / "Modelfile").write_text(text, encoding="utf-8")
     report: dict[str, Any] = {"type": kind, "types": written.types}
     if rows and llama_cpp.is_installed():
-        report["verified"] = _verified(path, folder, chosen, tokenizer, kind, name, rows, tell)
+        exact = None
+        if kind != "f32":
+            exact = target / "exact.gguf"
+            write(exact, "f32", values_of=path)
+        report["verified"] = _verified(
+            path, folder, chosen, tokenizer, kind, name, rows, tell, exact=exact
+        )
+        if exact is not None:
+            exact.unlink()
     return report
 
 
@@ -192,7 +207,7 @@ def _gguf_lora(
         base, tokenizer = target / "base.gguf", load_tokenizer_of(trained, folder)
         gguf.write_gguf(MergedWeights(folder), config, tokenizer, base, "f16", name=called)
         report["verified"] = _verified(
-            base, folder, chosen, tokenizer, "f16", name, rows, tell, path
+            base, folder, chosen, tokenizer, "f16", name, rows, tell, adapter=path
         )
         base.unlink()
     return report
@@ -207,23 +222,40 @@ def _verified(
     name: str,
     rows: Sequence[Sequence[int]],
     tell: Tell,
+    *,
     adapter: Path | None = None,
+    exact: Path | None = None,
 ) -> dict[str, Any]:
     """What llama.cpp computes with the file, and an adapter's, beside the adapters on.
 
-    Raises UserError where that is something else.
+    exact: the file's weights in float32, with which llama.cpp has to compute what transformers
+    does. Raises UserError where something else is computed.
     """
     tell(f"comparing llama.cpp with the adapter on, on {name}")
     model = load_plain(folder)
     model = with_adapters(model, chosen) if chosen else model
     found = llama_cpp.compare(path, model, tokenizer, rows, adapter=adapter)
-    if found.top1 < llama_cpp.TOP1[kind]:
+    verified: dict[str, Any] = {"rows": name, **asdict(found)}
+    if exact is not None:
+        own = llama_cpp.next_tokens(model, rows)
+        del model
+        kept = load_plain(folder)
+        gguf.put_values(path, kept)
+        of_file = llama_cpp.next_tokens(kept, rows)
+        verified["weights"] = asdict(llama_cpp.compare_tokens(own, of_file))
+        beside = llama_cpp.compare_file(exact, of_file, rows)
+        verified["exact"] = asdict(beside)
+        _check_share(beside.top1, llama_cpp.TOP1_EXACT, "the file's weights in float32")
+    _check_share(found.top1, llama_cpp.TOP1[kind], kind)
+    return verified
+
+
+def _check_share(found: float, usual: float, what: str) -> None:
+    if found < usual:
         raise UserError(
             f"llama.cpp computes something else with the file: the likeliest token agrees at "
-            f"{found.top1:.1%}, {llama_cpp.TOP1[kind]:.0%} are usual for {kind}; use another "
-            "--type, or --format hf"
+            f"{found:.1%}, {usual:.0%} are usual for {what}; use another --type, or --format hf"
         )
-    return {"rows": name, **asdict(found)}
 
 
 def _config(folder: Path) -> Any:

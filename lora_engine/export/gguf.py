@@ -17,6 +17,8 @@ from lora_engine.export.gguf_families import (
     extra_tensors,
     family_of,
     interleave,
+    restored,
+    rotated_heads,
     stored,
 )
 from lora_engine.export.gguf_vocabulary import add_vocabulary
@@ -73,11 +75,13 @@ def write_gguf(
     *,
     name: str,
     stops: Sequence[int] = (),
+    values_of: Path | None = None,
 ) -> Written:
     """Write the model to the GGUF file `path`; one tensor is in memory at once.
 
     config: of transformers. kind: one of TYPES. name: of the model, for people. stops: tokens that
-    end an answer. Raises UserError for a model that llama.cpp has no architecture for here.
+    end an answer. values_of: a file of the same model, whose values are written in place of the
+    weights'. Raises UserError for a model that llama.cpp has no architecture for here.
     """
     import gguf
 
@@ -100,6 +104,7 @@ def write_gguf(
     add_vocabulary(writer, tokenizer, rows, stops)
 
     mapped = gguf.get_tensor_name_map(_architecture(family.architecture), config.num_hidden_layers)
+    unpacked = None if values_of is None else _Unpacked(values_of)
     planned = [_held(extra, tensor) for extra, tensor in extra_tensors(config)]
     for source in names:
         if family.tied_only and source.endswith("lm_head.weight"):
@@ -112,7 +117,10 @@ def write_gguf(
             )
         shape = weights.shape(source)
         chosen = tensor_type(target, shape, main, config.num_hidden_layers, head_apart)
-        planned.append(_Planned(target, chosen, shape, partial(_stored, weights, source, config)))
+        values = partial(_stored, weights, source, config)
+        if unpacked is not None:
+            values = partial(unpacked.values, target)
+        planned.append(_Planned(target, chosen, shape, values))
     types: dict[str, int] = {}
     for tensor in planned:
         types[tensor.kind] = types.get(tensor.kind, 0) + 1
@@ -194,14 +202,48 @@ def write_gguf_adapter(adapter: "Adapter", config: Any, path: Path, *, name: str
                 "--format gguf, which merges it"
             )
         b = layer.b.float() * (layer.scaling * len(layer.a))
-        if family.interleaved and module.endswith(("q_proj", "k_proj")):
-            heads = config.num_attention_heads
-            if module.endswith("k_proj"):
-                heads = getattr(config, "num_key_value_heads", None) or heads
+        heads = rotated_heads(f"{module}.weight", config)
+        if heads is not None:
             b = interleave(b, heads)
         planned += [_held(f"{target}.lora_a", layer.a.float()), _held(f"{target}.lora_b", b)]
     _write(writer, path, planned)
     return Written(path, {"F32": len(planned)})
+
+
+def put_values(path: Path, model: Any) -> None:
+    """Puts the values of the GGUF file `path` into the weights of transformers' `model`, which it
+    was written of. A head that the file has apart from the embedding is so in the model too."""
+    import gguf
+
+    config, unpacked = model.config, _Unpacked(path)
+    family = family_of(config)
+    mapped = gguf.get_tensor_name_map(_architecture(family.architecture), config.num_hidden_layers)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head.weight is embedding.weight and "output.weight" in unpacked:
+        head.weight = torch.nn.Parameter(head.weight.detach().clone())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            values = unpacked.values(mapped.get_name(name, try_suffixes=(".weight", ".bias")))
+            parameter.copy_(restored(name, values.reshape(parameter.shape), config))
+
+
+class _Unpacked:
+    """The values of a file's tensors, in float32."""
+
+    def __init__(self, path: Path) -> None:
+        import gguf
+
+        self._tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._tensors
+
+    def values(self, name: str) -> Tensor:
+        import gguf
+
+        tensor = self._tensors[name]
+        values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        return torch.from_numpy(np.array(values, dtype=np.float32))
 
 
 def _architecture(name: str) -> Any:

@@ -87,19 +87,40 @@ def stored(name: str, tensor: Tensor, config: Any) -> Tensor:
     family = family_of(config)
     if family.norm_offset and name.endswith("norm.weight"):
         return tensor + family.norm_offset
+    heads = rotated_heads(name, config)
+    return tensor if heads is None else interleave(tensor, heads)
+
+
+def restored(name: str, tensor: Tensor, config: Any) -> Tensor:
+    """The tensor `name` of transformers from what `stored` returned."""
+    family = family_of(config)
+    if family.norm_offset and name.endswith("norm.weight"):
+        return tensor - family.norm_offset
+    heads = rotated_heads(name, config)
+    return tensor if heads is None else _part(tensor, heads)
+
+
+def rotated_heads(name: str, config: Any) -> int | None:
+    """Heads of a projection whose rows are reordered, None for other tensors."""
     projection = name.rpartition(".")[0].rpartition(".")[2]
-    if family.interleaved and projection in ("q_proj", "k_proj"):
-        heads = config.num_attention_heads
-        if projection == "k_proj":
-            heads = getattr(config, "num_key_value_heads", None) or heads
-        return interleave(tensor, heads)
-    return tensor
+    if not family_of(config).interleaved or projection not in ("q_proj", "k_proj"):
+        return None
+    heads = int(config.num_attention_heads)
+    if projection == "k_proj":
+        heads = getattr(config, "num_key_value_heads", None) or heads
+    return heads
 
 
 def interleave(rows: Tensor, heads: int) -> Tensor:
     """[heads * d, …] with the rows of each head's two halves in turn."""
     halves = rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:])
     return halves.transpose(1, 2).reshape(rows.shape)
+
+
+def _part(rows: Tensor, heads: int) -> Tensor:
+    """What `interleave` was given."""
+    pairs = rows.reshape(heads, rows.shape[0] // heads // 2, 2, *rows.shape[1:])
+    return pairs.transpose(1, 2).reshape(rows.shape)
 
 
 def extra_tensors(config: Any) -> Iterator[tuple[str, Tensor]]:

@@ -4,7 +4,7 @@ import json
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,8 @@ from lora_engine.errors import UserError
 from lora_engine.export.gguf_vocabulary import puts_start
 from lora_engine.export.ollama import CONVERSATIONS, render
 
-# Least share of positions with the same likeliest token: of small models, which lose most. A file
-# that is read otherwise than it was written agrees nowhere.
+# Least share of positions with the same likeliest token, beside the adapter on: of small models,
+# which lose most.
 TOP1 = {
     "f32": 0.99,
     "f16": 0.99,
@@ -28,6 +28,8 @@ TOP1 = {
     **dict.fromkeys(("q4_k", "q4_1", "q4_0"), 0.65),
     "mxfp4": 0.5,
 }
+# And of llama.cpp with the file's weights in float32 beside transformers with them: but for ties.
+TOP1_EXACT = 0.98
 POSITIONS = 200
 WRITTEN = 24  # tokens of a greedy text
 # Nats between the two likeliest tokens from which on a position is decided. llama.cpp rounds
@@ -48,21 +50,26 @@ TEXTS = (
 
 
 @dataclass(frozen=True)
-class Agreement:
-    """positions: next-token distributions compared. top1: share with the same likeliest token.
-    logprob: mean difference of that token's log-probability, in nats. texts: tokenized alike.
-    decided: positions where the model's two likeliest tokens are DECIDED apart or more.
-    top1_decided: share of these with the same likeliest token, 1 if there are none.
-    conversations: written alike by the chat template. written: tokens of llama.cpp's greedy text,
-    of which written_alike are the model's likeliest too; elsewhere that is at most `parted` nats
-    over the one that llama.cpp takes."""
+class Likeliest:
+    """Next tokens beside a model's. positions: how many are compared. top1: share with the same
+    likeliest token. logprob: mean difference of that token's log-probability, in nats. decided:
+    positions where the model's two likeliest tokens are DECIDED apart or more. top1_decided: share
+    of these with the same likeliest token, 1 if there are none."""
 
     positions: int
     top1: float
     logprob: float
-    texts: int
     decided: int
     top1_decided: float
+
+
+@dataclass(frozen=True)
+class Agreement(Likeliest):
+    """llama.cpp beside a model. texts: tokenized alike. conversations: written alike by the chat
+    template. written: tokens of llama.cpp's greedy text, of which written_alike are the model's
+    likeliest too; elsewhere that is at most `parted` nats over the one that llama.cpp takes."""
+
+    texts: int
     conversations: int
     written: int
     written_alike: int
@@ -175,9 +182,7 @@ def compare(
     adapter: a GGUF LoRA adapter on top of the file. Raises UserError for a text that the two
     tokenize differently, and for a conversation that the chat template writes differently.
     """
-    longest = max(len(row) for row in rows)
-    context = max(256, min(longest, positions) + WRITTEN + 8)
-    engine = LlamaCpp(path, adapter=adapter, context=context)
+    engine = LlamaCpp(path, adapter=adapter, context=_context(rows, positions))
     conversations = _check_conversations(path, engine, tokenizer)
     texts = [*TEXTS, *(f"a{t} b" for t in special_tokens(tokenizer))]
     for text in texts:
@@ -187,35 +192,73 @@ def compare(
                 f"{path}: llama.cpp tokenizes {text!r} as {theirs[:20]}, the tokenizer as "
                 f"{ours[:20]}; use --format hf"
             )
-    agrees: list[bool] = []
-    decided: list[bool] = []
-    difference = 0.0
-    for row in rows:
-        ids = list(row)[: positions - len(agrees)]
-        if not ids:
-            break
-        logprobs = _logprobs(model, ids)
-        best, second = logprobs.topk(2).values.unbind(-1)
-        decided += (best - second >= DECIDED).tolist()
-        for end, own in enumerate(logprobs, start=1):
-            token, logprob = engine.likeliest(ids[:end])[0]
-            agrees.append(token == int(own.argmax()))
-            difference += abs(logprob - float(own[token]))
-    first = list(rows[0])[:positions]
-    written, alike, parted = _greedy_texts(engine, model, first[: max(1, len(first) // 2)])
-    of_decided = [same for same, is_decided in zip(agrees, decided, strict=True) if is_decided]
+    chosen = _chosen(rows, positions)
+    found = _beside(next_tokens(model, rows, positions), _answers(engine, chosen))
+    written, alike, parted = _greedy_texts(engine, model, chosen[0][: max(1, len(chosen[0]) // 2)])
     return Agreement(
-        positions=len(agrees),
-        top1=sum(agrees) / len(agrees),
-        logprob=difference / len(agrees),
+        **asdict(found),
         texts=len(texts),
-        decided=len(of_decided),
-        top1_decided=sum(of_decided) / len(of_decided) if of_decided else 1.0,
         conversations=conversations,
         written=written,
         written_alike=alike,
         parted=parted,
     )
+
+
+def next_tokens(model: Any, rows: Sequence[Sequence[int]], positions: int = POSITIONS) -> Tensor:
+    """[positions, vocabulary] float32: a model's log-probabilities after the rows' tokens."""
+    return torch.cat([_logprobs(model, ids) for ids in _chosen(rows, positions)])
+
+
+def compare_file(path: Path, own: Tensor, rows: Sequence[Sequence[int]]) -> Likeliest:
+    """llama.cpp with the file beside the model of which `next_tokens` told `own`."""
+    engine = LlamaCpp(path, context=_context(rows, len(own)))
+    return _beside(own, _answers(engine, _chosen(rows, len(own))))
+
+
+def compare_tokens(own: Tensor, others: Tensor) -> Likeliest:
+    """A model beside another, both as `next_tokens` told of them."""
+    logprobs, tokens = others.max(-1)
+    return _beside(own, list(zip(tokens.tolist(), logprobs.tolist(), strict=True)))
+
+
+def _beside(own: Tensor, others: Sequence[tuple[int, float]]) -> Likeliest:
+    """own: [positions, vocabulary] log-probabilities. others: likeliest tokens with theirs."""
+    (best, second), tokens = own.topk(2).values.unbind(-1), own.argmax(-1).tolist()
+    decided = (best - second >= DECIDED).tolist()
+    same = [token == other for token, (other, _) in zip(tokens, others, strict=True)]
+    of_decided = [one for one, is_decided in zip(same, decided, strict=True) if is_decided]
+    pairs = zip(own, others, strict=True)
+    off = [abs(logprob - float(logprobs[token])) for logprobs, (token, logprob) in pairs]
+    return Likeliest(
+        positions=len(same),
+        top1=sum(same) / len(same),
+        logprob=sum(off) / len(off),
+        decided=len(of_decided),
+        top1_decided=sum(of_decided) / len(of_decided) if of_decided else 1.0,
+    )
+
+
+def _answers(engine: LlamaCpp, rows: Sequence[Sequence[int]]) -> list[tuple[int, float]]:
+    """llama.cpp's likeliest token after each of the rows' tokens."""
+    return [engine.likeliest(ids[:end])[0] for ids in rows for end in range(1, len(ids) + 1)]
+
+
+def _chosen(rows: Sequence[Sequence[int]], positions: int) -> list[list[int]]:
+    """The first `positions` tokens of the rows that have any."""
+    chosen: list[list[int]] = []
+    for row in filter(len, rows):
+        if positions < 1:
+            break
+        chosen.append(list(row)[:positions])
+        positions -= len(chosen[-1])
+    return chosen
+
+
+def _context(rows: Sequence[Sequence[int]], positions: int) -> int:
+    """Tokens that llama.cpp has to hold for a row and a greedy text."""
+    longest = max(len(row) for row in rows)
+    return max(256, min(longest, positions) + WRITTEN + 8)
 
 
 def _check_conversations(path: Path, engine: LlamaCpp, tokenizer: Any) -> int:

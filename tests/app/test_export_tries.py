@@ -94,6 +94,27 @@ def test_gguf(place, capfd):
     assert modelfile.startswith("FROM ./model-f32.gguf\nTEMPLATE") and "<|im_end|>" in modelfile
 
 
+def test_what_a_gguf_type_loses_is_told_apart_from_what_llama_cpp_rounds(place, capfd):
+    pytest.importorskip("xllamacpp")
+    status, printed, told = export(capfd, "gguf", "--type", "f16")
+    assert status == 0, told
+    assert "the file's weights in float32: transformers agrees at" in printed
+    verified = report_of(place)["verified"]
+    exact, weights = verified["exact"], verified["weights"]
+    assert exact["top1"] >= 0.99 and exact["top1_decided"] == 1.0 and exact["logprob"] < 0.01
+    assert weights["positions"] == exact["positions"] == verified["positions"]
+    assert 0 < weights["logprob"] < 0.1
+    assert not (place / "out/exact.gguf").exists()
+
+
+def test_weights_that_llama_cpp_takes_for_others_are_refused(place, capfd, monkeypatch):
+    pytest.importorskip("xllamacpp")
+    monkeypatch.setattr("lora_engine.export.gguf.restored", lambda name, tensor, config: tensor)
+    status, _, told = export(capfd, "gguf", "--type", "f16")
+    assert status == 2 and "are usual for the file's weights in float32" in told
+    assert not (place / "out").exists()
+
+
 def test_a_gguf_adapter_beside_its_base(place, capfd):
     pytest.importorskip("xllamacpp")
     plain = ["export", "base", "--format", "gguf", "--type", "f32", "--no-verify", "--to", "b"]
