@@ -138,7 +138,7 @@ def _finetune(config: RunConfig, resume: bool, observer: Observer | None, world:
     elif config.lora is not None:
         model = add_adapters(model, config.lora)
     if name_of(config.objective) == "ppo":
-        add_value_head(model)
+        add_value_head(model, None if start is None else start.folder)
     callbacks = () if observer is None else (observer,)
     train = config.train_with_rates()
     trainer = Trainer(

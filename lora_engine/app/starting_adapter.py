@@ -11,6 +11,7 @@ from lora_engine.app.objectives import objective_of
 from lora_engine.app.trained import check_base, find_trained
 from lora_engine.errors import UserError
 from lora_engine.export.adapter import Adapter
+from lora_engine.models.load.scalar import VALUE_HEAD_FILE
 from lora_engine.models.peft.adapters import LoraConfig
 from lora_engine.models.peft.routing import REFERENCE_ADAPTER
 from lora_engine.objectives.online import OnlineObjective
@@ -35,8 +36,9 @@ _FIELDS = {
 
 @dataclass(frozen=True)
 class StartingAdapter:
-    """folder: of the adapter. lora: its settings, as a run's. sha256: of its weights. compares: the
-    objective has a reference, which is the model with the adapter as it is now."""
+    """folder: of the adapter. lora: its settings, as a run's. sha256: of its weights, and of its
+    value head's where the objective trains one. compares: the objective has a reference, which is
+    the model with the adapter as it is now."""
 
     folder: Path
     lora: LoraConfig
@@ -73,6 +75,9 @@ def starting_adapter(config: RunConfig) -> StartingAdapter | None:
     compares = isinstance(objective, OnlineObjective) and objective.compares
     compares = compares or objective.reads.reference
     weights = (adapter.folder / "adapter_model.safetensors").read_bytes()
+    values = adapter.folder / VALUE_HEAD_FILE
+    if objective.reads.values == "targets" and values.is_file():
+        weights += values.read_bytes()
     return StartingAdapter(adapter.folder, own, hashlib.sha256(weights).hexdigest(), compares)
 
 

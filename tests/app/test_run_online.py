@@ -3,7 +3,9 @@
 import json
 
 import pytest
+import torch
 from finetune_runs import Recorder, interrupt, read_metrics, run
+from safetensors.torch import load_file
 
 from lora_engine.app.config import load_config
 from lora_engine.app.config_yaml import shipped_configs
@@ -15,6 +17,9 @@ from lora_engine.objectives import GRPO, PPO
 REWARDS = """
 def vowels(completions):
     return [sum(letter in "aeiou" for letter in text) / 6 for text in completions]
+
+def lengths(completions):
+    return [1 + len(text) / 6 for text in completions]
 """
 SECTIONS = """
 objective: {name}
@@ -75,6 +80,21 @@ def test_an_interrupted_run_goes_on_to_the_same_completions(online):
     assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
+def test_a_run_of_ppo_goes_on_with_the_values_of_another(online):
+    folder = online("ppo")
+    last = ["samples.count=0", "train.final_weights=last", "rewards=['judges.py:lengths']"]
+    run("train.max_steps=3", "train.output_dir=first", *last)
+    config = folder / "run.yaml"
+    config.write_text(config.read_text().replace("lora: {r: 4, alpha: 8}\n", ""))
+    run("model.adapter=first", "train.max_steps=1", "train.learning_rate=1e-9", *last)
+    kept = [
+        load_file(folder / part / "adapter/value_head.safetensors") for part in ("first", "out")
+    ]
+    assert kept[0]["v_head.summary.weight"].abs().max() > 1e-4
+    for name, tensor in kept[0].items():
+        torch.testing.assert_close(kept[1][name], tensor, rtol=0, atol=1e-6)
+
+
 def test_the_data_are_shown(online):
     online("grpo")
     training, heldout = examine_data(load_config("run.yaml"))
@@ -112,8 +132,8 @@ WRONG = {
         "objective.temperature: is rollout.temperature; set that instead",
     ),
     "an engine": (
-        ["objective=grpo", "rewards=[json_valid]", "rollout.engine=vllm"],
-        "rollout.engine: vllm writes no rollouts here yet; leave engine out",
+        ["objective=grpo", "rewards=[json_valid]", "rollout.engine=vlm"],
+        "rollout.engine: expected lora_engine or vllm, got 'vlm'",
     ),
     "a switch": (
         ["objective.name=ppo", "objective.whiten=3", "rewards=[json_valid]"],

@@ -1,19 +1,28 @@
 """A language model whose head makes one number of a token."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
-from lora_engine.errors import UserError
+from lora_engine.errors import UserError, reason
 from lora_engine.models.attach.head import transformers_model
 
+# Beside an adapter's files: a policy's value head, under the names of TRL's
+# AutoModelForCausalLMWithValueHead, in the file that LLaMA-Factory and ms-swift read.
+VALUE_HEAD_FILE = "value_head.safetensors"
+_NAMES = {"weight": "v_head.summary.weight", "bias": "v_head.summary.bias"}
 
-def add_value_head(model: Any) -> None:
+
+def add_value_head(model: Any, folder: Path | None = None) -> None:
     """A `value_head` beside the head for tokens of a (PEFT) causal language model, to be trained.
 
-    Its values are 0 until it learns. What saves an adapter leaves it out.
+    It is the one in the folder's VALUE_HEAD_FILE; where there is none, its values are 0 until it
+    learns. Raises UserError for a file that holds no value head of the model.
     """
     inner = transformers_model(model)
     like = next(inner.parameters())
@@ -21,7 +30,44 @@ def add_value_head(model: Any) -> None:
     head = nn.Linear(config.hidden_size, 1, device=like.device)
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
+    path = None if folder is None else folder / VALUE_HEAD_FILE
+    if path is not None and path.is_file():
+        with torch.no_grad():
+            for name, tensor in _saved(path, head).items():
+                head.get_parameter(name).copy_(tensor)
     inner.value_head = head  # in float32, as adapters are
+
+
+def has_value_head(model: Any) -> bool:
+    return hasattr(transformers_model(model), "value_head")
+
+
+def save_value_head(model: Any, folder: Path) -> None:
+    """Writes VALUE_HEAD_FILE into the folder where the model has a `value_head`."""
+    head = getattr(transformers_model(model), "value_head", None)
+    if head is not None:
+        state = head.state_dict()
+        tensors = {_NAMES[key]: state[key].detach().cpu().clone() for key in _NAMES}
+        save_file(tensors, folder / VALUE_HEAD_FILE, metadata={"format": "pt"})
+
+
+def _saved(path: Path, head: nn.Linear) -> dict[str, Tensor]:
+    """The file's tensors by the head's names."""
+    try:
+        stored = load_file(path)
+        found = {name: stored[theirs] for name, theirs in _NAMES.items()}
+    except (OSError, SafetensorError, KeyError) as error:
+        raise UserError(
+            f"{path}: holds no value head ({reason(error)}); get the complete one"
+        ) from error
+    for name, tensor in found.items():
+        expected = head.get_parameter(name).shape
+        if tensor.shape != expected:
+            raise UserError(
+                f"{path}: {_NAMES[name]} is {list(tensor.shape)}, the model's value head "
+                f"{list(expected)}; give the model that it was trained on"
+            )
+    return found
 
 
 def with_scalar_head(model: Any, *, pad_token_id: int | None = None, seed: int = 0) -> Any:

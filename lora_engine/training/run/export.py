@@ -6,6 +6,7 @@ A PeftModel becomes its adapter:
     adapter_model.safetensors    in PEFT's format
     tokenizer.json, tokenizer_config.json, chat_template.jinja    what the run used
     base.json                    the base: hub id, revision, SHA-256 of its files
+    value_head.safetensors       of a run of PPO: v_head.summary.weight and .bias
     README.md                    the model card: base (with the SHA-256 of its files), how to load
                                  it, data, settings, figures
 
@@ -22,6 +23,7 @@ from torch import nn
 from lora_engine.data.template import Tokenizer
 from lora_engine.models.families.modules import CausalLm, PeftCausalLm
 from lora_engine.models.load.origin import Base, base_of, write_base
+from lora_engine.models.load.scalar import has_value_head, save_value_head
 from lora_engine.models.load.transformers_files import quiet_transformers
 from lora_engine.models.peft.routing import REFERENCE_ADAPTER, active_adapters, is_peft
 from lora_engine.training.run.atomic import new_folder
@@ -42,7 +44,12 @@ def export_model(
             model.save_pretrained(folder, selected_adapters=_saved(model))
             _complete_adapters(model, tokenizer, folder, base, facts)
         else:
-            cast(CausalLm, model).save_pretrained(folder)
+            kept: dict[str, object] = {}
+            if has_value_head(model):  # which has its own file
+                state = model.state_dict()
+                kept["state_dict"] = {k: x for k, x in state.items() if "value_head." not in k}
+            cast(CausalLm, model).save_pretrained(folder, **kept)
+            save_value_head(model, folder)
             _save_tokenizer(tokenizer, folder)
             card = model_card(base, facts, tokenizer=tokenizer is not None)
             _write(folder / "README.md", card)
@@ -58,6 +65,7 @@ def _complete_adapters(
         own = folder if name == "default" else folder / name
         _name_base(own / "adapter_config.json", base)
         write_base(own, base)
+        save_value_head(model, own)
         _save_tokenizer(tokenizer, own)
         beside = [other for other in active if other != name]
         card = adapter_card(

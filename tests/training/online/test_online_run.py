@@ -14,7 +14,9 @@ from online_runs import (
     vowels,
     writer,
 )
+from safetensors.torch import load_file
 from training_helpers import SignalAtStep, assert_same_bits, lines, trainable
+from transformers import AutoModelForCausalLM
 
 import lora_engine
 from lora_engine import TrainConfig, Trainer, UserError
@@ -22,11 +24,12 @@ from lora_engine.data.dataset import prepare
 from lora_engine.data.records import Record
 from lora_engine.data.render import Example
 from lora_engine.evaluation.batch_loss import target_scores
-from lora_engine.models.load.scalar import add_value_head
+from lora_engine.models.load.scalar import VALUE_HEAD_FILE, add_value_head
 from lora_engine.objectives.advantages import generalised_advantages
 from lora_engine.objectives.grpo import GRPO
 from lora_engine.objectives.ppo import PPO
 from lora_engine.objectives.sft import SFT
+from lora_engine.testing import tiny_llama
 from lora_engine.training.online.config import RolloutConfig
 from lora_engine.training.online.online import Online
 from lora_engine.training.online.source import packed_groups
@@ -353,7 +356,10 @@ def test_what_does_not_fit_is_refused_in_one_line(tmp_path, settings, said):
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"engine": "vllm"}, "vllm writes no rollouts here yet; leave engine out"),
+        (
+            {"engine": "vllm", "temperature": 0.7, "top_p": 0.9},
+            "engine vllm tells log-probabilities before the temperature or after top_k, top_p and",
+        ),
         ({"minibatches": 9}, "minibatches 9 must be at most prompts 8"),
         ({"overlong_buffer": 65}, "overlong_buffer 65 must be at most max_new_tokens 64"),
         ({"dynamic_sampling": True, "generations": 1}, "dynamic_sampling compares completions"),
@@ -430,7 +436,24 @@ def test_ppo_raises_the_reward_and_learns_values(tmp_path):
     steps = lines(tmp_path)
     assert steps[0]["reward"] < 0.2
     assert steps[-1]["reward"] > 0.8
-    assert model.get_base_model().value_head.weight.abs().max() > 0
+    head = model.get_base_model().value_head
+    assert head.weight.abs().max() > 0
+    saved = load_file(tmp_path / "adapter" / VALUE_HEAD_FILE)
+    assert torch.equal(saved["v_head.summary.weight"], head.weight)
+    assert torch.equal(saved["v_head.summary.bias"], head.bias)
+
+
+def test_the_value_head_of_a_whole_model_is_no_part_of_its_weights(tmp_path):
+    model = tiny_llama(vocab_size=len(TOKENIZER))
+    add_value_head(model)
+    online_trainer(tmp_path, model=model, objective=PPO(kl_weight=0.0), max_steps=1).fit()
+    loaded, told = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "adapter", output_loading_info=True
+    )
+    assert not told["unexpected_keys"] and not told["missing_keys"]
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
+    saved = load_file(tmp_path / "adapter" / VALUE_HEAD_FILE)
+    assert torch.equal(saved["v_head.summary.weight"], model.value_head.weight)
 
 
 def test_a_dataset_with_answers_is_refused(tmp_path):
