@@ -43,6 +43,8 @@ UNTYPED = {
     "models/load": "configurations and checkpoints as files have them, models of any class",
     "report": "the JSON of a run's files, which may be another version's",
     "testing.py": "models and tokenizers that are made for a test",
+    "training/online/vllm.py": "settings of PEFT's and transformers' own classes",
+    "training/online/vllm_server.py": "what another program answers, which is checked",
     "training/trackers.py": "packages that may not be installed",
 }
 

@@ -48,6 +48,7 @@ LAYERS: list[set[str]] = [
     {"data"},
     {"objectives"},
     {"evaluation"},
+    {"export.adapter", "export.lint"},
     {"training.config"},
     {"training", "training.run", "training.optimizer", "training.preflight"},
     {"export"},

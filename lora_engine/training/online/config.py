@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class RolloutConfig(BaseModel):
@@ -77,15 +77,17 @@ class RolloutConfig(BaseModel):
         0.0, ge=0, le=100, description="Of these; 0 writes the likeliest token."
     )
     engine: Literal["lora_engine", "vllm"] = Field(
-        "lora_engine", description="What writes; `vllm` is refused: there is no such engine yet."
+        "lora_engine", description="What writes: the trained model's own layers, or a vLLM server."
     )
-
-    @field_validator("engine")
-    @classmethod
-    def _engine_is_there(cls, engine: str) -> str:
-        if engine == "vllm":
-            raise ValueError("vllm writes no rollouts here yet; leave engine out")
-        return engine
+    server: str = Field("http://127.0.0.1:8000", description="The vLLM server's address.")
+    server_folder: str | None = Field(
+        None,
+        description="Where the server finds the adapter, in the same place as here; a folder for "
+        "temporary files if null.",
+    )
+    server_timeout: float = Field(
+        1800.0, gt=0, le=10**6, description="Seconds that an answer of the server may take."
+    )
 
     @model_validator(mode="after")
     def _numbers_fit(self) -> "RolloutConfig":
@@ -99,9 +101,20 @@ class RolloutConfig(BaseModel):
                 f"overlong_buffer {self.overlong_buffer} must be at most max_new_tokens "
                 f"{self.max_new_tokens}"
             )
+        draws_from_some = bool(self.top_k or self.min_p) or self.top_p < 1
+        if self.engine == "vllm" and self.temperature != 1 and draws_from_some:
+            raise ValueError(
+                "engine vllm tells log-probabilities before the temperature or after top_k, top_p "
+                "and min_p; leave temperature at 1, or these three out"
+            )
         if self.dynamic_sampling and self.generations == 1:
             raise ValueError("dynamic_sampling compares completions of a prompt; give generations")
         return self
+
+    def trajectory(self) -> dict[str, object]:
+        """What decides the weights: all but where a server is."""
+        where = {"server", "server_folder", "server_timeout"}
+        return self.model_dump(mode="json", exclude=where)
 
     @property
     def steps(self) -> int:

@@ -19,9 +19,10 @@ from lora_engine.training.config import TrainConfig
 from lora_engine.training.online.config import RolloutConfig
 from lora_engine.training.online.heldout import heldout_reward
 from lora_engine.training.online.named import Named, rewards_of
-from lora_engine.training.online.rollouts import Rollouts, check_lengths
+from lora_engine.training.online.rollouts import Engine, OwnEngine, Rollouts, check_lengths
 from lora_engine.training.online.source import OnlineSource
 from lora_engine.training.online.trial import TrialOfPrompts
+from lora_engine.training.online.vllm import VllmEngine
 from lora_engine.training.run.folder import RunFolder
 
 
@@ -66,7 +67,10 @@ class OnlineRun:
             if prompts is not None:
                 check_lengths(prompts, online.rollout, positions)
         writes = cast(TextTokenizer, tokenizer)  # what decodes is a tokenizer of transformers
-        self._rollouts = Rollouts(model, writes, rewards_of(online.rewards), online.rollout)
+        engine: Engine = OwnEngine(model, writes)
+        if online.rollout.engine == "vllm":
+            engine = VllmEngine(model, writes, online.rollout)
+        self._rollouts = Rollouts(model, writes, rewards_of(online.rewards), online.rollout, engine)
         folder.reserve_completions()
         self.source = OnlineSource(
             train,
@@ -80,7 +84,7 @@ class OnlineRun:
     def identity(self) -> dict[str, object]:
         """What decides the run's weights beside a TrainConfig, as JSON values."""
         rewards = [f"{reward.name} × {reward.weight:g}" for reward in self._rollouts.rewards]
-        rollout = self._online.rollout.model_dump(mode="json")
+        rollout = self._online.rollout.trajectory()
         return {"rewards": rewards, **{f"rollout.{key}": value for key, value in rollout.items()}}
 
     def tried(self) -> Objective:

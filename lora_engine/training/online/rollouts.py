@@ -4,7 +4,7 @@ import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import TypedDict
+from typing import Protocol, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from lora_engine.data.render import Example
 from lora_engine.errors import UserError
 from lora_engine.evaluation.modes import inference
 from lora_engine.evaluation.samples import TextTokenizer, stop_tokens
-from lora_engine.generation.engine import Finish, Generator, Request
+from lora_engine.generation.engine import Completion, Finish, Generator, Request
 from lora_engine.generation.sampling import Sampling
 from lora_engine.models.attach.head import transformers_model
 from lora_engine.training.online.config import RolloutConfig
@@ -81,11 +81,33 @@ class SavedAnswer(TypedDict):
     learned: bool
 
 
-class Rollouts:
-    """Writes completions with the model as it is at the time, and has them rewarded.
+class Engine(Protocol):
+    """What writes completions with the weights that the model has at the time."""
 
-    model: evaluation mode and its adapters' weights are used in place, nothing is copied.
-    """
+    def run(self, requests: Sequence[Request], check: Callable[[], None]) -> list[list[Completion]]:
+        """The completions of each request, in order. check: called now and then meanwhile."""
+
+    def close(self) -> None:
+        """Nothing more is asked for."""
+
+
+class OwnEngine:
+    """The model itself: its weights are used in place, nothing is copied."""
+
+    def __init__(self, model: nn.Module, tokenizer: TextTokenizer) -> None:
+        self.model, self.tokenizer = model, tokenizer
+
+    def run(self, requests: Sequence[Request], check: Callable[[], None]) -> list[list[Completion]]:
+        with inference(self.model):
+            ends = stop_tokens(transformers_model(self.model), self.tokenizer)
+            return Generator(self.model, self.tokenizer, stop_tokens=ends).run(requests, check)
+
+    def close(self) -> None:
+        pass
+
+
+class Rollouts:
+    """Has completions written and rewarded. engine: of the model."""
 
     def __init__(
         self,
@@ -93,9 +115,10 @@ class Rollouts:
         tokenizer: TextTokenizer,
         rewards: Sequence[Reward],
         settings: RolloutConfig,
+        engine: Engine,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
-        self.rewards, self.settings = rewards, settings
+        self.rewards, self.settings, self.engine = rewards, settings, engine
 
     def write(
         self,
@@ -129,10 +152,7 @@ class Rollouts:
             )
             for place, number in enumerate(numbers)
         ]
-        with inference(self.model):
-            ends = stop_tokens(transformers_model(self.model), self.tokenizer)
-            generator = Generator(self.model, self.tokenizer, stop_tokens=ends)
-            completions = generator.run(requests, check)
+        completions = self.engine.run(requests, check)
         answers = [
             Answer(number, one.token_ids, one.logprobs, one.text, one.finish)
             for number, group in zip(numbers, completions, strict=True)

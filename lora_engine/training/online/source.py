@@ -141,6 +141,7 @@ class OnlineSource(BatchSource):
         }
 
     def close(self) -> None:
+        self._rollouts.engine.close()
         if self._log is not None:
             self._log.close()
 
