@@ -136,5 +136,8 @@ def test_weights_that_are_not_alike_are_left_to_peft() -> None:
 def test_what_no_base_keeps_is_refused() -> None:
     with pytest.raises(ValueError, match=r"no base weight keeps \[4, 2\] int8 as one group"):
         ops.base_of([torch.zeros(4, 2, dtype=torch.int8)], 2)
+    mixed = [ops.quantize_weight(torch.zeros(4, 64), "int8"), torch.zeros(4, 64)]
+    with pytest.raises(ValueError, match=r"\[4, 64\] QuantizedWeight, \[4, 64\] float32 as one"):
+        ops.base_of(mixed, 2)
     with pytest.raises(ValueError, match="needs weights"):
         ops.base_of([], 2)
