@@ -35,6 +35,8 @@ LAYERS: list[set[str]] = [
         "backends.flash_attention",
         "backends.cudnn_attention",
         "backends.cuda.attention",
+        "backends.cuda.attention_hopper",
+        "backends.cuda.attention_operands",
     },
     {"backends.launchers"},
     {"ops"},

@@ -70,7 +70,7 @@ class Problem:
     forward, both: work of a forward pass without gradients, and with the backward pass; `both` is
         None for an operation without a gradient.
     in_place: the functions change their inputs.
-    more: further ways to do it in PyTorch, by what they are called in the results.
+    more: further ways to do it, in PyTorch or forced, by what they are called in the results.
     operation: what it measures of lora_engine.ops, where the case has another name.
     """
 

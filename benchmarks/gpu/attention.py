@@ -182,6 +182,7 @@ def contenders(problem: Problem, device: torch.device) -> Iterator[tuple[str, Co
     yield "sdpa, one by one", problem.of_function(problem.one_by_one)
     yield "triton", problem.of_kernels(launchers.attention("triton"))
     if device.type == "cuda":
+        yield "cuda", problem.of_kernels(launchers.attention("cuda"))
         alike = problem.size.alike
         for plan in ("hopper", "cudnn", "flash") if alike else ("hopper", "flash"):
             yield f"{plan} plan", problem.of_kernels(launchers.attention_by_plan(plan))

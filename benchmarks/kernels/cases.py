@@ -9,7 +9,7 @@ from torch import Tensor
 
 from benchmarks.common.measure import Matmul, linear_matmuls
 from benchmarks.common.registry import EPS, Function, Problem, Size, Work, case
-from lora_engine import ops, reference
+from lora_engine import backends, ops, reference
 from lora_engine.quantization.blockwise_4bit import code_values
 from lora_engine.quantization.nested_absmax import dequantize_absmax
 from lora_engine.testing import cu_seqlens
@@ -225,6 +225,10 @@ def attention(size: Size, dtype: torch.dtype, device: torch.device) -> Problem:
     products = sum(2 * heads * dim * n * (n + 1) // 2 for n in size.lengths)
     mean = size.tokens // len(size.lengths)
     alike = linear_matmuls(size.tokens * heads, mean, dim)
+    # What runs where it is forced alone.
+    forced: dict[str, Function] = {}
+    if device.type == "cuda" and dtype in backends.dtypes_of("attention", "cuda"):
+        forced["ours, impl=cuda"] = lambda q, k, v: ops.attention(q, k, v, bounds, impl="cuda")
     return Problem(
         (q, k, v),
         ours=lambda q, k, v: ops.attention(q, k, v, bounds),
@@ -232,6 +236,7 @@ def attention(size: Size, dtype: torch.dtype, device: torch.device) -> Problem:
         oracle=lambda q, k, v: reference.attention(q, k, v, bounds),
         forward=Work(2 * products, alike),
         both=Work(6 * products, alike),
+        more=forced,
     )
 
 

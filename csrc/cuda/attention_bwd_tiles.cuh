@@ -11,35 +11,12 @@
 // global memory.
 #pragma once
 
+#include "attention_tiles.cuh"
 #include "hopper.cuh"
 
 namespace lora_engine {
 namespace cuda {
 namespace {
-
-// Sequence i of a packed row owns the tiles from cu_seqlens[i] / size + i on: as many as it needs
-// or one more, which is empty.
-struct Tile {
-  int sequence, begin, length, first;  // first: of the tile, counted from the sequence's begin
-
-  __device__ Tile(const int* cu_seqlens, int sequences, int tile, int size) {
-    int low = 0, high = sequences;  // the sequence lies in [low, high)
-    while (high - low > 1) {
-      const int middle = (low + high) / 2;
-      if (first_of(cu_seqlens, middle, size) <= tile)
-        low = middle;
-      else
-        high = middle;
-    }
-    sequence = low;
-    begin = cu_seqlens[low];
-    length = cu_seqlens[low + 1] - begin;
-    first = (tile - first_of(cu_seqlens, low, size)) * size;
-  }
-  __device__ static int first_of(const int* cu_seqlens, int sequence, int size) {
-    return cu_seqlens[sequence] / size + sequence;
-  }
-};
 
 // What the passes over rows and the pass over tiles agree on. Queries lie in tiles of kQueries. For
 // each head and tile: stats[2][kQueries], lse in units of log 2 and delta, infinity and 0 for
@@ -72,15 +49,8 @@ struct AttentionBwdTiles {
   float scale;
 };
 
-constexpr float kLog2E = 1.4426950408889634f;
 constexpr int kConsumers = 256;
 constexpr int kBwdThreads = kConsumers + 128;
-
-__device__ inline float exp2_of(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
 
 // Sets rows [valid, kRows) of a swizzled tile of `halves` to zero, with all consumers.
 template <int kRows>

@@ -4,13 +4,12 @@
 // block takes the next one that no other has taken.
 #pragma once
 
+#include "attention_tiles.cuh"
 #include "hopper.cuh"
 
 namespace lora_engine {
 namespace cuda {
 namespace {
-
-constexpr int kNoWindow = 1 << 30;
 
 struct AttentionFwd {
   void* o;                // [tokens, heads, D], tokens `stride_o` elements apart

@@ -30,7 +30,7 @@ void run(const AttentionFwdArgs& a, void* stream) {
   call.tiles = static_cast<int>(a.tokens / Shape::kQueries + a.sequences);
   call.causal = a.causal != 0;
   call.window = a.window > 0 ? static_cast<int>(std::min<int64_t>(a.window, kNoWindow)) : kNoWindow;
-  call.scale = static_cast<float>(a.scale) * 1.4426950408889634f;
+  call.scale = static_cast<float>(a.scale) * kLog2E;
   const auto map = [&](const void* x, int64_t heads, int64_t stride, int rows) {
     return head_map(kName, a.dtype == kBFloat16, x, a.tokens, static_cast<int>(heads), kD, stride,
                     rows);

@@ -32,12 +32,6 @@ struct FwdShape {
   static constexpr uint32_t kBytes = kTiles + 2 * sizeof(FwdTile);
 };
 
-__device__ inline float exp2_of(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
 // Between the four threads of a row: thread i gets the i-th value of each.
 __device__ inline void transpose_four(uint32_t (&x)[4], int lane) {
 #pragma unroll
@@ -224,8 +218,7 @@ struct FwdKernel {
         if (exists) store_bytes(to + 32 * i, make_uint4(x[0], x[1], x[2], x[3]));
       }
       if (exists && lane == 0)
-        a.lse[tile.head * a.tokens + token] =
-            (m[h] * a.scale + __log2f(total[h])) * 0.6931471805599453f;
+        a.lse[tile.head * a.tokens + token] = (m[h] * a.scale + __log2f(total[h])) * kLn2;
     }
   }
 

@@ -26,6 +26,17 @@ LORA_ENGINE_FIELDS(cuda::AttentionBwdArgs, FIELD(d_o), FIELD(q), FIELD(k), FIELD
                    FIELD(stride_v), FIELD(stride_o), FIELD(stride_dq), FIELD(stride_dk),
                    FIELD(stride_dv), FIELD(tokens), FIELD(sequences), FIELD(heads), FIELD(kv_heads),
                    FIELD(head_dim), FIELD(causal), FIELD(dtype), FIELD(scale));
+LORA_ENGINE_FIELDS(cuda::AttentionMmaFwdArgs, FIELD(q), FIELD(k), FIELD(v), FIELD(cu_seqlens),
+                   FIELD(parents), FIELD(o), FIELD(lse), FIELD(stride_q), FIELD(stride_k),
+                   FIELD(stride_v), FIELD(stride_o), FIELD(tokens), FIELD(sequences), FIELD(heads),
+                   FIELD(kv_heads), FIELD(head_dim), FIELD(causal), FIELD(window), FIELD(dtype),
+                   FIELD(scale));
+LORA_ENGINE_FIELDS(cuda::AttentionMmaBwdArgs, FIELD(d_o), FIELD(q), FIELD(k), FIELD(v), FIELD(o),
+                   FIELD(lse), FIELD(dq), FIELD(dk), FIELD(dv), FIELD(cu_seqlens), FIELD(parents),
+                   FIELD(delta), FIELD(last), FIELD(stride_do), FIELD(stride_q), FIELD(stride_k),
+                   FIELD(stride_v), FIELD(stride_o), FIELD(stride_dq), FIELD(stride_dk),
+                   FIELD(stride_dv), FIELD(tokens), FIELD(sequences), FIELD(heads), FIELD(kv_heads),
+                   FIELD(head_dim), FIELD(causal), FIELD(window), FIELD(dtype), FIELD(scale));
 LORA_ENGINE_FIELDS(cuda::GradNormArgs, FIELD(grads), FIELD(partials), FIELD(norm), FIELD(size));
 LORA_ENGINE_FIELDS(cuda::Quantize4bitArgs, FIELD(w), FIELD(bounds), FIELD(ascending), FIELD(codes),
                    FIELD(absmax), FIELD(size), FIELD(block), FIELD(dtype));
@@ -53,6 +64,8 @@ void bind(py::module_ m) {
   define(m, "adamw_8bit", &adamw_8bit);
   define(m, "attention_fwd", &attention_fwd);
   define(m, "attention_bwd", &attention_bwd);
+  define(m, "attention_mma_fwd", &attention_mma_fwd);
+  define(m, "attention_mma_bwd", &attention_mma_bwd);
   define(m, "grad_norm", &grad_norm);
   define(m, "quantize_4bit", &quantize_4bit);
   define(m, "dequantize_4bit", &dequantize_4bit);

@@ -31,6 +31,10 @@ __device__ inline float widened(BFloat16 x) {
 
 #ifdef __CUDACC__
 
+__device__ inline uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+
 __device__ inline float widened(Float16 x) {
   __half half;
   memcpy(&half, &x, sizeof half);

@@ -10,10 +10,6 @@ namespace lora_engine {
 namespace cuda {
 namespace {
 
-__device__ inline uint32_t shared_address(const void* p) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-}
-
 // ---- mbarriers
 
 __device__ inline void init_barrier(uint32_t barrier, int arrivals) {

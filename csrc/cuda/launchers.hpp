@@ -96,10 +96,41 @@ struct AttentionBwdArgs {
   double scale;
 };
 
+// As of the two above, with heads of 8, 16, ... 128 and strides that are multiples of 16 bytes.
+struct AttentionMmaFwdArgs {
+  const void *q, *k, *v;
+  const int32_t* cu_seqlens;  // [sequences + 1]
+  const int32_t* parents;     // [sequences]: the earlier one that each continues, or -1; or null
+  void* o;
+  float* lse;  // [heads, tokens]
+  int64_t stride_q, stride_k, stride_v, stride_o;
+  int64_t tokens, sequences, heads, kv_heads, head_dim, causal;
+  int64_t window;  // 0: none
+  int64_t dtype;
+  double scale;  // positive
+};
+
+struct AttentionMmaBwdArgs {
+  const void *d_o, *q, *k, *v, *o;
+  const float* lse;  // [heads, tokens]
+  void *dq, *dk, *dv;
+  const int32_t* cu_seqlens;  // [sequences + 1]
+  const int32_t* parents;     // as above
+  float* delta;               // [heads, tokens], work space
+  int32_t* last;              // [sequences], likewise; null without parents
+  int64_t stride_do, stride_q, stride_k, stride_v, stride_o, stride_dq, stride_dk, stride_dv;
+  int64_t tokens, sequences, heads, kv_heads, head_dim, causal;
+  int64_t window;  // 0: none
+  int64_t dtype;
+  double scale;
+};
+
 void adamw(const AdamWArgs&, void* stream);
 void adamw_8bit(const AdamW8bitArgs&, void* stream);
 void attention_fwd(const AttentionFwdArgs&, void* stream);
 void attention_bwd(const AttentionBwdArgs&, void* stream);
+void attention_mma_fwd(const AttentionMmaFwdArgs&, void* stream);
+void attention_mma_bwd(const AttentionMmaBwdArgs&, void* stream);
 void grad_norm(const GradNormArgs&, void* stream);
 void quantize_4bit(const Quantize4bitArgs&, void* stream);
 void dequantize_4bit(const Dequantize4bitArgs&, void* stream);

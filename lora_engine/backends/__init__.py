@@ -10,6 +10,7 @@ from lora_engine.backends.choice import (
     IMPLEMENTATIONS,
     OPERATIONS,
     Choice,
+    dtypes_of,
 )
 from lora_engine.backends.devices import (
     adds_gradients,
@@ -75,6 +76,7 @@ __all__ = [
     "cpu_features",
     "cuda_architectures",
     "decoded_rows",
+    "dtypes_of",
     "explain",
     "extension_available",
     "gpu_count",

@@ -16,7 +16,8 @@ from lora_engine.quantization.formats import NAMES
 
 IMPLEMENTATIONS = ("reference", "cpu", "triton", "cuda")
 
-# Which kernels each operation has. On a GPU the first that can run is taken.
+# Which kernels each operation has. On a GPU CUDA C++ is taken before Triton where both can run, but
+# for FORCED_ONLY.
 OPERATIONS: dict[str, tuple[str, ...]] = {
     "rms_norm": ("cpu", "triton"),
     "layer_norm": ("cpu", "triton"),
@@ -25,13 +26,15 @@ OPERATIONS: dict[str, tuple[str, ...]] = {
     "lora_linear": ("cpu", "triton"),
     "linear_cross_entropy": ("cpu", "triton"),
     "cross_entropy": ("cpu", "triton"),
-    "attention": ("cpu", "triton"),
+    "attention": ("cpu", "triton", "cuda"),
     "attention_decode": ("cpu", "triton"),
     "adamw": ("cpu", "triton", "cuda"),
     "adamw_8bit": ("cpu", "triton", "cuda"),
     "blockwise_4bit": ("cpu", "triton", "cuda"),
     "packed_weight": ("cpu",),
 }
+# Those that run where a caller forces them: no GPU has shown them faster.
+FORCED_ONLY = (("attention", "cuda"),)
 # Functions made of several operations: they run where all of these have kernels.
 BLOCKS: dict[str, tuple[str, ...]] = {
     "attention_block": ("rms_norm", "attention", "lora_linear"),
@@ -43,6 +46,8 @@ DTYPES = {
     "triton": (torch.float32, torch.bfloat16, torch.float16),
     "cuda": (torch.float32, torch.bfloat16, torch.float16),
 }
+# Where an operation's kernels take less.
+FEWER_DTYPES = {("attention", "cuda"): (torch.bfloat16, torch.float16)}
 # How a base weight may be stored that an implementation's products read.
 FORMATS = {
     "cpu": ("dense", *NAMES),
@@ -53,6 +58,8 @@ FORMATS = {
 # of other dtypes.
 WIDEST_HEADS = {torch.float32: 128}
 WIDEST_HEAD = 256
+# Of those in CUDA C++, whose heads are a multiple of HEAD_STEP.
+WIDEST_CUDA_HEAD, HEAD_STEP = 128, 8
 
 
 @dataclass(frozen=True)
@@ -105,6 +112,8 @@ def _choose_implementation(request: Request, present: Present) -> Choice:
         return Choice(operation, impl, _how(request, impl, present))
     problems = []
     for candidate in ("cpu",) if request.device == "cpu" else ("cuda", "triton"):
+        if (operation, candidate) in FORCED_ONLY:
+            continue
         problem = _why_not(request, candidate, present)
         if problem is None:
             return Choice(operation, candidate, _how(request, candidate, present))
@@ -124,6 +133,11 @@ def _choose_block(request: Request, present: Present) -> Choice:
     return replace(parts[-1], operation=name)
 
 
+def dtypes_of(operation: str, impl: str) -> tuple[torch.dtype, ...]:
+    """What an implementation's kernels of an operation take; nothing where there are none."""
+    return FEWER_DTYPES.get((operation, impl), DTYPES.get(impl, ()))
+
+
 def _how(request: Request, impl: str, present: Present) -> str:
     if impl == "cpu":
         return f"C++ kernel, {present.isa}"
@@ -138,21 +152,24 @@ def _why_not(request: Request, impl: str, present: Present) -> str | None:
     """Why `impl` cannot run the operation; None if it can."""
     if impl not in OPERATIONS[request.operation]:
         return f"there is no {impl} kernel for it"
-    if request.dtype not in DTYPES[impl]:
-        names = ", ".join(map(dtype_name, DTYPES[impl]))
+    known_dtypes = dtypes_of(request.operation, impl)
+    if request.dtype not in known_dtypes:
+        names = ", ".join(map(dtype_name, known_dtypes))
         return f"the {impl} kernels take {names}, not {request.dtype}"
     if request.operation == "lora_linear" and request.format not in FORMATS[impl]:
         known = ", ".join(FORMATS[impl])
         return f"the {impl} kernels take weights that are {known}, not {request.format}"
-    if impl == "triton" and isinstance(request.sizes, Heads):
-        most = WIDEST_HEADS.get(request.dtype, WIDEST_HEAD)
-        if request.operation == "attention" and request.sizes.head_dim > most:
-            return f"the {impl} kernels take heads of up to {most} in {request.dtype_name}"
+    if request.operation == "attention" and isinstance(request.sizes, Heads):
+        problem = _why_not_heads(request, impl, request.sizes.head_dim)
+        if problem is not None:
+            return problem
     elsewhere = f"the tensors are on {request.device}"
     if impl == "cpu":
         return present.problem if request.device == "cpu" else elsewhere
     if impl == "triton" and not present.triton:
         return "triton is not installed"
+    if (request.operation, impl) == ("attention", "cuda") and not present.triton:
+        return "triton, which rotates for the cuda kernels, is not installed"
     if impl == "triton" and request.device == "cpu" and present.interpreted:
         return None
     if impl == "cuda" and request.device == "cpu" and present.emulated:
@@ -171,4 +188,18 @@ def _why_not(request: Request, impl: str, present: Present) -> str | None:
         hardware.runs_on(a, request.capability) for a in present.architectures
     ):
         return f"built for {', '.join(present.architectures)}, the GPU has capability {own}"
+    return None
+
+
+def _why_not_heads(request: Request, impl: str, head_dim: int) -> str | None:
+    """Why `impl` has no attention with heads of this size; None if it has."""
+    if impl == "triton":
+        most = WIDEST_HEADS.get(request.dtype, WIDEST_HEAD)
+        if head_dim > most:
+            return f"the triton kernels take heads of up to {most} in {request.dtype_name}"
+    if impl == "cuda" and (head_dim > WIDEST_CUDA_HEAD or head_dim % HEAD_STEP):
+        return (
+            f"the cuda kernels take heads of up to {WIDEST_CUDA_HEAD}, multiples of {HEAD_STEP}, "
+            f"not {head_dim}"
+        )
     return None

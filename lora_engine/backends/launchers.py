@@ -112,6 +112,10 @@ def attention(impl: str) -> contracts.Attention:
         from lora_engine.backends.triton import attention as triton
 
         return triton
+    if impl == "cuda":
+        from lora_engine.backends.cuda import attention as cuda
+
+        return cuda
     _no_kernels("attention", impl)
 
 
@@ -132,9 +136,9 @@ def attention_decode(impl: str) -> contracts.AttentionDecode:
 def attention_by_plan(plan: str) -> contracts.Attention:
     """By `backends.attention_plan`: "hopper", ours for 9.0 alone; "flash" or "cudnn", PyTorch's."""
     if plan == "hopper":
-        from lora_engine.backends.cuda import attention as hopper_attention
+        from lora_engine.backends.cuda import attention_hopper
 
-        return hopper_attention
+        return attention_hopper
     if plan == "cudnn":
         from lora_engine.backends import cudnn_attention
 

@@ -202,6 +202,41 @@ def test_kernels_for_hopper_take_the_heads_of_their_table(monkeypatch: pytest.Mo
     assert plan(Heads(64), present=replace(built, architectures=("80",))) == "tiles"
 
 
+@pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 120])
+def test_attention_in_cuda_runs_where_it_is_forced(capability: int) -> None:
+    built = replace(WITH_GPU, architectures=("80", "86", "89", "90a", "100", "120"))
+    request = replace(on_gpu("attention", capability, sizes=Heads(96)), dtype=torch.bfloat16)
+    assert choose(request, built).impl == "triton"
+    assert choose(request, replace(built, triton=False)).impl == "reference"
+    everything = Heads(96, parents=True, window=True, repeatable=True)
+    for heads in (everything, Heads(64), Heads(128)):
+        forced = choose(replace(request, impl="cuda", sizes=heads), built)
+        assert (forced.impl, forced.plan.name) == ("cuda", "tiles")
+        assert forced.reason.startswith("CUDA C++ kernel, capability")
+
+
+@pytest.mark.parametrize(
+    ("heads", "dtype", "problem"),
+    [
+        (256, torch.bfloat16, "the cuda kernels take heads of up to 128, multiples of 8, not 256"),
+        (20, torch.float16, "the cuda kernels take heads of up to 128, multiples of 8, not 20"),
+        (64, torch.float32, "the cuda kernels take bfloat16, float16, not torch.float32"),
+    ],
+)
+def test_what_attention_in_cuda_does_not_take(heads, dtype, problem) -> None:
+    built = replace(WITH_GPU, architectures=("90a",))
+    request = replace(on_gpu("attention", sizes=Heads(heads), impl="cuda"), dtype=dtype)
+    with pytest.raises(UnavailableError, match=f"impl='cuda' is not available: {problem}"):
+        choose(request, built)
+
+
+def test_attention_in_cuda_needs_triton_s_rotation() -> None:
+    without = replace(WITH_GPU, architectures=("90a",), triton=False)
+    request = replace(on_gpu("attention", impl="cuda"), dtype=torch.bfloat16)
+    with pytest.raises(UnavailableError, match="triton, which rotates for the cuda kernels"):
+        choose(request, without)
+
+
 def test_a_product_s_plan_is_its_strategy() -> None:
     masked, plain = Product(8192, 4096, 6144, 48, dropout=True), Product(8192, 6144, 4096, 48)
 

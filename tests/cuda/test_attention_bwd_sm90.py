@@ -12,7 +12,7 @@ from ptx.nvcc import compile_cuda
 from torch import Tensor
 
 from lora_engine import reference
-from lora_engine.backends.cuda.attention import TILE_KEYS, TILE_ROWS
+from lora_engine.backends.cuda.attention_hopper import TILE_KEYS, TILE_ROWS
 from lora_engine.testing import cu_seqlens
 
 SOURCE = ROOT / "csrc" / "cuda" / "attention_bwd_sm90.cu"

@@ -2,7 +2,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from implementations import Backend
+from implementations import Backend, dtypes_of
 from oracle import check
 from torch import Tensor
 
@@ -54,13 +54,18 @@ def peer(lengths: list[int], causal: bool = True):
 
 
 def interpreted(backend: Backend) -> bool:
-    """Whether Triton's interpreter runs, which is slow: not every gradient is asked for alone."""
-    return backend.impl == "triton" and backend.device.type == "cpu"
+    """Whether a GPU's kernels run on a CPU, slowly: not every gradient is asked for alone."""
+    return backend.impl in ("triton", "cuda") and backend.device.type == "cpu"
 
 
 def skip_if_slow(backend: Backend, dtype: torch.dtype) -> None:
-    if interpreted(backend) and dtype == torch.float16:
+    if interpreted(backend) and backend.impl == "triton" and dtype == torch.float16:
         pytest.skip("interpreted, it differs from bfloat16 in nothing but the rounding")
+
+
+def dtype_of(backend: Backend) -> torch.dtype:
+    """float32, or what the implementation has in its place."""
+    return torch.float32 if torch.float32 in dtypes_of(OPERATION, backend) else torch.bfloat16
 
 
 @pytest.mark.reference
@@ -243,6 +248,39 @@ def test_kernels_for_hopper_where_they_are_chosen(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("options", [{}, {"causal": False}, {"window": 100}], ids=str)
+@pytest.mark.parametrize(
+    "lengths,heads,kv_heads,head_dim",
+    [
+        ([1, 63, 0, 200, 64, 65], 4, 2, 64),
+        ([300, 1, 129, 128], 8, 2, 128),
+        ([7] * 20 + [1500], 6, 2, 128),
+        ([700, 0, 3], 3, 3, 96),
+    ],
+)
+def test_kernels_of_mma_sync_on_a_gpu(
+    poisoned: None,
+    dtype: torch.dtype,
+    options: dict,
+    lengths: list[int],
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+) -> None:
+    gpu = torch.device("cuda")
+    bounds = cu_seqlens(lengths).to(gpu)
+    options = options | {name: x.to(gpu) for name, x in tables(sum(lengths), head_dim).items()}
+    check(
+        lambda q, k, v: ops.attention(q, k, v, bounds, impl="cuda", **options),
+        lambda q, k, v: reference.attention(q, k, v, bounds, **options),
+        [x.to(gpu) for x in inputs(lengths, heads, kv_heads, head_dim, dtype)],
+        tolerance=TOLERANCE[dtype],
+        floor=0.3,
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("options", [{}, {"causal": False}, {"window": 17}], ids=str)
 @pytest.mark.parametrize("rotated", [False, True], ids=["plain", "rotated"])
 def test_flash_attention_where_it_is_chosen(
@@ -347,7 +385,7 @@ def test_only_our_kernels_give_the_same_bits_twice() -> None:
 
 def test_a_sequence_with_nan_leaves_the_others_alone(backend: Backend) -> None:
     lengths = [20, 30, 200]
-    bounds, *qkv = backend.put(cu_seqlens(lengths), *inputs(lengths, 4, 2, 16, torch.float32))
+    bounds, *qkv = backend.put(cu_seqlens(lengths), *inputs(lengths, 4, 2, 16, dtype_of(backend)))
     whole = [x.clone().requires_grad_() for x in qkv]
     broken = [x.clone() for x in qkv]
     for x in broken:
@@ -375,8 +413,8 @@ def test_scales_that_are_not_positive(backend: Backend, scale: float) -> None:
     check(
         lambda q, k, v: ops.attention(q, k, v, bounds, softmax_scale=scale, impl=backend.impl),
         lambda q, k, v: reference.attention(q, k, v, bounds, softmax_scale=scale),
-        backend.put(*inputs(lengths, 2, 1, 16, torch.float32)),
-        tolerance=3e-5,
+        backend.put(*inputs(lengths, 2, 1, 16, dtype_of(backend))),
+        tolerance=TOLERANCE.get(dtype_of(backend), 3e-5),
         floor=0.3,
         alone=not interpreted(backend),
     )
@@ -384,7 +422,7 @@ def test_scales_that_are_not_positive(backend: Backend, scale: float) -> None:
 
 def test_sequences_do_not_see_each_other(backend: Backend) -> None:
     q, k, v, both, second = backend.put(
-        *inputs([20, 30], 4, 2, 16, torch.float32), cu_seqlens([20, 30]), cu_seqlens([30])
+        *inputs([20, 30], 4, 2, 16, dtype_of(backend)), cu_seqlens([20, 30]), cu_seqlens([30])
     )
     together = ops.attention(q, k, v, both, impl=backend.impl)
     alone = ops.attention(q[20:], k[20:], v[20:], second, impl=backend.impl)
@@ -392,18 +430,21 @@ def test_sequences_do_not_see_each_other(backend: Backend) -> None:
 
 
 def test_large_scores_do_not_overflow(backend: Backend) -> None:
-    bounds, *qkv = backend.put(cu_seqlens([40]), *inputs([40], 2, 1, 16, torch.float32))
+    bounds, *qkv = backend.put(cu_seqlens([40]), *inputs([40], 2, 1, 16, dtype_of(backend)))
     check(
         lambda q, k, v: ops.attention(q, k, v, bounds, impl=backend.impl),
         peer([40]),
         [x * 100 for x in qkv],
         # Scores of 60000, whose ulp is 4e-3, are turned into units of log 2 and back.
-        tolerance=4e-3 if backend.impl == "triton" else 1e-4,
+        tolerance={"triton": 4e-3, "cuda": 2e-2}.get(backend.impl, 1e-4),
+        # In 16 bits no two scores are near each other: gradients of q and k are of numbers of a few
+        # thousand that cancel.
+        floor=100.0 if backend.impl == "cuda" else 1e-30,
     )
 
 
 def test_no_tokens(backend: Backend) -> None:
-    qkv = backend.put(*inputs(LENGTHS["none"], 4, 2, 16, torch.float32))
+    qkv = backend.put(*inputs(LENGTHS["none"], 4, 2, 16, dtype_of(backend)))
     q, k, v = (x.requires_grad_() for x in qkv)
     out = ops.attention(q, k, v, *backend.put(cu_seqlens([])), impl=backend.impl)
     assert out.shape == (0, 4, 16)
@@ -411,7 +452,9 @@ def test_no_tokens(backend: Backend) -> None:
 
 
 def test_flat_heads_give_the_same(backend: Backend) -> None:
-    q, k, v, bounds = backend.put(*inputs([9, 30], 4, 2, 16, torch.float32), cu_seqlens([9, 30]))
+    q, k, v, bounds = backend.put(
+        *inputs([9, 30], 4, 2, 16, dtype_of(backend)), cu_seqlens([9, 30])
+    )
     options = {
         "head_dim": 16,
         "padding_columns": 8,

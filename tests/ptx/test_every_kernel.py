@@ -58,10 +58,12 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
 ]  # fmt: skip
 
 CUDA_CASES: list[tuple[str, str, dict[str, Any]]] = [
+    ("test_attention", "test_continued_sequences_are_as_if_written_out",
+     {**ATTENTION, "tree": "one_prefix", "window": 25, "rotated": False}),
     ("test_adamw", "test_clips_by_a_norm_it_reads_itself", {}),
     ("test_adamw_8bit", "test_clips_by_a_norm_it_reads_itself", {}),
     ("test_blockwise_4bit", "test_codes_at_any_address", {"offset": 1}),
-]
+]  # fmt: skip
 
 
 def written_kernels() -> set[str]:

@@ -14,8 +14,9 @@ import torch
 from ptx.nvcc import compile_cuda
 from torch import Tensor
 
-from lora_engine import ops, reference
+from lora_engine import backends, ops, reference
 from lora_engine.backends import launchers
+from lora_engine.testing import cu_seqlens
 
 HOPPER = Path(__file__).with_name("hopper_product.cu")
 WAIT = r"@done bra finished;\s+bra again;"
@@ -191,5 +192,49 @@ def test_a_fault_in_a_triton_kernel(name: str) -> None:
 
     assert outcome(lambda seed: run(capability, str, seed), 1) == "right"
     found = outcome(lambda seed: run(capability, plant, seed), 10)
+    assert sum(changed), "the fault changes nothing"
+    assert found != "right"
+
+
+def attention(change: Callable[[str], str], seed: int) -> bool:
+    """Both passes by the kernels of mma.sync, whose PTX is changed."""
+    from cuda_ptx import executed_cuda
+
+    torch.manual_seed(0)
+    bounds = cu_seqlens([100, 70])
+    leaves = [torch.randn(170, heads, 64).bfloat16().requires_grad_() for heads in (2, 1, 1)]
+    d_o = torch.randn(170, 2, 64)
+    exact = reference.attention(*(x.double() for x in leaves), bounds)
+    expected = [exact, *torch.autograd.grad(exact, leaves, d_o.double(), retain_graph=True)]
+    with pytest.MonkeyPatch.context() as patch, executed_cuda(80, change=change, seed=seed) as made:
+        patch.setattr(backends.extension, "cuda_emulation", made)
+        o = ops.attention(*leaves, bounds, impl="cuda")
+        found = [o.detach(), *torch.autograd.grad(o, leaves, d_o.bfloat16())]
+    return all(error(x, y.double()) < 1e-2 for x, y in zip(found, expected, strict=True))
+
+
+ATTENTION_FAULTS = {
+    "no wait of cp.async": (r"cp\.async\.wait_all;", ""),
+    "no barrier between stages": (r"bar\.sync\s+0;", ""),
+    "rows that do not exist are not zero": (
+        r"(cp\.async\.cg\.shared\.global \[%r\d+\], \[%rd\d+\], 16), %r\d+;",
+        r"\1, 16;",
+    ),
+    "chunks that are not swizzled": (r"xor\.b32\s+(%r\d+, %r\d+, 32;)", r"or.b32 \1"),
+}
+
+
+@pytest.mark.parametrize("name", ATTENTION_FAULTS)
+def test_a_fault_in_attention(name: str) -> None:
+    pattern, replacement = ATTENTION_FAULTS[name]
+    changed = []
+
+    def plant(text: str) -> str:
+        broken, count = re.subn(pattern, replacement, text)
+        changed.append(count)
+        return broken
+
+    assert outcome(lambda seed: attention(str, seed), 1) == "right"
+    found = outcome(lambda seed: attention(plant, seed), 10)
     assert sum(changed), "the fault changes nothing"
     assert found != "right"

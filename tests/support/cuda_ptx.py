@@ -86,18 +86,23 @@ def module() -> ModuleType:
 
 
 @cache
-def kernel(name: str, capability: int) -> ptx.Kernel:
-    """The kernel of this mangled name."""
+def kernel(name: str, capability: int, change: Callable[[str], str]) -> ptx.Kernel:
+    """The kernel of this mangled name, of PTX that is changed."""
     for text in texts(capability):
         if name in ptx.entries(text):
-            return ptx.Kernel(text, name)
+            return ptx.Kernel(change(text), name)
     raise LookupError(f"no PTX for {capability} has a kernel {name}")
 
 
 def plain_name(mangled: str) -> str:
-    """`adamw_kernel` of what the compiler made of it."""
-    match = re.search(r"\d([a-z]\w*?_kernel)", mangled)
-    return match[1] if match else mangled
+    """`adamw_kernel` of what the compiler made of it: names follow the number of their letters."""
+    for digits in re.finditer(r"\d+", mangled):
+        for i in range(len(digits[0])):
+            length = int(digits[0][i:])
+            name = mangled[digits.end() : digits.end() + length]
+            if len(name) == length and name.endswith("_kernel"):
+                return name
+    return mangled
 
 
 def kernel_names(capability: int) -> set[str]:
@@ -107,12 +112,17 @@ def kernel_names(capability: int) -> set[str]:
 
 @contextmanager
 def executed_cuda(
-    capability: int, *, completion: ptx.Completion = "late", seed: int = 0
+    capability: int,
+    *,
+    completion: ptx.Completion = "late",
+    seed: int = 0,
+    change: Callable[[str], str] = str,
 ) -> Iterator[ModuleType]:
     """csrc/cuda's launchers, as lora_engine._C.cuda offers them, on PTX for `capability`.
 
     A kernel may touch what lies between the first and the last element of the tensors whose
-    addresses were asked for since the launcher before.
+    addresses were asked for since the launcher before. change: what the PTX is passed through
+    before, to plant a fault.
     """
     known: list[Tensor] = []
     launches = 0
@@ -127,7 +137,7 @@ def executed_cuda(
     ) -> None:
         nonlocal launches
         launches += 1
-        called = kernel(name, capability)
+        called = kernel(name, capability, change)
         pointers = ctypes.cast(args, ctypes.POINTER(ctypes.c_void_p))
         packed = [
             ctypes.string_at(pointers[i], parameter.size)

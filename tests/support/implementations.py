@@ -59,6 +59,15 @@ BACKENDS = {
 }
 
 
+# Operations whose CUDA kernels are made of instructions that the emulation has not.
+NOT_EMULATED = ("attention",)
+
+
+def dtypes_of(operation: str, backend: Backend) -> tuple[torch.dtype, ...]:
+    """What an implementation takes of an operation, or of a block."""
+    return backends.dtypes_of(operation, backend.impl) or backend.dtypes
+
+
 def implementations(operation: str) -> tuple[str, ...]:
     """Those with kernels for an operation or a block; "torch" where it is made of torch's own."""
     parts = backends.BLOCKS.get(operation, (operation,))
@@ -79,9 +88,11 @@ def parameters(operation: str, *, with_dtype: bool, with_reference: bool = False
             continue
         if backend.isa == tile_model.NAME and not tile_model.stands_in(operation):
             continue
+        if backend == BACKENDS["cuda-emulated"] and operation in NOT_EMULATED:
+            continue
         marks = [pytest.mark.gpu] if backend.device.type == "cuda" else []
         marks += [pytest.mark.ptx] if backend.capability else []
-        for dtype in backend.dtypes if with_dtype else [None]:
+        for dtype in dtypes_of(operation, backend) if with_dtype else [None]:
             if backend.isa == tile_model.NAME and dtype not in (torch.bfloat16, None):
                 continue
             label = f"{name}-{str(dtype).removeprefix('torch.')}" if with_dtype else name

@@ -1,31 +1,27 @@
-"""Attention on tensor cores of capability 9.0.
+"""Attention on tensor cores by mma.sync, for capability 8.0 and later.
 
-`choice` says where it runs: heads of 64 and 128 in bfloat16 or float16, neither window nor parents.
-dQ is summed in float32 by atomic additions: two runs differ in the last bits. Rotation is a launch
-of its own.
+bfloat16 and float16, heads of up to 128 columns in multiples of 8. Every sum has a fixed order: two
+runs give the same bits. Rotation is a launch of its own.
 """
 
-import torch
 from torch import Tensor
 
+from lora_engine.backends.cuda.attention_operands import (
+    copy_back,
+    readable,
+    rotate,
+    rotate_back,
+    with_positive_scale,
+    writable,
+)
 from lora_engine.backends.cuda.launch import (
-    AttentionBwdArgs,
-    AttentionFwdArgs,
+    AttentionMmaBwdArgs,
+    AttentionMmaFwdArgs,
     dtype_code,
     kernels,
+    pointer,
     stream_on,
 )
-from lora_engine.backends.torch_attention import heads_of, rotated
-from lora_engine.backends.triton.rope import rope
-
-# Queries in a tile of the backward pass by the head size, and keys, as
-# csrc/cuda/attention_bwd_tiles.cuh.
-TILE_ROWS = {64: 128, 128: 64}
-TILE_KEYS = 128
-ALIGNMENT = 16  # bytes
-DENSE = torch.contiguous_format
-# Scores are multiplied by at least so much: -infinity stays what it is.
-LEAST_SCALE = 1e-30
 
 
 def attention_fwd(
@@ -45,31 +41,25 @@ def attention_fwd(
     parents: Tensor | None = None,  # [sequences] int32
 ) -> None:
     """Writes o and lse, the logarithm of each query's sum of exponentials."""
-    if parents is not None:
-        raise ValueError("attention in CUDA C++ knows no parents")
     if q.numel() == 0:
         return
-    queries, keys = heads_of(q, k, head_dim=head_dim)
-    queries, keys = rotated(queries, keys, cos, sin)
-    if scale < 0:
-        queries, scale = -queries, -scale
-    inputs = [_readable(x) for x in (queries.flatten(1), keys.flatten(1), v)]
-    found = o if _is_aligned(o) else torch.empty_like(o, memory_format=DENSE)
-    taken = cu_seqlens.new_empty(())
     with stream_on(q.device) as stream:
-        kernels().attention_fwd(
-            AttentionFwdArgs(
+        queries, keys = rotate(q, k, cos, sin, head_dim)
+        queries, scale = with_positive_scale(queries, scale)
+        inputs, found = readable(queries, keys, v), writable(o)
+        kernels().attention_mma_fwd(
+            AttentionMmaFwdArgs(
                 q=inputs[0].data_ptr(),
                 k=inputs[1].data_ptr(),
                 v=inputs[2].data_ptr(),
                 cu_seqlens=cu_seqlens.data_ptr(),
-                o=found.data_ptr(),
+                parents=pointer(parents),
+                o=found[0].data_ptr(),
                 lse=lse.data_ptr(),
-                taken=taken.data_ptr(),
                 stride_q=inputs[0].stride(0),
                 stride_k=inputs[1].stride(0),
                 stride_v=inputs[2].stride(0),
-                stride_o=found.stride(0),
+                stride_o=found[0].stride(0),
                 tokens=q.shape[0],
                 sequences=cu_seqlens.numel() - 1,
                 heads=q.shape[1] // head_dim,
@@ -78,12 +68,11 @@ def attention_fwd(
                 causal=causal,
                 window=window,
                 dtype=dtype_code(q.dtype),
-                scale=max(scale, LEAST_SCALE),
+                scale=scale,
             ),
             stream,
         )
-    if found is not o:
-        o.copy_(found)
+        copy_back(found, [o])
 
 
 def attention_bwd(
@@ -107,24 +96,17 @@ def attention_bwd(
     parents: Tensor | None = None,  # [sequences] int32
 ) -> None:
     """Writes dq, dk and dv."""
-    if window or parents is not None:
-        raise ValueError("attention in CUDA C++ knows no window and no parents")
     if q.numel() == 0:
         return
-    queries, keys = heads_of(q, k, head_dim=head_dim)
-    queries, keys = rotated(queries, keys, cos, sin)
-    inputs = [_readable(x) for x in (d_o, queries.flatten(1), keys.flatten(1), v, o)]
-    results = dq, dk, dv
-    found = [x if _is_aligned(x) else torch.empty_like(x, memory_format=DENSE) for x in results]
-    heads, sequences = q.shape[1] // head_dim, cu_seqlens.numel() - 1
-    rows = TILE_ROWS[head_dim]
-    tiles = heads * (q.shape[0] // rows + sequences)
-    stats = lse.new_empty(tiles * 2 * rows)
-    dq_sum = lse.new_empty(tiles * rows * head_dim)
-    order = cu_seqlens.new_empty(q.shape[0] // TILE_KEYS + sequences)
     with stream_on(q.device) as stream:
-        kernels().attention_bwd(
-            AttentionBwdArgs(
+        inputs = readable(d_o, *rotate(q, k, cos, sin, head_dim), v, o)
+        results = [dq, dk, dv]
+        found = writable(*results)
+        sequences = cu_seqlens.numel() - 1
+        delta = lse.new_empty(lse.shape)
+        last = None if parents is None else parents.new_empty(sequences)
+        kernels().attention_mma_bwd(
+            AttentionMmaBwdArgs(
                 d_o=inputs[0].data_ptr(),
                 q=inputs[1].data_ptr(),
                 k=inputs[2].data_ptr(),
@@ -135,9 +117,9 @@ def attention_bwd(
                 dk=found[1].data_ptr(),
                 dv=found[2].data_ptr(),
                 cu_seqlens=cu_seqlens.data_ptr(),
-                stats=stats.data_ptr(),
-                dq_sum=dq_sum.data_ptr(),
-                order=order.data_ptr(),
+                parents=pointer(parents),
+                delta=delta.data_ptr(),
+                last=pointer(last),
                 stride_do=inputs[0].stride(0),
                 stride_q=inputs[1].stride(0),
                 stride_k=inputs[2].stride(0),
@@ -148,30 +130,17 @@ def attention_bwd(
                 stride_dv=found[2].stride(0),
                 tokens=q.shape[0],
                 sequences=sequences,
-                heads=heads,
+                heads=q.shape[1] // head_dim,
                 kv_heads=k.shape[1] // head_dim,
                 head_dim=head_dim,
                 causal=causal,
+                window=window,
                 dtype=dtype_code(q.dtype),
                 scale=scale,
             ),
             stream,
         )
-    if cos is not None and sin is not None:
-        raw = heads_of(*found[:2], head_dim=head_dim)
-        turned = heads_of(dq, dk, head_dim=head_dim)
-        rope(*raw, *turned, cos, sin, None, interleaved=False, inverse=True)
-        found[:2] = results[:2]
-    for written, result in zip(found, results, strict=True):
-        if written is not result:
-            result.copy_(written)
-
-
-def _is_aligned(x: Tensor) -> bool:
-    """Whether bulk copies can read its rows."""
-    return x.data_ptr() % ALIGNMENT == 0 and x.stride(0) * x.element_size() % ALIGNMENT == 0
-
-
-def _readable(x: Tensor) -> Tensor:
-    """x, or a copy that is aligned."""
-    return x if _is_aligned(x) else x.clone(memory_format=DENSE)
+        if cos is not None and sin is not None:
+            rotate_back(found[:2], results[:2], cos, sin, head_dim)
+            found[:2] = results[:2]
+        copy_back(found, results)

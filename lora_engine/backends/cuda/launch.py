@@ -127,6 +127,62 @@ class AttentionBwdArgs(NamedTuple):
     scale: float
 
 
+class AttentionMmaFwdArgs(NamedTuple):
+    q: Address
+    k: Address
+    v: Address
+    cu_seqlens: Address
+    parents: Address
+    o: Address
+    lse: Address
+    stride_q: int
+    stride_k: int
+    stride_v: int
+    stride_o: int
+    tokens: int
+    sequences: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    causal: int
+    window: int
+    dtype: int
+    scale: float
+
+
+class AttentionMmaBwdArgs(NamedTuple):
+    d_o: Address
+    q: Address
+    k: Address
+    v: Address
+    o: Address
+    lse: Address
+    dq: Address
+    dk: Address
+    dv: Address
+    cu_seqlens: Address
+    parents: Address
+    delta: Address
+    last: Address
+    stride_do: int
+    stride_q: int
+    stride_k: int
+    stride_v: int
+    stride_o: int
+    stride_dq: int
+    stride_dk: int
+    stride_dv: int
+    tokens: int
+    sequences: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    causal: int
+    window: int
+    dtype: int
+    scale: float
+
+
 class Quantize4bitArgs(NamedTuple):
     w: Address
     bounds: Address
@@ -161,6 +217,8 @@ class Launchers(Protocol):
     def adamw_8bit(self, args: AdamW8bitArgs, stream: int) -> None: ...
     def attention_fwd(self, args: AttentionFwdArgs, stream: int) -> None: ...
     def attention_bwd(self, args: AttentionBwdArgs, stream: int) -> None: ...
+    def attention_mma_fwd(self, args: AttentionMmaFwdArgs, stream: int) -> None: ...
+    def attention_mma_bwd(self, args: AttentionMmaBwdArgs, stream: int) -> None: ...
     def grad_norm(self, args: GradNormArgs, stream: int) -> None: ...
     def quantize_4bit(self, args: Quantize4bitArgs, stream: int) -> None: ...
     def dequantize_4bit(self, args: Dequantize4bitArgs, stream: int) -> None: ...
