@@ -16,8 +16,8 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True)
 class Series:
-    """A named line. style: a CSS class, "raw" | "smooth" | "heldout" | "plain" | "probe" |
-    "before"."""
+    """A named line. style: a CSS class, "raw" | "smooth" | "heldout" | "plain" | "other" |
+    "probe" | "before"."""
 
     name: str
     points: Sequence[Point]

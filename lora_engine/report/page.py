@@ -216,7 +216,7 @@ def _metric_charts(metrics: Sequence[Row], shown: str | None, last: float) -> li
         if side == "chosen" and (rejected := f"{stem}/rejected") in names:
             series = [
                 Series("chosen", smoothed(points_of(metrics, name)), "smooth"),
-                Series("rejected", smoothed(points_of(metrics, rejected)), "plain"),
+                Series("rejected", smoothed(points_of(metrics, rejected)), "other"),
             ]
             drawn.append(line_chart(stem, series, note="smoothed", last_step=last))
             continue

@@ -3,9 +3,11 @@
 import json
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 
+from lora_engine import report
 from lora_engine.app.config import load_config
 from lora_engine.errors import UserError
 from lora_engine.report.page import charts, comparisons, render_report, write_report
@@ -258,6 +260,12 @@ def test_bytes_text(size, text):
     assert bytes_text(size) == text
 
 
+def look(style):
+    """What the style sheet says of a line."""
+    css = (Path(report.__file__).parent / "templates/report.css").read_text()
+    return re.search(rf"^[^{{\n]*\.line\.{style}\b[^{{]*{{([^}}]*)}}", css, re.MULTILINE)[1]
+
+
 def test_metrics_of_pairs_have_charts_and_are_compared(summary, metrics):
     drawn = charts(
         [
@@ -271,6 +279,9 @@ def test_metrics_of_pairs_have_charts_and_are_compared(summary, metrics):
     assert titles[2:4] == ["rewards", "kl"]
     assert [series.name for series in drawn[2].series] == ["chosen", "rejected"]
     assert [series.name for series in drawn[3].series][-1] == "held-out"
+    for chart in drawn:  # lines of a chart look different
+        looks = [look(series.style) for series in chart.series]
+        assert len(set(looks)) == len(looks), chart.title
     shown = {"rewards/accuracies": 0.5, "rewards/margins": -0.25}
     summary |= {"heldout_metrics_before": shown, "objective": "dpo"}
     summary["heldout_metrics_after"] = {"rewards/accuracies": 0.75, "rewards/margins": 1.0}

@@ -79,7 +79,9 @@ class RolloutConfig(BaseModel):
     engine: Literal["lora_engine", "vllm"] = Field(
         "lora_engine", description="What writes: the trained model's own layers, or a vLLM server."
     )
-    server: str = Field("http://127.0.0.1:8000", description="The vLLM server's address.")
+    server: str | None = Field(
+        None, description="The vLLM server's address; http://127.0.0.1:8000 if null."
+    )
     server_folder: str | None = Field(
         None,
         description="Where the server finds the adapter, in the same place as here; a folder for "

@@ -27,6 +27,7 @@ from lora_engine.training.online.vllm_server import Choice, VllmServer
 # Mean difference in nats between the server's log-probabilities and the model's. 16 bits and other
 # kernels cost some hundredths; another base, or no adapter once it matters, costs more than this.
 MOST_OFF = 0.2
+LOCAL = "http://127.0.0.1:8000"  # where `vllm serve` listens
 _COMPARED = 4  # completions
 
 
@@ -44,7 +45,7 @@ class VllmEngine:
         if not is_peft(model):
             raise UserError("rollout.engine: vllm is handed an adapter; give lora")
         self._model, self._tokenizer, self._settings = model, tokenizer, settings
-        self._server = VllmServer(settings.server, settings.server_timeout)
+        self._server = VllmServer(settings.server or LOCAL, settings.server_timeout)
         self._run = f"lora-engine-{uuid.uuid4().hex[:8]}"
         self._count = 0
         self._loaded: str | None = None
