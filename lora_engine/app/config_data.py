@@ -194,6 +194,13 @@ class DataConfig(Section):
         "and read them from there where content, tokenizer and settings are the same. The folder "
         "can be deleted at any time.",
     )
+    cache_gb: float = Field(
+        default=20.0,
+        gt=0,
+        le=10**6,
+        description="Most that this folder holds, in GB of 10⁹ bytes; what was read least "
+        "recently goes first.",
+    )
     seed: int = Field(
         default=0,
         ge=0,

@@ -25,7 +25,7 @@ from lora_engine.data.prompts import (
 )
 from lora_engine.data.recipe import Recipe
 from lora_engine.data.replay import with_replay
-from lora_engine.data.sources import files_among
+from lora_engine.data.sources import files_among, files_to_stream
 from lora_engine.data.store import OutcomeStore, StoredExamples, joined
 from lora_engine.data.stream import ExampleStream, StreamPart, streamed
 from lora_engine.data.template import Tokenizer
@@ -152,7 +152,7 @@ def _streamed(
 
 
 def _stream_part(source: DataSource, recipe: Recipe) -> StreamPart:
-    files = files_among(source.path, source.split)
+    files = files_to_stream(source.path, source.split)
     if files is None or source.limit is not None:
         reason = "reads files" if files is None else "takes no limit"
         raise UserError(f"{source.path}: data.stream {reason}; set data.stream: false")
@@ -203,7 +203,7 @@ def _tokenised(
     if done is None:
         done = _worked_out(source, data, recipe, tokenizer, reading, size)
         if key:
-            cache.save(folder, key, done)
+            cache.save(folder, key, done, limit=int(data.cache_gb * 10**9))
     raise_listed(source.path, done.problems, len(done.store) + len(done.problems))
     if not len(done.store):
         raise UserError(f"{source.path}: holds no records; give a source that has some")

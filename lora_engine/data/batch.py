@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lora_engine import backends
 from lora_engine.data.prefixes import Segment, shared_segments, whole_segments
-from lora_engine.data.render import WEIGHT, Example
+from lora_engine.data.render import EXAMPLE_WEIGHT, TARGET, WEIGHT, Example
 
 # The role of examples whose log-probabilities alone are read, for a statistic.
 MISMATCHED = "mismatched"
@@ -131,7 +131,7 @@ def _packed(examples: Sequence[Example], share_prefixes: bool) -> PackedBatch:
         # Nothing of the same example precedes its first token.
         targets = np.flatnonzero(np.asarray(example.supervised, dtype=np.bool_)[1:]) + 1
         target_index.append(places[targets - 1])
-        target_ids.append(ids[targets])
+        target_ids.append(_targets(example, ids[targets]))
     parents = np.array([segment.parent for segment in segments], dtype=np.int32)
     return PackedBatch(
         input_ids=torch.from_numpy(
@@ -155,16 +155,28 @@ def _packed(examples: Sequence[Example], share_prefixes: bool) -> PackedBatch:
     )
 
 
+def _targets(
+    example: Example,
+    ids: np.ndarray,  # [targets]: the tokens that stand there
+) -> np.ndarray:
+    """[targets]: the tokens to learn."""
+    instead = example.columns.get(TARGET)
+    if instead is None:
+        return ids
+    learned = np.asarray(instead, dtype=np.int64)
+    return np.where(learned >= 0, learned, ids)
+
+
 def _names(examples: Iterable[Example]) -> dict[str, None]:
-    return {name: None for example in examples for name in example.columns}
+    return {name: None for example in examples for name in example.columns if name != TARGET}
 
 
 def _column(name: str, examples: Sequence[Example]) -> Tensor:
-    """[E] or [U] float32: the examples' numbers; 0 for an example that has none.
+    """[E] or [U] float32: the examples' numbers; 0 for an example that has none, but a weight is 1.
 
-    WEIGHT is of each target always, and 1 for an example that has none.
+    WEIGHT is of each target always.
     """
-    default = 1.0 if name == WEIGHT else 0.0
+    default = 1.0 if name in (WEIGHT, EXAMPLE_WEIGHT) else 0.0
     values = [example.columns.get(name, default) for example in examples]
     if name != WEIGHT and not any(isinstance(value, Sequence) for value in values):
         return torch.tensor(values, dtype=torch.float32)

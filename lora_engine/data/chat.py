@@ -5,10 +5,17 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from lora_engine.data.control import ControlTokens
-from lora_engine.data.encode import Encoder, Segment
+from lora_engine.data.encode import Encoder
 from lora_engine.data.forms import Written, write, write_as_is
-from lora_engine.data.generation_blocks import Block, find_blocks, template_with_blocks
+from lora_engine.data.generation_blocks import (
+    Block,
+    find_blocks,
+    template_with_blocks,
+    with_marks,
+)
 from lora_engine.data.inputs import TemplateInputs
+from lora_engine.data.plans import Look
+from lora_engine.data.segments import Segment, Text
 from lora_engine.data.strings import field_name
 from lora_engine.data.template import Message, Undecided, render, try_render
 from lora_engine.data.turns import Turns
@@ -40,21 +47,16 @@ class Learning:
         return [i for i in answers if not weights or weights[i]]
 
 
-@dataclass(frozen=True)
-class Text:
-    """A record's text in segments, and what `Example` tells of it."""
-
-    segments: list[Segment]
-    notes: tuple[str, ...] = ()
-    ignored: tuple[str, ...] = ()
-
-
 class Span(NamedTuple):
-    """Characters [start, end) of a rendering that are learned, and the message they are of."""
+    """Characters [start, end) of a rendering that are learned, and the message they are of.
+
+    target: see `Segment`.
+    """
 
     start: int
     end: int
     message: int
+    target: str = ""
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,22 @@ class Chat:
         weights: of each message; none: those that the messages have in `weight`, 1 by default.
         """
         weights = weights or message_weights(messages, self.origin)
+        plans, shape = self.encoder.plans, None
+        if self.inputs is self.encoder.inputs:
+            shape = plans.shape(messages, tuple(weights), self.learning)
+        if shape is None:
+            return self._found(messages, weights, [])
+        text = plans.text(shape, messages)
+        if text is None:
+            looks: list[Look] = []
+            text = self._found(messages, weights, looks)
+            plans.learn(shape, messages, looks, text)
+        return text
+
+    def _found(
+        self, messages: Sequence[Message], weights: Sequence[float], looks: list[Look]
+    ) -> Text:
+        """The same by looking at renderings, which are added to `looks`."""
         learned = self.learning.messages(messages, weights)
         tokenizer, control = self.encoder.tokenizer, self.encoder.control
         messages, ends = _without_ends(messages, control)
@@ -85,7 +103,7 @@ class Chat:
         if self.learning.loss_on == "all":
             return Text([Segment(written.whole, True)], tuple(notes), unread)
         self._check_said(written)
-        spans, more, added = self._spans(written, inputs, learned)
+        spans, more, added = self._spans(written, inputs, learned, looks)
         segments = _cut(written.whole, spans, weights)
         if added:
             segments.append(Segment(added, True, weights[learned[-1]] if weights else 1.0))
@@ -129,24 +147,30 @@ class Chat:
                 )
 
     def _spans(
-        self, written: Written, inputs: TemplateInputs, learned: Sequence[int]
+        self,
+        written: Written,
+        inputs: TemplateInputs,
+        learned: Sequence[int],
+        looks: list[Look],
     ) -> tuple[list[Span], tuple[str, ...], str]:
         """(what is learned, notes, text to learn that is added at the end)."""
         encoder, tokenizer = self.encoder, self.encoder.tokenizer
         turns = Turns(
-            written, tokenizer, inputs, encoder.ends, self.origin, self.learning.reasoning
+            written, tokenizer, inputs, encoder.ends, self.origin, self.learning.reasoning, looks
         )
         template = template_with_blocks(tokenizer, inputs)
         if template is None:
             found = turns.find(learned)
-            spans = [
-                Span(*span, index)
-                for index, turn in zip(learned, found, strict=True)
-                for span in self._parts(turn.start, turn.end, turn.reasoning_end, turn.calls)
-            ]
+            spans = []
+            for index, turn in zip(learned, found, strict=True):
+                of_turn = self._parts(turn.start, turn.end, turn.reasoning_end, turn.calls)
+                spans += [Span(*span, index) for span in of_turn]
+                if turn.instead is not None and self._learns_end(turn.calls, turn.end):
+                    spans.append(Span(turn.end, turn.instead[0], index, turn.instead[1]))
             added = "".join(turn.added for turn in found if self._learns_end(turn.calls, turn.end))
             return spans, tuple(note for turn in found for note in turn.notes), added
         blocks = find_blocks(template, written, tokenizer, inputs, self.origin)
+        looks.append(Look(written.messages, chat_template=with_marks(template)))
         spans, notes = [], dict[str, None]()
         for index in learned:
             of_message = [block for block in blocks if block.message == index]
@@ -273,18 +297,19 @@ def _without_each(inputs: TemplateInputs) -> Iterator[tuple[str, TemplateInputs]
 def _cut(whole: str, spans: Sequence[Span], weights: Sequence[float]) -> list[Segment]:
     """`whole` in segments, of which those in `spans` are learned; spans that touch are one, if they
     weigh the same. weights: of each message; none: 1."""
-    learned: list[tuple[int, int, float]] = []
-    for start, end, message in spans:
+    learned: list[tuple[int, int, float, str]] = []
+    for start, end, message, target in spans:
         weight = weights[message] if weights else 1.0
         if start >= end:
             continue
-        if learned and learned[-1][1:] == (start, weight):
+        if learned and learned[-1][1:] == (start, weight, target):
             start = learned.pop()[0]
-        learned.append((start, end, weight))
+        learned.append((start, end, weight, target))
     segments: list[Segment] = []
     position = 0
-    for start, end, weight in learned:
-        segments += [Segment(whole[position:start], False), Segment(whole[start:end], True, weight)]
+    for start, end, weight, target in learned:
+        segments.append(Segment(whole[position:start], False))
+        segments.append(Segment(whole[start:end], True, weight, target))
         position = end
     segments.append(Segment(whole[position:], False))
     return [segment for segment in segments if segment.text]

@@ -36,6 +36,19 @@ class ControlTokens:
         self.special = tuple(_longest_first({*tokenizer.all_special_tokens, *special}))
 
     @cached_property
+    def eos(self) -> tuple[str, int] | None:
+        """The token that ends a text, and its id; None if there is none."""
+        token, number = self._tokenizer.eos_token, self._tokenizer.eos_token_id
+        return None if number is None else (token, number)
+
+    @cached_property
+    def bos(self) -> tuple[str, int | None]:
+        """The token that the tokenizer itself begins a text with, and its id; ("", None): none."""
+        first = self._tokenizer("", verbose=False)["input_ids"][:1]
+        token, number = self._tokenizer.bos_token, self._tokenizer.bos_token_id
+        return (token, number) if number is not None and first == [number] else ("", None)
+
+    @cached_property
     def texts(self) -> tuple[str, ...]:
         """Their texts, longest first. A single character or white space is ordinary text too."""
         around = self._around_user() + self._behind_assistant()
@@ -67,12 +80,6 @@ class ControlTokens:
     def ends(self) -> tuple[str, ...]:
         """Those that end a text or an assistant's turn."""
         return tuple(dict.fromkeys(filter(None, (self._tokenizer.eos_token, self.turn_end))))
-
-    @cached_property
-    def writes_bos(self) -> bool:
-        """Whether the tokenizer itself begins a text with its bos token."""
-        first = self._tokenizer("", verbose=False)["input_ids"][:1]
-        return first == [self._tokenizer.bos_token_id]
 
     def found_in(self, value: object) -> tuple[str, ...]:
         """The control tokens that the strings in `value` spell, each once."""
@@ -132,12 +139,13 @@ class ControlTokens:
         return (added.lstrip, added.rstrip) if added else (False, False)
 
     @cached_property
-    def _beginnings(self) -> frozenset[str]:
-        return frozenset(text[:3] for text in self.texts)
+    def _beginnings(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        return tuple({text[0] for text in self.texts}), tuple({text[:3] for text in self.texts})
 
     def _may_be_in(self, text: str) -> bool:
         """Whether `text` may hold one: a fast test, after which few texts need the pattern."""
-        return any(beginning in text for beginning in self._beginnings)
+        first, longer = self._beginnings
+        return any(begin in text for begin in first) and any(begin in text for begin in longer)
 
     def _stand_in(self, match: re.Match[str]) -> str:
         return f"{_OPEN}{self.texts.index(match[0]):04}{_CLOSE}"

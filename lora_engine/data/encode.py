@@ -2,52 +2,21 @@
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
-from typing import Protocol
 
 from lora_engine.data.control import ControlTokens
 from lora_engine.data.inputs import NO_INPUTS, TemplateInputs
+from lora_engine.data.plans import Plans
+from lora_engine.data.segments import Segment
 from lora_engine.data.template import Tokenizer, Undecided
 from lora_engine.data.turn_ends import TurnEnds
+from lora_engine.data.word_memo import Backend, WordMemo, word_memo
 
 # Precedes a text whose beginning must not be taken for that of the whole.
 _ANCHOR = "\n"
 # On which the two ways to encode are compared.
 _SAMPLE = " The quick\n\n  brown Füchse: 12,345 日本 🙂\t<x> don't"
-
-
-@dataclass(frozen=True)
-class Segment:
-    """A piece of text, which may hold stand-ins (see `control`), and whether it is learned.
-
-    weight: what multiplies the loss of its tokens.
-    """
-
-    text: str
-    supervised: bool
-    weight: float = 1.0
-
-
-class _Encoding(Protocol):
-    ids: list[int]
-
-
-class _PreTokenizer(Protocol):
-    def __getstate__(self) -> bytes: ...
-
-
-class _Backend(Protocol):
-    """What is used of a tokenizers.Tokenizer."""
-
-    encode_special_tokens: bool
-    normalizer: object
-    pre_tokenizer: "_PreTokenizer | None"
-
-    def encode_batch_fast(
-        self, texts: Sequence[str], *, add_special_tokens: bool
-    ) -> Sequence[_Encoding]: ...
 
 
 class Encoder:
@@ -61,16 +30,18 @@ class Encoder:
         self.inputs = inputs
         self.control = ControlTokens(tokenizer)
         self.ends = TurnEnds(tokenizer, self.control)
+        self.plans = Plans(tokenizer, self.control, inputs)
 
     def encode_segments(
         self, segments: Sequence[Segment], *, origin: str = ""
     ) -> tuple[list[int], list[bool]]:
         """Token ids [n] and supervised [n] of `encode_parts`."""
         parts = self.encode_parts(segments, origin=origin)
-        ids = [token for part in parts for token in part]
-        supervised = [
-            segment.supervised for segment, part in zip(segments, parts, strict=True) for _ in part
-        ]
+        ids: list[int] = []
+        supervised: list[bool] = []
+        for segment, part in zip(segments, parts, strict=True):
+            ids += part
+            supervised += [segment.supervised] * len(part)
         return ids, supervised
 
     def encode_parts(self, segments: Sequence[Segment], *, origin: str = "") -> list[list[int]]:
@@ -89,6 +60,10 @@ class Encoder:
             if joined != whole and self._spell(joined) != self._spell(whole):
                 parts = self._cut(whole, segments, origin)
         return parts
+
+    def token(self, segment: Segment) -> int:
+        """The id of the token that is learned in place of the segment's own; -1: none."""
+        return self.tokenizer.convert_tokens_to_ids([segment.target])[0] if segment.target else -1
 
     def encode(self, text: str, origin: str = "") -> list[int]:
         """Token ids of `text`, without the tokens that the tokenizer puts around a whole text."""
@@ -193,6 +168,8 @@ class Encoder:
         return [whole[start:end] for start, end in pairwise(cuts)]
 
     def _encode(self, text: str) -> list[int]:
+        if self._words is not None:
+            return self._words.encode(text)
         if self._backend is not None:
             self._backend.encode_special_tokens = False
             return self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
@@ -202,9 +179,9 @@ class Encoder:
         return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
     @cached_property
-    def _backend(self) -> "_Backend | None":
+    def _backend(self) -> Backend | None:
         """The tokenizer's own part in Rust, if it gives the same, in two thirds of the time."""
-        backend: _Backend | None = getattr(self.tokenizer, "backend_tokenizer", None)
+        backend: Backend | None = getattr(self.tokenizer, "backend_tokenizer", None)
         if not hasattr(backend, "encode_batch_fast"):
             return None
         assert backend is not None
@@ -212,6 +189,14 @@ class Encoder:
         expected = [self._encode_slowly(text) for text in texts]  # sets its state, too
         found = backend.encode_batch_fast(texts, add_special_tokens=False)
         return backend if [encoding.ids for encoding in found] == expected else None
+
+    @cached_property
+    def _words(self) -> WordMemo | None:
+        """The same by words, where a text's tokens are those of its words."""
+        if self._backend is None:
+            return None
+        self._backend.encode_special_tokens = False
+        return word_memo(self._backend, self.tokenizer.added_tokens_decoder)
 
     @cached_property
     def _spells_as_written(self) -> bool:

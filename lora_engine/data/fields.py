@@ -7,6 +7,7 @@ from lora_engine.data.strings import check_string, check_strings
 from lora_engine.errors import UserError
 
 Messages: TypeAlias = tuple[Mapping[str, object], ...]
+_PLAIN, _ROLES = {"role", "content"}, ("system", "user", "assistant", "tool")
 
 
 def messages_of(value: object, origin: str, field: str = "messages") -> Messages:
@@ -20,6 +21,10 @@ def messages_of(value: object, origin: str, field: str = "messages") -> Messages
 def _message(message: object, where: str) -> Mapping[str, object]:
     if not isinstance(message, Mapping):
         raise UserError(f"{where}: expected an object, got {kind_of(message)}")
+    is_plain = message.keys() == _PLAIN and message["role"] in _ROLES
+    if is_plain and isinstance(content := message["content"], str):  # as most are
+        check_string(content, where)
+        return message
     check_strings(message, where)
     # Columnar files spell an absent field as null.
     message = {key: value for key, value in message.items() if value is not None}

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
-from lora_engine.data.render import Example
+from lora_engine.data.render import Example, part
 from lora_engine.data.template import Tokenizer
 
 OnTooLong = Literal["split", "truncate", "drop"]
@@ -104,24 +104,7 @@ def cut(example: Example, max_length: int, first: int | None = None) -> Example:
         room = max_length - len(head)
         start = min(max(end - room, len(head)), begin - 1)
         kept = [*head, *range(start, min(start + room, len(ids)))]
-    return replace(
-        example,
-        input_ids=[ids[i] for i in kept],
-        supervised=[supervised[i] for i in kept],
-        truncated=True,
-        columns={name: _of_kept(example, value, kept) for name, value in example.columns.items()},
-    )
-
-
-def _of_kept(
-    example: Example, value: float | Sequence[float], kept: Sequence[int]
-) -> float | Sequence[float]:
-    """A column's numbers of the targets that are kept."""
-    if not isinstance(value, Sequence):
-        return value
-    places = [i for i in range(1, len(example)) if example.supervised[i]]
-    of_token = dict(zip(places, value, strict=True))
-    return [of_token[i] for i in kept[1:] if i in of_token]
+    return replace(part(example, kept), truncated=True)
 
 
 def _first_answer(supervised: Sequence[bool]) -> int:

@@ -67,7 +67,8 @@ def write(
 ) -> Written:
     """The messages in the first form that the template writes well, or else most of.
 
-    Raises the template's error of the form that they have if it refuses all.
+    Raises the template's error of the first form that it refuses if it writes none rightly, or an
+    Undecided where it refuses none.
     """
     found: list[Written] = []
     refused: UserError | None = None
@@ -80,10 +81,13 @@ def write(
         if not _unwritten(written) and not _is_misspelled(written):
             return written
         found.append(written)
-    if found:
-        return min(found, key=lambda written: (_is_misspelled(written), _unwritten(written)))
-    assert refused is not None  # there is a form, and it was refused
-    raise refused
+    rightly = [written for written in found if not _is_misspelled(written)]
+    if rightly:
+        return min(rightly, key=_unwritten)
+    raise refused or Undecided(
+        f"{origin}: the chat template writes contents, or arguments of calls, as Python spells "
+        "them, or as JSON within JSON; give another data.chat_template"
+    )
 
 
 def write_as_is(

@@ -37,11 +37,16 @@ def template_with_blocks(tokenizer: Tokenizer, inputs: TemplateInputs) -> str | 
     return chosen if isinstance(chosen, str) and _TAG.search(chosen) else None
 
 
+def with_marks(template: str) -> str:
+    """The template with marks around what its blocks write."""
+    return _MACRO + _TAG.sub(_call, template)
+
+
 def find_blocks(
     template: str, written: Written, tokenizer: Tokenizer, inputs: TemplateInputs, origin: str
 ) -> list[Block]:
     """The blocks of the rendering in `written`, found by marks that each writes around itself."""
-    called = _MACRO + _TAG.sub(_call, template)
+    called = with_marks(template)
     rendered = render(written.messages, tokenizer, origin, inputs=inputs, chat_template=called)
     pieces = _MARK.split(rendered)  # text, side, text, side, ..., text
     if "".join(pieces[::2]) != written.whole:

@@ -19,7 +19,7 @@ _HEAD, _TAIL = "61803398874989484820", "27182845"
 _MARK = re.compile(f"{_HEAD}([0-9]{{6}})([01]){_TAIL}")
 _MOST_RUNS = 200  # of one string; one with more is marked as a whole
 TAG = re.compile(r"<[^<>\s]{1,60}>|\[/?[A-Z_]{2,40}\]")
-_END_OF_REASONING = re.compile(
+END_OF_REASONING = re.compile(
     r"</[\w:]*(?:think|thought|reason)\w*>|\[/THINK\]|<channel\|>|<\|END_THINKING\|>", re.IGNORECASE
 )
 
@@ -131,7 +131,7 @@ class Marker:
             return text + self._around("", leaf._replace(blank=True))
         thought_end = 0
         if leaf.part == "text":
-            thought_end = max((m.end() for m in _END_OF_REASONING.finditer(text)), default=0)
+            thought_end = max((m.end() for m in END_OF_REASONING.finditer(text)), default=0)
         made, end = [], 0
         for start, stop in _runs(text):
             part: Part = "reasoning" if stop <= thought_end else leaf.part

@@ -13,7 +13,7 @@ from lora_engine.data.batch import MISMATCHED
 from lora_engine.data.encode import Encoder
 from lora_engine.data.preferences import Said
 from lora_engine.data.records import NAMED, Record
-from lora_engine.data.render import Example, LossOn, tokenize
+from lora_engine.data.render import EXAMPLE_WEIGHT, WEIGHT, Example, LossOn, part, tokenize
 from lora_engine.data.template import Tokenizer
 from lora_engine.errors import UserError
 
@@ -81,7 +81,9 @@ def tokenize_pair(
         ],
         max_length,
     )
-    columns = {"margin": float(str(record.columns["margin"]))} if "margin" in record.columns else {}
+    columns = dict(chosen.columns)
+    if "margin" in record.columns:
+        columns["margin"] = float(str(record.columns["margin"]))
     return replace(chosen, others=(rejected,), columns=columns)
 
 
@@ -106,19 +108,17 @@ def with_mismatched(examples: Sequence[Example], max_length: int | None = None) 
     """
     if not examples or any(example.role not in ROLES["labelled"] for example in examples):
         return list(examples)
-    answers = [
-        (e.input_ids[prompt_length(e) :], e.supervised[prompt_length(e) :]) for e in examples
-    ]
     matched = []
     for place, example in enumerate(examples):
-        ids, supervised = answers[place - 1]
-        asked = prompt_length(example)
+        answered = examples[place - 1]
+        before, asked = prompt_length(answered), prompt_length(example)
         other = replace(
             example,
-            input_ids=[*example.input_ids[:asked], *ids],
-            supervised=[*example.supervised[:asked], *supervised],
+            input_ids=[*example.input_ids[:asked], *answered.input_ids[before:]],
+            supervised=[*example.supervised[:asked], *answered.supervised[before:]],
             role=MISMATCHED,
             notes=(),
+            columns={k: x for k, x in answered.columns.items() if isinstance(x, Sequence)},
         )
         matched.append(replace(example, others=(cut_prompts([other], max_length)[0],)))
     return matched
@@ -139,16 +139,9 @@ def cut_prompts(examples: Sequence[Example], max_length: int | None) -> list[Exa
     surplus = min(max(map(len, examples)) - max_length, max(asked - 1, 0))
     cut = []
     for example in examples:
-        kept = slice(min(surplus, max(prompt_length(example) - 1, 0)), None)
-        ids, supervised = example.input_ids[kept], example.supervised[kept]
-        cut.append(
-            replace(
-                example,
-                input_ids=ids[:max_length],
-                supervised=supervised[:max_length],
-                truncated=True,
-            )
-        )
+        begin = min(surplus, max(prompt_length(example) - 1, 0))
+        kept = range(begin, min(begin + max_length, len(example)))
+        cut.append(replace(part(example, kept), truncated=True))
     return cut
 
 
@@ -197,11 +190,24 @@ def check_labels(examples: Sequence[Example], name: str) -> None:
 
 
 def _answered(record: Record, answer: Said, tokenizer: Tokenizer, encoder: Encoder) -> Example:
-    """The record's prompt with an answer, the tokens of the answer alone being learned from."""
+    """The record's prompt with an answer, the tokens of the answer alone being learned from.
+
+    The weight of the record is the example's. Raises UserError for messages of several weights.
+    """
     prompt = record.prompt
     if isinstance(prompt, str):
         whole = replace(record, kind="completion", completion=answer)
-        return tokenize(whole, tokenizer, encoder=encoder)
-    assert not isinstance(answer, str)
-    whole = replace(record, kind="messages", messages=(*prompt, *answer))
-    return tokenize(whole, tokenizer, encoder=encoder, asked=len(prompt))
+        example = tokenize(whole, tokenizer, encoder=encoder)
+    else:
+        assert not isinstance(answer, str)
+        whole = replace(record, kind="messages", messages=(*prompt, *answer))
+        example = tokenize(whole, tokenizer, encoder=encoder, asked=len(prompt))
+    if isinstance(example.columns.get(WEIGHT), Sequence):
+        raise UserError(
+            f"{record.origin}: a message of a compared or judged answer weighs 0 or 1; give the "
+            "record the 'weight'"
+        )
+    columns = {name: value for name, value in example.columns.items() if name != WEIGHT}
+    if record.weight != 1:
+        columns[EXAMPLE_WEIGHT] = record.weight
+    return replace(example, columns=columns)

@@ -154,7 +154,7 @@ def prompt_ids(record: Record, encoder: Encoder) -> list[int]:
         return encoder.encode(text, record.origin)
     text = record.text if record.kind == "text" else str(record.prompt)
     ids = encoder.encode(text, record.origin) if text else []
-    first = tokenizer.bos_token_id if encoder.control.writes_bos else None
+    first = encoder.control.bos[1]
     return [first, *ids] if first is not None and ids and ids[:1] != [first] else ids
 
 

@@ -10,10 +10,12 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
+from lora_engine.data.json_list import JsonList, ListError
 from lora_engine.data.strings import without_nulls
 from lora_engine.data.unpack import COMPRESSED, opened, read_text
 from lora_engine.errors import UserError, reason
@@ -63,38 +65,15 @@ def parse_line(raw: bytes, number: int, path: Path) -> Row | RowError | None:
 
 def read_json(path: Path) -> Iterator[Row | RowError]:
     """A JSON array of records. Origins are the lines where the records begin."""
-    text = read_text(path)
-    position = _skip(text, 0)
-    if text[position : position + 1] != "[":
-        raise UserError(f"{path}:1: expected a JSON list of records; one per line is .jsonl")
-    position, line, counted = _skip(text, position + 1), 1, 0
-    while text[position : position + 1] != "]":
-        line, counted = line + text.count("\n", counted, position), position
-        origin = f"{path}:{line}"
-        # JSON has no mark to resume at: reading ends with the first broken record.
+    with opened(path) as file:
+        values = JsonList(file, path, _decoder)
         try:
-            value, position = _decoder.raw_decode(text, position)
-        except json.JSONDecodeError as error:
-            yield RowError(
-                f"is not valid JSON: {error.msg} (line {error.lineno}, column {error.colno})",
-                origin,
-            )
-            return
+            for value in values:
+                yield Row(value, f"{path}:{values.line}")
+        except ListError as error:
+            yield RowError(str(error), f"{path}:{values.line}")
         except (ValueError, RecursionError) as error:
-            yield RowError(_unusable(error), origin)
-            return
-        yield Row(value, origin)
-        position = _skip(text, position)
-        separator = text[position : position + 1]
-        if separator == ",":
-            position = _skip(text, position + 1)
-        elif separator != "]":
-            yield RowError("is not followed by ',' or ']'", origin)
-            return
-    end = _skip(text, position + 1)
-    if end < len(text):
-        line += text.count("\n", counted, end)
-        yield RowError("stands behind the end of the list", f"{path}:{line}")
+            yield RowError(_unusable(error), f"{path}:{values.line}")
 
 
 def read_csv(path: Path) -> Iterator[Row | RowError]:
@@ -180,9 +159,26 @@ def read_parquet(path: Path) -> Iterator[Row | RowError]:
 
 def read_arrow(path: Path) -> Iterator[Row | RowError]:
     """An Arrow file, in the file or the stream format. Origins count rows from 1."""
+    number = 0
+    with _arrow_batches(path) as batches:
+        for batch in batches:
+            for offset in range(0, batch.num_rows, 1024):
+                for value in batch.slice(offset, 1024).to_pylist():
+                    number += 1
+                    yield Row(without_nulls(value), f"{path}:{number}")
+
+
+def num_rows(path: Path) -> int:
+    """Rows of an Arrow file."""
+    with _arrow_batches(path) as batches:
+        return sum(batch.num_rows for batch in batches)
+
+
+@contextmanager
+def _arrow_batches(path: Path) -> Iterator[Iterator["_Batch"]]:
+    """The batches of an Arrow file. Raises UserError for whatever is wrong with one."""
     import pyarrow
 
-    number = 0
     try:
         with pyarrow.memory_map(str(path)) as source:
             is_file = source.read(6) == b"ARROW1"
@@ -192,15 +188,10 @@ def read_arrow(path: Path) -> Iterator[Row | RowError]:
                 batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
             else:
                 batches = iter(pyarrow.ipc.open_stream(source))
-            for batch in batches:
-                for offset in range(0, batch.num_rows, 1024):
-                    for value in batch.slice(offset, 1024).to_pylist():
-                        number += 1
-                        yield Row(without_nulls(value), f"{path}:{number}")
+            yield batches
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
-        after = f" after row {number}" if number else ""
         raise UserError(
-            f"{path}: is not a readable Arrow file{after}, get it anew: {reason(error)}"
+            f"{path}: is not a readable Arrow file, get it anew: {reason(error)}"
         ) from error
 
 
@@ -292,10 +283,3 @@ def _unusable(error: Exception) -> str:
     if isinstance(error, RecursionError):
         return "is nested too deeply"
     return "holds a number with too many digits"
-
-
-def _skip(text: str, position: int) -> int:
-    """The position of the next character that is not JSON whitespace."""
-    while text[position : position + 1] and text[position] in _JSON_BLANKS:
-        position += 1
-    return position

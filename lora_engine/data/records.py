@@ -169,9 +169,7 @@ def record_of(row: Row, layout: Layout) -> Record:
         reading = recognise(row.value, layout)
     except UserError as error:
         raise UserError(f"{row.origin}: {error}") from error
-    record = parse_record(reading.fields, row.origin)
-    ignored = (*reading.ignored, *record.ignored)
-    return replace(record, format=reading.format, ignored=ignored)
+    return parse_record(reading.fields, row.origin, reading.format, reading.ignored)
 
 
 def _checked_again(record: Record, origin: str) -> Record:
@@ -196,10 +194,16 @@ class _Shared(TypedDict):
     adapter: str
     weight: float
     origin: str
+    format: str
 
 
-def parse_record(row: object, origin: str) -> Record:
-    """Check one row. Raises UserError "origin: what is wrong"."""
+def parse_record(
+    row: object, origin: str, format: str = "", unread: tuple[str, ...] = ()
+) -> Record:
+    """Check one row. Raises UserError "origin: what is wrong".
+
+    format, unread: what the row was read by, and fields that this left out.
+    """
     if not isinstance(row, Mapping):
         raise UserError(f"{origin}: expected an object with fields, got {kind_of(row)}")
     present = {field for field in FIELDS if row.get(field) is not None}
@@ -207,24 +211,31 @@ def parse_record(row: object, origin: str) -> Record:
         "adapter": "" if row.get("adapter") is None else string_of(row, "adapter", origin),
         "weight": record_weight(row, origin),
         "origin": origin,
+        "format": format,
     }
     if row.get("drop"):
-        return Record("text", drop=str(row["drop"]), **shared)
+        return Record("text", drop=str(row["drop"]), ignored=unread, **shared)
     if is_preference(row):
         kind, parts, read = preference_of(row, origin)
         group = digest(0, json.dumps(parts["prompt"], sort_keys=True, default=str))
         given = NO_INPUTS if isinstance(parts["prompt"], str) else inputs_of(row, origin)
         read = read if given == NO_INPUTS else (*read, *INPUT_FIELDS)
-        ignored = () if kind == "prompt" else _ignored(row, read)
+        ignored = unread if kind == "prompt" else (*unread, *_ignored(row, read))
         return Record(kind, **parts, given=given, group=group, ignored=ignored, **shared)
     if "input_ids" in present:
         tokens, supervised = row["input_ids"], row["supervised"]
-        return Record("tokens", tokens=tuple(tokens), supervised=tuple(supervised), **shared)
+        return Record(
+            "tokens",
+            tokens=tuple(tokens),
+            supervised=tuple(supervised),
+            ignored=unread,
+            **shared,
+        )
     if "messages" in present:
         messages = messages_of(row["messages"], origin)
         weights = message_weights(messages, origin)
         given = inputs_of(row, origin)
-        ignored = _ignored(row, ("messages", *INPUT_FIELDS))
+        ignored = (*unread, *_ignored(row, ("messages", *INPUT_FIELDS)))
         return Record(
             "messages",
             messages,
@@ -238,12 +249,12 @@ def parse_record(row: object, origin: str) -> Record:
             "completion",
             prompt=string_of(row, "prompt", origin),
             completion=string_of(row, "completion", origin),
-            ignored=_ignored(row, ("prompt", "completion")),
+            ignored=(*unread, *_ignored(row, ("prompt", "completion"))),
             **shared,
         )
     if "text" in present:
         text = string_of(row, "text", origin)
-        return Record("text", text=text, ignored=_ignored(row, ("text",)), **shared)
+        return Record("text", text=text, ignored=(*unread, *_ignored(row, ("text",))), **shared)
     fields = ", ".join(map(repr, list(row)[:NAMED])) or "no fields"
     raise UserError(f"{origin}: holds nothing to learn from in {fields}")
 

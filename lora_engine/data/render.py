@@ -16,15 +16,18 @@ gets no second one.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from lora_engine.data.chat import Chat, Learning, LossOn, Text, ended_note, spelled_note
+from lora_engine.data.chat import Chat, Learning, LossOn, ended_note, spelled_note
 from lora_engine.data.control import ControlTokens
-from lora_engine.data.encode import Encoder, Segment
+from lora_engine.data.encode import Encoder
 from lora_engine.data.records import Record
+from lora_engine.data.segments import Segment, Text
 from lora_engine.data.template import Tokenizer
 from lora_engine.errors import UserError
 
-# The column of what multiplies the loss of each target.
-WEIGHT = "weight"
+# The columns of what multiplies the loss of each target, and that of a pair or judged answer.
+WEIGHT, EXAMPLE_WEIGHT = "weight", "example_weight"
+# The column of the token to learn at each target in place of the one that stands there; -1: none.
+TARGET = "target"
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,7 @@ def tokenize(
     that is this record's fault.
     """
     encoder = encoder or Encoder(tokenizer)
-    weights: list[float] = []
+    of_chat: dict[str, list[float]] = {}
     if record.kind == "tokens":
         text, ids, supervised = Text([]), list(record.tokens), list(record.supervised)
     elif record.kind == "messages":
@@ -107,45 +110,73 @@ def tokenize(
         inputs = record.given.over(encoder.inputs)
         chat = Chat(encoder, inputs, learning, record.origin)
         text = chat.text(record.messages, record.message_weights)
-        ids, supervised, weights = _encode_chat(text, encoder, record.origin)
+        ids, supervised, of_chat = _encode_chat(text, encoder, record.origin)
     else:
         text, ids, supervised = _encode_plain(record, encoder, loss_on)
-    end = len(ids) if max_length is None else max_length
-    return Example(
-        ids[:end],
-        supervised[:end],
+    columns: dict[str, float | Sequence[float]] = {**of_chat}
+    if record.weight != 1:
+        weights = of_chat.get(WEIGHT)
+        columns[WEIGHT] = [record.weight * w for w in weights] if weights else record.weight
+    example = Example(
+        ids,
+        supervised,
         record.origin,
-        len(ids) > end,
+        False,
         record.adapter,
         text.notes,
         text.ignored,
-        columns=_weights(weights[:end], supervised[:end], record.weight),
+        columns=columns,
+    )
+    if max_length is None or len(ids) <= max_length:
+        return example
+    return replace(part(example, range(max_length)), truncated=True)
+
+
+def part(example: Example, kept: Sequence[int]) -> Example:
+    """Some tokens of an example, by their places, with the columns' numbers of its targets."""
+    places = [i for i in range(1, len(example)) if example.supervised[i]]
+    columns: dict[str, float | Sequence[float]] = {}
+    for name, value in example.columns.items():
+        if isinstance(value, Sequence):
+            of_place = dict(zip(places, value, strict=True))
+            value = [of_place[i] for i in kept[1:] if i in of_place]
+        columns[name] = value
+    return replace(
+        example,
+        input_ids=[example.input_ids[i] for i in kept],
+        supervised=[example.supervised[i] for i in kept],
+        columns=columns,
     )
 
 
 def _encode_chat(
     text: Text, encoder: Encoder, origin: str
-) -> tuple[list[int], list[bool], list[float]]:
-    """Token ids, whether each is learned, and the weight of each; no weights where all are 1."""
+) -> tuple[list[int], list[bool], dict[str, list[float]]]:
+    """Token ids, whether each is learned, and columns: weights where not all are 1, and targets
+    where there are any."""
     parts = encoder.encode_parts(text.segments, origin=origin)
     ids: list[int] = []
     supervised: list[bool] = []
-    weights: list[float] = []
-    for segment, part in zip(text.segments, parts, strict=True):
-        ids += part
-        supervised += [segment.supervised] * len(part)
-        weights += [segment.weight] * len(part)
-    return ids, supervised, [] if set(weights) <= {1.0} else weights
+    for segment, own in zip(text.segments, parts, strict=True):
+        ids += own
+        supervised += [segment.supervised] * len(own)
+    columns: dict[str, list[float]] = {}
+    if any(segment.weight != 1 for segment in text.segments):
+        columns[WEIGHT] = _of_targets(
+            [segment.weight for segment in text.segments], parts, supervised
+        )
+    if any(segment.target for segment in text.segments):
+        targets = [encoder.token(segment) for segment in text.segments]
+        columns[TARGET] = _of_targets(targets, parts, supervised)
+    return ids, supervised, columns
 
 
-def _weights(
-    of_tokens: Sequence[float], supervised: Sequence[bool], of_record: float
-) -> Mapping[str, float | Sequence[float]]:
-    """The column of weights of an example's targets; none where all are 1."""
-    if of_tokens:
-        pairs = list(zip(of_tokens, supervised, strict=True))[1:]
-        return {WEIGHT: [of_record * weight for weight, learned in pairs if learned]}
-    return {} if of_record == 1 else {WEIGHT: of_record}
+def _of_targets(
+    values: Sequence[float], parts: Sequence[Sequence[int]], supervised: Sequence[bool]
+) -> list[float]:
+    """The values of segments, whose tokens are `parts`, at each of their targets."""
+    of_tokens = [value for value, own in zip(values, parts, strict=True) for _ in own]
+    return [v for v, learned in zip(of_tokens[1:], supervised[1:], strict=True) if learned]
 
 
 def _encode_plain(
@@ -153,22 +184,21 @@ def _encode_plain(
 ) -> tuple[Text, list[int], list[bool]]:
     """Plain text between the tokenizer's own beginning (if it writes one) and its end token."""
     tokenizer, control = encoder.tokenizer, encoder.control
-    if tokenizer.eos_token_id is None:
+    if control.eos is None:
         raise UserError(
             f"{record.origin}: the tokenizer has no end-of-sequence token, so the model could not "
             "learn where to stop; set tokenizer.eos_token"
         )
-    eos, bos = tokenizer.eos_token, tokenizer.bos_token if control.writes_bos else ""
+    (eos, eos_id), (bos, first) = control.eos, control.bos
     if record.kind == "completion":
         text, ends = _completion(record, control, eos, bos, loss_on)
     else:
         text, ends = _text(record, control, eos, bos)
     ids, supervised = encoder.encode_segments(text.segments, origin=record.origin)
-    first = tokenizer.bos_token_id if control.writes_bos else None
     if first is not None and ids[:1] != [first]:
         ids, supervised = [first, *ids], [loss_on == "all", *supervised]
     learns = any(part.supervised and part.text.strip() for part in text.segments)
-    if ids[-1:] != [tokenizer.eos_token_id]:
+    if ids[-1:] != [eos_id]:
         ids += tokenizer.convert_tokens_to_ids(ends)
         supervised += [learns] * len(ends)
     return text, ids, supervised

@@ -8,16 +8,24 @@ import glob
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias, cast
+from typing import TYPE_CHECKING, TypeAlias, TypeVar, cast
 
 from lora_engine.data.fields import kind_of
-from lora_engine.data.readers import Row, RowError, is_readable, read_file, readable_suffixes
+from lora_engine.data.readers import (
+    Row,
+    RowError,
+    is_readable,
+    num_rows,
+    read_file,
+    readable_suffixes,
+)
 from lora_engine.data.strings import without_nulls
 from lora_engine.errors import UserError, nearest, reason
 
 if TYPE_CHECKING:
     import datasets
 
+Dataset = TypeVar("Dataset")
 # A file, or the rows of what is none.
 Part: TypeAlias = "Path | Iterable[Row | RowError]"
 # Sources that come with the package, by name.
@@ -89,6 +97,29 @@ def files_of(source: str | Path, split: str | None = None) -> list[Path] | None:
     return None
 
 
+def files_to_stream(source: str | Path, split: str | None) -> list[Path] | None:
+    """`files_of`, and the Arrow files of a dataset on disk or on the hub, which is then copied to
+    the disk by `datasets`; None for a name that comes with the package.
+
+    Raises UserError for a dataset that is not all rows of its files.
+    """
+    if str(source) in BUILT_IN:
+        return None
+    if (files := files_of(source, split)) is not None:
+        return files
+    path = Path(source).expanduser()
+    dataset = _load_on_disk(path) if path.is_dir() else _load_hub(str(source), split)
+    if isinstance(dataset, Mapping):
+        dataset = _of_split(dataset, split)
+    found = [Path(part["filename"]) for part in dataset.cache_files]
+    if not found or sum(map(num_rows, found)) != len(dataset):
+        raise UserError(
+            f"{source}: is a part of a dataset, which data.stream cannot read; save it by itself "
+            "(dataset.flatten_indices().save_to_disk), or set data.stream: false"
+        )
+    return found
+
+
 def files_among(source: str | Path, split: str | None) -> list[Path] | None:
     """`files_of`, None also for a name that comes with the package."""
     return None if str(source) in BUILT_IN else files_of(source, split)
@@ -99,9 +130,7 @@ def rows_in_memory(
 ) -> Iterator[Row | RowError]:
     """Rows of a list or dataset; origins count from 0. split: of a mapping of several."""
     if isinstance(source, Mapping):  # datasets.DatasetDict
-        if (split := split or "train") not in source:
-            raise UserError(f"the data has no split {split!r}; it has {', '.join(source)}")
-        source = source[split]
+        source = _of_split(source, split)
     try:
         rows = enumerate(cast("Iterable[object]", source))
     except TypeError as error:
@@ -111,6 +140,12 @@ def rows_in_memory(
     for number, value in rows:
         value = without_nulls(value) if is_columnar else value
         yield Row(value, getattr(value, "origin", "") or f"{prefix}:{number}")
+
+
+def _of_split(splits: Mapping[str, Dataset], split: str | None) -> Dataset:
+    if (split := split or "train") not in splits:
+        raise UserError(f"the data has no split {split!r}; it has {', '.join(splits)}")
+    return splits[split]
 
 
 def _parts(source: str | Path, split: str | None) -> list[Part]:

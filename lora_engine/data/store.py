@@ -112,6 +112,11 @@ class OutcomeStore:
         return len(self._arrays["record_ends"])
 
     @property
+    def num_bytes(self) -> int:
+        """Bytes of its arrays."""
+        return sum(values.nbytes for values in self._arrays.values())
+
+    @property
     def num_examples(self) -> int:
         """Examples of all records."""
         return len(self._arrays["example_ends"])

@@ -3,7 +3,7 @@
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -26,6 +26,8 @@ class AddedToken(Protocol):
     special: bool
     lstrip: bool
     rstrip: bool
+    single_word: bool
+    normalized: bool
 
 
 class Encoding(TypedDict):
@@ -148,6 +150,49 @@ def try_render(
         return render(messages, tokenizer, "", generation_prompt=generation_prompt, inputs=inputs)
     except UserError:
         return None
+
+
+def quick_rendering(
+    tokenizer: Tokenizer, inputs: TemplateInputs
+) -> Callable[[Sequence[Message], bool, str | None], str]:
+    """A function of messages, whether with the generation prompt, and a template or None.
+
+    It gives what `render` does for messages of `role` and `content`, without the copies that
+    `apply_chat_template` makes; it raises whatever the template does.
+    """
+    from transformers import PreTrainedTokenizerBase
+    from transformers.utils import chat_template_utils
+
+    compiled = getattr(chat_template_utils, "_compile_jinja_template", None)
+    own = getattr(type(tokenizer), "apply_chat_template", None)
+    if compiled is None or own is not PreTrainedTokenizerBase.apply_chat_template:
+
+        def slowly(messages: Sequence[Message], prompt: bool, template: str | None) -> str:
+            return render(
+                messages,
+                tokenizer,
+                "",
+                generation_prompt=prompt,
+                inputs=inputs,
+                chat_template=template,
+            )
+
+        return slowly
+    tools = list(inputs.tools) or None
+    chosen = tokenizer.get_chat_template(None, tools) if tokenizer.chat_template else ""
+    given = {**tokenizer.special_tokens_map, **inputs.variables}
+
+    def quickly(messages: Sequence[Message], prompt: bool, template: str | None) -> str:
+        with _time_limit(SECONDS):
+            return compiled(template or chosen).render(
+                messages=list(messages),
+                tools=tools,
+                documents=list(inputs.documents) or None,
+                add_generation_prompt=prompt,
+                **given,
+            )
+
+    return quickly
 
 
 def _checked(text: object, messages: Sequence[Message], origin: str) -> str:

@@ -14,11 +14,12 @@ Whatever cannot be told so is an Undecided with the message's number.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from lora_engine.data.forms import Written
 from lora_engine.data.inputs import TemplateInputs
 from lora_engine.data.marks import EVERY, TAG, Mark, Marked, Marker, read_marks
+from lora_engine.data.plans import Look
 from lora_engine.data.template import Message, Tokenizer, Undecided, try_render
 from lora_engine.data.turn_ends import ASKED, TurnEnds
 
@@ -32,6 +33,8 @@ class Turn:
     reasoning_end: where its reasoning and the tag behind it end; start: it has none.
     calls: characters [from, to) of its tool calls, with the end of the turn; none: (end, end).
     added: the end of the turn, where the rendering stops before it.
+    instead: (where a control token behind the turn ends, the one to learn in its place), where the
+        template ends a turn by another one once more follows.
     notes: what its author may not expect.
     """
 
@@ -41,6 +44,7 @@ class Turn:
     reasoning_end: int
     calls: tuple[int, int]
     added: str = ""
+    instead: tuple[int, str] | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -49,6 +53,7 @@ class Turns:
     """Finds the turns of one conversation, as `written`.
 
     needs_reasoning: whether the reasoning of the last answer has to be written.
+    looks: the renderings that were looked at.
     """
 
     written: Written
@@ -57,6 +62,7 @@ class Turns:
     ends: TurnEnds
     origin: str
     needs_reasoning: bool = True
+    looks: list[Look] = field(default_factory=list)
 
     def find(self, messages: Sequence[int]) -> list[Turn]:
         """The turns of these assistant's messages, which do not overlap."""
@@ -94,11 +100,14 @@ class Turns:
         first, floor, ceiling = run[0].position, self._floor(run), self._ceiling(run)
         start, notes = self._start(index, floor, first)
         end, added = self._end(index, run, ceiling)
+        instead = None
         if added:
             notes = (*notes, f"{added.strip()!r} added, which ends the last turn")
         elif self.ends.are_written and not self.written.whole[run[-1].position : end].strip():
-            notes = (*notes, _NO_END)
-        return Turn(index, start, end, *self.parts(index, start, end), added, notes)
+            instead = self._instead(index, run, end, ceiling)
+            notes = (*notes, self._end_note(end, instead))
+        parts = self.parts(index, start, end)
+        return Turn(index, start, end, *parts, added, instead, notes)
 
     def _run(self, index: int) -> list[Mark]:
         """The marks of the message up to those of another one."""
@@ -223,6 +232,25 @@ class Turns:
             return len(whole), self.tokenizer.eos_token
         raise self._refusal(index, "nothing ends it that the model could learn to write")
 
+    def _instead(
+        self, index: int, run: Sequence[Mark], end: int, ceiling: int
+    ) -> tuple[int, str] | None:
+        """See `Turn.instead`: where nothing but one control token ends the turn if nothing follows,
+        and another one stands in its place."""
+        last, behind = self._behind_turn(index, run)
+        token, there = self.ends.mark_at(behind), self.ends.mark_at(self.written.whole[end:ceiling])
+        if end != last or token.strip() != behind.strip() or not there:
+            return None
+        return (
+            (end + len(there), token) if there == there.strip() and token == token.strip() else None
+        )
+
+    def _end_note(self, end: int, instead: tuple[int, str] | None) -> str:
+        if instead is None:
+            return _NO_END
+        there = self.written.whole[end : instead[0]]
+        return f"{there!r} behind an answer stands for {instead[1]!r}, which is learned there"
+
     def _kept_end(self, index: int, own: str) -> str:
         """What of the end of the whole is there too where another message follows."""
         more = self._marked(len(self.written.messages), [*self.written.messages, ASKED])
@@ -301,6 +329,7 @@ class Turns:
     # Renderings
 
     def _try(self, messages: Sequence[Message], *, generation_prompt: bool = False) -> str | None:
+        self.looks.append(Look(messages, generation_prompt))
         return try_render(
             messages, self.tokenizer, generation_prompt=generation_prompt, inputs=self.inputs
         )
@@ -308,8 +337,10 @@ class Turns:
     def _marked(self, count: int, messages: Sequence[Message] | None = None) -> Marked | None:
         """The first `count` messages with their marks, or `messages`, of which they are."""
         messages = self.written.messages[:count] if messages is None else messages
+        self.looks.append(Look(messages))
         levels = [*self.written.levels, 0][: len(messages)]
-        rendered = self._try(Marker(levels).mark(messages))
+        marked = Marker(levels).mark(messages)
+        rendered = try_render(marked, self.tokenizer, inputs=self.inputs)
         return None if rendered is None else read_marks(rendered)
 
     def _message(self, mark: Mark) -> int:

@@ -65,6 +65,7 @@ class Reads:
         last token of every example, then instead of log-probabilities; or nothing.
     mismatched: how far the model has moved from its reference on answers to other prompts, as the
         batch's statistic "kl".
+    weights: the batch's column of examples' weights, if it has one.
     """
 
     each_logprob: bool = False
@@ -75,6 +76,7 @@ class Reads:
     divergence: Divergence | None = None
     values: Literal["", "targets", "examples"] = ""
     mismatched: bool = False
+    weights: bool = False
 
 
 @dataclass(frozen=True)

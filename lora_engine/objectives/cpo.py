@@ -11,12 +11,14 @@ from lora_engine.objectives.base import Loss, Mean, Reads, TargetScores
 from lora_engine.objectives.sequences import (
     Sides,
     chosen_targets,
+    chosen_targets_weight,
     means,
-    num_pairs,
     of_role,
     pair_metrics,
     sides,
     sums,
+    weight_of,
+    weighted,
 )
 from lora_engine.objectives.settings import (
     check_choice,
@@ -45,7 +47,7 @@ class CPO:
     label_smoothing: float = 0.0
     name: ClassVar[str] = "cpo"
     unit: ClassVar[str] = "nats per chosen token and pair"
-    reads: ClassVar[Reads] = Reads(each_logprob=True, examples="pairs")
+    reads: ClassVar[Reads] = Reads(each_logprob=True, examples="pairs", weights=True)
 
     def __post_init__(self) -> None:
         check_choice(get_args(LossType), loss_type=self.loss_type)
@@ -55,7 +57,7 @@ class CPO:
 
     def weight(self, batch: PackedBatch) -> dict[str, float]:
         """Tokens of the chosen answers, and pairs."""
-        return {"nll": chosen_targets(batch), "preference": num_pairs(batch)}
+        return {"nll": chosen_targets_weight(batch), "preference": weight_of(batch, "chosen")}
 
     def __call__(self, scores: TargetScores, batch: PackedBatch) -> Loss:
         """Rewards are β times the log-probabilities."""
@@ -69,10 +71,12 @@ class CPO:
         else:
             right, wrong = logsigmoid(self.beta * margins), logsigmoid(-self.beta * margins)
             losses = -(1 - self.label_smoothing) * right - self.label_smoothing * wrong
-        nll = -of_role(sums(scores.logprobs, batch), batch, "chosen").sum()
+        nll = -of_role(sums(scores.logprobs, batch), batch, "chosen")
         rewards = Sides(self.beta * logps.chosen, self.beta * logps.rejected)
         metrics = {
             **pair_metrics(rewards, logps),
-            "nll_loss": Mean(nll.detach(), chosen_targets(batch)),
+            "nll_loss": Mean(nll.detach().sum(), chosen_targets(batch)),
         }
-        return Loss({"nll": self.nll_weight * nll, "preference": losses.sum()}, metrics)
+        cross_entropy = self.nll_weight * weighted(nll, batch, "chosen").sum()
+        preference = weighted(losses, batch, "chosen").sum()
+        return Loss({"nll": cross_entropy, "preference": preference}, metrics)

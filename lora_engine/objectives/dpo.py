@@ -12,10 +12,11 @@ from lora_engine.objectives.base import Loss, Reads, TargetScores
 from lora_engine.objectives.sequences import (
     counts,
     log_ratios,
-    num_pairs,
     pair_metrics,
     sides,
     sums,
+    weight_of,
+    weighted,
 )
 from lora_engine.objectives.settings import check_choice, check_positive
 
@@ -32,7 +33,8 @@ class DPO:
         ipo           (h − 1/(2β))², log-ratios over their tokens       arXiv:2310.12036
         robust        (−(1 − ε) log σ(βh) + ε log σ(−βh)) / (1 − 2ε)    arXiv:2403.00409
 
-    and the mean over pairs. With a fresh adapter h is 0, and the loss of `sigmoid` ln 2.
+    and the mean over pairs, by the weights of their records. With a fresh adapter h is 0, and the
+    loss of `sigmoid` ln 2.
 
     beta: how far the model may move; larger stays closer to the reference.
     label_smoothing: ε, the share of pairs whose answers are taken to be the wrong way round.
@@ -43,7 +45,9 @@ class DPO:
     label_smoothing: float = 0.0
     name: ClassVar[str] = "dpo"
     unit: ClassVar[str] = "nats per pair"
-    reads: ClassVar[Reads] = Reads(each_logprob=True, reference=True, examples="pairs")
+    reads: ClassVar[Reads] = Reads(
+        each_logprob=True, reference=True, examples="pairs", weights=True
+    )
 
     def __post_init__(self) -> None:
         check_choice(get_args(LossType), loss_type=self.loss_type)
@@ -53,9 +57,9 @@ class DPO:
             wanted = "0 to below 0.5" if smooths else f"0 with {self.loss_type}"
             raise ValueError(f"label_smoothing: expected {wanted}, got {self.label_smoothing!r}")
 
-    def weight(self, batch: PackedBatch) -> int:
+    def weight(self, batch: PackedBatch) -> float:
         """Its pairs."""
-        return num_pairs(batch)
+        return weight_of(batch, "chosen")
 
     def __call__(self, scores: TargetScores, batch: PackedBatch) -> Loss:
         """Σ over pairs; rewards are β times the log-ratios."""
@@ -64,7 +68,7 @@ class DPO:
         if self.loss_type in ("sigmoid_norm", "ipo"):
             compared = ratios / counts(batch, ratios)
         chosen, rejected = sides(compared, batch)
-        total = self._losses(chosen - rejected).sum()
+        total = weighted(self._losses(chosen - rejected), batch, "chosen").sum()
         logps = sides(sums(scores.logprobs, batch), batch)
         return Loss(total, pair_metrics(sides(self.beta * ratios, batch), logps))
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lora_engine.data.batch import PackedBatch
 from lora_engine.objectives.base import Loss, Mean, Reads, TargetScores
-from lora_engine.objectives.sequences import log_ratios, of_role, sums
+from lora_engine.objectives.sequences import log_ratios, of_role, sums, weight_of, weighted
 from lora_engine.objectives.settings import check_choice, check_not_negative, check_positive
 
 LossType = Literal["kto", "apo_zero"]
@@ -21,8 +21,9 @@ class KTO:
         kto        1 − σ(β(r − z)) of a good one, 1 − σ(β(z − r)) of a bad one    arXiv:2402.01306
         apo_zero   1 − σ(βr), σ(βr)                                               arXiv:2408.06266
 
-    each times its weight. z is how far the model has moved, the mean r of answers to other prompts,
-    or 0 where that is less: one number for all batches of a step, and not differentiated.
+    each times its weight and its record's. z is how far the model has moved, the mean r of answers
+    to other prompts, or 0 where that is less: one number for all batches of a step, and not
+    differentiated.
     """
 
     loss_type: LossType = "kto"
@@ -42,11 +43,17 @@ class KTO:
     @property
     def reads(self) -> Reads:
         measured = self.loss_type == "kto"
-        return Reads(each_logprob=True, reference=True, examples="labelled", mismatched=measured)
+        return Reads(
+            each_logprob=True,
+            reference=True,
+            examples="labelled",
+            mismatched=measured,
+            weights=True,
+        )
 
-    def weight(self, batch: PackedBatch) -> int:
+    def weight(self, batch: PackedBatch) -> float:
         """Its answers."""
-        return batch.num_examples if batch.roles else 0
+        return weight_of(batch, "desirable", "undesirable")
 
     def __call__(self, scores: TargetScores, batch: PackedBatch) -> Loss:
         """Σ over answers; rewards are β times the log-ratios."""
@@ -55,9 +62,10 @@ class KTO:
         moved = (
             batch.statistics["kl"].to(ratios) if self.loss_type == "kto" else ratios.new_zeros(())
         )
+        good_losses = weighted(torch.sigmoid(self.beta * (moved - good)), batch, "desirable")
+        bad_losses = weighted(torch.sigmoid(self.beta * (bad - moved)), batch, "undesirable")
         total = (
-            self.desirable_weight * torch.sigmoid(self.beta * (moved - good)).sum()
-            + self.undesirable_weight * torch.sigmoid(self.beta * (bad - moved)).sum()
+            self.desirable_weight * good_losses.sum() + self.undesirable_weight * bad_losses.sum()
         )
         rewards = self.beta * ratios.detach()
         metrics = {} if self.loss_type != "kto" else {"kl": Mean(moved, 1)}

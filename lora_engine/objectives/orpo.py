@@ -12,12 +12,14 @@ from lora_engine.objectives.base import Loss, Mean, Reads, TargetScores
 from lora_engine.objectives.sequences import (
     Sides,
     chosen_targets,
+    chosen_targets_weight,
     means,
-    num_pairs,
     of_role,
     pair_metrics,
     sides,
     sums,
+    weight_of,
+    weighted,
 )
 from lora_engine.objectives.settings import check_not_negative
 
@@ -33,14 +35,14 @@ class ORPO:
     beta: float = 0.1
     name: ClassVar[str] = "orpo"
     unit: ClassVar[str] = "nats per chosen token and pair"
-    reads: ClassVar[Reads] = Reads(each_logprob=True, examples="pairs")
+    reads: ClassVar[Reads] = Reads(each_logprob=True, examples="pairs", weights=True)
 
     def __post_init__(self) -> None:
         check_not_negative(beta=self.beta)
 
     def weight(self, batch: PackedBatch) -> dict[str, float]:
         """Tokens of the chosen answers, and pairs."""
-        return {"nll": chosen_targets(batch), "odds": num_pairs(batch)}
+        return {"nll": chosen_targets_weight(batch), "odds": weight_of(batch, "chosen")}
 
     def __call__(self, scores: TargetScores, batch: PackedBatch) -> Loss:
         """Rewards are β times the mean log-probabilities."""
@@ -49,15 +51,16 @@ class ORPO:
             log1mexp(logps.chosen) - log1mexp(logps.rejected)
         )
         ratio = logsigmoid(log_odds)
-        nll = -of_role(sums(scores.logprobs, batch), batch, "chosen").sum()
+        nll = -of_role(sums(scores.logprobs, batch), batch, "chosen")
         rewards = Sides(self.beta * logps.chosen, self.beta * logps.rejected)
         metrics = {
             **pair_metrics(rewards, logps),
-            "nll_loss": Mean(nll.detach(), chosen_targets(batch)),
+            "nll_loss": Mean(nll.detach().sum(), chosen_targets(batch)),
             "log_odds_ratio": Mean(ratio.detach().sum(), len(ratio)),
             "log_odds_chosen": Mean(log_odds.detach().sum(), len(log_odds)),
         }
-        return Loss({"nll": nll, "odds": -self.beta * ratio.sum()}, metrics)
+        odds = -self.beta * weighted(ratio, batch, "chosen").sum()
+        return Loss({"nll": weighted(nll, batch, "chosen").sum(), "odds": odds}, metrics)
 
 
 def log1mexp(x: Tensor) -> Tensor:

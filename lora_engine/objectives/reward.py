@@ -7,7 +7,7 @@ from torch.nn.functional import logsigmoid
 
 from lora_engine.data.batch import PackedBatch
 from lora_engine.objectives.base import Loss, Mean, Reads, TargetScores
-from lora_engine.objectives.sequences import num_pairs, of_role, sides
+from lora_engine.objectives.sequences import of_role, sides, weight_of, weighted
 from lora_engine.objectives.settings import check_not_negative
 
 
@@ -24,14 +24,14 @@ class Reward:
     centre: float = 0.0
     name: ClassVar[str] = "reward"
     unit: ClassVar[str] = "nats per pair"
-    reads: ClassVar[Reads] = Reads(values="examples", examples="pairs")
+    reads: ClassVar[Reads] = Reads(values="examples", examples="pairs", weights=True)
 
     def __post_init__(self) -> None:
         check_not_negative(centre=self.centre)
 
-    def weight(self, batch: PackedBatch) -> int:
+    def weight(self, batch: PackedBatch) -> float:
         """Its pairs."""
-        return num_pairs(batch)
+        return weight_of(batch, "chosen")
 
     def __call__(self, scores: TargetScores, batch: PackedBatch) -> Loss:
         """Σ over pairs."""
@@ -41,9 +41,10 @@ class Reward:
         aimed = margins - self.margin
         if "margin" in batch.columns:
             aimed = margins - of_role(batch.columns["margin"].to(margins), batch, "chosen")
-        total = -logsigmoid(aimed).sum()
+        total = -weighted(logsigmoid(aimed), batch, "chosen").sum()
         if self.centre:
-            total = total + self.centre * (chosen + rejected).square().sum()
+            squares = weighted((chosen + rejected).square(), batch, "chosen")
+            total = total + self.centre * squares.sum()
         count, won = len(margins), (margins > 0).to(margins.dtype)
         metrics = {
             "rewards/chosen": Mean(chosen.detach().sum(), count),

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lora_engine.data.batch import PackedBatch
+from lora_engine.data.render import EXAMPLE_WEIGHT
 from lora_engine.objectives.base import Mean, TargetScores
 
 
@@ -57,9 +58,21 @@ def at_targets(
     return values if len(values) == batch.num_targets else spread(values, batch)
 
 
-def num_pairs(batch: PackedBatch) -> int:
-    """Its pairs of a chosen and a rejected example."""
-    return len(batch.with_role("chosen"))
+def weight_of(batch: PackedBatch, *roles: str) -> float:
+    """The examples of the roles, each as often as its record weighs."""
+    places = [place for role in roles for place in batch.with_role(role)]
+    weights = batch.columns.get(EXAMPLE_WEIGHT)
+    return len(places) if weights is None else float(weights.double()[places].sum())
+
+
+def weighted(
+    values: Tensor,  # [N]: of the examples of the role
+    batch: PackedBatch,
+    role: str,
+) -> Tensor:
+    """[N]: the values times the weights of their records."""
+    weights = batch.columns.get(EXAMPLE_WEIGHT)
+    return values if weights is None else values * of_role(weights.to(values), batch, role)
 
 
 def sides(
@@ -82,8 +95,17 @@ def of_role(
 
 def chosen_targets(batch: PackedBatch) -> int:
     """Targets of all chosen examples."""
-    counted = zip(batch.target_counts, batch.roles, strict=True)
-    return sum(count for count, role in counted if role == "chosen")
+    return sum(batch.target_counts[place] for place in batch.with_role("chosen"))
+
+
+def chosen_targets_weight(batch: PackedBatch) -> float:
+    """The same, each target as often as its record weighs."""
+    weights = batch.columns.get(EXAMPLE_WEIGHT)
+    if weights is None:
+        return chosen_targets(batch)
+    chosen = batch.with_role("chosen")
+    counted = zip(weights.double()[chosen].tolist(), chosen, strict=True)
+    return sum(weight * batch.target_counts[place] for weight, place in counted)
 
 
 def pair_metrics(rewards: Sides, logps: Sides) -> Mapping[str, Mean]:

@@ -7,7 +7,14 @@ from torch.nn.functional import logsigmoid
 
 from lora_engine.data.batch import PackedBatch
 from lora_engine.objectives.base import Loss, Reads, TargetScores
-from lora_engine.objectives.sequences import Sides, means, num_pairs, pair_metrics, sides
+from lora_engine.objectives.sequences import (
+    Sides,
+    means,
+    pair_metrics,
+    sides,
+    weight_of,
+    weighted,
+)
 from lora_engine.objectives.settings import check_not_negative, check_positive, check_share
 
 
@@ -21,16 +28,16 @@ class SimPO:
     label_smoothing: float = 0.0
     name: ClassVar[str] = "simpo"
     unit: ClassVar[str] = "nats per pair"
-    reads: ClassVar[Reads] = Reads(each_logprob=True, examples="pairs")
+    reads: ClassVar[Reads] = Reads(each_logprob=True, examples="pairs", weights=True)
 
     def __post_init__(self) -> None:
         check_positive(beta=self.beta)
         check_not_negative(gamma=self.gamma)
         check_share(label_smoothing=self.label_smoothing)
 
-    def weight(self, batch: PackedBatch) -> int:
+    def weight(self, batch: PackedBatch) -> float:
         """Its pairs."""
-        return num_pairs(batch)
+        return weight_of(batch, "chosen")
 
     def __call__(self, scores: TargetScores, batch: PackedBatch) -> Loss:
         """Σ over pairs; rewards are β times the mean log-probabilities."""
@@ -39,4 +46,4 @@ class SimPO:
         smooth = self.label_smoothing
         losses = -(1 - smooth) * logsigmoid(aimed) - smooth * logsigmoid(-aimed)
         rewards = Sides(self.beta * logps.chosen, self.beta * logps.rejected)
-        return Loss(losses.sum(), pair_metrics(rewards, logps))
+        return Loss(weighted(losses, batch, "chosen").sum(), pair_metrics(rewards, logps))

@@ -6,9 +6,10 @@ from typing import ClassVar
 
 from lora_engine.data.batch import PackedBatch
 from lora_engine.data.dataset import TokenizedDataset
-from lora_engine.data.render import WEIGHT
+from lora_engine.data.render import EXAMPLE_WEIGHT, WEIGHT
 from lora_engine.errors import UserError
 from lora_engine.objectives.base import NATS_PER_TARGET, Loss, Objective, Reads, TargetScores
+from lora_engine.objectives.domain import Domain
 from lora_engine.objectives.sft import SFT
 
 
@@ -34,14 +35,18 @@ class WeightedSFT:
 
 
 def with_weights(objective: Objective, datasets: Iterable[TokenizedDataset]) -> Objective:
-    """The objective that takes the weights that examples have: WeightedSFT for SFT.
+    """The objective that takes the weights that examples have: WeightedSFT for SFT and Domain.
 
     Raises UserError for weights that the objective would not take.
     """
-    weighted = next((dataset.name for dataset in datasets if dataset.has_column(WEIGHT)), None)
-    if weighted is None or isinstance(objective, WeightedSFT):
+    if objective.reads.weights or isinstance(objective, WeightedSFT):
         return objective
-    if isinstance(objective, SFT):
+    columns = (WEIGHT, EXAMPLE_WEIGHT)
+    named = (data.name for data in datasets if any(map(data.has_column, columns)))
+    weighted = next(named, None)
+    if weighted is None:
+        return objective
+    if isinstance(objective, SFT) or objective == Domain():
         return WeightedSFT()
     raise UserError(
         f"{weighted}: has records or messages with a 'weight', which the objective "

@@ -7,7 +7,7 @@ from dataclasses import replace
 from itertools import islice
 
 from lora_engine.data.batch import PackedBatch, collate
-from lora_engine.data.render import Example
+from lora_engine.data.render import Example, part
 from lora_engine.data.sampler import PackedSampler
 from lora_engine.training.state import Position
 
@@ -150,5 +150,4 @@ def _cut(example: Example, length: int) -> Example:
         return example
     first = next((at for at, taught in enumerate(example.supervised) if at and taught), 1)
     begin = max(0, min(first - length // 2, len(example) - length))
-    part = slice(begin, begin + length)
-    return replace(example, input_ids=example.input_ids[part], supervised=example.supervised[part])
+    return part(example, range(begin, begin + length))

@@ -2,6 +2,7 @@
 
 import json
 
+import datasets as hub
 import pytest
 from small_tokenizers import make_byte_level
 
@@ -141,3 +142,53 @@ def test_a_stream_and_what_is_held_out_of_it(tokenizer, files):
     assert train.stream is not None and train.name.endswith("the first records)")
     with pytest.raises(UserError, match=r"docstrings: data\.stream reads files"):
         prepared(tokenizer, train="docstrings", stream=True)
+
+
+def texts(data, count=300) -> set[str]:
+    """What the first buffers of a stream say."""
+    train, _ = data
+    place, found = train.stream.begin, set()
+    for _ in range(count // 64 + 1):
+        dataset, place = train.stream.buffer(place)
+        found |= {example.origin.rpartition(":")[2] for example in dataset or ()}
+    return found
+
+
+STREAM = {"stream": True, "stream_buffer": 64, "processes": 1}
+
+
+def test_lists_and_saved_datasets_are_streamed(tokenizer, tmp_path):
+    rows = [{"text": f"row {i} of the list"} for i in range(300)]
+    (tmp_path / "a.json").write_text(json.dumps(rows, indent=1))
+    of_list = texts(prepared(tokenizer, train=str(tmp_path / "a.json"), **STREAM))
+    assert len(of_list) > 250
+    hub.DatasetDict(train=hub.Dataset.from_list(rows)).save_to_disk(str(tmp_path / "saved"))
+    assert len(texts(prepared(tokenizer, train=str(tmp_path / "saved"), **STREAM))) > 250
+    with pytest.raises(UserError, match="has no split 'test'; it has train"):
+        prepared(tokenizer, train=str(tmp_path / "saved"), split="test", **STREAM)
+
+
+def test_a_dataset_of_the_hub_is_streamed_from_its_copy_on_disk(tokenizer, tmp_path, monkeypatch):
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": f"row {i}"}) + "\n" for i in range(300)))
+
+    def load(name: str, split: str) -> hub.Dataset:
+        """As `datasets` does with what it has copied from the hub."""
+        assert name == "someone/texts"
+        return hub.Dataset.from_json(str(path), split=split, cache_dir=str(tmp_path / "cache"))
+
+    monkeypatch.setattr(hub, "load_dataset", load)
+    train, heldout = prepared(tokenizer, train="someone/texts", **STREAM)
+    assert len(texts((train, heldout))) > 250
+    assert str(tmp_path / "cache") in train[0].origin
+    whole = load("someone/texts", "train")
+    for part in (
+        whole.select(range(9)),
+        whole.shuffle(seed=1),
+        hub.Dataset.from_list([{"text": "a"}]),
+    ):
+        monkeypatch.setattr(hub, "load_dataset", lambda name, split, part=part: part)
+        with pytest.raises(
+            UserError, match=r"someone/texts: is a part of a dataset, which data.str"
+        ):
+            prepared(tokenizer, train="someone/texts", **STREAM)

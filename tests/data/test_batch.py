@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_engine.data.batch import collate
-from lora_engine.data.render import Example
+from lora_engine.data.render import TARGET, WEIGHT, Example, part
 
 examples = st.lists(
     st.lists(st.tuples(st.integers(0, 99), st.booleans()), min_size=1, max_size=9),
@@ -119,3 +119,14 @@ def test_to_moves_every_tensor_and_keeps_the_rest():
 def test_nothing_to_pack_is_an_error(rows):
     with pytest.raises(ValueError, match="cannot pack"):
         collate(rows)
+
+
+def test_another_token_than_the_one_that_stands_there_may_be_learned():
+    columns = {TARGET: [-1, 77, -1], WEIGHT: [1.0, 2.0, 3.0]}
+    example = Example([5, 6, 7, 8, 9], [True, False, True, True, True], columns=columns)
+    batch = collate([example, Example([1, 2], [False, True])])
+    assert batch.input_ids.tolist() == [5, 6, 7, 8, 9, 1, 2]
+    assert batch.target_ids.tolist() == [7, 77, 9, 2] and TARGET not in batch.columns
+    cut = part(example, [0, 3, 4])
+    assert (cut.input_ids, cut.columns) == ([5, 8, 9], {TARGET: [77, -1], WEIGHT: [2.0, 3.0]})
+    assert collate([cut]).target_ids.tolist() == [77, 9]

@@ -212,17 +212,21 @@ def test_a_text_that_ends_as_a_turn_does(end):
     assert turns_by(template, *said) == ([said[1] + end, said[3] + end], ())
 
 
-def test_an_end_that_is_written_otherwise_where_more_follows_is_told_of():
+def test_an_end_that_is_written_otherwise_where_more_follows_is_learned_as_at_the_end():
     template = (
         "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}"
         "{{ '<|return|>' if loop.last else '<|end|>' }}{% endfor %}"
         "{% if add_generation_prompt %}<|assistant|>{% endif %}"
     )
     assert turns_by(template, "Hi", "Ho", "Yo", "So") == (
+        ["Ho<|return|>", "So<|return|>"],
+        ("'<|end|>' behind an answer stands for '<|return|>', which is learned there",),
+    )
+    assert turns_by(template, "Hi", "Ho") == (["Ho<|return|>"], ())
+    assert turns_by(template.replace("'<|end|>'", "'DONE'"), "Hi", "Ho", "Yo", "So") == (
         ["Ho", "So<|return|>"],
         ("the end of an answer is written otherwise where more follows, and not learned there",),
     )
-    assert turns_by(template, "Hi", "Ho") == (["Ho<|return|>"], ())
 
 
 def test_a_template_that_looks_up_the_names_of_functions():

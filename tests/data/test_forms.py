@@ -111,3 +111,14 @@ def test_contents_go_as_text_or_as_parts(name, content):
     (run,) = learned(example, tokenizer)
     assert run.removeprefix("<|assistant|>") in ("Hello.<|im_end|>", "Hello.<|end|>")
     assert tokenizer.decode(example.input_ids).count("Hello.") == 2
+
+
+def test_a_form_that_is_written_as_python_spells_it_is_no_way_out_of_a_refusal():
+    """The template refuses the text, and would write parts as Python does."""
+    template = (
+        "{% for m in messages %}{% if m['content'] is string %}{{ raise_exception('no text') }}"
+        "{% endif %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
+    )
+    record = Record("messages", (user("Hi"), assistant("Yes.")), origin="a:1")
+    with pytest.raises(Undecided, match="refuses this conversation: no text"):
+        tokenize(record, make_bytewise(template, ("<|end|>",)))

@@ -170,17 +170,14 @@ EXPECTED = {
         "two answers": ["\n<think></think>\nHello.", "\n<think></think>\nStill here?<|user|>"],
     },
     "glm4moe_training": GLM,
-    # An answer's end is written <|end|> where more follows, which the model never ends one by.
+    # An answer ends in <|end|> where more follows; there the model has to write <|return|>.
     "gptoss": {
         **texts(RETURN, FINAL),
-        "turns": [f"{FINAL}Hello.", f"{FINAL}Ciao.{RETURN}"],
-        "waits": [f"{FINAL}Hello."],
-        "two answers": [f"{FINAL}Hello.", f"{FINAL}Still here?{RETURN}"],
         "call": [f"{THINKS.format('Let me see.')}{OBERN}"],
-        "chain": [OBERN, OBASEL, f"{FINAL}Partly.", f"{FINAL}No.{RETURN}"],
+        "chain": [OBERN, OBASEL, f"{FINAL}Partly.{RETURN}", f"{FINAL}No.{RETURN}"],
         "parallel": NO_CALLS,
         "reasoning": [f"{THINKS.format('Easy.')}{FINAL}2{RETURN}"],
-        "reasoning earlier": [f"{FINAL}2", f"{THINKS.format('Hm.')}{FINAL}3{RETURN}"],
+        "reasoning earlier": [f"{FINAL}2{RETURN}", f"{THINKS.format('Hm.')}{FINAL}3{RETURN}"],
     },
     # Of two calls in a row of turns the second is written without a beginning.
     "deepseekv3": {

@@ -10,7 +10,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from lora_engine.data.render import Example
+from lora_engine.data.render import TARGET, Example
 
 _CONTROL = re.compile(
     r"<[|｜][^<>|｜\s]+[|｜]>|<\|?(?:start_of_turn|end_of_turn|turn|s|/s)\|?>|<turn\|>|\[gMASK\]|<sop>"
@@ -49,7 +49,11 @@ def known_tokenizer(name: str) -> PreTrainedTokenizerFast:
 
 def learned(example: Example, tokenizer) -> list[str]:
     """The stretches of text that the loss is taken over."""
-    pairs = zip(example.input_ids, example.supervised, strict=True)
+    ids = list(example.input_ids)
+    places = [i for i in range(1, len(ids)) if example.supervised[i]]
+    for place, token in zip(places, example.columns.get(TARGET, ()), strict=False):
+        ids[place] = token if token >= 0 else ids[place]
+    pairs = zip(ids, example.supervised, strict=True)
     return [
         tokenizer.decode([token for token, _ in run])
         for on, run in groupby(pairs, key=lambda pair: pair[1])

@@ -31,8 +31,10 @@ ROLES = {
 }
 CALL = "function_call"
 _STANDARD = ("system", "developer", "user", "assistant", "tool")
+_PLAIN = {"role", "content"}
 _ROLE_KEYS = ("role", "from")
 _TEXT_KEYS = ("content", "value")
+_LEARNED_KEYS = ("train", "training")
 MEDIA = ("image", "images", "audio", "audios", "video", "videos")
 LISTS = ("messages", "conversations", "conversation")
 _BESIDE = ("system", "functions", *FOR_TEMPLATES)
@@ -104,11 +106,14 @@ def _tool(tool: object, where: str) -> Fields:
 def _message(message: object, where: str) -> dict[str, object]:
     if not isinstance(message, Mapping):
         raise UserError(f"{where}: expected an object, got {kind_of(message)}")
+    is_plain = message.keys() == _PLAIN and isinstance(message["content"], str)  # as most are
+    if is_plain and message["role"] in _STANDARD:
+        return dict(message)
     role_key, text_key = _key(message, _ROLE_KEYS, where), _key(message, _TEXT_KEYS, where)
     made: dict[str, object] = {"role": _role(message, role_key, where)}
     if text_key in message:
         made["content"] = _text(message[text_key], where)
-    used = (*_ROLE_KEYS, *_TEXT_KEYS, "train", CALL)
+    used = (*_ROLE_KEYS, *_TEXT_KEYS, *_LEARNED_KEYS, CALL)
     made |= {key: value for key, value in message.items() if key not in used}
     if message.get(role_key) == CALL:
         made |= {"content": "", "tool_calls": _calls(made["content"], where)}
@@ -116,11 +121,12 @@ def _message(message: object, where: str) -> dict[str, object]:
         if not is_empty(message.get("tool_calls")):
             raise UserError(f"{where}: has both 'tool_calls' and '{CALL}'; keep one of them")
         made["tool_calls"] = _calls(message[CALL], where)
-    if message.get("train") is not None:
-        learned = truth(message["train"])
-        if learned is None or message.get("weight") is not None:
-            raise UserError(f"{where}: 'train' must be true or false, without a 'weight'")
-        made["weight"] = int(learned)
+    for key in _LEARNED_KEYS:
+        if message.get(key) is not None:
+            learned = truth(message[key])
+            if learned is None or made.get("weight") is not None:
+                raise UserError(f"{where}: {key!r} must be true or false, without a 'weight'")
+            made["weight"] = int(learned)
     for key in MEDIA:
         if not is_empty(message.get(key)):
             raise UserError(f"{where}: {media_problem(key)}")

@@ -37,6 +37,7 @@ FormatName = Literal[
 ]
 FORMATS = (*chat.FORMATS, *preference.FORMATS, *instructions.FORMATS, *plain.FORMATS)
 BY_NAME = {format.name: format for format in FORMATS}
+_ALONE = {"messages": BY_NAME["messages"], "text": BY_NAME["text"]}
 # Every field that a format reads, which is what `data.columns` may name.
 FIELDS = tuple(
     dict.fromkeys(field for f in FORMATS for field in (*f.fields, *COMMON) if field != "*")
@@ -68,7 +69,7 @@ def recognise(row: Fields, layout: Layout, wanted: Collection[str] = ()) -> Read
         for key in chat.MEDIA:
             if not is_empty(given.get(key)):
                 raise UserError(chat.media_problem(key))
-    format = _format(fields, layout, wanted)
+    format = _plainly(fields, layout) or _format(fields, layout, wanted)
     made = format.read(fields)
     for field in COMMON:
         if field in fields:
@@ -85,6 +86,13 @@ def recognise(row: Fields, layout: Layout, wanted: Collection[str] = ()) -> Read
                 )
     left = [key for key in given if key not in used and not is_empty(given[key])]
     return Reading(format.name, made, tuple(map(field_name, left)))
+
+
+def _plainly(fields: Fields, layout: Layout) -> Format | None:
+    """The format of a row that has a field of one format alone, which most rows have."""
+    if layout.format is not None or len(fields) != 1:
+        return None
+    return _ALONE.get(next(iter(fields)))
 
 
 def _format(fields: Fields, layout: Layout, wanted: Collection[str]) -> Format:
@@ -153,13 +161,14 @@ def _texts(value: object) -> Iterator[str]:
 
 
 def _in_order(texts: list[str], whole: str) -> bool:
-    """Whether the texts stand in `whole` one after the other."""
+    """Whether the texts' lines stand in `whole` one after the other: between them, as between a
+    question and what it is about, a rendering may write anything."""
     position = 0
-    for text in texts:
-        place = whole.find(text, position)
+    for line in (line.strip() for text in texts for line in text.splitlines()):
+        place = whole.find(line, position)
         if place < 0:
             return False
-        position = place + len(text)
+        position = place + len(line)
     return bool(texts)
 
 
