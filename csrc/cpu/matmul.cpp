@@ -1,8 +1,9 @@
 // Products of large matrices: C = A B + addend, B in rows [k, n] or as the transpose of [n, k].
 //
 // A thread packs some strips of kTileN columns of B as tile_gemm.hpp says: they stay in its level-2
-// cache while blocks of A's rows, each in the level-1 cache, pass by them. No packed copy of B is
-// kept, and nothing is compiled for a size when it is first seen.
+// cache while blocks of A's rows, each in the level-1 cache, pass by them. Where one strip is
+// larger than that, its rows are packed some at a time and the sums of all of A's rows are kept. No
+// packed copy of B is kept, and nothing is compiled for a size when it is first seen.
 #include <omp.h>
 
 #include "gemm/tile_gemm.hpp"
@@ -48,18 +49,19 @@ struct Product {
   using A = acc_t<T>;
   static constexpr int64_t kStrip = kTileN<E>, kRows = kBlockRows<E>;
   const MatmulArgs& args;
-  int64_t piece, pieces;            // columns of A, and how often
-  int64_t strips, group, groups;    // strips of B, those that a thread packs at a time
-  int64_t rows, row_parts, padded;  // rows of A in a task; packed rows of a strip
+  int64_t piece, panel;           // columns of A: of a block, and those that a strip is packed for
+  int64_t strips, group, groups;  // strips of B, those that a thread packs at a time
+  int64_t rows, row_parts;        // rows of A in a task
+  int64_t padded;                 // packed rows of a panel of a strip
 
   explicit Product(const MatmulArgs& a) : args(a) {
     const int64_t size = sizeof(E), threads = omp_get_max_threads();
-    pieces = larger(parts(a.k, kBlockBytes / (kRows * size)), 1);
+    const int64_t pieces = larger(parts(a.k, kBlockBytes / (kRows * size)), 1);
     piece = larger(round_up(parts(a.k, pieces), kDepthStep), kDepthStep);
-    pieces = larger(parts(a.k, piece), 1);
-    padded = round_up(a.k, kPackedStep<E>);
+    panel = smaller(larger(kPackedBytes / (kStrip * size) / piece, 1) * piece, larger(a.k, 1));
+    padded = round_up(panel, kPackedStep<E>);
     strips = parts(a.n, kStrip);
-    const int64_t fitting = kPackedBytes / larger(padded * kStrip * size, 1);
+    const int64_t fitting = kPackedBytes / (padded * kStrip * size);
     const int64_t most = smaller(larger(fitting, 1), strips);
     // As many groups as threads, or a multiple: all threads end at the same time.
     groups = round_up(parts(strips, most), smaller(threads, larger(strips / kLeastStrips, 1)));
@@ -70,26 +72,33 @@ struct Product {
     row_parts = parts(a.m, rows);
   }
 
-  // A strip of B. `work` holds [kStrip, padded].
-  void pack(int64_t strip, E* packed, E* work) const {
+  // Whether pack_transposed reads B's panels where they are.
+  bool aligned() const {
+    constexpr int kGroup = Dot<E>::kGroup;
+    return sizeof(T) == sizeof(E) && args.k % kGroup == 0 && args.b_stride % kGroup == 0;
+  }
+
+  // Rows [inner, inner + depth) of a strip of B. `work` holds [kStrip, padded], or is null where
+  // B is not transposed or aligned.
+  void pack(int64_t strip, int64_t inner, int64_t depth, E* packed, E* work) const {
     const int64_t column = strip * kStrip, width = smaller(kStrip, args.n - column);
     const T* b =
-        static_cast<const T*>(args.b) + (args.b_transposed ? column * args.b_stride : column);
-    if (width < kStrip || args.k < padded) std::memset(packed, 0, sizeof(E) * padded * kStrip);
+        static_cast<const T*>(args.b) +
+        (args.b_transposed ? column * args.b_stride + inner : inner * args.b_stride + column);
+    if (width < kStrip || depth < padded) std::memset(packed, 0, sizeof(E) * padded * kStrip);
     if (!args.b_transposed) {
-      pack_rows(args.k, width, b, args.b_stride, packed, kStrip);
+      pack_rows(depth, width, b, args.b_stride, packed, kStrip);
       return;
     }
-    constexpr int kGroup = Dot<E>::kGroup;
     if constexpr (sizeof(T) == sizeof(E)) {
-      if (args.k % kGroup == 0 && args.b_stride % kGroup == 0) {
-        pack_transposed(args.k, width, b, args.b_stride, packed, kStrip);
+      if (aligned()) {
+        pack_transposed(depth, width, b, args.b_stride, packed, kStrip);
         return;
       }
     }
     for (int64_t j = 0; j < width; ++j) {
-      convert_row(args.k, b + j * args.b_stride, work + j * padded);
-      for (int64_t p = args.k; p < padded; ++p) work[j * padded + p] = E{};
+      convert_row(depth, b + j * args.b_stride, work + j * padded);
+      for (int64_t p = depth; p < padded; ++p) work[j * padded + p] = E{};
     }
     pack_transposed(padded, width, work, padded, packed, kStrip);
   }
@@ -141,40 +150,55 @@ struct Product {
     }
   }
 
-  // C's rows [first, end) of strips [begin, last), which are packed.
-  void task(int64_t first, int64_t end, int64_t begin, int64_t last, const E* packed, E* copy,
+  bool one_panel() const { return panel >= args.k; }
+
+  // Sums of a block of A's rows and the strips of a group; several pieces add to them.
+  int64_t block_sums() const { return (piece < args.k ? group : 1) * kRows * kStrip; }
+
+  // C's rows [first, end) of strips [begin, last).
+  void task(int64_t first, int64_t end, int64_t begin, int64_t last, E* packed, E* work, E* copy,
             A* sums) const {
-    for (int64_t row = first; row < end; row += kRows) {
-      const int64_t count = smaller(kRows, end - row);
-      for (int64_t p = 0; p < pieces; ++p) {
-        const int64_t inner = p * piece;
-        const Block<E> a = block(row, count, inner, smaller(piece, args.k - inner), copy);
-        for (int64_t strip = begin; strip < last; ++strip) {
-          const int64_t i = strip - begin;
-          A* own = sums + (pieces > 1 ? i * kRows * kStrip : 0);
-          multiply(count, a, packed + (i * padded + inner) * kStrip, own, p > 0);
-          if (p + 1 == pieces) finish(row, count, strip, own);
-        }
+    for (int64_t outer = 0; outer == 0 || outer < args.k; outer += panel) {
+      const int64_t stop = smaller(outer + panel, args.k);
+      for (int64_t strip = begin; strip < last; ++strip)
+        pack(strip, outer, stop - outer, packed + (strip - begin) * padded * kStrip, work);
+      for (int64_t row = first; row < end; row += kRows) {
+        A* of_block = sums + (one_panel() ? 0 : (row - first) / kRows * block_sums());
+        add_panel(row, smaller(kRows, end - row), outer, stop, begin, last, packed, copy, of_block);
+      }
+    }
+  }
+
+  // The part of `count` rows' sums that columns [outer, stop) of A make; the last part is written.
+  void add_panel(int64_t row, int64_t count, int64_t outer, int64_t stop, int64_t begin,
+                 int64_t last, const E* packed, E* copy, A* sums) const {
+    for (int64_t inner = outer; inner == outer || inner < stop; inner += piece) {
+      const int64_t depth = smaller(piece, stop - inner);
+      const Block<E> a = block(row, count, inner, depth, copy);
+      for (int64_t strip = begin; strip < last; ++strip) {
+        const int64_t i = strip - begin;
+        A* own = sums + (piece < args.k ? i * kRows * kStrip : 0);
+        multiply(count, a, packed + (i * padded + inner - outer) * kStrip, own, inner > 0);
+        if (inner + depth == args.k) finish(row, count, strip, own);
       }
     }
   }
 
   void run() const {
+    const bool converts = args.b_transposed && !aligned();
 #pragma omp parallel
     {
       [[maybe_unused]] const MatrixUnit unit;
       Scratch scratch;
       E* packed = scratch.allocate<E>(group * padded * kStrip);
-      E* work = scratch.allocate<E>(padded * kStrip);
+      E* work = converts ? scratch.allocate<E>(padded * kStrip) : nullptr;
       E* copy = scratch.allocate<E>(piece * kRows);
-      A* sums = scratch.allocate<A>((pieces > 1 ? group : 1) * kRows * kStrip);
+      A* sums = scratch.allocate<A>((one_panel() ? 1 : rows / kRows) * block_sums());
 #pragma omp for schedule(dynamic)
       for (int64_t index = 0; index < groups * row_parts; ++index) {
         const int64_t begin = index % groups * group, last = smaller(begin + group, strips);
         const int64_t first = index / groups * rows;
-        for (int64_t strip = begin; strip < last; ++strip)
-          pack(strip, packed + (strip - begin) * padded * kStrip, work);
-        task(first, smaller(first + rows, args.m), begin, last, packed, copy, sums);
+        task(first, smaller(first + rows, args.m), begin, last, packed, work, copy, sums);
       }
     }
   }
