@@ -36,7 +36,7 @@ inline void project_block(int64_t rows, int64_t k, const bf16* x, int64_t ldx, c
   zero_sums();
   for (int64_t j = 0; j < k; j += kUnitDepth) {
     for (int64_t i = 0; i < kDown * kUnitRows; ++i)
-      __builtin_prefetch(x + (i + kUnitBlock) * ldx + j);
+      __builtin_prefetch(x + (i + kUnitBlock) * ldx + j, 0, 2);
     multiply_step<kDown, kAcross>(x + j, ldx, p + j * ldp, ldp, rows, k - j);
   }
   store_sums<kDown, kAcross>(sums, kUnitBlock);
@@ -101,8 +101,6 @@ inline void collect(int64_t rows, int64_t ranks, const bf16* x, int64_t ldx, con
       std::memset(place((steps - 1) * kUnitDepth), 0, 2 * sizeof(bf16) * kUnitRows * kUnitDepth);
     for (int64_t m = 0; m < count; m += 2) {
       const bf16* row = x + (first + m) * ldx;
-      __builtin_prefetch(row + rows * ldx);
-      __builtin_prefetch(row + (rows + 1) * ldx);
       interleave(row, row + ldx, place(m), place(m) + kUnitRows * kUnitDepth);
     }
     for (int64_t rank = 0; rank < ranks; rank += kUnitBlock) {
