@@ -15,7 +15,7 @@ from lora_engine.backends.products import multiply
 from lora_engine.backends.request import Matmul, Present, Request
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
-# One element; less and more than blocks, strips and tiles; inner sizes in several pieces and panels.
+# One element; less and more than blocks, strips and tiles; inner sizes in pieces and panels.
 SIZES = [
     (1, 1, 1),
     (3, 5, 7),
