@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import signal
+from collections import Counter
 from collections.abc import Iterator
 
 import other_products
@@ -41,12 +42,29 @@ def pytest_configure(config: pytest.Config) -> None:
         other_products.install()
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m chooses by marker
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    mark_interpreted(items)
     if config.getoption("--one-of-each"):
         items[:] = one_of_each(items)
     if shard := config.getoption("--shard"):
         index, _, count = shard.partition("/")
         items[:] = items[int(index) :: int(count)]
+
+
+# Of a test's cases in Triton's interpreter one in so many runs without asking for slow ones: it
+# takes up to a hundred times a kernel's time, and the cases differ in sizes and options.
+INTERPRETED_OF = 3
+
+
+def mark_interpreted(items: list[pytest.Item]) -> None:
+    seen: Counter[str] = Counter()
+    for item in items:
+        name, _, case = item.nodeid.partition("[")
+        if "triton-interpreter" in case:
+            if seen[name] % INTERPRETED_OF:
+                item.add_marker(pytest.mark.slow)
+            seen[name] += 1
 
 
 def one_of_each(items: list[pytest.Item]) -> list[pytest.Item]:

@@ -168,7 +168,8 @@ struct MmaFwdKernel {
   }
 };
 
-// Under a causal mask the last tile of a sequence has most keys and comes first.
+// o = softmax(scale q k^T) v and lse, row by row. Under a causal mask the last tile of a sequence
+// has most keys and comes first.
 template <class T, int kD>
 __global__ void __launch_bounds__(MmaFwdShape<kD>::kThreads)
     attention_mma_fwd_kernel(const __grid_constant__ MmaFwd a) {

@@ -1,5 +1,6 @@
 """How much memory a piece of work took, as torch's allocator saw it."""
 
+import gc
 from collections.abc import Callable
 
 import torch
@@ -26,6 +27,7 @@ def peak_cpu_bytes(work: Callable[[], object], before: Callable[[], object] | No
     Work under it takes longer, by some microseconds an allocation. Raises RuntimeError where the
     profiler recorded nothing, as a second one in a process sometimes does.
     """
+    gc.collect()  # the end of what was made before would count as less of what is made here
     with _Unparsed(use_kineto=True, profile_memory=True) as profiled:
         if before is not None:
             before()

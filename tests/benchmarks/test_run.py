@@ -80,6 +80,7 @@ def test_results_are_printed_and_written(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "out.md").read_text().strip() == capsys.readouterr().out.strip()
 
 
+@pytest.mark.slow
 def test_a_failing_case_is_reported_and_the_others_still_run(monkeypatch, capsys):
     build = CASES["rope"]
 
@@ -104,6 +105,7 @@ def run_with(monkeypatch, *options):
     run.main()
 
 
+@pytest.mark.slow
 def test_results_are_appended_as_they_come_and_not_made_twice(tmp_path, monkeypatch, capsys):
     path = tmp_path / "results.jsonl"
     run_with(monkeypatch, "--cases", "glu", "--append", str(path))
@@ -198,6 +200,7 @@ def test_an_in_place_contender_has_inputs_of_its_own(backward):
     assert not torch.equal(again[0], results[0][0]), "it does change what it is given"
 
 
+@pytest.mark.slow
 def test_of_a_large_size_a_part_is_verified(monkeypatch, capsys):
     monkeypatch.setattr(run, "VERIFIED_TOKENS", 7)
     verified = []

@@ -15,6 +15,7 @@ def workload(chat_model, tmp_path_factory):
     return train_workload.load(folder)
 
 
+@pytest.mark.slow
 def test_workload_is_the_same_for_everyone(workload, chat_model, tmp_path):
     train_workload.prepare(tmp_path, batches=2, batch_size=2, seed=0, model_source=str(chat_model))
     again = train_workload.load(tmp_path)
@@ -68,6 +69,7 @@ def test_checkpointing_option_overrides_a_variant(workload, monkeypatch):
     assert seen == [default, default, replace(default, gradient_checkpointing=False)]
 
 
+@pytest.mark.slow
 def test_the_first_loss_is_that_of_plain_peft(chat_model, tmp_path):
     words = {"model": str(chat_model), "dtype": "float32", "steps": "1", "batch_size": "2"}
     options, names = jobs.options_of(train_job.JOB, words)

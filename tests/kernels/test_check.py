@@ -23,6 +23,7 @@ def run(*command: object) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_kernels_of_the_tree_pass(tmp_path: Path) -> None:
     page = tmp_path / "registers.md"
@@ -44,10 +45,12 @@ def outcomes() -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_a_kernel_that_fits_passes(outcomes: dict[str, Any]) -> None:
     assert outcomes["fits"]["status"] == 0, outcomes["fits"]["output"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
@@ -68,11 +71,13 @@ def test_a_fault_is_found(outcomes: dict[str, Any], fault: str, message: str) ->
     assert any(message in line for line in failures), failures
 
 
+@pytest.mark.slow
 def test_only_the_faulty_line_is_reported(outcomes: dict[str, Any]) -> None:
     for fault in ("spill", "shared", "no matrix", "no wgmma", "grid"):
         assert outcomes[fault]["output"].count("FAILED") == 1, outcomes[fault]["output"]
 
 
+@pytest.mark.slow
 def test_what_is_reached_and_compiled_is_not_reported(outcomes: dict[str, Any]) -> None:
     assert outcomes["dead line"]["output"].count("launch_table.json: glu_fwd,") == 1
     assert "_glu_fwd_kernel: no case compiled it" not in outcomes["uncompiled"]["output"]

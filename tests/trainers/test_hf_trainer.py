@@ -4,11 +4,10 @@ from collections.abc import Callable
 
 import pytest
 
-from benchmarks.drop_in.trainer_cases import WHEN
 from benchmarks.drop_in.trainer_setups import HUGGING_FACE
 
 
-@pytest.mark.parametrize("when", WHEN)
+@pytest.mark.parametrize("when", ["before", pytest.param("after", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", HUGGING_FACE)
 def test_every_step_is_the_same(name: str, when: str, compare: Callable[..., None]) -> None:
     compare(HUGGING_FACE[name], when)

@@ -11,14 +11,14 @@ import pytest
 import torch
 import trl
 
-from benchmarks.drop_in.trainer_cases import WHEN, Case, log_difference, run, weight_difference
+from benchmarks.drop_in.trainer_cases import Case, log_difference, run, weight_difference
 from benchmarks.drop_in.trainer_setups import GOOD, PAIRS, PROMPTS, TRL, offline
 from lora_engine.testing import byte_tokenizer
 
 Compare = Callable[..., None]
 
 
-@pytest.mark.parametrize("when", WHEN)
+@pytest.mark.parametrize("when", ["before", pytest.param("after", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", TRL)
 def test_every_step_is_the_same(name: str, when: str, compare: Compare) -> None:
     compare(TRL[name], when)
@@ -41,7 +41,7 @@ def test_means_over_all_positions_are_the_same_without_padding(
     compare(Case(partial(offline, trainer, rows)), "after")
 
 
-@pytest.mark.parametrize("when", WHEN)
+@pytest.mark.parametrize("when", ["before", pytest.param("after", marks=pytest.mark.slow)])
 def test_adapters_that_the_trainer_adds(when: str, compare: Compare) -> None:
     """Added to an accelerated base they run as PEFT's own, with a warning."""
     compare(Case(with_peft_config, lora=False), when)
