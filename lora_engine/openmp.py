@@ -1,14 +1,18 @@
-"""How OpenMP's threads wait for each other: asleep, so that a shared machine is shared fairly.
+"""How OpenMP's threads wait for each other: spinning briefly, then asleep.
 
 torch and the C++ kernels compute in teams of OpenMP threads. As the runtimes come, a thread that
 waits at the end of a loop or for the next one spins for milliseconds. Where other programs are busy
 as well, it spins away the processor time that the thread it waits for would need: with four busy
-threads beside two of ours, training falls to a third of its fair share. Asleep, it gets its share,
-and is as fast on a quiet machine.
+threads beside two of ours, training falls to a third of its fair share. Asleep at once, it gets its
+share, but to wake a thread takes longer than most loops of a small step or of a written token, and
+than what Python does between two: a step takes a sixth longer, writing half as long again. Some
+microseconds of spinning bridge that, and are too few to be missed by others.
 
-A runtime reads OMP_WAIT_POLICY once, at the latest with its first team. `settle`, called when
-lora_engine is imported, sets it, unless the user has said how threads wait. Where the runtime was
-loaded before, `settle_late` does what still can be done.
+A runtime reads its variables once, at the latest with its first team. `settle`, called when
+lora_engine is imported, sets them, unless the user has said how threads wait. GNU's runtime, which
+torch brings, counts turns of its loop; the others know milliseconds only and sleep at once. Where
+the runtime was loaded before, `settle_late` does what still can be done: GNU's then spins for 100
+turns.
 """
 
 import os
@@ -20,11 +24,15 @@ USERS_VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LI
 # GNU's, Intel's, LLVM's: libgomp.so.1, libgomp.so.1.0.0, and as wheels name their own copies.
 RUNTIME = re.compile(r"lib(gomp|iomp5|omp)(-[0-9a-f]+)?\.so(\.[0-9]+)*")
 MAPS = "/proc/self/maps"
-MEND = "import lora_engine before torch, or set OMP_WAIT_POLICY=passive"
+OURS = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "2000"}  # turns: 30 to 100 microseconds
+MEND = "import lora_engine before torch, or set " + " ".join(map("=".join, OURS.items()))
 
 
 class Waiting(NamedTuple):
-    """policy: "passive", asleep; "active", spinning; "the user's". mend: how to have it passive."""
+    """policy: "brief", spinning, then asleep; "passive", asleep; "active", spinning; "the user's".
+
+    mend: how to have the best.
+    """
 
     policy: str
     reason: str
@@ -35,20 +43,24 @@ class Waiting(NamedTuple):
 
 
 _ACTIVE = Waiting("active", "an OpenMP runtime was loaded before lora_engine", MEND)
+_BRIEF = Waiting("brief", "set by lora_engine")
 _waiting: Waiting | None = None
 
 
 def settle() -> None:
-    """Has threads wait asleep, in this process and in those that it starts."""
+    """Has threads spin briefly and then sleep, in this process and in those that it starts."""
     global _waiting
     if _waiting is not None:
         return
-    for name in USERS_VARIABLES:
-        if os.environ.get(name):
-            _waiting = Waiting("the user's", f"{name}={os.environ[name]}")
-            return
-    os.environ["OMP_WAIT_POLICY"] = "passive"
-    _waiting = _ACTIVE if loaded_runtimes() else Waiting("passive", "set by lora_engine")
+    said = {name: value for name in USERS_VARIABLES if (value := os.environ.get(name))}
+    if said == OURS:  # a process that started this one settled it
+        _waiting = _BRIEF
+    elif said:
+        name, value = next(iter(said.items()))
+        _waiting = Waiting("the user's", f"{name}={value}")
+    else:
+        os.environ.update(OURS)
+        _waiting = _ACTIVE if loaded_runtimes() else _BRIEF
 
 
 def settle_late(crowd: Callable[[], bool]) -> None:
@@ -64,7 +76,7 @@ def settle_late(crowd: Callable[[], bool]) -> None:
     gnus = [path for path, name in names.items() if name.startswith("libgomp")]
     others = [path for path in names if path not in gnus]
     if (not gnus or crowd()) and all(map(_block_at_once, others)):
-        _waiting = Waiting("passive", "set by lora_engine after the OpenMP runtime was loaded")
+        _waiting = Waiting("passive", "the OpenMP runtime was loaded before lora_engine", MEND)
 
 
 def waiting() -> Waiting:

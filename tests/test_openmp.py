@@ -1,4 +1,4 @@
-"""OpenMP's threads wait asleep, by lora_engine's doing, unless the user has said how."""
+"""OpenMP threads spin briefly and then sleep, by our doing, unless the user has said how."""
 
 import os
 import subprocess
@@ -55,8 +55,11 @@ def new_process(monkeypatch):
 
 @pytest.mark.parametrize("module", ["lora_engine", "lora_engine.errors", "lora_engine.app.cli"])
 def test_an_import_sets_the_policy_before_torch_is_there(module) -> None:
-    code = f"import os, sys, {module}; print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
-    assert run_python(code) == "passive False"
+    code = (
+        f"import os, sys, {module}; print(os.environ['OMP_WAIT_POLICY'],"
+        "os.environ['GOMP_SPINCOUNT'], 'torch' in sys.modules)"
+    )
+    assert run_python(code) == "passive 2000 False"
 
 
 @pytest.mark.parametrize("name", openmp.USERS_VARIABLES)
@@ -69,11 +72,27 @@ def test_what_the_user_set_stays(new_process, monkeypatch, name) -> None:
     assert str(openmp.waiting()) == f"the user's: {name}=active"
 
 
+def test_what_a_process_of_ours_handed_down_is_ours(new_process, monkeypatch) -> None:
+    for name, value in openmp.OURS.items():
+        monkeypatch.setenv(name, value)
+    # Whenever the runtime was loaded, the variables were there.
+    monkeypatch.setattr(openmp, "loaded_runtimes", lambda: ["/lib/libgomp.so.1"])
+    openmp.settle()
+    assert str(openmp.waiting()) == "brief: set by lora_engine"
+
+
+def test_one_of_our_variables_alone_is_the_user_s(new_process, monkeypatch) -> None:
+    monkeypatch.setenv("OMP_WAIT_POLICY", openmp.OURS["OMP_WAIT_POLICY"])
+    openmp.settle()
+    assert str(openmp.waiting()) == "the user's: OMP_WAIT_POLICY=passive"
+    assert "GOMP_SPINCOUNT" not in os.environ
+
+
 def test_a_variable_set_to_nothing_is_not_set(new_process, monkeypatch) -> None:
     """The runtime takes it for a mistake, and spins."""
     monkeypatch.setenv("OMP_WAIT_POLICY", "")
     openmp.settle()
-    assert os.environ["OMP_WAIT_POLICY"] == "passive"
+    assert {name: os.environ.get(name) for name in openmp.OURS} == openmp.OURS
 
 
 def test_several_of_gnu_s_runtimes_are_crowded_once(new_process, monkeypatch) -> None:
@@ -110,7 +129,7 @@ def test_a_preloaded_runtime_under_its_full_name(tmp_path) -> None:
     said = run_python(code, OMP_NUM_THREADS="2", LD_PRELOAD=str(full)).splitlines()
     assert float(said[0]) < 1.5e-3
     assert said[1:] == [
-        "passive: set by lora_engine after the OpenMP runtime was loaded",
+        "passive: the OpenMP runtime was loaded before lora_engine",
         "active: an OpenMP runtime was loaded before lora_engine",
     ]
 
@@ -120,12 +139,12 @@ def test_a_preloaded_runtime_under_its_full_name(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("imports", "variables", "sleeps", "waiting"),
     [
-        ("import lora_engine, torch", {}, True, "passive: set by lora_engine"),
+        ("import lora_engine, torch", {}, True, "brief: set by lora_engine"),
         (
             "import torch; from lora_engine import backends; backends.native()",
             {},
             True,
-            "passive: set by lora_engine after the OpenMP runtime was loaded",
+            "passive: the OpenMP runtime was loaded before lora_engine",
         ),
         (
             "import lora_engine, torch",

@@ -18,8 +18,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import psutil
+
 from benchmarks.common import measure
 from benchmarks.common.steps import Result
+from lora_engine import openmp
 from lora_engine.errors import UserError, nearest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,6 +35,9 @@ MODULES = {
     "dpo": "benchmarks.train.dpo_job",
     "length": "benchmarks.train.length_job",
 }
+OF_THE_RUNTIME = "300000"  # turns that a thread of GNU's OpenMP spins unless told otherwise
+SECONDS_OF_LOOKING = 0.5
+MOST_USED_BY_OTHERS = 20.0  # per cent of all cores, on a machine that counts as idle
 Options: TypeAlias = dict[str, Any]
 Facts: TypeAlias = dict[str, Any]
 
@@ -139,7 +145,7 @@ class Measured:
     """A job's results.
 
     facts: of its preparation. rounds: by contender and point, a result a round.
-    failures: what is wrong with ours. notes: who was left out, and why.
+    failures: what is wrong with ours. notes: who was left out, and why; how threads waited.
     """
 
     job: Job
@@ -149,6 +155,7 @@ class Measured:
     rates: list[dict[str, float]]
     failures: list[str]
     notes: list[str]
+    environment: Mapping[str, str]  # of peers
 
 
 def measure_job(
@@ -160,9 +167,11 @@ def measure_job(
     deadline: float = math.inf,
 ) -> Measured:
     """Runs the contenders in turn; no round but the first begins after `deadline` (monotonic)."""
+    given, how = environment_of_peers()
     facts = job.prepare(folder, options)
     (folder / "options.json").write_text(json.dumps(options))
-    measured = Measured(job, options, facts, {name: {} for name in names}, [], [], [])
+    measured = Measured(job, options, facts, {name: {} for name in names}, [], [], [], given)
+    measured.notes += [how] if how else []
     points = [str(x) for x in options[job.points]] if job.points else [""]
     for number in range(options["rounds"]):
         if number and time.monotonic() > deadline:
@@ -170,7 +179,7 @@ def measure_job(
             break
         if job.rate is not None:
             try:
-                measured.rates.append(_run(job, CEILING, "", folder))
+                measured.rates.append(_run(job, CEILING, "", folder, measured.environment))
             except _FailedError as error:
                 measured.notes.append(f"{CEILING} was not measured: {error}")
         for point in points:
@@ -190,7 +199,8 @@ def _measure_one(
     job, options = measured.job, measured.options
     where = f"{job.name} {point}".strip()
     try:
-        result = _run(job, name, point, folder)
+        given = os.environ if _is_ours(name) else measured.environment
+        result = _run(job, name, point, folder, given)
         wrong = _what_is_wrong(measured, result, point)
     except _FailedError as error:
         wrong = str(error)
@@ -233,11 +243,11 @@ class _FailedError(Exception):
     """A contender's process ended with an error; the message is its last line."""
 
 
-def _run(job: Job, name: str, point: str, folder: Path) -> Any:
+def _run(job: Job, name: str, point: str, folder: Path, given: Mapping[str, str]) -> Any:
     out = folder / "result.json"
     out.unlink(missing_ok=True)
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(paths)}
+    environment = {**given, "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(paths)}
     command = [sys.executable, "-m", WORKER, job.name, name, str(folder), point]
     done = subprocess.run(
         command, env=environment, capture_output=True, text=True, errors="replace"
@@ -247,6 +257,22 @@ def _run(job: Job, name: str, point: str, folder: Path) -> Any:
         last = lines[-1] if lines else f"exit status {done.returncode}"
         raise _FailedError(last[:300])
     return json.loads(out.read_text())
+
+
+def environment_of_peers() -> tuple[dict[str, str], str]:
+    """Variables for the processes of peers, and a note for the page where they are not the usual.
+
+    On an idle machine they wait as their users have it: GNU's OpenMP spins for milliseconds by
+    itself. Beside other programs that would cost them most of their time (lora_engine/openmp.py):
+    there they wait as ours do, and so does everybody where the user has said how.
+    """
+    if openmp.waiting().policy != "brief":
+        return dict(os.environ), f"threads of all: {openmp.waiting()}"
+    if psutil.cpu_percent(interval=SECONDS_OF_LOOKING) > MOST_USED_BY_OTHERS:
+        return dict(os.environ), "other programs were busy: threads of peers wait as ours do"
+    others = {name: value for name, value in os.environ.items() if name not in openmp.OURS}
+    others["GOMP_SPINCOUNT"] = OF_THE_RUNTIME
+    return others, ""
 
 
 def rows_of(measured: Measured) -> list[dict[str, Any]]:

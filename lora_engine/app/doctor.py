@@ -117,7 +117,7 @@ def _openmp_fact() -> Fact:
     """How threads wait: spinning takes a shared machine's time from the threads waited for."""
     backends.extension.loaded()  # settles it where the runtime was loaded before lora_engine
     waiting = openmp.waiting()
-    return Fact("OpenMP waits", str(waiting), _status(not waiting.mend), waiting.mend)
+    return Fact("OpenMP waits", str(waiting), _status(waiting.policy != "active"), waiting.mend)
 
 
 def _triton_fact() -> Fact:

@@ -1,6 +1,7 @@
 """Whole steps beside others: settings, who is left out, and what the figures come to."""
 
 import math
+import os
 import time
 from dataclasses import replace
 
@@ -8,6 +9,7 @@ import pytest
 
 from benchmarks.common import jobs, worker
 from benchmarks.common.jobs import COMMON, Job
+from lora_engine import openmp
 from lora_engine.errors import UserError
 
 JOB = Job(
@@ -39,7 +41,7 @@ def measured(monkeypatch, tmp_path, answers, *, job=JOB, names=("ours", "other")
     """What comes of a job whose processes answer so, by name and round."""
     calls = []
 
-    def answer(job, name, point, folder):
+    def answer(job, name, point, folder, environment):
         calls.append(name)
         if name == jobs.CEILING:
             return {"flops_per_second": 50.0}
@@ -49,6 +51,7 @@ def measured(monkeypatch, tmp_path, answers, *, job=JOB, names=("ours", "other")
         return found
 
     monkeypatch.setattr(jobs, "_run", answer)
+    monkeypatch.setattr(jobs, "environment_of_peers", lambda: ({}, ""))
     options, _ = jobs.options_of(job, {})
     found = jobs.measure_job(job, options, names, tmp_path, lambda line: None, **more)
     return found, calls
@@ -162,12 +165,52 @@ def test_a_worker_writes_what_its_contender_measured(monkeypatch, tmp_path, chat
     job = jobs.job_of("length")
     options, _ = jobs.options_of(job, words)
 
-    def run_here(job, name, point, folder):
+    def run_here(job, name, point, folder, environment):
         worker.main([job.name, name, str(folder), point])
         return jobs.json.loads((folder / "result.json").read_text())
 
     monkeypatch.setattr(jobs, "_run", run_here)
+    monkeypatch.setattr(jobs, "environment_of_peers", lambda: ({}, ""))
     names = ("ours", "peft", "peft-checkpointed")
     found = jobs.measure_job(job, options, names, tmp_path, lambda line: None)
     assert not found.failures and not found.notes, "all have the loss that float32 has"
     assert [row["x"] for row in jobs.rows_of(found)] == [16, 16, 16]
+
+
+BRIEF = openmp.Waiting("brief", "set by lora_engine")
+USERS = openmp.Waiting("the user's", "OMP_WAIT_POLICY=active")
+
+
+@pytest.mark.parametrize(
+    ("waiting", "used", "turns", "said"),
+    [
+        (BRIEF, 3.0, "300000", ""),
+        (BRIEF, 50.0, openmp.OURS["GOMP_SPINCOUNT"], "other programs were busy"),
+        (USERS, 3.0, openmp.OURS["GOMP_SPINCOUNT"], "threads of all: the user's"),
+    ],
+)
+def test_threads_of_peers_wait_as_is_best_for_them(monkeypatch, waiting, used, turns, said):
+    for name, value in openmp.OURS.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(openmp, "waiting", lambda: waiting)
+    monkeypatch.setattr(jobs.psutil, "cpu_percent", lambda interval: used)
+    environment, how = jobs.environment_of_peers()
+    assert environment["GOMP_SPINCOUNT"] == turns
+    assert ("OMP_WAIT_POLICY" in environment) is (turns != "300000")
+    assert said in how and environment["PATH"] == os.environ["PATH"]
+
+
+def test_ours_keeps_its_environment(monkeypatch, tmp_path):
+    given = {}
+
+    def answer(job, name, point, folder, environment):
+        given[name] = environment
+        return {"flops_per_second": 50.0} if name == jobs.CEILING else result(1, 2)
+
+    monkeypatch.setattr(jobs, "_run", answer)
+    monkeypatch.setattr(jobs, "environment_of_peers", lambda: ({"of": "peers"}, "how"))
+    found = jobs.measure_job(
+        JOB, jobs.options_of(JOB, {})[0], ["ours", "other"], tmp_path, lambda line: None
+    )
+    assert given["ours"] is os.environ and given["other"] == given[jobs.CEILING] == {"of": "peers"}
+    assert found.notes == ["how"]
