@@ -262,7 +262,8 @@ class TrainConfig(BaseModel):
     best_by: str = Field(
         "loss",
         description="What the best weights are told by: the held-out `loss`, `accuracy`, or one of "
-        "the objective's metrics, such as `rewards/accuracies`.",
+        "the objective's metrics, such as `rewards/accuracies`. Of equally good ones the latest "
+        "are the best.",
     )
     save_every: int | None = Field(
         None,

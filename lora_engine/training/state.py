@@ -1,5 +1,6 @@
 """Where a training run stands: everything a checkpoint's JSON remembers, and the result."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -65,7 +66,8 @@ class SavedState(TypedDict):
 @dataclass
 class TrainState:
     """step: optimiser steps done. before, latest, best: held-out results at step 0, at
-    latest_step and at best_step. evals_since_best: evaluations in a row without a new best.
+    latest_step and at best_step; of equally good ones the best is the latest. evals_since_best:
+    evaluations in a row that were not better than all before.
     loss_sum, loss_count: of the steps since the latest evaluation. curve: of each evaluation what
     tells whether the model overfits. parted_at: the step since which it does, once that was told.
     warnings: what was told of the run as a whole."""
@@ -92,17 +94,18 @@ class TrainState:
         """Note the result of evaluating the weights of the current step.
 
         by: what the best is told by, see `HeldoutResult.badness`. most_forgotten: of weights whose
-        probe has risen by more none is the best.
+        probe has risen by more none is the best. Of equally good weights the latest are the best,
+        so that a reward that no held-out prompt earns yet does not undo the training.
         """
         self.latest, self.latest_step = result, self.step
         if self.step == 0:
             self.before = result
-        better = self.best is None or result.badness(by) < self.best.badness(by)
-        if better and not self.has_forgotten(most_forgotten):
+        badness = result.badness(by)
+        gain = math.inf if self.best is None else self.best.badness(by) - badness
+        kept = not self.has_forgotten(most_forgotten)
+        if gain >= 0 and kept:
             self.best, self.best_step = result, self.step
-            self.evals_since_best = 0
-        else:
-            self.evals_since_best += 1
+        self.evals_since_best = 0 if gain > 0 and kept else self.evals_since_best + 1
         if result.accuracy is not None:  # rewards are no loss that training takes
             mean = self.loss_sum / self.loss_count if self.loss_count else None
             self.curve.append(Measured(self.step, mean, result.loss))

@@ -266,6 +266,22 @@ def test_the_best_is_told_by_what_is_asked_for(by, best):
     assert state.best_step == best
 
 
+def test_of_equally_good_weights_the_latest_are_the_best():
+    """And they are no progress, by which early stopping counts."""
+    state, seen = TrainState(), []
+    for state.step, loss in enumerate([-0.5, -0.5, -0.75, -0.5, -0.75, -0.75]):
+        state.record_heldout(result_of(loss))
+        seen.append((state.best_step, state.evals_since_best))
+    assert seen == [(0, 0), (1, 1), (2, 0), (2, 1), (4, 2), (5, 3)]
+
+
+def test_equally_good_weights_that_forgot_too_much_are_not_the_best():
+    state = TrainState()
+    for state.step, probe in enumerate([1.0, 1.05, 1.2]):
+        state.record_heldout(result_of(2.0, probe=probe), most_forgotten=0.1)
+    assert (state.best_step, state.evals_since_best) == (1, 2)
+
+
 def test_a_measure_that_is_not_there_is_named(tmp_path):
     trainer = make_trainer(tmp_path, best_by="acuracy")
     with pytest.raises(UserError, match=r"best_by: acuracy is not .*; did you mean accuracy\?"):

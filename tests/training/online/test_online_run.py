@@ -1,5 +1,6 @@
 """Online runs: what is written is rewarded and learned from, and a broken run goes on."""
 
+import math
 import multiprocessing
 import signal
 
@@ -56,6 +57,21 @@ def test_the_reward_rises(tmp_path):
     assert after["reward"] > before["reward"] + 0.2
     assert result.heldout_loss_after == -after["reward"]
     assert result.heldout_accuracy_after is None
+
+
+def test_a_run_whose_held_out_reward_stays_keeps_what_it_learned(tmp_path):
+    def of_training_prompts(prompts, completions):
+        held_out = [record["prompt"] for record in PROMPTS[8:]]
+        found = zip(prompts, vowels(completions), strict=True)
+        return [0.0 if prompt in held_out else reward for prompt, reward in found]
+
+    trainer = online_trainer(tmp_path, rewards=[of_training_prompts], eval_every=1)
+    before = trainable(trainer.model)
+    result = trainer.fit()
+    assert result.heldout_metrics_before["reward"] == result.heldout_metrics_after["reward"] == 0
+    assert result.best_step == result.steps == 4
+    after = trainable(trainer.model)
+    assert any(not torch.equal(after[name], value) for name, value in before.items())
 
 
 def test_a_step_tells_of_its_rewards_and_completions(tmp_path):
@@ -284,34 +300,46 @@ def test_killed_in_a_rollout_and_resumed_is_bitwise_the_same(tmp_path):
     assert completions(tmp_path / "killed") == completions(tmp_path / "straight")
 
 
-def test_a_reward_that_raises_loses_nothing(tmp_path):
-    calls = []
+def raises(count):
+    raise RuntimeError("the judge is away")
 
-    def sometimes(completions, prompts):
-        calls.append(len(completions))
-        if len(calls) == 4 and len(completions) > 2:
-            raise RuntimeError("the judge is away")
+
+FAULTS = {
+    "raises": (raises, "raises RuntimeError: the judge is away"),
+    "nan": (lambda count: [math.nan] * count, "returns nan for the completion"),
+    "too few": (lambda count: [0.5], "returns 1 numbers for 16 completions"),
+    "no number": (lambda count: ["good"] * count, "returns 'good' for the completion"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_reward_that_fails_loses_nothing(tmp_path, name):
+    """A run that a reward ends in its third round goes on to what it is without the fault."""
+    answer, said = FAULTS[name]
+    rounds = []
+
+    def judge(completions):
+        if len(completions) == 16:  # of a round, not of the held-out prompts
+            rounds.append(len(completions))
+            if rounds == [16] * 3:
+                return answer(16)
         return vowels(completions)
 
-    def fit(name, rewards, resume=False):
+    def fit(name, resume=False):
         model = writer()
         trainer = online_trainer(
-            tmp_path / name, model=model, rewards=rewards, final_weights="last"
+            tmp_path / name, model=model, rewards=[judge], final_weights="last"
         )
         trainer.fit(resume=resume)
-        return model
+        return trainable(model)
 
-    with pytest.raises(UserError, match="reward sometimes: raises RuntimeError: the judge is away"):
-        fit("broken", [sometimes])
-    calls.clear()
-    calls.extend(range(10))
-    resumed = fit("broken", [sometimes], resume=True)
-
-    def straight(completions, prompts):
-        return vowels(completions)
-
-    straight.__name__ = "sometimes"
-    assert_same_bits(trainable(resumed), trainable(fit("straight", [straight])))
+    with pytest.raises(UserError, match=f"reward judge: {said}") as caught:
+        fit("broken")
+    assert "\n" not in str(caught.value)
+    assert len(lines(tmp_path / "broken")) == 3, "the first evaluation and two steps"
+    resumed = fit("broken", resume=True)
+    assert len(rounds) == 5, "only the round that failed was written again"
+    assert_same_bits(resumed, fit("straight"))
     assert completions(tmp_path / "broken") == completions(tmp_path / "straight")
 
 
