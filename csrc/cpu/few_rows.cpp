@@ -6,9 +6,13 @@
 // are multiplied in vectors along the rows of X and W, for up to kOuter rows of W and kRows of X at
 // a time, whose sums stay in registers. A sum adds its terms in an order that K alone decides:
 // other rows beside one, and other threads, change no bit of it.
-#include "gemm/tile_gemm.hpp"
+//
+// bfloat16 on a matrix unit: unit_few_rows.hpp.
+#include "few_rows.hpp"
+
 #include "isa.hpp"
 #include "scratch.hpp"
+#include "unit_few_rows.hpp"
 
 namespace lora_engine {
 namespace {
@@ -184,19 +188,6 @@ inline void sum_terms(int64_t outer, int64_t rows, const Term<T>* terms, int64_t
   }
 }
 
-// dst [padded] = factor * src [n], rounded to T; zeros from n on.
-template <class T>
-inline void take_row(DType type, const void* src, int64_t start, int64_t n, double factor, T* dst) {
-  using A = acc_t<T>;
-  const A scale = static_cast<A>(factor);
-  dispatch(type, [&](auto s) {
-    const decltype(s)* from = static_cast<const decltype(s)*>(src) + start;
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) dst[i] = store<T>(static_cast<A>(load(from[i])) * scale);
-  });
-  std::memset(dst + n, 0, sizeof(T) * (padded<T>(n) - n));
-}
-
 template <class T>
 void few_rows(const FewRowsArgs& a) {
   using E = typename Along<T>::E;
@@ -236,7 +227,7 @@ void few_rows(const FewRowsArgs& a) {
         const int64_t outer = smaller(kOuter, adapter.ranks - r);
         for (int64_t n = 0; n < outer; ++n)
           take_row(adapter.dtype, adapter.lora_a, (r + n) * adapter.a_stride, a.cols, 1.0,
-                   factors + n * ldx);
+                   factors + n * ldx, ldx);
         terms[0] = {ldx, factors, ldx, xs, ldx};
         sum_terms<T, kOuter>(outer, a.rows, terms, 1, sums, kChunk, 1);
         for (int64_t m = 0; m < a.rows; ++m) {
@@ -265,7 +256,7 @@ void few_rows(const FewRowsArgs& a) {
             T* scaled = factors + j * kOuter * widest;
             for (int64_t n = 0; n < outer; ++n)
               take_row(adapter.dtype, adapter.lora_b, (row + n * step) * adapter.b_stride,
-                       adapter.ranks, adapter.scaling, scaled + n * width);
+                       adapter.ranks, adapter.scaling, scaled + n * width, width);
             terms[1 + j] = {width, scaled, width, low_rank[first + j], width};
           }
           sum_terms<T, kOuter>(outer, a.rows, terms, 1 + linear.adapters, sums + row - begin,
@@ -273,16 +264,11 @@ void few_rows(const FewRowsArgs& a) {
         };
         for (int64_t i = 0; i < whole; ++i) rows_of(begin + i, kOuter, whole);
         if (rest) rows_of(end - rest, rest, 1);
-        for (int64_t m = 0; m < a.rows; ++m) {
-          acc_t<T>* sum = sums + m * kChunk;
-          if (bias)
-            for (int64_t n = begin; n < end; ++n) sum[n - begin] += load(bias[n]);
-          if (residual) {
-            const T* added = residual + m * a.residual_stride + start + begin;
-            for (int64_t n = 0; n < end - begin; ++n) sum[n] += load(added[n]);
-          }
-          convert_row(end - begin, sum, y + m * a.y_stride + start + begin);
-        }
+        const int64_t place = start + begin;
+        for (int64_t m = 0; m < a.rows; ++m)
+          finish_row(end - begin, sums + m * kChunk, bias ? bias + begin : nullptr,
+                     residual ? residual + m * a.residual_stride + place : nullptr,
+                     y + m * a.y_stride + place);
       }
       start += linear.rows;
       first += linear.adapters;
@@ -295,7 +281,12 @@ void few_rows(const FewRowsArgs& a) {
 namespace LORA_ENGINE_ISA {
 
 void lora_linear_few_rows(DType dtype, const FewRowsArgs& args) {
-  dispatch(dtype, [&](auto t) { few_rows<decltype(t)>(args); });
+  dispatch(dtype, [&](auto t) {
+#ifdef LORA_ENGINE_TILES
+    if constexpr (std::is_same_v<decltype(t), bf16>) return unit_few_rows(args);
+#endif
+    few_rows<decltype(t)>(args);
+  });
 }
 
 }  // namespace LORA_ENGINE_ISA

@@ -42,8 +42,10 @@ CHUNK_ROW_STEP = 64
 DECODED_ROWS = 1024
 
 # Rows of a product without gradients up to which a kernel of our own reads weight and adapters
-# once, where they are: the vendor's product packs the weight at every call.
-FEW_ROWS = 16
+# once, where they are: the vendor's product packs the weight at every call. The second: on a matrix
+# unit, in what it multiplies.
+FEW_ROWS = 32
+UNIT_FEW_ROWS = 64
 
 # Instruction sets with a matrix unit, and what it multiplies: products of large matrices are a
 # kernel of our own there. PyTorch's compiles one for every number of rows that it has not seen,
@@ -97,7 +99,7 @@ def plan(request: Request, present: Present, impl: str) -> Strategy | int | None
     if isinstance(sizes, Product):
         return _product(request, sizes)
     if isinstance(sizes, Forward):
-        return _forward(impl, sizes)
+        return _forward(impl, request, present, sizes)
     if isinstance(sizes, Matmul):
         return _matmul(request, present)
     if isinstance(sizes, Queries):
@@ -126,17 +128,22 @@ def _product(request: Request, product: Product) -> Strategy:
     return Strategy(rule["strategy"], rule["reason"])
 
 
-def _forward(impl: str, sizes: Forward) -> Strategy:
-    if impl == "cpu" and 0 < sizes.rows <= FEW_ROWS:
+def _forward(impl: str, request: Request, present: Present, sizes: Forward) -> Strategy:
+    most = UNIT_FEW_ROWS if _has_unit(request, present) else FEW_ROWS
+    if impl == "cpu" and 0 < sizes.rows <= most:
         return Strategy("few_rows", "the weight is read once, where it is")
-    return Strategy("many_rows", f"not the C++ kernel of up to {FEW_ROWS} rows")
+    return Strategy("many_rows", f"not the C++ kernel of up to {most} rows")
 
 
 def _matmul(request: Request, present: Present) -> Strategy:
-    unit = present.isa in MATRIX_UNITS and request.dtype in MATRIX_UNITS[present.isa]
-    if request.device != "cpu" or not unit:
+    if not _has_unit(request, present):
         return Strategy("vendor", "there is no matrix unit that a kernel of ours runs on")
     return Strategy("tiles", f"C++ kernel, {present.isa}: nothing is compiled for a new size")
+
+
+def _has_unit(request: Request, present: Present) -> bool:
+    unit = MATRIX_UNITS.get(present.isa or "", ())
+    return request.device == "cpu" and request.dtype in unit
 
 
 def _queries(request: Request, sizes: Queries) -> Strategy:

@@ -17,10 +17,10 @@ from lora_engine.models.attach.head import Head
 from lora_engine.ops.layer.decode_stack import DecodeStack
 
 # Continuations that are written at once: what the kernel of few rows takes, and a GPU.
-MAX_BATCH = {"cpu": 16, "cuda": 128}
+MAX_BATCH = {"cpu": 32, "cuda": 128}
 
 # Rows of a pass of prepared calls, and tokens of a prompt up to which these are faster.
-STACKED_ROWS = 16
+STACKED_ROWS = (64, 32)  # the first that the machine has a kernel for
 PROMPT_BY_ROWS = 64
 
 State = TypeVar("State")
@@ -91,7 +91,8 @@ class CachedDecoder:
         if run is None:
             return None
         if self._texts == 0:
-            self._stack = self.layers.stack(STACKED_ROWS)
+            stacks = (self.layers.stack(rows) for rows in STACKED_ROWS)
+            self._stack = next((stack for stack in stacks if stack is not None), None)
         self._texts += 1
         ids = torch.tensor(prompt_ids, device=self.device)
         if self._stack is None or count > PROMPT_BY_ROWS:
@@ -110,7 +111,7 @@ class CachedDecoder:
         return Text((*prompt.runs, run), prompt.length, prompt.length)
 
     def decode(self, states: Sequence[Text], tokens: Sequence[int]) -> Tensor:
-        most = STACKED_ROWS if self._stack is not None else max(len(states), 1)
+        most = self._stack.rows if self._stack is not None else max(len(states), 1)
         hidden = [
             self._decode(states[first : first + most], tokens[first : first + most])
             for first in range(0, len(states), most)
@@ -139,8 +140,8 @@ class CachedDecoder:
 
     def _read_by_rows(self, stack: DecodeStack, ids: Tensor, run: Run) -> Tensor:
         """The last hidden states of a prompt, its tokens as rows that see those before them."""
-        for first in range(0, len(ids), STACKED_ROWS):
-            positions = torch.arange(first, min(first + STACKED_ROWS, len(ids)))
+        for first in range(0, len(ids), stack.rows):
+            positions = torch.arange(first, min(first + stack.rows, len(ids)))
             seen = [[(run.first, place + 1)] for place in positions.tolist()]
             hidden = self._hidden(stack, ids[positions], positions, seen)
         return hidden

@@ -93,7 +93,7 @@ class Generator:
         those that are active. Call within `evaluation.modes.inference`, or where the model is in
         evaluation mode and gradients are off.
     tokenizer: for texts; None: only tokens.
-    max_batch: the most continuations at once; None: 16 on a CPU, 128 on a GPU.
+    max_batch: the most continuations at once; None: 32 on a CPU, 128 on a GPU.
     cache_tokens: the most tokens whose keys and values are kept.
     """
 

@@ -23,7 +23,14 @@ ASKING = {
 DEVICES = ("cpu", "cuda", "mps", "xpu")
 # Where backends keeps its numbers and facts. The rest of it answers requests.
 PRIVATE = ("lora_engine.backends.hardware", "lora_engine.backends.tables")
-SIZES = {"FEW_ROWS", "CHUNK_BYTES", "CHUNK_ROW_STEP", "DECODED_ROWS", "OLDEST_CAPABILITY"}
+SIZES = {
+    "FEW_ROWS",
+    "UNIT_FEW_ROWS",
+    "CHUNK_BYTES",
+    "CHUNK_ROW_STEP",
+    "DECODED_ROWS",
+    "OLDEST_CAPABILITY",
+}
 # Files that tell people what the machine has, and choose nothing by it.
 REPORTS = {"machine.py", "app/doctor.py", "report/page.py"}
 

@@ -16,6 +16,7 @@ void matmul(DType, const MatmulArgs&);
 void lora_a_fwd(DType, const LoraAFwdArgs&);
 void lora_b_bwd(DType, const LoraBBwdArgs&);
 void lora_a_bwd(DType, const LoraABwdArgs&);
+void lora_linear_few_rows(DType, const FewRowsArgs&);
 }  // namespace tile_model
 
 const Kernels* kernels() {
@@ -28,6 +29,7 @@ const Kernels* kernels() {
     made.lora_a_fwd = tile_model::lora_a_fwd;
     made.lora_b_bwd = tile_model::lora_b_bwd;
     made.lora_a_bwd = tile_model::lora_a_bwd;
+    made.lora_linear_few_rows = tile_model::lora_linear_few_rows;
     return made;
   }();
   return &table;

@@ -19,8 +19,14 @@ NAME = "tile_model"
 CPU = ROOT / "csrc" / "cpu"
 OPERATIONS = ("attention", "lora_linear")  # that have kernels with tiles
 MODELLED = {"attention_fwd", "attention_bwd", "matmul", "lora_a_fwd", "lora_b_bwd", "lora_a_bwd"}
+MODELLED |= {"lora_linear_few_rows"}
 SOURCES = [CPU / f"{stem}.cpp" for stem in ("attention_fwd", "attention_bwd", "matmul")]
-SOURCES += [CPU / "lora_linear.cpp", CPU / "bindings.cpp", ROOT / "tests" / "cpu" / f"{NAME}.cpp"]
+SOURCES += [
+    CPU / "lora_linear.cpp",
+    CPU / "few_rows.cpp",
+    CPU / "bindings.cpp",
+    ROOT / "tests" / "cpu" / f"{NAME}.cpp",
+]
 FLAGS = ["-std=c++17", "-O1", "-g0", "-fopenmp", "-Wall", "-Wextra", "-Werror"]
 FLAGS += [f"-DLORA_ENGINE_ISA={NAME}", "-DLORA_ENGINE_TILE_MODEL"]
 # pybind11 shares its registered types among modules of one ABI; lora_engine._C has the same ones.
@@ -61,9 +67,19 @@ class WithTiles:
         code = self._tiles.DType.bfloat16
 
         def call(dtype: Any, args: Any) -> None:
-            modelled(code, args) if dtype == bfloat16 else own(dtype, args)
+            modelled(code, self._of_tiles(args)) if dtype == bfloat16 else own(dtype, args)
 
         return call
+
+    def _of_tiles(self, args: Any) -> Any:
+        """Arguments with the model's own values for dtypes."""
+        if isinstance(args, self._native.DType):
+            return getattr(self._tiles.DType, args.name)
+        if isinstance(args, list):
+            return [self._of_tiles(value) for value in args]
+        if isinstance(args, tuple):
+            return args._replace(**{n: self._of_tiles(v) for n, v in args._asdict().items()})  # type: ignore[attr-defined]
+        return args
 
 
 @contextmanager

@@ -21,8 +21,8 @@ pytestmark = pytest.mark.skipif(
 )
 
 OPERATION = "lora_linear"
-CPU_KERNELS = Backend("cpu", CPU)
-ROWS = (1, 2, 7, 8, 9, 16)
+ROWS = (1, 2, 7, 8, 9, 16, 17, 32)
+ON_A_UNIT = (*ROWS, 33, 49, 64)  # of bfloat16
 # K and the linears' N: whole vectors, less than one, and some with a part left over.
 SIZES = ((64, (48,)), (3, (1,)), (65, (49, 17)), (33, (2, 4, 5)), (128, (96, 1)))
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 4e-3}
@@ -71,8 +71,18 @@ def result(backend: Backend, x: Tensor, weight: ops.LoraGroup) -> Tensor:
         return torch.cat(ops.lora_linear(x, weight, impl=backend.impl), -1)
 
 
+def rows_of(dtype: torch.dtype) -> tuple[int, ...]:
+    """Numbers of rows that the kernel takes."""
+    return ON_A_UNIT if backends.takes_few_rows(64, CPU, dtype, "cpu") else ROWS
+
+
+def only_kernels_for_few_rows(backend: Backend) -> None:
+    if backend.impl != "cpu":
+        pytest.skip("no kernel for few rows")
+
+
 def test_every_size(backend: Backend, dtype: torch.dtype) -> None:
-    counts = ROWS if backend.impl == "cpu" else (1, 16)  # others have no kernel for few rows
+    counts = rows_of(dtype) if backend.impl == "cpu" else (1, 16)  # others have no such kernel
     for rows, (k, outs) in itertools.product(counts, SIZES):
         torch.manual_seed(rows)
         with backend.device:
@@ -115,25 +125,41 @@ def test_strided_inputs_and_factors(backend: Backend) -> None:
         assert error(result(backend, x, weight), expected(x, weight)) < 1e-5
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_row_does_not_depend_on_others(dtype: torch.dtype) -> None:
+def test_a_row_does_not_depend_on_others(backend: Backend, dtype: torch.dtype) -> None:
+    only_kernels_for_few_rows(backend)
     torch.manual_seed(0)
     weight = weight_of(65, (49, 17), dtype, [factors(49, 65, 6), None])
-    x = torch.randn(16, 65).to(dtype)
-    whole = result(CPU_KERNELS, x, weight)
-    for rows in range(1, 16):
-        assert torch.equal(result(CPU_KERNELS, x[:rows], weight), whole[:rows])
+    x = torch.randn(max(rows_of(dtype)), 65).to(dtype)
+    whole = result(backend, x, weight)
+    for rows in range(1, len(x)):
+        assert torch.equal(result(backend, x[:rows], weight), whole[:rows])
 
 
-def test_what_stands_beside_operands_is_not_read() -> None:
+@pytest.mark.parametrize("row", [0, 5, 16, 31])
+def test_what_is_not_finite_stays_in_its_row(
+    backend: Backend, dtype: torch.dtype, row: int
+) -> None:
+    only_kernels_for_few_rows(backend)
     torch.manual_seed(0)
-    around = torch.full((3, 30), torch.nan)
+    weight = weight_of(65, (49, 17), dtype, [factors(49, 65, 6), factors(17, 65, 3)])
+    x = torch.randn(32, 65).to(dtype)
+    clean = result(backend, x, weight)
+    x[row, 64] = torch.inf
+    found = result(backend, x, weight)
+    others = torch.arange(32) != row
+    assert torch.equal(found[others], clean[others]) and not found[row].isfinite().any()
+
+
+def test_what_stands_beside_operands_is_not_read(backend: Backend, dtype: torch.dtype) -> None:
+    only_kernels_for_few_rows(backend)
+    torch.manual_seed(0)
+    around = torch.full((3, 30), torch.nan, dtype=dtype)
     around[:, :20] = torch.randn(3, 20)
-    weight = weight_of(20, (9,), torch.float32, [factors(9, 20, 3)])
+    weight = weight_of(20, (9,), dtype, [factors(9, 20, 3)])
     assert isinstance(weight.base, ops.DenseBase)
     weight.base.buffer[:, 20:] = torch.nan
     weight.base.buffer[9:] = torch.nan
-    assert torch.isfinite(result(CPU_KERNELS, around[:, :20], weight)).all()
+    assert torch.isfinite(result(backend, around[:, :20], weight)).all()
 
 
 def test_written_factors_are_seen_at_once(backend: Backend) -> None:
@@ -152,8 +178,8 @@ def test_others_are_left_to_the_augmented_product() -> None:
     one = torch.randn(1, 40)
     assert not few_rows.suits(one, weight)  # gradients may be asked for
     with torch.no_grad():
-        assert few_rows.suits(torch.randn(16, 40), weight)
-        assert not few_rows.suits(torch.randn(17, 40), weight)
+        assert few_rows.suits(torch.randn(32, 40), weight)
+        assert not few_rows.suits(torch.randn(33, 40), weight)
         assert not few_rows.suits(torch.randn(0, 40), weight)
         assert not few_rows.suits(one, weight, impl="reference")
         pair = factors(24, 40, 4)
@@ -207,7 +233,7 @@ def test_linear(bias: bool) -> None:
         ours = ops.linear_few_rows(x, module.weight, module.bias)
         assert ours is not None and error(ours, module(x)) < 1e-5
         assert ops.linear_few_rows(torch.randn(5, 41), module.weight, module.bias) is None
-        assert ops.linear_few_rows(torch.randn(17, 40), module.weight, module.bias) is None
+        assert ops.linear_few_rows(torch.randn(33, 40), module.weight, module.bias) is None
         assert ops.linear_few_rows(x.bfloat16(), module.weight, module.bias) is None
         with torch.autocast("cpu", torch.bfloat16):
             assert ops.linear_few_rows(x, module.weight, module.bias) is None
