@@ -181,7 +181,8 @@ class DataConfig(Section):
         default=2048,
         ge=16,
         le=10**7,
-        description="Records that are shuffled and packed among themselves, of a stream.",
+        description="Records, of at most some 32 MB of the file, that are shuffled and packed "
+        "among themselves, of a stream.",
     )
     processes: Annotated[int, Field(ge=1, le=1024)] | None = Field(
         default=None,

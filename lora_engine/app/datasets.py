@@ -30,7 +30,6 @@ from lora_engine.data.store import OutcomeStore, StoredExamples, joined
 from lora_engine.data.stream import ExampleStream, StreamPart, streamed
 from lora_engine.data.template import Tokenizer
 from lora_engine.data.tokenising import PARALLEL_BYTES, Tokenised, tokenise, usable_processes
-from lora_engine.data.unpack import COMPRESSED
 from lora_engine.errors import UserError
 
 # Buffers of a stream that are looked into for held-out records.
@@ -218,9 +217,7 @@ def _worked_out(
     reading: Reading | None,
     size: int,
 ) -> Tokenised:
-    files = files_among(source.path, source.split) or ()
-    is_packed = any(file.suffix.lower() in COMPRESSED for file in files)
-    known = 0 if is_packed or source.limit is not None else size  # bytes that will be read
+    known = 0 if source.limit is not None else size  # bytes that will be read
 
     def tell(done: int, records: int) -> None:
         if reading is not None:

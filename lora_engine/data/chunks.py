@@ -3,18 +3,26 @@
 Lines of JSON stay bytes until whoever works on the chunk parses them.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 from lora_engine.data.readers import Row, RowError, file_kind, parse_line, read_file
 from lora_engine.data.sources import Part, files_among, open_parts
-from lora_engine.data.unpack import opened, skip
+from lora_engine.data.unpack import Meter, opened, skip
 from lora_engine.errors import UserError
 
 ROWS = 256
 BYTES = 1 << 20
+
+
+class Read(NamedTuple):
+    """A row, or a line as it stands. size: bytes that were read for it."""
+
+    row: bytes | Row | RowError
+    size: int
 
 
 @dataclass(frozen=True)
@@ -22,7 +30,7 @@ class Chunk:
     """A stretch of a source.
 
     rows: its rows, or, of a file of JSON lines, `lines` as they stand and the number of the first.
-    size: bytes, as far as they are known.
+    size: bytes that were read for it; 0 of what is no file.
     """
 
     rows: tuple[Row | RowError, ...] = ()
@@ -56,25 +64,63 @@ def _of_parts(name: str, parts: Iterable[Part]) -> Iterator[Chunk]:
 
 
 def _chunks(part: Part) -> Iterator[Chunk]:
+    if isinstance(part, Path) and file_kind(part) in (".jsonl", ".ndjson"):
+        yield from lines_of(part)
+        return
     if isinstance(part, Path):
-        if file_kind(part) in (".jsonl", ".ndjson"):
-            yield from lines_of(part)
-            return
-        size, rows = part.stat().st_size, iter(read_file(part))
+        left, rows = part.stat().st_size, rows_of(part)
     else:
-        size, rows = 0, iter(part)
-    while some := tuple(islice(rows, ROWS)):
-        yield Chunk(some)
-    yield Chunk(size=size)
+        left, rows = 0, (Read(row, 0) for row in part)
+    while some := some_of(rows, ROWS, BYTES):
+        chunk = chunk_of(some)
+        left -= chunk.size
+        yield chunk
+    yield Chunk(size=left)
+
+
+def rows_of(path: Path, first: int = 0) -> Generator[Read, None, None]:
+    """A file's rows from that number on, which counts from 0."""
+    meter = Meter()
+    rows = read_file(path, meter)
+    for _ in islice(rows, first):
+        pass
+    before = meter.tell()
+    for row in rows:
+        now = meter.tell()
+        yield Read(row, now - before)
+        before = now
+
+
+def some_of(reads: Iterator[Read], count: int, most: int) -> list[Read]:
+    """The next `count`, or as many as have `most` bytes together."""
+    some: list[Read] = []
+    size = 0
+    for read in reads:
+        some.append(read)
+        size += read.size
+        if len(some) >= count or size >= most:
+            break
+    return some
+
+
+def chunk_of(reads: Sequence[Read], path: Path | None = None, first: int = 1) -> Chunk:
+    """The chunk of rows, or of lines of `path`, the first of which has the number `first`."""
+    size = sum(read.size for read in reads)
+    lines = tuple(read.row for read in reads if isinstance(read.row, bytes))
+    if lines:
+        return Chunk((), path, lines, first, size)
+    return Chunk(tuple(read.row for read in reads if not isinstance(read.row, bytes)), size=size)
 
 
 def lines_of(path: Path, offset: int = 0, first: int = 1) -> Iterator[Chunk]:
     """A file's lines in chunks. offset, first: where to begin, in unpacked bytes and as a line."""
-    with opened(path) as file:
+    meter, done = Meter(), 0
+    with opened(path, meter) as file:
         skip(file, offset)
         while lines := file.readlines(BYTES):
-            yield Chunk((), path, tuple(lines), first, sum(map(len, lines)))
-            first += len(lines)
+            now = meter.tell()
+            yield Chunk((), path, tuple(lines), first, now - done)
+            first, done = first + len(lines), now
 
 
 def first_rows(chunks: Iterable[Chunk], count: int) -> Iterator[Chunk]:

@@ -12,6 +12,7 @@ import numpy as np
 
 from lora_engine.data.batch import MISMATCHED
 from lora_engine.data.dataset import Dropped, TokenizedDataset
+from lora_engine.data.fit import SPLIT
 from lora_engine.data.leakage import Duplicate, Leakage, find_leakage
 from lora_engine.data.listing import Finding, group
 from lora_engine.data.near import NearDuplicate, near_duplicates
@@ -20,9 +21,12 @@ from lora_engine.data.prefixes import common_length
 from lora_engine.data.quality import Quality, quality, token_texts
 from lora_engine.data.render import Example
 from lora_engine.data.template import Tokenizer
+from lora_engine.data.turns import ADDED, LEARNED_THERE
 
 HISTOGRAM_BINS = 10
 SHOWN_TOKENS = 400  # of a sample
+# Ends of notes about what is learned as it ought to be.
+_AS_MEANT = (SPLIT, ADDED, LEARNED_THERE)
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,9 @@ class DataReport:
             "tokens are unknown to the tokenizer": self.quality.unknown,
             "examples share an answer": sum(same.count for same in self.quality.same_answers),
             "answers are refusals": self.quality.refusals.count if self.quality.refusals else 0,
-            "texts were not taken as they are": sum(note.count for note in self.notes),
+            "texts were not taken as they are": sum(
+                note.count for note in self.notes if not note.text.endswith(_AS_MEANT)
+            ),
         }
         said = [f"{count:,} {what}" for what, count in counts.items() if count]
         if len(labels) == 1:

@@ -15,11 +15,12 @@ _NEAR = 16
 
 
 class JsonList:
-    """The values of a list, each with the line where it begins.
+    """The values of a list, each with the place where it begins.
 
-    line: of the value that is read, or that cannot be. Raises UserError for what is no list, or no
-    text in UTF-8; a ListError, or what `decoder` raises, at the first value that cannot be read:
-    JSON has no mark to go on at.
+    origin: of the value that is read, or that cannot be: the line where it begins and, where more
+    stands before it in this line, its number, as lists are also written in one line. Raises
+    UserError for what is no list, or no text in UTF-8; a ListError, or what `decoder` raises, at
+    the first value that cannot be read: JSON has no mark to go on at.
     """
 
     def __init__(self, file: BinaryIO, path: Path, decoder: json.JSONDecoder) -> None:
@@ -27,17 +28,20 @@ class JsonList:
         self._utf8 = codecs.getincrementaldecoder("utf-8-sig")()
         self._text, self._position, self._ended = "", 0, False
         self._line, self._counted, self._column = 1, 0, 0  # line ends before `_counted` are counted
-        self.line = 1
+        self._bytes = 0  # that are read
+        self._ended_in = 1  # the line of the end of what stands before
+        self.origin = f"{path}:1"
 
     def __iter__(self) -> Iterator[object]:
         if self._next() != "[":
             raise UserError(
                 f"{self._path}:1: expected a JSON list of records; one per line is .jsonl"
             )
-        self._position += 1
+        self._passed(self._position + 1)
+        number = 0
         while self._next() != "]":
-            self._count()
-            self.line = self._line
+            number += 1
+            self._begin(number)
             yield self._value()
             separator = self._next()
             if separator == ",":
@@ -47,9 +51,20 @@ class JsonList:
                 raise ListError("is not followed by ',' or ']'")
         self._position += 1
         if self._next():
-            self._count()
-            self.line = self._line
+            self._begin()
             raise ListError("stands behind the end of the list")
+
+    def _begin(self, number: int = 0) -> None:
+        """A value begins at the position. number: its own, from 1; 0: it has none."""
+        self._count()
+        in_line = f" (record {number})" if number and self._line == self._ended_in else ""
+        self.origin = f"{self._path}:{self._line}{in_line}"
+
+    def _passed(self, position: int) -> None:
+        """A value, or the list's bracket, ends at the position."""
+        self._position = position
+        self._count()
+        self._ended_in = self._line
 
     def _next(self) -> str:
         """The next character that is no white space; "" at the end."""
@@ -67,7 +82,7 @@ class JsonList:
             try:
                 value, end = self._decoder.raw_decode(self._text, self._position)
                 if end < len(self._text) or self._ended:  # a number may go on
-                    self._position = end
+                    self._passed(end)
                     return value
             except json.JSONDecodeError as error:
                 may_go_on = error.pos + _NEAR > len(self._text) or error.msg.startswith("Untermin")
@@ -97,7 +112,11 @@ class JsonList:
         except UnicodeDecodeError as error:
             line = self._line + self._text.count("\n", self._counted)
             line += error.object[: error.start].count(b"\n")
-            raise UserError(f"{self._path}:{line}: is not UTF-8 text") from error
+            byte = self._bytes + len(read) - len(error.object) + error.start + 1
+            raise UserError(
+                f"{self._path}:{line}: is not UTF-8 text (byte {byte} of the text)"
+            ) from error
+        self._bytes += len(read)
         self._count()
         gone = self._text[: self._position]
         self._column = (

@@ -13,22 +13,27 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import TYPE_CHECKING, BinaryIO, Protocol
 
+from lora_engine.data.documents import NUL, Document
 from lora_engine.data.json_list import JsonList, ListError
 from lora_engine.data.strings import without_nulls
-from lora_engine.data.unpack import COMPRESSED, opened, read_text
+from lora_engine.data.unpack import COMPRESSED, Meter, opened
 from lora_engine.errors import UserError, reason
+
+if TYPE_CHECKING:
+    import pyarrow
 
 _JSON_BLANKS = " \t\r\n"
 
 
 @dataclass(frozen=True)
 class Row:
-    """A parsed row and its origin."""
+    """A parsed row and its origin. goes_on: its text does, in the next row."""
 
     value: object
     origin: str
+    goes_on: bool = False
 
 
 @dataclass(frozen=True)
@@ -39,9 +44,9 @@ class RowError:
     origin: str
 
 
-def read_jsonl(path: Path) -> Iterator[Row | RowError]:
+def read_jsonl(path: Path, meter: Meter) -> Iterator[Row | RowError]:
     """One JSON value per line; blank lines are skipped. Origins count lines from 1."""
-    with opened(path) as file:
+    with opened(path, meter) as file:
         for number, raw in enumerate(file, start=1):
             if (row := parse_line(raw, number, path)) is not None:
                 yield row
@@ -63,25 +68,25 @@ def parse_line(raw: bytes, number: int, path: Path) -> Row | RowError | None:
         return RowError(_unusable(error), origin)
 
 
-def read_json(path: Path) -> Iterator[Row | RowError]:
-    """A JSON array of records. Origins are the lines where the records begin."""
-    with opened(path) as file:
+def read_json(path: Path, meter: Meter) -> Iterator[Row | RowError]:
+    """A JSON array of records. Origins are as in `JsonList`."""
+    with opened(path, meter) as file:
         values = JsonList(file, path, _decoder)
         try:
             for value in values:
-                yield Row(value, f"{path}:{values.line}")
+                yield Row(value, values.origin)
         except ListError as error:
-            yield RowError(str(error), f"{path}:{values.line}")
+            yield RowError(str(error), values.origin)
         except (ValueError, RecursionError) as error:
-            yield RowError(_unusable(error), f"{path}:{values.line}")
+            yield RowError(_unusable(error), values.origin)
 
 
-def read_csv(path: Path) -> Iterator[Row | RowError]:
+def read_csv(path: Path, meter: Meter) -> Iterator[Row | RowError]:
     """A CSV file with a header line, or a TSV one. Origins are the lines where records end."""
     previous_limit = csv.field_size_limit(sys.maxsize)  # the default refuses 128 KiB cells
     delimiter = "\t" if file_kind(path) == ".tsv" else ","
     try:
-        with opened(path) as file:
+        with opened(path, meter) as file:
             reader = csv.DictReader(_lines(path, file), strict=True, delimiter=delimiter)
             yield from _csv_rows(reader, path)
     finally:
@@ -98,7 +103,10 @@ def _lines(path: Path, file: BinaryIO) -> Iterator[str]:
         try:
             text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:
-            raise UserError(f"{path}:{number}: is not UTF-8 text") from error
+            place = f"byte {error.start + 1}"
+            raise UserError(f"{path}:{number}: is not UTF-8 text ({place})") from error
+        if "\0" in text:
+            raise UserError(f"{path}:{number}: {NUL}")
         yield from _LINE.findall(text)
 
 
@@ -131,7 +139,7 @@ def _csv_rows(reader: csv.DictReader, path: Path) -> Iterator[Row | RowError]:
             yield Row(row, origin)
 
 
-def read_parquet(path: Path) -> Iterator[Row | RowError]:
+def read_parquet(path: Path, meter: Meter) -> Iterator[Row | RowError]:
     """A Parquet file. Origins count rows from 1."""
     import pyarrow
     import pyarrow.parquet
@@ -140,7 +148,7 @@ def read_parquet(path: Path) -> Iterator[Row | RowError]:
     problems = (pyarrow.ArrowException, OSError, ValueError, OverflowError)
     number = 0
     try:
-        file = pyarrow.parquet.ParquetFile(path)
+        file, size = pyarrow.parquet.ParquetFile(path), path.stat().st_size
         for batch in file.iter_batches(batch_size=1024):
             try:
                 values = batch.to_pylist()
@@ -150,6 +158,7 @@ def read_parquet(path: Path) -> Iterator[Row | RowError]:
                 for offset, value in enumerate(values, start=number + 1):
                     yield Row(without_nulls(value), f"{path}:{offset}")
             number += batch.num_rows
+            meter.done = size * number // file.metadata.num_rows
     except problems as error:
         after = f" after row {number}" if number else ""
         raise UserError(
@@ -157,10 +166,10 @@ def read_parquet(path: Path) -> Iterator[Row | RowError]:
         ) from error
 
 
-def read_arrow(path: Path) -> Iterator[Row | RowError]:
+def read_arrow(path: Path, meter: Meter) -> Iterator[Row | RowError]:
     """An Arrow file, in the file or the stream format. Origins count rows from 1."""
     number = 0
-    with _arrow_batches(path) as batches:
+    with _arrow_batches(path, meter) as batches:
         for batch in batches:
             for offset in range(0, batch.num_rows, 1024):
                 for value in batch.slice(offset, 1024).to_pylist():
@@ -170,12 +179,12 @@ def read_arrow(path: Path) -> Iterator[Row | RowError]:
 
 def num_rows(path: Path) -> int:
     """Rows of an Arrow file."""
-    with _arrow_batches(path) as batches:
+    with _arrow_batches(path, Meter()) as batches:
         return sum(batch.num_rows for batch in batches)
 
 
 @contextmanager
-def _arrow_batches(path: Path) -> Iterator[Iterator["_Batch"]]:
+def _arrow_batches(path: Path, meter: Meter) -> Iterator[Iterator["_Batch"]]:
     """The batches of an Arrow file. Raises UserError for whatever is wrong with one."""
     import pyarrow
 
@@ -184,9 +193,9 @@ def _arrow_batches(path: Path) -> Iterator[Iterator["_Batch"]]:
             is_file = source.read(6) == b"ARROW1"
             source.seek(0)
             if is_file:
-                reader = pyarrow.ipc.open_file(source)
-                batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
+                batches = _batches_of_file(pyarrow.ipc.open_file(source), source.size(), meter)
             else:
+                meter.file = source
                 batches = iter(pyarrow.ipc.open_stream(source))
             yield batches
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
@@ -195,9 +204,21 @@ def _arrow_batches(path: Path) -> Iterator[Iterator["_Batch"]]:
         ) from error
 
 
-def read_document(path: Path) -> Iterator[Row | RowError]:
-    """A plain text as one record, `text`. Its origin is its first line."""
-    yield Row({"text": read_text(path)}, f"{path}:1")
+def _batches_of_file(
+    reader: "pyarrow.ipc.RecordBatchFileReader", size: int, meter: Meter
+) -> Iterator["_Batch"]:
+    count = reader.num_record_batches
+    for number in range(count):
+        meter.done = size * number // count
+        yield reader.get_batch(number)
+
+
+def read_document(path: Path, meter: Meter) -> Iterator[Row | RowError]:
+    """A plain text as one record, `text`, a long one as several. Origins are as in `Document`."""
+    with opened(path, meter) as file:
+        document = Document(file, path)
+        for text, is_last in document:
+            yield Row({"text": text}, document.origin, goes_on=not is_last)
 
 
 class _Batch(Protocol):
@@ -221,7 +242,7 @@ def _parquet_rows(
             yield RowError(f"holds a value that cannot be read: {reason(error)}", origin)
 
 
-_READERS: dict[str, Callable[[Path], Iterator[Row | RowError]]] = {
+_READERS: dict[str, Callable[[Path, Meter], Iterator[Row | RowError]]] = {
     ".jsonl": read_jsonl,
     ".ndjson": read_jsonl,
     ".json": read_json,
@@ -255,9 +276,9 @@ def readable_suffixes() -> str:
     return f"{', '.join(_READERS)}, all but {' and '.join(_BINARY)} also with .gz or .zst behind"
 
 
-def read_file(path: Path) -> Iterator[Row | RowError]:
-    """The rows of a file that `is_readable`."""
-    return _READERS[file_kind(path)](path)
+def read_file(path: Path, meter: Meter | None = None) -> Iterator[Row | RowError]:
+    """The rows of a file that `is_readable`. meter: is told how far it is read."""
+    return _READERS[file_kind(path)](path, meter or Meter())
 
 
 class _RepeatedKey(ValueError):

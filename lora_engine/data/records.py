@@ -57,7 +57,7 @@ class Record:
     messages: the chat, for kind "messages".
     prompt, completion: for kind "completion"; messages too for "unpaired", as is the prompt of
         "preference" and "prompt".
-    text: for kind "text".
+    text: for kind "text". goes_on: whether the next record's text continues it.
     chosen, rejected: two answers to the prompt, for kind "preference".
     label: whether the completion is wanted, for kind "unpaired".
     columns: other fields that something reads: of "prompt" all of them, of "preference" `margin`.
@@ -78,6 +78,7 @@ class Record:
     prompt: str | Messages = ""
     completion: str | Messages = ""
     text: str = ""
+    goes_on: bool = False
     chosen: str | Messages = ""
     rejected: str | Messages = ""
     label: bool | None = None
@@ -169,7 +170,8 @@ def record_of(row: Row, layout: Layout) -> Record:
         reading = recognise(row.value, layout)
     except UserError as error:
         raise UserError(f"{row.origin}: {error}") from error
-    return parse_record(reading.fields, row.origin, reading.format, reading.ignored)
+    record = parse_record(reading.fields, row.origin, reading.format, reading.ignored)
+    return replace(record, goes_on=True) if row.goes_on else record
 
 
 def _checked_again(record: Record, origin: str) -> Record:

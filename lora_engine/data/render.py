@@ -221,10 +221,10 @@ def _completion(
 
 
 def _text(record: Record, control: ControlTokens, eos: str, bos: str) -> tuple[Text, list[str]]:
-    """A text as it stands, and the token that ends it if it does not say so itself."""
+    """A text as it stands, and the token that ends it if it does end and not say so itself."""
     body, ends = control.split_end(record.text)
     notes = [ended_note(ends)] if ends else []
     if spelled := control.found_in(body.removeprefix(bos)):
         notes.append(f"{', '.join(map(repr, spelled))} in its text kept as control tokens")
     segments = [Segment(record.text, True)] if record.text else []
-    return Text(segments, tuple(notes)), [] if ends else [eos]
+    return Text(segments, tuple(notes)), [] if ends or record.goes_on else [eos]

@@ -26,7 +26,9 @@ from lora_engine.errors import UserError
 
 # Rows that are read of one source before it is another's turn, where they have shares.
 _TURN = 16
-_CHUNK = 256
+_CHUNK, _CHUNK_BYTES = 256, 1 << 22
+# Of a buffer, whatever its number of records: what is read in a few seconds.
+_BYTES = 1 << 25
 _EDGE = 1 << 16  # bytes at either end of a file that tell it from others
 _EMPTY = 1000  # buffers in a row without an example, after which none is expected
 
@@ -77,7 +79,8 @@ class ExampleStream:
     """Buffers of examples, endlessly.
 
     parts: without weights they are read one after the other; with, in turns as the weights say.
-    records: of a buffer. heldout: share of the records that is left out of training.
+    records: of a buffer, fewer where they have many bytes. heldout: share of the records that is
+    left out of training.
     helpers: processes that tokenise ahead while a buffer is used; 0 does it when it is asked for.
     """
 
@@ -228,12 +231,15 @@ class ExampleStream:
         """The chunks of a buffer, each with the number of its part."""
         reached = list(place.tracks)
         chunks: list[tuple[int, Chunk]] = []
-        left = self._records
+        left, room = self._records, _BYTES
         for part, count in self._turns(reached):
-            some, reached[part] = self._tracks[part].take(reached[part], min(count, left))
+            before = reached[part].taken
+            track, most = self._tracks[part], min(_CHUNK_BYTES, room)
+            some, reached[part] = track.take(reached[part], min(count, left), most)
             chunks += [(part, chunk) for chunk in some]
-            left -= min(count, left)
-            if left <= 0:
+            left -= reached[part].taken - before
+            room -= sum(chunk.size for chunk in some)
+            if left <= 0 or room <= 0:
                 break
         return chunks, Place(place.buffer + 1, tuple(reached))
 

@@ -1,15 +1,13 @@
 """Files read row after row, time and again, from any place that reading has come to."""
 
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from lora_engine.data.chunks import Chunk
-from lora_engine.data.readers import Row, RowError, file_kind, read_file
+from lora_engine.data.chunks import Chunk, Read, chunk_of, rows_of, some_of
+from lora_engine.data.readers import file_kind
 from lora_engine.data.unpack import opened, skip
 from lora_engine.errors import UserError
 
@@ -30,14 +28,6 @@ class Reached(NamedTuple):
     taken: int = 0
 
 
-@dataclass(frozen=True)
-class _Read:
-    """One row as it stands, and the bytes of it."""
-
-    row: bytes | Row | RowError
-    size: int
-
-
 class Track:
     """Files that are read one after the other, in another order each time.
 
@@ -48,33 +38,29 @@ class Track:
         self.files = list(files)
         self._seed = (seed, number)
         self._at: Reached | None = None
-        self._rows: Generator[_Read, None, None] | None = None
+        self._rows: Generator[Read, None, None] | None = None
 
-    def take(self, start: Reached, count: int) -> tuple[list[Chunk], Reached]:
-        """The `count` rows from `start` on, and the place behind them. Raises UserError for files
-        without rows."""
+    def take(self, start: Reached, count: int, most: int) -> tuple[list[Chunk], Reached]:
+        """The rows from `start` on, and the place behind them: `count` rows, or as many as have
+        `most` bytes together. Raises UserError for files without rows."""
         chunks: list[Chunk] = []
-        at, left = start, count
-        while left > 0:
+        at, left, room = start, count, most
+        while left > 0 and room > 0:
             path = self._file(at)
             if self._rows is None or self._at != at:
                 self.close()
                 self._rows = _rows(path, at)
-            some = list(islice(self._rows, left))
-            if some:
-                chunks.append(_chunk(path, some, at.row + 1))
-                size = sum(read.size for read in some)
-                at = Reached(
-                    at.passes,
-                    at.file,
-                    at.offset + size,
-                    at.row + len(some),
-                    at.taken + len(some),
-                )
-            if len(some) < left:
+            self._at = None
+            some = some_of(self._rows, left, room)
+            if not some:
                 at = self._next_file(at, start)
-            left -= len(some)
-            self._at = at if len(some) and left <= 0 else None
+                continue
+            chunk = chunk_of(some, path, at.row + 1)
+            offset = at.offset + (chunk.size if chunk.lines else 0)
+            at = Reached(at.passes, at.file, offset, at.row + len(some), at.taken + len(some))
+            self._at = at
+            chunks.append(chunk)
+            left, room = left - len(some), room - chunk.size
         return chunks, at
 
     def close(self) -> None:
@@ -95,22 +81,14 @@ class Track:
         return self.files[int(order[at.file])]
 
 
-def _rows(path: Path, at: Reached) -> Generator[_Read, None, None]:
+def _rows(path: Path, at: Reached) -> Generator[Read, None, None]:
     try:
         if file_kind(path) in _LINES:
             with opened(path) as file:
                 skip(file, at.offset)
                 for line in file:
-                    yield _Read(line, len(line))
+                    yield Read(line, len(line))
         else:
-            for row in islice(read_file(path), at.row, None):
-                yield _Read(row, 0)
+            yield from rows_of(path, at.row)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
-
-
-def _chunk(path: Path, some: Sequence[_Read], first: int) -> Chunk:
-    lines = tuple(read.row for read in some if isinstance(read.row, bytes))
-    if lines:
-        return Chunk((), path, lines, first, sum(map(len, lines)))
-    return Chunk(tuple(read.row for read in some if not isinstance(read.row, bytes)))

@@ -23,6 +23,8 @@ from lora_engine.data.plans import Look
 from lora_engine.data.template import Message, Tokenizer, Undecided, try_render
 from lora_engine.data.turn_ends import ASKED, TurnEnds
 
+# What is said of turns whose ends are learned although the template writes others, or none.
+ADDED, LEARNED_THERE = "added, which ends the last turn", "which is learned there"
 _NO_END = "the end of an answer is written otherwise where more follows, and not learned there"
 
 
@@ -102,7 +104,7 @@ class Turns:
         end, added = self._end(index, run, ceiling)
         instead = None
         if added:
-            notes = (*notes, f"{added.strip()!r} added, which ends the last turn")
+            notes = (*notes, f"{added.strip()!r} {ADDED}")
         elif self.ends.are_written and not self.written.whole[run[-1].position : end].strip():
             instead = self._instead(index, run, end, ceiling)
             notes = (*notes, self._end_note(end, instead))
@@ -249,7 +251,7 @@ class Turns:
         if instead is None:
             return _NO_END
         there = self.written.whole[end : instead[0]]
-        return f"{there!r} behind an answer stands for {instead[1]!r}, which is learned there"
+        return f"{there!r} behind an answer stands for {instead[1]!r}, {LEARNED_THERE}"
 
     def _kept_end(self, index: int, own: str) -> str:
         """What of the end of the whole is there too where another message follows."""

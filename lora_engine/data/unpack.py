@@ -5,8 +5,9 @@ import io
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import BinaryIO, Protocol, cast
 
 from lora_engine.errors import UserError, reason
 
@@ -20,16 +21,42 @@ _OTHER_FORMATS = {
     b"ARROW1": "is an Arrow file; name it .arrow",
     b"PK\x03\x04": "is a zip archive; unpack it first",
     b"PAR1": "is a Parquet file; name it .parquet",
+    b"\xff\xfe\0\0": "is UTF-32 text; save it as UTF-8",
     b"\xff\xfe": "is UTF-16 text; save it as UTF-8",
     b"\xfe\xff": "is UTF-16 text; save it as UTF-8",
 }
 
 
+class _Tells(Protocol):
+    @property
+    def closed(self) -> bool: ...
+    def tell(self) -> int: ...
+
+
+@dataclass
+class Meter:
+    """How far a file is read, in bytes as it is on disk: `done`, or the place of `file`."""
+
+    done: int = 0
+    file: _Tells | None = None
+
+    def tell(self) -> int:
+        """The bytes that are read."""
+        if self.file is not None and not self.file.closed:
+            self.done = self.file.tell()
+        return self.done
+
+
 @contextmanager
-def opened(path: Path) -> Iterator[BinaryIO]:
-    """The bytes of a text file, unpacked. Raises UserError if it is none, or is damaged."""
+def opened(path: Path, meter: Meter | None = None) -> Iterator[BinaryIO]:
+    """The bytes of a text file, unpacked. Raises UserError if it is none, or is damaged.
+
+    meter: is told how far the file is read.
+    """
     suffix = path.suffix.lower()
     with path.open("rb") as file:
+        if meter is not None:
+            meter.file = file
         try:
             if suffix == ".gz":
                 unpacked = cast(BinaryIO, gzip.GzipFile(fileobj=file))
@@ -41,7 +68,8 @@ def opened(path: Path) -> Iterator[BinaryIO]:
             yield unpacked
         except (EOFError, gzip.BadGzipFile, zlib.error, _ZstdError) as error:
             raise UserError(
-                f"{path}: is not a readable {suffix} file, get it anew: {reason(error)}"
+                f"{path}: is not a readable {suffix} file, get it anew: {reason(error)} (before "
+                f"byte {file.tell()})"
             ) from error
 
 
@@ -76,19 +104,10 @@ def _zstd(file: BinaryIO) -> BinaryIO:
 def _check_format(path: Path, head: bytes) -> None:
     """Raises UserError if a file begins as no text in UTF-8 does."""
     for magic, problem in _OTHER_FORMATS.items():
+        if head.startswith(magic) and path.suffix.lower() in COMPRESSED:
+            raise UserError(f"{path}: what it packs {problem.partition(';')[0]}; unpack it first")
         if head.startswith(magic):
             raise UserError(f"{path}: {problem}")
-
-
-def read_text(path: Path) -> str:
-    """The whole of a text file in UTF-8."""
-    with opened(path) as file:
-        content = file.read()
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content[: error.start].count(b"\n") + 1
-        raise UserError(f"{path}:{line}: is not UTF-8 text") from error
 
 
 def skip(file: BinaryIO, offset: int) -> None:

@@ -100,6 +100,19 @@ GEMMA = {
     "parallel": NOT_ORDER,
     **UNREASONED,
 }
+# A second answer follows the first one's end without a beginning; a call ends in what its result
+# begins with.
+GEMMA4 = {
+    **texts("<turn|>"),
+    "two answers": "message 3 so that its tokens cannot be told from the rest",
+    "call": [f"{RBERN}Let me see.<|tool_response>"],
+    "chain": [
+        *(f"{t}<|tool_response>" for t in (RBERN, RBASEL)),
+        *(f"{t}<turn|>" for t in ("Partly.", "No.")),
+    ],
+    "parallel": [f"{RBERN}{RBASEL}<|tool_response>", "Partly.<turn|>"],
+    **UNREASONED,
+}
 PHI = {
     **texts("<|end|>"),
     "call": NO_CALLS,
@@ -151,16 +164,19 @@ EXPECTED = {
     },
     "gemma": {**GEMMA, "system": "System role not supported", "no system": "System role not"},
     "gemma3": GEMMA,
-    # Two answers are one turn; a call ends in what its result begins with.
+    **dict.fromkeys(("gemma4", "gemma4_v3", "gemma4_v4"), GEMMA4),
+    # As it was published: a call ends in what every turn does.
+    "gemma4_v2": {
+        **GEMMA4,
+        "two answers": ["Hello.<turn|>", "Still here?<turn|>"],
+        "call": [f"{RBERN}Let me see.<turn|>"],
+        "chain": [f"{t}<turn|>" for t in (RBERN, RBASEL, "Partly.", "No.")],
+        "parallel": [f"{RBERN}{RBASEL}<turn|>", "Partly.<turn|>"],
+    },
+    # Two answers are one turn, and reasoning is written without a call, too.
     "gemma4_v5": {
-        **texts("<turn|>"),
+        **GEMMA4,
         "two answers": ["Hello.Still here?<turn|>"],
-        "call": [f"{RBERN}Let me see.<|tool_response>"],
-        "chain": [
-            *(f"{t}<|tool_response>" for t in (RBERN, RBASEL)),
-            *(f"{t}<turn|>" for t in ("Partly.", "No.")),
-        ],
-        "parallel": [f"{RBERN}{RBASEL}<|tool_response>", "Partly.<turn|>"],
         "reasoning": ["<|channel>thought\nEasy.\n<channel|>2<turn|>"],
         "reasoning earlier": ["2<turn|>", "<|channel>thought\nHm.\n<channel|>3<turn|>"],
     },
@@ -268,6 +284,7 @@ def test_what_is_learned(name, shape):
 
 WRITE_TOOLS = {
     *("qwen2_5", "qwen3", "qwen3_5_think", "llama3_1", "gemma4_v5", "glm4moe", "gptoss"),
+    *("gemma4", "gemma4_v2", "gemma4_v3", "gemma4_v4"),
     *("nemotron_3_nano", "lfm2", "lfm2_v2", "MISTRAL", "SMOLLM3", "qwen3_instruct_2507"),
     *("qwen3_5_nothink", "glm4moe_training"),
 }

@@ -1,8 +1,11 @@
 """A corpus of malformed records: each ends in one line with its file and its line."""
 
+import gzip
 import json
+import random
 import re
 
+import pyarrow
 import pytest
 
 from lora_engine.data.listing import LINES
@@ -29,7 +32,7 @@ USER, BOT = said("user", "a"), said("assistant", "b")
 IDS = [1, 2, 3]
 
 # The second of three lines of a .jsonl file, and words of what is said of it.
-LINES_OF_JSON = {
+GOOD_LINESOF_JSON = {
     # syntax
     "cut short": (GOOD[:40], "is not valid JSON"),
     "cut in a string": (b'{"text": "a', "is not valid JSON: Unterminated string"),
@@ -192,6 +195,11 @@ LINES_OF_JSON = {
     "padding inside": (row(input_ids=IDS, attention_mask=[1, 0, 1]), "has a 0 between two 1s"),
 }
 
+WORDS = random.Random(0).randbytes(2000).hex("\n", 20).split()  # that hardly pack
+GOOD_LINES = "".join(f'{{"text": "{word}"}}\n' for word in WORDS).encode()
+PACKED = gzip.compress(GOOD_LINES)
+ZSTD = pyarrow.Codec("zstd").compress(GOOD_LINES, asbytes=True)
+
 # A whole file, where the line has to point, and words of it.
 FILES = {
     "UTF-16": ("a.jsonl", GOOD.decode().encode("utf-16"), "a.jsonl: ", "is UTF-16 text"),
@@ -199,7 +207,7 @@ FILES = {
         "a.csv",
         "text\na".encode("utf-16-be"),
         "a.csv:",
-        "is not UTF-8 text|format",
+        "holds a NUL, which no text does",
     ),
     "a zip": ("a.jsonl", b"PK\x03\x04" + bytes(99), "a.jsonl: ", "is a zip archive"),
     "gzip by another name": ("a.jsonl", b"\x1f\x8b" + bytes(9), "a.jsonl: ", "is compressed"),
@@ -227,11 +235,67 @@ FILES = {
         "a.tsv:2",
         "completion|answer",
     ),
+    "UTF-32": ("a.jsonl", GOOD.decode().encode("utf-32"), "a.jsonl: ", "is UTF-32 text"),
+    "a NUL in a table": ("a.csv", b"text\na\nb\0c\n", "a.csv:3", "holds a NUL"),
+    "UTF-16 in a document": ("a.txt", "Hello.".encode("utf-16-le"), "a.txt:1", "holds a NUL"),
+    "a list in one line": (
+        "a.json",
+        b'[{"text": "a"}, {"text": 1}, {"text": "b"}]',
+        "a.json:1 (record 2): ",
+        "'text' must be a string",
+    ),
+    "a line that ends": (
+        "a.json",
+        b'[{"text": "a"}, {"text": "b"}, {"te',
+        "a.json:1 (record 3): ",
+        "is not valid JSON: Unterminated string",
+    ),
+    "Latin-1 in a line": (
+        "a.json",
+        b'[{"text": "a"}, {"text": "\xe9"}]',
+        "a.json:1: ",
+        r"is not UTF-8 text \(byte 27 of the text\)",
+    ),
+    "gzip cut short": ("a.jsonl.gz", PACKED[:-400], "a.jsonl.gz: ", r"\.gz file.*before byte \d+"),
+    "a list in gzip cut short": ("a.json.gz", PACKED[:-400], "a.json.gz: ", "before byte"),
+    "a table in gzip cut short": ("a.csv.gz", PACKED[:-400], "a.csv.gz", "header|before byte"),
+    "a document in gzip cut short": ("a.txt.gz", PACKED[:-400], "a.txt.gz: ", "before byte"),
+    "gzip that is damaged": (
+        "a.jsonl.gz",
+        PACKED[:300] + bytes(9) + PACKED[309:],
+        "a.jsonl.gz: ",
+        "is not a readable .gz file",
+    ),
+    "gzip and more": ("a.jsonl.gz", PACKED + b"more", "a.jsonl.gz: ", "Not a gzipped file"),
+    "gzip twice": ("a.jsonl.gz", gzip.compress(PACKED), "a.jsonl.gz: ", "what it packs is compr"),
+    "no gzip": ("a.jsonl.gz", GOOD, "a.jsonl.gz: ", "is not a readable .gz file"),
+    "zstd cut short": ("a.jsonl.zst", ZSTD[:-400], "a.jsonl.zst: ", "Truncated.*before byte"),
+    "zstd that is damaged": (
+        "a.jsonl.zst",
+        ZSTD[:600] + bytes(99) + ZSTD[699:],
+        "a.jsonl.zst: ",
+        "is not a readable .zst file",
+    ),
+    "zstd and more": ("a.jsonl.zst", ZSTD + b"more than it", "a.jsonl.zst: ", "not a readable"),
+    "a list in zstd cut short": ("a.json.zst", ZSTD[:-400], "a.json.zst", "JSON list|before byte"),
+    "gzip named zstd": ("a.jsonl.zst", PACKED, "a.jsonl.zst: ", "is not a readable .zst file"),
+    "a page named Parquet": ("a.parquet", b"<!doctype html>" * 9, "a.parquet: ", "not a readable"),
+    "lines named a list": ("a.json", GOOD + b"\n" + GOOD, "a.json:1", "one per line is .jsonl"),
+    "a list named lines": ("a.jsonl", b"[" + GOOD + b"]", "a.jsonl:1", "got a list"),
+    "columns for records": ("a.json", b'{"text": ["a", "b"]}', "a.json:1", "expected a JSON list"),
+    "semicolons": ("a.csv", b"prompt;completion\na;b\n", "a.csv:2", "of no known format"),
+    "a line before the header": ("a.csv", b"sep=,\ntext,x\n", "a.csv:2", "of no known format"),
+    "a score that is none": (
+        "a.jsonl",
+        b'{"prompt": "a", "responses": ["b", "c"], "scores": [NaN, 1]}',
+        "a.jsonl:1",
+        "no number but nan",
+    ),
     "Latin-1 in a document": ("a.txt", b"a\n\xe9", "a.txt:2", "is not UTF-8 text"),
 }
 
 
-@pytest.mark.parametrize(("line", "words"), LINES_OF_JSON.values(), ids=LINES_OF_JSON)
+@pytest.mark.parametrize(("line", "words"), GOOD_LINESOF_JSON.values(), ids=GOOD_LINESOF_JSON)
 def test_a_line_of_json(tmp_path, line, words):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"\n".join([GOOD, line, GOOD]))
@@ -259,7 +323,7 @@ def test_a_file(tmp_path, name, content, place, words):
 
 def test_all_of_them_in_one_file_are_listed_up_to_a_limit(tmp_path):
     path = tmp_path / "a.jsonl"
-    bad = [line for line, _ in LINES_OF_JSON.values()]
+    bad = [line for line, _ in GOOD_LINESOF_JSON.values()]
     path.write_bytes(b"\n".join([GOOD, *bad]))
     with pytest.raises(UserError) as caught:
         read_records(path)

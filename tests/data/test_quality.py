@@ -1,9 +1,11 @@
 """What answers are like: the same ones, refusals, scripts, words in many tokens."""
 
 import pytest
+from known_turns import known_tokenizer
 from small_tokenizers import make_byte_level, make_space_prefixing
 
 from lora_engine.data.dataset import prepare
+from lora_engine.data.fit import SPLIT
 from lora_engine.data.inspect import report
 from lora_engine.data.quality import quality, token_texts
 
@@ -78,6 +80,21 @@ def test_what_is_wrong_is_said_in_words(tokenizer):
         in report(bad, tokenizer, train=bad).wrong()[-1:]
         + report(bad, tokenizer, train=prepare(rows[:2], tokenizer)).wrong()
     )
+
+
+def test_what_is_learned_as_it_ought_to_be_is_not_wrong(tokenizer):
+    texts = prepare([{"text": f"{i} words " * 30} for i in range(3)], tokenizer, max_length=20)
+    account = report(texts, tokenizer)
+    assert [note.text for note in account.notes] == [SPLIT] and account.wrong() == ()
+    chats = [
+        [{"role": "user", "content": f"a{i}"}, {"role": "assistant", "content": f"b{i}"}]
+        for i in range(3)
+    ]
+    for name in ("glm4moe", "gptoss"):  # the next role's mark, or another token, ends a turn
+        own = known_tokenizer(name)
+        more = [[*chat, {"role": "user", "content": "c"}] for chat in chats]
+        rows = prepare([{"messages": chat} for chat in (chats if name == "glm4moe" else more)], own)
+        assert report(rows, own).notes and report(rows, own).wrong() == ()
 
 
 def test_one_label_only(tokenizer):

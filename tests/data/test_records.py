@@ -126,9 +126,9 @@ def test_all_malformed_lines_are_listed(tmp_path):
     [
         ("a.json", '{"text": "a"}', r"a\.json:1: expected a JSON list"),
         ("a.json", '[{"text": "a"},\n{"text" "b"}]', r"a\.json:2: is not valid JSON: .*line 2"),
-        ("a.json", '[{"text": "a"}\n{"text": "b"}]', r"a\.json:1: is not followed by ','"),
+        ("a.json", '[{"text": "a"}\n{"text": "b"}]', r"a\.json:1 .record 1.: is not followed by"),
         ("a.json", "[]", r"a\.json: holds no records"),
-        ("a.json", '[{"text": "a"}', r"a\.json:1: is not followed by"),
+        ("a.json", '[{"text": "a"}', r"a\.json:1 .record 1.: is not followed by"),
         ("a.jsonl", "\n\n", r"a\.jsonl: holds no records"),
         ("a.csv", "prompt,completion\na,b,c\n", r"a\.csv:2: has more cells than the header's 2"),
         ("a.csv", 'prompt,completion\na,"b" c\n', r"a\.csv:2: is not valid CSV"),

@@ -54,7 +54,7 @@ def test_every_record_comes_once_a_pass(files, tokenizer):
 def test_files_come_in_another_order_each_time(files):
     track, reached, orders = Track(files, 0, 0), Reached(), set()
     for _ in range(6):
-        chunks, reached = track.take(reached, 30)
+        chunks, reached = track.take(reached, 30, 1 << 20)
         orders.add(
             tuple(dict.fromkeys(row.origin.split(":")[0] for c in chunks for row in c.parsed()))
         )

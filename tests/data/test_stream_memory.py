@@ -26,7 +26,7 @@ examples = len(stream.buffer(stream.begin).dataset)
 first = time.monotonic() - started
 track, reached, places = Track((path,), 0, 0), Reached(), []
 while reached.passes == 0:  # every byte is read
-    _, reached = track.take(reached, 20_000)
+    _, reached = track.take(reached, 20_000, 1 << 30)
     places.append(reached)
 track.close()
 for deep in (places[len(places) // 2], places[-2]):

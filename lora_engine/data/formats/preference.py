@@ -114,7 +114,8 @@ def _scores(row: Fields, answers: Sequence[object]) -> list[float]:
             or not isinstance(score, int | float)
             or not math.isfinite(score)
         ):
-            raise UserError(f"has a score that is no number but {kind_of(score)}")
+            what = repr(score) if isinstance(score, float) else kind_of(score)
+            raise UserError(f"has a score that is no number but {what}")
         scores.append(float(score))
     return scores
 
