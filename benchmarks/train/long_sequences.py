@@ -8,7 +8,7 @@ included. resident: the process's peak.
 
 Attention's time grows with the square of the length. First its kernels are left out, and all else
 runs: they allocate no tensor, and what they write is there already. Then, up to `--attended`
-tokens, whole steps are run; their bytes have to be the same.
+tokens, whole steps are run; their bytes have to be the same, but for scalars.
 """
 
 import argparse
@@ -91,7 +91,7 @@ def measured(
         with (
             nullcontext() if attended else without_attention(),
             tempfile.TemporaryDirectory() as folder,
-            activation_store(place, Path(folder)) as store,
+            activation_store(place, Path(folder), torch.device("cpu")) as store,
             checkpointing(made["step"].model, policy, store),
         ):
             made["loss"] = made["step"](1, [made["batch"]], 1e-4, lambda: None).loss

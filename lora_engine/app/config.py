@@ -104,6 +104,11 @@ class ModelConfig(Section):
         "without a name, and are read layer by layer: for a model that does not fit "
         "(docs/memory.md).",
     )
+    offload_host: bool = Field(
+        default=False,
+        description="The linears' frozen weights wait in the computer's memory instead, for a GPU "
+        "whose own is too small.",
+    )
 
     @model_validator(mode="after")
     def _quantisation_is_one(self) -> "ModelConfig":
@@ -113,8 +118,9 @@ class ModelConfig(Section):
             raise ValueError(f"double_quant is of nf4 and fp4, not {self.quantize}; leave it out")
         if self.quantize is not None and self.keep_quantized:
             raise ValueError("give either quantize or keep_quantized, not both")
-        if self.offload_folder is not None and (self.keep_quantized or self.shard):
-            raise ValueError("give one of offload_folder, keep_quantized and shard")
+        waits = (self.offload_folder is not None) + self.offload_host
+        if waits + self.keep_quantized + self.shard > 1 and waits:
+            raise ValueError("give one of offload_folder, offload_host, keep_quantized and shard")
         return self
 
 
@@ -268,6 +274,10 @@ class RunConfig(Section):
         if self.lora is None and self.model.offload_folder is not None:
             raise ValueError(
                 "model.offload_folder: weights on disk are frozen; give lora, or leave it out"
+            )
+        if self.lora is None and self.model.offload_host:
+            raise ValueError(
+                "model.offload_host: weights on the host are frozen; give lora, or leave it out"
             )
         if self.lora is None and (self.model.quantize is not None or self.model.keep_quantized):
             raise ValueError("lora: weights in packed bits are frozen; give lora, or leave them")

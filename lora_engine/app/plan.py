@@ -5,7 +5,7 @@ Nothing is loaded: the model's configuration is read, and its modules are made w
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -14,8 +14,18 @@ from lora_engine.app.config import RunConfig
 from lora_engine.app.objectives import ONLINE, name_of, teacher_of
 from lora_engine.distributed.world import World
 from lora_engine.errors import UserError, nearest
-from lora_engine.memory.plan import CANDIDATES, ROWS, Budget, Candidate, best, budget_of, candidates
-from lora_engine.memory.policy import policy_of
+from lora_engine.memory.plan import (
+    CANDIDATES,
+    ROWS,
+    TILED,
+    Budget,
+    Candidate,
+    best,
+    budget_of,
+    candidates,
+    worth_showing,
+)
+from lora_engine.memory.policy import Place, policy_of
 from lora_engine.memory.sizes import ModelSizes, Storing, sizes_of
 from lora_engine.memory.speed import GPUS, Machine, gpu_of, measured_cpu
 from lora_engine.memory.timeline import Load, Moment, peak, timeline, with_rows
@@ -88,12 +98,13 @@ def plan(config: RunConfig, *, gpu: str | None = None, budget: str | None = None
     limits = budget_of(nbytes, device, backends.resident_bytes())
     sizes, wanted = model_sizes(config, dtype), load_of(config, device)
     length = min(config.data.max_length or USUAL_LENGTH, wanted.rows)
-    found = candidates(sizes, wanted, limits, machine, length, _policies(config))
+    ways = _ways(config, device)
+    found = candidates(sizes, wanted, limits, machine, length, *ways)
     chosen = best(found)
     savings = (
         []
         if any(each.fits for each in found)
-        else _savings(config, dtype, wanted, limits, machine, length)
+        else _savings(config, dtype, wanted, limits, machine, length, ways)
     )
     return Plan(
         sizes, wanted, limits, machine, backends.has_own_memory(device), found, chosen, savings
@@ -138,7 +149,8 @@ def load_of(config: RunConfig, device: torch.device) -> Load:
         *(rows, rows, policy, train.optimizer, device, cached),
         layerwise_update=train.layerwise_update,
         masters=train.rounding is None,
-        offloaded=train.offload_activations is not None,
+        offload=train.offload_activations,
+        host_states=train.offload_optimizer is not None,
     )
 
 
@@ -170,8 +182,12 @@ def with_memory(
             f"train.memory {train.memory}: {_least(made)} "
             + (hints[0] if hints else "Take a smaller model, lora.r or train.tokens_per_batch.")
         )
-    update: dict[str, Any] = {"checkpointing": chosen.policy}
-    line = f"memory: checkpointing {chosen.policy}"
+    update: dict[str, Any] = {
+        "checkpointing": chosen.policy,
+        "offload_activations": chosen.load.offload,
+        "offload_optimizer": "host" if chosen.load.host_states else None,
+    }
+    line = f"memory: checkpointing {way_of(chosen)}"
     if not chosen.fits:
         parts = -(-train.tokens_per_batch // chosen.most_rows)
         rows = min(chosen.most_rows, -(-train.tokens_per_batch // parts // ROWS) * ROWS)
@@ -182,16 +198,40 @@ def with_memory(
     return config.model_copy(update={"train": train.model_copy(update=update)})
 
 
-def _policies(config: RunConfig) -> Sequence[str]:
-    """Those to choose from: the configured one alone, if there is one."""
-    stated = config.train.checkpointing
-    if stated is None:
-        return (
-            CANDIDATES
-            if config.accelerate
-            else tuple(c for c in CANDIDATES if c not in ("half", "selective"))
-        )
-    return (stated,)
+class _Ways(NamedTuple):
+    """What to choose from."""
+
+    policies: Sequence[str]
+    places: Sequence[Place | None]
+    host_states: Sequence[bool]
+
+
+def _ways(config: RunConfig, device: torch.device) -> _Ways:
+    """What is configured alone, where it is."""
+    train, own_memory = config.train, backends.has_own_memory(device)
+    policies: Sequence[str] = (*CANDIDATES, *TILED)
+    if train.checkpointing is not None:
+        policies = (train.checkpointing,)
+    elif not config.accelerate:
+        policies = tuple(p for p in policies if not policy_of(p).needs_fused_layers)
+    places: Sequence[Place | None] = (None, "host", "disk") if own_memory else (None, "disk")
+    if train.offload_activations is not None:
+        places = (train.offload_activations,)
+    stays = train.optimizer == "adafactor" or not own_memory
+    states = (False,) if stays else (False, True)
+    if train.offload_optimizer is not None:
+        states = (True,)
+    return _Ways(policies, places, states)
+
+
+def way_of(candidate: Candidate) -> str:
+    """A candidate's settings, for people."""
+    parts = [candidate.policy]
+    if candidate.load.offload is not None:
+        parts.append("on disk" if candidate.load.offload == "disk" else "on the host")
+    if candidate.load.host_states:
+        parts.append("states on the host")
+    return ", ".join(parts)
 
 
 def _savings(
@@ -201,6 +241,7 @@ def _savings(
     limits: Budget,
     machine: Machine,
     length: int,
+    ways: _Ways,
 ) -> list[tuple[dict[str, str], Candidate]]:
     found = []
     for changes in _SAVINGS:
@@ -212,7 +253,7 @@ def _savings(
         changed = config.model_copy(update={"model": model})
         load = replace(wanted, optimizer=changes.get("optimizer", wanted.optimizer))
         sizes = model_sizes(changed, dtype)
-        each = best(candidates(sizes, load, limits, machine, length, _policies(config)))
+        each = best(candidates(sizes, load, limits, machine, length, *ways))
         if each is not None and each.fits:
             found.append((dict(changes), each))
     return found
@@ -253,6 +294,8 @@ def as_json(made: Plan) -> dict[str, Any]:
         "policies": [
             {
                 "checkpointing": each.policy,
+                "offload_activations": each.load.offload,
+                "offload_optimizer": "host" if each.load.host_states else None,
                 "peak_bytes": each.highest.total,
                 "at": each.highest.name,
                 "fits": each.fits,
@@ -261,7 +304,7 @@ def as_json(made: Plan) -> dict[str, Any]:
             }
             for each in made.found
         ],
-        "chosen": None if chosen is None else chosen.policy,
+        "chosen": None if chosen is None else way_of(chosen),
         "settings": settings(made),
     }
 
@@ -271,9 +314,19 @@ def settings(made: Plan) -> dict[str, Any]:
     chosen = made.chosen
     if chosen is None:
         return {}
-    keys: dict[str, Any] = {"train.checkpointing": chosen.policy}
+    keys = _keys(chosen)
     if not chosen.fits:
         keys["train.tokens_per_batch"] = chosen.most_rows
+    return keys
+
+
+def _keys(candidate: Candidate) -> dict[str, Any]:
+    """The settings of a candidate by their names."""
+    keys: dict[str, Any] = {"train.checkpointing": candidate.policy}
+    if candidate.load.offload is not None:
+        keys["train.offload_activations"] = candidate.load.offload
+    if candidate.load.host_states:
+        keys["train.offload_optimizer"] = "host"
     return keys
 
 
@@ -335,13 +388,14 @@ def _policies_table(made: Plan) -> "RenderableType":
     table.add_column("checkpointing")
     for title in ("peak", "fits", "longest batch", "tokens/s"):
         table.add_column(title, justify="right")
-    for each in made.found:
+    plain = sum(not (e.load.offload or e.load.host_states) for e in made.found)
+    for each in worth_showing(made.found, plain):
         mark = " ←" if each is made.chosen else ""
         rate = f"{each.tokens_per_second:,.0f}" if each.most_rows else ""
         if each.most_rows and not each.fits:
             rate += f" at {each.most_rows:,}"
         table.add_row(
-            each.policy,
+            way_of(each),
             bytes_text(each.highest.total),
             "yes" if each.fits else "no",
             f"{each.most_rows:,} tokens" if each.most_rows else "none",
@@ -368,7 +422,7 @@ def conclusion(made: Plan) -> list[str]:
         keys = {
             ("model.quantize" if k == "quantize" else f"train.{k}"): v for k, v in changes.items()
         }
-        keys["train.checkpointing"] = each.policy
+        keys |= _keys(each)
         lines.append(f"{made.wanted.rows:,} tokens fit with other numbers: {_assigned(keys)}")
     lines.append(
         "A batch's longest sequence may be all of it. Tokens/s are predicted, not measured."

@@ -21,9 +21,10 @@ def run_model(config: RunConfig, progress: Progress | None, world: World) -> tup
     all of it. Raises UserError for a model that nothing could train.
     """
     device = config.model.device
-    if config.model.offload_folder is not None and world.size > 1:
+    offloads = "offload_host" if config.model.offload_host else "offload_folder"
+    if getattr(config.model, offloads) and world.size > 1:
         raise UserError(
-            "model.offload_folder: is for one process; with several set model.shard=true instead"
+            f"model.{offloads}: is for one process; with several set model.shard=true instead"
         )
     if not config.model.shard or world.size == 1:
         model, tokenizer = _load(config, device, progress)
@@ -49,6 +50,7 @@ def _load(config: RunConfig, device: str, progress: Progress | None) -> tuple[An
         quantize_skip=stated.quantize_skip,
         keep_quantized=stated.keep_quantized,
         offload_folder=stated.offload_folder,
+        offload_host=stated.offload_host,
         progress=progress,
     )
     if config.lora is None and any(isinstance(m, QuantizedLinear) for m in model.modules()):

@@ -12,6 +12,7 @@ from lora_engine.backends.choice import (
     Choice,
     dtypes_of,
 )
+from lora_engine.backends.copies import Copies, Copy, copies
 from lora_engine.backends.devices import (
     adds_gradients,
     gpu_count,
@@ -66,6 +67,8 @@ __all__ = [
     "PASSES",
     "STRATEGIES",
     "Choice",
+    "Copies",
+    "Copy",
     "Extension",
     "adds_gradients",
     "attention_plan",
@@ -73,6 +76,7 @@ __all__ = [
     "capability_text",
     "chunk_rows",
     "computes_bfloat16",
+    "copies",
     "cpu_features",
     "cuda_architectures",
     "decoded_rows",

@@ -2,18 +2,20 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import NamedTuple
 
 import torch
 
 from lora_engine import backends
-from lora_engine.memory.policy import policy_of
+from lora_engine.memory.policy import Place, policy_of
 from lora_engine.memory.sizes import ModelSizes
 from lora_engine.memory.speed import Machine, tokens_per_second
 from lora_engine.memory.timeline import Load, Moment, peak, timeline, with_rows
 
 # From the quickest to the one that takes the least memory, by the work they repeat.
 CANDIDATES = ("none", "every_4", "every_3", "every_2", "selective", "half", "layer")
+TILED = ("tiled_4096", "tiled_1024")  # the same to rounding only
 MOST_ROWS = 1 << 24
 ROWS = 64  # tokens_per_batch is proposed in these
 
@@ -73,17 +75,21 @@ def candidates(
     machine: Machine,
     length: int,
     policies: Sequence[str] = CANDIDATES,
+    places: Sequence[Place | None] = (None,),
+    host_states: Sequence[bool] = (False,),
 ) -> list[Candidate]:
-    """Each policy with the wanted tokens a micro-batch, and with the most that fit.
+    """Each way to train with the wanted tokens a micro-batch, and with the most that fit.
 
-    length: tokens of a sequence.
+    length: tokens of a sequence. places, host_states: of `Load.offload` and `Load.host_states`.
     """
     made = []
-    for name in policies:
+    for on_host, place, name in product(host_states, places, policies):
         policy = policy_of(name)
         if policy.needs_fused_layers and not sizes.fused:
             continue
-        load = replace(wanted, policy=policy)
+        if place is not None and not policy.every:
+            continue
+        load = replace(wanted, policy=policy, offload=place, host_states=on_host)
         highest = peak(timeline(sizes, load))
         fits = highest.total <= budget.usable
         most = max(most_rows(sizes, load, budget), load.rows if fits else 0)
@@ -97,6 +103,20 @@ def best(found: Sequence[Candidate]) -> Candidate | None:
     """The quickest of those that fit the wanted tokens; else of those that fit any; else None."""
     fitting = [each for each in found if each.fits] or [each for each in found if each.most_rows]
     return max(fitting, key=lambda each: each.tokens_per_second, default=None)
+
+
+def worth_showing(found: Sequence[Candidate], plain: int) -> list[Candidate]:
+    """The first `plain`, and of the others that fit (all, where none fits) those that no candidate
+    beats in memory without being slower, nor in speed without taking more."""
+    fit = [each for each in found if each.fits] or list(found)
+    beaten = [each for each in fit if any(_beats(other, each) for other in fit)]
+    return [*found[:plain], *(e for e in found[plain:] if e in fit and e not in beaten)]
+
+
+def _beats(other: Candidate, each: Candidate) -> bool:
+    saved = each.highest.total - other.highest.total
+    faster = other.tokens_per_second - each.tokens_per_second
+    return min(saved, faster) >= 0 and max(saved, faster) > 0
 
 
 def most_rows(sizes: ModelSizes, load: Load, budget: Budget) -> int:

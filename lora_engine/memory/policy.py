@@ -16,6 +16,9 @@ from lora_engine.errors import nearest
 # As `models.attach.decoder_layer.Keeps`.
 Keeps: TypeAlias = Literal["input", "inputs_of_halves", "input_and_attention"]
 
+# Where what checkpointed layers keep may wait.
+Place: TypeAlias = Literal["disk", "host"]
+
 POLICIES = ("none", "layer", "half", "selective", "every_2", "tiled_4096")
 
 _KEEPS: dict[str, Keeps] = {

@@ -7,30 +7,36 @@ from typing import NamedTuple
 import torch
 
 from lora_engine.memory.sizes import ModelSizes
-from lora_engine.memory.timeline import Load
+from lora_engine.memory.timeline import Load, held, offloaded_bytes
 
 # Reads and writes of a trained value by the optimiser: value, gradient and moments, both ways.
 _OPTIMISER_BYTES = {"adamw": 28, "adamw_8bit": 16, "lion": 20, "adafactor": 20}
 # Products over those of the forward pass: those for the input's gradient, and for the weight's.
 _ATTENTION_BACKWARD = 2.5
+LAUNCHES_OF_A_TILE = 30  # of an MLP half, its second run and its backward pass
 
 
 class Machine(NamedTuple):
     """name, and what it reaches: floating-point operations a second in products of the model's
-    dtype, bytes a second, seconds for each launch of a kernel. memory: bytes; 0: not known."""
+    dtype, bytes a second, seconds for each launch of a kernel. memory: bytes; 0: not known. link,
+    disk: bytes a second to the host's memory, one way, and to a file; assumed, not measured."""
 
     name: str
     flops: float
     bandwidth: float
     launch: float = 0.0
     memory: int = 0
+    link: float = 25e9
+    disk: float = 1e9
 
 
-def _gpu(name: str, gigabytes: float, teraflops: float, terabytes: float) -> Machine:
-    """Of a maker's figures in dense bfloat16: what training reaches of them on an H200."""
-    return Machine(
-        name, 0.72 * teraflops * 1e12, 0.85 * terabytes * 1e12, 4e-6, int(gigabytes * 1e9)
-    )
+def _gpu(
+    name: str, gigabytes: float, teraflops: float, terabytes: float, link: float = 32
+) -> Machine:
+    """Of a maker's figures in dense bfloat16: what training reaches of them on an H200. link: of
+    PCIe 4.0 or 5.0 with 16 lanes, in GB/s, of which 0.8 are reached."""
+    rates = 0.72 * teraflops * 1e12, 0.85 * terabytes * 1e12, 4e-6
+    return Machine(name, *rates, int(gigabytes * 1e9), link=0.8 * link * 1e9)
 
 
 GPUS = {
@@ -39,12 +45,12 @@ GPUS = {
         _gpu("rtx-3090", 24, 71, 0.94),
         _gpu("rtx-4090", 24, 165, 1.01),
         _gpu("l4", 24, 121, 0.30),
-        _gpu("rtx-5090", 32, 210, 1.79),
+        _gpu("rtx-5090", 32, 210, 1.79, link=64),
         _gpu("a100-40gb", 40, 312, 1.56),
         _gpu("l40s", 48, 362, 0.86),
         _gpu("a100-80gb", 80, 312, 2.04),
-        _gpu("h100", 80, 989, 3.35),
-        _gpu("h200", 141, 989, 4.80),
+        _gpu("h100", 80, 989, 3.35, link=64),
+        _gpu("h200", 141, 989, 4.80, link=64),
     )
 }
 # Of a budget in bytes alone: the first GPU that has at least as much.
@@ -98,7 +104,18 @@ def step_seconds(sizes: ModelSizes, load: Load, machine: Machine, length: int) -
     values = sizes.adapter_values + sizes.trained_values
     traffic += values * _OPTIMISER_BYTES[load.optimizer]
     launches = layers * 45
-    return flops / machine.flops + traffic / machine.bandwidth + launches * machine.launch
+    if load.policy.tile:
+        launches += layers * LAUNCHES_OF_A_TILE * (-(-rows // load.policy.tile) - 1)
+    seconds = flops / machine.flops + traffic / machine.bandwidth + launches * machine.launch
+    elsewhere = 2 * offloaded_bytes(sizes, load)
+    if load.offload == "disk":
+        seconds += elsewhere / machine.disk
+    else:  # copied while layers are computed: what takes longer is waited for
+        seconds = max(seconds, elsewhere / machine.link)
+    if load.states_elsewhere:  # there and back, while little else is to do
+        kept = held(sizes, load.optimizer, masters=load.masters)["optimiser"]
+        seconds += 2 * kept / machine.link
+    return seconds
 
 
 def tokens_per_second(sizes: ModelSizes, load: Load, machine: Machine, length: int) -> float:

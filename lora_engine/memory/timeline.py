@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 
 from lora_engine import backends
-from lora_engine.memory.policy import Policy, policy_of
+from lora_engine.memory.host_activations import LEAVING
+from lora_engine.memory.policy import Place, Policy, policy_of
 from lora_engine.memory.sizes import GroupSizes, ModelSizes, accumulate_bytes
 from lora_engine.ops.head.head_gradients import PIECE_BYTES
 from lora_engine.ops.tensors import stepped_rows
@@ -21,6 +22,7 @@ from lora_engine.ops.tensors import stepped_rows
 INT64 = 8
 FLOAT32 = 4
 ADAMW_8BIT_BLOCK = 256
+HOST_PIECE = 2**22  # values of a state on the host that an update sees at once, on a GPU
 _NONE = policy_of("none")
 
 
@@ -30,7 +32,8 @@ class Load:
 
     rows: T, tokens of the micro-batch. targets: U, those that are supervised. optimizer,
     layerwise_update: as `train` has them. masters: whether weights of 16 bits that are trained have
-    float32 copies. offloaded: whether the inputs of what runs again are on disk. device: where it
+    float32 copies. offload: where the inputs of what runs again are. host_states: whether the
+    optimiser's state is on the host. device: where it
     runs. cached: tokens whose keys and values are kept while the model writes samples or rollouts.
     """
 
@@ -42,7 +45,19 @@ class Load:
     cached: int = 0
     layerwise_update: bool = False
     masters: bool = True
-    offloaded: bool = False
+    offload: Place | None = None
+    host_states: bool = False
+
+    @property
+    def offloaded(self) -> bool:
+        """Whether the inputs of what runs again are in other memory than the device's."""
+        on_host = self.offload == "host" and backends.has_own_memory(self.device)
+        return self.offload == "disk" or on_host
+
+    @property
+    def states_elsewhere(self) -> bool:
+        """Whether the optimiser's state is in other memory than the device's."""
+        return self.host_states and backends.has_own_memory(self.device)
 
 
 class Moment(NamedTuple):
@@ -100,7 +115,12 @@ class _Step:
             masters=load.masters,
         )
         self.base = Counter(kept)
+        if load.states_elsewhere:  # two slots
+            values = max(1, sizes.adapter_values + sizes.trained_values)
+            self.base["optimiser"] = kept["optimiser"] * min(values, 2 * HOST_PIECE) // values
         self.base["batch"] = self._batch()
+        if load.offload == "host" and load.offloaded:  # two leave, or one comes back
+            self.base["offload"] = LEAVING * self.row(load.rows, sizes.hidden)
         if sizes.packed:
             self.base["decoded"] = self._decoded()
 
@@ -336,6 +356,16 @@ class _Step:
                     cast = 0
                 gradients += piece + cast
         return normed + logits + targets * sizes.hidden * self.item + gradients
+
+
+def offloaded_bytes(sizes: ModelSizes, load: Load) -> int:
+    """Of a micro-batch, what leaves the device in the forward pass and comes back in the backward
+    pass."""
+    if not load.offloaded:
+        return 0
+    inputs = 2 if load.policy.keeps == "inputs_of_halves" else 1
+    layers = sum(load.policy.covers(index) for index in range(sizes.layers))
+    return layers * inputs * load.rows * sizes.hidden * sizes.dtype.itemsize
 
 
 def with_rows(load: Load, rows: int) -> Load:

@@ -30,7 +30,7 @@ from lora_engine.ops.quantized_weight import QuantizedWeight, quantize_weight
 from lora_engine.ops.rms_norm import rms_norm
 from lora_engine.ops.rope import rope
 from lora_engine.ops.sharded_weight import ShardedWeight, shard_weight
-from lora_engine.ops.stored_weight import StoredWeight, store_weight
+from lora_engine.ops.stored_weight import HostMemory, StoredWeight, store_weight
 from lora_engine.values import Dropout, LoraFactors, PreNorm
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "DenseBase",
     "Dropout",
     "HeadInput",
+    "HostMemory",
     "LinearCrossEntropy",
     "LinearDivergence",
     "LoraFactors",

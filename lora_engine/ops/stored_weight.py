@@ -1,30 +1,54 @@
-"""A frozen weight whose bytes wait in a file, read for each product."""
+"""A frozen weight whose bytes wait in a file or in the host's memory, read for each product."""
 
 import hashlib
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lora_engine import backends
+from lora_engine.backends import Copy
 from lora_engine.distributed.world import ALONE
 from lora_engine.ops.quantized_weight import QuantizedWeight
 from lora_engine.ops.sharded_weight import Part, ShardedWeight, shard_weight
 from lora_engine.scratch_file import ScratchFile, Stored
 
 
+class Held(NamedTuple):
+    """Bytes in the host's memory, uint8 [nbytes]."""
+
+    image: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        return self.image.nbytes
+
+
+class HostMemory:
+    """Where bytes wait that are copied to `device`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def write(self, tensor: Tensor) -> Held:
+        """The bytes of a contiguous tensor on the CPU, copied."""
+        image = tensor.detach().view(-1).view(torch.uint8)
+        return Held(backends.copies(self._device).host(image).copy_(image))
+
+
 @dataclass(frozen=True, eq=False)
 class StoredWeight(ShardedWeight):
-    """A weight [N, K], dense or in packed bits, of which no byte is in memory.
+    """A weight [N, K], dense or in packed bits, of which no byte is on the device of products.
 
     It is gathered as a shard is: into memory that all weights share, the next ones while a product
     is computed. stored: its bytes. where: the device of products. sha256: of the bytes.
     """
 
-    stored: Stored
+    stored: Stored | Held
     where: torch.device
     sha256: str
 
@@ -41,18 +65,35 @@ class StoredWeight(ShardedWeight):
     @property
     def kept(self) -> str:
         """Where it is, for people."""
-        return "on disk"
+        return "on disk" if isinstance(self.stored, Stored) else "in the host's memory"
 
-    def begin(self, out: Tensor) -> "list[Reading]":  # type: ignore[override]
+    def begin(self, out: Tensor) -> "list[Reading | _Copying]":  # type: ignore[override]
         """Begins to read the bytes into `out`, uint8 [nbytes]."""
-        return [Reading(self.stored, out)]
+        if isinstance(self.stored, Stored):
+            return [Reading(self.stored, out)]
+        image = self.stored.image
+        return [_Copying(backends.copies(self.where).begin(out, image), image)]
 
     def to(self, device: torch.device) -> "StoredWeight":
         """The same, to be read to `device`."""
+        stored = self.stored
+        if isinstance(stored, Held):
+            stored = HostMemory(device).write(stored.image)
         return StoredWeight(
             *(self.shape, self.dtype, self.format, self.parts, self.shard, self.tail, ALONE),
-            *(self.stored, device, self.sha256),
+            *(stored, device, self.sha256),
         )
+
+
+class _Copying(NamedTuple):
+    """A copy under way. image: its source, which stays until it is made."""
+
+    copy: Copy
+    image: Tensor
+
+    def wait(self) -> None:
+        """See `Copy`."""
+        self.copy.wait()
 
 
 class Reading:
@@ -76,8 +117,8 @@ def _reader() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(1, "lora_engine-reader")
 
 
-def store_weight(weight: Tensor | QuantizedWeight, file: ScratchFile) -> StoredWeight:
-    """`weight` [N, K], written to `file`; the memory that it is in is the caller's to free."""
+def store_weight(weight: Tensor | QuantizedWeight, place: ScratchFile | HostMemory) -> StoredWeight:
+    """`weight` [N, K], written to `place`; the memory that it is in is the caller's to free."""
     device = weight.device
     whole = shard_weight(weight, ALONE)
     image = whole.shard.cpu()
@@ -86,5 +127,5 @@ def store_weight(weight: Tensor | QuantizedWeight, file: ScratchFile) -> StoredW
     sha256 = hashlib.sha256(image.numpy()).hexdigest()  # type: ignore[arg-type]
     return StoredWeight(
         *(whole.shape, whole.dtype, whole.format, parts, empty, empty, ALONE),
-        *(file.write(image), device, sha256),
+        *(place.write(image), device, sha256),
     )

@@ -45,6 +45,7 @@ _FREE_ON_RESUME = frozenset(
         "memory",
         "layerwise_update",
         "offload_activations",
+        "offload_optimizer",
     }
 )
 
@@ -145,10 +146,17 @@ class TrainConfig(BaseModel):
         "layers as they are.",
     )
 
-    offload_activations: Literal["disk"] | None = Field(
+    offload_activations: Literal["disk", "host"] | None = Field(
         None,
         description="Where what `checkpointing` keeps waits for the backward pass: `disk` is a "
-        "file without a name in output_dir (docs/memory.md); `null`: the model's device.",
+        "file without a name in output_dir, `host` the computer's memory, for a GPU "
+        "(docs/memory.md); `null`: the model's device.",
+    )
+
+    offload_optimizer: Literal["host"] | None = Field(
+        None,
+        description="Where the optimiser's state is: `host` is the computer's memory, for a GPU, "
+        "which sees it in pieces at every step; `null`: the model's device.",
     )
 
     memory: Annotated[str, AfterValidator(_checked_memory)] | None = Field(
@@ -329,6 +337,11 @@ class TrainConfig(BaseModel):
             raise ValueError(
                 "offload_activations is for what checkpointed layers keep; set checkpointing to "
                 "layer, half, selective or every_2"
+            )
+        if self.offload_optimizer and self.optimizer == "adafactor":
+            raise ValueError(
+                "offload_optimizer: the states of adafactor are a row and a column of each matrix; "
+                "leave it out"
             )
         if self.layerwise_update and self.gradient_accumulation_steps > 1:
             raise ValueError(

@@ -3,6 +3,7 @@
 import gc
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 from torch import nn
 
@@ -13,6 +14,7 @@ from lora_engine.errors import UserError, is_out_of_memory
 from lora_engine.evaluation.batch_loss import target_scores
 from lora_engine.evaluation.modes import inference
 from lora_engine.memory.checkpointing import can_follow, checkpointing
+from lora_engine.memory.offload import ActivationStore
 from lora_engine.memory.plan import CANDIDATES, budget_of
 from lora_engine.objectives.base import Objective
 from lora_engine.text import bytes_text, parsed_bytes
@@ -28,12 +30,14 @@ def fitting_policy(
     largest: PackedBatch,
     largest_heldout: PackedBatch | None,
     objective: Objective,
+    offloading: Callable[[], AbstractContextManager[ActivationStore | None]],
     world: World = ALONE,
 ) -> str:
     """The first policy from config.checkpointing on, to those that keep less, that fits.
 
     try_out: runs both passes of a micro-batch, as a step would, and leaves no trace. largest,
     largest_heldout: the run's largest micro-batches; the second is measured as held-out data are.
+    offloading: gives the store that the run will have.
     Fits: what was taken is within config.memory (on a CPU the process's resident size). Raises
     UserError where none does, and for several processes.
     """
@@ -54,7 +58,7 @@ def fitting_policy(
         backends.release_freed_memory(device)
         backends.reset_peak_memory(device)
         try:
-            with checkpointing(model, policy):
+            with offloading() as store, checkpointing(model, policy, store):
                 try_out(largest)
             if largest_heldout is not None:
                 with inference(model):

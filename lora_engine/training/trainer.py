@@ -2,7 +2,8 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from itertools import chain
 from typing import cast
 
@@ -18,7 +19,7 @@ from lora_engine.data.template import Tokenizer
 from lora_engine.distributed.world import check_same, current
 from lora_engine.errors import UserError
 from lora_engine.memory.checkpointing import checkpointing
-from lora_engine.memory.offload import activation_store
+from lora_engine.memory.offload import ActivationStore, activation_store
 from lora_engine.models.attach.accelerate import is_accelerated
 from lora_engine.models.attach.packed import can_share_prefixes
 from lora_engine.models.peft.routing import active_adapters
@@ -289,16 +290,22 @@ class Trainer:
             self.state = loop.state
             self.callbacks.on_start(self)
             self.model.train()
-            policy = self._fitting_policy(loop)
-            offloaded = activation_store(self.config.offload_activations, self.folder.path)
-            with offloaded as store, checkpointing(self.model, policy, store):
+            offloading = partial(
+                activation_store, self.config.offload_activations, self.folder.path, flat.device
+            )
+            policy = self._fitting_policy(loop, offloading)
+            with offloading() as store, checkpointing(self.model, policy, store):
                 stopped = loop.run()
             loop.load_final_weights()
             return stopped
         finally:
             loop.close()
 
-    def _fitting_policy(self, loop: TrainingLoop) -> str | None:
+    def _fitting_policy(
+        self,
+        loop: TrainingLoop,
+        offloading: Callable[[], AbstractContextManager[ActivationStore | None]],
+    ) -> str | None:
         """The checkpointing policy with which the largest batches are within config.memory."""
         config = self.config
         if config.memory is None or self._online is not None:
@@ -310,7 +317,9 @@ class Trainer:
             heldout = source.largest()
         largest = self._train_source.largest()
         return fitting_policy(
-            self.model, config, loop.try_out, largest, heldout, self.objective, self._world
+            *(self.model, config, loop.try_out, largest, heldout, self.objective),
+            offloading,
+            self._world,
         )
 
     def _first_batch(self, tokens: int) -> PackedBatch:

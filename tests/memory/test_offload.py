@@ -15,7 +15,7 @@ from lora_engine.errors import UserError
 from lora_engine.evaluation.batch_loss import batch_loss
 from lora_engine.memory.checkpointing import checkpointing
 from lora_engine.memory.measured import peak_cpu_bytes
-from lora_engine.memory.offload import ActivationStore
+from lora_engine.memory.offload import ActivationStore, DiskActivations
 from lora_engine.objectives.sft import SFT
 from lora_engine.scratch_file import ScratchFile
 from lora_engine.testing import tiny_llama as llama_of
@@ -55,20 +55,21 @@ def test_loss_and_gradients_have_the_same_bits(tmp_path, policy, engine):
     if engine:
         lora_engine.accelerate(model, strict=True)
     expected = step(model, batch)
-    store = ActivationStore(tmp_path)
+    disk = DiskActivations(tmp_path)
+    store = ActivationStore(disk)
     with checkpointing(model, policy, store):
         for _ in range(2):
             assert all(map(torch.equal, step(model, batch), expected))
-        size = store.nbytes
+        size = disk.nbytes
         step(model, batch)
-    assert store.nbytes == size > 0  # no more for more steps
+    assert disk.nbytes == size > 0  # no more for more steps
 
 
 def test_a_second_backward_pass_reads_again(tmp_path):
     model = with_lora(llama_of(vocab_size=61))
     lora_engine.accelerate(model)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    with checkpointing(model, "half", ActivationStore(tmp_path)):
+    with checkpointing(model, "half", ActivationStore(DiskActivations(tmp_path))):
         loss = batch_loss(model, collate(TRAIN.examples[:9]), SFT()).total
         first = torch.autograd.grad(loss, parameters, retain_graph=True)
         second = torch.autograd.grad(loss, parameters)
@@ -92,7 +93,7 @@ def test_a_layer_more_costs_no_memory(tmp_path, policy):
     def of_more(store):
         return peak_of(10, policy, store) - peak_of(2, policy, store)
 
-    assert of_more(ActivationStore(tmp_path)) < 8 * 0.4  # adapters' gradients
+    assert of_more(ActivationStore(DiskActivations(tmp_path))) < 8 * 0.4  # adapters' gradients
     assert of_more(None) > 8 * 0.9
 
 

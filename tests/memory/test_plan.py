@@ -7,11 +7,20 @@ import torch
 import transformers
 
 from lora_engine.errors import UserError
-from lora_engine.memory.plan import CANDIDATES, Budget, best, budget_of, candidates, most_rows
+from lora_engine.memory.plan import (
+    CANDIDATES,
+    TILED,
+    Budget,
+    best,
+    budget_of,
+    candidates,
+    most_rows,
+    worth_showing,
+)
 from lora_engine.memory.policy import policy_of
 from lora_engine.memory.sizes import sizes_of
 from lora_engine.memory.speed import GPUS, gpu_of, measured_cpu, step_seconds, tokens_per_second
-from lora_engine.memory.timeline import Load, peak, timeline, with_rows
+from lora_engine.memory.timeline import HOST_PIECE, Load, peak, timeline, with_rows
 from lora_engine.models.peft.adapters import LoraConfig
 
 H200 = GPUS["h200"]
@@ -68,6 +77,75 @@ def test_the_quickest_that_fits_is_chosen():
     assert not none.fits and 0 < none.most_rows < LOAD.rows
     assert none.load.rows == none.most_rows
     assert chosen(16_000_000_000)[1] is None
+
+
+def ways(sizes, load, gigabytes, machine, places=(None, "host", "disk"), host_states=(False,)):
+    policies = (*CANDIDATES, *TILED)
+    budget = Budget(int(gigabytes * 1e9), 0)
+    return candidates(sizes, load, budget, machine, 2048, policies, places, host_states)
+
+
+RTX_4090 = GPUS["rtx-4090"]
+
+
+def test_what_layers_keep_goes_to_the_host_where_that_is_quickest():
+    found = ways(LLAMA, LOAD, 20, RTX_4090)
+    fitting = [each for each in found if each.fits]
+    chosen = best(found)
+    assert (chosen.policy, chosen.load.offload) == ("half", "host")
+    assert chosen.tokens_per_second == max(each.tokens_per_second for each in fitting)
+    assert all(each.load.offload for each in fitting)  # without it nothing fits
+    # More memory, and nothing has to leave.
+    assert best(ways(LLAMA, LOAD, 50, RTX_4090)).load.offload is None
+    # Links as slow as a disk: what keeps the least, and computes the most again, is quicker.
+    slow = best(ways(LLAMA, LOAD, 21.5, RTX_4090._replace(link=1e9)))
+    assert (slow.policy, slow.load.offload) == ("layer", None)
+    rates = {each.load.offload: each.tokens_per_second for each in found if each.policy == "half"}
+    assert rates["disk"] < 0.5 * rates["host"]
+
+
+def test_memory_of_the_host_is_no_other_on_a_cpu():
+    load = replace(LOAD, device=torch.device("cpu"), policy=policy_of("half"))
+    of = {place: peak(timeline(LLAMA, replace(load, offload=place))).total for place in PLACES}
+    assert of["host"] == of[None] > of["disk"] + 30 * 2 * 8192 * 4096 * 2
+
+
+PLACES = (None, "host", "disk")
+
+
+def test_mlps_run_in_tiles_where_their_tensors_are_the_most():
+    load = with_rows(LOAD, 262144)
+    found = ways(sizes(layers=2), load, 40, H200, places=(None,))
+    assert [each.policy for each in found if each.fits] == list(TILED)
+    assert best(found).policy == TILED[0]  # fewer launches
+    assert found[-2].tokens_per_second > found[-1].tokens_per_second
+
+
+def test_states_go_to_the_host_where_nothing_else_fits():
+    whole = sizes(None, 8)
+    found = ways(whole, LOAD, 45, H200, (None, "host"), (False, True))
+    chosen = best(found)
+    assert chosen.load.host_states and chosen.policy == "none"
+    assert all(each.load.host_states for each in found if each.fits)
+    assert not best(ways(whole, LOAD, 100, H200, (None,), (False, True))).load.host_states
+    moved = [each.highest.parts["optimiser"] for each in (found[0], chosen)]
+    assert moved[0] == 8 * whole.trained_values
+    assert moved[1] == pytest.approx(8 * 2 * HOST_PIECE)
+
+
+def test_pieces_are_those_of_the_optimiser():
+    from lora_engine.training.optimizer.optimizer import CHUNK_GPU
+
+    assert CHUNK_GPU // 4 == HOST_PIECE
+
+
+def test_only_what_nothing_beats_is_shown():
+    found = ways(LLAMA, LOAD, 20, RTX_4090)
+    shown = worth_showing(found, 9)
+    assert shown[:9] == found[:9]
+    more = {(each.policy, each.load.offload) for each in shown[9:]}
+    assert ("half", "host") in more and ("half", "disk") not in more
+    assert all(each.fits for each in shown[9:])
 
 
 def test_layers_that_are_trained_are_not_taken_apart():

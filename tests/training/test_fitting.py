@@ -22,11 +22,11 @@ class Tries:
         self.peaks, self.failing, self.policies = list(peaks), failing, []
         own = fitting.checkpointing
 
-        def noting(model, policy):
+        def noting(model, policy, store):
             self.policies.append(policy)
             if len(self.policies) <= self.failing:
                 raise NO_MEMORY
-            return own(model, policy)
+            return own(model, policy, store)
 
         monkeypatch.setattr(fitting, "checkpointing", noting)
         if peaks:

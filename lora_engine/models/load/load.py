@@ -30,6 +30,7 @@ from lora_engine.models.quantized.quantize import (
     packed_weight,
     quantize_model,
 )
+from lora_engine.ops import HostMemory
 from lora_engine.scratch_file import ScratchFile
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -53,6 +54,7 @@ def load_model(
     quantize_skip: str | Sequence[str] | None = None,
     keep_quantized: bool = False,
     offload_folder: str | Path | None = None,
+    offload_host: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Any, Any]:
     """A transformers causal language model on `device`, in eval mode, and its tokenizer.
@@ -71,6 +73,7 @@ def load_model(
     offload_folder: a folder on a disk where linears' weights wait, but for heads, in a file without
         a name. Each product reads them, the next layer's while one is computed: for training
         adapters of a model that does not fit.
+    offload_host: they wait in the computer's memory, for a GPU whose own is too small.
     progress: called with the bytes read so far and those of all files, where tensors are read one
         by one: with quantize, and for packed weights.
 
@@ -86,9 +89,11 @@ def load_model(
     chosen_device = resolve_device(device)
     chosen_dtype = resolve_dtype(dtype, chosen_device)
     resolved = resolve_source(source)
-    if offload_folder is not None and keep_quantized:
-        raise UserError(f"{source}: give keep_quantized or offload_folder, not both")
-    scratch = None if offload_folder is None else ScratchFile(user_path(offload_folder))
+    if (offload_folder is not None) + offload_host + keep_quantized > 1:
+        raise UserError(f"{source}: give one of keep_quantized, offload_folder and offload_host")
+    scratch: ScratchFile | HostMemory | None = HostMemory(chosen_device) if offload_host else None
+    if offload_folder is not None:
+        scratch = ScratchFile(user_path(offload_folder))
     if keep_quantized:
         if not isinstance(resolved, Path):
             raise UserError(f"{source}: keep_quantized is for GGUF files; leave it out")
@@ -114,8 +119,8 @@ def load_model(
         )
     if model is None and scratch is not None:
         raise UserError(
-            f"{source}: transformers converts the tensors of its files, which cannot wait on disk; "
-            "leave offload_folder out"
+            f"{source}: transformers converts the tensors of its files, which cannot wait "
+            "elsewhere; leave offload_folder and offload_host out"
         )
     if model is None:
         model = _model(str(source), resolved, chosen_dtype)

@@ -21,7 +21,7 @@ from lora_engine.models.quantized.linear import QuantizedLinear
 from lora_engine.models.quantized.quantize import SKIPPED, linears_to_quantize
 from lora_engine.models.quantized.record import record_quantization
 from lora_engine.models.sharded.shard import store_linear
-from lora_engine.ops import QuantizedWeight
+from lora_engine.ops import HostMemory, QuantizedWeight
 from lora_engine.quantization.format import all_finite
 from lora_engine.scratch_file import ScratchFile
 
@@ -43,7 +43,7 @@ def streamed_model(
     device: torch.device,
     quantize: Quantize | None = None,
     progress: Progress | None = None,
-    scratch: ScratchFile | None = None,
+    scratch: ScratchFile | HostMemory | None = None,
 ) -> Any | None:
     """The model in `folder`, on `device`.
 

@@ -8,7 +8,7 @@ from lora_engine.models.quantized.linear import QuantizedLinear
 from lora_engine.models.quantized.quantize import SKIPPED, linears_to_quantize
 from lora_engine.models.sharded.linear import ShardedLinear
 from lora_engine.ops.sharded_weight import shard_weight
-from lora_engine.ops.stored_weight import store_weight
+from lora_engine.ops.stored_weight import HostMemory, store_weight
 from lora_engine.scratch_file import ScratchFile
 
 
@@ -45,10 +45,10 @@ def shard_model(model: nn.Module, world: World) -> None:
         del weight
 
 
-def store_linear(linear: nn.Linear, file: ScratchFile) -> ShardedLinear:
-    """A linear whose frozen weight, `linear`'s, waits in `file`; nothing else of it is copied."""
+def store_linear(linear: nn.Linear, place: ScratchFile | HostMemory) -> ShardedLinear:
+    """A linear whose frozen weight, `linear`'s, waits in `place`; nothing else of it is copied."""
     weight = linear.quantized if isinstance(linear, QuantizedLinear) else linear.weight
-    return ShardedLinear(store_weight(weight, file), linear.bias).train(linear.training)
+    return ShardedLinear(store_weight(weight, place), linear.bias).train(linear.training)
 
 
 def is_sharded(model: nn.Module) -> bool:

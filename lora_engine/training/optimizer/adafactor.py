@@ -52,9 +52,6 @@ class FlatAdafactor(FlatOptimizer):
     def buffers(self) -> list[torch.Tensor]:
         return [x for named in self.stored().values() for x in named.values()]
 
-    def _zeros(self, shape: tuple[int, ...]) -> torch.Tensor:
-        return torch.zeros(shape, device=self.flat.device)
-
     def _update_entry(
         self,
         entry: FlatEntry,

@@ -8,6 +8,7 @@ import torch
 from lora_engine import ops
 from lora_engine.training.config import TrainConfig
 from lora_engine.training.optimizer.flat import FlatParameters
+from lora_engine.training.optimizer.flat_state import Flat
 from lora_engine.training.optimizer.optimizer import FlatOptimizer
 
 BLOCK = ops.ADAMW_8BIT_BLOCK
@@ -38,12 +39,16 @@ class FlatAdamW(FlatOptimizer):
         super().__init__(flat, config)
         self.quantized = config.optimizer == "adamw_8bit"
         dtype = torch.uint8 if self.quantized else torch.float32
-        self.exp_avg = torch.zeros_like(flat.data, dtype=dtype)
-        self.exp_avg_sq = torch.zeros_like(flat.data, dtype=dtype)
+        self.exp_avg = self._zeros(flat.data.numel(), dtype)
+        self.exp_avg_sq = self._zeros(flat.data.numel(), dtype)
         if self.quantized:
             blocks = -(-flat.data.numel() // BLOCK)
-            self.exp_avg_absmax = torch.zeros(blocks, device=flat.device)
-            self.exp_avg_sq_absmax = torch.zeros(blocks, device=flat.device)
+            self.exp_avg_absmax = self._zeros(blocks)
+            self.exp_avg_sq_absmax = self._zeros(blocks)
+            scales = (self.exp_avg_absmax, self.exp_avg_sq_absmax)
+            self._keep(self.exp_avg, self.exp_avg_sq, *(Flat(scale, BLOCK) for scale in scales))
+        else:
+            self._keep(self.exp_avg, self.exp_avg_sq)
 
     def stored(self) -> Mapping[str, Mapping[str, torch.Tensor]]:
         """One tensor per parameter in float32; in 8 bits, where blocks take no notice of
@@ -74,7 +79,6 @@ class FlatAdamW(FlatOptimizer):
         norm: torch.Tensor | None,  # []
     ) -> None:
         config = self.config
-        moments = self.exp_avg[part], self.exp_avg_sq[part]
         step: _Step = {
             "step": self.updates,
             "lr": learning_rate,
@@ -85,9 +89,8 @@ class FlatAdamW(FlatOptimizer):
             "grad_norm": norm,
             "max_grad_norm": None if norm is None else config.max_grad_norm,
         }
-        if self.quantized:
-            blocks = slice(part.start // BLOCK, -(-part.stop // BLOCK))
-            absmax = self.exp_avg_absmax[blocks], self.exp_avg_sq_absmax[blocks]
-            ops.adamw_8bit_(params, grads, *moments, *absmax, **step)
-        else:
-            ops.adamw_(params, grads, *moments, **step)
+        for own, moments in self._pieces(part):
+            if self.quantized:
+                ops.adamw_8bit_(params[own], grads[own], *moments, **step)
+            else:
+                ops.adamw_(params[own], grads[own], *moments, **step)

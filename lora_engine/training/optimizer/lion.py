@@ -20,7 +20,8 @@ class FlatLion(FlatOptimizer):
 
     def __init__(self, flat: FlatParameters, config: TrainConfig) -> None:
         super().__init__(flat, config)
-        self.exp_avg = torch.zeros_like(flat.data, dtype=torch.float32)
+        self.exp_avg = self._zeros(flat.data.numel())
+        self._keep(self.exp_avg)
 
     def stored(self) -> Mapping[str, Mapping[str, torch.Tensor]]:
         """One tensor per parameter."""
@@ -38,10 +39,12 @@ class FlatLion(FlatOptimizer):
         norm: torch.Tensor | None,  # []
     ) -> None:
         config, clipping = self.config, self._clipping(norm)
-        moment = self.exp_avg[part]
-        for start in range(0, params.numel(), self.chunk):
-            piece = slice(start, start + self.chunk)
-            g, m, w = grads[piece] * clipping, moment[piece], params[piece]
-            direction = torch.lerp(m, g, 1 - config.beta1).sign_()
-            m.lerp_(g, 1 - config.beta2)
-            w.mul_(1 - learning_rate * config.weight_decay).add_(direction, alpha=-learning_rate)
+        for own, (moment,) in self._pieces(part):
+            of_w, of_g = params[own], grads[own]
+            for start in range(0, moment.numel(), self.chunk):
+                piece = slice(start, start + self.chunk)
+                g, m, w = of_g[piece] * clipping, moment[piece], of_w[piece]
+                direction = torch.lerp(m, g, 1 - config.beta1).sign_()
+                m.lerp_(g, 1 - config.beta2)
+                w.mul_(1 - learning_rate * config.weight_decay)
+                w.add_(direction, alpha=-learning_rate)

@@ -9,11 +9,13 @@ from lora_engine import backends, ops
 from lora_engine.errors import UserError
 from lora_engine.training.config import TrainConfig
 from lora_engine.training.optimizer.flat import FlatEntry, FlatParameters
+from lora_engine.training.optimizer.flat_state import DeviceState, Flat, HostState
 from lora_engine.training.optimizer.rounding import stochastically_rounded
 
 # Values that temporary tensors of an update hold: in a processor's cache; a GPU's launches pay.
 CHUNK_CPU = 2**18
 CHUNK_GPU = 2**24
+PIECE_STEP = ops.ADAMW_8BIT_BLOCK  # values; pieces of a state on the host begin at multiples
 
 
 class FlatOptimizer:
@@ -34,6 +36,7 @@ class FlatOptimizer:
         self.torn = False
         self.chunk = CHUNK_GPU if backends.has_own_memory(flat.device) else CHUNK_CPU
         self._norms: dict[str, torch.Tensor] = {}  # of a layer-wise step's gradients
+        self._state: DeviceState | HostState = DeviceState(())
 
     def stored(self) -> Mapping[str, Mapping[str, torch.Tensor]]:
         """Its state: per file stem of a checkpoint, names to tensors, which may be views."""
@@ -125,6 +128,7 @@ class FlatOptimizer:
 
     def tensors(self) -> dict[str, dict[str, torch.Tensor]]:
         """`stored` in CPU tensors of their own."""
+        self._state.settle()
         return {
             stem: {n: x.detach().to("cpu", copy=True).contiguous() for n, x in named.items()}
             for stem, named in self.stored().items()
@@ -136,12 +140,37 @@ class FlatOptimizer:
 
         Raises UserError if they are of other parameters.
         """
+        self._state.settle()
         for stem, named in self.stored().items():
             tensors = read(stem)
             if {n: x.shape for n, x in tensors.items()} != {n: x.shape for n, x in named.items()}:
                 raise UserError(f"{stem}: not the moments of this model's parameters")
             for name, values in named.items():
                 values.copy_(tensors[name])
+
+    def _zeros(
+        self, shape: int | tuple[int, ...], dtype: torch.dtype = torch.float32
+    ) -> torch.Tensor:
+        """A tensor of the state: on the parameters' device, or on the host as configured."""
+        if self.config.offload_optimizer is None:
+            return torch.zeros(shape, dtype=dtype, device=self.flat.device)
+        like = torch.empty(shape, dtype=dtype, device="meta")
+        return backends.copies(self.flat.device).host(like).zero_()
+
+    def _keep(self, *tensors: torch.Tensor | Flat) -> None:
+        """Says of which flat tensors of `_zeros` the state is, in the order of `_pieces`."""
+        state = [t if isinstance(t, Flat) else Flat(t) for t in tensors]
+        if self.config.offload_optimizer is None:
+            self._state = DeviceState(state)
+        else:
+            copies, device = backends.copies(self.flat.device), self.flat.device
+            size = min(self.chunk // 4, -(-self.flat.data.numel() // PIECE_STEP) * PIECE_STEP)
+            self._state = HostState(state, copies, device, size)
+
+    def _pieces(self, part: slice) -> Iterator[tuple[slice, list[torch.Tensor]]]:
+        """The part in pieces, as slices of it, each with its state on the device."""
+        for piece, state in self._state.pieces(part):
+            yield slice(piece.start - part.start, piece.stop - part.start), state
 
     def _update_entry(
         self,

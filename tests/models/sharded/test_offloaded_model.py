@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from late_copies import LateCopies
 from pydantic import ValidationError
 from safetensors.torch import save_file
 from training_helpers import assert_same_bits, make_trainer, tiny_llama, trainable
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lora_engine
+from lora_engine import backends
 from lora_engine.app.config import RunConfig
 from lora_engine.app.run_model import run_model
 from lora_engine.distributed.world import World
@@ -22,7 +24,7 @@ from lora_engine.errors import UserError
 from lora_engine.memory.measured import peak_cpu_bytes
 from lora_engine.models.load.load import load_model
 from lora_engine.models.sharded.linear import ShardedLinear
-from lora_engine.ops import StoredWeight
+from lora_engine.ops import StoredWeight, sharded_weight
 from lora_engine.testing import byte_tokenizer, with_lora
 from lora_engine.training.run.identity import model_weights_sha256
 
@@ -37,17 +39,27 @@ def folder(tmp_path_factory):
     return path
 
 
-def loaded(folder, scratch=None, **options):
-    model, _ = load_model(folder, dtype="float32", offload_folder=scratch, **options)
+def loaded(folder, place=None, **options):
+    """place: a folder on disk; "host"; None: the model is whole in memory."""
+    waits = {"offload_host": True} if place == "host" else {"offload_folder": place}
+    model, _ = load_model(folder, dtype="float32", **waits, **options)
     return model
+
+
+@pytest.fixture
+def late(monkeypatch):
+    copies = LateCopies()
+    monkeypatch.setattr(backends, "copies", lambda device: copies)
+    return copies
 
 
 @pytest.mark.parametrize("format", [None, "nf4", "int8"])
 @pytest.mark.parametrize("engine", [True, False], ids=["accelerated", "plain"])
-def test_a_run_has_the_same_weights(folder, tmp_path, format, engine):
+@pytest.mark.parametrize("place", ["disk", "host"])
+def test_a_run_has_the_same_weights(folder, tmp_path, format, engine, place, late):
     """Bitwise of packed bits; dense products take other paths: to float32's rounding."""
     weights = []
-    for scratch in (None, tmp_path):
+    for scratch in (None, tmp_path if place == "disk" else "host"):
         model = with_lora(loaded(folder, scratch, quantize=format))
         if engine:
             lora_engine.accelerate(model, strict=True)
@@ -57,6 +69,33 @@ def test_a_run_has_the_same_weights(folder, tmp_path, format, engine):
         assert_same_bits(*weights)
     for name, values in weights[0].items():
         torch.testing.assert_close(weights[1][name], values, rtol=1e-3, atol=1e-5)
+
+
+def test_every_wait_for_a_weight_is_needed(folder, monkeypatch):
+    def losses(forget):
+        copies = LateCopies(forget)
+        monkeypatch.setattr(backends, "copies", lambda device: copies)
+        monkeypatch.setattr(sharded_weight, "_gatherers", {})  # a late copy is for this run alone
+        model = loaded(folder, "host")
+        ids = torch.arange(16)[None]
+        with torch.no_grad():
+            return [model(input_ids=ids, labels=ids).loss.item() for _ in range(2)], copies
+
+    expected, copies = losses(None)
+    assert all(value == expected[0] < 10 for value in expected)
+    assert copies.waits == len(copies.sources) - 1 >= 27  # the next one is on its way
+    ahead = copies.log[-20:]  # a group is begun before the one before it is computed with
+    assert ahead == [step for n in range(18, 28) for step in (f"wait {n}", f"begin {n + 1}")]
+    for forget in range(copies.waits):
+        assert losses(forget)[0] != expected
+
+
+def test_weights_on_the_host_are_the_same_and_named(folder):
+    model, whole = loaded(folder, "host"), loaded(folder)
+    stored = {n: m for n, m in model.named_modules() if isinstance(m, ShardedLinear)}
+    assert len(stored) == 14 and "in the host's memory" in repr(model)
+    for name, linear in stored.items():
+        assert torch.equal(linear.dequantize(), whole.get_submodule(name).weight)
 
 
 def test_every_linear_but_the_head_is_on_disk(folder, tmp_path):
@@ -188,4 +227,11 @@ def test_what_cannot_wait_on_disk_is_refused(folder, tmp_path):
     with pytest.raises(ValidationError, match=r"model.offload_folder: weights on disk are frozen"):
         RunConfig.model_validate({**content, "lora": None})
     with pytest.raises(UserError, match=r"^model.offload_folder: is for one process"):
+        run_model(RunConfig.model_validate(content), None, World(0, 2))
+    with pytest.raises(ValidationError, match="give one of offload_folder, offload_host, keep"):
+        RunConfig.model_validate({**content, "model": {**model, "offload_host": True}})
+    content["model"] = {"path": str(folder), "offload_host": True}
+    with pytest.raises(ValidationError, match=r"model.offload_host: weights on the host are froz"):
+        RunConfig.model_validate({**content, "lora": None})
+    with pytest.raises(UserError, match=r"^model.offload_host: is for one process"):
         run_model(RunConfig.model_validate(content), None, World(0, 2))
