@@ -20,7 +20,7 @@ from lora_engine.models.attach.attention_function import (
 )
 from lora_engine.models.attach.forwards import ReplacedForward, uncompiled
 from lora_engine.models.attach.linear_group import LinearGroup
-from lora_engine.models.attach.sequences import LayerInputs, SequenceFinder, Sequences
+from lora_engine.models.attach.sequences import NO_MASK, LayerInputs, SequenceFinder, Sequences
 from lora_engine.models.families.modules import Attention, Cache
 from lora_engine.models.families.own_functions import (
     AttentionFunction,
@@ -126,7 +126,7 @@ class AttentionForward(_ProjectedAttention):
         module = self.module
         inputs = LayerInputs(
             position_embeddings,
-            attention_mask,
+            None if attention_mask is NO_MASK else attention_mask,
             past_key_values,
             cu_seq_lens_q,
             sequence_parents,

@@ -63,6 +63,11 @@ def proving() -> Iterator[None]:
         _masks.reset(token)
 
 
+def is_proving() -> bool:
+    """Whether masks and layers are compared."""
+    return _masks.get() is not None
+
+
 def check_window(module: nn.Module, mask: Tensor | None, window: int) -> None:
     masks = _masks.get()
     if masks is None or (mask is not None and mask.dim() != 2):

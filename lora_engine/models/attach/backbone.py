@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lora_engine.models.attach.attention import AttentionForward, window_of
 from lora_engine.models.attach.attention_function import (
     computes_padding,
+    is_proving,
     weights_if_asked,
     whole_masks,
 )
@@ -73,6 +74,15 @@ class BackboneForward(ReplacedForward):
         if output_rows is None:
             output.last_hidden_state = padded.unpack(output.last_hidden_state[0])
         return output
+
+    def needs_no_mask(self) -> bool:
+        """Whether the layers, in their present state, need none for a batch packed already."""
+        return (
+            not is_proving()
+            and not computes_padding()
+            and self._has_its_windows()
+            and all(map(self._serves, self.backbone.layers))
+        )
 
     def _packs(self, kwargs: Mapping[str, object]) -> bool:
         """Whether the layers, in their present state, compute the same for packed sequences."""

@@ -18,7 +18,7 @@ from lora_engine.models.attach.forwards import (
 )
 from lora_engine.models.attach.mlp import MlpForward
 from lora_engine.models.attach.norm import RmsNormForward
-from lora_engine.models.attach.sequences import LayerInputs
+from lora_engine.models.attach.sequences import NO_MASK, LayerInputs
 from lora_engine.models.families.modules import Cache, DecoderLayer
 from lora_engine.models.peft.lora_state import has_hooks
 from lora_engine.models.peft.router import AdapterRouter
@@ -68,7 +68,7 @@ class DecoderLayerForward(ReplacedForward):
         module = self.module
         inputs = LayerInputs(
             position_embeddings,
-            attention_mask,
+            None if attention_mask is NO_MASK else attention_mask,
             past_key_values,
             cu_seq_lens_q,
             sequence_parents,

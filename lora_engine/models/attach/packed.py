@@ -6,10 +6,11 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from lora_engine.models.attach.attention import AttentionForward
-from lora_engine.models.attach.backbone import attention_of, takes_read_rows
+from lora_engine.models.attach.backbone import BackboneForward, attention_of, takes_read_rows
 from lora_engine.models.attach.decoder_layer import DecoderLayerForward
 from lora_engine.models.attach.forwards import own_forward
 from lora_engine.models.attach.head import transformers_model
+from lora_engine.models.attach.sequences import NO_MASK
 from lora_engine.models.families.modules import Backbone, BackboneOutput
 from lora_engine.models.peft.lora_state import any_has_hooks
 
@@ -32,6 +33,7 @@ class PackedTokens(Protocol):
 class _OfOurLayers(TypedDict, total=False):
     """Arguments that only layers of ours take."""
 
+    attention_mask: Tensor  # NO_MASK
     sequence_parents: Tensor  # [S] int32
     output_rows: Tensor  # [U] int64
 
@@ -49,6 +51,9 @@ def packed_hidden_states(
     """
     backbone = transformers_model(model).base_model
     more: _OfOurLayers = {}
+    forward = own_forward(backbone)
+    if isinstance(forward, BackboneForward) and forward.needs_no_mask():
+        more["attention_mask"] = NO_MASK
     if batch.parents is not None:
         if not can_share_prefixes(model):
             raise ValueError(

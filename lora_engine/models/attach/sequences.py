@@ -9,6 +9,11 @@ from lora_engine.errors import UserError
 from lora_engine.models.families.modules import Cache
 from lora_engine.values import accumulate_dtype
 
+# The mask of a packed batch whose layers all run lora_engine's attention, which read cu_seq_lens_q.
+# transformers hands a mask of four dimensions on as it is; without one it would look whether the
+# positions begin anew, for which the host waits for a GPU. It has no numbers.
+NO_MASK = torch.empty(1, 1, 0, 0)
+
 
 class LayerInputs(NamedTuple):
     """What transformers' layers are told of a batch, by its names, besides the hidden states."""
