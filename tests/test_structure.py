@@ -26,7 +26,7 @@ LAYERS: list[set[str]] = [
         "backends.cpu.structs",
         "backends.cpu.lora_structs",
     },
-    {"distributed.world", "distributed.replicate"},
+    {"distributed.world", "distributed.replicate", "distributed.token_parts"},
     {"backends.cpu.launch", "backends.cpu.matmul"},
     {"backends.products"},
     {"backends.cpu", "backends.cuda", "backends.triton"},

@@ -98,6 +98,24 @@ class PackedBatch:
         )
 
 
+def part_of(batch: PackedBatch, own: slice) -> PackedBatch:
+    """The tokens `own` of a batch on the CPU, for a model whose attention sees all of them
+    (`distributed.token_parts`): cu_seqlens, parents and max_seqlen stay those of the whole.
+
+    Not of batches with columns, roles or mismatched examples.
+    """
+    inside = (batch.target_index >= own.start) & (batch.target_index < own.stop)
+    counts = [int(targets.sum()) for targets in inside.split(batch.target_counts)]
+    return replace(
+        batch,
+        input_ids=batch.input_ids[own],
+        position_ids=batch.position_ids[own],
+        target_index=batch.target_index[inside] - own.start,
+        target_ids=batch.target_ids[inside],
+        target_counts=tuple(counts),
+    )
+
+
 def collate(examples: Sequence[Example], *, share_prefixes: bool = False) -> PackedBatch:
     """Pack `examples` into one batch on the CPU.
 

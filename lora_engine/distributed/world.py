@@ -9,7 +9,7 @@ for it gets a `PeerLost`.
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -39,7 +39,8 @@ class World:
     """This process among those of a run.
 
     rank: its number, from 0. size: how many there are. in_step: they share the model's weights, so
-    that all of them make the same passes, also those whose results only one needs.
+    that all of them make the same passes, also those whose results only one needs. shares_tokens:
+    each runs a part of the tokens of every micro-batch; they are in step then.
 
     All of them call the methods below, in the
     same order; what they do is nothing where there is one process. Raise PeerLost.
@@ -48,6 +49,7 @@ class World:
     rank: int = 0
     size: int = 1
     in_step: bool = False
+    shares_tokens: bool = False
 
     @property
     def is_first(self) -> bool:
@@ -69,6 +71,22 @@ class World:
         """Begins to put all processes' `own` [n], by rank, into `out` [size n]."""
         with _peers():
             return _gather_tensors(out, own, async_op=True)
+
+    def exchanged(self, own: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
+        """What the processes sent to this one, by rank, flat: received[r] elements of process r.
+
+        own: contiguous; of its elements, in order, sent[r] go to process r.
+        """
+        item = own.dtype.itemsize
+        out = torch.empty(sum(received) * item, dtype=torch.uint8, device=own.device)
+        with _peers():
+            dist.all_to_all_single(
+                out,
+                own.view(-1).view(torch.uint8),
+                [count * item for count in received],
+                [count * item for count in sent],
+            )
+        return out.view(own.dtype)
 
     def end(self, work: "dist.Work | None") -> None:
         """Wait for what was begun; on a GPU its stream waits, not the host."""

@@ -10,6 +10,7 @@ from lora_engine.ops.attention import attention
 from lora_engine.ops.attention_decode import CacheRows, attention_decode
 from lora_engine.ops.blockwise_4bit import dequantize_4bit_, quantize_4bit
 from lora_engine.ops.cross_entropy import cross_entropy
+from lora_engine.ops.exchange import to_heads, to_tokens
 from lora_engine.ops.glu import glu
 from lora_engine.ops.head.linear_cross_entropy import LinearCrossEntropy, linear_cross_entropy
 from lora_engine.ops.head.linear_divergence import (
@@ -74,4 +75,6 @@ __all__ = [
     "rope",
     "shard_weight",
     "store_weight",
+    "to_heads",
+    "to_tokens",
 ]

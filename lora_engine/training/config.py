@@ -46,6 +46,7 @@ _FREE_ON_RESUME = frozenset(
         "layerwise_update",
         "offload_activations",
         "offload_optimizer",
+        "sequence_parallel",
     }
 )
 
@@ -164,6 +165,13 @@ class TrainConfig(BaseModel):
         description="Memory of the device that the run may use, `24GB` say, or `auto` for all of "
         "it: checkpointing, and smaller micro-batches where that is not enough, are chosen to fit, "
         "and the longest batch is tried before the first step (docs/memory.md).",
+    )
+
+    sequence_parallel: bool = Field(
+        False,
+        description="Of several processes, each runs a part of the tokens of every micro-batch, "
+        "and within attention a part of the heads, for sequences that one process has no memory "
+        "for (docs/distributed.md). Supervised fine-tuning, without dropout.",
     )
 
     learning_rate: float = Field(2e-4, gt=0, le=100, description="Peak learning rate.")

@@ -10,8 +10,9 @@ from typing import NamedTuple, TypedDict, cast
 import torch
 from torch import nn
 
-from lora_engine.data.batch import PackedBatch
+from lora_engine.data.batch import PackedBatch, part_of
 from lora_engine.distributed.replicate import GradientSum
+from lora_engine.distributed.token_parts import TokenParts, sharing_tokens
 from lora_engine.distributed.world import ALONE, World
 from lora_engine.evaluation.batch_loss import batch_loss, with_statistics
 from lora_engine.evaluation.nonfinite import (
@@ -66,7 +67,8 @@ class TrainStep:
     """Applies optimiser steps, each of them wholly or not at all.
 
     seed: of dropout. world: the processes that share the steps. All of them call a step with the
-    same micro-batches, and each runs every `world.size`th of those that have weight.
+    same micro-batches, and each runs every `world.size`th of those that have weight, or its part of
+    the tokens of each of them.
     """
 
     def __init__(
@@ -156,7 +158,7 @@ class TrainStep:
         """
         flat, world = self.optimizer.flat, self.world
         flat.zero_grad()
-        indices = weighty[world.rank :: world.size]
+        indices = weighty if world.shares_tokens else weighty[world.rank :: world.size]
         count = len(indices)
         if world.in_step and count < -(-len(weighty) // world.size):
             indices = [*indices, weighty[0]]  # a pass with the others, which counts nothing
@@ -170,8 +172,11 @@ class TrainStep:
             if stopped is not None and not world.in_step:
                 break
             random_state.seed_micro_batch(self.seed, step, index)
-            on_device = batch.to(flat.device)
-            loss = batch_loss(self.model, on_device, self.objective)
+            parts = TokenParts(batch.num_rows, world) if world.shares_tokens else None
+            own_part = batch if parts is None else part_of(batch, parts.own)
+            on_device = own_part.to(flat.device)
+            with sharing_tokens(parts):
+                loss = batch_loss(self.model, on_device, self.objective)
             is_last = place == count - 1
             # Checkpointed layers run again, and need their adapters.
             with (
@@ -233,10 +238,11 @@ class TrainStep:
         micro: Sequence[_OnDevice],
     ) -> None:
         """Raises NonFiniteError, in all processes, for what is not finite. micro: this one's."""
+        each = self.world.size if self.world.shares_tokens else 1  # results of a micro-batch
         for number, result in enumerate(results):
             for value in result["terms"]:
                 if not math.isfinite(value):
-                    index = weighty[number]
+                    index = weighty[number // each]
                     layer = self._bad_layer(step, index, number, micro)
                     what = f"the loss is {value}"
                     raise NonFiniteError(what, step, batches[index].origins, layer)

@@ -10,9 +10,13 @@ from lora_engine.data.batch import PackedBatch
 from lora_engine.distributed.world import World
 from lora_engine.errors import UserError
 from lora_engine.evaluation.heldout import HeldoutResult, Sums, measure, result_of
+from lora_engine.models.attach.head import transformers_model
+from lora_engine.models.attach.packed import can_share_prefixes
+from lora_engine.models.peft.routing import active_adapters
 from lora_engine.models.sharded.shard import is_sharded
 from lora_engine.objectives.answers import has_weight
 from lora_engine.objectives.base import Objective
+from lora_engine.objectives.sft import SFT
 from lora_engine.training.batches import BatchSource
 from lora_engine.training.config import TrainConfig
 from lora_engine.training.signals import check_together, interrupting
@@ -36,7 +40,7 @@ def check_share(world: World, config: TrainConfig, *, writes: bool) -> None:
             "add up; start it without torchrun or --nproc"
         )
     accumulated = config.gradient_accumulation_steps
-    if accumulated < world.size:
+    if accumulated < world.size and not config.sequence_parallel:
         raise UserError(
             f"gradient_accumulation_steps={accumulated}: a step has too few micro-batches for "
             f"{world.size} processes, which share them; set train.gradient_accumulation_steps to "
@@ -44,12 +48,17 @@ def check_share(world: World, config: TrainConfig, *, writes: bool) -> None:
         )
 
 
-def in_step(world: World, model: nn.Module, objective: Objective, origin: bool) -> World:
-    """`world` as it is for the model: in step where processes share its weights.
+def in_step(
+    world: World, model: nn.Module, objective: Objective, config: TrainConfig, origin: bool
+) -> World:
+    """`world` as it is for the model: in step where processes share its weights, or tokens.
 
     origin: whether it is said what the model was made from. Raises UserError for what cannot be
     trained so.
     """
+    if config.sequence_parallel and world.size > 1:
+        _check_heads(world, model)
+        world = replace(world, in_step=True, shares_tokens=True)
     if not is_sharded(model) or world.size == 1:
         return world
     if objective.reads.mismatched:
@@ -63,6 +72,37 @@ def in_step(world: World, model: nn.Module, objective: Objective, origin: bool) 
             "another model's; give origin={'weights': a hash of the model's files}"
         )
     return replace(world, in_step=True)
+
+
+def check_shared_tokens(world: World, model: nn.Module, objective: Objective) -> None:
+    """Raises UserError where processes cannot share the tokens of what is minimised."""
+    if not world.shares_tokens:
+        return
+    what = "train.sequence_parallel"
+    if type(objective) is not SFT:
+        raise UserError(
+            f"{what}: is for supervised fine-tuning without weights, whose loss is a sum over "
+            f"tokens, not {objective.name}; leave it out"
+        )
+    if len(active_adapters(model)) > 1:
+        raise UserError(f"{what}: trains one adapter; leave it out to train several")
+    if not can_share_prefixes(model, training=True):
+        raise UserError(
+            f"{what}: needs lora_engine's attention in every layer, and no dropout; accelerate the "
+            "model and set lora.dropout=0"
+        )
+
+
+def _check_heads(world: World, model: nn.Module) -> None:
+    config = transformers_model(model).config
+    heads: int = getattr(config, "num_attention_heads", 1)
+    of_keys: int = getattr(config, "num_key_value_heads", None) or heads
+    if heads % world.size or of_keys % world.size:
+        raise UserError(
+            f"train.sequence_parallel: {world.size} processes cannot share the model's {heads} "
+            f"attention heads, {of_keys} of keys and values; take a number of processes that "
+            "divides both"
+        )
 
 
 def measured_together(

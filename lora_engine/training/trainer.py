@@ -50,7 +50,7 @@ from lora_engine.training.run_data import RunData
 from lora_engine.training.signals import InterruptGuard
 from lora_engine.training.state import Stopped, TrainResult, TrainState
 from lora_engine.training.stream_source import StreamSource
-from lora_engine.training.together import check_share, in_step
+from lora_engine.training.together import check_share, check_shared_tokens, in_step
 from lora_engine.training.trackers import Tracking
 from lora_engine.training.trainable import train_only
 
@@ -114,7 +114,7 @@ class Trainer:
         self.config = config
         self.objective = objective
         has_origin = origin is not None and "weights" in origin
-        self._world = in_step(current(), model, objective, has_origin)
+        self._world = in_step(current(), model, objective, config, has_origin)
         check_share(self._world, config, writes=online is not None)
         self._tracking = Tracking(config, objective.name)
         self.callbacks = Callbacks(callbacks if self._world.is_first else ())
@@ -127,6 +127,7 @@ class Trainer:
         self._online = None if online is None else self._online_run(online)
         self.objective = self._data.weighted(self.objective)
         self._minimised = minimised(self.objective, config, model)
+        check_shared_tokens(self._world, model, self._minimised)
         self._data.take_probe(probe, self.objective)
         check_packed_training(model)
         check_rates(config, active_adapters(model))

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from lora_engine import ops
+from lora_engine.distributed.token_parts import TokenParts, token_parts
 from lora_engine.errors import UserError
 from lora_engine.models.attach.attention_function import (
     IMPLEMENTATION,
@@ -132,9 +133,15 @@ class AttentionForward(_ProjectedAttention):
             sequence_parents,
             max_length_q,
         )
+        whole = self.intact() and self.whole_sequences(inputs)
+        if token_parts() is not None and not whole:
+            raise UserError(
+                "processes can share a batch's tokens only where every layer runs lora_engine's "
+                "attention, without a cache or dropout; leave train.sequence_parallel out"
+            )
         if not self.intact():
             return self.original(hidden_states, **inputs.keywords(), **others)
-        if not self.whole_sequences(inputs):
+        if not whole:
             if self.qkv.router.rows is not None:
                 raise UserError("rows cannot be routed by adapter with a cache: use_cache=False")
             if sequence_parents is not None:
@@ -156,6 +163,9 @@ class AttentionForward(_ProjectedAttention):
         batch, length = hidden_states.shape[:2]
         sequences = self.find_sequences(hidden_states, inputs)
         q, k, v = self.project(hidden_states)
+        if (parts := token_parts()) is not None:
+            (y,) = self.output(self._of_own_heads(q[0], k[0], v[0], sequences, parts)[None])
+            return y, None
         if sequences.token_index is not None:
             q, k, v = (x.reshape(batch * length, -1)[sequences.token_index] for x in (q, k, v))
         out = ops.attention(
@@ -177,6 +187,33 @@ class AttentionForward(_ProjectedAttention):
             out = unpad(out, sequences.token_index, batch * length).view(batch, length, -1)
         (y,) = self.output(out)
         return y, None
+
+    def _of_own_heads(
+        self,
+        q: Tensor,  # [t, Hq D], of this process's tokens
+        k: Tensor,  # [t, Hkv D]
+        v: Tensor,  # [t, Hkv D]
+        sequences: Sequences,
+        parts: TokenParts,
+    ) -> Tensor:
+        """Attention's output [t, Hq D]: each process attends with a part of the heads over all
+        tokens."""
+        dim = self.module.head_dim
+        turned_q, turned_k = ops.rope(
+            q.unflatten(1, (-1, dim)), k.unflatten(1, (-1, dim)), sequences.cos, sequences.sin
+        )
+        q, k, v = ops.to_heads([turned_q.flatten(1), turned_k.flatten(1), v], parts)
+        out = ops.attention(
+            q,
+            k,
+            v,
+            sequences.cu_seqlens,
+            head_dim=dim,
+            softmax_scale=self.module.scaling,
+            window=self.window,
+            parents=sequences.parents,
+        )
+        return ops.to_tokens(out, parts)
 
     def find_sequences(
         self,

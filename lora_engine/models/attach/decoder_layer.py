@@ -8,6 +8,7 @@ from typing import Literal, TypeAlias, TypeGuard
 import torch
 from torch import Tensor, nn
 
+from lora_engine.distributed.token_parts import token_parts
 from lora_engine.errors import UserError
 from lora_engine.models.attach.attention import AttentionForward
 from lora_engine.models.attach.forwards import (
@@ -246,6 +247,8 @@ class DecoderLayerForward(ReplacedForward):
         if not isinstance(forward, AttentionForward) or not _fits(norm, x):
             return None
         if not (forward.intact() and forward.whole_sequences(inputs)):
+            return None
+        if token_parts() is not None:  # q, k and v leave for other processes
             return None
         qkv, output = forward.qkv.lora, forward.output.lora
         if qkv is None or output is None:
