@@ -1,5 +1,6 @@
 """Runs of several processes: the same numbers, files and ends as of one."""
 
+import shutil
 import signal
 import time
 
@@ -97,9 +98,18 @@ def test_an_interrupted_run_goes_on_with_any_number(alone, tmp_path, count):
             assert np.array_equal(values, continued[3][name]), name
 
 
-@pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.slow)])
-def test_a_killed_process_ends_the_others(alone, tmp_path, rank):
-    run = Together(2, fit_and_die, tmp_path, rank, 5)
+@pytest.mark.parametrize(
+    ("rank", "counts"),
+    [
+        (1, [1]),
+        pytest.param(1, [2, 4], marks=pytest.mark.slow),
+        pytest.param(0, [1, 2], marks=pytest.mark.slow),
+    ],
+)
+def test_a_killed_process_ends_the_others(alone, tmp_path, rank, counts):
+    """counts: of processes that go on, each from the same checkpoint."""
+    killed = tmp_path / "killed"
+    run = Together(2, fit_and_die, killed, rank, 5)
     assert run.result(rank) is None
     run.processes[rank].join(60)
     assert run.processes[rank].exitcode == -signal.SIGKILL
@@ -108,11 +118,16 @@ def test_a_killed_process_ends_the_others(alone, tmp_path, rank):
     assert isinstance(run.result(1 - rank), PeerLost if rank == 1 else SystemExit)
     assert time.monotonic() - died < 30
     # The first process saves its last step if it lives.
-    assert saved_steps(tmp_path)[-1] == (5 if rank == 1 else 4)
-    store = CheckpointStore(tmp_path / "checkpoints")
-    assert all(store.problem(step) is None for step in saved_steps(tmp_path))
-    (continued,) = run_together(1, fit_on, tmp_path)
-    assert continued[1][-1].loss == pytest.approx(alone[1]["sft"][1][-1].loss, **ROUNDING)
+    last = 5 if rank == 1 else 4
+    assert saved_steps(killed)[-1] == last
+    store = CheckpointStore(killed / "checkpoints")
+    assert all(store.problem(step) is None for step in saved_steps(killed))
+    result, steps, evals, weights = alone[1]["sft"]
+    for count in counts:
+        folder = tmp_path / str(count)
+        shutil.copytree(killed, folder)
+        continued, *_ = run_together(count, fit_on, folder)
+        assert_same_run(continued, (result, steps[last:], evals[1:], weights))
 
 
 def test_what_one_process_finds_bad_all_tell_alike(tmp_path):
