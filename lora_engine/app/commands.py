@@ -182,14 +182,15 @@ def plan(
     from lora_engine.app.config import load_config
 
     settings = load_config(config, overrides or [])
-    from lora_engine.app import plan as planning
+    from lora_engine.app import plan_text
     from lora_engine.app.finetune import model_name
+    from lora_engine.app.plan import plan as planned
 
-    made = planning.plan(settings, gpu=gpu, budget=budget)
+    made = planned(settings, gpu=gpu, budget=budget)
     if as_json:
-        print(json.dumps(planning.as_json(made), indent=2))
+        print(json.dumps(plan_text.as_json(made), indent=2))
     else:
-        _console().print(planning.render(made, model_name(settings)))
+        _console().print(plan_text.render(made, model_name(settings)))
 
 
 @app.command()

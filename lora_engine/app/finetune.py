@@ -24,9 +24,9 @@ import torch
 from lora_engine.app.chat_settings import set_chat_template
 from lora_engine.app.config import RunConfig, dump_config, load_config
 from lora_engine.app.datasets import Reading, prepare_data, prepare_probe, prepare_prompt_data
+from lora_engine.app.fit_memory import with_memory
 from lora_engine.app.objectives import ONLINE, name_of, objective_of, teacher_of
 from lora_engine.app.online import online_of, shown_prompts
-from lora_engine.app.plan import with_memory
 from lora_engine.app.run_model import run_model
 from lora_engine.app.run_summary import description, earlier_peak, model_name, perplexity
 from lora_engine.app.samples_before import counted, read_json, samples_before
@@ -116,7 +116,8 @@ def _finetune(config: RunConfig, resume: bool, observer: Observer | None, world:
     if start is not None:
         config = config.model_copy(update={"lora": start.lora})
     if config.train.memory is not None:
-        config = with_memory(config, _config_of_run(folder) if resume else None, world, tell)
+        begun = _config_of_run(folder) if resume and world.is_first else None
+        config = with_memory(config, begun, world, tell)
     tell(f"loading {model_name(config)}")
     model, tokenizer, fingerprint = run_model(config, getattr(observer, "on_load", None), world)
     origin = _origin(config, fingerprint, start)

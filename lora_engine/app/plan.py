@@ -1,47 +1,41 @@
-"""What a run takes of memory, and the settings that fit: `lora-engine plan`, `train.memory`.
+"""What a run takes of memory, and the settings that fit.
 
 Nothing is loaded: the model's configuration is read, and its modules are made without weights.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from lora_engine import backends
 from lora_engine.app.config import RunConfig
 from lora_engine.app.objectives import ONLINE, name_of, teacher_of
-from lora_engine.distributed.world import World
+from lora_engine.distributed.world import ALONE, World, sharing_memory
 from lora_engine.errors import UserError, nearest
 from lora_engine.memory.plan import (
     CANDIDATES,
-    ROWS,
     TILED,
     Budget,
     Candidate,
     best,
     budget_of,
     candidates,
-    worth_showing,
 )
 from lora_engine.memory.policy import Place, policy_of
 from lora_engine.memory.sizes import ModelSizes, Storing, sizes_of
 from lora_engine.memory.speed import GPUS, Machine, gpu_of, measured_cpu
-from lora_engine.memory.timeline import Load, Moment, peak, timeline, with_rows
+from lora_engine.memory.timeline import Load, Moment, timeline
 from lora_engine.models.load.load import resolve_device, resolve_dtype
 from lora_engine.models.load.outline import outline
 from lora_engine.models.quantized.quantize import SKIPPED
 from lora_engine.quantization.formats import writable_format
-from lora_engine.text import bytes_text, parsed_bytes
+from lora_engine.text import parsed_bytes
 from lora_engine.training.trainable import trained_names
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
 
 # Tokens of a sequence where the configuration sets no limit.
 USUAL_LENGTH = 2048
-_MOST_PARTS = 5
 SAMPLES_AT_ONCE = 8  # evaluation.samples.BATCH_SIZE
 
 # What may be changed where nothing else fits, from the least to the most of a change.
@@ -75,12 +69,19 @@ class Plan:
         return timeline(self.sizes, self.wanted)
 
 
-def plan(config: RunConfig, *, gpu: str | None = None, budget: str | None = None) -> Plan:
+def plan(
+    config: RunConfig,
+    *,
+    gpu: str | None = None,
+    budget: str | None = None,
+    world: World = ALONE,
+) -> Plan:
     """The plan of a run.
 
     gpu: bytes of memory ("24GB") or a name of `memory.speed.GPUS`, of a GPU that need not be here.
     budget: bytes that may be used ("16GB"), of the device of the configuration, or of that GPU;
-    None: all of it. Raises UserError for what cannot be planned.
+    None: all of it. world: of processes that hold the whole model each, of which the plan is for
+    one. Raises UserError for what cannot be planned.
     """
     machine = None if gpu is None else _gpu(gpu)
     if machine is not None:
@@ -93,6 +94,7 @@ def plan(config: RunConfig, *, gpu: str | None = None, budget: str | None = None
         dtype = resolve_dtype(config.model.dtype, device)
     memory = machine.memory if machine is not None else backends.memory(device).nbytes
     nbytes = memory if budget is None else _size("--budget", budget)
+    nbytes //= sharing_memory(world, device)
     if machine is None:
         machine = gpu_of(memory) if backends.has_own_memory(device) else measured_cpu(dtype)
     limits = budget_of(nbytes, device, backends.resident_bytes())
@@ -152,50 +154,6 @@ def load_of(config: RunConfig, device: torch.device) -> Load:
         offload=train.offload_activations,
         host_states=train.offload_optimizer is not None,
     )
-
-
-def with_memory(
-    config: RunConfig, begun: RunConfig | None, world: World, tell: Callable[[str], None]
-) -> RunConfig:
-    """`config` with the policy, and where that is not enough the micro-batches, that fit
-    `train.memory`.
-
-    begun: of a run that is resumed; its micro-batches remain. tell: takes a line of what was
-    chosen. Raises UserError where nothing fits.
-    """
-    train = config.train
-    if world.size > 1:
-        raise UserError(
-            "train.memory: fits one process; with several set train.checkpointing instead, as "
-            "lora-engine plan finds it"
-        )
-    if begun is not None:
-        kept = ("tokens_per_batch", "gradient_accumulation_steps")
-        train = train.model_copy(update={key: getattr(begun.train, key) for key in kept})
-        config = config.model_copy(update={"train": train})
-    made = plan(config, budget=None if train.memory == "auto" else train.memory)
-    chosen = made.chosen
-    divides = begun is None and not train.layerwise_update  # into smaller micro-batches
-    if chosen is None or not (chosen.fits or divides):
-        hints = [line for line in conclusion(made) if " fit with other numbers: " in line]
-        raise UserError(
-            f"train.memory {train.memory}: {_least(made)} "
-            + (hints[0] if hints else "Take a smaller model, lora.r or train.tokens_per_batch.")
-        )
-    update: dict[str, Any] = {
-        "checkpointing": chosen.policy,
-        "offload_activations": chosen.load.offload,
-        "offload_optimizer": "host" if chosen.load.host_states else None,
-    }
-    line = f"memory: checkpointing {way_of(chosen)}"
-    if not chosen.fits:
-        parts = -(-train.tokens_per_batch // chosen.most_rows)
-        rows = min(chosen.most_rows, -(-train.tokens_per_batch // parts // ROWS) * ROWS)
-        update["tokens_per_batch"] = rows
-        update["gradient_accumulation_steps"] = parts * train.gradient_accumulation_steps
-        line += f", {parts} micro-batches of {rows:,} tokens for one of {train.tokens_per_batch:,}"
-    tell(f"{line}, for {bytes_text(made.budget.nbytes)}")
-    return config.model_copy(update={"train": train.model_copy(update=update)})
 
 
 class _Ways(NamedTuple):
@@ -278,49 +236,18 @@ def _size(key: str, text: str) -> int:
         raise UserError(f"{key}: {error}") from error
 
 
-def as_json(made: Plan) -> dict[str, Any]:
-    """The plan as plain values."""
-    chosen = made.chosen
-    return {
-        "device": made.wanted.device.type,
-        "machine": made.machine.name,
-        "modelled": made.modelled,
-        "budget_bytes": made.budget.nbytes,
-        "reserved_bytes": made.budget.reserved,
-        "tokens_per_batch": made.wanted.rows,
-        "moments": [
-            {"moment": m.name, "bytes": m.total, "parts": dict(m.parts)} for m in made.moments
-        ],
-        "policies": [
-            {
-                "checkpointing": each.policy,
-                "offload_activations": each.load.offload,
-                "offload_optimizer": "host" if each.load.host_states else None,
-                "peak_bytes": each.highest.total,
-                "at": each.highest.name,
-                "fits": each.fits,
-                "largest_tokens_per_batch": each.most_rows,
-                "tokens_per_second": round(each.tokens_per_second, 1),
-            }
-            for each in made.found
-        ],
-        "chosen": None if chosen is None else way_of(chosen),
-        "settings": settings(made),
-    }
-
-
 def settings(made: Plan) -> dict[str, Any]:
     """The keys to set, by their names in the configuration; {} where nothing fits."""
     chosen = made.chosen
     if chosen is None:
         return {}
-    keys = _keys(chosen)
+    keys = keys_of(chosen)
     if not chosen.fits:
         keys["train.tokens_per_batch"] = chosen.most_rows
     return keys
 
 
-def _keys(candidate: Candidate) -> dict[str, Any]:
+def keys_of(candidate: Candidate) -> dict[str, Any]:
     """The settings of a candidate by their names."""
     keys: dict[str, Any] = {"train.checkpointing": candidate.policy}
     if candidate.load.offload is not None:
@@ -328,119 +255,3 @@ def _keys(candidate: Candidate) -> dict[str, Any]:
     if candidate.load.host_states:
         keys["train.offload_optimizer"] = "host"
     return keys
-
-
-def render(made: Plan, name: str) -> "RenderableType":
-    """The plan for people."""
-    from rich.console import Group
-    from rich.text import Text
-
-    budget, wanted = made.budget, made.wanted
-    where = f"{made.machine.name}, modelled" if made.modelled else made.machine.name
-    head = (
-        f"{name}: {wanted.rows:,} tokens a micro-batch, {wanted.optimizer}, on {where}; "
-        f"{bytes_text(budget.nbytes)} of memory, {bytes_text(budget.reserved)} of it "
-        + (
-            "for the driver and what the allocator loses"
-            if made.modelled
-            else "for this program and its libraries"
-        )
-    )
-    return Group(
-        Text(head),
-        Text(""),
-        _moments_table(made),
-        Text(""),
-        _policies_table(made),
-        Text(""),
-        *map(Text, conclusion(made)),
-    )
-
-
-def _moments_table(made: Plan) -> "RenderableType":
-    """When how many bytes are alive, of the run as it is configured, and what most of them are."""
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("when", no_wrap=True)
-    table.add_column("bytes", justify="right", no_wrap=True)
-    table.add_column("of which")
-    highest = peak(made.moments)
-    for moment in _shown_moments(made.moments):
-        parts = sorted(moment.parts.items(), key=lambda part: -part[1])
-        shown = ", ".join(f"{name} {bytes_text(size)}" for name, size in parts[:_MOST_PARTS])
-        style = "bold" if moment == highest else ""
-        table.add_row(moment.name, bytes_text(moment.total), shown, style=style)
-    return table
-
-
-def _shown_moments(moments: Sequence[Moment]) -> list[Moment]:
-    """Of the layers' backward passes the highest alone."""
-    layers = [moment for moment in moments if moment.name.startswith("layer ")]
-    highest = peak(layers)
-    return [moment for moment in moments if moment not in layers or moment is highest]
-
-
-def _policies_table(made: Plan) -> "RenderableType":
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("checkpointing")
-    for title in ("peak", "fits", "longest batch", "tokens/s"):
-        table.add_column(title, justify="right")
-    plain = sum(not (e.load.offload or e.load.host_states) for e in made.found)
-    for each in worth_showing(made.found, plain):
-        mark = " ←" if each is made.chosen else ""
-        rate = f"{each.tokens_per_second:,.0f}" if each.most_rows else ""
-        if each.most_rows and not each.fits:
-            rate += f" at {each.most_rows:,}"
-        table.add_row(
-            way_of(each),
-            bytes_text(each.highest.total),
-            "yes" if each.fits else "no",
-            f"{each.most_rows:,} tokens" if each.most_rows else "none",
-            rate + mark,
-            style="bold" if each is made.chosen else "",
-        )
-    return table
-
-
-def conclusion(made: Plan) -> list[str]:
-    """What to do, a line each."""
-    chosen = made.chosen
-    lines = []
-    if chosen is None:
-        lines.append(_least(made))
-    elif chosen.fits:
-        lines.append(f"Best: {_assigned(settings(made))}")
-    else:
-        lines.append(
-            f"{made.wanted.rows:,} tokens a micro-batch fit under no policy. "
-            f"Best: {_assigned(settings(made))} (and more train.gradient_accumulation_steps)"
-        )
-    for changes, each in made.savings:
-        keys = {
-            ("model.quantize" if k == "quantize" else f"train.{k}"): v for k, v in changes.items()
-        }
-        keys |= _keys(each)
-        lines.append(f"{made.wanted.rows:,} tokens fit with other numbers: {_assigned(keys)}")
-    lines.append(
-        "A batch's longest sequence may be all of it. Tokens/s are predicted, not measured."
-    )
-    if made.modelled:
-        lines.append("All figures are modelled: no such GPU was asked.")
-    return lines
-
-
-def _least(made: Plan) -> str:
-    """Where not even the fewest tokens fit: what the weights, and these with them, take."""
-    weights = made.moments[0].parts["weights"]
-    least = min(peak(timeline(made.sizes, with_rows(each.load, ROWS))).total for each in made.found)
-    return (
-        f"Nothing fits: {ROWS} tokens take {bytes_text(least)}, {bytes_text(weights)} of it "
-        f"weights, and {bytes_text(made.budget.usable)} are left for them."
-    )
-
-
-def _assigned(keys: dict[str, Any]) -> str:
-    return " ".join(f"{key}={value}" for key, value in keys.items())

@@ -173,6 +173,14 @@ def joined(words: Callable[[BaseException], str] = reason) -> Iterator[World]:
             dist.destroy_process_group()
 
 
+def sharing_memory(world: World, device: torch.device) -> int:
+    """How many processes of the run share the device's memory: of a GPU one, of a CPU those on this
+    machine."""
+    if world.size == 1 or backends.has_own_memory(device):
+        return 1
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
+
+
 def check_same(world: World, what: Mapping[str, str]) -> None:
     """Raises UserError, in each process, where a value differs from the first process's.
 

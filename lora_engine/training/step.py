@@ -126,14 +126,15 @@ class TrainStep:
     def try_out(self, batch: PackedBatch) -> None:
         """Both passes of a micro-batch, for the memory that they take; they leave no trace.
 
-        Of one process alone, not of several that share steps.
+        Of this process alone, where processes share neither weights nor tokens.
         """
         weight = added([weight_of(self.objective, batch)])
         if not any(weight.values()):
             return
+        alone = TrainStep(self.model, self.objective, self.optimizer, seed=self.seed)
         before = random_state.capture()
         try:
-            self._accumulate(0, [batch], [0], weight, lambda: None, None)
+            alone._accumulate(0, [batch], [0], weight, lambda: None, None)
         finally:
             self.optimizer.flat.zero_grad()
             random_state.restore(*before)

@@ -4,12 +4,14 @@ import json
 
 import pytest
 import yaml
+from processes import run_together
 
 from lora_engine import backends
+from lora_engine.app import fit_memory
 from lora_engine.app.cli import main
 from lora_engine.app.config import load_config
-from lora_engine.app.plan import with_memory
-from lora_engine.distributed.world import ALONE, World
+from lora_engine.app.fit_memory import with_memory
+from lora_engine.distributed.world import ALONE, World, current
 from lora_engine.errors import UserError
 from lora_engine.memory.plan import CPU_OVERHEAD_BYTES
 from lora_engine.testing import byte_tokenizer, tiny_llama
@@ -156,6 +158,27 @@ def test_memory_that_nothing_fits(config):
         with_memory(load_config(config, ["train.memory=1MB"]), None, ALONE, print)
 
 
-def test_several_processes_are_not_planned(config):
-    with pytest.raises(UserError, match=r"^train.memory: fits one process"):
-        with_memory(load_config(config, ["train.memory=auto"]), None, World(size=2), print)
+@pytest.mark.parametrize("key", ["model.shard", "train.sequence_parallel"])
+def test_processes_that_share_a_model_are_not_planned(config, key):
+    given = load_config(config, ["train.memory=auto", f"{key}=true"])
+    with pytest.raises(UserError, match=r"^train.memory: is for processes that hold the whole"):
+        with_memory(given, None, World(size=2), print)
+
+
+def test_the_first_of_two_processes_chooses_for_a_half_of_the_memory(config):
+    (first, told), (second, nothing) = run_together(2, fitted_in_halves, config)
+    chosen = ("checkpointing", "tokens_per_batch", "gradient_accumulation_steps")
+    assert [first[key] for key in chosen] == [second[key] for key in chosen]
+    assert len(told) == 1 and not nothing
+    assert first["checkpointing"] not in (None, "none")
+    assert first["tokens_per_batch"] == 4096
+
+
+def fitted_in_halves(config):
+    """As `fitted`, of processes with 40 MB each; with twice as much nothing would run again."""
+    if not current().is_first:
+        fit_memory.plan = None
+    beside = backends.resident_bytes() + CPU_OVERHEAD_BYTES
+    told = []
+    given = load_config(config, [f"train.memory={2 * (beside / 1e6 + 40):.3f}MB"])
+    return with_memory(given, None, current(), told.append).train.model_dump(mode="json"), told

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from processes import Together, run_together
 from training_helpers import TRAIN, accelerated, lines, make_trainer, tiny_lora, trainable
 
 from lora_engine import backends
+from lora_engine.distributed.world import World, current
 from lora_engine.errors import UserError, is_out_of_memory
 from lora_engine.training import fitting
 from lora_engine.training.batches import BatchSource
@@ -100,3 +102,42 @@ def test_the_largest_batch_has_the_most_tokens():
     source = BatchSource(TRAIN.examples, 40)
     largest = source.largest()
     assert largest.num_tokens == max(batch.num_tokens for batch in source.one_epoch())
+
+
+def test_of_two_processes_each_has_to_fit(tmp_path):
+    """The second has no memory for three policies, and both take the fourth."""
+    for policies, same in run_together(2, fit_with_and_without, tmp_path, 3):
+        assert policies == ["none", "every_4", "every_3", "every_2"]
+        assert same
+
+
+def test_two_processes_that_do_not_fit_end_alike(tmp_path):
+    first = Together(2, fit_shared, tmp_path, "1MB").result(0)
+    assert isinstance(first, UserError)
+    assert str(first).startswith("train.memory 1MB: a step on the largest batch")
+    assert lines(tmp_path) == []
+
+
+def test_processes_that_share_a_model_are_not_tried():
+    with pytest.raises(UserError, match=r"^train.memory: is for processes that hold the whole"):
+        fitting.fitting_policy(*[None] * 7, World(size=2, in_step=True))
+
+
+def fit_shared(folder, memory):
+    return fit(folder, memory=memory, gradient_accumulation_steps=2)
+
+
+def fit_with_and_without(folder, failing):
+    """What was tried, and whether the weights are those of a run that tries nothing."""
+    plain = fit_shared(folder / "plain", None)
+    own, policies = fitting.checkpointing, []
+
+    def noting(model, policy, store):
+        policies.append(policy)
+        if current().rank == 1 and len(policies) <= failing:
+            raise NO_MEMORY
+        return own(model, policy, store)
+
+    fitting.checkpointing = noting
+    tried = fit_shared(folder / "tried", "900GB")
+    return policies, all(torch.equal(plain[name], weight) for name, weight in tried.items())
