@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +25,8 @@ Change = Literal["relative", "points", "difference"]
 
 @dataclass(frozen=True)
 class Comparison:
-    """One measure before and after training. better: the change is in the right direction."""
+    """One measure before and after training. better: the change is in the right direction; None
+    where there is none, or where neither direction is."""
 
     name: str
     before: str
@@ -100,13 +101,17 @@ def comparisons(summary: Row) -> list[Comparison]:
         return []
     rows = []
     name = _accuracy(summary.get("objective", ""))
+    before, after = (summary.get(f"heldout_metrics_{when}", {}) for when in ("before", "after"))
     if None not in accuracies:  # else rewards are measured, and the loss is minus the reward
         rows.append(_comparison("Held-out loss", losses, "{:.3f}", lower_is_better=True))
         if summary["loss_unit"] == NATS_PER_TARGET:
             perplexities = tuple(map(perplexity, losses))
             rows.append(_comparison("Perplexity", perplexities, "{:,.2f}", lower_is_better=True))
-        rows.append(_comparison(name, accuracies, "{:.1%}", lower_is_better=False, change="points"))
-    before, after = (summary.get(f"heldout_metrics_{when}", {}) for when in ("before", "after"))
+        row = _comparison(name, accuracies, "{:.1%}", lower_is_better=False, change="points")
+        if "rewards/rejected" in before and name == "Token accuracy":
+            # Tokens of answers that are to become unlikely count too.
+            row = replace(row, name="Token accuracy, all answers", better=None)
+        rows.append(row)
     rewards = {key: True for key in before if key.startswith("rewards/") and key.endswith("/mean")}
     for metric, better in {**_BETTER, **rewards}.items():
         if metric in before and metric in after and metric != _COUNTED.get(name):
@@ -263,7 +268,8 @@ def _comparison(
     elif change == "difference":
         told = f"{after - before:+.3f}"
     elif before and math.isfinite(before) and math.isfinite(after):
-        told = f"{(after - before) / before:+.0%}"
+        share = (after - before) / before
+        told = f"{share:+.0%}" if abs(share) >= 0.01 else f"{share:+.1%}"
     equal = form.format(before) == form.format(after)
     return Comparison(
         name=name,

@@ -212,6 +212,8 @@ def test_comparison_judges_the_direction(summary):
     summary |= {"heldout_loss_after": 3.5, "heldout_accuracy_after": 0.4}
     loss, _, accuracy = comparisons(summary)
     assert (loss.better, accuracy.better) == (False, None)
+    summary |= {"heldout_loss_after": 3.006}
+    assert comparisons(summary)[0].change == "+0.2%"
     summary |= {"heldout_loss_before": 800.0}
     assert comparisons(summary)[1].before == "inf"
 
@@ -282,15 +284,17 @@ def test_metrics_of_pairs_have_charts_and_are_compared(summary, metrics):
     for chart in drawn:  # lines of a chart look different
         looks = [look(series.style) for series in chart.series]
         assert len(set(looks)) == len(looks), chart.title
-    shown = {"rewards/accuracies": 0.5, "rewards/margins": -0.25}
+    shown = {"rewards/accuracies": 0.5, "rewards/margins": -0.25, "rewards/rejected": 0.0}
     summary |= {"heldout_metrics_before": shown, "objective": "dpo"}
     summary["heldout_metrics_after"] = {"rewards/accuracies": 0.75, "rewards/margins": 1.0}
+    summary["heldout_accuracy_after"] = 0.2
     rows = {row.name: row for row in comparisons(summary)}
     assert rows["rewards/accuracies"].change == "+25.0 points" and rows["rewards/margins"].better
     assert rows["rewards/margins"].change == "+1.250"
+    assert rows["Token accuracy, all answers"].better is None, "rejected ones are to be unlikely"
     summary["objective"] = "reward"  # whose accuracy is that of pairs
     assert "rewards/accuracies" not in {row.name for row in comparisons(summary)}
-    assert "Pair accuracy" in {row.name for row in comparisons(summary)}
+    assert next(row for row in comparisons(summary) if row.name == "Pair accuracy").better is False
 
 
 def test_the_probe_has_a_curve_beside_the_loss_and_a_row(summary, metrics):
