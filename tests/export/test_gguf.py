@@ -9,6 +9,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+from llama_arithmetic import llama_arithmetic
 from small_ggufs import MODELS, as_read, byte_level, save_model, with_byte_fallback
 from transformers import AutoConfig, AutoTokenizer
 
@@ -168,6 +169,22 @@ def test_each_type_holds_the_weights_and_llama_cpp_reads_it(tmp_path, wide, kind
     assert 0 <= agreement.parted < (0.02 if exact else 0.25)
     assert agreement.written == WRITTEN >= agreement.written_alike > 0
     assert (agreement.written_alike == WRITTEN) == (agreement.parted == 0)
+
+
+@pytest.mark.parametrize("kind", sorted(set(TYPES) - {"f32", "f16", "q4_1", "q5_1"}))
+def test_llama_cpp_rounds_activations_and_nothing_else(tmp_path, wide, kind):
+    """Log-probabilities are those of the file's weights beside activations that are rounded as the
+    type of each matrix has it; but for values between two codes, which other sums may tip over."""
+    pytest.importorskip("xllamacpp")
+    folder, _ = wide
+    written(folder, tmp_path / "m.gguf", kind)
+    kept = load_plain(folder)
+    put_values(tmp_path / "m.gguf", kept)
+    plain = compare_file(tmp_path / "m.gguf", next_tokens(kept, [ROW]), [ROW])
+    with llama_arithmetic(kept, tmp_path / "m.gguf"):
+        found = compare_file(tmp_path / "m.gguf", next_tokens(kept, [ROW]), [ROW])
+    assert found.top1_decided == 1.0
+    assert found.logprob < 0.7 * plain.logprob, (found, plain)
 
 
 @pytest.mark.parametrize("family", MODELS)
