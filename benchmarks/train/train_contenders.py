@@ -62,7 +62,7 @@ CONTENDERS = {
     "ours": OURS,
     **{name: v.description for name, v in TRL_VARIANTS.items()},
     "peft": "a loop of one's own: PEFT on transformers with sdpa, padding, everything in the dtype",
-    "unsloth": "Unsloth's FastLanguageModel (on a CPU UNSLOTH_ALLOW_CPU=1) in SFTTrainer, padding",
+    "unsloth": "Unsloth's FastLanguageModel in SFTTrainer, padding",
 }
 PACKAGES = {**dict.fromkeys(TRL_VARIANTS, "trl"), "unsloth": "unsloth"}
 
@@ -188,7 +188,6 @@ def _sft_config(workload: Workload, dtype: torch.dtype, variant: TrlVariant) -> 
 def run_unsloth(workload: Workload, dtype: torch.dtype) -> Result:
     """Unsloth as its documentation has it, but for the checkpointing of activations, and our
     initial adapters."""
-    os.environ.setdefault("UNSLOTH_ALLOW_CPU", "1")
     fast: Any = importlib.import_module("unsloth").FastLanguageModel  # before transformers and trl
 
     from lora_engine.models.load.gguf import converted_gguf, smollm2_gguf_path

@@ -23,6 +23,11 @@ def multiply(out: Tensor, a: Tensor, b: Tensor, addend: Tensor | None = None) ->
     return torch.addmm(addend, a, b, out=out)
 
 
+def copies_no_addend(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `multiply` reads an addend where it is: PyTorch's product copies it to `out` first."""
+    return selection.multiplies(device, dtype)
+
+
 def _readable(out: Tensor, a: Tensor, b: Tensor, addend: Tensor | None) -> bool:
     """Whether our kernel reads them: rows of adjacent elements, or columns of b, of one dtype."""
     return (

@@ -30,7 +30,7 @@ from lora_engine.backends.lora_parts import (
     XGradient,
     split_parts,
 )
-from lora_engine.backends.products import multiply
+from lora_engine.backends.products import copies_no_addend, multiply
 from lora_engine.ops import augmented
 from lora_engine.ops.lora.added import added_gradients
 from lora_engine.ops.lora.group import Filling, LoraGroup
@@ -141,9 +141,14 @@ class LoraProduct:
         return y, unscaled
 
     def adds_to(self, rows: int) -> bool:
-        """Whether Y of so many rows can be added to a copy of the residual, rounded once."""
+        """Whether Y of so many rows is to be added to a copy of the residual, rounded once.
+
+        Not where the product reads an addend of its own.
+        """
         plain = self.filling.bias is None and self.filling.dora is None
-        return plain and self.group.forward_strategy(rows) != "two_segment"
+        base, strategy = self.group.base, self.group.forward_strategy(rows)
+        reads = strategy == "augmented" and copies_no_addend(base.device, base.dtype)
+        return plain and not reads and strategy != "two_segment"
 
     def _products(
         self,
