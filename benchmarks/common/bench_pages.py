@@ -42,13 +42,14 @@ def body(run: Mapping[str, Any], level: int = 2) -> list[Part]:
     return _kernels(run) if run["area"] == "kernels" else _jobs(run, level)
 
 
-def not_run(hardware: Iterable[Mapping[str, str]]) -> list[str]:
-    """A line for each kind of machine that none of these results is of."""
+def not_run(hardware: Iterable[Mapping[str, str]], area: str = "") -> list[str]:
+    """A line for each kind of machine that none of these results, of an area or of all, is of."""
     everything, lines = list(hardware), []
+    command = f"`lora-engine bench {area}".rstrip() + "`"
     if not any("amx" in each.get("instructions", "") for each in everything):
-        lines.append("No committed result of `lora-engine bench` is of a processor with AMX.")
+        lines.append(f"No committed result of {command} is of a processor with AMX.")
     if not any(each.get("GPU", "none") != "none" for each in everything):
-        lines.append("Nothing of `lora-engine bench` has run on a GPU.")
+        lines.append(f"Nothing of {command} has run on a GPU.")
     return lines
 
 
@@ -200,7 +201,8 @@ def comparison(run: Mapping[str, Any], committed: Path) -> list[Part]:
     if len(found) == 1:
         found.append(text("No committed result has these measurements."))
     news = [path for path in files if path.name.startswith("bench_")]
-    found += [text(line) for line in not_run(results.read(path)["hardware"] for path in news)]
+    hardware = [results.read(path)["hardware"] for path in news]
+    found += [text(line) for line in not_run(hardware, run["area"])]
     return found
 
 

@@ -94,8 +94,8 @@ def test_a_run_of_kernels(tmp_path):
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     assert cells[4:] == ["3,000", "10%", "4.0 GB/s", "50%", "1.0", "4", "3.00"]
     assert "No committed result has these measurements." in shown
-    assert "No committed result of `lora-engine bench` is of a processor with AMX." in shown
-    assert "Nothing of `lora-engine bench` has run on a GPU." in shown
+    assert "No committed result of `lora-engine bench kernels` is of a processor with AMX." in shown
+    assert "Nothing of `lora-engine bench kernels` has run on a GPU." in shown
     assert "- rope: left out" in shown
     names = [part.name for part in parts if isinstance(part, Plot)]
     assert names == ["roofline", "times", "m-forward-bfloat16"]
