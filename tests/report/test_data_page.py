@@ -31,9 +31,17 @@ def test_the_page_tells_what_was_understood(reports):
         "Also in the training data",
         "not read: x (7)",
         '<span class="learned">',
+        "To be mended",
     ):
         assert said in page, said
     assert "http" not in page  # self-contained
+
+
+def test_the_answers_of_a_judged_source_are_told_by_their_kind():
+    tokenizer = make_byte_level()
+    rows = [{"prompt": f"a{i}", "completion": f" b{i}", "label": i % 3 > 0} for i in range(6)]
+    page = data_page("a", [report(prepare(rows, tokenizer), tokenizer)])
+    assert "2 undesirable, 6 to other prompts, for comparison, 4 desirable" in page
 
 
 def test_it_is_written_where_it_is_asked_for(reports, tmp_path):
