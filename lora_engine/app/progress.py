@@ -143,7 +143,11 @@ class ConsoleProgress:
         self._heldout = f"{result.metrics.get('reward', 0):.3f}"
         if result.accuracy is not None:
             self._heldout = f"{result.loss:.3f}"
-            said = f"held-out loss {result.loss:.3f}, token accuracy {result.accuracy:.1%}"
+            of_pairs = result.metrics.get("rewards/accuracies")
+            right = f"token accuracy {result.accuracy:.1%}"
+            if of_pairs is not None:  # tokens of both answers say little
+                right = f"pair accuracy {of_pairs:.1%}"
+            said = f"held-out loss {result.loss:.3f}, {right}"
         if result.probe is not None:
             before = self._probe = self._probe or result.probe
             said += f", probe loss {result.probe.loss:.3f}"

@@ -5,6 +5,7 @@ from finetune_runs import run
 from rich.console import Console
 
 from lora_engine.app.progress import ConsoleProgress, render_outcome
+from lora_engine.evaluation.heldout import HeldoutResult
 from lora_engine.training.state import TrainState
 
 
@@ -52,6 +53,17 @@ def test_terminal_progress_is_a_bar_that_is_gone_after_an_error(settings):
     assert console._live_stack == []
     run(observer=ConsoleProgress(console))
     assert "4/4" in console.export_text()
+
+
+def test_of_pairs_it_is_told_how_many_are_in_order():
+    console = console_text(terminal=False)
+    progress = ConsoleProgress(console)
+    progress.on_eval(3, HeldoutResult(0.25, 0.5, 10, 10, {"rewards/accuracies": 0.875}))
+    progress.on_eval(4, HeldoutResult(0.25, 0.5, 10, 10, {}))
+    assert console.export_text().splitlines() == [
+        "step 3: held-out loss 0.250, pair accuracy 87.5%",
+        "step 4: held-out loss 0.250, token accuracy 50.0%",
+    ]
 
 
 @pytest.mark.parametrize("terminal", [False, True])
