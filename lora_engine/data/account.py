@@ -12,6 +12,7 @@ from lora_engine.data.listing import Finding, group
 
 FIELDS = 20  # how many of the fields that nothing reads are named
 DUPLICATE = "repeats an earlier example (kept)"
+_DROPPED = "dropped, "  # begins what is said of records that are not learned from
 
 
 class FoundRecords(TypedDict):
@@ -39,7 +40,7 @@ def findings(dataset: TokenizedDataset) -> tuple[Finding, ...]:
     """What happened to records of `dataset`, each kind once with its count."""
     return group(
         [
-            *((dropped.origin, f"dropped, {dropped.reason}") for dropped in dataset.dropped),
+            *((dropped.origin, f"{_DROPPED}{dropped.reason}") for dropped in dataset.dropped),
             *((origin, "truncated to max_length") for origin in dataset.truncated),
             *((duplicate.origin, DUPLICATE) for duplicate in dataset.duplicates),
             *((example.origin, note) for example in dataset for note in example.notes),
@@ -67,9 +68,16 @@ def lines(accounts: Iterable[Account]) -> list[str]:
     for about in accounts:
         findings = finding_lines(about)
         if findings:
-            counts = f"{about['examples']:,} of {about['records']:,} records are learned from"
-            said += [f"{about['name']}: {counts}", *(f"  {line}" for line in findings)]
+            said += [f"{about['name']}: {learned_line(about)}", *(f"  {line}" for line in findings)]
     return said
+
+
+def learned_line(about: Account) -> str:
+    """How many records are learned from, and the number of examples where that is another."""
+    dropped = sum(f["count"] for f in about["findings"] if f["text"].startswith(_DROPPED))
+    learned, examples = about["records"] - dropped, about["examples"]
+    made = f", as {examples:,} examples" if examples != learned else ""
+    return f"{learned:,} of {about['records']:,} records are learned from{made}"
 
 
 def finding_lines(about: Account) -> list[str]:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from lora_engine.data.account import finding_lines
+from lora_engine.data.account import finding_lines, learned_line
 from lora_engine.errors import UserError
 from lora_engine.evaluation.samples import differing_parts
 from lora_engine.files import write_text
@@ -68,7 +68,8 @@ def render_report(summary: Row, metrics: Sequence[Row], completions: Sequence[Sh
         peeks=differing_parts([sample["prompt"] for sample in summary["samples"]]),
         completions=completions,
         accounts=[
-            {**about, "lines": finding_lines(about)} for about in summary.get("data_accounts", ())
+            {**about, "learned": learned_line(about), "lines": finding_lines(about)}
+            for about in summary.get("data_accounts", ())
         ],
         config=config_sections(summary["config"]),
     )

@@ -134,3 +134,11 @@ def test_the_account_says_what_became_of_the_records(tokenizer):
 
 def test_where_nothing_happened_nothing_is_said(tokenizer):
     assert lines([account(prepare([pair("a", "b"), {"text": "c"}], tokenizer))]) == []
+
+
+def test_records_are_not_taken_for_the_examples_that_they_become(tokenizer):
+    rows = [{"text": "many words " * 20}, {"text": ""}, {"text": "a b"}]
+    about = account(prepare(rows, tokenizer, max_length=12))
+    assert about["examples"] > 3
+    said = lines([about])[0]
+    assert said == f"data: 2 of 3 records are learned from, as {about['examples']} examples"
