@@ -86,7 +86,7 @@ def evaluate(
     source, trained = _model_and_adapter(model, adapter)
     held_out = None
     if data is None:
-        held_out = _held_out_of(trained, choices, group)
+        held_out = _held_out_of(model, trained, choices, group)
         data = ""
     elif data not in BUILT_IN:
         files_of(data)  # what is not there is told before a model is loaded
@@ -145,7 +145,9 @@ def evaluate(
     return report
 
 
-def _held_out_of(trained: Trained | None, choices: bool, group: str | None) -> DataConfig:
+def _held_out_of(
+    model: str, trained: Trained | None, choices: bool, group: str | None
+) -> DataConfig:
     """The data of the run, of which a part is held out. Raises UserError where there is none."""
     config = None if trained is None else trained.config
     if (
@@ -154,7 +156,8 @@ def _held_out_of(trained: Trained | None, choices: bool, group: str | None) -> D
         or group is not None
         or name_of(config.objective) not in _OF_TOKENS
     ):
-        what = "--choices" if choices else "--group" if group else "this model"
+        what = "this model" if trained else f"{model}, which is no run's folder,"
+        what = "--choices" if choices else "--group" if group else what
         raise UserError(f"evaluate: {what} needs data of its own; give --data SOURCE")
     return config.data
 
