@@ -49,24 +49,28 @@ def lines(
     x_label: str,
     y_label: str,
     log: bool = False,
+    even: bool = False,
     x_text: Callable[[float], str] = lambda x: f"{x:g}",
     y_text: Callable[[float], str] = lambda y: f"{y:g}",
     x_values: Sequence[float] = (),
 ) -> str:
-    """Lines or points on common axes; log: both axes by powers, else y from 0 and x by powers of 2.
+    """Lines or points on common axes; log: both axes by powers, else y from 0 and x by powers of 2;
+    even: both from 0, in even steps.
 
     x_values: where the x axis has its ticks; else round values.
     """
     points = [p for line in found for p in line.points]
     xs, ys = [x for x, _ in points], [y for _, y in points]
-    x_ticks = list(x_values) or _powers(min(xs), max(xs))
+    round_values = nice_ticks(0.0, max(xs), 6) if even else _powers(min(xs), max(xs))
+    x_ticks = list(x_values) or round_values
     y_ticks = _powers(min(ys), max(ys)) if log else nice_ticks(0.0, max(ys), 6)
-    x_low, x_high = math.log(min(*xs, *x_ticks)), math.log(max(*xs, *x_ticks))
+    x_scale = float if even else math.log
+    x_low, x_high = x_scale(min(*xs, *x_ticks)), x_scale(max(*xs, *x_ticks))
     scale = math.log if log else float
     y_low, y_high = scale(y_ticks[0]), scale(y_ticks[-1])
 
     def place(point: Point) -> Point:
-        across = (math.log(point[0]) - x_low) / max(x_high - x_low, 1e-9)
+        across = (x_scale(point[0]) - x_low) / max(x_high - x_low, 1e-9)
         up = (scale(point[1]) - y_low) / max(y_high - y_low, 1e-9)
         return (
             LEFT + across * (WIDTH - LEFT - RIGHT),
