@@ -15,6 +15,7 @@ from lora_engine.evaluation.batch_loss import batch_loss
 from lora_engine.memory.checkpointing import checkpointing
 from lora_engine.memory.measured import peak_cpu_bytes
 from lora_engine.memory.policy import policy_of
+from lora_engine.models.attach.forwards import own_forward
 from lora_engine.models.peft.routing import adapters_of
 from lora_engine.objectives.sft import SFT
 from lora_engine.testing import tiny_llama as llama_of
@@ -231,6 +232,18 @@ def test_tiles_sum_the_same_gradients(make, tile):
             assert torch.equal(a, b)
         else:
             assert (a - b).norm() <= loose * b.norm() + 1e-6
+
+
+def test_a_process_without_tokens_has_one_empty_tile():
+    """As where processes share a batch of fewer tokens than they are."""
+    model = with_lora(llama_of(vocab_size=61)).train()
+    lora_engine.accelerate(model, strict=True)
+    backbone = model.get_base_model().model
+    with checkpointing(model, "tiled_8"):
+        x = torch.zeros(1, 0, backbone.config.hidden_size, requires_grad=True)
+        y = own_forward(backbone.layers[0])._fed_in_tiles(x, None)
+        y.sum().backward()
+    assert y.shape == x.grad.shape == x.shape
 
 
 def test_a_wider_mlp_costs_no_more_in_tiles():

@@ -178,12 +178,13 @@ class DecoderLayerForward(ReplacedForward):
             x = x.flatten(0, 1).index_select(0, rows)[None]
         elif self.router.rows is not None:
             rows = torch.arange(x.shape[1], device=x.device)
-        indices: Sequence[Tensor | None] = [None] * -(-x.shape[1] // self.tile)
+        pieces = x.split(self.tile, 1)
+        indices: Sequence[Tensor | None] = [None] * len(pieces)
         if rows is not None:
             indices = rows.split(self.tile)
         tiles = [
             self._again(piece, partial(self._fed_tile, index), Rerun("mlp_block"))
-            for piece, index in zip(x.split(self.tile, 1), indices, strict=True)
+            for piece, index in zip(pieces, indices, strict=True)
         ]
         return torch.cat(tiles, 1)
 
