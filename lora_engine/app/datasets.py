@@ -14,6 +14,7 @@ from lora_engine.data import cache
 from lora_engine.data.chunks import chunks_of, first_rows, source_size
 from lora_engine.data.dataset import TokenizedDataset, dataset_of, prepare
 from lora_engine.data.heldout import choose_heldout
+from lora_engine.data.leakage import find_duplicates
 from lora_engine.data.listing import raise_listed
 from lora_engine.data.mixture import mixed
 from lora_engine.data.probe import SHIPPED, shipped_probe
@@ -65,7 +66,8 @@ def prepare_data(
     if data.replay is not None:
         train_data = _with_replay(train_data, store, learned, data)
     eval_name = f"{data.eval or name}, held out"
-    return train_data, dataset_of(eval_name, eval_store, heldout, data.max_length)
+    eval_data = dataset_of(eval_name, eval_store, heldout, data.max_length)
+    return train_data, _limited(eval_data, data.eval_limit)
 
 
 def prepare_prompt_data(
@@ -146,8 +148,16 @@ def _streamed(
     shown = f"{name}, training (a stream, of which these are the first records)"
     return (
         replace(train_data, name=shown),
-        replace(eval_data, name=f"{data.eval or name}, held out"),
+        replace(_limited(eval_data, data.eval_limit), name=f"{data.eval or name}, held out"),
     )
+
+
+def _limited(dataset: TokenizedDataset, limit: int | None) -> TokenizedDataset:
+    """The first examples, as a long text may have become many."""
+    if limit is None or len(dataset) <= limit:
+        return dataset
+    examples = dataset.examples[:limit]
+    return replace(dataset, examples=examples, duplicates=tuple(find_duplicates(examples)))
 
 
 def _stream_part(source: DataSource, recipe: Recipe) -> StreamPart:

@@ -47,6 +47,16 @@ def test_records_are_split_as_split_heldout_splits_them(tokenizer, files):
     assert origins(limited) == origins(heldout)[:2]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_limit_counts_examples_of_long_texts(tokenizer, tmp_path, stream):
+    texts = [f"Text {i}. " + f"Sentence {i} of many. " * 40 for i in range(30)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    options = {"train": str(tmp_path / "a.jsonl"), "max_length": 32, "stream": stream}
+    whole = prepared(tokenizer, **options, eval_fraction=0.3)[1]
+    limited = prepared(tokenizer, **options, eval_fraction=0.3, eval_limit=5)[1]
+    assert len(whole) > 40 and list(limited) == list(whole)[:5]
+
+
 def test_several_sources_with_columns_of_their_own(tokenizer, files):
     columns = {"user": "frage", "assistant": "antwort"}
     sources = [str(files / "b.jsonl"), {"path": str(files / "c.jsonl"), "columns": columns}]
