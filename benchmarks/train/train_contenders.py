@@ -1,7 +1,6 @@
 """Who trains in train_job.py; each runs alone in a process of its own."""
 
 import importlib
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any

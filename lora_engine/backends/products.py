@@ -24,7 +24,7 @@ def multiply(out: Tensor, a: Tensor, b: Tensor, addend: Tensor | None = None) ->
 
 
 def copies_no_addend(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether `multiply` reads an addend where it is: PyTorch's product copies it to `out` first."""
+    """Whether `multiply` reads an addend where it is; PyTorch's product copies it to `out`."""
     return selection.multiplies(device, dtype)
 
 
