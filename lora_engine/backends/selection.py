@@ -114,11 +114,9 @@ def takes_few_rows(
     return _strategy(choice) == "few_rows"
 
 
-@cache  # asked before every product
 def multiplies(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether products of large matrices are our kernel's; else they are PyTorch's."""
-    request = Request.on(device, "lora_linear", dtype, Matmul())
-    return _strategy(choose(request, present())) == "tiles"
+    return _strategy(_choose_here("lora_linear", device, dtype, Matmul())) == "tiles"
 
 
 def takes_one_pass(
@@ -174,8 +172,10 @@ def _choose_here(
     format: str = "dense",
 ) -> Choice:
     """`choose` for operations, which ask at every call."""
-    extensions = extension.loaded(), extension.cuda_emulation
-    return _choose_once(operation, device, dtype, sizes, impl, format, *extensions)
+    found = extension.loaded()
+    isa = None if found.module is None else found.module.isa()
+    here = found, isa, extension.cuda_emulation
+    return _choose_once(operation, device, dtype, sizes, impl, format, *here)
 
 
 @lru_cache(4096, typed=True)  # sizes of different types may be equal as tuples
@@ -187,9 +187,10 @@ def _choose_once(
     impl: str | None,
     format: str,
     found: Extension,
+    isa: str | None,  # select_isa changes it
     emulation: ModuleType | None,
 ) -> Choice:
-    """The answer depends on nothing else."""
+    """What else the answer depends on stays the same in a process: Triton, torch, the GPUs."""
     return choose(Request.on(device, operation, dtype, sizes, impl, format), present())
 
 

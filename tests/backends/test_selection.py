@@ -1,11 +1,14 @@
 """What this machine is said to run, and when that is told."""
 
+from types import ModuleType
+
 import pytest
 import torch
 
 from lora_engine import backends
-from lora_engine.backends import selection
+from lora_engine.backends import plans, selection
 from lora_engine.backends.choice import Choice
+from lora_engine.backends.extension import Extension
 from lora_engine.errors import UnavailableError, UserError
 
 CPU = torch.device("cpu")
@@ -38,6 +41,25 @@ def test_emulated_kernels_count_as_soon_as_they_are_there(monkeypatch) -> None:
     monkeypatch.undo()
     with pytest.raises(UnavailableError, match="impl='cuda' is not available"):
         backends.select("adamw", CPU, torch.float32, "cuda")
+
+
+def test_answers_follow_the_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`select_isa` changes it in a process that has asked before."""
+    module, isa = ModuleType("with a matrix unit"), ["unit"]
+    vars(module).update(isa=lambda: isa[0], cuda_architectures=lambda: ())
+    monkeypatch.setattr(backends.extension, "loaded", lambda: Extension(module, None))
+    monkeypatch.setitem(plans.MATRIX_UNITS, "unit", (torch.bfloat16,))
+
+    def answers() -> tuple[bool, bool]:
+        most = plans.UNIT_FEW_ROWS
+        few = backends.takes_few_rows(most, CPU, torch.bfloat16)
+        return selection.multiplies(CPU, torch.bfloat16), few
+
+    assert answers() == (True, True)
+    isa[0] = "plain"
+    assert answers() == (False, False)
+    isa[0] = "unit"
+    assert answers() == (True, True)
 
 
 def test_a_dtype_by_its_name_is_refused() -> None:

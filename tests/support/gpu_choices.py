@@ -35,4 +35,3 @@ def choices_of_a_gpu() -> Iterator[None]:
 
 def _forget() -> None:
     selection._choose_once.cache_clear()
-    selection.multiplies.cache_clear()

@@ -13,7 +13,7 @@ import torch
 from compiled_module import ROOT
 
 from lora_engine import backends
-from lora_engine.backends import extension, plans, selection
+from lora_engine.backends import extension, plans
 
 NAME = "tile_model"
 CPU = ROOT / "csrc" / "cpu"
@@ -90,8 +90,4 @@ def tiles_modelled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     with monkeypatch.context() as patched:
         patched.setattr(extension, "loaded", lambda: found)
         patched.setitem(plans.MATRIX_UNITS, NAME, (torch.bfloat16,))
-        selection.multiplies.cache_clear()
-        try:
-            yield
-        finally:
-            selection.multiplies.cache_clear()
+        yield
