@@ -50,6 +50,7 @@ from lora_engine.backends.selection import (
     attention_plan,
     chunk_rows,
     decoded_rows,
+    decoding_plan,
     explain,
     product_strategy,
     runs_fused,
@@ -57,6 +58,7 @@ from lora_engine.backends.selection import (
     takes_few_rows,
     takes_one_pass,
     takes_one_query,
+    updated_values,
 )
 
 __all__ = [
@@ -80,6 +82,7 @@ __all__ = [
     "cpu_features",
     "cuda_architectures",
     "decoded_rows",
+    "decoding_plan",
     "dtypes_of",
     "explain",
     "extension_available",
@@ -106,5 +109,6 @@ __all__ = [
     "takes_one_pass",
     "takes_one_query",
     "triton_interpreted",
+    "updated_values",
     "why_absent",
 ]

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from lora_engine.backends import hardware, tables
-from lora_engine.backends.plans import Strategy, plan
+from lora_engine.backends.plans import Plan, plan
 from lora_engine.backends.request import Extent, Heads, Present, Request, dtype_name
 from lora_engine.errors import UnavailableError
 from lora_engine.quantization.formats import NAMES
@@ -68,14 +68,15 @@ class Choice:
 
     impl: the implementation. reason: why that, and why not another one.
     plan: for a Product, a Forward, a Matmul, Queries, an Activation or Heads the strategy; for a
-        Head the rows of logits that are held at a time, of a Packed those decoded at a time.
+        Head the rows of logits that are held at a time, of a Packed those decoded at a time; for
+        Decoding a DecodingPlan; for an Update the values that a temporary tensor holds.
     launch: for an Extent the line of launch_table.json.
     """
 
     operation: str
     impl: str
     reason: str
-    plan: Strategy | int | None = None
+    plan: Plan | None = None
     launch: tables.LaunchKey | None = None
 
 

@@ -1,12 +1,13 @@
 """How a chosen implementation carries an operation out, by sizes, and the limits it goes by."""
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 
 from lora_engine.backends import tables
 from lora_engine.backends.request import (
     Activation,
+    Decoding,
     Forward,
     Head,
     Heads,
@@ -16,6 +17,7 @@ from lora_engine.backends.request import (
     Product,
     Queries,
     Request,
+    Update,
 )
 
 # Kernels that do in one pass what several operations do. Where there are none, or they are not
@@ -46,6 +48,15 @@ DECODED_ROWS = 1024
 # unit, in what it multiplies.
 FEW_ROWS = 32
 UNIT_FEW_ROWS = 64
+
+# Texts that a model goes on with at once.
+TEXTS_AT_ONCE = {"cpu": 32, "cuda": 128}
+# Tokens of a prompt up to which passes of few rows read it faster than one packed sequence.
+PROMPT_BY_ROWS = 64
+
+# Values that temporary tensors of an optimiser's update hold: in a CPU's cache; of a GPU, as many
+# as a launch is worth.
+UPDATED_VALUES = {"cpu": 2**18, "cuda": 2**24}
 
 # Instruction sets with a matrix unit, and what it multiplies: products of large matrices are a
 # kernel of our own there. PyTorch's compiles one for every number of rows that it has not seen,
@@ -90,7 +101,22 @@ class Strategy(NamedTuple):
     reason: str
 
 
-def plan(request: Request, present: Present, impl: str) -> Strategy | int | None:
+class DecodingPlan(NamedTuple):
+    """How a model goes on with texts.
+
+    texts: the most at once. rows: of a pass of prepared calls; 0: there are none.
+    prompt_by_rows: tokens of a prompt up to which such passes read it.
+    """
+
+    texts: int
+    rows: int
+    prompt_by_rows: int
+
+
+Plan: TypeAlias = Strategy | DecodingPlan | int
+
+
+def plan(request: Request, present: Present, impl: str) -> Plan | None:
     """How `impl` does what is asked; None where only the implementation is.
 
     Raises ValueError where no rule of lora_strategy.json fits.
@@ -106,6 +132,10 @@ def plan(request: Request, present: Present, impl: str) -> Strategy | int | None
         return _queries(request, sizes)
     if isinstance(sizes, Activation):
         return _activation(impl, sizes)
+    if isinstance(sizes, Decoding):
+        return _decoding(impl, request, present)
+    if isinstance(sizes, Update):
+        return UPDATED_VALUES[_kind(request)]
     if isinstance(sizes, Heads):
         return _heads(request, present, sizes)
     if isinstance(sizes, Packed):
@@ -129,10 +159,25 @@ def _product(request: Request, product: Product) -> Strategy:
 
 
 def _forward(impl: str, request: Request, present: Present, sizes: Forward) -> Strategy:
-    most = UNIT_FEW_ROWS if _has_unit(request, present) else FEW_ROWS
+    most = _few_rows(request, present)
     if impl == "cpu" and 0 < sizes.rows <= most:
         return Strategy("few_rows", "the weight is read once, where it is")
     return Strategy("many_rows", f"not the C++ kernel of up to {most} rows")
+
+
+def _few_rows(request: Request, present: Present) -> int:
+    return UNIT_FEW_ROWS if _has_unit(request, present) else FEW_ROWS
+
+
+def _decoding(impl: str, request: Request, present: Present) -> DecodingPlan:
+    texts = TEXTS_AT_ONCE[_kind(request)]
+    if impl != "cpu":
+        return DecodingPlan(texts, 0, 0)
+    return DecodingPlan(texts, _few_rows(request, present), PROMPT_BY_ROWS)
+
+
+def _kind(request: Request) -> str:
+    return "cpu" if request.device == "cpu" else "cuda"
 
 
 def _matmul(request: Request, present: Present) -> Strategy:
@@ -202,7 +247,7 @@ def _decoded_rows(request: Request, weight: Packed) -> int:
 
 def _chunk_rows(request: Request, head: Head) -> int:
     """Rows of a chunk of logits: chunks of equal size, within the bytes for this device."""
-    limit = CHUNK_BYTES["cpu" if request.device == "cpu" else "cuda"]
+    limit = CHUNK_BYTES[_kind(request)]
     most = max(1, limit // max(1, head.classes * request.dtype.itemsize))
     even = -(-head.rows // max(1, -(-head.rows // most)))
     return max(1, min(most, -(-even // CHUNK_ROW_STEP) * CHUNK_ROW_STEP))

@@ -54,6 +54,14 @@ class Queries(NamedTuple):
     dropout: bool
 
 
+class Decoding(NamedTuple):
+    """New tokens of texts that a model goes on with, whose keys and values are kept."""
+
+
+class Update(NamedTuple):
+    """An optimiser's update of all its parameters, which stand one after the other."""
+
+
 class Activation(NamedTuple):
     """A gated activation of so many columns between adapted linears, in a pass of that kind.
 
@@ -88,7 +96,17 @@ class Extent(NamedTuple):
 
 
 Sizes: TypeAlias = (
-    Product | Forward | Matmul | Head | Packed | Queries | Activation | Heads | Extent
+    Product
+    | Forward
+    | Matmul
+    | Head
+    | Packed
+    | Queries
+    | Decoding
+    | Update
+    | Activation
+    | Heads
+    | Extent
 )
 
 

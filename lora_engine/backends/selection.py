@@ -9,9 +9,10 @@ import torch
 from lora_engine.backends import devices, extension, hardware, tables
 from lora_engine.backends.choice import Choice, choose
 from lora_engine.backends.extension import Extension
-from lora_engine.backends.plans import Strategy
+from lora_engine.backends.plans import DecodingPlan, Strategy
 from lora_engine.backends.request import (
     Activation,
+    Decoding,
     Extent,
     Forward,
     Head,
@@ -23,6 +24,7 @@ from lora_engine.backends.request import (
     Queries,
     Request,
     Sizes,
+    Update,
 )
 from lora_engine.errors import EngineWarning, UserError
 
@@ -154,6 +156,20 @@ def chunk_rows(device: torch.device, dtype: torch.dtype, rows: int, classes: int
 def decoded_rows(device: torch.device, dtype: torch.dtype, rows: int) -> int:
     """How many of a packed weight's `rows` are decoded at a time."""
     plan = _choose_here("blockwise_4bit", device, dtype, Packed(rows)).plan
+    assert isinstance(plan, int)
+    return plan
+
+
+def decoding_plan(device: torch.device, dtype: torch.dtype) -> DecodingPlan:
+    """How a model whose weights are of this dtype goes on with texts."""
+    plan = _choose_here("lora_linear", device, dtype, Decoding()).plan
+    assert isinstance(plan, DecodingPlan)
+    return plan
+
+
+def updated_values(device: torch.device) -> int:
+    """How many values a temporary tensor of an optimiser's update holds."""
+    plan = _choose_here("adamw", device, torch.float32, Update()).plan
     assert isinstance(plan, int)
     return plan
 

@@ -9,19 +9,12 @@ from typing import Generic, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lora_engine import ops
+from lora_engine import backends, ops
 from lora_engine.errors import UserError
 from lora_engine.generation.cache import KeyValueCache, Run
 from lora_engine.models.attach.cached_layers import CachedLayer, CachedLayers, why_not_cached
 from lora_engine.models.attach.head import Head
 from lora_engine.ops.layer.decode_stack import DecodeStack
-
-# Continuations that are written at once: what the kernel of few rows takes, and a GPU.
-MAX_BATCH = {"cpu": 32, "cuda": 128}
-
-# Rows of a pass of prepared calls, and tokens of a prompt up to which these are faster.
-STACKED_ROWS = (64, 32)  # the first that the machine has a kernel for
-PROMPT_BY_ROWS = 64
 
 State = TypeVar("State")
 
@@ -76,7 +69,8 @@ class CachedDecoder:
     def __init__(self, model: nn.Module, *, max_batch: int | None, cache_tokens: int) -> None:
         self.layers = CachedLayers(model)
         self.device = self.layers.device
-        self.max_batch = max_batch or MAX_BATCH[self.device.type]
+        self._plan = backends.decoding_plan(self.device, self.layers.dtype)
+        self.max_batch = max_batch or self._plan.texts
         widths = [layer.cache_width for layer in self.layers.layers]
         self.cache = KeyValueCache(
             widths, cache_tokens, dtype=self.layers.dtype, device=self.device
@@ -90,12 +84,11 @@ class CachedDecoder:
         run = self.cache.take(count)
         if run is None:
             return None
-        if self._texts == 0:
-            stacks = (self.layers.stack(rows) for rows in STACKED_ROWS)
-            self._stack = next((stack for stack in stacks if stack is not None), None)
+        if self._texts == 0 and self._plan.rows:
+            self._stack = self.layers.stack(self._plan.rows)
         self._texts += 1
         ids = torch.tensor(prompt_ids, device=self.device)
-        if self._stack is None or count > PROMPT_BY_ROWS:
+        if self._stack is None or count > self._plan.prompt_by_rows:
             hidden = self._read_at_once(ids, run)
         else:
             hidden = self._read_by_rows(self._stack, ids, run)

@@ -8,8 +8,18 @@ import torch
 from lora_engine import backends
 from lora_engine.backends import choice, plans
 from lora_engine.backends.choice import choose
-from lora_engine.backends.plans import CHUNK_BYTES, DECODED_ROWS, Strategy
-from lora_engine.backends.request import Extent, Head, Heads, Packed, Present, Product, Request
+from lora_engine.backends.plans import CHUNK_BYTES, DECODED_ROWS, DecodingPlan, Strategy
+from lora_engine.backends.request import (
+    Decoding,
+    Extent,
+    Head,
+    Heads,
+    Packed,
+    Present,
+    Product,
+    Request,
+    Update,
+)
 from lora_engine.errors import UnavailableError
 
 CPU = torch.device("cpu")
@@ -306,3 +316,22 @@ def test_a_launch_s_line() -> None:
     )  # fmt: skip
     with pytest.raises(ValueError, match=r"pool: launch_table\.json has no such kernel"):
         choose(replace(request, operation="pool"), WITH_GPU)
+
+
+def test_texts_are_gone_on_with_by_what_the_products_take() -> None:
+    def found(request: Request, present: Present) -> object:
+        return choose(replace(request, sizes=Decoding()), present).plan
+
+    with_unit = replace(BARE, isa="amx_bf16")
+    of_bfloat16, of_float32 = on_cpu("lora_linear", torch.bfloat16), on_cpu("lora_linear")
+    assert found(of_bfloat16, with_unit) == DecodingPlan(32, 64, 64)
+    for request, present in ((of_bfloat16, BARE), (of_float32, with_unit)):
+        assert found(request, present) == DecodingPlan(32, 32, 64)
+    without = replace(BARE, isa=None, problem="not built")
+    assert found(of_float32, without) == DecodingPlan(32, 0, 0)
+    assert found(on_gpu("lora_linear"), WITH_GPU) == DecodingPlan(128, 0, 0)
+
+
+def test_an_update_s_temporary_tensors_are_larger_on_a_gpu() -> None:
+    on_both = [on_cpu("adamw", sizes=Update()), on_gpu("adamw", sizes=Update())]
+    assert [choose(request, WITH_GPU).plan for request in on_both] == [2**18, 2**24]

@@ -29,8 +29,13 @@ SIZES = {
     "CHUNK_BYTES",
     "CHUNK_ROW_STEP",
     "DECODED_ROWS",
+    "TEXTS_AT_ONCE",
+    "PROMPT_BY_ROWS",
+    "UPDATED_VALUES",
     "OLDEST_CAPABILITY",
 }
+# Answers about a device that say how something is done there, not how much of it.
+FACTS = {"has_own_memory", "keeps_freed_memory", "reads_beside_operands", "adds_gradients"}
 # Files that tell people what the machine has, and choose nothing by it.
 REPORTS = {"machine.py", "app/doctor.py", "report/page.py"}
 
@@ -51,6 +56,13 @@ def questions(source: str) -> list[str]:
             asks = name in ASKING | SIZES
         elif isinstance(node, ast.Compare):
             asks = _compares_a_device(node)
+        elif isinstance(node, ast.Subscript):
+            asks = _is_a_device_type(node.slice)
+        elif isinstance(node, ast.Call):
+            looked_up = isinstance(node.func, ast.Attribute) and node.func.attr == "get"
+            asks = looked_up and bool(node.args) and _is_a_device_type(node.args[0])
+        elif isinstance(node, ast.IfExp):
+            asks = _is_of_facts(node.test) and _is_number(node.body) and _is_number(node.orelse)
         elif isinstance(node, ast.ImportFrom) and node.module:
             names = {f"{node.module}.{alias.name}" for alias in node.names}
             asks = any(name.startswith(PRIVATE) or name.split(".")[-1] in SIZES for name in names)
@@ -59,6 +71,24 @@ def questions(source: str) -> list[str]:
         if asks:
             found.append(f"{node.lineno}: {ast.unparse(node)}")
     return found
+
+
+def _is_a_device_type(node: ast.expr) -> bool:
+    return ast.unparse(node).endswith("device.type")
+
+
+def _is_of_facts(test: ast.expr) -> bool:
+    names = (n.attr if isinstance(n, ast.Attribute) else n for n in ast.walk(test))
+    return any((n.id if isinstance(n, ast.Name) else n) in FACTS for n in names)
+
+
+def _is_number(node: ast.expr) -> bool:
+    """A number that is written there, or a constant's name, or what is reckoned of such."""
+    if isinstance(node, ast.BinOp):
+        return _is_number(node.left) and _is_number(node.right)
+    if isinstance(node, ast.Constant):
+        return type(node.value) in (int, float)
+    return isinstance(node, ast.Name) and node.id.isupper()
 
 
 def _compares_a_device(comparison: ast.Compare) -> bool:
@@ -87,6 +117,10 @@ def test_nothing_else_asks(path: Path) -> None:
         "from lora_engine.backends.plans import FEW_ROWS",
         "from lora_engine.backends import hardware",
         "rows <= plans.FEW_ROWS",
+        "MAX_BATCH[self.device.type]",
+        "TABLE.get(device.type, 32)",
+        "LARGE if backends.has_own_memory(flat.device) else SMALL",
+        "2**24 if has_own_memory(device) else 2**18",
     ],
 )
 def test_questions_are_found(line: str) -> None:
@@ -100,6 +134,8 @@ def test_questions_are_found(line: str) -> None:
         "a.device == b.device",
         "torch.is_autocast_enabled(x.device.type)",
         'p.device.type == "meta"',
+        "TYPES[self.type]",
+        "gpu_of(memory) if backends.has_own_memory(device) else measured_cpu(dtype)",
     ],
 )
 def test_others_are_let_through(line: str) -> None:

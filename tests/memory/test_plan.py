@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 
+from lora_engine.backends.plans import UPDATED_VALUES
 from lora_engine.errors import UserError
 from lora_engine.memory.plan import (
     CANDIDATES,
@@ -134,9 +135,7 @@ def test_states_go_to_the_host_where_nothing_else_fits():
 
 
 def test_pieces_are_those_of_the_optimiser():
-    from lora_engine.training.optimizer.optimizer import CHUNK_GPU
-
-    assert CHUNK_GPU // 4 == HOST_PIECE
+    assert UPDATED_VALUES["cuda"] // 4 == HOST_PIECE
 
 
 def test_only_what_nothing_beats_is_shown():

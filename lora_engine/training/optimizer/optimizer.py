@@ -12,9 +12,6 @@ from lora_engine.training.optimizer.flat import FlatEntry, FlatParameters
 from lora_engine.training.optimizer.flat_state import DeviceState, Flat, HostState
 from lora_engine.training.optimizer.rounding import stochastically_rounded
 
-# Values that temporary tensors of an update hold: in a processor's cache; a GPU's launches pay.
-CHUNK_CPU = 2**18
-CHUNK_GPU = 2**24
 PIECE_STEP = ops.ADAMW_8BIT_BLOCK  # values; pieces of a state on the host begin at multiples
 
 
@@ -34,7 +31,7 @@ class FlatOptimizer:
         self.config = config
         self.updates = 0
         self.torn = False
-        self.chunk = CHUNK_GPU if backends.has_own_memory(flat.device) else CHUNK_CPU
+        self.chunk = backends.updated_values(flat.device)
         self._norms: dict[str, torch.Tensor] = {}  # of a layer-wise step's gradients
         self._state: DeviceState | HostState = DeviceState(())
 
