@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from base_weights import group_over, kept
+from base_weights import BASES, group_over, kept
 from oracle import TOLERANCE
 from torch import Tensor
 
@@ -45,7 +45,7 @@ def parts(outs: Sequence[int], features: int, dtype: torch.dtype, variant: str) 
     return [leaf(dtype, n, features).detach() for n in outs], adapters, biases
 
 
-@pytest.mark.parametrize("base", ["blocks", "scratch", "nf4"])
+@pytest.mark.parametrize("base", [kind for kind in BASES if kind != "dense"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("half", HALVES)
