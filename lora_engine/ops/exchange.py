@@ -1,6 +1,7 @@
 """Tokens for heads, and heads for tokens, between processes that share a batch; with gradients."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,37 +24,36 @@ def to_heads(tensors: Sequence[Tensor], parts: TokenParts) -> list[Tensor]:
     for x, width in zip(tensors, widths, strict=True):
         check(width * size == x.shape[1], f"to_heads: {size} do not divide {x.shape[1]} columns")
     by_rank = torch.cat([x.unflatten(1, (size, -1)) for x in tensors], 2)
-    own: Tensor = _ToHeads.apply(by_rank, parts)
+    own: Tensor = _Exchange.apply(by_rank, parts.to_heads, parts.to_tokens)
     return list(own.split_with_sizes(widths, 1))
 
 
 def to_tokens(x: Tensor, parts: TokenParts) -> Tensor:
     """Of [T, C / W], this process's columns of all tokens, [t, C]: all columns of its t tokens."""
-    y: Tensor = _ToTokens.apply(x, parts)
+    y: Tensor = _Exchange.apply(x, parts.to_tokens, parts.to_heads)
     return y.flatten(1)
 
 
-class _ToHeads(torch.autograd.Function):
+class _Gradients(NamedTuple):
+    x: Tensor
+    there: None = None
+    back: None = None
+
+
+class _Exchange(torch.autograd.Function):
+    """`there(x)`; its gradient goes `back`, the inverse."""
+
     @staticmethod
-    def forward(ctx: Context[TokenParts], x: Tensor, parts: TokenParts) -> Tensor:
-        ctx.kept = parts
-        return parts.to_heads(x)
+    def forward(
+        ctx: Context[Callable[[Tensor], Tensor]],
+        x: Tensor,
+        there: Callable[[Tensor], Tensor],
+        back: Callable[[Tensor], Tensor],
+    ) -> Tensor:
+        ctx.kept = back
+        return there(x)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Context[TokenParts], dy: Tensor) -> "tuple[Tensor | None, ...]":
-        gradients: list[Tensor | None] = [ctx.kept.to_tokens(dy), None]
-        return (*gradients,)
-
-
-class _ToTokens(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Context[TokenParts], x: Tensor, parts: TokenParts) -> Tensor:
-        ctx.kept = parts
-        return parts.to_tokens(x)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Context[TokenParts], dy: Tensor) -> "tuple[Tensor | None, ...]":
-        gradients: list[Tensor | None] = [ctx.kept.to_heads(dy), None]
-        return (*gradients,)
+    def backward(ctx: Context[Callable[[Tensor], Tensor]], dy: Tensor) -> _Gradients:
+        return _Gradients(ctx.kept(dy))
