@@ -53,6 +53,9 @@ UNIT_FEW_ROWS = 64
 TEXTS_AT_ONCE = {"cpu": 32, "cuda": 128}
 # Tokens of a prompt up to which passes of few rows read it faster than one packed sequence.
 PROMPT_BY_ROWS = 64
+# Tokens of longer prompts that are read in one pass, on a matrix unit: what a pass costs beside its
+# products is little then, and its temporary tensors are small.
+PROMPT_TOKENS = 4096
 
 # Values that temporary tensors of an optimiser's update hold: in a CPU's cache; of a GPU, as many
 # as a launch is worth.
@@ -106,11 +109,14 @@ class DecodingPlan(NamedTuple):
 
     texts: the most at once. rows: of a pass of prepared calls; 0: there are none.
     prompt_by_rows: tokens of a prompt up to which such passes read it.
+    prompt_tokens: the most tokens of longer prompts that are read in one pass, each row's sums
+    being the same beside any others; 0: such a prompt is read by itself.
     """
 
     texts: int
     rows: int
     prompt_by_rows: int
+    prompt_tokens: int
 
 
 Plan: TypeAlias = Strategy | DecodingPlan | int
@@ -172,8 +178,9 @@ def _few_rows(request: Request, present: Present) -> int:
 def _decoding(impl: str, request: Request, present: Present) -> DecodingPlan:
     texts = TEXTS_AT_ONCE[_kind(request)]
     if impl != "cpu":
-        return DecodingPlan(texts, 0, 0)
-    return DecodingPlan(texts, _few_rows(request, present), PROMPT_BY_ROWS)
+        return DecodingPlan(texts, 0, 0, 0)
+    tokens = PROMPT_TOKENS if _has_unit(request, present) else 0
+    return DecodingPlan(texts, _few_rows(request, present), PROMPT_BY_ROWS, tokens)
 
 
 def _kind(request: Request) -> str:

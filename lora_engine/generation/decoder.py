@@ -1,7 +1,7 @@
 """What writes tokens: our layers over a cache that sequences share, or the model's own calls."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Generic, Protocol, TypeVar
@@ -26,8 +26,8 @@ class Decoder(Protocol, Generic[State]):
     def max_batch(self) -> int:
         """The most texts that it goes on with at once."""
 
-    def read(self, prompt_ids: Sequence[int]) -> tuple[State, Tensor] | None:
-        """A prompt's state, and the logits [V] of its next token.
+    def prompt(self, length: int) -> State | None:
+        """The state of a prompt of so many tokens, which is still to be read.
 
         None where there is no room before other states are released.
         """
@@ -37,6 +37,9 @@ class Decoder(Protocol, Generic[State]):
 
         Both have to be released. None where there is no room before others are.
         """
+
+    def read(self, states: Sequence[State], prompts: Sequence[Sequence[int]]) -> Tensor:
+        """Reads prompts into their states; the logits [P, V] of the tokens after them."""
 
     def decode(self, states: Sequence[State], tokens: Sequence[int]) -> Tensor:
         """Goes on with each text by its token; the logits [S, V] of the ones after."""
@@ -78,21 +81,14 @@ class CachedDecoder:
         self._stack: DecodeStack | None = None
         self._texts = 0
 
-    def read(self, prompt_ids: Sequence[int]) -> tuple[Text, Tensor] | None:
-        """Each prompt is read by itself: beside others its sums would be rounded otherwise."""
-        count = len(prompt_ids)
-        run = self.cache.take(count)
+    def prompt(self, length: int) -> Text | None:
+        run = self.cache.take(length)
         if run is None:
             return None
         if self._texts == 0 and self._plan.rows:
             self._stack = self.layers.stack(self._plan.rows)
         self._texts += 1
-        ids = torch.tensor(prompt_ids, device=self.device)
-        if self._stack is None or count > self._plan.prompt_by_rows:
-            hidden = self._read_at_once(ids, run)
-        else:
-            hidden = self._read_by_rows(self._stack, ids, run)
-        return Text((run,), count, count), _logits(self.layers.head(), hidden[-1:])[0]
+        return Text((run,), length, length)
 
     def fork(self, prompt: Text, rows: int) -> Text | None:
         run = self.cache.take(rows)
@@ -102,6 +98,24 @@ class CachedDecoder:
             shared.users += 1
         self._texts += 1
         return Text((*prompt.runs, run), prompt.length, prompt.length)
+
+    def read(self, states: Sequence[Text], prompts: Sequence[Sequence[int]]) -> Tensor:
+        """How a prompt is read, and its logits to the bit, are up to its own length alone."""
+        # Prompts of a kind stand together, the short ones first.
+        order = sorted(range(len(prompts)), key=lambda i: self._is_long(len(prompts[i])))
+        ids = [torch.tensor(prompts[i], device=self.device) for i in order]
+        runs = [states[i].runs[-1] for i in order]
+        hidden: list[Tensor] = []
+        for first, last in self._passes([len(each) for each in ids]):
+            part = ids[first:last], runs[first:last]
+            if self._stack is None or self._is_long(len(ids[first])):
+                hidden.append(self._read_at_once(*part))
+            else:
+                hidden.append(self._read_by_rows(self._stack, *part))
+        place = sorted(range(len(prompts)), key=order.__getitem__)
+        rows = 1 if self._stack is None else self._stack.rows
+        head = self.layers.head()
+        return torch.cat([_logits(head, few) for few in torch.cat(hidden)[place].split(rows)])
 
     def decode(self, states: Sequence[Text], tokens: Sequence[int]) -> Tensor:
         most = self._stack.rows if self._stack is not None else max(len(states), 1)
@@ -131,13 +145,37 @@ class CachedDecoder:
             text.length += 1
         return hidden
 
-    def _read_by_rows(self, stack: DecodeStack, ids: Tensor, run: Run) -> Tensor:
-        """The last hidden states of a prompt, its tokens as rows that see those before them."""
+    def _is_long(self, length: int) -> bool:
+        return length > self._plan.prompt_by_rows
+
+    def _passes(self, lengths: Sequence[int]) -> Iterator[tuple[int, int]]:
+        """The prompts from one to another that are read in one pass, one such part after the other.
+
+        Short ones by rows, or long ones whose sums are the same beside others.
+        """
+        first = tokens = 0
+        for i, length in enumerate(lengths):
+            tokens += length
+            if i == first:
+                continue
+            long = self._is_long(length)
+            fits = tokens <= self._plan.prompt_tokens if long else self._stack is not None
+            if not fits or long != self._is_long(lengths[first]):
+                yield first, i
+                first, tokens = i, length
+        yield first, len(lengths)
+
+    def _read_by_rows(
+        self, stack: DecodeStack, prompts: Sequence[Tensor], runs: Sequence[Run]
+    ) -> Tensor:
+        """The last hidden states [P, H] of prompts, their tokens as rows that see those before."""
+        ids, positions = torch.cat(list(prompts)), _positions(prompts)
+        seen = [[(run.first, place + 1)] for run in runs for place in range(run.rows)]
+        hidden = []
         for first in range(0, len(ids), stack.rows):
-            positions = torch.arange(first, min(first + stack.rows, len(ids)))
-            seen = [[(run.first, place + 1)] for place in positions.tolist()]
-            hidden = self._hidden(stack, ids[positions], positions, seen)
-        return hidden
+            few = slice(first, first + stack.rows)
+            hidden.append(self._hidden(stack, ids[few], positions[few], seen[few]))
+        return torch.cat(hidden)[_ends(prompts) - 1]
 
     def _hidden(
         self,
@@ -175,18 +213,19 @@ class CachedDecoder:
 
         return self.layers.hidden_states(ids, positions, attend)
 
-    def _read_at_once(self, ids: Tensor, run: Run) -> Tensor:
-        """The hidden states of a prompt, as one packed sequence."""
-        count = len(ids)
-        bounds = torch.tensor([0, count], dtype=torch.int32, device=self.device)
+    def _read_at_once(self, prompts: Sequence[Tensor], runs: Sequence[Run]) -> Tensor:
+        """The last hidden states [P, H] of prompts, as packed sequences."""
+        ends = _ends(prompts)
+        bounds = nn.functional.pad(ends, (1, 0)).to(self.device, torch.int32)
+        slots = torch.cat([torch.arange(run.first, run.first + run.rows) for run in runs])
+        slots = slots.to(self.device)
 
         def attend(layer: CachedLayer, q: Tensor, k: Tensor, v: Tensor, *turn: Tensor) -> Tensor:
             module = layer.attention.module
             heads = (x.unflatten(-1, (-1, module.head_dim)) for x in (q, k))
             q, k = (x.flatten(1) for x in ops.rope(*heads, *turn))
-            rows = slice(run.first, run.first + count)
-            self.cache.keys[layer.number][rows] = k
-            self.cache.values[layer.number][rows] = v
+            self.cache.keys[layer.number].index_copy_(0, slots, k)
+            self.cache.values[layer.number].index_copy_(0, slots, v)
             return ops.attention(
                 q,
                 k,
@@ -197,15 +236,21 @@ class CachedDecoder:
                 window=layer.attention.window,
             )
 
-        return self.layers.hidden_states(ids, torch.arange(count, device=ids.device), attend)
+        positions = _positions(prompts).to(self.device)
+        hidden = self.layers.hidden_states(torch.cat(list(prompts)), positions, attend)
+        return hidden[ends.to(self.device) - 1]
 
 
 @dataclass
 class ModuleText:
-    """A text in a cache of transformers. cache: its keys and values, or what the model has."""
+    """A text in a cache of transformers.
 
-    cache: object
-    length: int
+    cache: its keys and values, or what the model has; None before the first call.
+    prompt: whose cache it goes on with then; None: it is a prompt itself.
+    """
+
+    prompt: "ModuleText | None" = None
+    cache: object = None
 
 
 class ModuleDecoder:
@@ -217,32 +262,34 @@ class ModuleDecoder:
         self.model = model
         self.device = next(model.parameters()).device
 
-    def read(self, prompt_ids: Sequence[int]) -> tuple[ModuleText, Tensor]:
-        return self._call(prompt_ids, ModuleText(None, 0))
+    def prompt(self, length: int) -> ModuleText:
+        return ModuleText()
 
     def fork(self, prompt: ModuleText, rows: int) -> ModuleText:
-        return ModuleText(copy.deepcopy(prompt.cache), prompt.length)
+        return ModuleText(prompt)
+
+    def read(self, states: Sequence[ModuleText], prompts: Sequence[Sequence[int]]) -> Tensor:
+        return torch.stack([self._call(*one) for one in zip(states, prompts, strict=True)])
 
     def decode(self, states: Sequence[ModuleText], tokens: Sequence[int]) -> Tensor:
-        rows = []
-        for text, token in zip(states, tokens, strict=True):
-            after, logits = self._call([token], text)
-            text.cache, text.length = after.cache, after.length
-            rows.append(logits)
-        return torch.stack(rows)
+        for text in states:
+            if text.prompt is not None:
+                text.cache, text.prompt = copy.deepcopy(text.prompt.cache), None
+        return self.read(states, [[token] for token in tokens])
 
     def release(self, state: ModuleText) -> None:
-        state.cache = None
+        """Its cache goes with the last text that has yet to copy it."""
 
-    def _call(self, ids: Sequence[int], before: ModuleText) -> tuple[ModuleText, Tensor]:
+    def _call(self, text: ModuleText, ids: Sequence[int]) -> Tensor:
         row = torch.tensor([list(ids)], device=self.device)
-        output = self.model(input_ids=row, past_key_values=before.cache, use_cache=True)
-        cache = getattr(output, "past_key_values", None)
-        if cache is None:
+        output = self.model(input_ids=row, past_key_values=text.cache, use_cache=True)
+        text.cache = getattr(output, "past_key_values", None)
+        if text.cache is None:
             raise UserError(
                 f"generate: {type(self.model).__name__} returns no cache of what it has read"
             )
-        return ModuleText(cache, before.length + len(ids)), output.logits[0, -1]
+        logits: Tensor = output.logits[0, -1]
+        return logits
 
 
 def decoder_of(
@@ -257,3 +304,13 @@ def decoder_of(
 def _logits(head: Head, hidden: Tensor) -> Tensor:
     """The logits [S, V] of few rows [S, H]."""
     return head.logits(hidden.to(head.weight.dtype))
+
+
+def _ends(prompts: Sequence[Tensor]) -> Tensor:
+    """Where each prompt ends, one after the other: [P]."""
+    return torch.tensor(list(accumulate(map(len, prompts))))
+
+
+def _positions(prompts: Sequence[Tensor]) -> Tensor:
+    """Each token's place in its prompt, one prompt after the other: [T]."""
+    return torch.cat([torch.arange(len(prompt)) for prompt in prompts])

@@ -191,11 +191,25 @@ class Generator:
 
     def _begin(self) -> list[tuple[_Writing, Written]]:
         """Lets waiting continuations begin, with their first tokens, as long as they fit."""
-        begun: list[tuple[_Writing, Written]] = []
+        self._admit()
+        begun = [w for w in self._writing if not w.tokens]
+        unread = {w.prompt.id: w.prompt for w in begun if w.prompt.logits is None}
+        if unread:
+            self._read(list(unread.values()))
+        if not begun:
+            return []
+        events = self._take(begun, torch.stack([_logits(w.prompt) for w in begun]))
+        for writing in begun:
+            self._release_prompt(writing.prompt)
+        return list(zip(begun, events, strict=True))
+
+    def _admit(self) -> None:
+        """Gives room to waiting continuations as long as they fit; prompts are not read yet."""
         while self._waiting and len(self._writing) < self._decoder.max_batch:
             prompt = self._waiting[0]
             state = self._room_for(prompt)
             if state is None:
+                self._refuse_if_alone(prompt)
                 break
             number = prompt.left.popleft()
             if not prompt.left:
@@ -203,26 +217,27 @@ class Generator:
             sampling = prompt.request.sampling
             stream = None if self.tokenizer is None else TextStream(self.tokenizer, sampling.stop)
             random = RandomNumbers(sampling.seed, number)
-            writing = _Writing(prompt, number, state, random, stream)
-            self._writing.append(writing)
-            assert prompt.logits is not None
-            (event,) = self._take([writing], prompt.logits[None])
-            begun.append((writing, event))
-            self._release_prompt(prompt)
-        return begun
+            self._writing.append(_Writing(prompt, number, state, random, stream))
 
     def _room_for(self, prompt: _Prompt) -> Any:
         """The state of the prompt's next continuation; None if it has to wait."""
-        if prompt.logits is None:
-            read = self._decoder.read(prompt.request.prompt_ids)
-            if read is None:
-                self._refuse_if_alone(prompt)
-                return None
-            prompt.state, prompt.logits = read
-        state = self._decoder.fork(prompt.state, prompt.request.sampling.max_new_tokens)
-        if state is None:
-            self._refuse_if_alone(prompt)
-        return state
+        if prompt.state is None:
+            prompt.state = self._decoder.prompt(len(prompt.request.prompt_ids))
+        if prompt.state is None:
+            return None
+        return self._decoder.fork(prompt.state, prompt.request.sampling.max_new_tokens)
+
+    def _read(self, prompts: list[_Prompt]) -> None:
+        """The prompts' logits. Requests whose prompts could not be read are cancelled."""
+        states, ids = [p.state for p in prompts], [p.request.prompt_ids for p in prompts]
+        try:
+            logits = self._decoder.read(states, ids)
+        except BaseException:
+            for prompt in prompts:
+                self.cancel(prompt.id)
+            raise
+        for prompt, row in zip(prompts, logits, strict=True):
+            prompt.logits = row
 
     def _refuse_if_alone(self, prompt: _Prompt) -> None:
         if self._writing:
@@ -280,3 +295,8 @@ class Generator:
         self._writing = [w for w in self._writing if w is not one]
         self._decoder.release(one.state)
         return piece, Completion(tuple(one.tokens), tuple(one.logprobs), text, finish)
+
+
+def _logits(prompt: _Prompt) -> torch.Tensor:
+    assert prompt.logits is not None
+    return prompt.logits

@@ -324,12 +324,12 @@ def test_texts_are_gone_on_with_by_what_the_products_take() -> None:
 
     with_unit = replace(BARE, isa="amx_bf16")
     of_bfloat16, of_float32 = on_cpu("lora_linear", torch.bfloat16), on_cpu("lora_linear")
-    assert found(of_bfloat16, with_unit) == DecodingPlan(32, 64, 64)
+    assert found(of_bfloat16, with_unit) == DecodingPlan(32, 64, 64, 4096)
     for request, present in ((of_bfloat16, BARE), (of_float32, with_unit)):
-        assert found(request, present) == DecodingPlan(32, 32, 64)
+        assert found(request, present) == DecodingPlan(32, 32, 64, 0)
     without = replace(BARE, isa=None, problem="not built")
-    assert found(of_float32, without) == DecodingPlan(32, 0, 0)
-    assert found(on_gpu("lora_linear"), WITH_GPU) == DecodingPlan(128, 0, 0)
+    assert found(of_float32, without) == DecodingPlan(32, 0, 0, 0)
+    assert found(on_gpu("lora_linear"), WITH_GPU) == DecodingPlan(128, 0, 0, 0)
 
 
 def test_an_update_s_temporary_tensors_are_larger_on_a_gpu() -> None:

@@ -4,11 +4,14 @@ from collections.abc import Iterator
 
 import peft
 import pytest
+import tile_model
 import torch
 import transformers
 from torch import nn
 
 import lora_engine
+from lora_engine import backends
+from lora_engine.backends.plans import DecodingPlan
 from lora_engine.errors import UserError
 from lora_engine.evaluation.modes import inference
 from lora_engine.generation.decoder import CachedDecoder
@@ -55,14 +58,18 @@ OTHERS = {
 }
 
 
-def made(config: transformers.PretrainedConfig, *, lora: bool = True) -> nn.Module:
+def made(
+    config: transformers.PretrainedConfig, *, lora: bool = True, dora: bool = False
+) -> nn.Module:
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     for parameter in model.parameters():  # far from ties between the most likely tokens
         if parameter.dim() > 1:
             nn.init.normal_(parameter, std=0.25)
     if lora:
-        settings = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+        settings = peft.LoraConfig(
+            r=4, target_modules="all-linear", init_lora_weights=False, use_dora=dora
+        )
         model = peft.get_peft_model(model, settings)
     return model.eval()
 
@@ -156,19 +163,108 @@ def test_a_continuation_is_the_same_to_the_bit_whatever_is_written_beside(
     assert len({one.token_ids for one in alone}) == 3
 
 
+Passes = list[tuple[int, int]]  # prompts and tokens of each
+
+
+def watch_passes(monkeypatch: pytest.MonkeyPatch) -> tuple[Passes, Passes]:
+    """The passes in which prompts will be read: by rows, and at once."""
+    found: tuple[Passes, Passes] = [], []
+    for kind, name in zip(found, ("_read_by_rows", "_read_at_once"), strict=True):
+        original = getattr(CachedDecoder, name)
+
+        def watched(self, *args, kind=kind, original=original):
+            prompts = args[-2]
+            kind.append((len(prompts), sum(map(len, prompts))))
+            return original(self, *args)
+
+        monkeypatch.setattr(CachedDecoder, name, watched)
+    return found
+
+
 def test_a_prompt_is_read_once_for_all_that_go_on_with_it(
     llama: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read = []
-    original = CachedDecoder.read
-
-    def counted(self: CachedDecoder, prompt: tuple[int, ...]) -> object:
-        read.append(prompt)
-        return original(self, prompt)
-
-    monkeypatch.setattr(CachedDecoder, "read", counted)
+    by_rows, at_once = watch_passes(monkeypatch)
     Generator(llama, max_batch=2).run([Request((1, 2, 3), DRAWN, count=5)])
-    assert read == [(1, 2, 3)]
+    assert by_rows + at_once == [(1, 3)]
+
+
+# Tokens of prompts: up to 64 are read as few rows.
+LENGTHS = (65, 3, 200, 131, 64, 97, 5, 333, 70, 1)
+
+
+@pytest.fixture
+def on_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A matrix unit, or its model: what multiplies rows there depends on no other row."""
+    if not backends.extension_available():
+        pytest.skip("needs the C++ extension")
+    if ("amx_bf16", True) in backends.native().built_isas():
+        yield
+    else:
+        with tile_model.tiles_modelled(monkeypatch):
+            yield
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "qwen3", "window", "base"])
+def test_on_tiles_prompts_that_are_read_together_are_those_read_alone(
+    kind: str, on_tiles: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = made(MODELS.get(kind, MODELS["llama"])(), lora=kind != "base", dora=kind == "dora")
+    if kind == "base":
+        model.requires_grad_(False)
+    lora_engine.accelerate(model.bfloat16())
+    numbers = torch.Generator().manual_seed(3)
+    prompts = [torch.randint(300, (n,), generator=numbers).tolist() for n in LENGTHS]
+    requests = [Request(tuple(prompt), DRAWN) for prompt in prompts]
+    by_rows, at_once = watch_passes(monkeypatch)
+    with inference(model):
+        alone = [Generator(model).run([request])[0] for request in requests]
+        assert sorted(tokens for _, tokens in by_rows + at_once) == sorted(LENGTHS)
+        by_rows.clear(), at_once.clear()
+        together = Generator(model).run(requests)
+    assert together == alone
+    long = [length for length in LENGTHS if length > 64]
+    assert at_once[-1] == (len(long), sum(long))
+
+
+def test_passes_of_prompts_hold_what_they_may(llama: nn.Module) -> None:
+    decoder = CachedDecoder(llama, max_batch=None, cache_tokens=100)
+    decoder._plan = DecodingPlan(texts=8, rows=4, prompt_by_rows=10, prompt_tokens=50)
+    lengths = [10, 3, 20, 30, 1, 51, 11, 39, 12, 9]
+
+    def passes() -> list[list[int]]:
+        return [lengths[first:last] for first, last in decoder._passes(lengths)]
+
+    decoder._stack = None
+    assert passes() == [[10], [3], [20, 30], [1], [51], [11, 39], [12], [9]]
+    decoder.prompt(5)  # the first one: the layers' calls are prepared
+    if decoder._stack is not None:
+        assert passes() == [[10, 3], [20, 30], [1], [51], [11, 39], [12], [9]]
+    decoder._plan = decoder._plan._replace(prompt_tokens=0)
+    decoder._stack = None
+    assert passes() == [[length] for length in lengths]
+
+
+def test_what_could_not_be_read_is_cancelled_and_the_others_are_written(
+    llama: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = Generator(llama)
+    first = generator.add(Request((1, 2, 3), GREEDY))
+    generator.step()
+    second = generator.add(Request((4, 5), GREEDY, count=2))
+
+    def fail(*_: object) -> None:
+        raise MemoryError("no room")
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(CachedDecoder, "read", fail)
+        generator.step()
+    events = list(iter(generator.step, []))
+    assert {event.request for step in events for event in step} == {first}
+    assert second != first
+    decoder = generator._decoder
+    assert isinstance(decoder, CachedDecoder)
+    assert decoder.cache.free.free == [(0, decoder.cache.free.size)]
 
 
 def test_all_rows_of_the_cache_come_back_and_a_small_one_is_enough(llama: nn.Module) -> None:
