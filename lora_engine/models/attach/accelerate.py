@@ -18,7 +18,7 @@ from lora_engine.models.attach.walk import Walk
 from lora_engine.models.families.modules import CausalLm
 from lora_engine.models.proof.closeness import coarsest_dtype
 from lora_engine.models.proof.proof import own_results, same_logits, same_training
-from lora_engine.models.quantized.stored import not_packed_anew
+from lora_engine.models.quantized.stored import inputs_unrounded, not_packed_anew
 
 VERIFY_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
@@ -136,7 +136,8 @@ def is_accelerated(model: nn.Module) -> bool:
 
 def _attach_proven(model: CausalLm) -> CoverageReport:
     """Replaces what is recognised, as long as the model's results are its own: see proof.py."""
-    own = own_results(model)
+    with inputs_unrounded(model):
+        own = own_results(model)
     left = dict.fromkeys(("attention", "loss"), own.error) if own.error else {}
     if not own.error and own.loss is None:
         left["loss"] = "the model takes no labels"

@@ -33,22 +33,28 @@ class LinearGroup:
     autocast to another half precision than the weights', and base weights that were unfrozen,
     exchanged (`load_state_dict(assign=True)`, `functional_call`) or given other storage
     (`model.to(...)`), these with one warning.
+
+    dtype: the model's; see `stored_weight`.
     """
 
     def __init__(
-        self, modules: Sequence[nn.Module], patches: Patches, router: AdapterRouter
+        self,
+        modules: Sequence[nn.Module],
+        patches: Patches,
+        router: AdapterRouter,
+        dtype: torch.dtype,
     ) -> None:
         self.modules, self.router = tuple(modules), router
         self.forwards = [module.forward for module in modules]
         self.inside = False  # whether it is called by the forward of its one module
-        self.reason = lora_state.why_not(modules) or _why_not_placed(modules, patches)
+        self.reason = lora_state.why_not(modules, dtype) or _why_not_placed(modules, patches)
         self.lora: ops.LoraGroup | None = None
         if self.reason is not None:
             return
         self._adapted = [module for module in modules if is_lora(module)]
         layers = [base_layer(module) for module in modules]
         capacity = lora_state.rank_capacity(modules)
-        base = ops.base_of(list(map(stored_weight, layers)), capacity)
+        base = ops.base_of([stored_weight(layer, dtype) for layer in layers], capacity)
         self.lora = ops.LoraGroup(base, [None] * len(layers), capacity=capacity)
         self._placed: list[tuple[nn.Linear, Tensor, Tensor]] = []
         for i, layer in enumerate(layers):

@@ -134,7 +134,7 @@ class Walk:
         return backends.explain("rope", self.device, self.dtype).impl != "reference"
 
     def _group(self, name: str, modules: list[nn.Module]) -> LinearGroup:
-        group = LinearGroup(modules, self.patches, self.router)
+        group = LinearGroup(modules, self.patches, self.router, self.dtype)
         self.covered.update(modules)
         if group.reason is None:
             self.served.update(modules)
@@ -173,7 +173,7 @@ class Walk:
         forward = MlpForward(module, gate_up, down, activation)
         kind = (activation, *kind_of(module))
         if kind not in self.agrees:
-            self.agrees[kind] = _agrees(module, forward, base_layer(linears[0]))
+            self.agrees[kind] = _agrees(module, forward, base_layer(linears[0]), self.dtype)
         if not self.agrees[kind]:
             self.served.difference_update(linears)
             self.report.add(name, "glu", False, f"its forward is not down({activation}(gate) * up)")
@@ -246,11 +246,11 @@ class Walk:
         self.report.add(name, "linear_cross_entropy", problem is None, how)
 
 
-def _agrees(module: nn.Module, forward: MlpForward, first: nn.Linear) -> bool:
+def _agrees(module: nn.Module, forward: MlpForward, first: nn.Linear, dtype: torch.dtype) -> bool:
     """Whether `forward` computes what the module's own does, on two tokens that `first` takes."""
     features = first.in_features
     probe = torch.linspace(-1.0, 1.0, 2 * features).view(1, 2, features)
-    probe = probe.to(first.weight.device, decoded_dtype(first))
+    probe = probe.to(first.weight.device, decoded_dtype(first, dtype))
     training = {part: part.training for part in module.modules()}
     module.eval()  # dropout would make them differ
     try:

@@ -212,6 +212,32 @@ class PackedParameter(nn.Parameter):
     quant_state: QuantState
 
 
+class Int8Parameter(nn.Parameter):
+    """bitsandbytes' parameter of codes in 8 bits. SCB: each row's largest magnitude, or None."""
+
+    SCB: Tensor | None
+
+
+class Int8State(Protocol):
+    """What bitsandbytes keeps beside a weight in 8 bits."""
+
+    SCB: Tensor | None
+
+
+class Int8Linear(nn.Linear):
+    """bitsandbytes' linear with a weight in 8 bits."""
+
+    weight: Int8Parameter
+    state: Int8State
+
+
+class Fp8Linear(nn.Linear):
+    """transformers' linear in FP8. block_size: rows and columns that share a scale; None: all."""
+
+    weight_scale_inv: Tensor
+    block_size: tuple[int, int] | None
+
+
 class PackedLinear(nn.Linear):
     """bitsandbytes' linear with a weight in 4 bits."""
 

@@ -21,10 +21,11 @@ def is_lora(module: nn.Module) -> TypeGuard[LoraLinear]:
     """Whether `module` is PEFT's LoRA layer around a plain linear."""
     import peft
 
-    # PEFT's class for bitsandbytes' linears, if anything has asked PEFT for it.
-    of_bitsandbytes = getattr(sys.modules.get("peft.tuners.lora.bnb"), "Linear4bit", None)
-    kinds = (peft.tuners.lora.Linear, *filter(None, [of_bitsandbytes]))
-    return isinstance(module, kinds)
+    # PEFT's classes for bitsandbytes' linears, if anything has asked PEFT for them.
+    of_bitsandbytes = sys.modules.get("peft.tuners.lora.bnb")
+    in_4bit = getattr(of_bitsandbytes, "Linear4bit", None)
+    in_8bit = getattr(of_bitsandbytes, "Linear8bitLt", None)
+    return isinstance(module, (peft.tuners.lora.Linear, *filter(None, (in_4bit, in_8bit))))
 
 
 def is_saved_whole(module: nn.Module) -> TypeGuard[SavedWhole]:
@@ -194,8 +195,8 @@ def active_factors(module: nn.Module, names: Sequence[str]) -> list[ops.LoraFact
     return factors
 
 
-def why_not(modules: Sequence[nn.Module]) -> str | None:
-    """Why linears cannot be one group; None if they can."""
+def why_not(modules: Sequence[nn.Module], dtype: torch.dtype) -> str | None:
+    """Why linears cannot be one group; None if they can. dtype: see `stored_weight`."""
     for module in modules:
         if not is_linear(module):
             return f"{type(module).__name__} is not a linear layer"
@@ -205,7 +206,7 @@ def why_not(modules: Sequence[nn.Module]) -> str | None:
             return problem
         if base.weight.requires_grad:
             return "the base weight is trained"
-        if not ops.has_base([stored_weight(base)]):
+        if not ops.has_base([stored_weight(base, dtype)]):
             return f"the base weight is {base.weight.dtype}"
         if any("forward" in vars(part) for part in module.modules()):
             return "someone gave it, or a part of it, another forward"
@@ -213,7 +214,7 @@ def why_not(modules: Sequence[nn.Module]) -> str | None:
             problem = why_not_active(module)
             if problem is not None:
                 return problem
-    if not ops.has_base([stored_weight(base_layer(module)) for module in modules]):
+    if not ops.has_base([stored_weight(base_layer(module), dtype) for module in modules]):
         return "their weights are not stored alike"
     probabilities = {
         getattr(module.lora_dropout[name], "p", 0.0)

@@ -129,7 +129,7 @@ def test_weights_that_are_not_alike_are_left_to_peft() -> None:
 
     config = peft.LoraConfig(r=2, target_modules=["q", "k"])
     modules = list(peft.inject_adapter_in_model(config, Two()).children())
-    group = LinearGroup(modules, Patches(), AdapterRouter())
+    group = LinearGroup(modules, Patches(), AdapterRouter(), torch.float32)
     assert group.lora is None and group.reason == "their weights are not stored alike"
 
 

@@ -98,7 +98,7 @@ def test_outputs_and_all_gradients_are_peft_s(outs: str, variant: str, rank: int
     if variant == "dropout":
         drop_as_the_engine_does(plain, seed=7)
     theirs = outputs_and_gradients([module(x) for module in plain], plain, x)
-    group = LinearGroup(modules, Patches(), AdapterRouter())
+    group = LinearGroup(modules, Patches(), AdapterRouter(), torch.float32)
     assert group.reason is None and group.ready(x)
     torch.manual_seed(7)
     ours = outputs_and_gradients(group(x), modules, x)
@@ -113,7 +113,7 @@ def test_outputs_and_all_gradients_are_peft_s(outs: str, variant: str, rank: int
 def test_dropout_drops() -> None:
     """What the comparison above would not see if both sides forgot to."""
     modules = adapted(GROUPS["three"], "dropout", 8)
-    group = LinearGroup(modules, Patches(), AdapterRouter())
+    group = LinearGroup(modules, Patches(), AdapterRouter(), torch.float32)
     x = torch.randn(5, FEATURES)
     first, second = group(x), group(x)
     assert all(not torch.equal(a, b) for a, b in zip(first, second, strict=True))

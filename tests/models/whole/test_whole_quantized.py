@@ -199,7 +199,7 @@ def test_training_over_bitsandbytes_linears(
     pointers = [layer.weight.data_ptr() for layer in layers]
     for layer in layers:
         theirs = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
-        ours = stored_weight(layer)
+        ours = stored_weight(layer, torch.float32)
         assert isinstance(ours, ops.QuantizedWeight)
         assert torch.equal(ours.dequantize(), theirs)
         assert ours.tensors["codes"].data_ptr() == layer.weight.data_ptr()
@@ -231,12 +231,12 @@ def test_a_try_does_not_have_bitsandbytes_pack_its_weights_anew(bnb: Any) -> Non
     layers = [m for m in model.modules() if isinstance(m, bnb.nn.Linear4bit)]
     for layer in layers:
         layer.support_avx512bf16_for_cpu = True
-    before = [stored_weight(layer).dequantize() for layer in layers]
+    before = [stored_weight(layer, torch.float32).dequantize() for layer in layers]
     report = lora_engine.accelerate(model)
     assert {entry.operation for entry in report.left} <= {"attention"}
     for layer, weight in zip(layers, before, strict=True):
         assert layer.support_avx512bf16_for_cpu
-        assert torch.equal(stored_weight(layer).dequantize(), weight)
+        assert torch.equal(stored_weight(layer, torch.float32).dequantize(), weight)
 
 
 def test_scales_that_bitsandbytes_keeps_for_a_cpu_are_left_to_it(bnb: Any) -> None:
@@ -247,4 +247,4 @@ def test_scales_that_bitsandbytes_keeps_for_a_cpu_are_left_to_it(bnb: Any) -> No
     reason = why_not_stored(layer)
     assert reason is not None and "keeps its weight otherwise" in reason
     assert r"absmax is [2, 32] bfloat16" in reason
-    assert decoded_dtype(layer) == torch.float32
+    assert decoded_dtype(layer, torch.bfloat16) == torch.float32
