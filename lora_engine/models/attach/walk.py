@@ -37,7 +37,7 @@ from lora_engine.models.families.structure import (
 )
 from lora_engine.models.peft.lora_state import base_layer, is_linear, is_lora
 from lora_engine.models.proof.probed_layers import kind_of
-from lora_engine.models.quantized.stored import decoded_dtype, weight_count
+from lora_engine.models.quantized.stored import decoded_dtype, inputs_unrounded, weight_count
 
 TYPICAL_ROWS = 4096
 
@@ -255,7 +255,9 @@ def _agrees(module: nn.Module, forward: MlpForward, first: nn.Linear, dtype: tor
     module.eval()  # dropout would make them differ
     try:
         with torch.no_grad():
-            expected, actual = module(probe).float(), forward(probe).float()
+            with inputs_unrounded(module):
+                expected = module(probe).float()
+            actual = forward(probe).float()
     finally:
         for part, before in training.items():
             part.training = before
