@@ -143,6 +143,16 @@ def test_only_operations_call_the_reference() -> None:
 
 
 @pytest.mark.parametrize("path", sorted((PACKAGE / "ops").rglob("*.py")), ids=lambda p: p.stem)
+def test_kernels_are_reached_through_their_contracts(path: Path) -> None:
+    """No module of kernels is imported, and whose kernels launch is an answer of the choice."""
+    kernels = ("backends.cpu", "backends.cuda", "backends.triton")
+    assert not [name for name in imported_names(path) if name.startswith(kernels)]
+    calls = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call))
+    named = [call for call in calls if ast.unparse(call.func).startswith("launchers.")]
+    assert not [call.lineno for call in named if isinstance(call.args[0], ast.Constant)]
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "ops").rglob("*.py")), ids=lambda p: p.stem)
 def test_an_operation_calls_the_reference_where_it_is_asked_for_alone(path: Path) -> None:
     """Every use of the reference stands under `if … == "reference"`: ops holds no oracle."""
     tree = ast.parse(path.read_text())

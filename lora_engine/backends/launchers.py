@@ -81,6 +81,15 @@ def lora_linear(impl: str) -> lora_contracts.LoraLinear:
 
 
 @cache
+def few_rows(impl: str) -> lora_contracts.FewRows:
+    if impl == "cpu":
+        from lora_engine.backends.cpu import few_rows as cpu
+
+        return cpu
+    _no_kernels("few_rows", impl)
+
+
+@cache
 def glu_lora(impl: str) -> lora_contracts.GluLora:
     if impl == "triton":
         from lora_engine.backends.triton import glu_lora as triton
@@ -214,6 +223,7 @@ LAUNCHERS: dict[str, Callable[[str], object]] = {
     "rope": rope,
     "glu": glu,
     "lora_linear": lora_linear,
+    "few_rows": few_rows,
     "glu_lora": glu_lora,
     "cross_entropy": cross_entropy,
     "attention": attention,

@@ -9,6 +9,8 @@ from lora_engine.backends.lora_parts import (
     AdapterPart,
     Added,
     DyGradients,
+    GroupAdapter,
+    GroupLinear,
     Placing,
     ScaledColumns,
     ScaledRows,
@@ -98,6 +100,25 @@ class LoraLinear(Protocol):
         dropout: Dropout | None = None,
     ) -> None:
         """Writes dx = dy weight + ds lora_a, each linear's share of the second under its mask."""
+
+
+class FewRows(Protocol):
+    """Products without gradients that read the weights and the adapters where they are."""
+
+    def lora_linear_few_rows(
+        self,
+        x: Tensor,  # [M, K]
+        weight: Tensor,  # [N, K]
+        linears: Sequence[GroupLinear],
+        adapters: Sequence[GroupAdapter],
+        y: Tensor,  # [M, N]
+        residual: Tensor | None = None,  # [M, N]
+    ) -> None:
+        """Writes y = x weightᵀ + scaling (x lora_aᵀ) lora_bᵀ + bias + residual, rounded once.
+
+        Biases and the residual are of x's dtype, and the factors are rounded to it, as x lora_aᵀ
+        is. Adapters stand in the order of their linears.
+        """
 
 
 class GluLora(Protocol):

@@ -42,6 +42,22 @@ class Added(NamedTuple):
     lora_b: Tensor | None  # [n, r], contiguous
 
 
+class GroupLinear(NamedTuple):
+    """One linear of a group, for a product of few rows."""
+
+    rows: int  # of the group's weight
+    bias: Tensor | None  # [rows]
+    adapters: int  # how many of the group's adapters, which stand in order, are its own
+
+
+class GroupAdapter(NamedTuple):
+    """One adapter of a group, for a product of few rows; both factors of one dtype."""
+
+    lora_a: Tensor  # [r, K], rows any stride apart, as lora_b's
+    lora_b: Tensor  # [n, r]
+    scaling: float
+
+
 class ScaledRows(NamedTuple):
     """dS once more with each row times a factor, of dS as it is rounded."""
 

@@ -22,7 +22,7 @@ from lora_engine.backends.request import (
 
 # Kernels that do in one pass what several operations do. Where there are none, or they are not
 # planned, the operations run one after the other.
-PASSES: dict[str, tuple[str, ...]] = {"glu_lora": ("triton",)}
+PASSES: dict[str, tuple[str, ...]] = {"glu_lora": ("triton",), "few_rows": ("cpu",)}
 
 # How the wide products of a LoRA group are taken.
 # augmented    one product of the vendor library over [X | S] (in the backward pass [dY | dS]) and
@@ -166,9 +166,11 @@ def _product(request: Request, product: Product) -> Strategy:
 
 def _forward(impl: str, request: Request, present: Present, sizes: Forward) -> Strategy:
     most = _few_rows(request, present)
-    if impl == "cpu" and 0 < sizes.rows <= most:
-        return Strategy("few_rows", "the weight is read once, where it is")
-    return Strategy("many_rows", f"not the C++ kernel of up to {most} rows")
+    if impl not in PASSES["few_rows"]:
+        return Strategy("many_rows", f"there is no {impl} kernel of few rows")
+    if not 0 < sizes.rows <= most:
+        return Strategy("many_rows", f"not the kernel of up to {most} rows")
+    return Strategy("few_rows", "the weight is read once, where it is")
 
 
 def _few_rows(request: Request, present: Present) -> int:
@@ -177,7 +179,7 @@ def _few_rows(request: Request, present: Present) -> int:
 
 def _decoding(impl: str, request: Request, present: Present) -> DecodingPlan:
     texts = TEXTS_AT_ONCE[_kind(request)]
-    if impl != "cpu":
+    if impl not in PASSES["few_rows"]:
         return DecodingPlan(texts, 0, 0, 0)
     tokens = PROMPT_TOKENS if _has_unit(request, present) else 0
     return DecodingPlan(texts, _few_rows(request, present), PROMPT_BY_ROWS, tokens)

@@ -104,16 +104,19 @@ def product_strategy(
     return _strategy(_choose_here("lora_linear", device, dtype, sizes, None, format))
 
 
-def takes_few_rows(
+def few_rows_impl(
     rows: int,
     device: torch.device,
     dtype: torch.dtype,
     impl: str | None = None,
     format: str = "dense",
-) -> bool:
-    """Whether a product of so many rows, without gradients, is one for few rows."""
+) -> str | None:
+    """Whose kernel for few rows takes a product of so many, without gradients; None: nobody's.
+
+    The answer is for `launchers.few_rows`.
+    """
     choice = _choose_here("lora_linear", device, dtype, Forward(rows), impl, format)
-    return _strategy(choice) == "few_rows"
+    return choice.impl if _strategy(choice) == "few_rows" else None
 
 
 def multiplies(device: torch.device, dtype: torch.dtype) -> bool:

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
             inverse=False,
         )
         launchers.lora_linear("cpu").lora_a_fwd(x, x, x, [slice(1)])  # type: ignore[list-item]
+        launchers.few_rows("cpu").lora_linear_few_rows(x, x, [(1, None, 0)], [], x)  # type: ignore[list-item]
         launchers.glu_lora("triton").glu_lora_bwd(x, x, x, x, x, x, None)  # type: ignore[arg-type,call-arg]
         launchers.cross_entropy("triton").cross_entropy(
             x,

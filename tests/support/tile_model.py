@@ -17,7 +17,7 @@ from lora_engine.backends import extension, plans
 
 NAME = "tile_model"
 CPU = ROOT / "csrc" / "cpu"
-OPERATIONS = ("attention", "lora_linear")  # that have kernels with tiles
+OPERATIONS = ("attention", "lora_linear", "few_rows")  # that have kernels with tiles
 MODELLED = {"attention_fwd", "attention_bwd", "matmul", "lora_a_fwd", "lora_b_bwd", "lora_a_bwd"}
 MODELLED |= {"lora_linear_few_rows"}
 SOURCES = [CPU / f"{stem}.cpp" for stem in ("attention_fwd", "attention_bwd", "matmul")]

@@ -4,30 +4,19 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from lora_engine.backends import choice
 from lora_engine.backends.cpu.launch import dtype_code, kernels, pointer
 from lora_engine.backends.cpu.lora_structs import FewRowsArgs, LoraAdapter, LoraBase
-
-DTYPES = choice.DTYPES["cpu"]  # of weights and adapters
-# A linear's outputs, its bias [N_i] and how many of the adapters are its own.
-Linear = tuple[int, Tensor | None, int]
-# lora_a [r, K] and lora_b [N_i, r], of one dtype and with rows of their own, and scaling.
-Adapter = tuple[Tensor, Tensor, float]
+from lora_engine.backends.lora_parts import GroupAdapter, GroupLinear
 
 
 def lora_linear_few_rows(
     x: Tensor,  # [M, K]
     weight: Tensor,  # [N, K]
-    linears: Sequence[Linear],
-    adapters: Sequence[Adapter],
+    linears: Sequence[GroupLinear],
+    adapters: Sequence[GroupAdapter],
     y: Tensor,  # [M, N]
     residual: Tensor | None = None,  # [M, N]
 ) -> None:
-    """Writes y = x weightᵀ + scaling (x lora_aᵀ) lora_bᵀ + bias + residual, rounded once.
-
-    Biases and the residual are of x's dtype, and the factors are rounded to it, as x lora_aᵀ is.
-    Adapters stand in the order of their linears.
-    """
     kernels().lora_linear_few_rows(
         dtype_code(x.dtype),
         FewRowsArgs(
@@ -42,20 +31,20 @@ def lora_linear_few_rows(
             residual_stride=0 if residual is None else residual.stride(0),
             y_stride=y.stride(0),
             linears=[
-                LoraBase(rows=rows, bias=pointer(bias), adapters=count)
-                for rows, bias, count in linears
+                LoraBase(rows=part.rows, bias=pointer(part.bias), adapters=part.adapters)
+                for part in linears
             ],
             adapters=[
                 LoraAdapter(
-                    lora_a=a.data_ptr(),
-                    lora_b=b.data_ptr(),
-                    dtype=dtype_code(a.dtype),
-                    ranks=a.shape[0],
-                    a_stride=a.stride(0),
-                    b_stride=b.stride(0),
-                    scaling=scaling,
+                    lora_a=part.lora_a.data_ptr(),
+                    lora_b=part.lora_b.data_ptr(),
+                    dtype=dtype_code(part.lora_a.dtype),
+                    ranks=part.lora_a.shape[0],
+                    a_stride=part.lora_a.stride(0),
+                    b_stride=part.lora_b.stride(0),
+                    scaling=part.scaling,
                 )
-                for a, b, scaling in adapters
+                for part in adapters
             ],
         ),
     )

@@ -228,17 +228,17 @@ class DecoderLayerForward(ReplacedForward):
                 return None
             head_norms = q_norm.prenorm(), k_norm.prenorm()
         return DecodedLayer(
-            norms[0].prenorm(),
-            qkv,
-            head_norms,
-            output,
-            norms[1].prenorm(),
-            gate_up,
-            down,
-            mlp.activation,
-            module.self_attn.head_dim,
-            module.self_attn.scaling,
-            attention.window,
+            attention_norm=norms[0].prenorm(),
+            qkv=qkv,
+            head_norms=head_norms,
+            output=output,
+            mlp_norm=norms[1].prenorm(),
+            gate_up=gate_up,
+            down=down,
+            activation=mlp.activation,
+            head_dim=module.self_attn.head_dim,
+            softmax_scale=module.self_attn.scaling,
+            window=attention.window,
         )
 
     def _attention(self, x: Tensor, inputs: LayerInputs, rerun: Rerun | None) -> Tensor | None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lora_engine import backends
-from lora_engine.backends import launchers
+from lora_engine.backends import contracts, launchers
 from lora_engine.ops.attention_decode import CacheRows
 from lora_engine.ops.lora.few_rows import PreparedGroup, prepare
 from lora_engine.ops.lora.group import LoraGroup
@@ -54,8 +54,16 @@ class _Buffers(NamedTuple):
     hidden: Tensor  # [M, I]
 
 
+class _Kernels(NamedTuple):
+    """What launches the operations between a layer's products."""
+
+    norm: contracts.RmsNorm
+    attention: contracts.AttentionDecode
+    gate: contracts.Glu
+
+
 class DecodeStack:
-    """The layers of a decoder for up to `rows` new tokens at a time, on a CPU, without gradients.
+    """The layers of a decoder for up to `rows` new tokens at a time, without gradients.
 
     It computes with the tensors that the groups hold when it is made: one is made for as long as
     nobody exchanges adapters or weights. Writing into them is seen.
@@ -63,24 +71,33 @@ class DecodeStack:
     Attributes: rows.
     """
 
-    def __init__(self, layers: Sequence[_Prepared], rows: int) -> None:
-        self._layers, self.rows = layers, rows
+    def __init__(self, layers: Sequence[_Prepared], rows: int, kernels: _Kernels) -> None:
+        self._layers, self.rows, self._kernels = layers, rows, kernels
         self._buffers: dict[int, _Buffers] = {}
 
     @staticmethod
     def prepared(layers: Sequence[DecodedLayer], rows: int) -> "DecodeStack | None":
         """None where a layer's products are not for the kernel of few rows (`few_rows.prepare`)."""
-        found = []
+        prepared = []
         for layer in layers:
             groups = (layer.qkv, layer.output, layer.gate_up, layer.down)
             products = [prepare(group, rows) for group in groups]
             if None in products:
                 return None
-            found.append(_Prepared(layer, *(p for p in products if p is not None)))
+            prepared.append(_Prepared(layer, *(p for p in products if p is not None)))
         base = layers[0].qkv.base
         if not backends.runs_fused("decode_stack", base.device, base.dtype):
             return None
-        return DecodeStack(found, rows)
+        norm, attention, gate = (
+            backends.select(operation, base.device, base.dtype)
+            for operation in ("rms_norm", "attention_decode", "glu")
+        )
+        kernels = _Kernels(
+            norm=launchers.rms_norm(norm),
+            attention=launchers.attention_decode(attention),
+            gate=launchers.glu(gate),
+        )
+        return DecodeStack(prepared, rows, kernels)
 
     @torch.no_grad()
     def __call__(
@@ -100,7 +117,7 @@ class DecodeStack:
         number = accumulate_dtype(x.dtype)
         cos, sin = cos.to(number).contiguous(), sin.to(number).contiguous()
         for prepared, cache in zip(self._layers, caches, strict=True):
-            _run(prepared, x, cos, sin, cache, buffers)
+            _run(self._kernels, prepared, x, cos, sin, cache, buffers)
         return x
 
     def _allocate(self, x: Tensor) -> _Buffers:
@@ -109,7 +126,7 @@ class DecodeStack:
         queries, heads = layer.output.in_features, layer.output.in_features // layer.head_dim
         return _Buffers(
             normed=torch.empty_like(x),
-            rstd=torch.empty(rows * heads, dtype=accumulate_dtype(x.dtype)),
+            rstd=x.new_empty(rows * heads, dtype=accumulate_dtype(x.dtype)),
             qkv=x.new_empty(rows, qkv),
             attended=x.new_empty(rows, queries),
             between=torch.empty_like(x),
@@ -119,39 +136,47 @@ class DecodeStack:
 
 
 def _run(
-    prepared: _Prepared, x: Tensor, cos: Tensor, sin: Tensor, cache: CacheRows, to: _Buffers
+    kernels: _Kernels,
+    prepared: _Prepared,
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    cache: CacheRows,
+    to: _Buffers,
 ) -> None:
     """One layer; x is read and written."""
     layer, rows = prepared.layer, x.shape[0]
     rstd = to.rstd[:rows]
-    _norm(layer.attention_norm, x, to.normed, rstd)
+    _norm(kernels.norm, layer.attention_norm, x, to.normed, rstd)
     prepared.qkv(to.normed, to.qkv)
     q, k, v = to.qkv.split(layer.qkv.out_features, dim=1)
     if layer.head_norms is not None:
         for norm, heads in zip(layer.head_norms, (q, k), strict=True):
             each = heads.unflatten(1, (-1, layer.head_dim))
-            _norm(norm, each, each, to.rstd[: rows * each.shape[1]])
-    launchers.attention_decode("cpu").attention_decode(
+            _norm(kernels.norm, norm, each, each, to.rstd[: rows * each.shape[1]])
+    kernels.attention.attention_decode(
         q,
         k,
         v,
         cos,
         sin,
-        *cache,
-        to.attended,
+        keys=cache.keys,
+        values=cache.values,
+        slots=cache.slots,
+        spans=cache.spans,
+        cu_spans=cache.cu_spans,
+        o=to.attended,
         head_dim=layer.head_dim,
         scale=layer.softmax_scale,
         window=layer.window,
     )
     prepared.output(to.attended, to.between, x)
-    _norm(layer.mlp_norm, to.between, to.normed, rstd)
+    _norm(kernels.norm, layer.mlp_norm, to.between, to.normed, rstd)
     prepared.gate_up(to.normed, to.gate_up)
     gate, up = to.gate_up.split(layer.gate_up.out_features, dim=1)
-    launchers.glu("cpu").glu_fwd(gate, up, to.hidden, activation=layer.activation)
+    kernels.gate.glu_fwd(gate, up, to.hidden, activation=layer.activation)
     prepared.down(to.hidden, x, to.between)
 
 
-def _norm(norm: PreNorm, x: Tensor, y: Tensor, rstd: Tensor) -> None:
-    launchers.rms_norm("cpu").rms_norm_fwd(
-        x, None, norm.weight, y, None, rstd, norm.eps, norm.offset
-    )
+def _norm(kernels: contracts.RmsNorm, norm: PreNorm, x: Tensor, y: Tensor, rstd: Tensor) -> None:
+    kernels.rms_norm_fwd(x, None, norm.weight, y, None, rstd, norm.eps, norm.offset)

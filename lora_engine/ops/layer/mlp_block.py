@@ -6,8 +6,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lora_engine import reference
+from lora_engine import backends, reference
 from lora_engine.backends import launchers
+from lora_engine.backends.lora_contracts import FewRows
 from lora_engine.ops import augmented
 from lora_engine.ops.context import Context
 from lora_engine.ops.layer.blocks import Branch, Call, check_branch, implementation, products
@@ -51,8 +52,6 @@ def mlp_block(
         ),
     )
     check_branch(x, norm, branch)
-    if branch.is_plain and few_rows.suits(x, inner_group, outer_group, impl=impl):
-        return _of_few_rows(x, norm, branch, activation)
     if implementation("mlp_block", x, branch, impl) == "reference":
         (down,) = adapted_linears(outer_group)
         return reference.mlp_block(
@@ -64,23 +63,29 @@ def mlp_block(
             dropouts=branch.dropouts,
             routes=branch.routes,
         )
+    if branch.is_plain:
+        kernels = few_rows.kernels_for(x, inner_group, outer_group, impl=impl)
+        if kernels is not None:
+            return _of_few_rows(kernels, x, norm, branch, activation, impl)
     inner, outer = products(x, branch, impl)
     call = _MlpCall(norm, inner, outer, branch.grad_padding_columns, impl, branch.rerun, activation)
     out: Tensor = _MlpBlock.apply(x, norm.weight, call, *call.tensors())
     return out
 
 
-def _of_few_rows(x: Tensor, norm: PreNorm, branch: Branch, activation: str) -> Tensor:
-    rows = as_rows(x)
+def _of_few_rows(
+    kernels: FewRows, x: Tensor, norm: PreNorm, branch: Branch, activation: str, impl: str | None
+) -> Tensor:
+    rows, inner = as_rows(x), branch.inner
+    norms = launchers.rms_norm(backends.select("rms_norm", x.device, x.dtype, impl))
+    gates = launchers.glu(backends.select("glu", x.device, x.dtype, impl))
     normed = torch.empty_like(rows)
     rstd = torch.empty(rows.shape[0], dtype=accumulate_dtype(x.dtype), device=x.device)
-    launchers.rms_norm("cpu").rms_norm_fwd(
-        rows, None, norm.weight, normed, None, rstd, norm.eps, norm.offset
-    )
-    gate, up = few_rows.lora_linear(normed, branch.inner).split(branch.inner.out_features, dim=1)
+    norms.rms_norm_fwd(rows, None, norm.weight, normed, None, rstd, norm.eps, norm.offset)
+    gate, up = few_rows.lora_linear(kernels, normed, inner).split(inner.out_features, dim=1)
     hidden = x.new_empty(rows.shape[0], branch.outer.in_features)
-    launchers.glu("cpu").glu_fwd(gate, up, hidden, activation=activation)
-    return few_rows.lora_linear(hidden, branch.outer, rows).view(x.shape)
+    gates.glu_fwd(gate, up, hidden, activation=activation)
+    return few_rows.lora_linear(kernels, hidden, branch.outer, rows).view(x.shape)
 
 
 @dataclass(frozen=True)

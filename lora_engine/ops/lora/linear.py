@@ -40,9 +40,10 @@ def lora_linear(
     Raises ValueError where x or routes do not fit the weight.
     """
     _check(x, group, routes)
-    if dropout is None and routes is None and few_rows.suits(x, group, impl=impl):
-        y = few_rows.lora_linear(as_rows(x), group)
-        return _outputs(y, x.shape, group)
+    if dropout is None and routes is None:
+        kernels = few_rows.kernels_for(x, group, impl=impl)
+        if kernels is not None:
+            return _outputs(few_rows.lora_linear(kernels, x, group), x.shape, group)
     impl = backends.select("lora_linear", x.device, x.dtype, impl, group.base.format)
     if impl == "reference":
         x, linears = augmented.operand(x), adapted_linears(group)

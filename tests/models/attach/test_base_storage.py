@@ -117,8 +117,8 @@ def test_a_block_runs_where_both_of_its_groups_can(stored: None) -> None:
 
 def test_few_rows_are_for_formats_that_the_kernel_reads() -> None:
     device = torch.device("cpu")
-    assert backends.takes_few_rows(1, device, torch.float32)
-    assert not backends.takes_few_rows(1, device, torch.float32, format="pieces")
+    assert backends.few_rows_impl(1, device, torch.float32) == "cpu"
+    assert backends.few_rows_impl(1, device, torch.float32, format="pieces") is None
 
 
 def test_weights_that_are_not_alike_are_left_to_peft() -> None:

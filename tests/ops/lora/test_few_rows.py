@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from implementations import CPU, Backend
+from implementations import Backend
 from torch import Tensor
 
 from lora_engine import backends, ops, reference
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(
     not backends.extension_available(), reason="the C++ kernels cannot run here"
 )
 
-OPERATION = "lora_linear"
+OPERATION = "few_rows"
 ROWS = (1, 2, 7, 8, 9, 16, 17, 32)
 ON_A_UNIT = (*ROWS, 33, 49, 64)  # of bfloat16
 # K and the linears' N: whole vectors, less than one, and some with a part left over.
@@ -65,25 +65,20 @@ def expected(x: Tensor, weight: ops.LoraGroup) -> Tensor:
 
 
 def result(backend: Backend, x: Tensor, weight: ops.LoraGroup) -> Tensor:
-    """The outputs side by side, of whatever the backend takes for few rows without gradients."""
+    """The outputs side by side, which the backend's kernel for few rows makes."""
     with torch.no_grad():
-        assert few_rows.suits(x, weight, impl=backend.impl) == (backend.impl == "cpu")
+        assert few_rows.kernels_for(x, weight, impl=backend.impl) is not None
         return torch.cat(ops.lora_linear(x, weight, impl=backend.impl), -1)
 
 
-def rows_of(dtype: torch.dtype) -> tuple[int, ...]:
-    """Numbers of rows that the kernel takes."""
-    return ON_A_UNIT if backends.takes_few_rows(64, CPU, dtype, "cpu") else ROWS
-
-
-def only_kernels_for_few_rows(backend: Backend) -> None:
-    if backend.impl != "cpu":
-        pytest.skip("no kernel for few rows")
+def rows_of(backend: Backend, dtype: torch.dtype) -> tuple[int, ...]:
+    """Numbers of rows that the backend's kernel takes."""
+    takes_more = backends.few_rows_impl(64, backend.device, dtype, backend.impl) is not None
+    return ON_A_UNIT if takes_more else ROWS
 
 
 def test_every_size(backend: Backend, dtype: torch.dtype) -> None:
-    counts = rows_of(dtype) if backend.impl == "cpu" else (1, 16)  # others have no such kernel
-    for rows, (k, outs) in itertools.product(counts, SIZES):
+    for rows, (k, outs) in itertools.product(rows_of(backend, dtype), SIZES):
         torch.manual_seed(rows)
         with backend.device:
             weight = weight_of(k, outs, dtype, [factors(n, k, 5 + n % 3) for n in outs])
@@ -100,9 +95,7 @@ def test_factors_of_any_dtype(
     with backend.device:
         weight = weight_of(40, (24, 8), dtype, [factors(n, 40, 4, factor_dtype) for n in (24, 8)])
         x = torch.randn(8, 40).to(dtype)
-    coarsest = [dtype] if backend.impl == "cpu" else [dtype, factor_dtype]  # scaling B rounds it
-    tolerance = max(TOLERANCES[dtype] for dtype in coarsest)
-    assert error(result(backend, x, weight), expected(x, weight)) < tolerance
+    assert error(result(backend, x, weight), expected(x, weight)) < TOLERANCES[dtype]
 
 
 def test_none_one_and_several_adapters(backend: Backend) -> None:
@@ -126,10 +119,10 @@ def test_strided_inputs_and_factors(backend: Backend) -> None:
 
 
 def test_a_row_does_not_depend_on_others(backend: Backend, dtype: torch.dtype) -> None:
-    only_kernels_for_few_rows(backend)
     torch.manual_seed(0)
-    weight = weight_of(65, (49, 17), dtype, [factors(49, 65, 6), None])
-    x = torch.randn(max(rows_of(dtype)), 65).to(dtype)
+    with backend.device:
+        weight = weight_of(65, (49, 17), dtype, [factors(49, 65, 6), None])
+        x = torch.randn(max(rows_of(backend, dtype)), 65).to(dtype)
     whole = result(backend, x, weight)
     for rows in range(1, len(x)):
         assert torch.equal(result(backend, x[:rows], weight), whole[:rows])
@@ -139,23 +132,23 @@ def test_a_row_does_not_depend_on_others(backend: Backend, dtype: torch.dtype) -
 def test_what_is_not_finite_stays_in_its_row(
     backend: Backend, dtype: torch.dtype, row: int
 ) -> None:
-    only_kernels_for_few_rows(backend)
     torch.manual_seed(0)
-    weight = weight_of(65, (49, 17), dtype, [factors(49, 65, 6), factors(17, 65, 3)])
-    x = torch.randn(32, 65).to(dtype)
+    with backend.device:
+        weight = weight_of(65, (49, 17), dtype, [factors(49, 65, 6), factors(17, 65, 3)])
+        x = torch.randn(32, 65).to(dtype)
     clean = result(backend, x, weight)
     x[row, 64] = torch.inf
     found = result(backend, x, weight)
-    others = torch.arange(32) != row
+    others = torch.arange(32, device=x.device) != row
     assert torch.equal(found[others], clean[others]) and not found[row].isfinite().any()
 
 
 def test_what_stands_beside_operands_is_not_read(backend: Backend, dtype: torch.dtype) -> None:
-    only_kernels_for_few_rows(backend)
     torch.manual_seed(0)
-    around = torch.full((3, 30), torch.nan, dtype=dtype)
-    around[:, :20] = torch.randn(3, 20)
-    weight = weight_of(20, (9,), dtype, [factors(9, 20, 3)])
+    with backend.device:
+        around = torch.full((3, 30), torch.nan, dtype=dtype)
+        around[:, :20] = torch.randn(3, 20)
+        weight = weight_of(20, (9,), dtype, [factors(9, 20, 3)])
     assert isinstance(weight.base, ops.DenseBase)
     weight.base.buffer[:, 20:] = torch.nan
     weight.base.buffer[9:] = torch.nan
@@ -176,19 +169,19 @@ def test_written_factors_are_seen_at_once(backend: Backend) -> None:
 def test_others_are_left_to_the_augmented_product() -> None:
     weight = weight_of(40, (24,), torch.float32, [factors(24, 40, 4)])
     one = torch.randn(1, 40)
-    assert not few_rows.suits(one, weight)  # gradients may be asked for
+    assert few_rows.kernels_for(one, weight) is None  # gradients may be asked for
     with torch.no_grad():
-        assert few_rows.suits(torch.randn(32, 40), weight)
-        assert not few_rows.suits(torch.randn(33, 40), weight)
-        assert not few_rows.suits(torch.randn(0, 40), weight)
-        assert not few_rows.suits(one, weight, impl="reference")
+        assert few_rows.kernels_for(torch.randn(32, 40), weight) is not None
+        assert few_rows.kernels_for(torch.randn(33, 40), weight) is None
+        assert few_rows.kernels_for(torch.randn(0, 40), weight) is None
+        assert few_rows.kernels_for(one, weight, impl="reference") is None
         pair = factors(24, 40, 4)
         dora = ops.LoraFactors(pair.lora_a, pair.lora_b, 0.5, torch.ones(24))
         biased = ops.LoraFactors(pair.lora_a, pair.lora_b, 0.5, bias=torch.ones(24))
         columns = ops.LoraFactors(torch.randn(40, 4).t(), pair.lora_b, 0.5)
         mixed = ops.LoraFactors(pair.lora_a, pair.lora_b.bfloat16(), 0.5)
         for other in (dora, biased, columns, mixed):
-            assert not few_rows.suits(one, weight_of(40, (24,), torch.float32, [other]))
+            assert few_rows.kernels_for(one, weight_of(40, (24,), torch.float32, [other])) is None
             y = ops.lora_linear(one, weight_of(40, (24,), torch.float32, [other]))
             assert torch.isfinite(y[0]).all()
 
