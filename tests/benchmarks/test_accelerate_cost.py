@@ -7,6 +7,7 @@ import torch
 import lora_engine
 from benchmarks.drop_in import accelerate_cost
 from lora_engine.models.attach.linear_group import LinearGroup
+from lora_engine.ops.lora.group import LoraGroup
 from lora_engine.testing import tiny_llama, with_lora
 
 
@@ -21,9 +22,31 @@ def test_a_model_is_attached_twice_and_left_restored() -> None:
 def test_looking_and_copying_are_parts_of_the_step() -> None:
     model: Any = with_lora(tiny_llama())
     lora_engine.accelerate(model)
-    ready = LinearGroup.ready
+    methods = LinearGroup.ready, LoraGroup.fill, LoraGroup.fill_again
     ids = torch.arange(3, 43).view(2, 20)
     shares = accelerate_cost.step_shares(model, {"input_ids": ids, "labels": ids}, steps=2)
-    assert LinearGroup.ready is ready
+    assert (LinearGroup.ready, LoraGroup.fill, LoraGroup.fill_again) == methods
     assert 0 < shares["look"] + shares["copy"] < shares["step"]
-    assert min(shares["look"], shares["copy"]) > 0 and shares["share"] < 1
+    assert min(shares["look"], shares["copy"]) > 0 and max(shares["cost"]) < 1
+
+
+def test_what_is_remembered_is_neither_looked_at_nor_copied() -> None:
+    model: Any = with_lora(tiny_llama(), init_lora_weights=False)
+    lora_engine.accelerate(model)
+    ids = torch.arange(3, 43).view(2, 20)
+
+    def logits() -> torch.Tensor:
+        with torch.no_grad():
+            found: torch.Tensor = model(input_ids=ids).logits
+        return found
+
+    remembering = accelerate_cost.Remembering()
+    first = logits()
+    with remembering():
+        logits()
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data.mul_(2)
+    with remembering():
+        assert torch.equal(logits(), first)
+    assert not torch.allclose(logits(), first)
