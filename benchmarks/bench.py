@@ -20,6 +20,7 @@ from typing import Any
 
 from benchmarks.common import bench_pages, ceilings, jobs, output, peers
 from benchmarks.common.document import Plot, markdown, page
+from benchmarks.common.others import OtherPrograms
 from lora_engine.errors import UserError, nearest
 from lora_engine.files import user_path, write_text
 
@@ -53,6 +54,14 @@ def measure(
     area: str, words: Mapping[str, str], minutes: float, tell: Callable[[str], None]
 ) -> dict[str, Any]:
     """The results of an area. UserError for settings it has not."""
+    watch = OtherPrograms()
+    run = _measure(area, words, minutes, tell)
+    return {**run, "others_cores": watch.cores()}
+
+
+def _measure(
+    area: str, words: Mapping[str, str], minutes: float, tell: Callable[[str], None]
+) -> dict[str, Any]:
     deadline = time.monotonic() + 60 * minutes
     if area == "kernels":
         return _kernels(words, minutes, tell)

@@ -60,11 +60,11 @@ def _benches(results: Path) -> list[str]:
             run = _read(path)
             runs.append(run)
             link = f"benchmarks/results/{path.stem}"
-            busy = f"load average at the start {run['load_average']:.1f}"
-            if bench_results.is_busy(run):
-                busy += f": {bench_pages.BUSY}"
             parts += [f"### {bench_pages.TITLES[area]}: {bench_results.machine(run)}"]
-            parts += [f"{_source(path, run)[:-1]}; {busy}.", peers.sentence(run["peers"])]
+            parts += [
+                f"{_source(path, run)[:-1]}; {bench_pages.load(run)}.",
+                peers.sentence(run["peers"]),
+            ]
             parts += [document.markdown(bench_pages.body(run, level=4), f"../{link}")]
             parts += ["\n".join(f"- {line}" for line in run["failures"] + run["notes"])]
     parts += bench_pages.not_run(run["hardware"] for run in runs)

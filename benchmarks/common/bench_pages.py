@@ -58,11 +58,13 @@ def _where(run: Mapping[str, Any]) -> list[Part]:
     lines = [f"`{run['command']}`, {when} UTC, commit {run.get('commit', 'unknown')}"]
     for kind in ("hardware", "software"):
         lines.append(", ".join(f"{name} {value}" for name, value in run[kind].items()))
-    load = f"load average at the start {run['load_average']:.1f}"
-    if results.is_busy(run):
-        load += f": {BUSY}"
-    lines += [load, sentence(run["peers"])]
+    lines += [load(run), sentence(run["peers"])]
     return [text(*lines, listed=True)]
+
+
+def load(run: Mapping[str, Any]) -> str:
+    """What else the machine did, and what that means for the figures."""
+    return results.load(run) + (f": {BUSY}" if results.is_busy(run) else "")
 
 
 def _kernels(run: Mapping[str, Any]) -> list[Part]:
@@ -193,11 +195,13 @@ def comparison(run: Mapping[str, Any], committed: Path) -> list[Part]:
     found: list[Part] = [Heading("How this machine compares")]
     for path in files:
         other = results.read(path)
-        table = _beside(run, other)
+        about = (
+            f"{path.stem}: {results.machine(other)}, {other['date'][:10]}, {results.load(other)}"
+        )
+        table, unlike = _beside(run, other)
         if table is not None:
-            load = f"load average {other['load_average']:.1f}" if "load_average" in other else ""
-            about = ", ".join(filter(None, (results.machine(other), other["date"][:10], load)))
-            found += [text(f"{path.stem}: {about}."), table]
+            found += [text(f"{about}."), table]
+        found += [text(f"{path.stem}: {line}, here and there.") for line in unlike]
     if len(found) == 1:
         found.append(text("No committed result has these measurements."))
     news = [path for path in files if path.name.startswith("bench_")]
@@ -211,38 +215,42 @@ def _of_area(path: Path, area: str) -> bool:
     return path.name.startswith((f"bench_{area}-", *older.get(area, ())))
 
 
-def _beside(run: Mapping[str, Any], other: Mapping[str, Any]) -> Table | None:
-    """Of what both measured: rates, shares of the ceiling, and how far ours is ahead."""
+BESIDE = ("rate", "of ceiling", "ours faster", "in CPU time", "peak GiB")
+
+
+def _beside(run: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[Table | None, list[str]]:
+    """Of what both measured: rates, shares of the ceiling, and how far ours is ahead; then a line
+    for each case that is not the same work there."""
     theirs = {results.key_of(row): row for row in other["rows"]}
-    lines = []
+    lines, unlike = [], {}
     for row in run["rows"]:
         match = theirs.get(results.key_of(row))
         if match is None or (run["area"] == "kernels" and row["implementation"] != "ours"):
             continue
         case, size, dtype, what, name = results.key_of(row)
-        scale = 1.0 if row["unit"] == "tokens/s" else 1e9
+        if settings := results.other_settings(run, other, case, results.OF_BATCHES):
+            unlike[case] = f"{case} not compared, {settings}"
+            continue
         line = [f"{case}, {size} {dtype}, {what}", name]
-        line += [f"{row['rate'] / scale:,.0f} {row['unit']}", f"{match['rate'] / scale:,.0f}"]
-        line += ["" if results.is_busy(x) else _share(y) for x, y in ((run, row), (other, match))]
-        line += [shown(x) for shown in (_ahead, _memory) for x in (row, match)]
-        lines.append(tuple(line))
-    if not lines:
-        return None
-    columns = ["", "contender", "here", "there", "of ceiling here", "there"]
-    columns += ["ours is faster here", "there", "peak GiB here", "there"]
+        figures = [_figures(x, y) for x, y in ((run, row), (other, match))]
+        lines.append((*line, *(x for pair in zip(*figures, strict=True) for x in pair)))
+    columns = ["", "contender", *(f"{what} {x}" for what in BESIDE for x in ("here", "there"))]
     kept = [i for i in range(len(columns)) if i < 4 or any(line[i] for line in lines)]
-    return Table(
-        tuple(columns[i] for i in kept), tuple(tuple(x[i] for i in kept) for x in lines), left=2
+    shown = tuple(tuple(line[i] for i in kept) for line in lines)
+    table = Table(tuple(columns[i] for i in kept), shown, left=2) if lines else None
+    return table, list(unlike.values())
+
+
+def _figures(run: Mapping[str, Any], row: Mapping[str, Any]) -> tuple[str, ...]:
+    """Of a row, in the order of BESIDE; "" for what it has not."""
+    scale = 1.0 if row["unit"] == "tokens/s" else 1e9
+    compared = row.get("compared", {})
+    ahead = [compared.get(kind) for kind in ("times_as_long", "times_the_cpu")]
+    # A kernel's ceiling is measured in turn with it, a step's by another process.
+    shared = "share_of_ceiling" in row and ("extra_bytes" in row or not results.is_busy(run))
+    return (
+        f"{row['rate'] / scale:,.0f} {row['unit']}",
+        f"{row['share_of_ceiling']:.0%}" if shared else "",
+        *("" if x is None else f"{x['median']:.2f} times" for x in ahead),
+        f"{row['peak_bytes'] / GIB:.2f}" if "peak_bytes" in row else "",
     )
-
-
-def _share(row: Mapping[str, Any]) -> str:
-    return f"{row['share_of_ceiling']:.0%}" if "share_of_ceiling" in row else ""
-
-
-def _ahead(row: Mapping[str, Any]) -> str:
-    return f"{row['compared']['times_as_long']['median']:.2f} times" if "compared" in row else ""
-
-
-def _memory(row: Mapping[str, Any]) -> str:
-    return f"{row['peak_bytes'] / GIB:.2f}" if "peak_bytes" in row else ""

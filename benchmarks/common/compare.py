@@ -3,7 +3,10 @@
 Times of two runs on one machine differ with whatever else it does. Where both runs measured the
 ceiling of a row in turn with it, times are therefore compared in units of that ceiling. What a
 median may move by chance is taken from the quartiles, 1.57 times their distance over the root of
-the number of samples (McGill, Tukey, Larsen 1978), of both runs together; LEAST_CHANGE at least.
+the number of samples (McGill, Tukey, Larsen 1978), of both runs and of their ceilings together;
+LEAST_CHANGE at least. Fewer than FEWEST samples say nothing of that: such times are not compared.
+Beside busy programs a whole step is compared by its processor time. Rows of other settings are not
+the same measurement, whatever they are called.
 """
 
 import math
@@ -18,12 +21,16 @@ from lora_engine.errors import UserError
 
 LEAST_CHANGE = 0.05
 LEAST_BYTES = 2**20  # of a kernel's memory, what an allocator may take more
+FEWEST = 3  # samples of a time
+MOST_TOLD = 8  # of rows that are missing
 
 
 @dataclass(frozen=True)
 class Change:
-    """before, after: seconds, or bytes where `what` is "memory". ratio: of the after to the before;
-    above 1 is worse. noise: how far from 1 it may be by chance."""
+    """what: "time", "CPU time" or "memory". before, after: seconds, or bytes.
+
+    ratio: of the after to the before; above 1 is worse. noise: how far from 1 it may be by chance.
+    """
 
     key: Key
     what: str
@@ -40,25 +47,49 @@ class Change:
         return "better" if self.ratio < 1 / (1 + self.noise) else "same"
 
 
-def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change]:
+@dataclass
+class Compared:
+    """changes: of every row that both results have. few: how many times are of too few samples.
+    settings: by case, in what the two differ, so that its rows are not compared."""
+
+    changes: list[Change]
+    few: int
+    settings: dict[str, str]
+
+
+def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> Compared:
     """Time and memory of every row that both results have."""
     rows = {results.key_of(row): row for row in before["rows"]}
-    found = []
+    found = Compared([], 0, {})
+    busy = results.is_busy(before) or results.is_busy(after)
     for row in after["rows"]:
         key = results.key_of(row)
-        if key in rows:
-            found.append(_time(key, rows[key], row))
-            found += _memory(key, rows[key], row)
+        if key not in rows:
+            continue
+        if other := results.other_settings(before, after, row["case"]):
+            found.settings[row["case"]] = other
+            continue
+        time = _time(key, rows[key], row, busy)
+        found.few += time is None
+        found.changes += [] if time is None else [time]
+        found.changes += _memory(key, rows[key], row)
     return found
 
 
-def _time(key: Key, before: Row, after: Row) -> Change:
-    first, second = before["seconds"]["median"], after["seconds"]["median"]
-    ratio = second / first
-    if before.get("ceiling") and after.get("ceiling"):
+def _time(key: Key, before: Row, after: Row, busy: bool) -> Change | None:
+    by_cpu = busy and "cpu_seconds" in before and "cpu_seconds" in after
+    kind = "cpu_seconds" if by_cpu else "seconds"
+    first, second = before[kind], after[kind]
+    if min(first.get("samples", FEWEST), second.get("samples", FEWEST)) < FEWEST:
+        return None
+    noises = [_noise(first), _noise(second)]
+    ratio = second["median"] / first["median"]
+    if before.get("ceiling") and after.get("ceiling") and not by_cpu:
         ratio *= after["ceiling"] / before["ceiling"]
-    noise = max(LEAST_CHANGE, math.hypot(_noise(before["seconds"]), _noise(after["seconds"])))
-    return Change(key, "time", first, second, ratio, noise)
+        noises += [_noise(x["ceiling_seconds"]) for x in (before, after) if "ceiling_seconds" in x]
+    noise = max(LEAST_CHANGE, math.hypot(*noises))
+    what = "CPU time" if by_cpu else "time"
+    return Change(key, what, first["median"], second["median"], ratio, noise)
 
 
 def _noise(seconds: Mapping[str, float]) -> float:
@@ -81,36 +112,69 @@ def _memory(key: Key, before: Row, after: Row) -> list[Change]:
     return []
 
 
-def regressions(found: list[Change]) -> list[Change]:
+def regressions(found: Compared) -> list[Change]:
     """What became worse of ours: peers are not ours to mend."""
-    return [x for x in found if x.verdict == "worse" and x.key[-1].partition("-")[0] == "ours"]
+    return [x for x in found.changes if x.verdict == "worse" and _is_ours(x.key)]
 
 
-def render(before: Mapping[str, Any], after: Mapping[str, Any], found: list[Change]) -> str:
+def _is_ours(key: Key) -> bool:
+    return key[-1].partition("-")[0] == "ours"
+
+
+def render(before: Mapping[str, Any], after: Mapping[str, Any], found: Compared) -> str:
     """What changed, and what it was measured on."""
-    parts = [
-        f"A: {results.machine(before)}, {before['date'][:10]}, load {before['load_average']:.1f}\n"
-        f"B: {results.machine(after)}, {after['date'][:10]}, load {after['load_average']:.1f}"
-    ]
+    parts = [f"A: {_about(before)}\nB: {_about(after)}"]
     if results.machine(before) != results.machine(after):
         parts.append("The machines differ: only times in units of a measured ceiling compare.")
     elif results.is_busy(before) or results.is_busy(after):
         parts.append("Other programs ran beside: small changes may be theirs.")
-    told = [x for x in found if x.verdict != "same"]
+    if versions := _versions(before, after):
+        parts.append(f"Versions differ: {versions}.")
+    told = [x for x in found.changes if x.verdict != "same"]
     if told:
         columns = ("case", "size", "pass", "implementation", "what", "A", "B", "B / A", "noise", "")
         parts.append(
             table(columns, [_line(x) for x in sorted(told, key=lambda x: -x.ratio)], left=5)
         )
+    if failures := after.get("failures"):
+        parts.append("\n".join(f"Wrong in B: {line}" for line in failures))
+    parts += [f"{case}: not compared, {other}." for case, other in found.settings.items()]
+    return "\n\n".join([*parts, _counts(before, after, found)])
+
+
+def _about(run: Mapping[str, Any]) -> str:
+    parts = [results.machine(run), run["date"][:10]]
+    parts += [f"commit {run['commit']}"] if "commit" in run else []
+    return ", ".join([*parts, results.load(run)])
+
+
+def _versions(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    """Of what software both name another version."""
+    first, second = before.get("software", {}), after.get("software", {})
+    names = [name for name in first if name in second and first[name] != second[name]]
+    return ", ".join(f"{name} {first[name]} and {second[name]}" for name in names)
+
+
+def _counts(before: Mapping[str, Any], after: Mapping[str, Any], found: Compared) -> str:
     keys = [{results.key_of(row) for row in run["rows"]} for run in (before, after)]
-    counts = f"{len(keys[0] & keys[1])} measurements in both"
+    lines = [f"{len({x.key for x in found.changes})} measurements compared"]
+    if found.few:
+        lines.append(f"{found.few} times not, being of fewer than {FEWEST} samples")
     for name, mine, other in (("A", keys[0], keys[1]), ("B", keys[1], keys[0])):
         if mine - other:
-            counts += f", {len(mine - other)} only in {name}"
+            lines.append(f"{len(mine - other)} only in {name}{_named(mine - other)}")
     worse = len(regressions(found))
     verdict = f"{worse} of ours became worse" if worse else "none of ours became worse"
-    parts.append(f"{counts}; beyond noise {verdict}.")
-    return "\n\n".join(parts)
+    return f"{', '.join(lines)}; beyond noise {verdict}."
+
+
+def _named(keys: set[Key]) -> str:
+    """Those of ours, as far as they are few."""
+    ours = sorted(" ".join(key) for key in keys if _is_ours(key))
+    if not ours:
+        return ""
+    more = f", … {len(ours) - MOST_TOLD} more" if len(ours) > MOST_TOLD else ""
+    return f" (of ours: {', '.join(ours[:MOST_TOLD])}{more})"
 
 
 def _line(x: Change) -> list[str]:
@@ -127,13 +191,16 @@ def _text(what: str, value: float) -> str:
 
 
 def compare(first: str, second: str, show: Callable[[str], None] = print) -> int:
-    """Shows what changed from one result file to the other; 1 if something of ours became worse.
+    """Shows what changed from one result file to the other; 1 if something of ours became worse,
+    or was wrong in the second.
 
     UserError for a file that has no results, or where nothing is measured in both.
     """
     before, after = results.read(first), results.read(second)
     found = changes(before, after)
-    if not found:
-        raise UserError(f"{second}: measures nothing that {first} does; compare two of one area")
+    if not found.changes and not found.few and not after.get("failures"):
+        why = "; ".join(f"{case} has {other}" for case, other in found.settings.items())
+        why = why or f"measures nothing that {first} does"
+        raise UserError(f"{second}: {why}; compare two of one area, with the same settings")
     show(render(before, after, found))
-    return 1 if regressions(found) else 0
+    return 1 if regressions(found) or after.get("failures") else 0

@@ -1,11 +1,13 @@
 """Results of `lora-engine bench` as files: what a row is known by, and reading them back.
 
-A row has case, size, dtype, pass and implementation; seconds (median, fastest, slowest, lower and
-upper quartile); rate and unit; ceiling and share_of_ceiling where there is one; extra_bytes of a
-kernel or peak_bytes of a whole step; calls. Needs nothing but Python.
+A run has hardware, software, date, load_average, rows, and others_cores where that was measured. A
+row has case, size, dtype, pass and implementation; seconds (median, fastest, slowest, lower and
+upper quartile, samples); rate and unit; ceiling and share_of_ceiling where there is one;
+extra_bytes of a kernel or peak_bytes of a whole step; calls. Needs nothing but Python.
 """
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -14,6 +16,12 @@ from lora_engine.errors import UserError
 
 Row: TypeAlias = Mapping[str, Any]
 Key: TypeAlias = tuple[str, str, str, str, str]
+# Settings of whole steps that are in a row already, or that make it only more certain.
+OF_ROWS = ("dtype", "lengths", "rounds")
+# Those that say which batches are drawn, and how many: a rate is that of others of the same kind.
+OF_BATCHES = ("seed", "steps", "warmup")
+BUSY_CORES = 0.2  # that other programs had on average
+BUSY_LOAD = 0.5  # the same, where only the load before the run is known
 
 
 def key_of(row: Row) -> Key:
@@ -32,19 +40,41 @@ def read(path: str | Path) -> dict[str, Any]:
         found = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; bench writes NAME.json with --out NAME") from None
-    except (ValueError, UnicodeDecodeError):
+    except ValueError:
         raise UserError(f"{path}: is not JSON; name the .json file that bench wrote") from None
     if isinstance(found, dict) and "rows" not in found and "summary" in found:
         found = {**found, "rows": _step_rows(found)}
-    rows = found.get("rows") if isinstance(found, dict) else None
-    if not isinstance(rows, list) or not all(_is_row(row) for row in rows):
+    if not _is_run(found):
         raise UserError(f"{path}: has no rows of a benchmark; name a file that bench wrote")
-    return found
+    checked: dict[str, Any] = found
+    return checked
+
+
+def _is_run(found: object) -> bool:
+    """Whether it has what is read of every run and row."""
+    if not isinstance(found, dict) or not isinstance(found.get("rows"), list):
+        return False
+    kinds = {"hardware": dict, "date": str, "load_average": int | float}
+    return all(isinstance(found.get(k), kind) for k, kind in kinds.items()) and all(
+        map(_is_row, found["rows"])
+    )
 
 
 def _is_row(row: object) -> bool:
     needed = {"case", "size", "dtype", "pass", "implementation", "seconds"}
-    return isinstance(row, dict) and needed <= row.keys() and "median" in row["seconds"]
+    if not isinstance(row, dict) or not needed <= row.keys():
+        return False
+    seconds = row["seconds"]
+    if not isinstance(seconds, dict) or not 0 < _number(seconds.get("median")) < math.inf:
+        return False
+    spread = ("lower", "upper", "samples") if "upper" in seconds else ("fastest", "slowest")
+    sizes = [row[name] for name in ("peak_bytes", "extra_bytes") if name in row]
+    values = [*(seconds.get(name) for name in spread), *sizes]
+    return all(math.isfinite(_number(value)) for value in values)
+
+
+def _number(value: object) -> float:
+    return float(value) if isinstance(value, int | float) else math.nan
 
 
 def _step_rows(found: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -83,6 +113,29 @@ def _step_rows(found: Mapping[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
+def work_of(run: Mapping[str, Any], case: str) -> dict[str, Any]:
+    """The settings that say what a case's rows measure, beside what makes them the same row."""
+    job = run.get("jobs", {}).get(case)
+    if job is not None:
+        return {name: x for name, x in job.get("options", {}).items() if name not in OF_ROWS}
+    if "workload" in run:
+        return {"batch_size": len(run["workload"]["lengths"][0]), "device": "cpu"}
+    options = run.get("options", run)
+    return {"device": options["device"]} if "device" in options else {}
+
+
+def other_settings(
+    first: Mapping[str, Any], second: Mapping[str, Any], case: str, ignored: tuple[str, ...] = ()
+) -> str:
+    """In what the second run's work differs from the first's, in words; "" if in nothing.
+
+    A setting that only one of the two knows counts as the same.
+    """
+    one, other = work_of(first, case), work_of(second, case)
+    names = [n for n in one if n in other and n not in ignored and one[n] != other[n]]
+    return ", ".join(f"{name} {one[name]} and {other[name]}" for name in names)
+
+
 def machine(run: Mapping[str, Any]) -> str:
     """The machine of a result in a few words."""
     hardware = run["hardware"]
@@ -95,6 +148,15 @@ def machine(run: Mapping[str, Any]) -> str:
     return ", ".join(names)
 
 
+def load(run: Mapping[str, Any]) -> str:
+    """What else the machine did, in words: while it ran, else before it."""
+    if "others_cores" in run:
+        return f"other programs had {run['others_cores']:.1f} of its cores"
+    return f"load average at the start {run['load_average']:.1f}"
+
+
 def is_busy(run: Mapping[str, Any]) -> bool:
-    """Whether other programs had as much as half a core when the run began."""
-    return float(run["load_average"]) >= 0.5
+    """Whether other programs took so much of the cores that times are not the machine's own."""
+    if "others_cores" in run:
+        return float(run["others_cores"]) >= BUSY_CORES
+    return float(run["load_average"]) >= BUSY_LOAD

@@ -91,7 +91,8 @@ def measure_case(
         dtype = problem.inputs[0].dtype
         ceiling = measure.rotated([_ceiling(work, dtype, device) for _ in sets])
         timings = measure.time_alternating({**runs, "": ceiling}, device, samples=samples)
-        rate = _ceiling_amount(work) / timings.pop("").median
+        limit = timings.pop("")
+        rate = _ceiling_amount(work) / limit.median
         for name, timing in timings.items():
             achieved = work.amount / timing.median
             yield {
@@ -101,6 +102,7 @@ def measure_case(
                 "rate": achieved,
                 "unit": work.unit,
                 "ceiling": rate,
+                "ceiling_seconds": asdict(limit),
                 "share_of_ceiling": achieved / rate,
                 "extra_bytes": measure.extra_memory(runs[name], device),
                 "calls": measure.count_calls(runs[name], device),

@@ -21,7 +21,7 @@ def run(*rows, processor="P", load=0.1):
 
 
 def change(before, after):
-    (found, *_) = compare.changes(run(before), run(after))
+    (found, *_) = compare.changes(run(before), run(after)).changes
     return found
 
 
@@ -48,7 +48,7 @@ def test_times_are_in_units_of_the_ceiling_where_both_have_one():
 def test_memory_counts_beyond_what_an_allocator_may_take():
     def memory(before, after):
         found = compare.changes(run(row(extra_bytes=before)), run(row(extra_bytes=after)))
-        return next(x for x in found if x.what == "memory").verdict
+        return next(x for x in found.changes if x.what == "memory").verdict
 
     assert memory(0, 2**19) == "same"
     assert memory(0, 2**22) == "worse"
@@ -63,7 +63,7 @@ def test_only_ours_can_be_a_regression(tmp_path):
     shown = []
     assert compare.compare(str(tmp_path / "a.json"), str(tmp_path / "b.json"), shown.append) == 1
     (text,) = shown
-    assert "3 measurements in both, 1 only in A, 1 only in B" in text
+    assert "3 measurements compared, 1 only in A, 1 only in B;" in text
     assert "beyond noise 1 of ours became worse" in text
     first, second = (x for x in text.splitlines() if "| worse |" in x or " worse |" in x)
     assert "pytorch" in first and "3.00" in first, "the largest change is first"
@@ -86,17 +86,114 @@ def test_a_busy_or_another_machine_is_told():
         ("\x93", "is not JSON"),
         ("[1]", "has no rows of a benchmark"),
         ('{"rows": [{"case": "glu"}]}', "has no rows of a benchmark"),
-        ('{"summary": {}}', None),
+        ('{"summary": {}}', "has no rows of a benchmark"),
     ],
 )
 def test_what_is_no_result_is_one_line(tmp_path, content, message):
     file = tmp_path / "some.json"
     file.write_bytes(content.encode("latin-1"))
-    if message is None:
-        assert results.read(file)["rows"] == []
-        return
     with pytest.raises(UserError, match=f"some.json: {message}"):
         results.read(file)
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        lambda found: found.pop("hardware"),
+        lambda found: found.pop("date"),
+        lambda found: found.update(load_average="high"),
+        lambda found: found.update(rows={}),
+        lambda found: found["rows"].append("row"),
+        lambda found: found["rows"][0].update(seconds=1.0),
+        lambda found: found["rows"][0]["seconds"].update(median=0.0),
+        lambda found: found["rows"][0]["seconds"].update(median=float("nan")),
+        lambda found: found["rows"][0]["seconds"].update(lower=None),
+        lambda found: found["rows"][0]["seconds"].pop("samples"),
+        lambda found: found["rows"][0].update(peak_bytes="much"),
+    ],
+)
+def test_of_a_file_that_lacks_something_nothing_is_taken(tmp_path, broken):
+    found = run(row())
+    file = tmp_path / "some.json"
+    file.write_text(json.dumps(found))
+    assert results.read(file) == found
+    broken(found)
+    file.write_text(json.dumps(found))
+    with pytest.raises(UserError, match=r"some.json: has no rows of a benchmark; name a file"):
+        results.read(file)
+
+
+def job(batch_size=8, **more):
+    """A run of a whole step with that setting."""
+    options = {"steps": 3, "rounds": 2, "device": "cpu", "batch_size": batch_size} | more
+    return {**run(row()), "jobs": {"glu": {"options": options}}}
+
+
+def test_other_settings_are_another_measurement(tmp_path):
+    found = compare.changes(job(), job(4))
+    assert not found.changes and found.settings == {"glu": "batch_size 8 and 4"}
+    for other in (job(device="cuda"), job(steps=5)):
+        assert not compare.changes(job(), other).changes
+    assert compare.changes(job(), job(rounds=9)).changes, "more of the same"
+    assert compare.changes(job(), run(row())).changes, "what is not said is taken as the same"
+    for name, content in (("a.json", job()), ("b.json", job(4))):
+        (tmp_path / name).write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"b.json: glu has batch_size 8 and 4; compare two"):
+        compare.compare(str(tmp_path / "a.json"), str(tmp_path / "b.json"), print)
+
+
+def test_kernels_of_another_device_are_another_measurement():
+    on = [{**run(row()), "options": {"device": x, "samples": "15"}} for x in ("cpu", "cuda")]
+    assert not compare.changes(*on).changes and compare.changes(on[0], on[0]).changes
+
+
+def test_times_of_few_samples_are_not_compared():
+    few = row(median=3.0, peak_bytes=2**30)
+    few["seconds"]["samples"] = 2
+    found = compare.changes(run(row(peak_bytes=2**30)), run(few))
+    assert [x.what for x in found.changes] == ["memory"] and found.few == 1
+    shown = compare.render(run(row()), run(few), found)
+    assert "1 measurements compared, 1 times not, being of fewer than 3 samples;" in shown
+
+
+def test_beside_busy_programs_a_step_is_compared_by_its_processor_time():
+    def step(median, cpu):
+        return row(median=median, cpu_seconds=row(median=cpu)["seconds"], ceiling=10.0)
+
+    slow, busy = run(step(9.0, 1.0)), run(step(9.0, 1.0), load=5.0)
+    (quiet,) = compare.changes(run(step(1.0, 1.0)), slow).changes
+    assert quiet.what == "time" and quiet.verdict == "worse"
+    (found,) = compare.changes(run(step(1.0, 1.0)), busy).changes
+    assert found.what == "CPU time" and found.verdict == "same"
+    (found,) = compare.changes(run(step(1.0, 1.0)), {**slow, "others_cores": 1.0}).changes
+    assert found.what == "CPU time", "what was measured while it ran decides"
+
+
+def test_the_ceiling_may_move_by_chance_too():
+    loose = row(ceiling=10.0, ceiling_seconds=row(spread=0.2)["seconds"])
+    found = change(loose, row(median=1.2, ceiling=10.0, ceiling_seconds=row()["seconds"]))
+    assert found.noise == pytest.approx(0.157) and found.verdict == "worse"
+    assert change(loose, row(median=1.15, ceiling=10.0)).verdict == "same"
+
+
+def test_what_went_wrong_in_the_second_is_worse(tmp_path):
+    before = run(row(), row("ours-unshared"), row("pytorch"))
+    wrong = {**run(row("pytorch")), "failures": ["glu: ours left out: the loss is nan"]}
+    for name, content in (("a.json", before), ("b.json", wrong)):
+        (tmp_path / name).write_text(json.dumps(content))
+    shown = []
+    assert compare.compare(str(tmp_path / "a.json"), str(tmp_path / "b.json"), shown.append) == 1
+    assert "Wrong in B: glu: ours left out: the loss is nan" in shown[0]
+    assert "2 only in A (of ours: glu tiny float32 forward ours, glu tiny" in shown[0]
+    assert "none of ours became worse" in shown[0]
+
+
+def test_versions_and_commits_are_told():
+    first = {**run(row()), "software": {"torch": "2.12", "peft": "1"}, "commit": "abc"}
+    second = {**run(row()), "software": {"torch": "2.13", "peft": "1", "trl": "1"}, "commit": "def"}
+    shown = compare.render(first, second, compare.changes(first, second))
+    assert "Versions differ: torch 2.12 and 2.13." in shown
+    assert "commit abc, load" in shown and "commit def, load" in shown
 
 
 def test_no_file_a_folder_and_nothing_in_common(tmp_path):

@@ -57,7 +57,7 @@ def step_row(implementation, rate, **more):
         "dtype": "bfloat16",
         "pass": "step",
         "implementation": implementation,
-        "seconds": {"median": 2.0},
+        "seconds": {"median": 2.0, "lower": 1.9, "upper": 2.1, "samples": 5},
         "cpu_seconds": {"median": 4.0},
         "rate": rate,
         "rates": spread,
@@ -105,7 +105,7 @@ def test_a_run_of_kernels(tmp_path):
 def test_a_machine_is_beside_those_of_committed_results(tmp_path):
     compared = {
         "times_as_long": {"median": 8.0, "lowest": 7.0, "highest": 9.0},
-        "times_the_cpu": {"median": 8.0},
+        "times_the_cpu": {"median": 7.5},
         "our_share_of_memory": 0.25,
     }
     there = step_run(step_row("ours", 848), step_row("trl-padded", 106, compared=compared))
@@ -116,15 +116,43 @@ def test_a_machine_is_beside_those_of_committed_results(tmp_path):
     run = step_run(step_row("ours", 400), step_row("trl-padded", 80, compared=mine))
     run["load_average"] = 0.1
     shown = document.markdown(bench_pages.parts(run, tmp_path))
-    assert "bench_train-there: P, 2 cores, avx2, amx_bf16, 2030-01-01, load average 7.0." in shown
+    assert "bench_train-there: P, 2 cores, avx2, amx_bf16, 2030-01-01, load average " in shown
     assert "bench_memory" not in shown and "processor with AMX" not in shown
     line = next(x for x in shown.splitlines() if "trl-padded" in x and "5.00 times" in x)
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     assert cells[1:] == [
-        *("trl-padded", "80 tokens/s", "106", "25%"),  # there it was busy: no share
-        *("5.00 times", "8.00 times", "1.00", "1.00"),
+        *("trl-padded", "80 tokens/s", "106 tokens/s", "25%"),  # there it was busy: no share
+        *("5.00 times", "8.00 times", "7.50 times", "7.50 times", "1.00", "1.00"),
     ]
+    head = next(x for x in shown.splitlines() if "rate here" in x)
+    names = [cell.strip() for cell in head.strip("|").split("|")]
+    assert names[2:5] == ["rate here", "rate there", "of ceiling here"]
+    assert names[5:7] == ["ours faster here", "ours faster there"]
     assert "|  1,234 |" in shown or "| 1,234 |" in shown
+
+
+def test_other_settings_are_not_compared(tmp_path):
+    options = {"model": "smollm2", "batch_size": 8, "steps": 3}
+    run = step_run(step_row("ours", 848))
+    run["jobs"]["sft"]["options"] = options
+    there = json.loads(json.dumps(run))
+    for other, said in (
+        ({"batch_size": 4}, "- bench_train-there: sft not compared, batch_size 8 and 4, here and"),
+        ({"steps": 5}, "bench_train-there: P, 2 cores"),
+    ):
+        there["jobs"]["sft"]["options"] = options | other
+        (tmp_path / "bench_train-there.json").write_text(json.dumps(there))
+        shown = document.markdown(bench_pages.parts(run, tmp_path))
+        assert said.removeprefix("- ") in shown
+        assert ("rate there" in shown) is ("steps" in other)
+
+
+def test_what_others_took_while_it_ran_decides_whether_it_was_busy(tmp_path):
+    run = {**step_run(step_row("ours", 400)), "others_cores": 0.04}
+    shown = document.markdown(bench_pages.parts(run, tmp_path))
+    assert "- other programs had 0.0 of its cores\n" in shown and "of GEMM rate" in shown
+    shown = document.markdown(bench_pages.parts({**run, "others_cores": 1.26}, tmp_path))
+    assert f"- other programs had 1.3 of its cores: {bench_pages.BUSY}" in shown
 
 
 def test_a_busy_machine_has_no_share_of_a_ceiling(tmp_path):
