@@ -10,19 +10,24 @@ the charts NAME-….svg.
 """
 
 import math
+import shlex
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import bench_pages, ceilings, jobs, output, peers
+from benchmarks.common import bench_pages, ceilings, jobs, output, peers, processes
 from benchmarks.common.document import Plot, markdown, page
+from benchmarks.common.job_rows import rows_of
 from benchmarks.common.others import OtherPrograms
 from lora_engine.errors import UserError, nearest
-from lora_engine.files import user_path, write_text
+from lora_engine.files import naming, user_path, write_text
 
 JOBS = {"train": ("sft",), "generate": ("write",), "rl": ("dpo", "grpo"), "memory": ("length",)}
 AREAS = ("kernels", *JOBS)
@@ -76,9 +81,11 @@ def _measure(
             for name in names
             if name not in here
         ]
+        if not here:
+            continue
         with tempfile.TemporaryDirectory(prefix="bench-") as folder:
             found = jobs.measure_job(job, options, here, Path(folder), tell, deadline)
-        run["rows"] += jobs.rows_of(found)
+        run["rows"] += rows_of(found)
         run["failures"] += found.failures
         run["notes"] += found.notes
         run["jobs"][job.name] = {
@@ -95,7 +102,7 @@ def _measure(
 def _chosen(area: str, words: Mapping[str, str]) -> list[tuple[jobs.Job, Mapping[str, str]]]:
     """The area's jobs, or those that are asked for, each with the settings that are its own."""
     given = dict(words)
-    names = given.pop("jobs", ",".join(JOBS[area])).split(",")
+    names = jobs.each_once("jobs", given.pop("jobs", ",".join(JOBS[area])))
     for name in names:
         if name not in JOBS[area]:
             raise UserError(f"jobs={words['jobs']}: no {name!r}; there is {', '.join(JOBS[area])}")
@@ -118,14 +125,14 @@ def _check_devices(devices: set[str]) -> None:
 
 
 def _context(area: str, words: Mapping[str, str]) -> dict[str, Any]:
-    shown = " ".join(["lora-engine bench", area, *(f"{k}={v}" for k, v in words.items())])
+    shown = shlex.join(["lora-engine", "bench", area, *(f"{k}={v}" for k, v in words.items())])
     where = {"commit": _commit(), "area": area, "peers": peers.states()}
     return {**output.context(), "command": shown, **where}
 
 
 def _commit() -> str:
     """Of this checkout, with "+" where files differ from it; "unknown" without git."""
-    command = ["git", "-C", str(jobs.ROOT), "describe", "--always", "--abbrev=12", "--dirty=+"]
+    command = ["git", "-C", str(processes.ROOT), "describe", "--always", "--abbrev=12", "--dirty=+"]
     try:
         found = subprocess.run(
             [*command, "--exclude=*"], capture_output=True, text=True, timeout=30, check=True
@@ -164,7 +171,9 @@ def _kernels(
         for case in chosen["cases"].split(",")
     ]
     if chosen["sweep"] != "no":
-        items += [kernels.Item(chosen["sweep"], size, chosen["dtype"]) for size in SWEEP]
+        known = {(item.case, item.size) for item in items}
+        swept = [size for size in SWEEP if (chosen["sweep"], size) not in known]
+        items += [kernels.Item(chosen["sweep"], size, chosen["dtype"]) for size in swept]
 
     class Told(Journal):
         """Says which case is measured."""
@@ -198,7 +207,8 @@ def _kernel_options(words: Mapping[str, str]) -> dict[str, str]:
         "compile": ("no", "yes"),
     }
     for key, known in allowed.items():
-        for one in chosen[key].split(",") if key in ("cases", "sizes") else [chosen[key]]:
+        several = key in ("cases", "sizes")
+        for one in jobs.each_once(key, chosen[key]) if several else [chosen[key]]:
             if one not in known:
                 near = nearest(one, known)
                 hint = f"did you mean {near}?" if near else f"there is {', '.join(sorted(known))}"
@@ -217,15 +227,35 @@ def bench(
     show: Callable[[str], None] = print,
     tell: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True),
 ) -> int:
-    """Measures, prints, writes. Returns 1 if something of ours was wrong, else 0."""
+    """Measures, prints, writes. Returns 1 if something of ours was wrong, or nothing measured."""
     given = settings(words)
     name = _target(area, out)
-    run = measure(area, given, minutes, tell)
+    with _ended_by_signals():
+        run = measure(area, given, minutes, tell)
     parts = bench_pages.parts(run)
     show(markdown(parts))
     for path in _write(name, run, parts):
         tell(f"wrote {path}")
-    return 1 if run["failures"] else 0
+    return 1 if run["failures"] or not run["rows"] else 0
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Within, SIGTERM and a terminal that hangs up end the command as Ctrl-C does: the process of a
+    contender is ended too, and its folder removed."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {n: signal.signal(n, interrupt) for n in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _target(area: str, out: str | None) -> Path:
@@ -239,6 +269,9 @@ def _target(area: str, out: str | None) -> Path:
     for parent in name.parents:
         if parent.exists() and not parent.is_dir():
             raise UserError(f"--out {out}: {parent} is a file; take another place")
+    nearest_folder = next(parent for parent in name.absolute().parents if parent.exists())
+    with naming(name):
+        tempfile.TemporaryFile(dir=nearest_folder).close()
     return name
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from benchmarks.common import jobs, measure
+from benchmarks.common.job_rows import rows_of
 from benchmarks.common.registry import CASES, SIZES
 from benchmarks.common.verify import verify
 from benchmarks.kernels import run
@@ -69,6 +70,6 @@ def test_step(name, benchmark, request, tmp_path):
         lambda: jobs.measure_job(job, options, names, tmp_path, print), rounds=1
     )
     assert not measured.failures
-    for row in jobs.rows_of(measured):
+    for row in rows_of(measured):
         where = f"{row['implementation']} {row.get('x', '')}".strip()
         benchmark.extra_info[where] = {key: row[key] for key in ("rate", "unit", "peak_bytes")}

@@ -1,8 +1,8 @@
 """Whole steps beside other trainers: what a job is, and the one runner of all of them.
 
 Every contender runs in a process of its own, so that its peak memory is its own, in turn, round
-after round, so that a busy machine hits all alike. The first round also says who computes what it
-should: a contender whose first loss is not the expected one is left out of the rounds that follow.
+after round, so that a busy machine hits all alike. Each process also shows that it computes what it
+should: a contender whose losses are not the expected ones is left out.
 """
 
 import importlib
@@ -10,23 +10,16 @@ import json
 import math
 import os
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import psutil
-
-from benchmarks.common import measure
+from benchmarks.common import processes
 from benchmarks.common.steps import Result
-from lora_engine import openmp
 from lora_engine.errors import UserError, nearest
 
-ROOT = Path(__file__).resolve().parents[2]
-WORKER = "benchmarks.common.worker"
 CEILING = "torch.mm"  # the contender that measures the machine
 MODULES = {
     "sft": "benchmarks.train.train_job",
@@ -35,9 +28,9 @@ MODULES = {
     "dpo": "benchmarks.train.dpo_job",
     "length": "benchmarks.train.length_job",
 }
-OF_THE_RUNTIME = "300000"  # turns that a thread of GNU's OpenMP spins unless told otherwise
-SECONDS_OF_LOOKING = 0.5
-MOST_USED_BY_OTHERS = 20.0  # per cent of all cores, on a machine that counts as idle
+# Of what the second step's loss falls by, in float32, how much a contender may be away from there.
+AWAY = 0.5
+SMALLEST = 1e-3  # relative, added to that
 Options: TypeAlias = dict[str, Any]
 Facts: TypeAlias = dict[str, Any]
 
@@ -53,10 +46,12 @@ class Job:
     packages: the distribution that a contender needs, where it is not installed with lora_engine.
     prepare: draws the work into a folder, once for all; its facts say what it is:
         unit, amounts (of each step, warm-up included), text; where known also flops of each step,
-        expected (the first step's loss in float32, by point).
+        expected (the first step's loss in float32, by point), second (the second step's, had the
+        first not been, and after it).
     run: a contender's steps, in a process of its own.
     rate: flop/s of torch.mm on the model's own shapes, in a process of its own; None: not of use.
     points: the option that has several values, each of which is measured; "": none.
+    choices: what an option of words may be. least: the least a number may be, where it is not 1.
     value: what a step's `loss` is, where it is something else.
     tolerance: how far from the expected value a first one may be, relative, by dtype.
     """
@@ -72,6 +67,8 @@ class Job:
     points: str = ""
     value: str = "loss of its first step"
     packages: Mapping[str, str] = field(default_factory=dict)
+    choices: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    least: Mapping[str, int] = field(default_factory=dict)
     tolerance: Mapping[str, float] = field(
         default_factory=lambda: {"float32": 1e-3, "bfloat16": 2e-2}
     )
@@ -87,6 +84,8 @@ COMMON: Options = {
     "seed": 0,
 }
 DTYPES = ("bfloat16", "float32")
+CHOICES = {"dtype": DTYPES, "device": ("cpu", "cuda")}
+LEAST = {"seed": 0}
 
 
 def job_of(name: str) -> Job:
@@ -114,25 +113,33 @@ def options_of(job: Job, words: Mapping[str, str]) -> tuple[Options, tuple[str, 
             hint = f"; did you mean {near}?" if near else f"; there is {', '.join(options)}"
             raise UserError(f"{key}={text}: {job.name} has no setting {key!r}{hint}")
         else:
-            options[key] = _value(key, text, options[key])
-    if options["dtype"] not in DTYPES:
-        raise UserError(f"dtype={options['dtype']}: expected one of {', '.join(DTYPES)}")
-    if options["device"] not in ("cpu", "cuda"):
-        raise UserError(f"device={options['device']}: expected cpu or cuda")
-    if len(set(names)) < len(names):
-        raise UserError(f"contenders={','.join(names)}: one is named twice")
+            options[key] = _value(job, key, text)
+    each_once("contenders", ",".join(names))
     return options, tuple(names)
 
 
-def _value(key: str, text: str, default: Any) -> Any:
+def each_once(key: str, text: str) -> list[str]:
+    """The words between commas. UserError if one is there twice."""
+    words = text.split(",")
+    twice = next((word for word in words if words.count(word) > 1), None)
+    if twice is not None:
+        raise UserError(f"{key}={text}: {twice} is named twice")
+    return words
+
+
+def _value(job: Job, key: str, text: str) -> Any:
+    default, choices = job.options[key], {**CHOICES, **job.choices}.get(key)
     if isinstance(default, str):
+        if choices and text not in choices:
+            raise UserError(f"{key}={text}: expected one of {', '.join(choices)}")
         return text
     try:
-        values = [int(part) for part in text.split(",")]
+        values = [int(part) for part in each_once(key, text)]
     except ValueError:
         raise UserError(f"{key}={text}: expected a whole number") from None
-    if any(value < (0 if key == "seed" else 1) for value in values):
-        raise UserError(f"{key}={text}: expected at least 1")
+    least = {**LEAST, **job.least}.get(key, 1)
+    if any(value < least for value in values):
+        raise UserError(f"{key}={text}: expected at least {least}")
     if isinstance(default, list):
         return values
     if len(values) > 1:
@@ -166,26 +173,40 @@ def measure_job(
     tell: Callable[[str], None],
     deadline: float = math.inf,
 ) -> Measured:
-    """Runs the contenders in turn; no round but the first begins after `deadline` (monotonic)."""
-    given, how = environment_of_peers()
+    """Runs the contenders in turn.
+
+    No round but the first begins that would not end before `deadline` (monotonic), if it takes as
+    long as those before it; what still runs then is stopped and noted.
+    """
+    given, how = processes.environment_of_peers()
     facts = job.prepare(folder, options)
     (folder / "options.json").write_text(json.dumps(options))
     measured = Measured(job, options, facts, {name: {} for name in names}, [], [], [], given)
     measured.notes += [how] if how else []
     points = [str(x) for x in options[job.points]] if job.points else [""]
+    turns = [(name, point) for point in points for name in names]
+    longest = 0.0
     for number in range(options["rounds"]):
-        if number and time.monotonic() > deadline:
+        begun = time.monotonic()
+        if number and begun + longest > deadline:
             measured.notes.append(f"{number} of {options['rounds']} rounds: the time was over")
             break
-        if job.rate is not None:
-            try:
-                measured.rates.append(_run(job, CEILING, "", folder, measured.environment))
-            except _FailedError as error:
-                measured.notes.append(f"{CEILING} was not measured: {error}")
-        for point in points:
-            for name in list(measured.rounds):
-                _measure_one(measured, name, point, folder, tell, number)
+        _measure_rate(measured, folder, deadline)
+        turns = [x for x in turns if _measure_one(measured, *x, folder, tell, number, deadline)]
+        longest = max(longest, time.monotonic() - begun)
+    measured.rounds = {name: found for name, found in measured.rounds.items() if found}
     return measured
+
+
+def _measure_rate(measured: Measured, folder: Path, deadline: float) -> None:
+    job = measured.job
+    if job.rate is None:
+        return
+    try:
+        found = processes.run(job.name, CEILING, "", folder, measured.environment, deadline)
+        measured.rates.append(found)
+    except (processes.FailedError, processes.OutOfTimeError) as error:
+        measured.notes.append(f"{CEILING} was not measured: {error}")
 
 
 def _measure_one(
@@ -195,21 +216,27 @@ def _measure_one(
     folder: Path,
     tell: Callable[[str], None],
     number: int,
-) -> None:
+    deadline: float,
+) -> bool:
+    """A contender's steps at a point; whether it is to be measured there again."""
     job, options = measured.job, measured.options
     where = f"{job.name} {point}".strip()
     try:
         given = os.environ if _is_ours(name) else measured.environment
-        result = _run(job, name, point, folder, given)
+        result = processes.run(job.name, name, point, folder, given, deadline)
         wrong = _what_is_wrong(measured, result, point)
-    except _FailedError as error:
+    except processes.OutOfTimeError as error:
+        measured.notes.append(f"{where}: {name} {error}")
+        tell(measured.notes[-1])
+        return False  # what earlier rounds found stays
+    except processes.FailedError as error:
         wrong = str(error)
     if wrong:
         line = f"{where}: {name} left out: {wrong}"
         tell(line)
         (measured.failures if _is_ours(name) else measured.notes).append(line)
-        del measured.rounds[name]
-        return
+        measured.rounds[name].pop(point, None)
+        return False
     measured.rounds[name].setdefault(point, []).append(result)
     seconds = [step["seconds"] for step in result["steps"][options["warmup"] :]]
     tell(
@@ -217,6 +244,7 @@ def _measure_one(
         f"{statistics.median(seconds):.2f} s a step, "
         f"{result['peak_bytes'] / 2**30:.2f} GiB"
     )
+    return True
 
 
 def _is_ours(name: str) -> bool:
@@ -231,110 +259,17 @@ def _what_is_wrong(measured: Measured, result: dict[str, Any], point: str) -> st
     if not math.isfinite(found):
         return f"the {measured.job.value} is {found}"
     expected = measured.facts.get("expected", {}).get(point)
-    if expected is None:
-        return ""
     tolerance = measured.job.tolerance[options["dtype"]]
-    if abs(found - expected) <= tolerance * abs(expected):
+    if expected is not None and not abs(found - expected) <= tolerance * abs(expected):
+        return f"the {measured.job.value} is {found:.4f}, expected {expected:.4f}"
+    untrained, trained = measured.facts.get("second", {}).get(point, (None, None))
+    if trained is None:
         return ""
-    return f"the {measured.job.value} is {found:.4f}, expected {expected:.4f}"
-
-
-class _FailedError(Exception):
-    """A contender's process ended with an error; the message is its last line."""
-
-
-def _run(job: Job, name: str, point: str, folder: Path, given: Mapping[str, str]) -> Any:
-    out = folder / "result.json"
-    out.unlink(missing_ok=True)
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {**given, "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(paths)}
-    command = [sys.executable, "-m", WORKER, job.name, name, str(folder), point]
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, errors="replace"
+    found = result["steps"][1]["loss"]
+    away = AWAY * abs(untrained - trained) + SMALLEST * abs(trained)
+    if abs(found - trained) <= away:
+        return ""
+    return (
+        f"the loss of its second step is {found:.4f}, expected {trained:.4f} after the first "
+        f"({untrained:.4f} without it)"
     )
-    if done.returncode or not out.exists():
-        lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-        last = lines[-1] if lines else f"exit status {done.returncode}"
-        raise _FailedError(last[:300])
-    return json.loads(out.read_text())
-
-
-def environment_of_peers() -> tuple[dict[str, str], str]:
-    """Variables for the processes of peers, and a note for the page where they are not the usual.
-
-    On an idle machine they wait as their users have it: GNU's OpenMP spins for milliseconds by
-    itself. Beside other programs that would cost them most of their time (lora_engine/openmp.py):
-    there they wait as ours do, and so does everybody where the user has said how.
-    """
-    if openmp.waiting().policy != "brief":
-        return dict(os.environ), f"threads of all: {openmp.waiting()}"
-    if psutil.cpu_percent(interval=SECONDS_OF_LOOKING) > MOST_USED_BY_OTHERS:
-        return dict(os.environ), "other programs were busy: threads of peers wait as ours do"
-    others = {name: value for name, value in os.environ.items() if name not in openmp.OURS}
-    others["GOMP_SPINCOUNT"] = OF_THE_RUNTIME
-    return others, ""
-
-
-def rows_of(measured: Measured) -> list[dict[str, Any]]:
-    """A row of results for each contender and point.
-
-    Rates are medians over all timed steps of all rounds. `compared` has the contender's time, its
-    processor's time and its memory over ours of the same step of the same round.
-    """
-    return [
-        _row(measured, name, point, rounds)
-        for name, points in measured.rounds.items()
-        for point, rounds in points.items()
-    ]
-
-
-def _row(
-    measured: Measured, name: str, point: str, rounds: Sequence[dict[str, Any]]
-) -> dict[str, Any]:
-    options, facts, job = measured.options, measured.facts, measured.job
-    warmup = options["warmup"]
-    seconds, cpu = (_timed(rounds, warmup, kind) for kind in ("seconds", "cpu_seconds"))
-    amounts = facts["amounts"][point][warmup:] * len(rounds)
-    row: dict[str, Any] = {
-        "case": job.name,
-        "size": f"{options['model']} {point}".strip(),
-        "dtype": options["dtype"],
-        "device": options["device"],
-        "pass": "step",
-        "implementation": name,
-        "seconds": asdict(measure.Timing.of(seconds)),
-        "cpu_seconds": asdict(measure.Timing.of(cpu)),
-        "rates": spread([a / s for a, s in zip(amounts, seconds, strict=True)]),
-        "unit": facts["unit"],
-        "loaded_bytes": statistics.median(r["loaded_bytes"] for r in rounds),
-        "peak_bytes": max(r["peak_bytes"] for r in rounds),
-        "training_bytes": max(r["peak_training_bytes"] for r in rounds),
-        "calls": rounds[0]["calls"],
-        "losses": [step["loss"] for step in rounds[0]["steps"]],
-    }
-    row["rate"] = row["rates"]["median"]
-    if point:
-        row["x"] = int(point)
-    if measured.rates and "flops" in facts:
-        flops = facts["flops"][point][warmup:] * len(rounds)
-        row["ceiling"] = statistics.median(r["flops_per_second"] for r in measured.rates)
-        achieved = statistics.median(f / s for f, s in zip(flops, seconds, strict=True))
-        row["share_of_ceiling"] = achieved / row["ceiling"]
-    ours = measured.rounds.get("ours", {}).get(point)
-    if name != "ours" and ours and len(ours) == len(rounds):
-        our_seconds, our_cpu = (_timed(ours, warmup, k) for k in ("seconds", "cpu_seconds"))
-        row["compared"] = {
-            "times_as_long": spread([a / b for a, b in zip(seconds, our_seconds, strict=True)]),
-            "times_the_cpu": spread([a / b for a, b in zip(cpu, our_cpu, strict=True)]),
-            "our_share_of_memory": max(r["peak_bytes"] for r in ours) / row["peak_bytes"],
-        }
-    return row
-
-
-def _timed(rounds: Sequence[dict[str, Any]], warmup: int, kind: str) -> list[float]:
-    return [step[kind] for r in rounds for step in r["steps"][warmup:]]
-
-
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median, lowest and highest."""
-    return {"median": statistics.median(values), "lowest": min(values), "highest": max(values)}

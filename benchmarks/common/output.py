@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common.text_table import table as table
+from lora_engine.files import write_text
 from lora_engine.machine import installed_version, machine_facts
 
 
@@ -41,14 +42,8 @@ def header(run: dict[str, Any]) -> str:
 
 def write(out: Path, result: dict[str, Any], text: str) -> tuple[Path, Path]:
     """Write `result` to OUT.json and `text` to OUT.md, each complete or not at all."""
-    out.parent.mkdir(parents=True, exist_ok=True)
     paths = Path(f"{out}.json"), Path(f"{out}.md")
     contents = json.dumps(result, indent=1, ensure_ascii=False), text
     for path, content in zip(paths, contents, strict=True):
-        temporary = path.with_name(path.name + ".tmp")
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(content + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        write_text(path, content + "\n")
     return paths

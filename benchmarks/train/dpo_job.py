@@ -18,6 +18,7 @@ from benchmarks.common import measure
 from benchmarks.common.jobs import COMMON, Facts, Job, Options
 from benchmarks.common.steps import Result, Stopwatch, step_recorder
 from benchmarks.train import train_workload
+from benchmarks.train.train_job import train_a_step
 
 RATIO = 4.0  # a prompt's tokens over an answer's, on average
 NEAR = 1.0  # how far a pair's ratio may be from that
@@ -52,6 +53,7 @@ def prepare(folder: Path, options: Options) -> Facts:
             rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
         if len(rows) == wanted:
             break
+    train_workload.check_enough(wanted, len(rows), "pairs, steps, warmup")
     model = train_workload.add_adapters(model)
     train_workload.init_adapters(model, options["seed"])
     train_workload.save_adapters(model, folder / "adapters.safetensors")
@@ -71,6 +73,7 @@ def prepare(folder: Path, options: Options) -> Facts:
         "unit": "tokens/s",
         "amounts": {"": [batch.num_tokens for batch in batches]},
         "expected": {"": plain_loss(model, pairs[0])},
+        "second": {"": second_losses(model, pairs)},
         "text": f"{options['model']}, {options['dtype']}, {options['pairs']} pairs a step: "
         f"{tokens:.0f} tokens on average, of which {targets:.0f} are of answers; {shared:.0f} "
         "where a pair's prompt counts once. Rates count every sequence whole, whoever computes its "
@@ -79,9 +82,15 @@ def prepare(folder: Path, options: Options) -> Facts:
 
 
 def plain_loss(model: Any, pairs: list[Any]) -> float:
-    """DPO's loss, -log sigmoid of BETA times the margin, by the model as transformers runs it.
+    """The mean DPO loss of the pairs, by the model as transformers runs it."""
+    with torch.no_grad():
+        return float(torch.stack([pair_loss(model, pair) for pair in pairs]).mean())
 
-    pairs: the chosen answers, each with the rejected one among its `others`.
+
+def pair_loss(model: Any, pair: Any) -> torch.Tensor:
+    """DPO's loss, -log sigmoid of BETA times the margin over the model without its adapter.
+
+    pair: the chosen answer, with the rejected one among its `others`.
     """
     model.eval()
 
@@ -91,11 +100,20 @@ def plain_loss(model: Any, pairs: list[Any]) -> float:
         own = logprobs.gather(1, ids[0, 1:, None])[:, 0]
         return own[torch.tensor(example.supervised[1:])].sum()
 
-    with torch.no_grad():
-        margins = [answer(pair) - answer(pair.others[0]) for pair in pairs]
-        with model.disable_adapter():
-            before = [answer(pair) - answer(pair.others[0]) for pair in pairs]
-    return float(-F.logsigmoid(BETA * (torch.stack(margins) - torch.stack(before))).mean())
+    def margin() -> torch.Tensor:
+        return answer(pair) - answer(pair.others[0])
+
+    with torch.no_grad(), model.disable_adapter():
+        before = margin()
+    return -F.logsigmoid(BETA * (margin() - before))
+
+
+def second_losses(model: Any, pairs: list[list[Any]]) -> tuple[float, float]:
+    """The second batch's loss before a step on the first one, and after it."""
+    first, second = pairs[:2]
+    before = plain_loss(model, second)
+    train_a_step(model, (pair_loss(model, pair) / len(first) for pair in first))
+    return before, plain_loss(model, second)
 
 
 def load(folder: Path, options: Options, tokenizer: Any) -> list[list[Any]]:

@@ -34,11 +34,14 @@ def rows(options: Options) -> list[dict[str, Any]]:
     from lora_engine.data.sums import sum_records
 
     wanted = (options["warmup"] + options["steps"]) * options["prompts"]
-    return [{"prompt": [dict(m) for m in r.prompt]} for r in sum_records()[:wanted]]  # type: ignore[union-attr,arg-type]
+    records = sum_records()
+    train_workload.check_enough(wanted, len(records), "prompts, steps, warmup")
+    return [{"prompt": [dict(m) for m in r.prompt]} for r in records[:wanted]]  # type: ignore[union-attr,arg-type]
 
 
 def prepare(folder: Path, options: Options) -> Facts:
     """Draws the initial adapter."""
+    rows(options)
     from lora_engine import load_model
 
     model, _ = load_model(options["model"], dtype="float32", device="cpu")
@@ -185,4 +188,5 @@ JOB = Job(
     prepare=prepare,
     run=run,
     packages={"trl": "trl"},
+    least={"generations": 2},
 )

@@ -15,7 +15,7 @@ from benchmarks.common.jobs import COMMON, Facts, Job, Options
 from benchmarks.common.steps import Result, Stopwatch
 from benchmarks.train import train_contenders, train_workload
 from benchmarks.train.loss_parity import train_plainly
-from benchmarks.train.train_job import plain_loss
+from benchmarks.train.train_job import plain_loss, second_losses
 from benchmarks.train.train_workload import Workload
 from lora_engine.data.render import Example
 
@@ -34,13 +34,17 @@ def prepare(folder: Path, options: Options) -> Facts:
     count = options["warmup"] + options["steps"]
     points = [str(length) for length in options["lengths"]]
     expected = {
-        point: plain_loss(model, sequences(workload, int(point), 1, options["seed"])[0])
+        point: plain_loss(model, sequences(workload, int(point), count, options["seed"])[0])
         for point in points
     }
+    # A step in float32 at the shortest length only: it is to say who trains, not to take long.
+    shortest = str(min(options["lengths"]))
+    both = sequences(workload, int(shortest), count, options["seed"])[:2]
     return {
         "unit": "tokens/s",
         "amounts": {point: [int(point)] * count for point in points},
         "expected": expected,
+        "second": {shortest: second_losses(model, *both)},
         "text": f"{options['model']}, LoRA of rank {train_workload.RANK} on all linears, "
         f"{options['dtype']}, one sequence of random tokens a step, all of them supervised.",
     }
@@ -84,4 +88,5 @@ JOB = Job(
     prepare=prepare,
     run=run,
     points="lengths",
+    least={"lengths": 2},
 )

@@ -6,7 +6,7 @@ at norm 1. A step's time runs from the end of the step before to its own end: it
 and collating the batch, the optimiser and the logging.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from benchmarks.common.jobs import COMMON, Facts, Job, Options
 from benchmarks.common.steps import Result
 from benchmarks.train import train_contenders, train_flops, train_workload
 from benchmarks.train.loss_parity import pad
+from lora_engine.data.render import Example
 
 
 def prepare(folder: Path, options: Options) -> Facts:
@@ -42,6 +43,7 @@ def prepare(folder: Path, options: Options) -> Facts:
         "amounts": {"": [sum(own) for own in lengths]},
         "flops": {"": flops},
         "expected": {"": plain_loss(model, workload.batches[0])},
+        "second": {"": second_losses(model, *workload.batches[:2])},
         "text": f"{options['model']}, LoRA of rank {train_workload.RANK} on all linears, "
         f"{options['dtype']}, {options['batch_size']} examples a step: {tokens:.0f} tokens on "
         f"average, {padded:.0f} if padded to the longest, {shared:.0f} without what examples of a "
@@ -49,11 +51,41 @@ def prepare(folder: Path, options: Options) -> Facts:
     }
 
 
-def plain_loss(model: Any, examples: Sequence[Any]) -> float:
+def plain_loss(model: Any, examples: Sequence[Example]) -> float:
     """The mean loss of the examples' targets, by the model as transformers runs it."""
     model.eval()
     with torch.no_grad():
         return float(model(**pad(examples), use_cache=False).loss)
+
+
+def second_losses(
+    model: Any, first: Sequence[Example], second: Sequence[Example]
+) -> tuple[float, float]:
+    """The mean loss of the second batch's targets before a step on the first one, and after it.
+
+    One example at a time, which keeps the memory small. The model is trained by that.
+    """
+    count = sum(example.num_targets for example in first)
+
+    def losses() -> Iterator[torch.Tensor]:
+        for example in first:
+            loss = model(**pad([example]), use_cache=False).loss
+            yield loss * (example.num_targets / count)
+
+    before = plain_loss(model, second)
+    train_a_step(model, losses())
+    return before, plain_loss(model, second)
+
+
+def train_a_step(model: Any, losses: Iterable[torch.Tensor]) -> None:
+    """One step of AdamW on the sum of the losses, as every contender makes it."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=train_workload.LEARNING_RATE, weight_decay=0.0)
+    model.eval()  # there is no dropout
+    for loss in losses:
+        loss.backward()
+    torch.nn.utils.clip_grad_norm_(trainable, 1.0)
+    optimizer.step()
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -81,4 +113,5 @@ JOB = Job(
     run=run,
     rate=rate,
     packages=train_contenders.PACKAGES,
+    choices={"checkpointing": ("auto", "on", "off")},
 )

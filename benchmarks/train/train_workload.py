@@ -16,6 +16,7 @@ from benchmarks.train.train_flops import ModelShape, Piece
 from lora_engine.data.docstrings import docstring_records
 from lora_engine.data.prefixes import shared_segments
 from lora_engine.data.render import Example, tokenize
+from lora_engine.errors import UserError
 
 MODEL = "smollm2"
 RANK, ALPHA = 16, 32
@@ -61,8 +62,10 @@ def prepare(
     """
     from lora_engine import load_model
 
+    everything = docstring_records()
+    check_enough(batches * batch_size, len(everything), "batch_size or prompts, steps, warmup")
     model, tokenizer = load_model(model_source, dtype="float32", device="cpu")
-    records = random.Random(seed).sample(docstring_records(), batches * batch_size)
+    records = random.Random(seed).sample(everything, batches * batch_size)
     examples = [asdict(tokenize(r, tokenizer, max_length=MAX_LENGTH)) for r in records]
     shape = ModelShape.of(model.config)
     model = add_adapters(model)
@@ -72,6 +75,12 @@ def prepare(
     job = {"model": model_source, "shape": asdict(shape), "batches": drawn}
     (folder / "job.json").write_text(json.dumps(job))
     return model
+
+
+def check_enough(wanted: int, there: int, settings: str) -> None:
+    """UserError if a job wants more examples than there are; settings: that say how many."""
+    if wanted > there:
+        raise UserError(f"{wanted} examples are wanted, there are {there}; lower {settings}")
 
 
 def load(folder: Path, device: str = "cpu") -> Workload:

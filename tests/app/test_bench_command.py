@@ -1,7 +1,10 @@
 """`lora-engine bench`: finds the benchmarks, measures, writes; a mistake is one line."""
 
 import json
+import os
+import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -81,6 +84,14 @@ def test_kernels_are_measured_written_and_compared(capsys, tmp_path, quick):
         (["train", "step=2"], "step=2: sft has no setting 'step'; did you mean steps?"),
         (["train", "contenders=trl"], "contenders=trl: no contender 'trl'; there is ours"),
         (["train", "--minutes", "-1"], "--minutes -1.0: expected a number of minutes"),
+        (["train", "checkpointing=of"], "checkpointing=of: expected one of auto, on, off"),
+        (["kernels", "cases=glu,rope,glu"], "cases=glu,rope,glu: glu is named twice"),
+        (["kernels", "sizes=tiny,tiny"], "sizes=tiny,tiny: tiny is named twice"),
+        (["memory", "lengths=1"], "lengths=1: expected at least 2"),
+        (["rl", "jobs=dpo,dpo"], "jobs=dpo,dpo: dpo is named twice"),
+        (["rl", "jobs=grpo", "generations=1"], "generations=1: expected at least 2"),
+        (["rl", "jobs=grpo", "prompts=9999999"], "29999997 examples are wanted, there are"),
+        (["train", "steps=9999999"], "80000000 examples are wanted, there are"),
         (["rl", "jobs=ppo"], "jobs=ppo: no 'ppo'; there is dpo, grpo"),
         (["rl", "pair=3"], "pair=3: dpo has no setting 'pair'; did you mean pairs?"),
         (["train", "--out", "."], "--out .: is a folder; name a file in it"),
@@ -102,6 +113,54 @@ def test_a_mistake_is_one_line(capsys, tmp_path, monkeypatch, arguments, message
     assert status == MISTAKE and printed == ""
     assert told.startswith(f"lora-engine: {message}") and told.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_place_that_takes_no_files_is_told_before_anything_is_measured(capsys):
+    status, printed, told = run(capsys, "train", "--out", "/proc/none/of/this")
+    assert status == 1 and printed == "" and told.startswith("lora-engine: /proc/none/of/this: ")
+
+
+def test_where_nothing_was_measured_the_status_says_so(capsys, monkeypatch, quick):
+    from benchmarks.common import peers
+
+    status, printed, _ = run(capsys, "kernels", "cases=glu", *TINY, "--minutes", "0")
+    assert status == 1 and "1 of 1 left out, the time was over" in printed
+    monkeypatch.setattr(peers, "version", lambda package: None)
+    status, printed, _ = run(capsys, "train", "contenders=trl-padded")
+    assert status == 1 and "sft: trl-padded not measured, trl is not installed" in printed
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_ends_it_as_an_interruption(capsys, monkeypatch, tmp_path, number):
+    from benchmarks import bench
+
+    def measure(*given):
+        os.kill(os.getpid(), number)
+        time.sleep(600)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(bench, "measure", measure)
+    status, printed, told = run(capsys, "train")
+    assert (status, printed, told) == (130, "", "lora-engine: interrupted\n")
+    assert signal.getsignal(signal.SIGTERM) is before and not list(tmp_path.iterdir())
+
+
+def test_the_command_can_be_run_again(monkeypatch):
+    from benchmarks import bench
+
+    monkeypatch.setattr(bench, "_commit", lambda: "abc")
+    shown = bench._context("train", {"model": "my models/one", "steps": "2"})["command"]
+    assert shown == "lora-engine bench train 'model=my models/one' steps=2"
+
+
+def test_a_case_that_is_swept_and_asked_for_is_measured_once(capsys, tmp_path, quick, monkeypatch):
+    from benchmarks.kernels import run as kernels
+
+    asked = []
+    monkeypatch.setattr(kernels, "run_items", lambda items, *_: asked.extend(items) or ([], [], []))
+    run(capsys, "kernels", "cases=lora_linear", "sizes=smollm2-m64,tiny", "samples=3")
+    places = [(item.case, item.size) for item in asked]
+    assert len(places) == len(set(places)) == 6
 
 
 def test_without_a_command_the_claim_is_measured(capsys, monkeypatch):

@@ -47,5 +47,6 @@ def test_every_contender_does_the_same_job(arguments, tmp_path):
         assert result.calls > 100
     assert abs(losses["trl"][0] - 0.6931) > 1e-3  # the adapter is not fresh
     assert losses["trl"][0] == pytest.approx(facts["expected"][""], rel=1e-5)
+    assert losses["trl"][1] == pytest.approx(facts["second"][""][1], rel=1e-5)
     assert losses["ours"] == pytest.approx(losses["trl"], rel=1e-5)
     assert losses["ours-unshared"] == pytest.approx(losses["trl"], rel=1e-5)

@@ -2,20 +2,20 @@
 
 import math
 import os
-import time
 from dataclasses import replace
 
 import pytest
 
-from benchmarks.common import jobs, worker
+from benchmarks.common import jobs, processes
+from benchmarks.common.job_rows import rows_of
 from benchmarks.common.jobs import COMMON, Job
-from lora_engine import openmp
+from benchmarks.common.worker import __main__ as worker
 from lora_engine.errors import UserError
 
 JOB = Job(
     name="fake",
     what="Nothing.",
-    options={**COMMON, "dtype": "float32", "steps": 2, "lengths": [1, 2]},
+    options={**COMMON, "dtype": "float32", "steps": 2, "lengths": [1, 2], "kind": "soft"},
     contenders={"ours": "us", "other": "them", "slow": "others"},
     default=("ours", "other"),
     prepare=lambda folder, options: {
@@ -27,6 +27,8 @@ JOB = Job(
     },
     run=lambda *_: None,
     rate=lambda *_: None,
+    choices={"kind": ("quiet", "soft")},
+    least={"lengths": 2},
 )
 
 
@@ -41,17 +43,17 @@ def measured(monkeypatch, tmp_path, answers, *, job=JOB, names=("ours", "other")
     """What comes of a job whose processes answer so, by name and round."""
     calls = []
 
-    def answer(job, name, point, folder, environment):
+    def answer(job, name, point, folder, environment, deadline):
         calls.append(name)
         if name == jobs.CEILING:
             return {"flops_per_second": 50.0}
         found = answers[name][calls.count(name) - 1]
-        if isinstance(found, str):
-            raise jobs._FailedError(found)
+        if isinstance(found, Exception):
+            raise found
         return found
 
-    monkeypatch.setattr(jobs, "_run", answer)
-    monkeypatch.setattr(jobs, "environment_of_peers", lambda: ({}, ""))
+    monkeypatch.setattr(processes, "run", answer)
+    monkeypatch.setattr(processes, "environment_of_peers", lambda: ({}, ""))
     options, _ = jobs.options_of(job, {})
     found = jobs.measure_job(job, options, names, tmp_path, lambda line: None, **more)
     return found, calls
@@ -64,7 +66,7 @@ def test_contenders_take_turns_and_ratios_are_of_the_same_steps(monkeypatch, tmp
     }
     found, calls = measured(monkeypatch, tmp_path, answers)
     assert calls == [jobs.CEILING, "ours", "other"] * 2
-    ours, other = jobs.rows_of(found)
+    ours, other = rows_of(found)
     assert ours["seconds"]["median"] == 2 and ours["cpu_seconds"]["median"] == 4
     assert ours["rates"] == {"median": 2.5, "lowest": 1.5, "highest": 4}
     assert ours["rate"] == 2.5 and ours["unit"] == "tokens/s" and ours["calls"] == 7
@@ -83,7 +85,7 @@ def test_contenders_take_turns_and_ratios_are_of_the_same_steps(monkeypatch, tmp
         (result(1, 2, loss=3.1), "the loss of its first step is 3.1000, expected 3.0000"),
         (result(1, 2, loss=math.nan), "the loss of its first step is nan"),
         (result(1), "made 2 steps"),
-        ("RuntimeError: no memory", "RuntimeError: no memory"),
+        (processes.FailedError("RuntimeError: no memory"), "RuntimeError: no memory"),
     ],
     ids=["wrong", "nan", "short", "failed"],
 )
@@ -92,28 +94,77 @@ def test_who_is_wrong_is_left_out_and_told(monkeypatch, tmp_path, bad, why):
     found, calls = measured(monkeypatch, tmp_path, {"ours": good, "other": [bad]})
     assert calls.count("other") == 1 and calls.count("ours") == 2
     assert found.notes == [f"fake: other left out: {why}"] and not found.failures
-    assert [row["implementation"] for row in jobs.rows_of(found)] == ["ours"]
+    assert [row["implementation"] for row in rows_of(found)] == ["ours"]
     found, _ = measured(monkeypatch, tmp_path, {"ours": [bad], "other": good})
     assert found.failures == [f"fake: ours left out: {why}"] and not found.notes
 
 
-def test_no_round_but_the_first_begins_after_the_time(monkeypatch, tmp_path):
+def test_a_round_that_would_not_end_in_time_is_not_begun(monkeypatch, tmp_path):
+    clock = iter([0.0, 60.0, 60.0])  # a round takes a minute
+    monkeypatch.setattr(jobs.time, "monotonic", lambda: next(clock))
     answers = {"ours": [result(1, 2)], "other": [result(1, 2)]}
-    found, calls = measured(monkeypatch, tmp_path, answers, deadline=time.monotonic() - 1)
+    found, calls = measured(monkeypatch, tmp_path, answers, deadline=119.0)
     assert calls == [jobs.CEILING, "ours", "other"]
     assert found.notes == ["1 of 2 rounds: the time was over"]
 
 
-def test_every_point_is_measured_by_everyone_before_the_next(monkeypatch, tmp_path):
-    def prepare(folder, options):
-        return {"unit": "tokens/s", "amounts": {"1": [1, 1, 1], "2": [2, 2, 2]}, "text": ""}
+def test_who_is_out_of_time_keeps_its_earlier_rounds(monkeypatch, tmp_path):
+    late = processes.OutOfTimeError("stopped, the time was over")
+    answers = {
+        "ours": [result(1, 2, peak=20), result(1, 1, peak=40)],
+        "other": [result(4, 4, peak=40), late],
+    }
+    found, _ = measured(monkeypatch, tmp_path, answers)
+    assert found.notes == ["fake: other stopped, the time was over"] and not found.failures
+    ours, other = rows_of(found)
+    assert ours["seconds"]["samples"] == 4 and other["seconds"]["samples"] == 2
+    assert other["compared"]["times_as_long"] == {"median": 3, "lowest": 2, "highest": 4}
+    assert other["compared"]["our_share_of_memory"] == 0.5, "of the round that both made"
+    found, _ = measured(monkeypatch, tmp_path, {"ours": [late], "other": [late]})
+    assert len(found.notes) == 2 and not found.failures and not rows_of(found)
 
-    job = replace(JOB, points="lengths", prepare=prepare, rate=None)
+
+def of_two_points(folder, options):
+    return {"unit": "tokens/s", "amounts": {"1": [1, 1, 1], "2": [2, 2, 2]}, "text": ""}
+
+
+def test_who_fails_at_one_point_is_measured_at_the_others(monkeypatch, tmp_path):
+    job = replace(JOB, points="lengths", prepare=of_two_points, rate=None)
+    gone = processes.FailedError("no memory")
+    answers = {"ours": [result(1, 2)] * 4, "other": [result(1, 2), gone, result(1, 4)]}
+    found, calls = measured(monkeypatch, tmp_path, answers, job=job)
+    assert calls == ["ours", "other"] * 2 + ["ours", "other", "ours"]
+    assert found.notes == ["fake 2: other left out: no memory"]
+    rows = [(x["implementation"], x["x"], x["seconds"]["samples"]) for x in rows_of(found)]
+    assert rows == [("ours", 1, 4), ("ours", 2, 4), ("other", 1, 4)]
+
+
+@pytest.mark.parametrize(
+    ("second", "wrong"), [(4.0, True), (3.6, True), (3.4, False), (2.9, False), (2.4, True)]
+)
+def test_who_does_not_learn_is_left_out(monkeypatch, tmp_path, second, wrong):
+    """Of a second step whose loss is 4 without the first step and 3 after it."""
+
+    def prepare(folder, options):
+        return {**JOB.prepare(folder, options), "second": {"": (4.0, 3.0)}}
+
+    found = result(1, 2)
+    found["steps"][1]["loss"] = second
+    answers = {"ours": [found] * 2, "other": [found] * 2}
+    job = replace(JOB, prepare=prepare)
+    came, _ = measured(monkeypatch, tmp_path, answers, job=job)
+    said = f"the loss of its second step is {second:.4f}, expected 3.0000 after the first"
+    assert [said in x for x in came.failures + came.notes] == [True, True] * wrong
+    assert len(rows_of(came)) == (0 if wrong else 2)
+
+
+def test_every_point_is_measured_by_everyone_before_the_next(monkeypatch, tmp_path):
+    job = replace(JOB, points="lengths", prepare=of_two_points, rate=None)
     job = replace(job, options={**job.options, "rounds": 1})
     answers = {"ours": [result(1, 2), result(2, 2)], "other": [result(1, 2), result(4, 4)]}
     found, calls = measured(monkeypatch, tmp_path, answers, job=job)
     assert calls == ["ours", "other", "ours", "other"]
-    rows = jobs.rows_of(found)
+    rows = rows_of(found)
     assert [(row["implementation"], row["x"], row["size"]) for row in rows] == [
         ("ours", 1, "smollm2 1"),
         ("ours", 2, "smollm2 2"),
@@ -131,9 +182,13 @@ def test_every_point_is_measured_by_everyone_before_the_next(monkeypatch, tmp_pa
         ({"rounds": "0"}, "rounds=0: expected at least 1"),
         ({"rounds": "1,2"}, "rounds=1,2: expected one number"),
         ({"dtype": "float16"}, "dtype=float16: expected one of bfloat16, float32"),
-        ({"device": "tpu"}, "device=tpu: expected cpu or cuda"),
+        ({"device": "tpu"}, "device=tpu: expected one of cpu, cuda"),
         ({"contenders": "ours,trl"}, "contenders=ours,trl: no contender 'trl'; there is ours"),
-        ({"contenders": "ours,ours"}, "contenders=ours,ours: one is named twice"),
+        ({"contenders": "ours,ours"}, "contenders=ours,ours: ours is named twice"),
+        ({"lengths": "8,16,8"}, "lengths=8,16,8: 8 is named twice"),
+        ({"seed": "-1"}, "seed=-1: expected at least 0"),
+        ({"lengths": "1,8"}, "lengths=1,8: expected at least 2"),
+        ({"kind": "loud"}, "kind=loud: expected one of quiet, soft"),
     ],
     ids=lambda x: next(iter(x.items()))[1] if isinstance(x, dict) else "",
 )
@@ -165,50 +220,27 @@ def test_a_worker_writes_what_its_contender_measured(monkeypatch, tmp_path, chat
     job = jobs.job_of("length")
     options, _ = jobs.options_of(job, words)
 
-    def run_here(job, name, point, folder, environment):
-        worker.main([job.name, name, str(folder), point])
+    def run_here(job, name, point, folder, environment, deadline):
+        assert worker.main([job, name, str(folder), point]) == 0
         return jobs.json.loads((folder / "result.json").read_text())
 
-    monkeypatch.setattr(jobs, "_run", run_here)
-    monkeypatch.setattr(jobs, "environment_of_peers", lambda: ({}, ""))
+    monkeypatch.setattr(processes, "run", run_here)
+    monkeypatch.setattr(processes, "environment_of_peers", lambda: ({}, ""))
     names = ("ours", "peft", "peft-checkpointed")
     found = jobs.measure_job(job, options, names, tmp_path, lambda line: None)
     assert not found.failures and not found.notes, "all have the loss that float32 has"
-    assert [row["x"] for row in jobs.rows_of(found)] == [16, 16, 16]
-
-
-BRIEF = openmp.Waiting("brief", "set by lora_engine")
-USERS = openmp.Waiting("the user's", "OMP_WAIT_POLICY=active")
-
-
-@pytest.mark.parametrize(
-    ("waiting", "used", "turns", "said"),
-    [
-        (BRIEF, 3.0, "300000", ""),
-        (BRIEF, 50.0, openmp.OURS["GOMP_SPINCOUNT"], "other programs were busy"),
-        (USERS, 3.0, openmp.OURS["GOMP_SPINCOUNT"], "threads of all: the user's"),
-    ],
-)
-def test_threads_of_peers_wait_as_is_best_for_them(monkeypatch, waiting, used, turns, said):
-    for name, value in openmp.OURS.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(openmp, "waiting", lambda: waiting)
-    monkeypatch.setattr(jobs.psutil, "cpu_percent", lambda interval: used)
-    environment, how = jobs.environment_of_peers()
-    assert environment["GOMP_SPINCOUNT"] == turns
-    assert ("OMP_WAIT_POLICY" in environment) is (turns != "300000")
-    assert said in how and environment["PATH"] == os.environ["PATH"]
+    assert [row["x"] for row in rows_of(found)] == [16, 16, 16]
 
 
 def test_ours_keeps_its_environment(monkeypatch, tmp_path):
     given = {}
 
-    def answer(job, name, point, folder, environment):
+    def answer(job, name, point, folder, environment, deadline):
         given[name] = environment
         return {"flops_per_second": 50.0} if name == jobs.CEILING else result(1, 2)
 
-    monkeypatch.setattr(jobs, "_run", answer)
-    monkeypatch.setattr(jobs, "environment_of_peers", lambda: ({"of": "peers"}, "how"))
+    monkeypatch.setattr(processes, "run", answer)
+    monkeypatch.setattr(processes, "environment_of_peers", lambda: ({"of": "peers"}, "how"))
     found = jobs.measure_job(
         JOB, jobs.options_of(JOB, {})[0], ["ours", "other"], tmp_path, lambda line: None
     )
