@@ -1,101 +1,14 @@
 // The products of a LoRA adapter that have few ranks (see thin_gemm.hpp).
 #include <omp.h>
 
-#include "gemm/thin_gemm.hpp"
 #include "isa.hpp"
-#include "scratch.hpp"
+#include "thin_operands.hpp"
 
 namespace lora_engine {
 namespace {
 
 // Of X that one core reads twice in a row: they stay in its level-2 cache.
 constexpr int64_t kBlockBytes = 768 * 1024;
-constexpr int64_t kPackRows = 64;  // of a thin matrix, packed at a time
-
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
-// A part of X as elements to multiply, in whole groups.
-template <class E>
-struct Part {
-  const E* data;
-  int64_t ld;
-};
-
-// Copies x [rows, cols] to `copy` [padded_rows, padded_cols], rows `ld` apart; the padding is zero.
-template <class T, class E>
-inline Part<E> copy_part(const T* x, int64_t ldx, int64_t rows, int64_t cols, int64_t padded_rows,
-                         int64_t padded_cols, E* copy, int64_t ld) {
-  for (int64_t i = 0; i < padded_rows; ++i) {
-    E* row = copy + i * ld;
-    const int64_t filled = i < rows ? cols : 0;
-    if (filled) convert_row(filled, x + i * ldx, row);
-    std::memset(row + filled, 0, sizeof(E) * (padded_cols - filled));
-  }
-  return {copy, ld};
-}
-
-// x itself where it `may_stay`, needs no padding and is of type E already; a copy otherwise.
-template <class T, class E>
-inline Part<E> part_of(bool, const T* x, int64_t ldx, int64_t rows, int64_t cols,
-                       int64_t padded_rows, int64_t padded_cols, E* copy, int64_t ld) {
-  return copy_part(x, ldx, rows, cols, padded_rows, padded_cols, copy, ld);
-}
-template <class E>
-inline Part<E> part_of(bool may_stay, const E* x, int64_t ldx, int64_t rows, int64_t cols,
-                       int64_t padded_rows, int64_t padded_cols, E* copy, int64_t ld) {
-  if (may_stay && rows == padded_rows && cols == padded_cols) return {x, ldx};
-  return copy_part(x, ldx, rows, cols, padded_rows, padded_cols, copy, ld);
-}
-
-// A thin matrix [k, ranks] packed as the products with X read it: rows in whole groups, ranks in
-// whole vectors.
-template <class T>
-struct Packed {
-  using E = typename Element<T>::type;
-  int64_t k, ranks, pieces, ld;
-  E* data;
-
-  Packed(Scratch& scratch, int64_t rows, int64_t ranks)
-      : k(rows),
-        ranks(ranks),
-        pieces((rows + kPackRows - 1) / kPackRows),
-        ld(round_up(ranks, kLanes<E>)),
-        data(scratch.allocate<E>(pieces * kPackRows * ld)) {}
-
-  // Rows [64 i, 64 i + 64) of p [k, ranks].
-  void pack(int64_t i, const T* p, int64_t stride) {
-    const int64_t begin = i * kPackRows;
-    E* out = data + begin * ld;
-    std::memset(out, 0, sizeof(E) * kPackRows * ld);
-    pack_rows(smaller(k - begin, kPackRows), ranks, p + begin * stride, stride, out, ld);
-  }
-
-  // The same for the left operand of `collect`: where a matrix unit takes it, 32 rows of 16 ranks
-  // after the other, transposed.
-  void pack_columns(int64_t i, const T* p, int64_t stride) {
-    pack(i, p, stride);
-    if constexpr (kOnUnit<E>) {
-      using Word = GroupWord<E>;
-      constexpr int64_t kPairs = kUnitDepth / 2;
-      Word* piece = reinterpret_cast<Word*>(data + i * kPackRows * ld);
-      Scratch scratch;
-      Word* copy = scratch.allocate<Word>(kPairs * ld);
-      for (int64_t pair = 0; pair < kPackRows / 2; pair += kPairs) {
-        std::memcpy(copy, piece + pair * ld, sizeof(Word) * kPairs * ld);
-        for (int64_t rank = 0; rank < ld; rank += kUnitRows)
-          transpose(kPairs, kUnitRows, copy + rank, ld, piece + pair * ld + rank * kPairs, kPairs);
-      }
-    }
-  }
-
-  // `pack` of the transpose of p [ranks, k]. `work` holds kPackRows * ld elements.
-  void pack_transpose(int64_t i, const T* p, int64_t stride, E* work) {
-    const int64_t begin = i * kPackRows;
-    copy_part(p + begin, stride, ranks, smaller(k - begin, kPackRows), ld, kPackRows, work,
-              kPackRows);
-    pack_transposed(kPackRows, ld, work, kPackRows, data + begin * ld, ld);
-  }
-};
 
 // Rows a multiple of 2 KiB apart map to few sets of the level-1 cache; a tile of such rows is
 // copied to rows at another distance, but for a matrix unit, which reads whole lines.
@@ -118,36 +31,6 @@ inline void project_from(int64_t row, int64_t end, const T* x, int64_t ldx, cons
       part_of(may_stay, x + row * ldx, ldx, rows, p.k, rows, k, copy, copied_stride<E>(k));
   project(rows, k, p.ranks, part.data, part.ld, p.data, p.ld, out + row * ldo, ldo);
 }
-
-// Sums over rows for every column of X: strips of kTileN columns, each [ranks, kTileN].
-template <class T>
-struct Sums {
-  using A = acc_t<T>;
-  using E = typename Packed<T>::E;
-  int64_t ranks, cols, strips;
-  A* data;
-
-  Sums(Scratch& scratch, int64_t ranks, int64_t cols)
-      : ranks(ranks),
-        cols(cols),
-        strips((cols + kTileN<E> - 1) / kTileN<E>),
-        data(scratch.allocate<A>(strips * size())) {}
-
-  int64_t size() const { return round_up(ranks, kCollectRanks<E>) * kTileN<E>; }
-  A* strip(int64_t i) const { return data + i * size(); }
-  int64_t width(int64_t i) const { return smaller(cols - i * kTileN<E>, kTileN<E>); }
-  void clear(int64_t i) { std::memset(strip(i), 0, sizeof(A) * size()); }
-
-  // += s' x in one strip, for rows [begin, end), begin a multiple of the group. `copy` holds them
-  // where they have to be copied.
-  void add(int64_t i, int64_t begin, int64_t end, const T* x, int64_t ldx, const Packed<T>& s,
-           E* copy) {
-    const int64_t rows = end - begin, padded = round_up(rows, Dot<E>::kGroup);
-    const Part<E> part = part_of(true, x + begin * ldx + i * kTileN<E>, ldx, rows, width(i), padded,
-                                 kTileN<E>, copy, kTileN<E>);
-    collect(padded, ranks, part.data, part.ld, s.data + begin * s.ld, s.ld, strip(i));
-  }
-};
 
 // How many rows of X [.., cols] a core takes at a time, to read them twice from its level-2 cache.
 template <class E>
@@ -246,8 +129,7 @@ inline A* gradient_row(const LoraABwdArgs& a, int64_t row) {
   return nullptr;
 }
 
-// A thread adds to the same strips in every block of rows, so no barrier is needed between blocks:
-// OpenMP divides static loops of equal length in the same way.
+// A thread adds to the same strips in every block of rows: no barrier is needed between blocks.
 template <class T>
 void b_bwd(const LoraBBwdArgs& a, const LoraSpan& span) {
   using E = typename Packed<T>::E;
@@ -272,8 +154,8 @@ void b_bwd(const LoraBBwdArgs& a, const LoraSpan& span) {
     for (int64_t i = 0; i < p.pieces; ++i) p.pack(i, lora_b, a.b_stride);
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < s.pieces; ++i) s.pack_columns(i, low_rank, a.s_stride);
-#pragma omp for schedule(static) nowait
-    for (int64_t i = 0; i < sums.strips; ++i) sums.clear(i);
+    const Strips mine(sums.strips);
+    for (int64_t i = mine.begin; i < mine.end; ++i) sums.clear(i);
     for (int64_t begin = 0; begin < a.rows; begin += step) {
       const int64_t end = smaller(begin + step, a.rows);
 #pragma omp for schedule(static) nowait
@@ -283,12 +165,10 @@ void b_bwd(const LoraBBwdArgs& a, const LoraSpan& span) {
           scale_rows(row, smaller(row + kProjectRows<E>, end), ranks, ds, a.ds_stride, factors,
                      scaled + span.column, a.scaled_stride);
       }
-#pragma omp for schedule(static) nowait
-      for (int64_t i = 0; i < sums.strips; ++i) sums.add(i, begin, end, dy, a.dy_stride, s, copy);
+      sums.add(mine.begin, mine.end, begin, end, dy, a.dy_stride, s, copy);
     }
     acc_t<T>* work = own.allocate<acc_t<T>>(a.adds ? sums.size() : 0);
-#pragma omp for schedule(static)
-    for (int64_t i = 0; i < sums.strips; ++i) store_parts(a, span, sums, i, work);
+    for (int64_t i = mine.begin; i < mine.end; ++i) store_parts(a, span, sums, i, work);
   }
 }
 
@@ -310,15 +190,11 @@ void a_bwd(const LoraABwdArgs& a, int64_t first, int64_t ranks) {
     E* copy = own.allocate<E>(step * kTileN<E>);
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < s.pieces; ++i) s.pack_columns(i, ds, a.ds_stride);
-#pragma omp for schedule(static) nowait
-    for (int64_t i = 0; i < sums.strips; ++i) sums.clear(i);
-    for (int64_t begin = 0; begin < a.rows; begin += step) {
-#pragma omp for schedule(static) nowait
-      for (int64_t i = 0; i < sums.strips; ++i)
-        sums.add(i, begin, smaller(begin + step, a.rows), x, a.x_stride, s, copy);
-    }
-#pragma omp for schedule(static)
-    for (int64_t i = 0; i < sums.strips; ++i)
+    const Strips mine(sums.strips);
+    for (int64_t i = mine.begin; i < mine.end; ++i) sums.clear(i);
+    for (int64_t begin = 0; begin < a.rows; begin += step)
+      sums.add(mine.begin, mine.end, begin, smaller(begin + step, a.rows), x, a.x_stride, s, copy);
+    for (int64_t i = mine.begin; i < mine.end; ++i)
       for (int64_t r = 0; r < ranks; ++r) {
         A* sum = sums.strip(i) + r * kTileN<E>;
         A* out = gradient_row<A>(a, first + r);

@@ -10,7 +10,8 @@
 namespace lora_engine {
 namespace {
 
-constexpr int64_t kCollectRows = 256;  // of X in pairs at a time: 16 KiB
+constexpr int64_t kCollectRows = 128;  // of X in pairs at a time
+constexpr int64_t kCollectStrips = 4;  // of 32 columns: a row's lines follow each other in memory
 
 // The pairs of 32 elements of two rows, as two rows of right operands.
 inline void interleave(const bf16* even, const bf16* odd, bf16* first, bf16* last) {
@@ -60,8 +61,7 @@ inline void project(int64_t rows, int64_t k, int64_t ranks, const bf16* x, int64
       project_block<1, 1>(rows, k, x, ldx, columns, ldp, sums);
     const int64_t stored = ranks - rank < kUnitBlock ? ranks - rank : kUnitBlock;
     for (int64_t i = 0; i < rows; ++i)
-      for (int64_t r = 0; r < stored; ++r)
-        out[i * ldo + rank + r] = store<T>(sums[i * kUnitBlock + r]);
+      convert_row(stored, sums + i * kUnitBlock, out + i * ldo + rank);
   }
 }
 
@@ -86,31 +86,42 @@ inline void collect_block(int64_t steps, const bf16* pairs, const bf16* s, int64
   store_sums<kDown, 2>(out, kUnitBlock);
 }
 
-// out [ranks, 32] += s' x over an even number of rows. s is packed by `pack_columns`; out has room
-// for ranks in whole tiles.
-inline void collect(int64_t rows, int64_t ranks, const bf16* x, int64_t ldx, const bf16* s,
-                    int64_t lds, float* out) {
-  alignas(64) bf16 pairs[kCollectRows / 2][2 * kUnitRows * 2];
-  const auto place = [&](int64_t m) {  // of row m's pair: of its first 16 columns
-    return pairs[0] + m / kUnitDepth * 2 * kUnitRows * kUnitDepth + m % kUnitDepth / 2 * kUnitDepth;
+// out [ranks, 32] += s' x over an even number of rows, for up to kCollectStrips strips of 32
+// columns: their sums are `next` elements apart. s is packed by `pack_columns`; out has room for
+// ranks in whole tiles.
+inline void collect_strips(int64_t strips, int64_t rows, int64_t ranks, const bf16* x, int64_t ldx,
+                           const bf16* s, int64_t lds, float* out, int64_t next) {
+  constexpr int64_t kTile = kUnitRows * kUnitDepth;
+  alignas(64) bf16 pairs[kCollectStrips][2 * kCollectRows * kUnitRows];
+  const auto place = [&](int64_t strip, int64_t m) {  // of row m's pair: of its first 16 columns
+    return pairs[strip] + m / kUnitDepth * 2 * kTile + m % kUnitDepth / 2 * kUnitDepth;
   };
   for (int64_t first = 0; first < rows; first += kCollectRows) {
     const int64_t count = rows - first < kCollectRows ? rows - first : kCollectRows;
     const int64_t steps = (count + kUnitDepth - 1) / kUnitDepth;
-    if (count % kUnitDepth)
-      std::memset(place((steps - 1) * kUnitDepth), 0, 2 * sizeof(bf16) * kUnitRows * kUnitDepth);
+    for (int64_t strip = 0; strip < strips && count % kUnitDepth; ++strip)
+      std::memset(place(strip, (steps - 1) * kUnitDepth), 0, 2 * sizeof(bf16) * kTile);
     for (int64_t m = 0; m < count; m += 2) {
       const bf16* row = x + (first + m) * ldx;
-      interleave(row, row + ldx, place(m), place(m) + kUnitRows * kUnitDepth);
+      for (int64_t strip = 0; strip < strips; ++strip, row += 2 * kUnitRows)
+        interleave(row, row + ldx, place(strip, m), place(strip, m) + kTile);
     }
-    for (int64_t rank = 0; rank < ranks; rank += kUnitBlock) {
-      const bf16* tiles = s + first * lds + rank * kUnitDepth;
-      if (ranks - rank > kUnitRows)
-        collect_block<2>(steps, pairs[0], tiles, kUnitDepth * lds, out + rank * kUnitBlock);
-      else
-        collect_block<1>(steps, pairs[0], tiles, kUnitDepth * lds, out + rank * kUnitBlock);
-    }
+    for (int64_t strip = 0; strip < strips; ++strip)
+      for (int64_t rank = 0; rank < ranks; rank += kUnitBlock) {
+        const bf16* tiles = s + first * lds + rank * kUnitDepth;
+        float* sums = out + strip * next + rank * kUnitBlock;
+        if (ranks - rank > kUnitRows)
+          collect_block<2>(steps, pairs[strip], tiles, kUnitDepth * lds, sums);
+        else
+          collect_block<1>(steps, pairs[strip], tiles, kUnitDepth * lds, sums);
+      }
   }
+}
+
+// The same for one strip.
+inline void collect(int64_t rows, int64_t ranks, const bf16* x, int64_t ldx, const bf16* s,
+                    int64_t lds, float* out) {
+  collect_strips(1, rows, ranks, x, ldx, s, lds, out, 0);
 }
 
 }  // namespace
