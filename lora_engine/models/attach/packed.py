@@ -137,5 +137,5 @@ def can_share_prefixes(model: nn.Module, *, training: bool | None = None) -> boo
 def _has_dropout(model: nn.Module) -> bool:
     config = transformers_model(model).config
     return getattr(config, "attention_dropout", 0.0) > 0 or any(
-        isinstance(module, _DropoutNd) and module.p > 0 for module in model.modules()
+        isinstance(module, _DropoutNd) and module.p > 0 for module in _modules_of(model)
     )
