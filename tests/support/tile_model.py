@@ -77,6 +77,8 @@ class WithTiles:
             return getattr(self._tiles.DType, args.name)
         if isinstance(args, list):
             return [self._of_tiles(value) for value in args]
+        if isinstance(args, tuple) and not hasattr(args, "_asdict"):
+            return tuple(self._of_tiles(value) for value in args)
         if isinstance(args, tuple):
             return args._replace(**{n: self._of_tiles(v) for n, v in args._asdict().items()})  # type: ignore[attr-defined]
         return args
