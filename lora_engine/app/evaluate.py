@@ -29,6 +29,7 @@ from lora_engine.evaluation.modes import without_adapters
 from lora_engine.evaluation.samples import Prompt, choose_prompts, generate
 from lora_engine.evaluation.scores import by_group, difference, score_examples, summary
 from lora_engine.export.adapter import chosen_adapters
+from lora_engine.export.loading import load_adapter
 from lora_engine.files import write_text
 from lora_engine.models.attach.accelerate import accelerate
 from lora_engine.models.load.load import load_model
@@ -96,10 +97,8 @@ def evaluate(
     sides = ["model"]
     report: dict[str, Any] = {"data": data, "source": source}
     if trained is not None:
-        from peft import PeftModel
-
         (folder,) = trained.adapters.values()
-        loaded = PeftModel.from_pretrained(loaded, folder).eval()
+        loaded = load_adapter(loaded, folder).eval()
         tokenizer = _tokenizer_of(trained) or tokenizer
         sides = ["base", "adapter"]
         report["adapter_folder"] = str(folder)

@@ -4,7 +4,7 @@ import json
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
-from pathlib import Path
+from io import TextIOWrapper
 from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
@@ -63,7 +63,9 @@ def generate(
         str | None,
         typer.Option("--out", metavar="FILE", help="JSON lines.", show_default="standard output"),
     ] = None,
-    count: Annotated[int, typer.Option(metavar="N", help="Answers to each prompt.", min=1)] = 1,
+    count: Annotated[
+        int, typer.Option(metavar="N", help="Answers to each prompt.", min=1, max=10_000)
+    ] = 1,
     chat: Annotated[
         bool, typer.Option("--chat/--plain", help="A prompt of plain text as a user's message.")
     ] = False,
@@ -82,28 +84,29 @@ def generate(
 ) -> None:
     """Write answers to prompts, many at a time."""
     from lora_engine.app import writing
+    from lora_engine.data.strings import check_string
     from lora_engine.errors import UserError
 
     if (prompts is None) == (prompt is None):
         raise UserError("generate: give a file of prompts, or --prompt TEXT")
+    target = None if out is None else writing.new_file(out)
     sampling = _sampling(
         max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, stop, seed
     )
     if prompt is not None:
+        check_string(prompt, "--prompt")
         records = [writing.Record("prompt", prompt=prompt, origin="--prompt")]
     else:
         assert prompts is not None
         records = writing.read_prompts(prompts)
     if chat:
         records = [writing.as_chat(record) for record in records]
-    if out is not None and Path(out).exists():
-        raise UserError(f"{out}: is there already; give another --out, or remove it")
     writer = writing.open_writer(
         model, base=base, adapters=adapter or [], dtype=dtype, device=device
     )
     requests = [writer.request(record, sampling, count) for record in records]
     with ExitStack() as stack, writing.inference(writer.model):
-        file = stack.enter_context(writing.result_file(out)) if out is not None else sys.stdout
+        file = sys.stdout if target is None else stack.enter_context(writing.result_file(target))
         for place, number, done in writing.answers(writer.generator(), requests):
             line = writing.answer_line(records[place], number, done)
             _write(file, done.text if prompt is not None and out is None else json.dumps(line))
@@ -186,6 +189,8 @@ class _Talk:
         self.adapter, self.both = writer.adapted, False
 
     def run(self) -> None:
+        if isinstance(sys.stdin, TextIOWrapper):  # a message that is no UTF-8 is refused alone
+            sys.stdin.reconfigure(errors="surrogateescape")
         print(HELP if self.writer.adapted else "/new   /quit", flush=True)
         while (said := _ask("> ")) is not None:
             if said.startswith("/"):
@@ -259,8 +264,11 @@ def _sampling(
     stop: list[str] | None,
     seed: int,
 ) -> "Sampling":
+    from lora_engine.data.strings import check_string
     from lora_engine.generation.sampling import Sampling
 
+    for text in stop or ():
+        check_string(text, "--stop")
     return Sampling(
         max_new_tokens=max_new_tokens,
         temperature=temperature,

@@ -116,11 +116,14 @@ def trained_or_model(name: str, base: str | None) -> Trained | None:
 
 def read_prompts(source: str) -> list[Record]:
     """Prompts of a file: each line of a .txt, else its records. UserError where there are none."""
-    path = Path(source)
+    try:
+        path = user_path(source)
+    except ValueError as error:
+        raise UserError(f"PROMPTS {source!r}: {error}") from error
     if path.suffix.lower() != ".txt":
         return read_records(source)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{source}: cannot be read: {reason(error)}; give a text file") from error
     found = [
@@ -141,10 +144,20 @@ def as_chat(record: Record) -> Record:
     return Record("messages", messages=(said,), origin=record.origin, given=record.given)
 
 
+def new_file(path: str) -> Path:
+    """The file that `--out` names. Raises UserError for no name, and where something is already."""
+    try:
+        target = user_path(path)
+    except ValueError as error:
+        raise UserError(f"--out {path!r}: {error}") from error
+    if target.exists():
+        raise UserError(f"{target}: is there already; give another --out, or remove it")
+    return target
+
+
 @contextmanager
-def result_file(path: str) -> Iterator[TextIO]:
+def result_file(target: Path) -> Iterator[TextIO]:
     """A file that is there whole, under its name, or not at all."""
-    target = user_path(path)
     unfinished = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         with naming(target), unfinished.open("w", encoding="utf-8") as file:
@@ -162,15 +175,15 @@ def answers(
     """Completions in the order of the requests, as they are done: (request, number, completion)."""
     places = {generator.add(request): i for i, request in enumerate(requests)}
     done: dict[tuple[int, int], Completion] = {}
-    order = [(i, n) for i, request in enumerate(requests) for n in range(request.count)]
-    given = 0
+    order = ((i, n) for i, request in enumerate(requests) for n in range(request.count))
+    due = next(order, None)
     while events := generator.step():
         for event in events:
             if event.completion is not None:
                 done[places[event.request], event.number] = event.completion
-        while given < len(order) and order[given] in done:
-            yield *order[given], done.pop(order[given])
-            given += 1
+        while due is not None and due in done:
+            yield *due, done.pop(due)
+            due = next(order, None)
 
 
 def answer_line(record: Record, number: int, completion: Completion) -> dict[str, object]:

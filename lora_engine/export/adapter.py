@@ -29,6 +29,12 @@ _LOW_RANK = re.compile(
 _OTHER_KINDS = re.compile(r"\.(lora_|token_adapter|ia3_|ranknum|vera_|oft_)")
 # Initialisations after which the base is no longer the published one.
 _ALTERS_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "eva_residual")
+_OWN_FILE = "get the adapter's own file"
+# Settings of variants that compute something else than this adds to a weight.
+_NOT_MERGED = (
+    *("target_parameters", "trainable_token_indices", "alora_invocation_tokens"),
+    *("layer_replication", "use_bdlora", "arrow_config", "kasa_config", "monteclora_config"),
+)
 
 
 @dataclass
@@ -129,6 +135,8 @@ def read_adapter(folder: Path, name: str = "default") -> Adapter:
     whole: dict[str, Tensor] = {}
     for key, tensor in _tensors(folder).items():
         place = f"{folder}: tensor {key}"
+        if not torch.isfinite(tensor).all():
+            raise UserError(f"{place} holds values that are not finite; take an earlier checkpoint")
         if not key.startswith(_PREFIX):
             raise UserError(f"{place} does not begin with {_PREFIX}; save the adapter with PEFT")
         key = key.removeprefix(_PREFIX)
@@ -142,6 +150,13 @@ def read_adapter(folder: Path, name: str = "default") -> Adapter:
         part = match["part"] + ("_bias" if match["leaf"] == ".bias" else "")
         low_rank.setdefault(match["module"], {})[part] = tensor
     layers = {m: _low_rank(parts, m, settings, folder) for m, parts in low_rank.items()}
+    for module, layer in layers.items():
+        if (layer.magnitude is not None) != bool(settings.get("use_dora")):
+            has = "no" if layer.magnitude is None else "a"
+            raise UserError(
+                f"{folder}: {module} has {has} vector of magnitudes, and use_dora is "
+                f"{settings.get('use_dora')!r}; get the adapter's own files"
+            )
     return Adapter(name, folder, settings, layers, whole)
 
 
@@ -153,7 +168,7 @@ def _settings(path: Path) -> dict[str, Any]:
             f"{path.parent}: is no adapter, it has no {path.name}; give the folder of one"
         ) from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: is not JSON ({error}); get the adapter's own file") from error
+        raise UserError(f"{path}: is not JSON ({error}); {_OWN_FILE}") from error
     if not isinstance(settings, dict) or settings.get("peft_type") != "LORA":
         kind = settings.get("peft_type") if isinstance(settings, dict) else None
         raise UserError(f"{path}: peft_type is {kind!r}; only LORA adapters can be merged")
@@ -163,10 +178,36 @@ def _settings(path: Path) -> dict[str, Any]:
             f"{path}: made with init_lora_weights={start}, which alters the base; convert the "
             "adapter with PEFT's path_initial_model_for_weight_conversion first"
         )
-    for field in ("target_parameters", "trainable_token_indices", "alora_invocation_tokens"):
+    for field in _NOT_MERGED:
         if settings.get(field):
             raise UserError(f"{path}: {field} is set, which cannot be merged; train without it")
+    _check_scaling(path, settings)
     return settings
+
+
+def _check_scaling(path: Path, settings: dict[str, Any]) -> None:
+    """Raises UserError for ranks and alphas that are no such numbers."""
+
+    def check(field: str, value: object) -> None:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        fits = is_number and math.isfinite(value)  # type: ignore[arg-type]
+        if field.startswith("r"):
+            fits = fits and isinstance(value, int) and value > 0
+        if not fits:
+            raise UserError(f"{path}: {field} is {value!r}, no such number; {_OWN_FILE}")
+
+    check("r", settings.get("r"))
+    check("lora_alpha", settings.get("lora_alpha"))
+    for field in ("rank_pattern", "alpha_pattern"):
+        patterns = settings.get(field) or {}
+        if not isinstance(patterns, dict):
+            raise UserError(f"{path}: {field} is {patterns!r}, no patterns; {_OWN_FILE}")
+        for pattern, value in patterns.items():
+            check(f"{field} of {pattern}", value)
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise UserError(f"{path}: {field} {pattern!r}: {error}; {_OWN_FILE}") from error
 
 
 def _tensors(folder: Path) -> dict[str, Tensor]:

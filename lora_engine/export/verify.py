@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lora_engine.errors import UserError
 from lora_engine.export.adapter import Adapter
+from lora_engine.export.loading import load_adapter
 from lora_engine.models.load.transformers_files import (
     check_weights,
     quiet_transformers,
@@ -141,15 +142,13 @@ def load_plain(folder: Path, device: str | torch.device = "cpu") -> Any:
 
 
 def with_adapters(model: Any, adapters: Sequence[tuple[Adapter, float]]) -> Any:
-    """`model` in a PeftModel with `adapters` active at once, each scaled by its weight."""
-    from peft import PeftModel
+    """`model` in a PeftModel with `adapters` active at once, each scaled by its weight.
 
-    wrapped: Any = None
+    Raises UserError for an adapter that PEFT cannot load on it.
+    """
+    wrapped = model
     for adapter, _ in adapters:
-        if wrapped is None:
-            wrapped = PeftModel.from_pretrained(model, adapter.folder, adapter_name=adapter.name)
-        else:
-            wrapped.load_adapter(adapter.folder, adapter.name)
+        wrapped = load_adapter(wrapped, adapter.folder, adapter.name)
     if len(adapters) > 1:
         wrapped.base_model.set_adapter([adapter.name for adapter, _ in adapters])
     for adapter, weight in adapters:

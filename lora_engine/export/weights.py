@@ -5,6 +5,7 @@ with DoRA m / |W0 + s B A| (W + s B A), where W0 is the base's own (see `adapter
 """
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -100,12 +101,13 @@ class MergedWeights:
     def _pieces(self, source: str, name: str, dtype: torch.dtype) -> Iterator[Tensor]:
         shape, changes = self._shards.shape(source), self._changes.get(name, [])
         if not shape:
-            yield self._shards.tensor(source).to(dtype)
+            yield _rounded(self._shards.tensor(source), dtype, name)
             return
         scales = [_dora_scale(self._shards, source, change) for change in changes]
         for start, stop in row_ranges(shape):
             stored = self._shards.rows(source, start, stop)
-            yield _merged_rows(stored, changes, scales, start, stop).to(dtype)
+            merged = _merged_rows(stored, changes, scales, start, stop)
+            yield _rounded(merged, dtype, name)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -254,6 +256,22 @@ def _merged_rows(
             if scale is not None:
                 result = result * (scale if change.low_rank.transposed else scale[start:stop, None])
     return result
+
+
+def _rounded(values: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """`values` in `dtype`. Raises UserError where it cannot hold one, or one is not finite."""
+    rounded = values.to(dtype)
+    if dtype.itemsize > 1 and not _is_finite(rounded):
+        if _is_finite(values):
+            kind = str(dtype).removeprefix("torch.")
+            raise UserError(f"tensor {name} holds values beyond {kind}'s; use --dtype bfloat16")
+        raise UserError(f"tensor {name} holds values that are not finite; the weights are damaged")
+    return rounded
+
+
+def _is_finite(values: Tensor) -> bool:
+    """Of all of them; without a tensor of their size, as torch.isfinite makes."""
+    return values.numel() == 0 or all(map(math.isfinite, map(float, values.aminmax())))
 
 
 def _dora_scale(shards: Shards, name: str, change: _Change) -> Tensor | None:

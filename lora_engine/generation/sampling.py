@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 
 import numpy as np
 import torch
@@ -52,11 +53,14 @@ class Sampling:
     def __post_init__(self) -> None:
         ranges = {
             "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
-            "temperature": (0 <= self.temperature < float("inf"), "at least 0"),
+            "temperature": (0 <= self.temperature < inf, "a finite one from 0"),
             "top_k": (self.top_k >= 0, "at least 0"),
             "top_p": (0 < self.top_p <= 1, "over 0 and at most 1"),
             "min_p": (0 <= self.min_p <= 1, "from 0 to 1"),
-            "repetition_penalty": (0 < self.repetition_penalty < float("inf"), "over 0"),
+            "repetition_penalty": (
+                0 < self.repetition_penalty < float("inf"),
+                "a finite one over 0",
+            ),
             "presence_penalty": (-2 <= self.presence_penalty <= 2, "from -2 to 2"),
             "frequency_penalty": (-2 <= self.frequency_penalty <= 2, "from -2 to 2"),
             "top_logprobs": (0 <= self.top_logprobs <= 20, "from 0 to 20"),

@@ -10,11 +10,14 @@ from typing import Any
 from lora_engine.errors import UserError, reason
 from lora_engine.evaluation.samples import differing_parts
 from lora_engine.files import user_path
+from lora_engine.objectives.base import NATS_PER_TARGET
 from lora_engine.report.charts import Chart, Series, line_chart, smoothed
 from lora_engine.report.page import (
     Row,
     count_text,
     loss_label,
+    metric_names,
+    more_is_better,
     perplexity,
     points_of,
     scientific,
@@ -188,7 +191,8 @@ def figures(runs: Sequence[Run]) -> list[Figure]:
         name for run in runs for name in (run.summary or {}).get("heldout_metrics_after") or {}
     )
     for name in metrics:
-        add(f"{name} after", metric(name), _decimals)
+        better = {True: "higher", False: "lower", None: ""}[more_is_better(name)]
+        add(f"{name} after", metric(name), _decimals, better)
     add("Loss on the probe before", of("probe_loss_before"), _decimals)
     add("Loss on the probe after", of("probe_loss_after"), _decimals, "lower")
     add("Training loss at the end", _last_loss, _decimals)
@@ -203,7 +207,7 @@ def figures(runs: Sequence[Run]) -> list[Figure]:
 
 
 def _perplexity_after(run: Run) -> float | None:
-    if run.summary is None or "heldout_perplexity_after" not in run.summary:
+    if run.summary is None or run.summary.get("loss_unit") != NATS_PER_TARGET:
         return None
     loss = run.summary["heldout_loss_after"]
     return None if loss is None else perplexity(loss)
@@ -235,12 +239,29 @@ def charts(runs: Sequence[Run]) -> list[Chart]:
         _chart("Held-out loss", runs, "heldout_loss", last, dots=True),
         _chart("Held-out accuracy", runs, "heldout_accuracy", last, dots=True),
         _chart("Forgetting", runs, "probe_loss", last, dots=True, note="loss on the probe"),
-        _chart("Reward", runs, "reward", last, smooth=True, note=smooth),
+        *_metric_charts(runs, last),
         _chart("Learning rate", runs, "learning_rate", last, label=scientific),
         _chart("Gradient norm", runs, "grad_norm", last, smooth=True, note=smooth),
         _chart("Tokens per second", runs, "tokens_per_second", last, smooth=True, note=smooth),
     ]
     return [chart for chart in drawn if chart is not None]
+
+
+def _metric_charts(runs: Sequence[Run], last: float) -> list[Chart | None]:
+    """A chart of each metric of the objectives that two runs or more have, on held-out records
+    where it is measured on them."""
+    known = [set(metric_names(run.metrics)) for run in runs]
+    names = dict.fromkeys(name for run in runs for name in metric_names(run.metrics))
+    drawn = []
+    for name in names:
+        if sum(name in one for one in known) < 2:
+            continue
+        heldout = f"heldout_{name}"
+        if any(points_of(run.metrics, heldout) for run in runs):
+            drawn.append(_chart(name, runs, heldout, last, dots=True, note="held-out"))
+        else:
+            drawn.append(_chart(name, runs, name, last, smooth=True, note="smoothed"))
+    return drawn
 
 
 def _chart(

@@ -135,6 +135,15 @@ _BETTER = {
     "rewards/margins": True,
     "divergence": False,
 }
+
+
+def more_is_better(metric: str) -> bool | None:
+    """Of an objective's metric; None where neither is."""
+    if metric.startswith("rewards/") and metric.endswith("/mean"):
+        return True
+    return _BETTER.get(metric)
+
+
 # What an accuracy counts that is a metric too.
 _COUNTED = {"Pair accuracy": "rewards/accuracies"}
 
@@ -206,16 +215,20 @@ def _probe_chart(metrics: Sequence[Row], last: float) -> Chart | None:
     )
 
 
+def metric_names(metrics: Sequence[Row]) -> list[str]:
+    """The objective's metrics, in the order in which they come up."""
+    known = {part.name for part in fields(StepMetrics)}
+    known |= {"heldout_loss", "heldout_accuracy", "probe_loss", "probe_accuracy"}
+    names = (name for row in metrics for name in row if name not in known)
+    return list(dict.fromkeys(name.removeprefix("heldout_") for name in names))
+
+
 def _metric_charts(metrics: Sequence[Row], shown: str | None, last: float) -> list[Chart | None]:
     """A chart of each of the objective's metrics; two sides of pairs share one. shown: a metric
     that another chart has."""
-    measured = {"heldout_loss", "heldout_accuracy", "probe_loss", "probe_accuracy"}
-    known = {part.name for part in fields(StepMetrics)} | measured | {shown}
-    names = dict.fromkeys(
-        name.removeprefix("heldout_") for row in metrics for name in row if name not in known
-    )
+    names = metric_names(metrics)
     drawn = []
-    for name in names:
+    for name in (name for name in names if name != shown):
         stem, _, side = name.rpartition("/")
         if side == "rejected" and f"{stem}/chosen" in names:
             continue

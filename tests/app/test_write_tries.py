@@ -78,6 +78,15 @@ def test_lines_of_a_text_file_are_prompts(finished, capfd):
     assert [line["messages"][0]["content"] for line in lines(printed)] == ["one", "two"]
 
 
+def test_only_line_breaks_end_a_prompt_of_a_text_file(finished, capfd):
+    """No separator of another kind does, and the mark of UTF-8 is no part of the first."""
+    text = "\ufeffone\r\nt\x0bw\x0co\u2028\x85\n"
+    (finished / "asked.txt").write_bytes(text.encode())
+    status, printed, _ = run(capfd, "generate", "run", "asked.txt", "--max-new-tokens", "1")
+    assert status == 0
+    assert [line["prompt"] for line in lines(printed)] == ["one", "t\x0bw\x0co\u2028\x85"]
+
+
 def talk(capfd, monkeypatch: pytest.MonkeyPatch, said: str, *more: str) -> str:
     monkeypatch.setattr("sys.stdin", io.StringIO(said))
     status, printed, told = run(capfd, "chat", *more, "--max-new-tokens", "3")
@@ -108,6 +117,15 @@ def test_a_conversation_that_grows_too_long_can_begin_anew(finished, capfd, monk
     assert "more than the 512 that the model was made for" in printed
 
 
+def test_a_line_that_is_no_text_does_not_end_a_conversation(finished, capfd, monkeypatch):
+    said = io.TextIOWrapper(io.BytesIO(b"caf\xe9\nhi\n"), encoding="utf-8")
+    monkeypatch.setattr("sys.stdin", said)
+    status, printed, told = run(capfd, "chat", "tiny", "--max-new-tokens", "3")
+    assert status == 0, told
+    assert "half a character (U+DCE9); /new begins anew" in printed
+    assert printed.count("> ") == 3
+
+
 def test_an_answer_has_what_is_left_for_it(finished, capfd, monkeypatch):
     """Of 512 positions, where 512 new tokens are asked for."""
     monkeypatch.setattr("sys.stdin", io.StringIO("hi\n"))
@@ -127,6 +145,19 @@ MISTAKES = [
         prepare=lambda folder: (folder / "asked.txt").write_text("\n\n")),
     Try("an empty prompt", ["generate", "tiny", "--prompt", ""], ["the prompt is empty"]),
     Try("too long", ["generate", "tiny", "--prompt", "x" * 600], ["600 tokens", "512"]),
+    Try("half a character", ["generate", "tiny", "--prompt", "caf\udce9"],
+        ["--prompt holds half a character", "U+DCE9"]),
+    Try("a stop of half a character",
+        ["chat", "tiny", "--stop", "\udce9"], ["--stop holds half a character"]),
+    Try("more answers than anybody counts",
+        ["generate", "tiny", "--prompt", "x", "--count", "1000000000"], ["--count", "10000"]),
+    Try("a file without a name", ["generate", "tiny", ""], ["PROMPTS", "is empty"]),
+    Try("answers without a name", ["generate", "tiny", "--prompt", "x", "--out", ""],
+        ["--out", "is empty"]),
+    Try("answers that are there", ["generate", "tiny", "--prompt", "x", "--out", "."],
+        ["is there already"]),
+    Try("no end of heat", ["generate", "tiny", "--prompt", "x", "--temperature", "inf"],
+        ["temperature", "finite"]),
     Try("temperature", ["generate", "tiny", "--prompt", "x", "--temperature=-1"], ["temperature"]),
     Try("top_p", ["chat", "tiny", "--top-p", "1.5"], ["top_p", "1.5"]),
     Try("adapter of a model", ["generate", "tiny", "--prompt", "x", "--adapter", "a"],

@@ -286,15 +286,26 @@ def test_adapters_that_cannot_be_merged_are_told_in_one_line(bases, tmp_path):
         ({"peft_type": "LOHA"}, "peft_type is 'LOHA'"),
         ({"peft_type": "LORA", "init_lora_weights": "pissa"}, "alters the base"),
         ({"init_lora_weights": True, "target_parameters": ["x"]}, "target_parameters is set"),
+        ({"target_parameters": None, "layer_replication": [[0, 1]]}, "layer_replication is set"),
+        ({"layer_replication": None, "r": 0}, "r is 0"),
+        ({"r": "4"}, "r is '4'"),
+        ({"r": 4, "lora_alpha": None}, "lora_alpha is None"),
+        ({"lora_alpha": float("nan")}, "lora_alpha is nan"),
+        ({"lora_alpha": 8, "alpha_pattern": 5}, "alpha_pattern is 5"),
+        ({"alpha_pattern": {"[": 5}}, r"alpha_pattern '\[': unterminated character set"),
+        ({"alpha_pattern": {"q_proj": "8"}}, "alpha_pattern of q_proj is '8'"),
+        ({"alpha_pattern": {}, "rank_pattern": {"q_proj": 1.5}}, "rank_pattern of q_proj is 1.5"),
+        ({"rank_pattern": {}, "use_dora": True}, "has no vector of magnitudes"),
     ):
         with pytest.raises(UserError, match=line):
             read_adapter(broken(folder, **change))
-    broken(folder, target_parameters=None)
+    broken(folder, use_dora=False)
     first = next(iter(tensors))
     for altered, line in (
         ({k: v for k, v in tensors.items() if k != first}, r"not a pair of matrices"),
         ({**tensors, "base_model.model.x.token_adapter.weight": torch.ones(1)}, "cannot be merged"),
         ({**tensors, "other": torch.ones(1)}, "does not begin with base_model.model"),
+        ({**tensors, first: tensors[first] * torch.inf}, "not finite; take an earlier checkpoint"),
     ):
         save_file(altered, folder / "adapter_model.safetensors")
         with pytest.raises(UserError, match=line):
@@ -305,6 +316,33 @@ def test_adapters_that_cannot_be_merged_are_told_in_one_line(bases, tmp_path):
     (folder / "adapter_model.safetensors").unlink()
     with pytest.raises(UserError, match=r"has no adapter_model.safetensors; copy it"):
         read_adapter(folder)
+
+
+@pytest.mark.parametrize("changes", [{"modules_to_save": 5}, {"use_bdlora": {"a": 1}}], ids=str)
+def test_what_peft_cannot_load_is_told_in_one_line(bases, tmp_path, changes):
+    folder = save_adapter(bases["plain"], tmp_path / "a", target_modules=LINEARS)
+    adapter = read_adapter(folder)
+    broken(folder, **changes)
+    with pytest.raises(UserError, match="PEFT cannot load this adapter"):
+        with_adapters(load_plain(bases["plain"]), [(adapter, 1.0)])
+
+
+def test_an_adapter_without_some_of_its_weights_is_not_measured_as_whole(bases, tmp_path):
+    folder = save_adapter(bases["plain"], tmp_path / "a", target_modules=LINEARS)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    left = {name: tensor for name, tensor in tensors.items() if "down_proj" not in name}
+    save_file(left, folder / "adapter_model.safetensors")
+    with pytest.raises(UserError, match=r"has no values for a part .*down_proj"):
+        with_adapters(load_plain(bases["plain"]), [(read_adapter(folder), 1.0)])
+
+
+def test_values_that_the_dtype_cannot_hold_are_not_written(bases, tmp_path):
+    adapter = read_adapter(save_adapter(bases["half"], tmp_path / "a", target_modules=LINEARS))
+    (tmp_path / "merged").mkdir()
+    with pytest.raises(UserError, match=r"proj.weight holds values beyond float16's; use --dt"):
+        merge_folder(bases["half"], [(adapter, 1e30)], tmp_path / "merged", torch.float16)
+    with pytest.raises(UserError, match="not finite"):
+        merge_folder(bases["half"], [(adapter, 1e300)], tmp_path / "merged")
 
 
 def test_a_merge_that_went_wrong_is_noticed(bases, tmp_path):

@@ -42,7 +42,7 @@ def save_run(
         whole = {
             "model": "tiny <b>", "method": "LoRA", "data": "rows", "finished": "2026-01-02 03:04",
             "heldout_loss_before": 3.0, "heldout_loss_after": loss, "best_step": 20,
-            "heldout_perplexity_after": 2.0, "heldout_accuracy_after": 0.5,
+            "loss_unit": "nats per supervised token", "heldout_accuracy_after": 0.5,
             "heldout_metrics_after": {"rewards/margins": 0.25}, "train_tokens": 12345,
             "train_seconds": 60.0, "tokens_per_second": 200.0, "peak_memory_bytes": 10**9,
             "trainable_parameters": 4_884_480,
@@ -83,6 +83,44 @@ def test_figures_are_the_runs_own_and_the_best_is_marked(runs):
     assert found["Training time"].best == set(), "machines are not compared"
     assert found["Steps"].values == [20, 20, 20]
     assert "Loss on the probe after" not in found
+
+
+def test_a_loss_that_is_no_log_probability_of_tokens_has_no_perplexity(tmp_path):
+    runs = read_runs(
+        [save_run(tmp_path / "a"), save_run(tmp_path / "b", loss_unit="", loss=-0.7)]
+    )  # fmt: skip
+    found = {figure.name: figure for figure in figures(runs)}
+    assert found["Perplexity after"].texts == ["4.482", "–"]
+    (tmp_path / "b/summary.json").unlink()
+    assert figures(read_runs([str(tmp_path / "a"), str(tmp_path / "b")]))
+
+
+def test_metrics_of_objectives_are_ranked_and_drawn_where_two_runs_have_them(tmp_path):
+    def save(name, objective, **metrics):
+        path = save_run(
+            tmp_path / name, f"objective={objective}", heldout_metrics_after=metrics, loss=1.0
+        )  # fmt: skip
+        rows = [{"step": s, **metrics, "rewards/margins": 0.1 * s} for s in range(1, 9)]
+        rows += [{"step": s, "heldout_rewards/margins": 0.1 * s} for s in (4, 8)]
+        with (tmp_path / name / "metrics.jsonl").open("a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+        return path
+
+    pairs = [
+        save("one", "dpo", **{"rewards/accuracies": 0.5, "logps/chosen": -9.0}),
+        save("two", "dpo", **{"rewards/accuracies": 0.75, "logps/chosen": -8.0, "kl": 0.1}),
+    ]
+    runs = read_runs(pairs)
+    found = {figure.name: figure for figure in figures(runs)}
+    assert found["rewards/accuracies after"].best == {1}
+    assert found["logps/chosen after"].best == set(), "neither is better"
+    titles = [chart.title for chart in charts(runs)]
+    assert {"rewards/accuracies", "logps/chosen", "rewards/margins"} <= set(titles)
+    assert "kl" not in titles, "one run alone has it"
+    (margins,) = (chart for chart in charts(runs) if chart.title == "rewards/margins")
+    assert margins.note == "held-out" and len(margins.series) == 2
+    other = read_runs([pairs[0], save("three", "simpo", **{"rewards/accuracies": 0.9})])
+    assert not any(figure.best for figure in figures(other))
 
 
 @pytest.mark.parametrize(
