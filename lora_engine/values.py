@@ -106,8 +106,17 @@ class AdamWHyper(NamedTuple):
         max_grad_norm: float | None,
     ) -> "AdamWHyper":
         """The numbers of the step that is the `step`th."""
-        corrections = (1 - betas[0] ** step, 1 - betas[1] ** step)
-        return AdamWHyper(lr, *betas, eps, weight_decay, *corrections, max_grad_norm)
+        beta1, beta2 = betas
+        return AdamWHyper(
+            lr=lr,
+            beta1=beta1,
+            beta2=beta2,
+            eps=eps,
+            weight_decay=weight_decay,
+            bias_correction1=1 - beta1**step,
+            bias_correction2=1 - beta2**step,
+            max_grad_norm=max_grad_norm,
+        )
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -32,7 +32,6 @@ LAYERS: list[set[str]] = [
     {"backends.cpu", "backends.cuda", "backends.triton"},
     {
         "backends.torch_attention",
-        "backends.flash_attention",
         "backends.cudnn_attention",
         "backends.cuda.attention",
         "backends.cuda.attention_hopper",
@@ -165,6 +164,38 @@ def test_an_operation_calls_the_reference_where_it_is_asked_for_alone(path: Path
     }
     names = (node for node in ast.walk(tree) if isinstance(node, ast.Name))
     assert not [n.lineno for n in names if n.id == "reference" and n not in asked]
+
+
+def records_of(path: Path) -> set[str]:
+    """The NamedTuples and dataclasses that a file defines or imports from the package."""
+    found = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.ClassDef):
+            marks = [*node.bases, *node.decorator_list]
+            if any(m in ast.unparse(mark) for mark in marks for m in ("NamedTuple", "dataclass")):
+                found.add(node.name)
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lora_engine."):
+            file = PACKAGE.parent / f"{(node.module or '').replace('.', '/')}.py"
+            if file.exists():
+                found |= {alias.name for alias in node.names} & records_of(file)
+    return found
+
+
+WITH_RECORDS = [p for p in FILES if module_name(p).split(".")[0] in ("values", "ops", "backends")]
+
+
+@pytest.mark.parametrize("path", WITH_RECORDS, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_records_are_made_by_name(path: Path) -> None:
+    """No record of four values or more is told by their places, nor spliced out of tuples."""
+    records = records_of(path)
+    calls = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call))
+    made = [call for call in calls if ast.unparse(call.func).split("[")[0] in records]
+    assert not [
+        f"{call.lineno}: {ast.unparse(call)}"
+        for call in made
+        if len(call.args) > 3
+        or (len(call.args) > 1 and any(isinstance(arg, ast.Starred) for arg in call.args))
+    ]
 
 
 @pytest.mark.parametrize("path", sorted((PACKAGE / "ops").rglob("*.py")), ids=lambda p: p.stem)

@@ -184,7 +184,7 @@ def contenders(problem: Problem, device: torch.device) -> Iterator[tuple[str, Co
     if device.type == "cuda":
         yield "cuda", problem.of_kernels(launchers.attention("cuda"))
         alike = problem.size.alike
-        for plan in ("hopper", "cudnn", "flash") if alike else ("hopper", "flash"):
+        for plan in ("hopper", "cudnn") if alike else ("hopper",):
             yield f"{plan} plan", problem.of_kernels(launchers.attention_by_plan(plan))
         if alike:
             for name, backend in BATCHED.items():

@@ -332,7 +332,7 @@ def glu_lora_bwd(
         block_range = {r.start: (end - blocks, end) for r, end in ends if r.stop > r.start}
         gradients = None
         if inner.d_lora_b is not None:
-            gradients = Gradients(db_part, inner.d_lora_b, inner.parts)
+            gradients = Gradients(part=db_part, d_lora_b=inner.d_lora_b, parts=inner.parts)
         sum_thin(ds_part, inner.ds, linears, block_range, scaled=inner.scaled, gradients=gradients)
     if outer is not None:
         outer.d_lora_a[: outer_columns.start].zero_()

@@ -331,7 +331,9 @@ def lora_b_bwd(
         BLOCK_R=block_r,
         **config,
     )
-    gradients = None if d_lora_b is None else Gradients(db_part, d_lora_b, parts)
+    gradients = (
+        None if d_lora_b is None else Gradients(part=db_part, d_lora_b=d_lora_b, parts=parts)
+    )
     sum_thin(ds_part, ds, linears, block_range, scaled=scaled, gradients=gradients)
 
 

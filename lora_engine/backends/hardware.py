@@ -57,13 +57,6 @@ def triton_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def has_flash_attention() -> bool:
-    """Whether this build of PyTorch has FlashAttention for packed sequences."""
-    return torch.backends.cuda.is_flash_attention_available() and hasattr(
-        torch.ops.aten, "_flash_attention_backward"
-    )
-
-
 def has_cudnn_attention() -> bool:
     """Whether this build of PyTorch has cuDNN's attention."""
     return torch.backends.cudnn.is_available() and hasattr(

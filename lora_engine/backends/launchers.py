@@ -143,7 +143,7 @@ def attention_decode(impl: str) -> contracts.AttentionDecode:
 
 @cache
 def attention_by_plan(plan: str) -> contracts.Attention:
-    """By `backends.attention_plan`: "hopper", ours for 9.0 alone; "flash" or "cudnn", PyTorch's."""
+    """By `backends.attention_plan`: "hopper", ours for 9.0 alone, or "cudnn", PyTorch's."""
     if plan == "hopper":
         from lora_engine.backends.cuda import attention_hopper
 
@@ -152,9 +152,7 @@ def attention_by_plan(plan: str) -> contracts.Attention:
         from lora_engine.backends import cudnn_attention
 
         return cudnn_attention
-    from lora_engine.backends import flash_attention
-
-    return flash_attention
+    _no_kernels("attention", plan)
 
 
 @cache

@@ -73,15 +73,13 @@ BACKWARD_PASS_RANKS = 16
 # Its rows are of whole vectors, of what Triton finds aligned.
 ALIGNED_COLUMNS = 16
 
-# Head sizes [least, most] that PyTorch's FlashAttention takes on GPUs of a capability, or of any
-# other (None), before our kernels.
-FLASH_HEADS: dict[int | None, tuple[int, int]] = {None: (0, 0)}
-FLASH_DTYPES = (torch.bfloat16, torch.float16)
-# The same of cuDNN's attention, for sequences of one length: a multiple of CUDNN_LENGTH, since
-# every new length has to be planned. Measured on an H100, bfloat16, 32 heads of 128 and 8 of keys,
-# forward and backward: 4 sequences of 2048 tokens 1.20 ms, ours 2.06, FlashAttention 1.99; one of
-# 8192 3.56, ours 7.34, FlashAttention 6.52. Heads of 64: 0.80, ours 1.28, FlashAttention 1.15.
-CUDNN_HEADS: dict[int | None, tuple[int, int]] = {90: (64, 128), None: (0, 0)}
+# What other attentions than an implementation's own take.
+HALF_DTYPES = (torch.bfloat16, torch.float16)
+# Head sizes [least, most] that cuDNN's attention takes on GPUs of a capability before our kernels,
+# for sequences of one length: a multiple of CUDNN_LENGTH, since every new length has to be planned.
+# Measured on an H100, bfloat16, 32 heads of 128 and 8 of keys, forward and backward: 4 sequences of
+# 2048 tokens 1.20 ms, ours 2.06; one of 8192 3.56, ours 7.34. Heads of 64: 0.80, ours 1.28.
+CUDNN_HEADS: dict[int, tuple[int, int]] = {90: (64, 128)}
 CUDNN_LENGTH = 128
 # Head sizes at which our kernels in CUDA C++ for 9.0 alone run, the two that they know. Measured on
 # an H200, bfloat16, causal, 32 heads of 128 and 8 of keys, in µs for both passes: 8 sequences of
@@ -97,7 +95,7 @@ class Strategy(NamedTuple):
     Of a Product one of STRATEGIES; of a Forward "few_rows" or "many_rows"; of a Matmul "tiles" or
     "vendor", PyTorch's; of Queries "one_query"
     or "sdpa", PyTorch's; of an Activation "one_pass" or "one_by_one"; of Heads "tiles", the
-    implementation's own, "hopper", in CUDA C++ for 9.0 alone, "flash" or "cudnn", PyTorch's.
+    implementation's own, "hopper", in CUDA C++ for 9.0 alone, or "cudnn", PyTorch's.
     """
 
     name: str
@@ -180,9 +178,14 @@ def _few_rows(request: Request, present: Present) -> int:
 def _decoding(impl: str, request: Request, present: Present) -> DecodingPlan:
     texts = TEXTS_AT_ONCE[_kind(request)]
     if impl not in PASSES["few_rows"]:
-        return DecodingPlan(texts, 0, 0, 0)
+        return DecodingPlan(texts=texts, rows=0, prompt_by_rows=0, prompt_tokens=0)
     tokens = PROMPT_TOKENS if _has_unit(request, present) else 0
-    return DecodingPlan(texts, _few_rows(request, present), PROMPT_BY_ROWS, tokens)
+    return DecodingPlan(
+        texts=texts,
+        rows=_few_rows(request, present),
+        prompt_by_rows=PROMPT_BY_ROWS,
+        prompt_tokens=tokens,
+    )
 
 
 def _kind(request: Request) -> str:
@@ -225,14 +228,10 @@ def _heads(request: Request, present: Present, sizes: Heads) -> Strategy:
     own = "the implementation's own kernels: "
     if request.device != "cuda" or request.impl is not None:
         return Strategy("tiles", own + "there are no others")
-    if sizes.parents or sizes.head_dim % 8 or request.dtype not in FLASH_DTYPES:
+    if sizes.parents or sizes.head_dim % 8 or request.dtype not in HALF_DTYPES:
         return Strategy("tiles", own + "the others do not take the case")
     if sizes.repeatable:
         return Strategy("tiles", own + "the others do not give the same bits twice")
-
-    def is_faster(table: dict[int | None, tuple[int, int]]) -> bool:
-        least, most = table.get(request.capability, table[None])
-        return least <= sizes.head_dim <= most
 
     built = request.capability == HOPPER and HOPPER_BUILD in present.architectures
     if built and sizes.head_dim in HOPPER_HEADS and not sizes.window:
@@ -240,13 +239,12 @@ def _heads(request: Request, present: Present, sizes: Heads) -> Strategy:
             "hopper", "CUDA C++ kernels for capability 9.0 are faster at this head size"
         )
     alike = sizes.length > 0 and sizes.length % CUDNN_LENGTH == 0 and not sizes.window
-    if present.cudnn and alike and is_faster(CUDNN_HEADS):
-        return Strategy("cudnn", "cuDNN's attention is faster where all sequences are alike")
-    if not present.flash:
-        return Strategy("tiles", own + "this PyTorch has no FlashAttention")
-    if not is_faster(FLASH_HEADS):
-        return Strategy("tiles", own + "FlashAttention is not faster at this head size")
-    return Strategy("flash", "PyTorch's FlashAttention is faster at this head size")
+    if not (present.cudnn and alike and request.capability in CUDNN_HEADS):
+        return Strategy("tiles", own + "the others do not take the case")
+    least, most = CUDNN_HEADS[request.capability]
+    if not least <= sizes.head_dim <= most:
+        return Strategy("tiles", own + "cuDNN's attention is not faster at this head size")
+    return Strategy("cudnn", "cuDNN's attention is faster where all sequences are alike")
 
 
 def _decoded_rows(request: Request, weight: Packed) -> int:

@@ -146,7 +146,15 @@ class Request:
         """A request for tensors on `device`, which need not be here."""
         absent = device.type == "cuda" and not torch.cuda.is_available()
         capability = None if absent else hardware.capability(device)
-        return Request(operation, device.type, capability, dtype, sizes, format, impl)
+        return Request(
+            operation=operation,
+            device=device.type,
+            capability=capability,
+            dtype=dtype,
+            sizes=sizes,
+            format=format,
+            impl=impl,
+        )
 
 
 @dataclass(frozen=True)
@@ -156,7 +164,7 @@ class Present:
     isa: the instruction set of the C++ kernels; None: they cannot run. problem: why, if so.
     triton, interpreted: whether it is installed, and interprets its kernels in this process.
     architectures: that the CUDA kernels were built for. emulated: they take CPU tensors.
-    gpu: whether torch finds a CUDA device. flash: whether it has FlashAttention.
+    gpu: whether torch finds a CUDA device.
     cudnn: whether PyTorch has cuDNN's attention.
     """
 
@@ -167,7 +175,6 @@ class Present:
     architectures: tuple[str, ...]
     emulated: bool
     gpu: bool
-    flash: bool = False
     cudnn: bool = False
 
 

@@ -40,7 +40,6 @@ def present() -> Present:
         architectures=extension.cuda_architectures(),
         emulated=extension.cuda_emulation is not None,
         gpu=devices.gpu_count() > 0,
-        flash=hardware.has_flash_attention(),
         cudnn=hardware.has_cudnn_attention(),
     )
 
@@ -145,7 +144,7 @@ def takes_one_query(
 def attention_plan(
     device: torch.device, dtype: torch.dtype, heads: Heads, impl: str | None = None
 ) -> str:
-    """What attention within packed sequences runs: "tiles", "hopper", "flash" or "cudnn"."""
+    """What attention within packed sequences runs: "tiles", "hopper" or "cudnn"."""
     return _strategy(_choose_here("attention", device, dtype, heads, impl))
 
 
@@ -225,7 +224,9 @@ def launch_parameters(
 ) -> dict[str, int]:
     """The launch parameters of a Triton kernel, as keyword arguments of its launch."""
     device = "cpu" if capability is None else "cuda"
-    request = Request(kernel, device, capability, dtype, Extent(size))
+    request = Request(
+        operation=kernel, device=device, capability=capability, dtype=dtype, sizes=Extent(size)
+    )
     key = choose(request, present()).launch
     assert key is not None
     return tables.launch_parameters(key)

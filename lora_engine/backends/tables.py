@@ -89,7 +89,7 @@ def launch_key(kernel: str, capability: int | None, dtype: str, size: int) -> La
     of_dtype = dtype if dtype in entries[of_capability] else "*"
     for limit, _ in entries[of_capability][of_dtype]:
         if limit is None or size <= limit:
-            return LaunchKey(kernel, of_capability, of_dtype, limit)
+            return LaunchKey(kernel=kernel, capability=of_capability, dtype=of_dtype, limit=limit)
     raise ValueError(f"{kernel}: no launch parameters for size {size}")
 
 

@@ -133,7 +133,9 @@ def heads_of(
 ) -> Heads:
     """What attention is chosen by. ValueError if so many tokens cannot be equal sequences."""
     repeatable = torch.are_deterministic_algorithms_enabled()
-    kind = Heads(head_dim, parents is not None, window > 0, repeatable=repeatable)
+    kind = Heads(
+        head_dim=head_dim, parents=parents is not None, window=window > 0, repeatable=repeatable
+    )
     sequences = cu_seqlens.numel() - 1
     if not equal_lengths or sequences < 1:
         return kind
@@ -287,7 +289,9 @@ class _Attention(torch.autograd.Function):
             window=call.window,
             parents=call.parents,
         )
-        ctx.save_for_backward(*_Saved(q, k, v, cu_seqlens, cos, sin, o, lse))
+        ctx.save_for_backward(
+            *_Saved(q=q, k=k, v=v, cu_seqlens=cu_seqlens, cos=cos, sin=sin, o=o, lse=lse)
+        )
         ctx.kept = _Kept(call, shape[:-1])
         return augmented.keep_padding(o, o.view(shape))
 

@@ -36,7 +36,8 @@ class Joined(NamedTuple):
     @staticmethod
     def of(whole: Tensor, cols: int) -> "Joined":
         """The first `cols` columns are X."""
-        return Joined(whole, *whole.split_with_sizes((cols, whole.shape[1] - cols), dim=1))
+        front, behind = whole.split_with_sizes((cols, whole.shape[1] - cols), dim=1)
+        return Joined(whole, front, behind)
 
 
 @dataclass

@@ -80,7 +80,9 @@ def cross_entropy(
     Raises ValueError where shapes do not fit, a target is not a column, or an option is no
     sensible number.
     """
-    options = LossOptions(ignore_index, label_smoothing, softcap, z_loss)
+    options = LossOptions(
+        ignore_index=ignore_index, label_smoothing=label_smoothing, softcap=softcap, z_loss=z_loss
+    )
     options.check("cross_entropy")
     check(logits.dim() == 2, f"cross_entropy: logits {shape_of(logits)} are not [U, V]")
     check_targets(logits.shape[0], logits.shape[1], target, ignore_index, "cross_entropy")
@@ -121,7 +123,7 @@ class _CrossEntropy(torch.autograd.Function):
         logits = as_rows(logits)
         rows = RowResults(logits.shape[0], logits, lse=True)
         rows.compute(call.kernels, slice(None), logits, target, call.options)
-        ctx.save_for_backward(*_Saved(logits, target, rows.lse))
+        ctx.save_for_backward(*_Saved(logits=logits, target=target, lse=rows.lse))
         ctx.kept = call
         return rows.loss
 

@@ -47,7 +47,12 @@ def glu(
     impl = backends.select("glu", gate.device, gate.dtype, impl)
     if impl == "reference":
         return reference.glu(gate, up, activation=activation)
-    call = _Call(activation, padding_columns, grad_padding_columns, launchers.glu(impl))
+    call = _Call(
+        activation=activation,
+        padding_columns=padding_columns,
+        grad_padding_columns=grad_padding_columns,
+        kernels=launchers.glu(impl),
+    )
     out: Tensor = _Glu.apply(gate, up, call)
     return out
 

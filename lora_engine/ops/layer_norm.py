@@ -36,7 +36,7 @@ def layer_norm(
     impl = backends.select("layer_norm", x.device, x.dtype, impl)
     if impl == "reference":
         return reference.layer_norm(x, weight, bias, eps)
-    call = _Call(eps, padding_columns, launchers.layer_norm(impl))
+    call = _Call(eps=eps, padding_columns=padding_columns, kernels=launchers.layer_norm(impl))
     out: Tensor = _LayerNorm.apply(x, weight, bias, call)
     return out
 
@@ -112,7 +112,7 @@ class _LayerNorm(torch.autograd.Function):
             torch.empty(count, dtype=accumulate_dtype(x.dtype), device=x.device) for _ in range(2)
         )
         call.kernels.layer_norm_fwd(rows, weight, bias, y, mean, rstd, call.eps)
-        ctx.save_for_backward(*_Saved(rows, weight, mean, rstd))
+        ctx.save_for_backward(*_Saved(x=rows, weight=weight, mean=mean, rstd=rstd))
         ctx.kept = _Kept(call, x.shape)
         return augmented.result(y, x.shape)
 

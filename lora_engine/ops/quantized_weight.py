@@ -161,7 +161,9 @@ class QuantizedWeight:
         moved = {name: tensor.to(device) for name, tensor in self.tensors.items()}
         if all(moved[name] is tensor for name, tensor in self.tensors.items()):
             return self
-        return QuantizedWeight(self.format, moved, self.shape, self.dtype)
+        return QuantizedWeight(
+            format=self.format, tensors=moved, shape=self.shape, dtype=self.dtype
+        )
 
     def error(
         self,
@@ -235,7 +237,9 @@ def quantize_weight(
     else:
         _check_impl(wanted, impl)
         tensors = encode_weight(weight, wanted)
-    return QuantizedWeight(wanted, tensors, (weight.shape[0], weight.shape[1]), weight.dtype)
+    return QuantizedWeight(
+        format=wanted, tensors=tensors, shape=(weight.shape[0], weight.shape[1]), dtype=weight.dtype
+    )
 
 
 def encode_weight(weight: Tensor, format: Format) -> dict[str, Tensor]:

@@ -79,7 +79,9 @@ def rms_norm(
         if residual is None:
             return reference.rms_norm(x, weight, eps, offset=offset)
         return reference.rms_norm(x, weight, eps, residual=residual, offset=offset)
-    call = _Call(eps, offset, padding_columns, launchers.rms_norm(impl))
+    call = _Call(
+        eps=eps, offset=offset, padding_columns=padding_columns, kernels=launchers.rms_norm(impl)
+    )
     out: Tensor | tuple[Tensor, Tensor] = _RmsNorm.apply(x, weight, residual, call)
     return out
 
@@ -145,7 +147,7 @@ class _RmsNorm(torch.autograd.Function):
         call.kernels.rms_norm_fwd(
             rows, added, weight, y, None if added is None else h, rstd, call.eps, call.offset
         )
-        ctx.save_for_backward(*_Saved(h, weight, rstd))
+        ctx.save_for_backward(*_Saved(h=h, weight=weight, rstd=rstd))
         ctx.kept = _Kept(call, x.shape)
         normed = augmented.result(y, x.shape)
         return normed if added is None else (normed, h.view(x.shape))

@@ -167,7 +167,7 @@ class _Rope(torch.autograd.Function):
         rotation: _Rotation,
     ) -> Tensor | tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*_Saved(cos, sin, position_ids))
+        ctx.save_for_backward(*_Saved(cos=cos, sin=sin, position_ids=position_ids))
         ctx.kept = rotation
         q_out, k_out = rotation.run(q, k, cos, sin, position_ids)
         return q_out if k_out is None else (q_out, k_out)

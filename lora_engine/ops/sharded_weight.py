@@ -5,7 +5,7 @@ import math
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 import torch
@@ -75,7 +75,9 @@ class ShardedWeight:
         }
         if self.format is None:
             return tensors["weight"]
-        return QuantizedWeight(self.format, tensors, self.shape, self.dtype)
+        return QuantizedWeight(
+            format=self.format, tensors=tensors, shape=self.shape, dtype=self.dtype
+        )
 
     @property
     def kept(self) -> str:
@@ -84,10 +86,7 @@ class ShardedWeight:
 
     def to(self, device: torch.device) -> "ShardedWeight":
         """The same shard on `device`."""
-        return ShardedWeight(
-            *(self.shape, self.dtype, self.format, self.parts),
-            *(self.shard.to(device), self.tail.to(device), self.world),
-        )
+        return replace(self, shard=self.shard.to(device), tail=self.tail.to(device))
 
 
 def shard_weight(weight: Tensor | QuantizedWeight, world: World) -> ShardedWeight:
@@ -99,7 +98,7 @@ def shard_weight(weight: Tensor | QuantizedWeight, world: World) -> ShardedWeigh
     parts, offset = {}, 0
     for name, tensor in tensors.items():
         offset = -(-offset // align) * align
-        parts[name] = Part(offset, tuple(tensor.shape), tensor.dtype)
+        parts[name] = Part(offset=offset, shape=tuple(tensor.shape), dtype=tensor.dtype)
         offset += parts[name].nbytes
     each = offset // world.size
     start = world.rank * each
@@ -109,7 +108,15 @@ def shard_weight(weight: Tensor | QuantizedWeight, world: World) -> ShardedWeigh
         for a, b in ((start, start + each), (each * world.size, offset))
     )
     shape = (weight.shape[0], weight.shape[1])
-    return ShardedWeight(shape, weight.dtype, format, parts, shard, tail, world)
+    return ShardedWeight(
+        shape=shape,
+        dtype=weight.dtype,
+        format=format,
+        parts=parts,
+        shard=shard,
+        tail=tail,
+        world=world,
+    )
 
 
 def _bytes_between(

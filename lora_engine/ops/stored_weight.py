@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import NamedTuple
 
@@ -79,10 +79,7 @@ class StoredWeight(ShardedWeight):
         stored = self.stored
         if isinstance(stored, Held):
             stored = HostMemory(device).write(stored.image)
-        return StoredWeight(
-            *(self.shape, self.dtype, self.format, self.parts, self.shard, self.tail, ALONE),
-            *(stored, device, self.sha256),
-        )
+        return replace(self, stored=stored, where=device)
 
 
 class _Copying(NamedTuple):
@@ -126,6 +123,14 @@ def store_weight(weight: Tensor | QuantizedWeight, place: ScratchFile | HostMemo
     parts: Mapping[str, Part] = whole.parts
     sha256 = hashlib.sha256(image.numpy()).hexdigest()  # type: ignore[arg-type]
     return StoredWeight(
-        *(whole.shape, whole.dtype, whole.format, parts, empty, empty, ALONE),
-        *(place.write(image), device, sha256),
+        shape=whole.shape,
+        dtype=whole.dtype,
+        format=whole.format,
+        parts=parts,
+        shard=empty,
+        tail=empty,
+        world=ALONE,
+        stored=place.write(image),
+        where=device,
+        sha256=sha256,
     )

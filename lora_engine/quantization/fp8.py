@@ -72,7 +72,13 @@ class Fp8:
     def packed_rows(self, tensors: Mapping[str, Tensor], start: int, stop: int) -> Scaled:
         """Rows [start, stop) as kernels decode them."""
         scale = self._of_rows(tensors["scale"], start, stop).float()
-        return Scaled(tensors["codes"][start:stop], "e4m3", scale, 0.0, self.cols)
+        return Scaled(
+            codes=tensors["codes"][start:stop],
+            element="e4m3",
+            scale=scale,
+            zero=0.0,
+            group=self.cols,
+        )
 
     @property
     def rows_together(self) -> int:

@@ -125,7 +125,13 @@ class Int4Group:
             zero = self._zeros(tensors["zero"], start, stop)
         codes = tensors["codes"][start:stop].view(torch.uint8)
         element: Literal["uint4", "uint8"] = "uint4" if self.bits == 4 else "uint8"
-        return Scaled(codes, element, tensors["scale"][start:stop].float(), zero, self.group)
+        return Scaled(
+            codes=codes,
+            element=element,
+            scale=tensors["scale"][start:stop].float(),
+            zero=zero,
+            group=self.group,
+        )
 
     @property
     def rows_together(self) -> int:

@@ -71,7 +71,14 @@ class Int8:
         """Rows [start, stop) as kernels decode them."""
         codes = tensors["codes"][start:stop].view(torch.uint8)
         scale = tensors["scale"][start:stop].float()
-        return Scaled(codes, "int8", scale, 0.0, self.group, 1 / 127 if self.absmax else 1.0)
+        return Scaled(
+            codes=codes,
+            element="int8",
+            scale=scale,
+            zero=0.0,
+            group=self.group,
+            factor=1 / 127 if self.absmax else 1.0,
+        )
 
     @property
     def rows_together(self) -> int:

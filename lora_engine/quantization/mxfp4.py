@@ -49,7 +49,9 @@ class Mxfp4:
     def packed_rows(self, tensors: Mapping[str, Tensor], start: int, stop: int) -> Scaled:
         """Rows [start, stop) as kernels decode them."""
         scale = _powers(tensors["scale"][start:stop])
-        return Scaled(tensors["codes"][start:stop], "e2m1", scale, 0.0, BLOCK)
+        return Scaled(
+            codes=tensors["codes"][start:stop], element="e2m1", scale=scale, zero=0.0, group=BLOCK
+        )
 
     @property
     def rows_together(self) -> int:

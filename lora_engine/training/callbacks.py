@@ -63,10 +63,10 @@ class _Methods(NamedTuple):
 
 def _methods_of(callback: object) -> _Methods:
     return _Methods(
-        getattr(callback, "on_start", None),
-        getattr(callback, "on_step", None),
-        getattr(callback, "on_eval", None),
-        getattr(callback, "on_end", None),
+        on_start=getattr(callback, "on_start", None),
+        on_step=getattr(callback, "on_step", None),
+        on_eval=getattr(callback, "on_eval", None),
+        on_end=getattr(callback, "on_end", None),
     )
 
 

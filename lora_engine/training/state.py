@@ -158,12 +158,12 @@ def _result(saved: SavedResult | None) -> HeldoutResult | None:
         return None
     probe = saved.get("probe")
     return HeldoutResult(
-        saved["loss"],
-        saved["accuracy"],
-        saved["tokens"],
-        saved["targets"],
-        saved["metrics"],
-        None if probe is None else ProbeResult(**probe),
+        loss=saved["loss"],
+        accuracy=saved["accuracy"],
+        tokens=saved["tokens"],
+        targets=saved["targets"],
+        metrics=saved["metrics"],
+        probe=None if probe is None else ProbeResult(**probe),
     )
 
 

@@ -121,7 +121,13 @@ class TrainStep:
         tokens = sum(batch.num_tokens for batch in batches)
         targets = sum(batch.num_targets for batch in batches)
         loss = _loss_of(results, weight)
-        return StepResult(loss, grad_norm, tokens, targets, _means_of(results))
+        return StepResult(
+            loss=loss,
+            grad_norm=grad_norm,
+            tokens=tokens,
+            supervised_tokens=targets,
+            metrics=_means_of(results),
+        )
 
     def try_out(self, batch: PackedBatch) -> None:
         """Both passes of a micro-batch, for the memory that they take; they leave no trace.

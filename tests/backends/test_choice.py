@@ -148,31 +148,8 @@ def test_heads_wider_than_the_kernels_take_run_as_the_reference() -> None:
     assert choose(on_cpu("attention", sizes=Heads(512)), BARE).impl == "cpu"
 
 
-def test_flash_attention_takes_the_heads_of_its_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plans, "FLASH_HEADS", {90: (128, 256), None: (0, 64)})
-    with_flash = replace(WITH_GPU, flash=True)
-
-    def plan(heads: Heads, present: Present = with_flash, capability: int = 90, **more) -> str:
-        request = on_gpu("attention", capability, sizes=heads)
-        found = choose(replace(request, **{"dtype": torch.bfloat16, **more}), present)
-        assert found.impl == "triton"
-        assert isinstance(found.plan, Strategy)
-        return found.plan.name
-
-    assert plan(Heads(128)) == plan(Heads(256)) == plan(Heads(64), capability=80) == "flash"
-    assert plan(Heads(64)) == plan(Heads(128), capability=80) == "tiles"
-    assert (
-        plan(Heads(128, parents=True)) == plan(Heads(132)) == plan(Heads(128), WITH_GPU) == "tiles"
-    )
-    assert plan(Heads(128), dtype=torch.float32) == plan(Heads(128), impl="triton") == "tiles"
-    on_a_cpu = choose(on_cpu("attention", sizes=Heads(128)), replace(BARE, flash=True))
-    assert on_a_cpu.plan == Strategy(
-        "tiles", "the implementation's own kernels: there are no others"
-    )
-
-
 def test_cudnn_takes_equal_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plans, "CUDNN_HEADS", {90: (64, 128), None: (0, 0)})
+    monkeypatch.setattr(plans, "CUDNN_HEADS", {90: (64, 128)})
     monkeypatch.setattr(plans, "CUDNN_LENGTH", 128)
     present = replace(WITH_GPU, cudnn=True)
 
@@ -189,12 +166,17 @@ def test_cudnn_takes_equal_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
     assert plan(equal._replace(repeatable=True)) == "tiles"
     assert plan(Heads(256, length=2048)) == plan(equal, present=WITH_GPU) == "tiles"
     assert plan(equal, dtype=torch.float32) == plan(equal, impl="triton") == "tiles"
+    assert plan(Heads(132, length=2048)) == "tiles"
+    on_a_cpu = choose(on_cpu("attention", sizes=equal), replace(BARE, cudnn=True))
+    assert on_a_cpu.plan == Strategy(
+        "tiles", "the implementation's own kernels: there are no others"
+    )
 
 
 def test_kernels_for_hopper_take_the_heads_of_their_table(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plans, "HOPPER_HEADS", (64, 128))
-    monkeypatch.setattr(plans, "CUDNN_HEADS", {90: (64, 256), None: (0, 0)})
-    built = replace(WITH_GPU, architectures=("80", "90a"), cudnn=True, flash=True)
+    monkeypatch.setattr(plans, "CUDNN_HEADS", {90: (64, 256)})
+    built = replace(WITH_GPU, architectures=("80", "90a"), cudnn=True)
 
     def plan(heads: Heads, capability: int = 90, present: Present = built, **more) -> str:
         request = on_gpu("attention", capability, sizes=heads)

@@ -281,29 +281,6 @@ def test_kernels_of_mma_sync_on_a_gpu(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("options", [{}, {"causal": False}, {"window": 17}], ids=str)
-@pytest.mark.parametrize("rotated", [False, True], ids=["plain", "rotated"])
-def test_flash_attention_where_it_is_chosen(
-    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, options: dict, rotated: bool
-) -> None:
-    monkeypatch.setattr(backends, "attention_plan", lambda *_: "flash")
-    monkeypatch.setattr(launchers, "attention", lambda impl: pytest.fail("our kernels run"))
-    lengths = [1, 40, 0, 201]
-    gpu = torch.device("cuda")
-    bounds = cu_seqlens(lengths).to(gpu)
-    if rotated:
-        options = options | {name: x.to(gpu) for name, x in tables(sum(lengths), 64).items()}
-    check(
-        lambda q, k, v: ops.attention(q, k, v, bounds, **options),
-        lambda q, k, v: reference.attention(q, k, v, bounds, **options),
-        [x.to(gpu) for x in inputs(lengths, 4, 2, 64, dtype)],
-        tolerance=TOLERANCE[dtype],
-        floor=0.3,
-    )
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("rotated", [False, True], ids=["plain", "rotated"])
 @pytest.mark.parametrize(

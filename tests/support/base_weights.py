@@ -41,10 +41,6 @@ class LentBase:
         self._stored = [block.clone() for block in whole.split(height)]
         self._is_lent = False
 
-    @property
-    def nbytes(self) -> int:
-        return sum(block.nbytes for block in self._stored)
-
     def weight(self, i: int) -> Tensor | None:
         return None
 

@@ -72,15 +72,15 @@ def _is_readable(factor: Tensor, place: Tensor) -> bool:
 def _placed(factor: Tensor, place: Tensor, scale: float) -> LoraPlacing:
     rows, cols = factor.shape
     return LoraPlacing(
-        factor.data_ptr(),
-        dtype_code(factor.dtype),
-        place.data_ptr(),
-        rows,
-        cols,
-        factor.stride(0),
-        factor.stride(1),
-        place.stride(0),
-        scale,
+        factor=factor.data_ptr(),
+        dtype=dtype_code(factor.dtype),
+        place=place.data_ptr(),
+        rows=rows,
+        cols=cols,
+        row_stride=factor.stride(0),
+        col_stride=factor.stride(1),
+        place_stride=place.stride(0),
+        scale=scale,
     )
 
 

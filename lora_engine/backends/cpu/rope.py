@@ -6,7 +6,7 @@ from torch import Tensor
 from lora_engine.backends.cpu.launch import dtype_code, kernels, pointer
 from lora_engine.backends.cpu.structs import RopeArgs, RopeHeads
 
-NO_HEADS = RopeHeads(0, 0, 0, 0, 0, 0, 0)
+NO_HEADS = RopeHeads(x=0, y=0, heads=0, x_stride=0, x_head_stride=0, y_stride=0, y_head_stride=0)
 
 
 def rope(

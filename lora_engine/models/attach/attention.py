@@ -126,12 +126,12 @@ class AttentionForward(_ProjectedAttention):
     ) -> tuple[Tensor, Tensor | None]:
         module = self.module
         inputs = LayerInputs(
-            position_embeddings,
-            None if attention_mask is NO_MASK else attention_mask,
-            past_key_values,
-            cu_seq_lens_q,
-            sequence_parents,
-            max_length_q,
+            position_embeddings=position_embeddings,
+            attention_mask=None if attention_mask is NO_MASK else attention_mask,
+            past_key_values=past_key_values,
+            cu_seq_lens_q=cu_seq_lens_q,
+            sequence_parents=sequence_parents,
+            max_length_q=max_length_q,
         )
         whole = self.intact() and self.whole_sequences(inputs)
         if token_parts() is not None and not whole:

@@ -225,10 +225,10 @@ def attend(
 ) -> tuple[Tensor, Tensor | None]:
     """Attention as transformers' AttentionInterface wants it, [B, Q, Hq, D].
 
-    Whole causal sequences run on `ops.attention`. New tokens against a filled cache, other masks,
-    dropout and values of another width go to transformers' sdpa, with the same mask. The weights
-    [B, Hq, Q, K] come along where they are asked for (`weights_if_asked`). Raises UserError for
-    what neither knows, a soft-cap or sinks.
+    Whole sequences, causal or not, run on `ops.attention`. New tokens against a filled cache, other
+    masks, dropout and values of another width go to transformers' sdpa, with the same mask. The
+    weights [B, Hq, Q, K] come along where they are asked for (`weights_if_asked`). Raises UserError
+    for what neither knows, a soft-cap or sinks.
     """
     known = {
         "is_causal": is_causal,
@@ -270,7 +270,8 @@ def attend(
     )
     window = sliding_window or 0
     check_window(module, attention_mask, window)
-    if dropout or not causal or value.shape[-1] != head_dim:
+    ahead = not causal and (window > 0 or sequences.parents is not None)
+    if dropout or ahead or value.shape[-1] != head_dim:
         if sequences.parents is not None:
             raise UserError("sequences cannot share prefixes with dropout or other masks")
         mask = dense_mask(
@@ -287,6 +288,7 @@ def attend(
         sequences.cu_seqlens,
         head_dim=head_dim,
         softmax_scale=scaling,
+        causal=causal,
         window=window,
         parents=sequences.parents,
         equal_lengths=sequences.equal_lengths,

@@ -229,7 +229,7 @@ def _padded_batch(
         packed["input_ids"] = arguments.input_ids.flatten(0, 1).index_select(0, index)[None]
     if arguments.inputs_embeds is not None:
         packed["inputs_embeds"] = arguments.inputs_embeds.flatten(0, 1).index_select(0, index)[None]
-    return PaddedBatch(packed, index, place, (batch, length))
+    return PaddedBatch(packed=packed, index=index, place=place, shape=(batch, length))
 
 
 def _is_watched(module: nn.Module) -> bool:

@@ -147,4 +147,4 @@ def _cached_layer(number: int, layer: nn.Module) -> CachedLayer:
     forwards = _forwards_of(layer)
     assert forwards is not None
     decoder, attention = forwards
-    return CachedLayer(number, decoder.module, attention, decoder)
+    return CachedLayer(number=number, module=decoder.module, attention=attention, decoder=decoder)

@@ -38,7 +38,9 @@ class CoverageReport:
 
     def add(self, module: str, operation: str, replaced: bool, detail: str) -> None:
         """Notes one place."""
-        self.entries.append(Coverage(module, operation, replaced, detail))
+        self.entries.append(
+            Coverage(module=module, operation=operation, replaced=replaced, detail=detail)
+        )
 
     def count(self, weights: int, active: float, served: bool) -> None:
         """Counts weights; `active`: the share of them that one token is multiplied with."""

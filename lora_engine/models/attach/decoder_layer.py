@@ -68,12 +68,12 @@ class DecoderLayerForward(ReplacedForward):
         """As the layer's own forward; what is not ours to know goes to the attention module."""
         module = self.module
         inputs = LayerInputs(
-            position_embeddings,
-            None if attention_mask is NO_MASK else attention_mask,
-            past_key_values,
-            cu_seq_lens_q,
-            sequence_parents,
-            max_length_q,
+            position_embeddings=position_embeddings,
+            attention_mask=None if attention_mask is NO_MASK else attention_mask,
+            past_key_values=past_key_values,
+            cu_seq_lens_q=cu_seq_lens_q,
+            sequence_parents=sequence_parents,
+            max_length_q=max_length_q,
         )
         # transformers 5 checkpoints in the class's forward, which an instance's own replaces; its
         # first releases in __call__.
@@ -269,10 +269,10 @@ class DecoderLayerForward(ReplacedForward):
             return None
         mlp = _ours(module.mlp)
         branch = Branch(
-            qkv,
-            output,
-            (forward.qkv.dropout(), forward.output.dropout()),
-            forward.qkv.routes(x),
+            inner=qkv,
+            outer=output,
+            dropouts=(forward.qkv.dropout(), forward.output.dropout()),
+            routes=forward.qkv.routes(x),
             # The gradient of x is that of the MLP of the layer before, a layer like this one.
             grad_padding_columns=mlp.down.padding_columns if isinstance(mlp, MlpForward) else 0,
             rerun=rerun,
@@ -309,10 +309,10 @@ class DecoderLayerForward(ReplacedForward):
             return None
         attention = _ours(module.self_attn)
         branch = Branch(
-            gate_up,
-            down,
-            (forward.gate_up.dropout(), forward.down.dropout()),
-            forward.gate_up.routes(x),
+            inner=gate_up,
+            outer=down,
+            dropouts=(forward.gate_up.dropout(), forward.down.dropout()),
+            routes=forward.gate_up.routes(x),
             grad_padding_columns=attention.output.padding_columns
             if isinstance(attention, AttentionForward)
             else 0,

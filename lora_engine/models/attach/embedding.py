@@ -28,11 +28,11 @@ class EmbeddingForward(ReplacedForward):
         names = self.router.names
         adapters = [
             ops.LoraFactors(
-                module.lora_embedding_A[name],
-                module.lora_embedding_B[name],
-                module.scaling[name],
-                None,
-                names.index(name) if name in names else UNROUTED,
+                lora_a=module.lora_embedding_A[name],
+                lora_b=module.lora_embedding_B[name],
+                scaling=module.scaling[name],
+                magnitude=None,
+                adapter=names.index(name) if name in names else UNROUTED,
             )
             for name in module.active_adapters
             if name in module.lora_embedding_A and not module.disable_adapters

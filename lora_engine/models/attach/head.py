@@ -54,7 +54,11 @@ class Head:
     ) -> ops.HeadInput:
         """This head and rows of hidden states, as `ops.linear_divergence` takes them."""
         return ops.HeadInput(
-            hidden.to(self.weight.dtype), self.weight, self.bias, self.lora, self.softcap
+            hidden=hidden.to(self.weight.dtype),
+            weight=self.weight,
+            bias=self.bias,
+            lora=self.lora,
+            softcap=self.softcap,
         )
 
     @property
@@ -117,7 +121,7 @@ def output_head(model: nn.Module) -> Head:
         bias = own if bias is None else bias + own
         lora = replace(lora, bias=None)
     softcap = getattr(inner.config.get_text_config(), "final_logit_softcapping", None)
-    return Head(linear.weight, bias, lora, softcap)
+    return Head(weight=linear.weight, bias=bias, lora=lora, softcap=softcap)
 
 
 def why_no_head(model: nn.Module) -> str | None:

@@ -127,7 +127,9 @@ def _find(
         bounds = torch.arange(0, rows * length + 1, length, dtype=torch.int32, device=device)
         equal_lengths = True
     cos, sin = (_per_token(table, shape, index) for table in position_embeddings)
-    return Sequences(bounds, index, cos, sin, equal_lengths=equal_lengths)
+    return Sequences(
+        cu_seqlens=bounds, token_index=index, cos=cos, sin=sin, equal_lengths=equal_lengths
+    )
 
 
 def of_mask(mask: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -163,11 +163,11 @@ def _asked(forward: object) -> _Asked | None:
     if result is None or not names <= set(held):
         return None
     return _Asked(
-        tuple(held["outputs"]),
-        held["temperature"],
-        held["cast_lm_head_to_fp32"],
-        held["logit_scale"] != 1,
-        result,
+        outputs=tuple(held["outputs"]),
+        temperature=held["temperature"],
+        in_float32=held["cast_lm_head_to_fp32"],
+        changes_logits=held["logit_scale"] != 1,
+        result=result,
     )
 
 

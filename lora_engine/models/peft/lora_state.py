@@ -184,12 +184,12 @@ def active_factors(module: nn.Module, names: Sequence[str]) -> list[ops.LoraFact
         lora_b, bias = _lora_b(module, name)
         factors.append(
             ops.LoraFactors(
-                module.lora_A[name].weight,
-                lora_b,
-                module.scaling[name],
-                _magnitude(module, name),
-                names.index(name) if name in names else UNROUTED,
-                bias,
+                lora_a=module.lora_A[name].weight,
+                lora_b=lora_b,
+                scaling=module.scaling[name],
+                magnitude=_magnitude(module, name),
+                adapter=names.index(name) if name in names else UNROUTED,
+                bias=bias,
             )
         )
     return factors

@@ -60,7 +60,9 @@ def weight_4bit(layer: PackedLinear) -> QuantizedWeight:
         tensors["nested_code"] = state.state2.code
         tensors["offset"] = state.offset
     format = Blockwise4bit(state.quant_type, state.blocksize, state.nested)
-    return QuantizedWeight(format, tensors, (state.shape[0], state.shape[1]), state.dtype)
+    return QuantizedWeight(
+        format=format, tensors=tensors, shape=(state.shape[0], state.shape[1]), dtype=state.dtype
+    )
 
 
 def why_not_8bit(layer: Int8Linear) -> str | None:
@@ -82,7 +84,7 @@ def weight_8bit(layer: Int8Linear, dtype: torch.dtype) -> QuantizedWeight:
     assert absmax is not None
     tensors = {"codes": layer.weight.detach().as_subclass(Tensor), "scale": absmax.view(-1, 1)}
     shape = layer.out_features, layer.in_features
-    return QuantizedWeight(Int8(absmax=True), tensors, shape, dtype)
+    return QuantizedWeight(format=Int8(absmax=True), tensors=tensors, shape=shape, dtype=dtype)
 
 
 def _absmax(layer: Int8Linear) -> Tensor | None:

@@ -36,4 +36,6 @@ def weight_fp8(layer: Fp8Linear, dtype: torch.dtype) -> QuantizedWeight:
     rows, cols = layer.block_size or (0, 0)
     format = Fp8(rows, cols, str(scale.dtype).removeprefix("torch."))
     tensors = {"codes": weight.view(torch.uint8), "scale": scale.view(1, 1) if not rows else scale}
-    return QuantizedWeight(format, tensors, (layer.out_features, layer.in_features), dtype)
+    return QuantizedWeight(
+        format=format, tensors=tensors, shape=(layer.out_features, layer.in_features), dtype=dtype
+    )

@@ -39,7 +39,10 @@ class QuantizedLinear(nn.Linear):
         codes = self.weight.detach().view(self._codes_shape)
         tensors = {"codes": codes, **self._scales}
         return QuantizedWeight(
-            self.format, tensors, (self.out_features, self.in_features), self.dtype
+            format=self.format,
+            tensors=tensors,
+            shape=(self.out_features, self.in_features),
+            dtype=self.dtype,
         )
 
     def dequantize(self) -> Tensor:

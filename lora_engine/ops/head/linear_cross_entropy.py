@@ -79,7 +79,9 @@ def linear_cross_entropy(
     Raises ValueError where shapes or dtypes do not fit, a target is not a row of weight, or an
     option is no sensible number.
     """
-    options = LossOptions(ignore_index, label_smoothing, softcap, z_loss)
+    options = LossOptions(
+        ignore_index=ignore_index, label_smoothing=label_smoothing, softcap=softcap, z_loss=z_loss
+    )
     options.check("linear_cross_entropy")
     _check_head(hidden, weight, bias, lora)
     check(
@@ -111,11 +113,11 @@ def linear_cross_entropy(
         )
         loss = _reduce(by_row.loss, target, reduction, ignore_index)
         return LinearCrossEntropy(
-            loss,
-            by_row.logprob.detach(),
-            by_row.correct,
-            by_row.entropy if entropy else None,
-            by_row.mean_logit if mean_logit else None,
+            loss=loss,
+            logprobs=by_row.logprob.detach(),
+            correct=by_row.correct,
+            entropy=by_row.entropy if entropy else None,
+            mean_logit=by_row.mean_logit if mean_logit else None,
         )
     if temperature != 1:
         hidden, bias = hidden / temperature, None if bias is None else bias / temperature
@@ -133,7 +135,16 @@ def linear_cross_entropy(
     extents = hidden.shape[0], weight.shape[0]
     rows = chunk_rows or backends.chunk_rows(hidden.device, hidden.dtype, *extents)
     kernels = launchers.cross_entropy(impl)
-    job = _Job(options, reduction, entropy, mean_logit, rows, scaling, wanted, kernels)
+    job = _Job(
+        options=options,
+        reduction=reduction,
+        entropy=entropy,
+        mean_logit=mean_logit,
+        chunk_rows=rows,
+        scaling=scaling,
+        wanted=wanted,
+        kernels=kernels,
+    )
     return LinearCrossEntropy(*_LinearCrossEntropy.apply(*inputs, target.contiguous(), job))
 
 
@@ -251,7 +262,9 @@ class _Saved(NamedTuple):
         assert hidden is not None and weight is not None
         assert target is not None and lse is not None
         return LogitsAgain(
-            parameters=HeadParameters(weight, self.bias, self.lora_a, self.lora_b),
+            parameters=HeadParameters(
+                weight=weight, bias=self.bias, lora_a=self.lora_a, lora_b=self.lora_b
+            ),
             wanted=job.wanted,
             scaling=job.scaling,
             chunks=job.chunks(hidden.shape[0]),
@@ -278,7 +291,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             job.reduction == "none",
             job.wanted.trains_head,
         )
-        parameters = HeadParameters(weight, bias, lora_a, lora_b)
+        parameters = HeadParameters(weight=weight, bias=bias, lora_a=lora_a, lora_b=lora_b)
         head = LinearHead.of(parameters, job.scaling)
         chunks = job.chunks(rows)
         # The backward pass may need logits again: for the head's gradients, or the entropy's.

@@ -95,7 +95,15 @@ def linear_divergence(
     rows = chunk_rows or backends.chunk_rows(
         student.hidden.device, student.hidden.dtype, *(len(student.hidden), len(student.weight))
     )
-    job = _Job(teacher, beta, temperature, student.softcap, scaling, rows, wanted)
+    job = _Job(
+        teacher=teacher,
+        beta=beta,
+        temperature=temperature,
+        softcap=student.softcap,
+        scaling=scaling,
+        chunk_rows=rows,
+        wanted=wanted,
+    )
     return LinearDivergence(*_LinearDivergence.apply(*inputs, job))
 
 
@@ -142,7 +150,7 @@ class _LinearDivergence(torch.autograd.Function):
         lora_b: Tensor | None,
         job: _Job,
     ) -> tuple[Tensor, Tensor]:
-        parameters = HeadParameters(weight, bias, lora_a, lora_b)
+        parameters = HeadParameters(weight=weight, bias=bias, lora_a=lora_a, lora_b=lora_b)
         head, (theirs, their_hidden) = LinearHead.of(parameters, job.scaling), _of(job.teacher)
         step, rows = job.chunk_rows, hidden.shape[0]
         chunks = [slice(begin, min(begin + step, rows)) for begin in range(0, rows, step)]

@@ -99,12 +99,12 @@ def attention_block(
     accumulate = accumulate_dtype(x.dtype)
     inner, outer = products(x, branch, impl)
     call = _AttentionCall(
-        norm,
-        inner,
-        outer,
-        branch.grad_padding_columns,
-        impl,
-        branch.rerun,
+        norm=norm,
+        inner=inner,
+        outer=outer,
+        grad_padding_columns=branch.grad_padding_columns,
+        impl=impl,
+        rerun=branch.rerun,
         heads=heads,
         scale=head_dim**-0.5 if softmax_scale is None else softmax_scale,
         window=window,

@@ -81,10 +81,12 @@ class DecodeStack:
         prepared = []
         for layer in layers:
             groups = (layer.qkv, layer.output, layer.gate_up, layer.down)
-            products = [prepare(group, rows) for group in groups]
-            if None in products:
+            qkv, output, gate_up, down = (prepare(group, rows) for group in groups)
+            if qkv is None or output is None or gate_up is None or down is None:
                 return None
-            prepared.append(_Prepared(layer, *(p for p in products if p is not None)))
+            prepared.append(
+                _Prepared(layer=layer, qkv=qkv, output=output, gate_up=gate_up, down=down)
+            )
         base = layers[0].qkv.base
         if not backends.runs_fused("decode_stack", base.device, base.dtype):
             return None

@@ -84,7 +84,7 @@ def activate_backward(
         d_a = outer.lora_a_gradient(outer_ds, h, outer_wanted)
         dys = inner.claim_gradient(parts)
         ds, d_b = inner.fill_ds(dys, inner_s, wanted, scaled)
-        return dys, FactorGradients(ds, d_b, d_a)
+        return dys, FactorGradients(inner_ds=ds, inner_d_b=d_b, outer_d_a=d_a)
     dys = inner.claim_gradient(parts)
     inner_ds = dys[:, sum(inner.group.out_features) :]
     of_inner = inner.dy_gradients(inner_ds, inner_s, wanted, scaled)
@@ -95,7 +95,7 @@ def activate_backward(
     one_pass.glu_lora_bwd(dh, gate, up, dgate, dup, of_inner, of_outer, activation=activation)
     inner.route(of_inner.ds, None if scaled is None else scaled.ds)
     d_a = None if of_outer is None else of_outer.d_lora_a
-    return dys, FactorGradients(of_inner.ds, of_inner.d_lora_b, d_a)
+    return dys, FactorGradients(inner_ds=of_inner.ds, inner_d_b=of_inner.d_lora_b, outer_d_a=d_a)
 
 
 def _rank(product: LoraProduct) -> int:

@@ -68,7 +68,15 @@ def mlp_block(
         if kernels is not None:
             return _of_few_rows(kernels, x, norm, branch, activation, impl)
     inner, outer = products(x, branch, impl)
-    call = _MlpCall(norm, inner, outer, branch.grad_padding_columns, impl, branch.rerun, activation)
+    call = _MlpCall(
+        norm=norm,
+        inner=inner,
+        outer=outer,
+        grad_padding_columns=branch.grad_padding_columns,
+        impl=impl,
+        rerun=branch.rerun,
+        activation=activation,
+    )
     out: Tensor = _MlpBlock.apply(x, norm.weight, call, *call.tensors())
     return out
 

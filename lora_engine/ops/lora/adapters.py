@@ -59,7 +59,11 @@ class AdapterSet:
             for factors in members:
                 _check_factors(factors, span.stop - span.start, in_features)
                 rank = factors.lora_a.shape[0]
-                blocks.append(Block(factors, i, span, slice(column, column + rank)))
+                blocks.append(
+                    Block(
+                        factors=factors, linear=i, rows=span, columns=slice(column, column + rank)
+                    )
+                )
                 column += rank
             spans.append((span, slice(start, column)))
         return AdapterSet(tuple(blocks), tuple(spans))
@@ -73,7 +77,11 @@ class AdapterSet:
     def parts(self) -> tuple[AdapterPart, ...]:
         """Of each block what its gradient of B is made of; a scaling that is a tensor is left."""
         return tuple(
-            AdapterPart(b.rows, b.columns, 1.0 if b.scales_by_tensor else b.factors.scaling)
+            AdapterPart(
+                rows=b.rows,
+                columns=b.columns,
+                scale=1.0 if b.scales_by_tensor else b.factors.scaling,
+            )
             for b in self.blocks
         )
 
@@ -100,7 +108,10 @@ class AdapterSet:
     def tensors(self, biases: Sequence[Tensor | None]) -> OfGroup[Tensor | None]:
         """All that a product's gradients go to, for linears that have `biases` of their own."""
         all_factors = [block.factors for block in self.blocks]
-        adapters = [OfAdapter(f.lora_a, f.lora_b, f.magnitude, f.bias) for f in all_factors]
+        adapters = [
+            OfAdapter(lora_a=f.lora_a, lora_b=f.lora_b, magnitude=f.magnitude, bias=f.bias)
+            for f in all_factors
+        ]
         return OfGroup(adapters, list(biases))
 
     def route(self, ids: Tensor, columns: int) -> Tensor:

@@ -48,7 +48,7 @@ def added_gradients(adapters: AdapterSet, needs: OfGroup[bool]) -> Sequence[Adde
             return ()
         if block.scales_by_tensor or not (_fits(a, factors.lora_a) and _fits(b, factors.lora_b)):
             return ()
-        added.append(Added(part, a, b))
+        added.append(Added(part=part, lora_a=a, lora_b=b))
     return added
 
 

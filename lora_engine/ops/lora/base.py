@@ -51,10 +51,6 @@ class BaseWeight(Protocol):
         """How the weights are stored: one of `backends.choice.FORMATS`."""
 
     @property
-    def nbytes(self) -> int:
-        """The memory held for as long as the base lives, here and now."""
-
-    @property
     def is_augmentable(self) -> bool:
         """Whether W can be lent together with the adapters' factors, as one operand."""
 
@@ -149,11 +145,6 @@ class DenseBase:
                 for w in weights
             )
         )
-
-    @property
-    def nbytes(self) -> int:
-        """The buffer's."""
-        return self.buffer.nbytes
 
     def weight(self, i: int) -> Tensor:
         """Linear i's weight [N_i, K], a view of the buffer."""

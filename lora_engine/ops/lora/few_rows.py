@@ -79,10 +79,12 @@ def _prepared(kernels: FewRows, group: LoraGroup) -> PreparedGroup:
     linears = zip(group.out_features, group.biases, counts, strict=True)
     factors = [block.factors for block in blocks]
     return PreparedGroup(
-        kernels,
-        weight,
-        [GroupLinear(rows=rows, bias=bias, adapters=own) for rows, bias, own in linears],
-        [GroupAdapter(lora_a=f.lora_a, lora_b=f.lora_b, scaling=f.scaling) for f in factors],
+        kernels=kernels,
+        weight=weight,
+        linears=[GroupLinear(rows=rows, bias=bias, adapters=own) for rows, bias, own in linears],
+        adapters=[
+            GroupAdapter(lora_a=f.lora_a, lora_b=f.lora_b, scaling=f.scaling) for f in factors
+        ],
     )
 
 

@@ -92,7 +92,14 @@ class LoraGroup:
 
     def _strategy(self, rows: int, outer: int, inner: int, masked: bool) -> str:
         base = self.base
-        sizes = Product(rows, outer, inner, self.padded_rank, masked, base.is_augmentable)
+        sizes = Product(
+            m=rows,
+            n=outer,
+            k=inner,
+            r=self.padded_rank,
+            dropout=masked,
+            augmentable=base.is_augmentable,
+        )
         return backends.product_strategy(base.device, base.dtype, sizes, base.format)
 
     def set_adapters(self, adapters: Sequence[Adapters]) -> None:
@@ -121,7 +128,9 @@ class LoraGroup:
             dora = magnitude_scale(self.base, adapters)
         if adapters.has_bias or any(bias is not None for bias in self.biases):
             bias = self._bias(adapters)
-        return Filling(self.placed.writes, adapters, self.biases, bias, dora)
+        return Filling(
+            write=self.placed.writes, adapters=adapters, biases=self.biases, bias=bias, dora=dora
+        )
 
     def fill_again(self, filling: Filling, kernels: lora_contracts.LoraLinear) -> None:
         """Places the factors of `filling` again, if others were placed since."""

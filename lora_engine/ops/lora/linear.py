@@ -81,7 +81,9 @@ def checked_product(
     if routes is not None and group.padded_rank:
         columns = group.adapters.route(routes.reshape(-1), group.padded_rank)
     kernels = launchers.lora_linear(impl)
-    return LoraProduct(group, group.fill(kernels), kernels, dropout, columns)
+    return LoraProduct(
+        group=group, filling=group.fill(kernels), kernels=kernels, dropout=dropout, columns=columns
+    )
 
 
 def _check(x: Tensor, group: LoraGroup, routes: Tensor | None) -> None:
@@ -103,7 +105,11 @@ def adapted_linears(group: LoraGroup) -> list[AdaptedLinear]:
     """The group's linears, each by itself, as the reference takes them."""
     blocks = group.adapters.blocks
     return [
-        AdaptedLinear(group.base.read(rows), [b.factors for b in blocks if b.linear == i], bias)
+        AdaptedLinear(
+            weight=group.base.read(rows),
+            adapters=[b.factors for b in blocks if b.linear == i],
+            bias=bias,
+        )
         for i, (rows, bias) in enumerate(zip(group.rows, group.biases, strict=True))
     ]
 
@@ -154,7 +160,7 @@ def _forward(x: Tensor, product: LoraProduct) -> tuple[tuple[Tensor, ...], _Save
         rows = as_rows(augmented.operand(x))
         low_rank = rows.new_empty(rows.shape[0], group.padded_rank)
         y, unscaled = product.forward_apart(rows, low_rank)
-    return _outputs(y, x.shape, group), _Saved(rows, low_rank, unscaled)
+    return _outputs(y, x.shape, group), _Saved(x=rows, s=low_rank, unscaled=unscaled)
 
 
 def _outputs(y: Tensor, shape: torch.Size, group: LoraGroup) -> tuple[Tensor, ...]:

@@ -30,7 +30,11 @@ class PlacedFactors:
             self.lora_b.zero_()
             self._adapters = adapters
             self._placings = [
-                Placing(b.factors, self.lora_a[b.columns], self.lora_b[b.rows, b.columns])
+                Placing(
+                    factors=b.factors,
+                    lora_a=self.lora_a[b.columns],
+                    lora_b=self.lora_b[b.rows, b.columns],
+                )
                 for b in adapters.blocks
             ]
         kernels.place_factors(self.lora_a, self.lora_b, self._placings)

@@ -210,8 +210,17 @@ class LoraProduct:
             return None, None
         dy, ds = dys.split_with_sizes(self.group.placed.lora_b.shape, dim=1)
         made = self.dy_gradients(ds, s, wanted, scaled)
-        added = wanted.added if wanted.lora_b else ()
-        self.kernels.lora_b_bwd(dy, *made, added)
+        self.kernels.lora_b_bwd(
+            dy,
+            made.lora_b,
+            made.s,
+            made.ds,
+            made.d_lora_b,
+            made.spans,
+            parts=made.parts,
+            scaled=made.scaled,
+            added=wanted.added if wanted.lora_b else (),
+        )
         self.route(made.ds, None if scaled is None else scaled.ds)
         return made.ds, made.d_lora_b
 
@@ -223,8 +232,15 @@ class LoraProduct:
         if wanted.lora_b and not wanted.added:
             dtype = accumulate_dtype(ds.dtype)
             d_lora_b = torch.empty(adapters.size_of_b, dtype=dtype, device=ds.device)
-        parts = adapters.spans, adapters.parts
-        return DyGradients(lora_b, s, ds, d_lora_b, *parts, scaled)
+        return DyGradients(
+            lora_b=lora_b,
+            s=s,
+            ds=ds,
+            d_lora_b=d_lora_b,
+            spans=adapters.spans,
+            parts=adapters.parts,
+            scaled=scaled,
+        )
 
     def input_gradient(self, dys: Tensor) -> Tensor:
         """dX [M, K] from `dys` with dS filled in."""
@@ -256,17 +272,19 @@ class LoraProduct:
         if not wanted.lora_a or ds is None:
             return None
         if wanted.added:
-            self.kernels.lora_a_bwd(ds, x, None, self.spans, self.dropout, scaled, wanted.added)
+            self.kernels.lora_a_bwd(
+                ds, x, None, self.spans, self.dropout, scaled=scaled, added=wanted.added
+            )
             return None
         made = self.x_gradient(ds)
-        self.kernels.lora_a_bwd(ds, x, made.d_lora_a, self.spans, self.dropout, scaled)
+        self.kernels.lora_a_bwd(ds, x, made.d_lora_a, self.spans, self.dropout, scaled=scaled)
         return made.d_lora_a
 
     def x_gradient(self, ds: Tensor) -> XGradient:
         """What is to be made of dS and X, not yet written; see `lora_a_gradient`."""
         shape = self.group.placed.lora_a.shape
         d_lora_a = torch.empty(shape, dtype=accumulate_dtype(ds.dtype), device=ds.device)
-        return XGradient(ds, d_lora_a, self.spans)
+        return XGradient(ds=ds, d_lora_a=d_lora_a, spans=self.spans)
 
     def factor_gradients(
         self,
@@ -310,7 +328,9 @@ class LoraProduct:
                 d_magnitude = d_scale.to(factors.lora_a.dtype)
             if needed.bias and factors.bias is not None:
                 d_bias = (sums[block.linear] * factors.scaling).to(factors.bias.dtype)
-            gradients.adapters.append(OfAdapter(d_a, d_b, d_magnitude, d_bias))
+            gradients.adapters.append(
+                OfAdapter(lora_a=d_a, lora_b=d_b, magnitude=d_magnitude, bias=d_bias)
+            )
         for i, (bias, wanted) in enumerate(zip(self.filling.biases, named.biases, strict=True)):
             d_bias = sums[i].to(bias.dtype) if wanted and bias is not None else None
             gradients.biases.append(d_bias)
@@ -333,7 +353,7 @@ class LoraProduct:
         # Gradients of double precision are not for totals of single precision.
         if not backends.adds_gradients(base.device) or base.dtype == torch.float64:
             return Wanted(any_a, any_b)
-        return Wanted(any_a, any_b, added_gradients(adapters, _by_name(*key)))
+        return Wanted(lora_a=any_a, lora_b=any_b, added=added_gradients(adapters, _by_name(*key)))
 
 
 class _Wanted(NamedTuple):
@@ -355,9 +375,9 @@ def _wanted(needs: tuple[bool, ...], adapters: int) -> _Wanted:
     named = _by_name(needs, adapters)
     of_adapters = named.adapters
     return _Wanted(
-        any(a.lora_a for a in of_adapters),
-        any(a.lora_b for a in of_adapters),
-        any(named.biases) or any(a.bias for a in of_adapters),
+        lora_a=any(a.lora_a for a in of_adapters),
+        lora_b=any(a.lora_b for a in of_adapters),
+        biases=any(named.biases) or any(a.bias for a in of_adapters),
     )
 
 

@@ -75,11 +75,6 @@ class QuantizedBase:
         packed = [weight for weight in weights if isinstance(weight, QuantizedWeight)]
         return len(packed) == len(weights) and len(set(map(_kind, packed))) == 1
 
-    @property
-    def nbytes(self) -> int:
-        """Of the packed weights."""
-        return sum(weight.nbytes for weight in self.weights)
-
     def weight(self, i: int) -> Tensor | None:
         """None: linear i's weight is nowhere but in packed bits."""
         return None

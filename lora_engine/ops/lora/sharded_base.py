@@ -39,12 +39,6 @@ class ShardedBase:
         sharded = [weight for weight in weights if isinstance(weight, ShardedWeight)]
         return len(sharded) == len(weights) and len(set(map(_kind, sharded))) == 1
 
-    @property
-    def nbytes(self) -> int:
-        """Of the shards."""
-        weights = self._group.weights
-        return sum(weight.shard.nbytes + weight.tail.nbytes for weight in weights)
-
     def weight(self, i: int) -> Tensor | None:
         """None: linear i's weight is nowhere whole."""
         return None

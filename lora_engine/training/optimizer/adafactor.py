@@ -66,14 +66,17 @@ class FlatAdafactor(FlatOptimizer):
         if entry.name in self.whole:
             moments = self.whole[entry.name]
             moments.lerp_((g * clipping).square_().add_(EPS), new)
-            found.append(_Scaled(w, g, moments.rsqrt(), None))
+            found.append(_Scaled(params=w, grads=g, columns=moments.rsqrt(), rows=None))
         else:
             states = _matrices(self.row[entry.name], 1), _matrices(self.column[entry.name], 1)
             for of_w, of_g, row, column in zip(_matrices(w), _matrices(g), *states, strict=True):
                 self._factor(of_g, clipping, row, column, new)
                 rows, columns = (row / row.mean()).rsqrt_()[:, None], column.rsqrt()
                 parts = self._rows(of_g)
-                found += [_Scaled(of_w[part], of_g[part], columns, rows[part]) for part in parts]
+                found += [
+                    _Scaled(params=of_w[part], grads=of_g[part], columns=columns, rows=rows[part])
+                    for part in parts
+                ]
         total = torch.stack([each.update(clipping).square_().sum() for each in found]).sum()
         rms = (total / max(1, entry.numel)).sqrt_()
         factor = learning_rate / (rms / LARGEST_RMS).clamp_(min=1)

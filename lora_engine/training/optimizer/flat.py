@@ -337,7 +337,15 @@ def _layout(
         for group in members:
             parameters = tuple(parameter for _, parameter in group)
             strides = tuple(map(compact_strides, parameters))
-            entries.append(FlatEntry(group[0][0], parameters, strides, offset, rate))
+            entries.append(
+                FlatEntry(
+                    name=group[0][0],
+                    parameters=parameters,
+                    strides=strides,
+                    offset=offset,
+                    rate=rate,
+                )
+            )
             offset += -(-parameters[0].numel() // step) * step
         if len(by_rate) > 1:
             offset = -(-offset // rate_step) * rate_step

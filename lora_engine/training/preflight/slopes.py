@@ -231,7 +231,12 @@ class _Slopes:
             sides.append((change, self.trial.loss() - self.here))
         (said_on, on), (said_back, back) = sides
         asked = sum(length * self.slope[name] for name, length in lengths.items())
-        return _Probe(asked, (said_back - said_on) / 2, (back - on) / 2, (on + back) / 2)
+        return _Probe(
+            asked=asked,
+            expected=(said_back - said_on) / 2,
+            actual=(back - on) / 2,
+            bend=(on + back) / 2,
+        )
 
     def _noise(self) -> float:
         """How far the loss moves by rounding alone: by steps too short to change it otherwise."""

@@ -241,7 +241,7 @@ class RunFolder:
             )
             state.best = state.best_step = None
         written, source = Written(*content["metrics"]), content.get("source")
-        return Loaded(state, written, content["of_run"], source)
+        return Loaded(state=state, metrics=written, of_run=content["of_run"], source=source)
 
     def load_weights(self, step: int, flat: FlatParameters) -> None:
         """Bring back the weights of a checkpoint. Raises UserError if it is damaged."""

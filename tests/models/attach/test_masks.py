@@ -6,6 +6,7 @@ import torch
 from transformers import masking_utils as theirs
 
 from lora_engine.errors import UserError
+from lora_engine.models.attach import attention_function
 from lora_engine.models.attach.attention_function import attend, padding_mask, proving
 from lora_engine.models.attach.masks import causal_mask, dense_mask
 
@@ -110,6 +111,26 @@ def test_attention_with_dropout_is_causal_and_skips_padding(padded: bool) -> Non
     actual, _ = attend(module, q, k, v, given, dropout=1e-9)
     kept = mask.bool() if padded else torch.ones(2, 6, dtype=torch.bool)
     assert torch.allclose(actual[kept], expected[kept], atol=1e-5)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_attention_that_is_not_causal_is_one_operation(
+    padded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No mask [Q, K] is made; with a window, which sees no token ahead, one is."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 4, 6, 8)
+    kept = torch.ones(2, 6, dtype=torch.bool)
+    kept[1, :2] = not padded
+    given = kept.long() if padded else None
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, kept[:, None, None])
+    module = torch.nn.Module()
+    with monkeypatch.context() as patched:
+        patched.setattr(attention_function, "sdpa", lambda *_, **__: pytest.fail("sdpa runs"))
+        actual, _ = attend(module, q, k, v, given, is_causal=False)
+    assert torch.allclose(actual[kept], expected.transpose(1, 2)[kept], atol=1e-5)
+    near, _ = attend(module, q, k, v, given, is_causal=False, sliding_window=2)
+    assert not torch.allclose(near[kept], actual[kept], atol=1e-3)
 
 
 def test_within_a_proof_a_layer_has_the_window_of_its_mask() -> None:

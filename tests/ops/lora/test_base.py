@@ -88,10 +88,11 @@ def test_a_group_says_how_its_products_are_made(kind: str) -> None:
     assert group.backward_strategy(64, masked=True) == "base_add"
 
 
-def test_bytes_are_those_that_are_held() -> None:
+def test_the_buffer_is_the_weights_and_the_place_of_factors() -> None:
     rank = 8  # 6, in whole 16 bytes of float32
-    assert base_of("dense").nbytes == (sum(OUTS) + rank) * (FEATURES + rank) * 4
-    assert base_of("blocks").nbytes == WHOLE.numel() * 8
+    base = base_of("dense")
+    assert isinstance(base, DenseBase)
+    assert base.buffer.shape == (sum(OUTS) + rank, FEATURES + rank)
 
 
 class TestDense:
