@@ -160,11 +160,44 @@ def dead_ends(source: str) -> Iterator[str]:
             yield f"line {node.lineno}: {called}"
         if (
             isinstance(node.func, ast.Subscript)
-            and called[0].islower()  # not Generic[T]()
-            and called.partition("[")[0] not in ("dict", "list", "set")
+            and not is_a_type(ast.unparse(node.func.value))
             and not is_spelled_out(node.func.slice)
         ):
             yield f"line {node.lineno}: what is called is looked up"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Subscript):
+            table, key = node.value, node.slice
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.args:
+            if node.func.attr != "get":
+                continue
+            table, key = node.func.value, node.args[0]
+        else:
+            continue
+        if ast.unparse(table) in tables(tree) and not is_spelled_out(key):
+            yield f"line {node.lineno}: a table of what is defined elsewhere"
+
+
+def is_a_type(name: str) -> bool:
+    """Whether `name[T]` is a generic type, by how names are written: Joined, _OfGroup, list."""
+    last = name.split(".")[-1].lstrip("_")
+    return last in ("dict", "list", "set") or (last[:1].isupper() and not last.isupper())
+
+
+def tables(tree: ast.Module) -> set[str]:
+    """The module's dictionaries of functions, classes and objects, none of them written there."""
+    found = set()
+    for node in tree.body:
+        if isinstance(node, ast.Assign | ast.AnnAssign):
+            target = node.targets[0] if isinstance(node, ast.Assign) else node.target
+            value = node.value
+            named = isinstance(value, ast.Dict) and any(
+                isinstance(each, ast.Name | ast.Attribute | ast.Lambda)
+                and not ast.unparse(each).startswith("torch.")  # dtypes
+                for each in value.values
+            )
+            if named or isinstance(value, ast.DictComp):
+                found.add(ast.unparse(target))
+    return found
 
 
 def test_a_batch_passes_through_typed_code_without_lookups_by_string(passed: set[Path]) -> None:
@@ -216,6 +249,10 @@ def test_the_whole_way_is_seen(passed: set[Path]) -> None:
         "getattr(kernels, name)()",
         "setattr(module, f'{name}_fwd', 1)",
         "launchers[name](x)",
+        "_READERS[kind](path)",
+        "{'a': f}[name]()",
+        "FORMATS = {f.name: f for f in ALL}\nformat = FORMATS[name]",
+        "READERS = {'a': read_a}\nreader = READERS.get(name)",
         "vars(module)[name]",
         "vars(module).get(name)",
         "own = vars(module)",
@@ -228,6 +265,7 @@ def test_a_dead_end_is_seen(source: str) -> None:
 
 def test_names_that_are_spelled_out_are_none() -> None:
     assert not list(dead_ends("_KEY = 'key'\ngetattr(x, _KEY)\nhasattr(x, 'p')\nforwards[0](x)"))
+    assert not list(dead_ends("_CODES = {'int8': 0}\n_CODES[kind]\n_READERS['.json'](path)"))
     assert not list(
         dead_ends("vars(x).get('p')\nvars(x)['p']\n'p' in vars(x)\nOfGroup[bool]()\nlist[int]()")
     )

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, Protocol
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple, Protocol
 
 from lora_engine.data.documents import NUL, Document
 from lora_engine.data.json_list import JsonList, ListError
@@ -242,18 +242,21 @@ def _parquet_rows(
             yield RowError(f"holds a value that cannot be read: {reason(error)}", origin)
 
 
-_READERS: dict[str, Callable[[Path, Meter], Iterator[Row | RowError]]] = {
-    ".jsonl": read_jsonl,
-    ".ndjson": read_jsonl,
-    ".json": read_json,
-    ".parquet": read_parquet,
-    ".csv": read_csv,
-    ".tsv": read_csv,
-    ".txt": read_document,
-    ".md": read_document,
-    ".markdown": read_document,
-    ".arrow": read_arrow,
-}
+class _Kind(NamedTuple):
+    """What reads files whose names end so."""
+
+    suffixes: tuple[str, ...]
+    read: Callable[[Path, Meter], Iterator[Row | RowError]]
+
+
+_KINDS = (
+    _Kind((".jsonl", ".ndjson"), read_jsonl),
+    _Kind((".json",), read_json),
+    _Kind((".parquet",), read_parquet),
+    _Kind((".csv", ".tsv"), read_csv),
+    _Kind((".txt", ".md", ".markdown"), read_document),
+    _Kind((".arrow",), read_arrow),
+)
 _BINARY = (".parquet", ".arrow")
 
 
@@ -268,17 +271,25 @@ def file_kind(path: Path) -> str:
 
 def is_readable(path: Path) -> bool:
     """Whether the file's name says that it holds records."""
-    return file_kind(path) in _READERS
+    return _kind_of(path) is not None
 
 
 def readable_suffixes() -> str:
     """The suffixes of files that can be read, for people."""
-    return f"{', '.join(_READERS)}, all but {' and '.join(_BINARY)} also with .gz or .zst behind"
+    suffixes = ", ".join(suffix for kind in _KINDS for suffix in kind.suffixes)
+    return f"{suffixes}, all but {' and '.join(_BINARY)} also with .gz or .zst behind"
 
 
 def read_file(path: Path, meter: Meter | None = None) -> Iterator[Row | RowError]:
     """The rows of a file that `is_readable`. meter: is told how far it is read."""
-    return _READERS[file_kind(path)](path, meter or Meter())
+    kind = _kind_of(path)
+    assert kind is not None
+    return kind.read(path, meter or Meter())
+
+
+def _kind_of(path: Path) -> _Kind | None:
+    suffix = file_kind(path)
+    return next((kind for kind in _KINDS if suffix in kind.suffixes), None)
 
 
 class _RepeatedKey(ValueError):

@@ -10,7 +10,7 @@
 6. What is left must be one, or one that the objective learns from. Otherwise the record is refused.
 """
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Literal, NamedTuple
 
 from lora_engine.data.formats import chat, instructions, plain, preference
@@ -36,8 +36,8 @@ FormatName = Literal[
     "tokens",
 ]
 FORMATS = (*chat.FORMATS, *preference.FORMATS, *instructions.FORMATS, *plain.FORMATS)
-BY_NAME = {format.name: format for format in FORMATS}
-_ALONE = {"messages": BY_NAME["messages"], "text": BY_NAME["text"]}
+# Those whose one field, of their own name, no other format has.
+_ALONE = tuple(format for format in FORMATS if format.name in ("messages", "text"))
 # Every field that a format reads, which is what `data.columns` may name.
 FIELDS = tuple(
     dict.fromkeys(field for f in FORMATS for field in (*f.fields, *COMMON) if field != "*")
@@ -92,12 +92,17 @@ def _plainly(fields: Fields, layout: Layout) -> Format | None:
     """The format of a row that has a field of one format alone, which most rows have."""
     if layout.format is not None or len(fields) != 1:
         return None
-    return _ALONE.get(next(iter(fields)))
+    return _named(next(iter(fields)), _ALONE)
+
+
+def _named(name: str, formats: Iterable[Format]) -> Format | None:
+    return next((format for format in formats if format.name == name), None)
 
 
 def _format(fields: Fields, layout: Layout, wanted: Collection[str]) -> Format:
     if layout.format is not None:
-        format = BY_NAME[layout.format]
+        format = _named(layout.format, FORMATS)
+        assert format is not None
         if not format.fits(fields):
             raise UserError(
                 f"data.format is {format.name}, which needs {format.needs}; {_has(fields)}"

@@ -7,14 +7,13 @@ from lora_engine.training.optimizer.flat import FlatParameters
 from lora_engine.training.optimizer.lion import FlatLion
 from lora_engine.training.optimizer.optimizer import FlatOptimizer
 
-_CLASSES: dict[str, type[FlatOptimizer]] = {
-    "adamw": FlatAdamW,
-    "adamw_8bit": FlatAdamW,
-    "lion": FlatLion,
-    "adafactor": FlatAdafactor,
-}
-
 
 def flat_optimizer(flat: FlatParameters, config: TrainConfig) -> FlatOptimizer:
     """Of `config.optimizer`, over these parameters."""
-    return _CLASSES[config.optimizer](flat, config)
+    match config.optimizer:
+        case "adamw" | "adamw_8bit":
+            return FlatAdamW(flat, config)
+        case "lion":
+            return FlatLion(flat, config)
+        case "adafactor":
+            return FlatAdafactor(flat, config)
