@@ -2,7 +2,8 @@
 
     python -m benchmarks.performance_page
 
-Every number of the page is one of a file under benchmarks/results, named beside it. A folder in
+Every number of the page and of the charts of `lora-engine bench` is one of a file under
+benchmarks/results, named beside it. A folder in
 there that holds an environment.json is what `make gpu-check` left on a machine with a GPU. Needs
 nothing but Python.
 """
@@ -54,11 +55,12 @@ def render(results: Path = RESULTS) -> str:
 
 def _benches(results: Path) -> list[str]:
     """What `lora-engine bench` wrote, area by area, and where it has not run."""
-    parts, runs = [], []
+    parts: list[str] = []
+    runs: dict[str, list[Mapping[str, Any]]] = {area: [] for area in bench_pages.TITLES}
     for area in bench_pages.TITLES:
         for path in sorted(results.glob(f"bench_{area}-*.json")):
             run = _read(path)
-            runs.append(run)
+            runs[area].append(run)
             link = f"benchmarks/results/{path.stem}"
             parts += [f"### {bench_pages.TITLES[area]}: {bench_results.machine(run)}"]
             parts += [
@@ -67,8 +69,18 @@ def _benches(results: Path) -> list[str]:
             ]
             parts += [document.markdown(bench_pages.body(run, level=4), f"../{link}")]
             parts += ["\n".join(f"- {line}" for line in run["failures"] + run["notes"])]
-    parts += bench_pages.not_run(run["hardware"] for run in runs)
+    parts += bench_pages.not_run(runs)
     return [part for part in parts if part]
+
+
+def charts(results: Path = RESULTS) -> dict[Path, str]:
+    """The charts of what `lora-engine bench` wrote, as they are drawn from the figures."""
+    found = {}
+    for path in sorted(results.glob("bench_*.json")):
+        for part in bench_pages.body(_read(path)):
+            if isinstance(part, document.Plot):
+                found[path.with_name(f"{path.stem}-{part.name}.svg")] = part.svg
+    return found
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -262,8 +274,11 @@ def _tuning(path: Path) -> list[str]:
 
 
 def main() -> None:
-    PAGE.write_text(render(), encoding="utf-8")
-    print(f"wrote {PAGE}", file=sys.stderr)
+    drawn = {PAGE: render(), **charts()}
+    for path, content in drawn.items():
+        if not path.is_file() or path.read_text(encoding="utf-8") != content:
+            path.write_text(content, encoding="utf-8")
+            print(f"wrote {path}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -179,6 +179,7 @@ def measure_job(
     long as those before it; what still runs then is stopped and noted.
     """
     given, how = processes.environment_of_peers()
+    tell(f"{job.name}: preparing")
     facts = job.prepare(folder, options)
     (folder / "options.json").write_text(json.dumps(options))
     measured = Measured(job, options, facts, {name: {} for name in names}, [], [], [], given)

@@ -18,6 +18,7 @@ from lora_engine import openmp
 ROOT = Path(__file__).resolve().parents[2]
 WORKER = Path(__file__).parent / "worker"
 OF_THE_RUNTIME = "300000"  # turns that a thread of GNU's OpenMP spins unless told otherwise
+OVER = "the time was over; --minutes gives more"
 SECONDS_OF_LOOKING = 0.5
 MOST_USED_BY_OTHERS = 20.0  # per cent of all cores, on a machine that counts as idle
 
@@ -39,7 +40,7 @@ def run(
     """
     left = deadline - time.monotonic()
     if left <= 0:
-        raise OutOfTimeError("not measured, the time was over")
+        raise OutOfTimeError(f"not measured, {OVER}")
     out = folder / "result.json"
     out.unlink(missing_ok=True)
     paths = [ROOT, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
@@ -55,7 +56,7 @@ def run(
             timeout=left if math.isfinite(left) else None,
         )
     except subprocess.TimeoutExpired:
-        raise OutOfTimeError("stopped, the time was over") from None
+        raise OutOfTimeError(f"stopped, {OVER}") from None
     if done.returncode < 0:
         raise FailedError(_of_signal(-done.returncode))
     found = json.loads(out.read_text()) if out.exists() else {}

@@ -148,6 +148,12 @@ def machine(run: Mapping[str, Any]) -> str:
     return ", ".join(names)
 
 
+def is_of_gpu(run: Mapping[str, Any]) -> bool:
+    """Whether something of it was measured on a GPU, not only beside one."""
+    works = [run, *run.get("jobs", {}).values()]
+    return any(each.get("options", {}).get("device") == "cuda" for each in works)
+
+
 def load(run: Mapping[str, Any]) -> str:
     """What else the machine did, in words: while it ran, else before it."""
     if "others_cores" in run:

@@ -213,11 +213,31 @@ def _run_item(
         compiled = dict(_compiled(item, problem))
     del expected, verified, checked
     _free(device)
-    for row in measure_case(
-        input_sets(item, problem, right, device, compiled), device, args.samples
-    ):
+    sets = input_sets(item, problem, right, device, compiled)
+    for name, error in _who_cannot_be_timed(sets[0]):
+        notes.append(f"{item.case}, {item.size}: {name} not timed, {error}")
+        journal.add("skipped", item=item.fields(), message=notes[-1])
+        for _, found in sets:
+            del found[name]
+    if not _usable(device):
+        raise DeviceLostError(notes[-1])
+    for row in measure_case(sets, device, args.samples):
         size = {"size": item.size, "dtype": item.dtype}
         yield {"case": item.case, **size, "choice": chosen, **row}
+
+
+def _who_cannot_be_timed(inputs: Set) -> list[tuple[str, str]]:
+    """Other packages that fail where they are timed, which may be other calls than were verified,
+    and how. Ours and PyTorch's are not tried: nobody is timed without them."""
+    problem, found = inputs
+    failed = []
+    for name in [name for name in found if name not in ("ours", "pytorch")]:
+        try:
+            for backward in (False, True) if problem.both is not None else (False,):
+                _run(problem, found[name], backward=backward)()
+        except Exception as error:
+            failed.append((name, _one_line(error)))
+    return failed
 
 
 def input_sets(

@@ -18,7 +18,8 @@ from benchmarks.common import measure
 from benchmarks.common.jobs import COMMON, Facts, Job, Options
 from benchmarks.common.steps import Result, Stopwatch, step_recorder
 from benchmarks.train import train_workload
-from benchmarks.train.train_job import train_a_step
+from benchmarks.train.loss_parity import pad
+from benchmarks.train.train_job import AT_ONCE, reference_losses
 
 RATIO = 4.0  # a prompt's tokens over an answer's, on average
 NEAR = 1.0  # how far a pair's ratio may be from that
@@ -69,11 +70,12 @@ def prepare(folder: Path, options: Options) -> Facts:
             [batch.num_targets for batch in timed],
         )
     )
+    first, second = expected_losses(model, pairs)
     return {
         "unit": "tokens/s",
         "amounts": {"": [batch.num_tokens for batch in batches]},
-        "expected": {"": plain_loss(model, pairs[0])},
-        "second": {"": second_losses(model, pairs)},
+        "expected": {"": first},
+        "second": {"": second},
         "text": f"{options['model']}, {options['dtype']}, {options['pairs']} pairs a step: "
         f"{tokens:.0f} tokens on average, of which {targets:.0f} are of answers; {shared:.0f} "
         "where a pair's prompt counts once. Rates count every sequence whole, whoever computes its "
@@ -81,39 +83,33 @@ def prepare(folder: Path, options: Options) -> Facts:
     }
 
 
-def plain_loss(model: Any, pairs: list[Any]) -> float:
-    """The mean DPO loss of the pairs, by the model as transformers runs it."""
-    with torch.no_grad():
-        return float(torch.stack([pair_loss(model, pair) for pair in pairs]).mean())
+def expected_losses(model: Any, pairs: list[list[Any]]) -> tuple[float, tuple[float, float]]:
+    """Of DPO, -log sigmoid of BETA times the margin over the model without its adapter, by the
+    model as transformers runs it: `reference_losses` of the first two batches."""
 
+    def margins(some: list[Any]) -> torch.Tensor:
+        """Log-probability of each pair's chosen answer over that of its rejected one."""
+        answers = [answer for pair in some for answer in (pair, pair.others[0])]
+        padded = pad(answers)
+        counted = padded.pop("labels")[:, 1:] != -100
+        logprobs = model(**padded).logits[:, :-1].log_softmax(-1)
+        own = logprobs.gather(2, padded["input_ids"][:, 1:, None])[..., 0]
+        sums = (own * counted).sum(1)
+        return sums[::2] - sums[1::2]
 
-def pair_loss(model: Any, pair: Any) -> torch.Tensor:
-    """DPO's loss, -log sigmoid of BETA times the margin over the model without its adapter.
+    def parts(number: int) -> list[list[Any]]:
+        step = AT_ONCE // 2
+        return [pairs[number][i : i + step] for i in range(0, len(pairs[number]), step)]
 
-    pair: the chosen answer, with the rejected one among its `others`.
-    """
     model.eval()
-
-    def answer(example: Any) -> torch.Tensor:
-        ids = torch.tensor([example.input_ids])
-        logprobs = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
-        own = logprobs.gather(1, ids[0, 1:, None])[:, 0]
-        return own[torch.tensor(example.supervised[1:])].sum()
-
-    def margin() -> torch.Tensor:
-        return answer(pair) - answer(pair.others[0])
-
     with torch.no_grad(), model.disable_adapter():
-        before = margin()
-    return -F.logsigmoid(BETA * (margin() - before))
+        without = [[margins(some) for some in parts(number)] for number in (0, 1)]
 
+    def losses(number: int) -> Iterator[torch.Tensor]:
+        for some, before in zip(parts(number), without[number], strict=True):
+            yield -F.logsigmoid(BETA * (margins(some) - before)).sum() / len(pairs[number])
 
-def second_losses(model: Any, pairs: list[list[Any]]) -> tuple[float, float]:
-    """The second batch's loss before a step on the first one, and after it."""
-    first, second = pairs[:2]
-    before = plain_loss(model, second)
-    train_a_step(model, (pair_loss(model, pair) / len(first) for pair in first))
-    return before, plain_loss(model, second)
+    return reference_losses(model, losses)
 
 
 def load(folder: Path, options: Options, tokenizer: Any) -> list[list[Any]]:

@@ -15,7 +15,7 @@ from benchmarks.common.jobs import COMMON, Facts, Job, Options
 from benchmarks.common.steps import Result, Stopwatch
 from benchmarks.train import train_contenders, train_workload
 from benchmarks.train.loss_parity import train_plainly
-from benchmarks.train.train_job import plain_loss, second_losses
+from benchmarks.train.train_job import plain_loss, plain_losses, reference_losses
 from benchmarks.train.train_workload import Workload
 from lora_engine.data.render import Example
 
@@ -33,18 +33,16 @@ def prepare(folder: Path, options: Options) -> Facts:
     workload = train_workload.load(folder)
     count = options["warmup"] + options["steps"]
     points = [str(length) for length in options["lengths"]]
-    expected = {
-        point: plain_loss(model, sequences(workload, int(point), count, options["seed"])[0])
-        for point in points
-    }
+    batches = {point: sequences(workload, int(point), count, options["seed"]) for point in points}
     # A step in float32 at the shortest length only: it is to say who trains, not to take long.
     shortest = str(min(options["lengths"]))
-    both = sequences(workload, int(shortest), count, options["seed"])[:2]
+    longer = {p: plain_loss(model, batches[p][0]) for p in points if p != shortest}
+    first, second = reference_losses(model, lambda n: plain_losses(model, batches[shortest][n]))
     return {
         "unit": "tokens/s",
         "amounts": {point: [int(point)] * count for point in points},
-        "expected": expected,
-        "second": {shortest: second_losses(model, *both)},
+        "expected": {**longer, shortest: first},
+        "second": {shortest: second},
         "text": f"{options['model']}, LoRA of rank {train_workload.RANK} on all linears, "
         f"{options['dtype']}, one sequence of random tokens a step, all of them supervised.",
     }

@@ -6,7 +6,7 @@ at norm 1. A step's time runs from the end of the step before to its own end: it
 and collating the batch, the optimiser and the logging.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from benchmarks.common.steps import Result
 from benchmarks.train import train_contenders, train_flops, train_workload
 from benchmarks.train.loss_parity import pad
 from lora_engine.data.render import Example
+
+AT_ONCE = 4  # sequences of a reference in float32, whose memory would be more than a contender's
 
 
 def prepare(folder: Path, options: Options) -> Facts:
@@ -29,6 +31,7 @@ def prepare(folder: Path, options: Options) -> Facts:
         model_source=options["model"],
     )
     workload = train_workload.load(folder)
+    first, second = reference_losses(model, lambda n: plain_losses(model, workload.batches[n]))
     lengths, pieces, targets = workload.lengths(), workload.pieces(), workload.targets()
     flops = [
         train_flops.step_flops(workload.shape, train_workload.RANK, own, count)
@@ -42,8 +45,8 @@ def prepare(folder: Path, options: Options) -> Facts:
         "unit": "tokens/s",
         "amounts": {"": [sum(own) for own in lengths]},
         "flops": {"": flops},
-        "expected": {"": plain_loss(model, workload.batches[0])},
-        "second": {"": second_losses(model, *workload.batches[:2])},
+        "expected": {"": first},
+        "second": {"": second},
         "text": f"{options['model']}, LoRA of rank {train_workload.RANK} on all linears, "
         f"{options['dtype']}, {options['batch_size']} examples a step: {tokens:.0f} tokens on "
         f"average, {padded:.0f} if padded to the longest, {shared:.0f} without what examples of a "
@@ -55,37 +58,42 @@ def plain_loss(model: Any, examples: Sequence[Example]) -> float:
     """The mean loss of the examples' targets, by the model as transformers runs it."""
     model.eval()
     with torch.no_grad():
-        return float(model(**pad(examples), use_cache=False).loss)
+        return float(sum(plain_losses(model, examples)))
 
 
-def second_losses(
-    model: Any, first: Sequence[Example], second: Sequence[Example]
-) -> tuple[float, float]:
-    """The mean loss of the second batch's targets before a step on the first one, and after it.
+def plain_losses(model: Any, examples: Sequence[Example]) -> Iterator[torch.Tensor]:
+    """What AT_ONCE examples after the other add to the mean loss."""
+    count = sum(example.num_targets for example in examples)
+    for i in range(0, len(examples), AT_ONCE):
+        some = examples[i : i + AT_ONCE]
+        if share := sum(example.num_targets for example in some) / count:  # else its mean is nan
+            yield model(**pad(some), use_cache=False).loss * share
 
-    One example at a time, which keeps the memory small. The model is trained by that.
+
+def reference_losses(
+    model: Any, losses: Callable[[int], Iterable[torch.Tensor]]
+) -> tuple[float, tuple[float, float]]:
+    """Loss of the first batch, and of the second before a step on the first one and after it.
+
+    losses: of the batch of that number, parts whose sum is its loss. The model is trained by that.
+    The step is that of every contender: AdamW, gradients clipped at norm 1.
     """
-    count = sum(example.num_targets for example in first)
-
-    def losses() -> Iterator[torch.Tensor]:
-        for example in first:
-            loss = model(**pad([example]), use_cache=False).loss
-            yield loss * (example.num_targets / count)
-
-    before = plain_loss(model, second)
-    train_a_step(model, losses())
-    return before, plain_loss(model, second)
-
-
-def train_a_step(model: Any, losses: Iterable[torch.Tensor]) -> None:
-    """One step of AdamW on the sum of the losses, as every contender makes it."""
+    model.eval()  # there is no dropout
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=train_workload.LEARNING_RATE, weight_decay=0.0)
-    model.eval()  # there is no dropout
-    for loss in losses:
+    first = 0.0
+    for loss in losses(0):
         loss.backward()
+        first += loss.item()
     torch.nn.utils.clip_grad_norm_(trainable, 1.0)
+
+    def second() -> float:
+        with torch.no_grad():
+            return float(sum(losses(1)))
+
+    before = second()
     optimizer.step()
+    return first, (before, second())
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -94,8 +94,8 @@ def test_a_run_of_kernels(tmp_path):
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     assert cells[4:] == ["3,000", "10%", "4.0 GB/s", "50%", "1.0", "4", "3.00"]
     assert "No committed result has these measurements." in shown
-    assert "No committed result of `lora-engine bench kernels` is of a processor with AMX." in shown
-    assert "Nothing of `lora-engine bench kernels` has run on a GPU." in shown
+    for kind in ("an AMD processor", "an Intel processor with AMX", "a GPU"):
+        assert f"No committed result of `lora-engine bench kernels` is of {kind}." in shown
     assert "- rope: left out" in shown
     names = [part.name for part in parts if isinstance(part, Plot)]
     assert names == ["roofline", "times", "m-forward-bfloat16"]
@@ -109,15 +109,15 @@ def test_a_machine_is_beside_those_of_committed_results(tmp_path):
         "our_share_of_memory": 0.25,
     }
     there = step_run(step_row("ours", 848), step_row("trl-padded", 106, compared=compared))
-    there["hardware"] = {**there["hardware"], "instructions": "avx2, amx_bf16"}
+    there["hardware"] |= {"processor": "Intel P", "instructions": "avx2, amx_bf16"}
     (tmp_path / "bench_train-there.json").write_text(json.dumps(there))
     (tmp_path / "bench_memory-there.json").write_text(json.dumps(there))
     mine = {**compared, "times_as_long": {"median": 5.0, "lowest": 4.0, "highest": 6.0}}
     run = step_run(step_row("ours", 400), step_row("trl-padded", 80, compared=mine))
     run["load_average"] = 0.1
     shown = document.markdown(bench_pages.parts(run, tmp_path))
-    assert "bench_train-there: P, 2 cores, avx2, amx_bf16, 2030-01-01, load average " in shown
-    assert "bench_memory" not in shown and "processor with AMX" not in shown
+    assert "bench_train-there: Intel P, 2 cores, avx2, amx_bf16, 2030-01-01, load average " in shown
+    assert "bench_memory" not in shown and "is of an Intel processor with AMX" not in shown
     line = next(x for x in shown.splitlines() if "trl-padded" in x and "5.00 times" in x)
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     assert cells[1:] == [
@@ -161,6 +161,17 @@ def test_a_busy_machine_has_no_share_of_a_ceiling(tmp_path):
     assert "GEMM rate" not in document.markdown(bench_pages.parts(run, tmp_path))
     quiet = document.markdown(bench_pages.parts({**run, "load_average": 0.1}, tmp_path))
     assert "of GEMM rate" in quiet and "| 25% |" in quiet.replace("          25%", " 25%")
+
+
+def test_what_has_not_run_is_said_area_by_area():
+    amd = {"hardware": {"processor": "AMD EPYC", "GPU": "one"}, "options": {"device": "cpu"}}
+    job = {"options": {"device": "cuda"}}
+    gpu = {"hardware": {"processor": "Intel", "instructions": "amx_bf16"}, "jobs": {"sft": job}}
+    assert bench_pages.not_run({"kernels": [amd], "train": [amd, gpu], "rl": []}) == [
+        "No committed result of `lora-engine bench rl` is of an AMD processor.",
+        "No committed result of `lora-engine bench kernels, rl` is of an Intel processor with AMX.",
+        "No committed result of `lora-engine bench kernels, rl` is of a GPU.",
+    ]
 
 
 def test_what_is_wrong_comes_first(tmp_path):

@@ -76,7 +76,11 @@ def test_what_bench_wrote_is_on_the_page_with_its_charts(tmp_path: Path) -> None
     run = {
         "area": "kernels",
         "date": "2030-01-01T10:00:00+00:00",
-        "hardware": {"processor": "P", "cores used": "2 of 2", "instructions": "avx2, amx_bf16"},
+        "hardware": {
+            "processor": "Intel P",
+            "cores used": "2 of 2",
+            "instructions": "avx2, amx_bf16",
+        },
         "software": {"torch": "3"},
         "load_average": 7.0,
         "peers": {"PEFT": "not installed"},
@@ -89,15 +93,18 @@ def test_what_bench_wrote_is_on_the_page_with_its_charts(tmp_path: Path) -> None
     rows[0]["seconds"] = {"median": 1e-3, "lower": 1e-3, "upper": 1e-3}
     (tmp_path / "bench_kernels-p.json").write_text(json.dumps({**run, "rows": rows}))
     page = performance_page.render(tmp_path)
-    assert "### Kernels: P, 2 cores, avx2, amx_bf16" in page
+    assert "### Kernels: Intel P, 2 cores, avx2, amx_bf16" in page
     assert "of this run ratios alone say something" in page and "measured: PEFT." in page
     assert "(../benchmarks/results/bench_kernels-p-roofline.svg)" in page
     assert cells(page, "glu")[3:6] == ["ours", "1,000", "0%"] and "- rope: left out" in page
-    assert "is of a processor with AMX" not in page
-    assert "Nothing of `lora-engine bench` has run on a GPU." in page
+    other = "train, generate, rl, memory"
+    assert f"bench {other}` is of an Intel processor with AMX." in page
+    assert f"bench kernels, {other}` is of a GPU." in page
 
 
-def test_the_charts_on_the_page_are_committed() -> None:
+def test_the_charts_on_the_page_are_those_of_the_figures() -> None:
+    drawn = performance_page.charts()
     links = re.findall(r"!\[[^]]*\]\(([^)]+)\)", performance_page.PAGE.read_text())
-    missing = [x for x in links if not (performance_page.PAGE.parent / x).is_file()]
-    assert not missing
+    assert {(performance_page.PAGE.parent / x).resolve() for x in links} == set(drawn)
+    other = [path.name for path, svg in drawn.items() if path.read_text() != svg]
+    assert not other, f"run: {performance_page.COMMAND}"

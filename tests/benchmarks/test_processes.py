@@ -55,10 +55,10 @@ def test_what_ends_otherwise_is_told(contender, code, said):
 
 def test_the_time_ends_it(contender, tmp_path):
     begun = time.monotonic()
-    with pytest.raises(processes.OutOfTimeError, match="stopped, the time was over"):
+    with pytest.raises(processes.OutOfTimeError, match=f"^stopped, {processes.OVER}$"):
         contender("time.sleep(600)", seconds=1.0)
     assert time.monotonic() - begun < 300
-    with pytest.raises(processes.OutOfTimeError, match="not measured, the time was over"):
+    with pytest.raises(processes.OutOfTimeError, match=f"^not measured, {processes.OVER}$"):
         contender("(folder / 'begun').touch()", seconds=0.0)
     assert not (tmp_path / "begun").exists()
 

@@ -174,6 +174,22 @@ def test_a_wrong_contender_is_left_out_and_ours_is_timed(monkeypatch, capsys):
     assert "| same " in printed and "| ours " in printed and "| double " not in printed
 
 
+def test_a_contender_that_fails_where_it_is_timed_is_left_out(monkeypatch, capsys):
+    """What is timed of another package may be other calls than those that are verified."""
+
+    def fail(inputs, backward):
+        raise RuntimeError("no such\ndevice")
+
+    def with_a_peer(name, problem, device):
+        yield "peer", Contender(problem.ours, timed=fail)
+
+    monkeypatch.setattr(run.kernel_peers, "contenders", with_a_peer)
+    run_with(monkeypatch, "--cases", "glu")
+    shown = capsys.readouterr().out
+    assert "glu, tiny: peer not timed, RuntimeError: no such device" in shown
+    assert "| ours" in shown and "| peer" not in shown
+
+
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 def test_an_in_place_contender_has_inputs_of_its_own(backward):
     class Doubled(torch.autograd.Function):
