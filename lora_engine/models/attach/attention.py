@@ -106,11 +106,19 @@ class AttentionForward(_ProjectedAttention):
         self, module: Attention, qkv: LinearGroup, output: LinearGroup, finder: SequenceFinder
     ) -> None:
         super().__init__(module, qkv, output)
-        self.finder = finder
+        self.finder, self.rotation = finder, rotation_of(module)
 
     def intact(self) -> bool:
-        """Also whether nobody has chosen another attention (`model.set_attn_implementation`)."""
-        return self.module.config._attn_implementation == IMPLEMENTATION and super().intact()
+        """Also whether nobody has chosen another attention (`model.set_attn_implementation`) or
+        rotation (`modeling_llama.apply_rotary_pos_emb`), nor lets tokens see later ones
+        (`is_causal`)."""
+        module = self.module
+        return (
+            module.config._attn_implementation == IMPLEMENTATION
+            and rotation_of(module) is self.rotation
+            and bool(getattr(module, "is_causal", True))
+            and super().intact()
+        )
 
     @uncompiled
     def __call__(

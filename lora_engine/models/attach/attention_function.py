@@ -251,6 +251,8 @@ def attend(
         )
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     batch, heads, length, head_dim = query.shape
+    if attention_mask is not None or 0 < (sliding_window or 0) <= length:
+        causal = True  # as of a mask that sdpa is given: its `is_causal` speaks where there is none
     if _weights.get() or hasattr(attention_mask, _OF_WEIGHTS):
         plain = eager_attention_of(module)
         mask = added_mask(attention_mask, query, key.shape[2], causal, sliding_window)

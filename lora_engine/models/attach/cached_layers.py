@@ -127,7 +127,7 @@ def why_not_cached(model: nn.Module) -> str | None:
             return "a layer's forward is not lora_engine's: accelerate(model)"
         _, attention = forwards
         if not attention.intact():
-            return "its linears were exchanged after accelerate(model): accelerate it again"
+            return "its attention or its linears were changed after accelerate(model)"
     watched = [m for m in (backbone, *backbone.layers) if has_hooks(m)]
     watched += [m for m in map(attention_of, backbone.layers) if has_hooks(m)]
     if watched or hooks_everywhere():

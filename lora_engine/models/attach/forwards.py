@@ -79,6 +79,7 @@ class ReplacedForward:
 
     __wrapped__: FunctionType  # or a bound method, which has all that its function has
     replaces_class = False  # whether what it replaced was the forward of the module's class
+    called_by: object = nn.Module.__call__  # the __call__ of the module's class then
 
     @property
     def __code__(self) -> CodeType:
@@ -88,9 +89,12 @@ class ReplacedForward:
 def own_forward(module: nn.Module) -> object:
     """The forward that the module was given; None if it has its class's.
 
-    Where somebody has exchanged the class, or its forward, since ours replaced it: the new one.
+    Where somebody has exchanged the class, or its forward, since ours replaced it: the new one; or
+    its `__call__`: that.
     """
     forward = vars(module).get("forward")
+    if isinstance(forward, ReplacedForward) and forward.called_by is not type(module).__call__:
+        return type(module).__call__
     return _exchanged(forward) or forward
 
 

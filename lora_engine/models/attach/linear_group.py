@@ -68,8 +68,9 @@ class LinearGroup:
         self._state: tuple[object, ...] | None = None
         self._problem: str | None = None
         self._watched: list[nn.Module] = []
-        # The parts that compute, and the forwards that their classes had when they were taken.
-        self._computing: list[tuple[nn.Module, object]] = []
+        # The parts that compute, and what their classes had for a forward and a __call__ when they
+        # were taken.
+        self._computing: list[tuple[nn.Module, object, object]] = []
 
     @property
     def padding_columns(self) -> int:
@@ -106,7 +107,10 @@ class LinearGroup:
             return False
         if lora_state.hooks_everywhere() or are_altered(self._watched):
             return False
-        if any(type(part).forward is not forward for part, forward in self._computing):
+        if any(
+            type(part).forward is not forward or type(part).__call__ is not call
+            for part, forward, call in self._computing
+        ):
             return False
         if lora_state.autocast_to_another_half(base.device, base.dtype):
             return False
@@ -151,19 +155,19 @@ class LinearGroup:
         return tuple(module(x) for module in self.modules)  # hooks run in a module's call
 
     def _watch(self) -> None:
-        """Takes note of all parts of the linears that are called, and of their classes' forwards.
+        """Takes note of all parts of the linears that are called, and of what their classes do.
 
         What only holds others (`nn.ModuleDict`) is not called: it has no forward.
         """
         parts = [part for module in self.modules for part in module.modules()]
-        known = dict(self._computing)
+        known = {part: of_class for part, *of_class in self._computing}
         self._computing = [
-            (part, known.get(part, type(part).forward))
+            (part, *known.get(part, (type(part).forward, type(part).__call__)))
             for part in parts
             if type(part).forward is not nn.Module.forward
         ]
         own = self.modules if self.inside else ()
-        self._watched = [part for part, _ in self._computing if part not in own]
+        self._watched = [part for part, *_ in self._computing if part not in own]
 
     def _take_adapters(self, lora: ops.LoraGroup) -> str | None:
         """Gives the active adapters to the group; the reason if that is not possible."""

@@ -37,6 +37,7 @@ class Patches:
         functools.update_wrapper(forward, module.forward, updated=())
         if isinstance(forward, ReplacedForward):
             forward.replaces_class = "forward" not in vars(module)
+            forward.called_by = type(module).__call__
         self.set_attribute(module, "forward", forward)
 
     def set_storage(self, parameter: torch.Tensor, view: torch.Tensor) -> None:

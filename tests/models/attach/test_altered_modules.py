@@ -47,6 +47,15 @@ def patch(part: nn.Module) -> None:
     part.forward = lambda *args, **kwargs: scaled(original(*args, **kwargs))  # type: ignore
 
 
+def recall(part: nn.Module) -> None:
+    kind = type(part)
+    part.__class__ = type(
+        kind.__name__,
+        (kind,),
+        {"__call__": lambda self, *args, **kwargs: scaled(kind.__call__(self, *args, **kwargs))},
+    )
+
+
 def models(**options: Any) -> tuple[Any, Any]:
     """Two equal models."""
     options = {"target_modules": EVERYWHERE, "init_lora_weights": False, **options}
@@ -65,7 +74,7 @@ def loss(model: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("alter", [hook, patch], ids=lambda alter: alter.__name__)
+@pytest.mark.parametrize("alter", [hook, patch, recall], ids=lambda alter: alter.__name__)
 @pytest.mark.parametrize("name", PARTS)
 def test_altered_parts_do_what_they_do(name: str, alter: Callable[..., None], when: str) -> None:
     ours, plain = models()

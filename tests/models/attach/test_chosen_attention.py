@@ -6,10 +6,18 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_model import SMALL
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.models.llama import modeling_llama
 
 import lora_engine
 from lora_engine.models.attach.packed import can_share_prefixes
@@ -80,3 +88,58 @@ def test_batches_are_neither_packed_nor_do_sequences_share_prefixes(rows: set[in
     assert rows == {len(IDS)}
     choose(model, "lora_engine")
     assert can_share_prefixes(model)
+
+
+@pytest.mark.parametrize("mask", [None, MASK], ids=["whole", "padded"])
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_layer_that_is_told_to_see_later_tokens_does(
+    when: str, window: int | None, mask: Tensor | None
+) -> None:
+    """As whoever makes an encoder of a decoder tells it. transformers' masks hide them all the
+    same where there is padding, or a window that is shorter than the rows."""
+    torch.manual_seed(0)
+    config = MistralConfig(**SMALL, sliding_window=window)
+    plain = with_lora(MistralForCausalLM(config), init_lora_weights=False).train()
+    ours = copy.deepcopy(plain)
+    seen = ours(IDS, attention_mask=mask).logits
+    if when == "after":
+        lora_engine.accelerate(ours)
+    for model in (plain, ours):
+        for layer in model.get_base_model().model.layers:
+            layer.self_attn.is_causal = False
+    if when == "before":
+        lora_engine.accelerate(ours)
+    rows = torch.ones_like(IDS) if mask is None else mask
+    labels = IDS.masked_fill(rows == 0, -100)
+    found, expected = (m(IDS, attention_mask=mask, labels=labels) for m in (ours, plain))
+    assert torch.allclose(found.loss, expected.loss, atol=1e-5)
+    logits = [each.logits[rows.bool()] for each in (found, expected)]
+    assert torch.allclose(*logits, atol=1e-5)
+    later = torch.allclose(expected.logits[rows.bool()], seen[rows.bool()], atol=1e-3)
+    assert later == (mask is not None or window is not None)
+    for result in (found, expected):
+        result.loss.backward()
+    gradients = [[p.grad for p in m.parameters() if p.requires_grad] for m in (ours, plain)]
+    for ours_of_it, plain_of_it in zip(*gradients, strict=True):
+        assert torch.allclose(ours_of_it, plain_of_it, atol=1e-5)
+
+
+def test_a_rotation_that_somebody_puts_into_transformers_runs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plain = with_lora(tiny_llama(initializer_range=0.2), init_lora_weights=False).train()
+    ours = copy.deepcopy(plain)
+    lora_engine.accelerate(ours)
+    before = ours(IDS, labels=IDS).loss
+    own = modeling_llama.apply_rotary_pos_emb
+    monkeypatch.setattr(
+        modeling_llama, "apply_rotary_pos_emb", lambda q, k, *a, **b: own(3 * q, k, *a, **b)
+    )
+    for mask in (None, MASK):
+        labels = IDS if mask is None else IDS.masked_fill(mask == 0, -100)
+        found, expected = (m(IDS, attention_mask=mask, labels=labels).loss for m in (ours, plain))
+        assert torch.allclose(found, expected, atol=1e-5)
+        assert not torch.allclose(found, before, atol=1e-3)
+    monkeypatch.undo()
+    assert torch.allclose(ours(IDS, labels=IDS).loss, before, atol=1e-6)
