@@ -17,23 +17,27 @@ class Family:
 
     interleaved: llama.cpp rotates neighbouring values of a head, transformers the halves: the rows
     of query and key projections are reordered. norm_offset: added to the norms' weights. tied_only:
-    it has no head apart from the embedding.
+    it has no head apart from the embedding. activation: of the MLP. biased: its linears may have
+    biases that others of it have not.
     """
 
     architecture: str
     interleaved: bool = False
     norm_offset: float = 0.0
     tied_only: bool = False
+    activation: tuple[str, ...] = ("silu", "swish")
+    biased: bool = False
 
 
+_GELU = ("gelu_pytorch_tanh", "gelu_new", "gelu")
 FAMILIES = {
-    "llama": Family("llama", interleaved=True),
-    "mistral": Family("llama", interleaved=True),
+    "llama": Family("llama", interleaved=True, biased=True),
+    "mistral": Family("llama", interleaved=True, biased=True),
     "smollm3": Family("smollm3", interleaved=True),
     "qwen2": Family("qwen2"),
     "qwen3": Family("qwen3"),
-    "gemma2": Family("gemma2", norm_offset=1.0, tied_only=True),
-    "gemma3_text": Family("gemma3", norm_offset=1.0),
+    "gemma2": Family("gemma2", norm_offset=1.0, tied_only=True, activation=_GELU),
+    "gemma3_text": Family("gemma3", norm_offset=1.0, activation=_GELU),
 }
 # Layers of the one size of Gemma whose queries are scaled by another number than the head's width.
 _GEMMA_SCALED_BY_HEADS = (46, 62)
@@ -55,6 +59,7 @@ def add_settings(writer: Any, config: Any, file_type: int) -> None:
 
     Raises UserError for settings that llama.cpp's architecture does not have.
     """
+    _check_settings(config)
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     writer.add_block_count(config.num_hidden_layers)
@@ -80,6 +85,29 @@ def add_settings(writer: Any, config: Any, file_type: int) -> None:
             f"sliding_window is {config.sliding_window}, which llama.cpp's {config.model_type} has "
             "not; use --format hf"
         )
+
+
+def _check_settings(config: Any) -> None:
+    """Raises UserError for what llama.cpp computes otherwise, whatever the file says."""
+    family = family_of(config)
+
+    def check(fits: bool, field: str, value: object) -> None:
+        if not fits:
+            raise UserError(
+                f"{field} is {value}, which llama.cpp's {family.architecture} has not; use "
+                "--format hf"
+            )
+
+    gelu = getattr(config, "hidden_activation", None)
+    activation = gelu or getattr(config, "hidden_act", None) or family.activation[0]
+    check(activation in family.activation, "hidden_act", activation)
+    for field in ("attention_bias", "mlp_bias"):
+        value = getattr(config, field, False)
+        check(family.biased or not value, field, value)
+    llama3 = _rope(config).get("rope_type") == "llama3"
+    check(not llama3 or family.architecture == "llama", "rope_type", "llama3")
+    both_ways = getattr(config, "use_bidirectional_attention", False)
+    check(not both_ways, "use_bidirectional_attention", both_ways)
 
 
 def stored(name: str, tensor: Tensor, config: Any) -> Tensor:

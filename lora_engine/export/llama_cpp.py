@@ -114,7 +114,9 @@ class LlamaCpp:
         try:
             self._server = xllamacpp.Server(params)
         except Exception as error:
-            raise UserError(f"{path}: llama.cpp cannot load it: {error}") from error
+            raise UserError(
+                f"{path.name}: llama.cpp cannot load it: {error}; use --format hf"
+            ) from error
         self._letter = self.tokenize("a")[-1]
 
     def likeliest(self, ids: Sequence[int], count: int = 1) -> list[tuple[int, float]]:

@@ -10,7 +10,7 @@ import peft
 import pytest
 import torch
 from llama_arithmetic import llama_arithmetic
-from small_ggufs import MODELS, as_read, byte_level, save_model, with_byte_fallback
+from small_ggufs import MODELS, as_read, byte_level, save_model, with_byte_fallback, written
 from transformers import AutoConfig, AutoTokenizer
 
 from lora_engine.backends.cpu.k_quants import quantize_k
@@ -20,7 +20,6 @@ from lora_engine.errors import UserError
 from lora_engine.export.adapter import read_adapter
 from lora_engine.export.gguf import (
     TYPES,
-    encode,
     put_values,
     tensor_type,
     write_gguf,
@@ -40,15 +39,6 @@ from lora_engine.models.load.load import load_model
 
 ROW = [5 + (7 * i) % 380 for i in range(40)]
 APART = {"tie_word_embeddings": False}
-
-
-def written(folder: Path, path: Path, kind="f32", **changes):
-    """The model in `folder` as a GGUF file of the type `kind`."""
-    config = AutoConfig.from_pretrained(folder)
-    for name, value in changes.items():
-        setattr(config, name, value)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    return write_gguf(MergedWeights(folder), config, tokenizer, path, kind, name="a model")
 
 
 @pytest.fixture(scope="module")
@@ -394,22 +384,3 @@ def test_types_of_tensors():
     assert tensor_type("blk.3.attn_q.weight", (64, 576), "Q5_K", layers, True) == "Q8_0"
     assert tensor_type("blk.3.attn_q.weight", (64, 60), "Q8_0", layers, True) == "F16"
     assert tensor_type("blk.3.attn_q.weight", (64, 60), "BF16", layers, True) == "BF16"
-
-
-def test_what_llama_cpp_has_not_is_told(tmp_path, tokenizer):
-    folder = save_model(tmp_path / "model", tokenizer, **MODELS["smollm3"])
-    target = tmp_path / "m.gguf"
-    with pytest.raises(UserError, match=r"model_type phi9 has no GGUF export here; .* --format hf"):
-        written(folder, target, model_type="phi9")
-    with pytest.raises(UserError, match="no_rope_layers are not those of the published models"):
-        written(folder, target, no_rope_layers=[1, 1, 1, 1])
-    with pytest.raises(UserError, match="rope_type longrope has no GGUF export"):
-        written(folder, target, rope_parameters={"rope_type": "longrope", "rope_theta": 1.0})
-    with pytest.raises(UserError, match="tensor w holds values that are not finite"):
-        encode(torch.tensor([[float("nan")] * 32]), "Q8_0", "w")
-    with pytest.raises(UserError, match=r"values beyond float16's; use --type bf16"):
-        encode(torch.full((1, 32), 1e6), "F16", "w")
-    (tmp_path / "broken.gguf").write_bytes(b"GGUF" + b"\1" * 100)
-    pytest.importorskip("xllamacpp")
-    with pytest.raises(UserError, match=r"broken.gguf: llama.cpp cannot load it"):
-        LlamaCpp(tmp_path / "broken.gguf")

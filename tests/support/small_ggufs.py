@@ -17,10 +17,17 @@ from tokenizers import (
     processors,
     trainers,
 )
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+)
 
+from lora_engine.export.gguf import Written, write_gguf
 from lora_engine.export.gguf_vocabulary import _PATTERNS
 from lora_engine.export.verify import load_plain
+from lora_engine.export.weights import MergedWeights
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 SIZES = {
@@ -159,3 +166,12 @@ def as_read(folder: Path, tensors) -> torch.nn.Module:
             weight = weight.view(heads, -1, 2, weight.shape[-1]).transpose(1, 2)
         parameter.data.copy_(weight.reshape(parameter.shape))
     return model
+
+
+def written(folder: Path, path: Path, kind: str = "f32", **changes: object) -> Written:
+    """The model in `folder`, with these settings changed, as a GGUF file of the type `kind`."""
+    config = AutoConfig.from_pretrained(folder)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return write_gguf(MergedWeights(folder), config, tokenizer, path, kind, name="a model")
