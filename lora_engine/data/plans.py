@@ -1,13 +1,14 @@
 """What is learned of a chat, known from an earlier one of the same shape and checked by rendering.
 
 Finding what is learned (see `turns`) takes many renderings. Chats of one shape, the same roles in
-the same order, differ in what they say alone. Of such a chat every rendering is made that decided
-where the turns of the earlier one begin and end. If each is the earlier one's with the texts
-exchanged, so are the places; otherwise the template looks at the texts, and they are found anew.
+the same order, differ in what they say alone. If every rendering that decided where the turns of
+the earlier one begin and end is written for this one with the texts exchanged, and otherwise alike,
+so are the places. That is known of a template that only writes texts (see `text_flow`); by any
+other the renderings are made, and where one differs the turns are found anew.
 """
 
 import re
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
@@ -17,7 +18,8 @@ from lora_engine.data.control import ControlTokens
 from lora_engine.data.inputs import TemplateInputs
 from lora_engine.data.marks import END_OF_REASONING
 from lora_engine.data.segments import Segment, Text
-from lora_engine.data.template import Message, Tokenizer, quick_rendering
+from lora_engine.data.template import Message, Tokenizer
+from lora_engine.data.writing import Writing
 
 _HEAD, _TAIL = "31622776601683793319", "98851043"
 _MARK = re.compile(f"{_HEAD}([0-9]{{6}}){_TAIL}")
@@ -57,11 +59,12 @@ class _Rendering(NamedTuple):
 
 @dataclass
 class _Plan:
-    """renderings: the first is the whole. cuts: of segments, as (piece, characters of it).
+    """whole: the rendering that is cut. cuts: of segments, as (piece, characters of it).
 
-    added: a segment behind the whole.
+    added: a segment behind the whole. renderings: those that have to be made again.
     """
 
+    whole: _Rendering
     renderings: Sequence[_Rendering]
     cuts: Sequence[tuple[int, int]]
     segments: Sequence[Segment]
@@ -78,10 +81,11 @@ class Plans:
     ) -> None:
         self._tokenizer, self._control, self._inputs = tokenizer, control, inputs
         self._plans: dict[Hashable, _Plan | None] = {}  # None: a chat of the shape was seen
+        self._only_writes: dict[str | None, bool] = {}  # by template; None: the tokenizer's
 
     @cached_property
-    def _quickly(self) -> Callable[[Sequence[Message], bool, str | None], str]:
-        return quick_rendering(self._tokenizer, self._inputs)
+    def _writing(self) -> Writing:
+        return Writing(self._tokenizer, self._inputs)
 
     def shape(self, messages: Sequence[Message], *rest: Hashable) -> Hashable | None:
         """What chats have in common that differ in what they say; None: there is no plan for it.
@@ -109,7 +113,7 @@ class Plans:
         if not all(self._is_as(rendering, messages, said) for rendering in plan.renderings):
             plan.failures += 1
             return None
-        whole = plan.renderings[0]
+        whole = plan.whole
         starts = [0]
         for message, piece in zip(whole.texts, whole.pieces, strict=False):
             starts.append(starts[-1] + len(piece) + len(said[message]))
@@ -117,7 +121,8 @@ class Plans:
         segments = []
         for segment, (number, offset) in zip(plan.segments, plan.cuts, strict=True):
             end = starts[number] + offset
-            segments.append(replace(segment, text=text[begin:end]))
+            rest = (segment.supervised, segment.weight, segment.target)
+            segments.append(Segment(text[begin:end], *rest))
             begin = end
         return replace(plan.found, segments=[*segments, *plan.added])
 
@@ -152,7 +157,14 @@ class Plans:
         cuts = _cuts(renderings[0], said, ends[: len(inside)])
         if cuts is None or "".join(segment.text for segment in inside) != text:
             return None
-        return _Plan(renderings, cuts, inside, found.segments[len(inside) :], found)
+        unsure = [r for r in renderings if not self._is_known(r.chat_template)]
+        added = found.segments[len(inside) :]
+        return _Plan(renderings[0], unsure, cuts, inside, added, found)
+
+    def _is_known(self, template: str | None) -> bool:
+        if template not in self._only_writes:
+            self._only_writes[template] = self._writing.only_writes_texts(template)
+        return self._only_writes[template]
 
     def _rendering(
         self, look: Look, messages: Sequence[Message], said: Sequence[str]
@@ -192,7 +204,7 @@ class Plans:
 
     def _render(self, messages: Sequence[Message], prompt: bool, template: str | None) -> str:
         try:
-            return self._quickly(messages, prompt, template)
+            return self._writing.render(messages, prompt, template)
         except Exception:  # whatever a template can raise; what is found anew says it
             return ""
 

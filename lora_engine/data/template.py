@@ -3,7 +3,7 @@
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -116,7 +116,7 @@ def render(
     if inputs.documents:
         given["documents"] = list(inputs.documents)
     try:
-        with _time_limit(SECONDS):
+        with time_limit(SECONDS):
             text = tokenizer.apply_chat_template(
                 list(messages), tokenize=False, add_generation_prompt=generation_prompt, **given
             )
@@ -152,49 +152,6 @@ def try_render(
         return None
 
 
-def quick_rendering(
-    tokenizer: Tokenizer, inputs: TemplateInputs
-) -> Callable[[Sequence[Message], bool, str | None], str]:
-    """A function of messages, whether with the generation prompt, and a template or None.
-
-    It gives what `render` does for messages of `role` and `content`, without the copies that
-    `apply_chat_template` makes; it raises whatever the template does.
-    """
-    from transformers import PreTrainedTokenizerBase
-    from transformers.utils import chat_template_utils
-
-    compiled = getattr(chat_template_utils, "_compile_jinja_template", None)
-    own = getattr(type(tokenizer), "apply_chat_template", None)
-    if compiled is None or own is not PreTrainedTokenizerBase.apply_chat_template:
-
-        def slowly(messages: Sequence[Message], prompt: bool, template: str | None) -> str:
-            return render(
-                messages,
-                tokenizer,
-                "",
-                generation_prompt=prompt,
-                inputs=inputs,
-                chat_template=template,
-            )
-
-        return slowly
-    tools = list(inputs.tools) or None
-    chosen = tokenizer.get_chat_template(None, tools) if tokenizer.chat_template else ""
-    given = {**tokenizer.special_tokens_map, **inputs.variables}
-
-    def quickly(messages: Sequence[Message], prompt: bool, template: str | None) -> str:
-        with _time_limit(SECONDS):
-            return compiled(template or chosen).render(
-                messages=list(messages),
-                tools=tools,
-                documents=list(inputs.documents) or None,
-                add_generation_prompt=prompt,
-                **given,
-            )
-
-    return quickly
-
-
 def _checked(text: object, messages: Sequence[Message], origin: str) -> str:
     if not isinstance(text, str):
         raise UserError(f"{origin}: the chat template gives a {type(text).__name__}, not text")
@@ -219,7 +176,7 @@ def _reason(error: Exception) -> str:
 
 
 @contextmanager
-def _time_limit(seconds: float) -> Iterator[None]:
+def time_limit(seconds: float) -> Iterator[None]:
     """Raises _OutOfTime in the main thread once it has computed for `seconds`.
 
     The timer runs on the time of all the process' threads, so the handler looks at the thread's
