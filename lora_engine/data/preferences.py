@@ -13,7 +13,6 @@ Said: TypeAlias = str | Messages
 
 # What is read of a row with a prompt alone is a prompt only if it has none of these.
 _OF_OTHER_KINDS = ("messages", "completion", "text", "chosen", "rejected")
-_LABELS = {"true": True, "false": False}
 
 
 class Fields(TypedDict, total=False):
@@ -42,7 +41,7 @@ def is_preference(row: Mapping[str, object]) -> bool:
     if row.get("messages") is not None or row.get("prompt") is None:
         return False
     if row.get("completion") is not None:
-        return _label(row.get("label")) is not None
+        return isinstance(row.get("label"), bool)
     return not any(field in row for field in _OF_OTHER_KINDS)
 
 
@@ -56,10 +55,9 @@ def preference_of(row: Mapping[str, object], origin: str) -> Parts:
         check_strings(columns, f"{origin}: the columns")
         return Parts("prompt", {"prompt": prompt, "columns": columns}, ("prompt",))
     prompt, completion = _alike(prompt, _said(row, "completion", origin))
-    label = _label(row["label"])
     return Parts(
         "unpaired",
-        {"prompt": prompt, "completion": completion, "label": label},
+        {"prompt": prompt, "completion": completion, "label": bool(row["label"])},
         ("prompt", "completion", "label"),
     )
 
@@ -153,10 +151,3 @@ def _said(row: Mapping[str, object], field: str, origin: str) -> Said:
             f"{origin}: {field!r} must be a string or a list of messages, got {kind_of(value)}"
         )
     return string_of(row, field, origin)
-
-
-def _label(value: object) -> bool | None:
-    """true or false, as CSV files write it too; None for anything else."""
-    if isinstance(value, str):
-        return _LABELS.get(value.strip().lower())
-    return value if isinstance(value, bool) else None

@@ -76,9 +76,8 @@ def test_the_implicit_prompt_of_texts_ends_between_words(chosen, rejected, expec
     assert parts(parse(chosen=chosen, rejected=rejected)) == expected
 
 
-@pytest.mark.parametrize("label", [True, "true", "True "])
-def test_an_unpaired_record(label):
-    record = parse(prompt="Q", completion="A", label=label)
+def test_an_unpaired_record():
+    record = parse(prompt="Q", completion="A", label=True)
     assert (record.kind, record.prompt, record.completion, record.label) == (
         *("unpaired", "Q", "A"),
         True,
@@ -86,12 +85,6 @@ def test_an_unpaired_record(label):
     assert record.has_answer() and not record.ignored
     chat = parse(prompt=[USER], completion=[BAD], label=False)
     assert (chat.prompt, chat.completion, chat.label) == ((USER,), (BAD,), False)
-
-
-def test_a_label_of_something_else_is_a_field_like_others():
-    record = parse(prompt="Q", completion="A", label="physics")
-    assert (record.kind, record.ignored) == ("completion", ("label",))
-    assert parse(prompt="Q", completion="A", label=1).kind == "completion"
 
 
 def test_a_prompt_keeps_every_column():

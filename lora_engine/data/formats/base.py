@@ -16,6 +16,10 @@ COMMON = ("adapter", "weight")
 EVERY = ("*",)
 # What a chat template takes beside the messages.
 FOR_TEMPLATES = ("tools", "documents", "chat_template_kwargs")
+_TRUTH = {
+    **dict.fromkeys(("true", "yes", "1", "1.0"), True),
+    **dict.fromkeys(("false", "no", "0", "0.0"), False),
+}
 
 
 @dataclass(frozen=True)
@@ -59,9 +63,7 @@ def truth(value: object) -> bool | None:
         return value
     if isinstance(value, int | float) and value in (0, 1):
         return bool(value)
-    if isinstance(value, str) and value.strip().lower() in ("true", "false", "0", "1"):
-        return value.strip().lower() in ("true", "1")
-    return None
+    return _TRUTH.get(value.strip().lower()) if isinstance(value, str) else None
 
 
 def parse_json(text: str, what: str) -> object:

@@ -31,7 +31,7 @@ ROLES = {
 }
 CALL = "function_call"
 _STANDARD = ("system", "developer", "user", "assistant", "tool")
-_PLAIN = {"role", "content"}
+_PLAIN, _TURN = {"role", "content"}, {"input", "output"}
 _ROLE_KEYS = ("role", "from")
 _TEXT_KEYS = ("content", "value")
 _LEARNED_KEYS = ("train", "training")
@@ -57,7 +57,19 @@ def messages_of(value: object, field: str) -> list[dict[str, object]]:
     listed = [value] if isinstance(value, Mapping) else value
     if not isinstance(listed, list | tuple) or not listed:
         raise UserError(f"{field!r} must be a non-empty list, got {kind_of(value)}")
+    if all(
+        isinstance(turn, Mapping) and turn.keys() >= _TURN and "role" not in turn for turn in listed
+    ):
+        listed = [message for turn in listed for message in _question_and_answer(turn)]
     return [_message(message, f"message {i}") for i, message in enumerate(listed, start=1)]
+
+
+def _question_and_answer(turn: Fields) -> list[Fields]:
+    """Both messages of a turn that is written as an object of `input` and `output`."""
+    return [
+        {"role": "user", "content": turn["input"]},
+        {"role": "assistant", "content": turn["output"]},
+    ]
 
 
 def conversation(row: Fields, field: str) -> dict[str, object]:
@@ -115,7 +127,7 @@ def _message(message: object, where: str) -> dict[str, object]:
         made["content"] = _text(message[text_key], where)
     used = (*_ROLE_KEYS, *_TEXT_KEYS, *_LEARNED_KEYS, CALL)
     made |= {key: value for key, value in message.items() if key not in used}
-    if message.get(role_key) == CALL:
+    if str(message.get(role_key)).replace("-", "_") == CALL:
         made |= {"content": "", "tool_calls": _calls(made["content"], where)}
     elif not is_empty(message.get(CALL)):
         if not is_empty(message.get("tool_calls")):
@@ -145,6 +157,7 @@ def _role(message: Fields, key: str, where: str) -> object:
     role = message.get(key)
     if not isinstance(role, str):
         return role
+    role = role.replace("-", "_") if key == "from" else role
     if role == CALL:
         return "assistant"
     role = ROLES.get(role, role)

@@ -84,9 +84,16 @@ def _ones(marks: Sequence[int], field: str) -> list[bool]:
     return [mark == 1 for mark in marks]
 
 
-TEXT = Format(
-    "text", "'text'", lambda row: "text" in row, lambda row: {"text": row["text"]}, ("text",)
-)
+def _read_text(row: Fields) -> dict[str, object]:
+    if isinstance(row.get("role"), str):
+        raise UserError(
+            f"is one message, of the role {row['role']!r:.40}, of a conversation that other "
+            "records go on with; make a record of each conversation, with 'messages'"
+        )
+    return {"text": row["text"]}
+
+
+TEXT = Format("text", "'text'", lambda row: "text" in row, _read_text, ("text",))
 PAIR = Format(
     "prompt-completion",
     "'prompt' and 'completion'",

@@ -29,11 +29,14 @@ from lora_engine.data.formats.plain import refuse_system
 from lora_engine.errors import UserError
 
 VERDICTS = ("label", "kto_tag")
+_LONGEST_LABEL = 30  # characters of one that a message repeats
 _LISTED = ("completions", "responses")
 _SCORES = ("scores", "ratings")
 _SCORE_KEYS = ("overall_score", "score", "rating", "fine-grained_score")
 _ANSWER_KEYS = ("response", "content", "text", "completion", "answer")
 _ASKED = (*ALPACA[:2], *DOLLY[:2], *QUESTION_ANSWER[:2], "system", "history")
+# Which may hold what is asked, beside two answers without a prompt.
+_ASKS = ("input", "query", "problem", "user", "context", "history", "system", "system_prompt")
 _FRAME = (*LISTS, "prompt", *_ASKED, *FOR_TEMPLATES)
 
 
@@ -73,6 +76,12 @@ def _read_preference(row: Fields) -> dict[str, object]:
         if field not in row:
             raise UserError(f"has {other!r}, but no {field!r} to compare it with")
     chosen, rejected = (_answer(row[field], field) for field in ("chosen", "rejected"))
+    asks = [field for field in _ASKS if not is_empty(row.get(field))]
+    if asks and isinstance(chosen, str) and _prompt(row) is None:
+        raise UserError(
+            f"compares two answers to a prompt that may be in {' and '.join(map(repr, asks))}; say "
+            f"so with data.columns: {{prompt: {asks[0]}, chosen: chosen, rejected: rejected}}"
+        )
     return _pair(row, chosen, rejected)
 
 
@@ -148,7 +157,7 @@ def _is_scored(row: Fields) -> bool:
 
 def _verdict(row: Fields) -> str | None:
     """The field that says whether the answer is a good one."""
-    return next((field for field in VERDICTS if truth(row.get(field)) is not None), None)
+    return next((field for field in VERDICTS if not is_empty(row.get(field))), None)
 
 
 def _judged(row: Fields) -> tuple[object, object] | None:
@@ -183,6 +192,13 @@ def _read_judged(row: Fields) -> dict[str, object]:
         raise UserError("needs a prompt, one answer and a 'label' that is true or false")
     prompt, completion = judged
     label = truth(row[verdict])
+    if label is None:
+        value = repr(row[verdict])
+        given = value if len(value) <= _LONGEST_LABEL else kind_of(row[verdict])
+        raise UserError(
+            f"{verdict!r} must say whether the answer is a good one (true or false, 1 or 0, yes or "
+            f"no), got {given}; if it says something else, say what the record is with data.format"
+        )
     return {"prompt": prompt, "completion": completion, "label": label, **for_template(row)}
 
 

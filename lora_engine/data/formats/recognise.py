@@ -6,7 +6,8 @@
    a judged answer before an answer to learn.
 4. One whose fields are empty gives way to one whose fields are not.
 5. A text that says all that another format's fields say, one after the other, is a rendering of
-   them and not read; so is a prompt that is one of their messages, or that a text begins with.
+   them and not read; so is a prompt that is one of their messages, or that a text begins with. Of
+   formats that all say the same the first is read.
 6. What is left must be one, or one that the objective learns from. Otherwise the record is refused.
 """
 
@@ -42,6 +43,7 @@ _ALONE = tuple(format for format in FORMATS if format.name in ("messages", "text
 FIELDS = tuple(
     dict.fromkeys(field for f in FORMATS for field in (*f.fields, *COMMON) if field != "*")
 )
+_LIKE = 0.8  # of a name that was meant for another
 _NAMED = 12  # fields named of a record that has no format
 
 
@@ -129,7 +131,8 @@ def _format(fields: Fields, layout: Layout, wanted: Collection[str]) -> Format:
 
 
 def _without_renderings(fit: list[Format], fields: Fields) -> list[Format]:
-    """The formats but a text or prompt that says what another one says."""
+    """The formats but a text or prompt that says what another one says, and the first of those
+    that all say the same."""
     said = {format.name: _said(format, fields) for format in fit}
     text, prompt = said.pop("text", None), said.pop("prompts", None)
     if text and any(_in_order(other, text[0]) for other in said.values()):
@@ -138,6 +141,8 @@ def _without_renderings(fit: list[Format], fields: Fields) -> list[Format]:
         prompt = None
     if text and prompt and text[0].startswith(prompt[0]):
         prompt = None
+    same = list(said)[1:] if len({tuple(each) for each in said.values()}) == 1 else []
+    said = {name: texts for name, texts in said.items() if name not in same}
     kept = {*said, *(["text"] if text else []), *(["prompts"] if prompt else [])}
     return [format for format in fit if format.name in kept]
 
@@ -189,7 +194,7 @@ def _unknown(fields: Fields, layout: Layout) -> str:
         return f"is of no known format with data.columns and data.template applied; {_has(fields)}"
     start = f"is of no known format: {_has(fields)}"
     for name in map(field_name, fields):
-        close = nearest(name, ("messages", "conversations", "completion", "text"))
+        close = nearest(name, ("messages", "conversations", "completion", "text"), _LIKE)
         if close and close != name:
             return f"{start}; did you mean {close}? Or data.columns: {{{close}: {name}}}"
     return (

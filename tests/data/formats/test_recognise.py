@@ -1,6 +1,7 @@
 """Every format: a record in, its tokens and what of them is learned out; and which format it is."""
 
 import json
+import re
 from itertools import groupby
 from typing import get_args
 
@@ -276,6 +277,8 @@ def test_answers_of_one_score_are_dropped_and_counted(tokenizer):
 VERDICTS = {
     "TRL's": ({"prompt": "Hi", "completion": " No", "label": False}, "Hi", " No"),
     "of a CSV file": ({"prompt": "Hi", "completion": " No", "label": "False"}, "Hi", " No"),
+    "yes and no": ({"prompt": "Hi", "completion": " No", "label": "No "}, "Hi", " No"),
+    "a float": ({"prompt": "Hi", "completion": " No", "label": 0.0}, "Hi", " No"),
     "0 and 1": ({"prompt": "Hi", "completion": " No", "label": 0}, "Hi", " No"),
     "messages": ({"messages": [*CHAT, BAD], "label": False}, tuple(CHAT), (BAD,)),
     "ShareGPT's": (
@@ -298,8 +301,30 @@ def test_verdicts(record, prompt, completion):
     assert (read.prompt, read.completion) == (prompt, completion)
 
 
-def test_a_label_of_another_kind_is_a_field_that_nothing_reads():
-    (read,) = read_records([{"prompt": "Hi", "completion": " No", "label": "politics"}])
+@pytest.mark.parametrize(
+    "answered",
+    [
+        {"prompt": "Hi", "completion": " No"},
+        {"messages": [*CHAT, BAD]},
+        {"instruction": "Hi", "output": "No"},
+        {"question": "Hi", "answer": "No"},
+    ],
+    ids=lambda row: next(iter(row)),
+)
+@pytest.mark.parametrize("label", ["maybe", "politics", 2, -1, 0.5, [True], "unacceptable " * 9])
+def test_a_label_of_another_kind_is_refused(answered, label, tmp_path):
+    """An answer that a verdict may be against must not be learned as if it were a good one."""
+    path = tmp_path / "judged.jsonl"
+    rows = [{**answered, "label": True}, {**answered, "label": label}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = "a string" if isinstance(label, str) and len(label) > 30 else re.escape(repr(label))
+    with pytest.raises(UserError, match=rf"judged\.jsonl:2: 'label' must say .*, got {given}; if"):
+        read_records(path)
+
+
+def test_a_label_is_no_verdict_where_the_format_is_given():
+    row = {"prompt": "Hi", "completion": " No", "label": "politics"}
+    (read,) = read_records([row], layout=Layout(format="prompt-completion"))
     assert (read.kind, read.ignored) == ("completion", ("label",))
 
 
