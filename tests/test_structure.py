@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import lora_engine
+from lora_engine.app.objectives import OBJECTIVES, ONLINE
 
 PACKAGE = Path(lora_engine.__file__).parent
 
@@ -218,6 +219,37 @@ def test_autograd_is_asked_and_answered_by_name(path: Path) -> None:
         if not all(isinstance(part, ast.Starred) for part in node.value.elts)
     ]
     assert not numbered + unnamed
+
+
+# A report knows an objective by the name that is written in the run's folder.
+BESIDE_OBJECTIVES = [
+    p for p in FILES if module_name(p).split(".")[0] not in ("objectives", "report")
+]
+
+
+@pytest.mark.parametrize("path", BESIDE_OBJECTIVES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_an_objective_answers_for_itself(path: Path) -> None:
+    """Nobody compares its name, or asks for its class: `reads`, `unit` and protocols say it all."""
+    named = {kind.__name__ for kind in (*OBJECTIVES.values(), *ONLINE.values())}
+    imported = (name.split(".") for name in imported_names(path) if name.startswith("objectives."))
+    classes = named & {parts[-1] for parts in imported}
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Compare):
+            parts = [node.left, *node.comparators]
+            of_one = any("objective" in ast.unparse(part) for part in parts)
+            literal = any(isinstance(p, ast.Constant) and isinstance(p.value, str) for p in parts)
+            by_class = any(isinstance(p, ast.Name) and p.id in classes for p in parts)
+            asks = of_one and ((literal and "reads" not in ast.unparse(node)) or by_class)
+        else:
+            asks = (
+                isinstance(node, ast.Call)
+                and ast.unparse(node.func) == "isinstance"
+                and not classes.isdisjoint(ast.unparse(node.args[1]).strip("()").split(" | "))
+            )
+        if asks:
+            found.append(f"{node.lineno}: {ast.unparse(node)}")
+    assert not found
 
 
 def run_python(code: str) -> str:

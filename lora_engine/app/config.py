@@ -18,7 +18,7 @@ from pydantic import (
 
 from lora_engine.app.config_data import DataConfig, Section, Source
 from lora_engine.app.config_yaml import parse_mapping, parse_value, read_config
-from lora_engine.app.objectives import ONLINE, name_of, objective_of
+from lora_engine.app.objectives import objective_of
 from lora_engine.app.rewards import check_named
 from lora_engine.config_schema import (
     FieldPath,
@@ -28,7 +28,9 @@ from lora_engine.config_schema import (
 from lora_engine.data.probe import SHIPPED
 from lora_engine.errors import UserError, nearest
 from lora_engine.models.peft.adapters import LoraConfig
+from lora_engine.objectives.base import Objective
 from lora_engine.objectives.close_to_base import CloseToBase
+from lora_engine.objectives.online import OnlineObjective
 from lora_engine.training.config import TrainConfig, UserPath
 from lora_engine.training.online.config import RolloutConfig
 
@@ -184,17 +186,28 @@ class RunConfig(Section):
         "`false` runs plain PyTorch.",
     )
 
+    def chosen_objective(self) -> Objective:
+        """The objective, by its name where it has a teacher."""
+        return objective_of(self.objective)
+
+    @property
+    def writes(self) -> bool:
+        """Whether the model writes completions to learn from."""
+        return isinstance(self.chosen_objective(), OnlineObjective)
+
     @model_validator(mode="after")
     def _objective_is_one(self) -> "RunConfig":
-        objective_of(self.objective)
-        if name_of(self.objective) == "reward" and self.lora is None:
-            raise ValueError("lora: objective reward trains an adapter and a head; give lora")
+        objective = self.chosen_objective()
+        if objective.reads.values == "examples" and self.lora is None:
+            raise ValueError(
+                f"lora: objective {objective.name} trains an adapter and a head; give lora"
+            )
         return self
 
     @model_validator(mode="after")
     def _rewards_are_of_an_online_objective(self) -> "RunConfig":
-        name = name_of(self.objective)
-        if name not in ONLINE:
+        name = self.chosen_objective().name
+        if not self.writes:
             if self.rewards is not None:
                 raise ValueError(
                     f"rewards: objective {name} does not learn from rewards; set objective: grpo "
@@ -231,10 +244,11 @@ class RunConfig(Section):
             return self
         if self.lora is None:
             raise ValueError("lora: null trains all weights; model.adapter is trained, leave it")
-        if name_of(self.objective) == "reward":
+        objective = self.chosen_objective()
+        if objective.reads.values == "examples":
             raise ValueError(
-                "model.adapter: objective reward begins with an adapter and head of its own; merge "
-                "the adapter into the model first"
+                f"model.adapter: objective {objective.name} begins with an adapter and head of its "
+                "own; merge the adapter into the model first"
             )
         return self
 
@@ -246,7 +260,7 @@ class RunConfig(Section):
                     "train.kl_to_base: compares with the model without its adapter; give lora"
                 )
             try:
-                CloseToBase(objective_of(self.objective), self.train.kl_to_base)
+                CloseToBase(self.chosen_objective(), self.train.kl_to_base)
             except UserError as error:
                 raise ValueError(str(error)) from error
         if self.train.stop_on_forgetting is not None and self.evaluation.probe is None:

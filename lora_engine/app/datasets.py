@@ -9,7 +9,6 @@ import numpy as np
 from lora_engine.app.chat_settings import template_inputs
 from lora_engine.app.config import RunConfig
 from lora_engine.app.config_data import DataConfig, DataSource
-from lora_engine.app.objectives import name_of
 from lora_engine.data import cache
 from lora_engine.data.chunks import chunks_of, first_rows, source_size
 from lora_engine.data.dataset import TokenizedDataset, dataset_of, prepare
@@ -104,9 +103,8 @@ def prepare_probe(config: RunConfig, tokenizer: Tokenizer) -> TokenizedDataset |
     source, data = config.evaluation.probe, config.data
     options: dict[str, Any] = {"max_length": data.max_length, "inputs": template_inputs(data)}
     if source == SHIPPED:
-        return (
-            None if name_of(config.objective) == "reward" else shipped_probe(tokenizer, **options)
-        )
+        predicts_none = config.chosen_objective().reads.values == "examples"
+        return None if predicts_none else shipped_probe(tokenizer, **options)
     return None if source is None else prepare(source, tokenizer, **options)
 
 

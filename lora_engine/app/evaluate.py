@@ -8,7 +8,6 @@ from typing import Any
 
 from lora_engine.app.config_data import DataConfig
 from lora_engine.app.datasets import prepare_data
-from lora_engine.app.objectives import name_of
 from lora_engine.app.trained import Tell, Trained, check_base, find_trained, load_tokenizer_of
 from lora_engine.data import prepare
 from lora_engine.data.readers import RowError
@@ -33,10 +32,10 @@ from lora_engine.export.loading import load_adapter
 from lora_engine.files import write_text
 from lora_engine.models.attach.accelerate import accelerate
 from lora_engine.models.load.load import load_model
+from lora_engine.objectives.base import NATS_PER_TARGET
 from lora_engine.report.evaluation_page import evaluation_page
 from lora_engine.report.template import EVALUATION, page_path
 
-_OF_TOKENS = ("sft", "domain")  # objectives whose held-out rows have a loss of their own
 _SAMPLES = 8  # prompts whose answers the report has
 
 
@@ -153,7 +152,7 @@ def _held_out_of(
         config is None
         or choices
         or group is not None
-        or name_of(config.objective) not in _OF_TOKENS
+        or config.chosen_objective().unit != NATS_PER_TARGET
     ):
         what = "this model" if trained else f"{model}, which is no run's folder,"
         what = "--choices" if choices else "--group" if group else what

@@ -25,7 +25,7 @@ from lora_engine.app.chat_settings import set_chat_template
 from lora_engine.app.config import RunConfig, dump_config, load_config
 from lora_engine.app.datasets import Reading, prepare_data, prepare_probe, prepare_prompt_data
 from lora_engine.app.fit_memory import with_memory
-from lora_engine.app.objectives import ONLINE, name_of, objective_of, teacher_of
+from lora_engine.app.objectives import objective_of, teacher_of
 from lora_engine.app.online import online_of, shown_prompts
 from lora_engine.app.run_model import run_model
 from lora_engine.app.run_summary import description, earlier_peak, model_name, perplexity
@@ -100,7 +100,7 @@ def finetune(
         if folder.exists() and not folder.is_dir():
             raise UserError(f"{folder}: is a file, train.output_dir must be a folder")
     world = current()
-    check_share(world, config.train, writes=name_of(config.objective) in ONLINE)
+    check_share(world, config.train, writes=config.writes)
     if not world.is_first:
         return _finetune(config, resume, None, world)
     with RunFolder(folder).locked():
@@ -121,7 +121,8 @@ def _finetune(config: RunConfig, resume: bool, observer: Observer | None, world:
     tell(f"loading {model_name(config)}")
     model, tokenizer, fingerprint = run_model(config, getattr(observer, "on_load", None), world)
     origin = _origin(config, fingerprint, start)
-    if name_of(config.objective) == "reward":
+    reads = config.chosen_objective().reads
+    if reads.values == "examples":
         model = with_scalar_head(
             model, pad_token_id=tokenizer.pad_token_id, seed=config.lora.seed if config.lora else 0
         )
@@ -138,7 +139,7 @@ def _finetune(config: RunConfig, resume: bool, observer: Observer | None, world:
         model = going_on(model, start)
     elif config.lora is not None:
         model = add_adapters(model, config.lora)
-    if name_of(config.objective) == "ppo":
+    if reads.values == "targets":
         add_value_head(model, None if start is None else start.folder)
     callbacks = () if observer is None else (observer,)
     train = config.train_with_rates()
@@ -237,7 +238,7 @@ def _examples(
 ) -> tuple[TokenizedDataset, TokenizedDataset]:
     """`prepare_data`, with the adapters that the records name checked."""
     set_chat_template(tokenizer, config.data)
-    if name_of(config.objective) in ONLINE:
+    if config.writes:
         return prepare_prompt_data(config.data, tokenizer)
     datasets = prepare_data(config.data, tokenizer, reading)
     for dataset in datasets:

@@ -70,11 +70,6 @@ def objective_of(
     return objective
 
 
-def name_of(configured: str | Mapping[str, object]) -> str:
-    """The objective's name in a configuration that was checked."""
-    return configured if isinstance(configured, str) else str(configured["name"])
-
-
 def teacher_of(configured: str | Mapping[str, object]) -> str:
     """The model that a configured objective's `teacher` names, or "" where there is none."""
     return "" if isinstance(configured, str) else str(configured.get("teacher", ""))

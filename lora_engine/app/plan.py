@@ -11,7 +11,7 @@ import torch
 
 from lora_engine import backends
 from lora_engine.app.config import RunConfig
-from lora_engine.app.objectives import ONLINE, name_of, teacher_of
+from lora_engine.app.objectives import teacher_of
 from lora_engine.distributed.world import ALONE, World, sharing_memory
 from lora_engine.errors import UserError, nearest
 from lora_engine.memory.plan import (
@@ -140,7 +140,7 @@ def load_of(config: RunConfig, device: torch.device) -> Load:
     train = config.train
     rows = train.tokens_per_batch
     length = config.data.max_length or USUAL_LENGTH
-    if name_of(config.objective) in ONLINE:
+    if config.writes:
         rollout = config.rollout
         cached = rollout.prompts * (length + rollout.generations * rollout.max_new_tokens)
     else:

@@ -5,6 +5,7 @@ from typing import ClassVar
 
 from lora_engine.data.batch import PackedBatch
 from lora_engine.objectives.base import NATS_PER_TARGET, Loss, Mean, Reads, TargetScores
+from lora_engine.objectives.weighted import WeightedSFT
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,10 @@ class Domain:
     @property
     def reads(self) -> Reads:
         return Reads(entropy=self.entropy_bonus != 0)
+
+    def weighted(self) -> WeightedSFT | None:
+        """With a weight for each target; there is none with a bonus."""
+        return None if self.entropy_bonus else WeightedSFT()
 
     def weight(self, batch: PackedBatch) -> int:
         """Its targets."""

@@ -5,6 +5,7 @@ from typing import ClassVar
 
 from lora_engine.data.batch import PackedBatch
 from lora_engine.objectives.base import NATS_PER_TARGET, Loss, Reads, TargetScores
+from lora_engine.objectives.weighted import WeightedSFT
 
 
 @dataclass(frozen=True)
@@ -14,6 +15,10 @@ class SFT:
     name: ClassVar[str] = "sft"
     unit: ClassVar[str] = NATS_PER_TARGET
     reads: ClassVar[Reads] = Reads()
+
+    def weighted(self) -> WeightedSFT:
+        """With a weight for each target."""
+        return WeightedSFT()
 
     def weight(self, batch: PackedBatch) -> int:
         """Its targets."""

@@ -2,15 +2,13 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Protocol, runtime_checkable
 
 from lora_engine.data.batch import PackedBatch
 from lora_engine.data.dataset import TokenizedDataset
 from lora_engine.data.render import EXAMPLE_WEIGHT, WEIGHT
 from lora_engine.errors import UserError
 from lora_engine.objectives.base import NATS_PER_TARGET, Loss, Objective, Reads, TargetScores
-from lora_engine.objectives.domain import Domain
-from lora_engine.objectives.sft import SFT
 
 
 @dataclass(frozen=True)
@@ -24,6 +22,10 @@ class WeightedSFT:
     unit: ClassVar[str] = NATS_PER_TARGET
     reads: ClassVar[Reads] = Reads(each_logprob=True)
 
+    def weighted(self) -> Objective:
+        """Itself."""
+        return self
+
     def weight(self, batch: PackedBatch) -> float:
         """The sum of its targets' weights."""
         return float(batch.columns[WEIGHT].double().sum())
@@ -34,20 +36,29 @@ class WeightedSFT:
         return Loss(-(scores.logprobs * weights).sum())
 
 
+@runtime_checkable
+class Weighable(Objective, Protocol):
+    """An objective of which there is one whose targets weigh more or less."""
+
+    def weighted(self) -> Objective | None:
+        """That objective; None: with these settings there is none."""
+
+
 def with_weights(objective: Objective, datasets: Iterable[TokenizedDataset]) -> Objective:
-    """The objective that takes the weights that examples have: WeightedSFT for SFT and Domain.
+    """The objective that takes the weights that examples have: what is `Weighable`, weighted.
 
     Raises UserError for weights that the objective would not take.
     """
-    if objective.reads.weights or isinstance(objective, WeightedSFT):
+    if objective.reads.weights:
         return objective
     columns = (WEIGHT, EXAMPLE_WEIGHT)
     named = (data.name for data in datasets if any(map(data.has_column, columns)))
     weighted = next(named, None)
     if weighted is None:
         return objective
-    if isinstance(objective, SFT) or objective == Domain():
-        return WeightedSFT()
+    taking = objective.weighted() if isinstance(objective, Weighable) else None
+    if taking is not None:
+        return taking
     raise UserError(
         f"{weighted}: has records or messages with a 'weight', which the objective "
         f"{objective.name} does not take; leave the weights out"

@@ -15,8 +15,7 @@ from lora_engine.models.attach.packed import can_share_prefixes
 from lora_engine.models.peft.routing import active_adapters
 from lora_engine.models.sharded.shard import is_sharded
 from lora_engine.objectives.answers import has_weight
-from lora_engine.objectives.base import Objective
-from lora_engine.objectives.sft import SFT
+from lora_engine.objectives.base import NATS_PER_TARGET, Objective, Reads
 from lora_engine.training.batches import BatchSource
 from lora_engine.training.config import TrainConfig
 from lora_engine.training.signals import check_together, interrupting
@@ -79,7 +78,7 @@ def check_shared_tokens(world: World, model: nn.Module, objective: Objective) ->
     if not world.shares_tokens:
         return
     what = "train.sequence_parallel"
-    if type(objective) is not SFT:
+    if objective.unit != NATS_PER_TARGET or objective.reads != Reads():
         raise UserError(
             f"{what}: is for supervised fine-tuning without weights, whose loss is a sum over "
             f"tokens, not {objective.name}; leave it out"
