@@ -124,6 +124,15 @@ BASES: dict[str, Callable[[Sequence[Tensor], int], BaseWeight]] = {
 }
 
 
+def _is_kept(kind: str) -> bool:
+    weight = torch.linspace(-1, 1, 32).view(2, 16)
+    return torch.equal(kept(kind, [weight])[0], weight)
+
+
+# Those that keep any weights as they are given.
+LOSSLESS = [kind for kind in BASES if _is_kept(kind)]
+
+
 def group_over(
     kind: str,
     weights: Sequence[Tensor],  # [N_i, K]

@@ -6,19 +6,17 @@ from typing import Any
 import pytest
 import torch
 from base_weights import BASES, group_over, kept
+from implementations import CPU, Backend, implementations
 from oracle import TOLERANCE
 from torch import Tensor
 
-from lora_engine import backends, ops
+from lora_engine import ops
 from lora_engine.ops.layer.attention_block import attention_block
 from lora_engine.ops.layer.blocks import Branch
 from lora_engine.ops.layer.mlp_block import mlp_block
 from lora_engine.testing import cu_seqlens, error
 
-pytestmark = pytest.mark.skipif(
-    not backends.extension_available(), reason="the C++ kernels cannot run here"
-)
-
+OPERATION = "lora_linear"  # whose implementations may make a half's products
 HIDDEN, HEAD_DIM = 16, 8
 LENGTHS = (5, 9, 3)
 TOKENS = sum(LENGTHS)
@@ -27,53 +25,90 @@ HALVES = {"mlp": ((24, 24), 24), "attention": ((HIDDEN, HEAD_DIM, HEAD_DIM), HID
 VARIANTS = ("lora", "dora", "bias", "partial", "dropout", "routes")
 
 
-def leaf(dtype: torch.dtype, *shape: int) -> Tensor:
-    return (torch.randn(shape) * shape[-1] ** -0.5).to(dtype).requires_grad_()
+def leaf(backend: Backend, dtype: torch.dtype, *shape: int) -> Tensor:
+    values = (torch.randn(shape) * shape[-1] ** -0.5).to(dtype)
+    return backend.put(values)[0].requires_grad_()
 
 
-def parts(outs: Sequence[int], features: int, dtype: torch.dtype, variant: str) -> Any:
+def parts(
+    backend: Backend, outs: Sequence[int], features: int, dtype: torch.dtype, variant: str
+) -> Any:
     """Weights, adapters and biases of a group."""
+
+    def factors(n: int, rank: int, magnitude: Tensor | None = None, number: int = 0) -> Any:
+        pair = leaf(backend, dtype, rank, features), leaf(backend, dtype, n, rank)
+        return ops.LoraFactors(*pair, 0.5, magnitude, adapter=number)
+
     adapters: list[Any] = []
     for n in outs:
-        magnitude = leaf(dtype, n) if variant == "dora" else None
-        one = ops.LoraFactors(leaf(dtype, 3, features), leaf(dtype, n, 3), 0.5, magnitude)
-        two = ops.LoraFactors(leaf(dtype, 2, features), leaf(dtype, n, 2), 0.5, adapter=1)
-        adapters.append([one, two] if variant == "routes" else one)
+        one = factors(n, 3, leaf(backend, dtype, n) if variant == "dora" else None)
+        adapters.append([one, factors(n, 2, number=1)] if variant == "routes" else one)
     if variant == "partial":
         adapters[0] = None
-    biases = [leaf(dtype, n) for n in outs] if variant == "bias" else None
-    return [leaf(dtype, n, features).detach() for n in outs], adapters, biases
+    biases = [leaf(backend, dtype, n) for n in outs] if variant == "bias" else None
+    return [leaf(backend, dtype, n, features).detach() for n in outs], adapters, biases
 
 
-@pytest.mark.parametrize("base", [kind for kind in BASES if kind != "dense"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+other_bases = pytest.mark.parametrize("base", [kind for kind in BASES if kind != "dense"])
+every_half = pytest.mark.parametrize("half", HALVES)
+
+
+@other_bases
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("half", HALVES)
-def test_results_and_gradients(
-    poisoned: None, half: str, variant: str, dtype: torch.dtype, base: str
+@every_half
+def test_variants(backend: Backend, poisoned: None, half: str, variant: str, base: str) -> None:
+    only_compiled(backend)
+    check_half(backend, torch.float32, half, variant, base)
+
+
+@other_bases
+@every_half
+def test_dtypes(backend: Backend, dtype: torch.dtype, poisoned: None, half: str, base: str) -> None:
+    only_compiled(backend)
+    check_half(backend, dtype, half, "lora", base)
+
+
+@pytest.mark.slow
+@other_bases
+@every_half
+def test_kernels_for_a_gpu_without_one(
+    backend: Backend, poisoned: None, half: str, base: str
 ) -> None:
+    check_half(backend, torch.float32, half, "lora", base)
+
+
+def only_compiled(backend: Backend) -> None:
+    if backend.device == CPU and backend.impl in ("triton", "cuda"):
+        pytest.skip("seconds a case: the slow test is for it")
+
+
+def check_half(backend: Backend, dtype: torch.dtype, half: str, variant: str, base: str) -> None:
+    """Results and gradients over the base are those over a dense one of the same weights."""
+    if backend.impl not in implementations(f"{half}_block"):
+        pytest.skip(f"{backend.impl} has no kernels for all of it")
     torch.manual_seed(0)
     outs, width = HALVES[half]
-    inner, outer = parts(outs, HIDDEN, dtype, variant), parts((HIDDEN,), width, dtype, variant)
+    inner = parts(backend, outs, HIDDEN, dtype, variant)
+    outer = parts(backend, (HIDDEN,), width, dtype, variant)
     for weights, *_ in (inner, outer):
         weights[:] = kept(base, weights)
-    x, weight = leaf(dtype, TOKENS, HIDDEN), leaf(dtype, HIDDEN)
+    x, weight = leaf(backend, dtype, TOKENS, HIDDEN), leaf(backend, dtype, HIDDEN)
     angles = torch.randn(TOKENS, HEAD_DIM // 2).repeat(1, 2)
+    tables = backend.put(cu_seqlens(LENGTHS), angles.cos(), angles.sin())
     options: dict[str, Any] = {}
     if variant == "dropout":
         options["dropouts"] = ops.Dropout(0.3, 77), ops.Dropout(0.2, 78)
     if variant == "routes":
-        options["routes"] = torch.arange(TOKENS) % 3 - 1
-    dy = torch.randn(x.shape).to(dtype)
+        options["routes"] = torch.arange(TOKENS, device=x.device) % 3 - 1
+    dy = leaf(backend, dtype, TOKENS, HIDDEN).detach()
     both = []
     for kind in (base, "dense"):
         branch = Branch(group_over(kind, *inner), group_over(kind, *outer), **options)
-        norm = ops.PreNorm(weight, 1e-5)
+        norm, impl = ops.PreNorm(weight, 1e-5), backend.impl
         if half == "mlp":
-            y = mlp_block(x, norm, branch)
+            y = mlp_block(x, norm, branch, impl=impl)
         else:
-            tables = cu_seqlens(LENGTHS), angles.cos(), angles.sin()
-            y = attention_block(x, norm, branch, *tables, head_dim=HEAD_DIM)
+            y = attention_block(x, norm, branch, *tables, head_dim=HEAD_DIM, impl=impl)
         leaves = [x, weight, *branch.inner.tensors(), *branch.outer.tensors()]
         given = [t for t in leaves if t is not None]
         both.append([y.detach(), *torch.autograd.grad(y, given, dy)])

@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 import torch
-from base_weights import BASES, group_over
+from base_weights import LOSSLESS, group_over
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from implementations import Backend
@@ -29,9 +29,9 @@ def factors(
 Group = Callable[..., ops.LoraGroup]
 
 
-@pytest.fixture(params=[kind for kind in BASES if kind != "nf4"], scope="module")
+@pytest.fixture(params=LOSSLESS, scope="module")
 def group(request: pytest.FixtureRequest) -> Group:
-    """Makes a group of weights and of each one's A and B, over a base of each kind."""
+    """Makes a group of weights and of each one's A and B, over each base that keeps them."""
 
     def make(weights: list[Tensor], pairs: list[Any], **biases: Any) -> ops.LoraGroup:
         adapters = [None if p is None else ops.LoraFactors(p[0], p[1], 0.5) for p in pairs]

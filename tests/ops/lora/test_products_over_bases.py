@@ -64,7 +64,7 @@ def check_base(backend: Backend, dtype: torch.dtype, base: str, variant: str) ->
         assert error(mine, expected) < 5 * TOLERANCE[dtype], f"tensor {i}"
 
 
-@pytest.mark.parametrize("base", ["dense", "blocks"])
+@pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_gradients_of_no_rows_are_zero(backend: Backend, variant: str, base: str) -> None:
     """As of a batch of which no row is left."""
