@@ -66,8 +66,9 @@ def empty(
         return (empty_rows(rows, widths[0], dtype=dtype, device=device),)
     cols = sum(widths)
     buffer = empty_rows(rows, cols + padding_columns, dtype=dtype, device=device)
-    # .data has a version counter of its own: writing padding columns does not mark the columns that
-    # autograd may have saved as changed. It has saved none of what is claimed where it was made.
+    # .data has a version counter of its own: when a product writes S into the padding columns, the
+    # columns before them, which autograd may have saved, do not count as changed. With zeros=False
+    # the caller claims the columns before autograd can save any, and the buffer itself will do.
     padding = _Padding(buffer.data if zeros else buffer, tuple(widths))
     *parts, behind = buffer.split_with_sizes((*widths, padding_columns), dim=1)
     if zeros and padding_columns and backends.reads_beside_operands(device):

@@ -160,8 +160,8 @@ class TrainStep:
     ) -> tuple[list[_OnDevice], str | None]:
         """Results of this process's micro-batches, and the signal that came between them, if any.
 
-        The gradients of all processes are in the buffer then. learning_rate: of updates that are
-        layer-wise; None: there are none.
+        On return the buffer holds the gradients summed over all processes. learning_rate: of
+        layer-wise updates; None: there are no such updates.
         """
         flat, world = self.optimizer.flat, self.world
         flat.zero_grad()

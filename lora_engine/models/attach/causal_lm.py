@@ -105,8 +105,9 @@ class CausalLmForward(ReplacedForward):
 def _means_the_same_without_cache(labels: Tensor, kwargs: Mapping[str, object]) -> bool:
     """Whether transformers' mask is the same when no cache is made.
 
-    By their positions it tells packed sequences apart only without a cache and without a mask. How
-    many keys there are it reads off a mask only without a cache, and models reshape masks before.
+    Without a cache transformers reads two things that it else ignores: where no mask is given, the
+    sequences of a packed batch off `position_ids`; and the number of keys off the mask's shape,
+    which has to be the labels' then, since some models reshape masks before.
     """
     mask = kwargs.get("attention_mask")
     if not isinstance(mask, Tensor):

@@ -318,7 +318,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         factor = None
         if job.reduction == "mean":
             factor = _one_over_count(target, job.options.ignore_index, results.loss)
-        # A sum in float32 takes the factor before it is rounded; half precision keeps its range.
+        # Sums in float32 are multiplied by the mean's factor here, before they are rounded. Sums in
+        # half precision are left as they are: the factor could take small ones out of its range.
         folded = sums is not None and sums.exact
         d_head = ParameterGradients()
         if sums is not None:

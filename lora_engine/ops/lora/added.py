@@ -14,7 +14,8 @@ from lora_engine.backends.lora_parts import Added
 from lora_engine.ops.lora.adapters import AdapterSet
 from lora_engine.ops.lora.trained import OfGroup
 
-# By the tensor's identity. Not for each thread: autograd may have threads of its own.
+# The total of each parameter, by the parameter's id(). Shared by all threads: autograd may run the
+# backward pass in a thread of its own.
 _totals: dict[int, Tensor] = {}
 
 

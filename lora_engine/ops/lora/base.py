@@ -26,8 +26,8 @@ class BaseWeight(Protocol):
     several processes, or as an expert's slice of a stack.
 
     Operands are lent: valid until the context closes, or in `blocks` until the next block is asked
-    for. The base may reuse their memory after that. Borrowers do not write into them. One product
-    is under way at a time, and it asks for what it multiplies by: the backward pass asks again.
+    for. The base may reuse their memory after that. Borrowers do not write into them. One operand
+    is lent at a time, to the product that runs: a backward pass borrows again, and keeps nothing.
     """
 
     @property

@@ -83,8 +83,8 @@ class LoraProduct:
     ) -> tuple[Tensor, Tensor | None]:
         """Y [M, N] with biases and `residual` added, and with DoRA also Y before its scale.
 
-        X stands in the front columns of `xs`; S is written behind it, and to `copy`. What is given
-        as `residual_copy`, where the product `adds_to` one, becomes Y.
+        X is `xs.front`; S is written to `xs.behind`, and to `copy`. `residual_copy`, for a product
+        that `adds_to` one, holds the residual before the call and Y after it.
         """
         self.fill_s(xs.front, xs.behind, copy)
         return self.forward_with(xs.front, xs.behind, residual, xs.whole, residual_copy)
@@ -203,8 +203,9 @@ class LoraProduct:
     ) -> tuple[Tensor | None, Tensor | None]:
         """Writes dS [M, R] behind dY in `dys` [M, N + R]; returns it, and dB [E], if wanted.
 
-        dB is every adapter's s dYᵀ S, see `lora_parts.split_parts`; None where it is added. None
-        for either without adapters, and then `scaled`, which else is written too, is left as it is.
+        dB is every adapter's s dYᵀ S, one after the other (`lora_parts.split_parts`); None where it
+        is added to `wanted.added`. `scaled.ds` is written too. Without adapters both results are
+        None and nothing is written.
         """
         if not self.group.padded_rank:
             return None, None

@@ -11,7 +11,8 @@ from lora_engine.ops.lora.quantized_base import QuantizedBase
 from lora_engine.ops.lora.sharded_base import ShardedBase
 from lora_engine.ops.tensors import check, shape_of
 
-# Weights of the kind that a class takes: what has no value is of every kind.
+# The type of weights that a class is made from. It differs from class to class; as the type of a
+# parameter only the one without values (NoReturn) is a subtype of them all.
 Kind: TypeAlias = Sequence[NoReturn]
 
 
