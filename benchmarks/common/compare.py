@@ -5,7 +5,9 @@ ceiling of a row in turn with it, times are therefore compared in units of that 
 median may move by chance is taken from the quartiles, 1.57 times their distance over the root of
 the number of samples (McGill, Tukey, Larsen 1978), of both runs and of their ceilings together;
 LEAST_CHANGE at least. Fewer than FEWEST samples say nothing of that: such times are not compared.
-Beside busy programs a whole step is compared by its processor time. Rows of other settings are not
+Beside busy programs a whole step is compared by its processor time, and a kernel's time, which has
+none, is not where the run measured what others took: to share a core takes several times as long.
+Rows of other settings are not
 the same measurement, whatever they are called.
 """
 
@@ -50,18 +52,22 @@ class Change:
 @dataclass
 class Compared:
     """changes: of every row that both results have. few: how many times are of too few samples.
+    beside: how many were taken beside busy programs, and say nothing.
     settings: by case, in what the two differ, so that its rows are not compared."""
 
     changes: list[Change]
     few: int
+    beside: int
     settings: dict[str, str]
 
 
 def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> Compared:
     """Time and memory of every row that both results have."""
     rows = {results.key_of(row): row for row in before["rows"]}
-    found = Compared([], 0, {})
-    busy = results.is_busy(before) or results.is_busy(after)
+    found = Compared([], 0, 0, {})
+    runs = (before, after)
+    busy = any(map(results.is_busy, runs))
+    disturbed = any("others_cores" in run and results.is_busy(run) for run in runs)
     for row in after["rows"]:
         key = results.key_of(row)
         if key not in rows:
@@ -69,9 +75,12 @@ def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> Compared:
         if other := results.other_settings(before, after, row["case"]):
             found.settings[row["case"]] = other
             continue
-        time = _time(key, rows[key], row, busy)
-        found.few += time is None
-        found.changes += [] if time is None else [time]
+        if disturbed and "cpu_seconds" not in row:
+            found.beside += 1
+        elif (time := _time(key, rows[key], row, busy)) is None:
+            found.few += 1
+        else:
+            found.changes.append(time)
         found.changes += _memory(key, rows[key], row)
     return found
 
@@ -160,6 +169,8 @@ def _counts(before: Mapping[str, Any], after: Mapping[str, Any], found: Compared
     lines = [f"{len({x.key for x in found.changes})} measurements compared"]
     if found.few:
         lines.append(f"{found.few} times not, being of fewer than {FEWEST} samples")
+    if found.beside:
+        lines.append(f"{found.beside} times not, taken beside busy programs")
     for name, mine, other in (("A", keys[0], keys[1]), ("B", keys[1], keys[0])):
         if mine - other:
             lines.append(f"{len(mine - other)} only in {name}{_named(mine - other)}")
@@ -198,7 +209,7 @@ def compare(first: str, second: str, show: Callable[[str], None] = print) -> int
     """
     before, after = results.read(first), results.read(second)
     found = changes(before, after)
-    if not found.changes and not found.few and not after.get("failures"):
+    if not (found.changes or found.few or found.beside) and not after.get("failures"):
         why = "; ".join(f"{case} has {other}" for case, other in found.settings.items())
         why = why or f"measures nothing that {first} does"
         raise UserError(f"{second}: {why}; compare two of one area, with the same settings")

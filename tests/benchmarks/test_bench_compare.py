@@ -169,6 +169,17 @@ def test_beside_busy_programs_a_step_is_compared_by_its_processor_time():
     assert found.what == "CPU time", "what was measured while it ran decides"
 
 
+def test_a_kernel_beside_busy_programs_is_not_compared_by_time():
+    """The same commit took 2.3 to 3.6 times as long, in units of the ceiling."""
+    before = run(row(extra_bytes=0))
+    after = {**run(row(median=3.0, extra_bytes=2**22)), "others_cores": 1.4}
+    found = compare.changes(before, after)
+    assert [x.what for x in found.changes] == ["memory"] and found.beside == 1
+    shown = compare.render(before, after, found)
+    assert "1 times not, taken beside busy programs; beyond noise 1 of ours became" in shown
+    assert compare.changes(before, {**after, "others_cores": 0.1}).beside == 0
+
+
 def test_the_ceiling_may_move_by_chance_too():
     loose = row(ceiling=10.0, ceiling_seconds=row(spread=0.2)["seconds"])
     found = change(loose, row(median=1.2, ceiling=10.0, ceiling_seconds=row()["seconds"]))
