@@ -111,6 +111,12 @@ def evaluate(
             report["data"], examples = own.name, list(own)[:limit]
         else:
             examples = prepare(data, tokenizer, limit=limit)
+        judged = next((example for example in examples if example.role), None)
+        if judged is not None:
+            raise UserError(
+                f"{judged.origin}: is a record of preferences, of which no loss is measured here; "
+                "give --data with prompts and answers, chats or texts"
+            )
         origins = [example.origin for example in examples]
     groups = None if group is None else _groups(data, group, origins)
     prompts = choose_prompts(examples, tokenizer, answers) if chosen else []

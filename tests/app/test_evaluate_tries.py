@@ -90,7 +90,14 @@ def test_a_run_is_measured_with_its_own_chat_template(finished, capfd):
     assert run(capfd, "evaluate", "run", "--data", "held.jsonl")[0] == 0
 
 
+PAIR = '{"prompt": "a", "chosen": "b", "rejected": "c"}\n'
+JUDGED = '{"prompt": "a", "completion": "b", "label": true}\n'
 MISTAKES = [
+    Try("pairs", ["evaluate", "tiny", "--data", "pairs.jsonl"],
+        ["pairs.jsonl:1: is a record of preferences", "give --data"],
+        files={"pairs.jsonl": PAIR * 2}),
+    Try("judged answers", ["evaluate", "tiny", "--data", "judged.jsonl"],
+        ["judged.jsonl:1: is a record of preferences"], files={"judged.jsonl": JUDGED * 2}),
     Try("no choices", ["evaluate", "tiny", "--data", "rows.jsonl", "--choices"],
         ["'choices' must be a list"]),
     Try("choices of what has none", ["evaluate", "tiny", "--data", "docstrings", "--choices"],

@@ -16,6 +16,8 @@ from torch import Tensor
 from lora_engine.data.preferences import Said
 from lora_engine.errors import UserError
 
+# Of a reward: the squares of larger ones, which deviations take, leave float32.
+LARGEST = 1e15
 # What a reward function is called with beside the records' columns.
 GIVEN = ("prompts", "completions", "prompt_ids", "completion_ids")
 
@@ -143,10 +145,10 @@ class Reward:
         for number, value in enumerate(values):
             if value is None:
                 continue
-            if not isinstance(value, Real) or not math.isfinite(value):
+            if not isinstance(value, Real) or not abs(float(value)) <= LARGEST:
                 raise UserError(
                     f"reward {self.name}: returns {value!r:.60} for {written.describe(number)}; "
-                    "give a finite number, or None"
+                    f"give a number of at most {LARGEST:g}, or None"
                 )
         made = [math.nan if value is None else float(value) for value in values]
         return torch.tensor(made, dtype=torch.float64)

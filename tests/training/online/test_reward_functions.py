@@ -72,6 +72,7 @@ def needs_digits(completions):
                        r"data.jsonl:2$"),
         (lambda completions: [1.0], "returns 1 numbers for 2 completions"),
         (lambda completions: [1.0, math.nan], "returns nan for the completion 'five' of data"),
+        (lambda completions: [1.0, 1e30], "returns 1e.30 for .*; give a number of at most 1e.15"),
         (lambda completions: ["a", 1], "returns 'a' for the completion '2' of data.jsonl:1"),
         (lambda completions: None, "returns NoneType, expected a list of 2 numbers"),
         (lambda solution: [0, 0], r"takes 'solution', which the records .*\(their columns: answer"),
