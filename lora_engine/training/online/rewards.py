@@ -145,7 +145,7 @@ class Reward:
         for number, value in enumerate(values):
             if value is None:
                 continue
-            if not isinstance(value, Real) or not abs(float(value)) <= LARGEST:
+            if not isinstance(value, Real) or not math.fabs(value) <= LARGEST:
                 raise UserError(
                     f"reward {self.name}: returns {value!r:.60} for {written.describe(number)}; "
                     f"give a number of at most {LARGEST:g}, or None"
