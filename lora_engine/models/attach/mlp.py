@@ -23,6 +23,7 @@ class MlpForward(ReplacedForward):
         self.module, self.gate_up, self.down, self.activation = module, gate_up, down, activation
         self.original: Callable[[Tensor], Tensor] = module.forward
         self.act_fn = module.act_fn
+        self.act_call = type(module.act_fn).__call__
 
     @uncompiled
     def __call__(self, x: Tensor | None = None, **named: Tensor) -> Tensor:
@@ -44,7 +45,7 @@ class MlpForward(ReplacedForward):
     def intact(self) -> bool:
         """Whether the module's parts are those that this forward was made of."""
         module = self.module
-        if module.act_fn is not self.act_fn:
+        if module.act_fn is not self.act_fn or type(self.act_fn).__call__ is not self.act_call:
             return False
         if isinstance(self.act_fn, nn.Module) and (
             hooks_everywhere() or are_altered(self.act_fn.modules())

@@ -14,15 +14,25 @@ AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
 
 
 def rotation_of(module: nn.Module) -> Rotation:
-    """How the file of an attention layer's class rotates queries and keys."""
-    rotation: Rotation = sys.modules[type(module).__module__].apply_rotary_pos_emb
-    return rotation
+    """How the file of an attention layer's class rotates queries and keys.
+
+    Of a class that is derived from one of transformers elsewhere: the file of that.
+    """
+    for kind in type(module).__mro__:
+        found: Rotation | None = getattr(sys.modules[kind.__module__], "apply_rotary_pos_emb", None)
+        if found is not None:
+            return found
+    raise LookupError(f"no file of {type(module).__name__}'s classes rotates queries and keys")
 
 
 def eager_attention_of(module: nn.Module) -> AttentionFunction:
     """The attention that returns its weights, as the file of an attention layer's class has it."""
-    eager: AttentionFunction = sys.modules[type(module).__module__].eager_attention_forward
-    return eager
+    for kind in type(module).__mro__:
+        found: AttentionFunction | None
+        found = getattr(sys.modules[kind.__module__], "eager_attention_forward", None)
+        if found is not None:
+            return found
+    raise LookupError(f"no file of {type(module).__name__}'s classes has such an attention")
 
 
 def attention_function_of(module: Attention) -> AttentionFunction:

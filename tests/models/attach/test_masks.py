@@ -113,24 +113,26 @@ def test_attention_with_dropout_is_causal_and_skips_padding(padded: bool) -> Non
     assert torch.allclose(actual[kept], expected[kept], atol=1e-5)
 
 
-@pytest.mark.parametrize("padded", [False, True])
-def test_attention_that_is_not_causal_is_one_operation(
-    padded: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """No mask [Q, K] is made; with a window, which sees no token ahead, one is."""
+def test_attention_that_is_not_causal_is_one_operation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No mask [Q, K] is made; with a window, which sees no token ahead, one is.
+
+    Beside a mask of padding tokens are causal all the same: it stands for a causal one.
+    """
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 2, 4, 6, 8)
-    kept = torch.ones(2, 6, dtype=torch.bool)
-    kept[1, :2] = not padded
-    given = kept.long() if padded else None
-    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, kept[:, None, None])
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v)
     module = torch.nn.Module()
     with monkeypatch.context() as patched:
         patched.setattr(attention_function, "sdpa", lambda *_, **__: pytest.fail("sdpa runs"))
-        actual, _ = attend(module, q, k, v, given, is_causal=False)
-    assert torch.allclose(actual[kept], expected.transpose(1, 2)[kept], atol=1e-5)
-    near, _ = attend(module, q, k, v, given, is_causal=False, sliding_window=2)
-    assert not torch.allclose(near[kept], actual[kept], atol=1e-3)
+        actual, _ = attend(module, q, k, v, None, is_causal=False)
+    assert torch.allclose(actual, expected.transpose(1, 2), atol=1e-5)
+    near, _ = attend(module, q, k, v, None, is_causal=False, sliding_window=2)
+    assert not torch.allclose(near, actual, atol=1e-3)
+    padding = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1]])
+    kept = padding.bool()
+    masked, _ = attend(module, q, k, v, padding, is_causal=False)
+    causal, _ = attend(module, q, k, v, padding)
+    assert torch.equal(masked[kept], causal[kept])
 
 
 def test_within_a_proof_a_layer_has_the_window_of_its_mask() -> None:
