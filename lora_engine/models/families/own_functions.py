@@ -1,7 +1,8 @@
 """Functions of transformers that are found by a model's file, or by a name in a register."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from types import ModuleType
 
 from torch import Tensor, nn
 
@@ -14,25 +15,22 @@ AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
 
 
 def rotation_of(module: nn.Module) -> Rotation:
-    """How the file of an attention layer's class rotates queries and keys.
-
-    Of a class that is derived from one of transformers elsewhere: the file of that.
-    """
-    for kind in type(module).__mro__:
-        found: Rotation | None = getattr(sys.modules[kind.__module__], "apply_rotary_pos_emb", None)
-        if found is not None:
-            return found
-    raise LookupError(f"no file of {type(module).__name__}'s classes rotates queries and keys")
+    """How the file of an attention layer's class rotates queries and keys."""
+    found = (getattr(file, "apply_rotary_pos_emb", None) for file in _files_of(module))
+    rotation: Rotation = next(filter(None, found))
+    return rotation
 
 
 def eager_attention_of(module: nn.Module) -> AttentionFunction:
     """The attention that returns its weights, as the file of an attention layer's class has it."""
-    for kind in type(module).__mro__:
-        found: AttentionFunction | None
-        found = getattr(sys.modules[kind.__module__], "eager_attention_forward", None)
-        if found is not None:
-            return found
-    raise LookupError(f"no file of {type(module).__name__}'s classes has such an attention")
+    found = (getattr(file, "eager_attention_forward", None) for file in _files_of(module))
+    eager: AttentionFunction = next(filter(None, found))
+    return eager
+
+
+def _files_of(module: nn.Module) -> Iterator[ModuleType]:
+    """The file of the module's class, then those of the classes that it is derived from."""
+    return (sys.modules[kind.__module__] for kind in type(module).__mro__)
 
 
 def attention_function_of(module: Attention) -> AttentionFunction:
