@@ -21,7 +21,10 @@ def vector(dtype: torch.dtype, *extents: int) -> int:
     constant.
     """
     elements = 16 // dtype.itemsize
-    return elements if all(extent % elements == 0 for extent in extents) else 1
+    for extent in extents:
+        if extent % elements:
+            return 1
+    return elements
 
 
 # Triton's own of these names take several microseconds a call outside of a kernel.

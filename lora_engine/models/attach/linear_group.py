@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Iterable, Sequence
-from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +46,7 @@ class LinearGroup:
         self.modules, self.router = tuple(modules), router
         self.forwards = [module.forward for module in modules]
         self.inside = False  # whether it is called by the forward of its one module
+        self._warned = False
         self.reason = lora_state.why_not(modules, dtype) or _why_not_placed(modules, patches)
         self.lora: ops.LoraGroup | None = None
         if self.reason is not None:
@@ -89,7 +89,11 @@ class LinearGroup:
         for layer, parameter, held in self._placed:
             weight = lora_state.own_tensor(layer, "weight")
             if weight is not parameter or parameter.data_ptr() != held.data_ptr():
-                _warn_moved()
+                self._warn(
+                    "the model's weights were moved or exchanged after "
+                    "lora_engine.accelerate(model); its linears run as PEFT's own until "
+                    "accelerate(model) is called again"
+                )
                 return False
             if parameter.requires_grad:
                 return False
@@ -107,11 +111,9 @@ class LinearGroup:
             return False
         if lora_state.hooks_everywhere() or are_altered(self._watched):
             return False
-        if any(
-            type(part).forward is not forward or type(part).__call__ is not call
-            for part, forward, call in self._computing
-        ):
-            return False
+        for part, forward, call in self._computing:
+            if type(part).forward is not forward or type(part).__call__ is not call:
+                return False
         if lora_state.autocast_to_another_half(base.device, base.dtype):
             return False
         self.lora.biases = tuple(layer.bias for layer, _, _ in self._placed)
@@ -128,7 +130,10 @@ class LinearGroup:
         """
         same = self.modules == modules
         if not same:
-            _warn_exchanged()
+            self._warn(
+                "the model's linears were exchanged after lora_engine.accelerate(model); its "
+                "layers run as transformers' own until accelerate(model) is called again"
+            )
         return same
 
     def dropout(self) -> ops.Dropout | None:
@@ -153,6 +158,11 @@ class LinearGroup:
         if self.inside:
             return tuple(forward(x) for forward in self.forwards)
         return tuple(module(x) for module in self.modules)  # hooks run in a module's call
+
+    def _warn(self, message: str) -> None:
+        if not self._warned:
+            self._warned = True
+            warnings.warn(message, EngineWarning, stacklevel=4)
 
     def _watch(self) -> None:
         """Takes note of all parts of the linears that are called, and of what their classes do.
@@ -239,23 +249,3 @@ def _is_ours(module: nn.Module) -> bool:
     """Whether all that is altered about `module` is that its forward is one of this module's."""
     forward = own_forward(module)
     return isinstance(forward, SingleLinear | ContiguousInput) and not lora_state.has_hooks(module)
-
-
-@cache
-def _warn_exchanged() -> None:
-    warnings.warn(
-        "the model's linears were exchanged after lora_engine.accelerate(model); its layers run as "
-        "transformers' own until accelerate(model) is called again",
-        EngineWarning,
-        stacklevel=4,
-    )
-
-
-@cache
-def _warn_moved() -> None:
-    warnings.warn(
-        "the model's weights were moved or exchanged after lora_engine.accelerate(model); its "
-        "linears run as PEFT's own until accelerate(model) is called again",
-        EngineWarning,
-        stacklevel=3,
-    )
