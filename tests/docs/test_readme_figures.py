@@ -56,6 +56,9 @@ def test_the_claim_on_a_xeon_with_amx() -> None:
     (padded, memory), (free, less) = (ahead(name, x) for x in ("trl-padded", "trl-padding-free"))
     assert f"it is {padded} times {said[0]} and, without padding, {free} times {said[1]}" in README
     assert f"{said[1]}, in {memory} and {less} of the memory" in README
+    name = "bench_train-xeon-2cores-compile"
+    compiled = rows_of(name)["trl-padding-free-compile"]["compared"]["times_as_long"]
+    assert f"(one of them compiled for minutes), {compiled['median']:.1f} times" in README
     unsloth, memory = ahead("bench_train-xeon-2cores-unsloth", "unsloth")
     assert f"of Unsloth's mode for a CPU, {unsloth} times in {memory} " in README
 
