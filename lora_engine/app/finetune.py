@@ -35,7 +35,7 @@ from lora_engine.data import TokenizedDataset
 from lora_engine.data.account import account, lines
 from lora_engine.data.adapters import check_adapters
 from lora_engine.data.inspect import DataReport, report
-from lora_engine.data.vocabulary import check_rows, check_vocabulary
+from lora_engine.data.vocabulary import check_rows, check_same_vocabulary, check_vocabulary
 from lora_engine.distributed.world import World, current
 from lora_engine.errors import UserError
 from lora_engine.evaluation.samples import generate
@@ -149,9 +149,9 @@ def _finetune(config: RunConfig, resume: bool, observer: Observer | None, world:
         train_data,
         eval_data,
         train,
-        objective=_objective(config, next(model.parameters()).device, tell),
+        objective=_objective(config, tokenizer, next(model.parameters()).device, tell),
         probe=probe,
-        online=online_of(config, next(model.parameters()).device, tell),
+        online=online_of(config, tokenizer, next(model.parameters()).device, tell),
         callbacks=callbacks,
         origin=origin,
     )
@@ -312,12 +312,13 @@ def _origin(config: RunConfig, weights: str, start: StartingAdapter | None) -> d
     return origin if config.lora is None else {**origin, "lora.seed": config.lora.seed}
 
 
-def _objective(config: RunConfig, device: torch.device, tell: Any) -> Objective:
-    """The objective of the run, with its teacher if it names a model."""
+def _objective(config: RunConfig, tokenizer: Any, device: torch.device, tell: Any) -> Objective:
+    """The objective of the run, with its teacher if it names a model of the same vocabulary."""
     source, teacher = teacher_of(config.objective), None
     if source:
         tell(f"loading the teacher, {source}")
-        model, _ = load_model(source, dtype=config.model.dtype, device=device)
+        model, theirs = load_model(source, dtype=config.model.dtype, device=device)
+        check_same_vocabulary(theirs, tokenizer, f"objective.teacher: {source}")
         if config.accelerate:
             accelerate(model)
         teacher = Teacher(model.requires_grad_(False), source)

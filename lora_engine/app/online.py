@@ -14,13 +14,16 @@ from lora_engine.training.online.online import Online
 
 
 def online_of(
-    config: RunConfig, device: torch.device, tell: Callable[[str], None]
+    config: RunConfig, tokenizer: Any, device: torch.device, tell: Callable[[str], None]
 ) -> Online | None:
-    """The rewards and the rollout of an online objective; None for another one."""
+    """The rewards and the rollout of an online objective; None for another one.
+
+    tokenizer: of the model that writes.
+    """
     if config.rewards is None:
         return None
     tell("loading the rewards")
-    return Online(made_rewards(config.rewards, device), config.rollout)
+    return Online(made_rewards(config.rewards, tokenizer, device), config.rollout)
 
 
 def shown_prompts(dataset: TokenizedDataset, tokenizer: Any, count: int) -> list[Prompt]:

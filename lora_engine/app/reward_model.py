@@ -8,13 +8,18 @@ import torch
 from torch import nn
 
 from lora_engine.app.rewards import folder_of
+from lora_engine.app.trained import find_trained
 from lora_engine.data.batch import collate
 from lora_engine.data.render import Example
+from lora_engine.data.template import Tokenizer
+from lora_engine.data.vocabulary import check_same_vocabulary
 from lora_engine.errors import UserError
 from lora_engine.evaluation.batch_loss import target_scores
 from lora_engine.evaluation.modes import inference
+from lora_engine.export.loading import load_adapter
 from lora_engine.models.attach.accelerate import accelerate
 from lora_engine.models.load.load import load_model
+from lora_engine.models.load.origin import base_of, how_they_differ, read_base, sha256_of
 from lora_engine.models.load.scalar import with_scalar_head
 from lora_engine.objectives.reward import Reward as RewardObjective
 from lora_engine.training.online.named import Named
@@ -23,11 +28,18 @@ from lora_engine.training.online.named import Named
 class RewardModel:
     """A scalar head's value at the last token of a prompt and its completion.
 
-    model: a sequence classifier with one label, of the policy's vocabulary.
+    model: a sequence classifier with one label, of the policy's vocabulary. settings: what tells
+    its weights from others, for `Reward.settings`.
     """
 
-    def __init__(self, model: nn.Module, tokens_per_batch: int = 4096) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        tokens_per_batch: int = 4096,
+        settings: Mapping[str, object] | None = None,
+    ) -> None:
         self.model, self.tokens_per_batch = model, tokens_per_batch
+        self.settings = settings or {}
 
     def __call__(
         self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]
@@ -45,17 +57,19 @@ class RewardModel:
         return values
 
 
-def made_rewards(named: Sequence[Any], device: str | torch.device) -> list[Named]:
-    """The rewards that a configuration names, reward models loaded."""
-    return [_loaded(one, device) if folder_of(one) is not None else one for one in named]
+def made_rewards(
+    named: Sequence[Any], tokenizer: Tokenizer, device: str | torch.device
+) -> list[Named]:
+    """The rewards that a configuration names, reward models loaded. tokenizer: of the policy."""
+    return [one if folder_of(one) is None else _loaded(one, tokenizer, device) for one in named]
 
 
-def _loaded(one: Any, device: str | torch.device) -> Any:
-    """A reward model, in float32, whose adapter and head are those of a run of `reward`."""
-    import peft
+def _loaded(one: Any, tokenizer: Tokenizer, device: str | torch.device) -> Any:
+    """A reward model, in float32, whose adapter and head are those of a run of `reward`.
 
-    from lora_engine.app.trained import find_trained
-
+    Raises UserError for a folder that is not whole, another base than it was trained on, and
+    another vocabulary.
+    """
     settings = dict(one) if isinstance(one, Mapping) else {"reward": one}
     folder = str(settings["reward"])
     trained = find_trained(folder, settings.pop("base", None))
@@ -71,11 +85,18 @@ def _loaded(one: Any, device: str | torch.device) -> Any:
             f"rewards: {folder} is not the adapter of a reward model; train one with objective: "
             "reward"
         )
-    model, _ = load_model(trained.base, dtype="float32", device=device)
-    model = peft.PeftModel.from_pretrained(with_scalar_head(model), adapter)
-    model.eval().requires_grad_(False)
+    if "score.weight" not in read[0].whole:
+        raise UserError(f"rewards: {folder} has no scalar head; get the complete adapter")
+    model, theirs = load_model(trained.base, dtype="float32", device=device)
+    trained_on = read_base(adapter)
+    if trained_on is not None and (difference := how_they_differ(trained_on, base_of(model))):
+        raise UserError(f"rewards: {folder} is {difference}; give that model as its base")
+    check_same_vocabulary(theirs, tokenizer, f"rewards: {folder}")
+    model = load_adapter(with_scalar_head(model), adapter).eval().requires_grad_(False)
     accelerate(model)
-    return {"name": Path(folder).name, **settings, "reward": RewardModel(model)}
+    weights = {"weights": sha256_of(adapter / "adapter_model.safetensors")}
+    judge = RewardModel(model, settings=weights)
+    return {"name": Path(folder).name, **settings, "reward": judge}
 
 
 def _spans(lengths: Sequence[int], most: int) -> list[tuple[int, int]]:

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from lora_engine.data.dataset import TokenizedDataset
 from lora_engine.data.listing import raise_listed
 from lora_engine.data.template import Tokenizer
+from lora_engine.errors import UserError
 from lora_engine.models.families.modules import CausalLm
 
 
@@ -33,6 +34,17 @@ def check_rows(dataset: TokenizedDataset, rows: int | None, tokenizer: Tokenizer
             token = next(token for token in ids if not 0 <= token < rows)
             problems.append((example.origin, _problem(token, rows, tokenizer)))
     raise_listed(dataset.name, problems, dataset.num_records)
+
+
+def check_same_vocabulary(theirs: Tokenizer, ours: Tokenizer, where: str) -> None:
+    """Raises UserError "where: …" unless `theirs` has every token of `ours` under the same id."""
+    known = theirs.get_vocab()
+    for token, number in sorted(ours.get_vocab().items(), key=lambda item: item[1]):
+        if known.get(token) != number:
+            raise UserError(
+                f"{where}: has another vocabulary than the model that is trained, whose token "
+                f"{number} is {token!r}; give a model of the same tokenizer"
+            )
 
 
 def vocabulary_rows(model: CausalLm) -> int | None:

@@ -15,7 +15,7 @@ from lora_engine.errors import UserError, nearest
 from lora_engine.evaluation.batch_loss import target_scores, with_statistics
 from lora_engine.evaluation.modes import inference
 from lora_engine.evaluation.nonfinite import NonFiniteError, first_nonfinite_layer
-from lora_engine.objectives.answers import added, loss_of, terms_of, weight_of
+from lora_engine.objectives.answers import added, is_seen, loss_of, terms_of, weight_of
 from lora_engine.objectives.base import Objective
 
 # What a result is ranked by, and its objective's metrics, that are better low; others high.
@@ -119,9 +119,9 @@ def measure(
         for batch in with_statistics(model, batches, objective, world=world):
             sums["tokens"] += batch.num_tokens
             of_batch = weight_of(objective, batch)
-            if not any(of_batch.values()):
-                continue
             weights.append(of_batch)
+            if not is_seen(objective, batch, of_batch):
+                continue
             on_device = batch.to(device)
             scores = target_scores(model, on_device, objective)
             judged = loss_of(objective, scores.double(), on_device)

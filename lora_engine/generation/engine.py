@@ -208,8 +208,13 @@ class Generator:
         while self._waiting and len(self._writing) < self._decoder.max_batch:
             prompt = self._waiting[0]
             state = self._room_for(prompt)
+            if state is None and not self._writing:
+                # The prompt may lie in the middle of all that is free: once more, from the start.
+                self._forget(prompt)
+                state = self._room_for(prompt)
+                if state is None:
+                    self._refuse(prompt)
             if state is None:
-                self._refuse_if_alone(prompt)
                 break
             number = prompt.left.popleft()
             if not prompt.left:
@@ -239,9 +244,7 @@ class Generator:
         for prompt, row in zip(prompts, logits, strict=True):
             prompt.logits = row
 
-    def _refuse_if_alone(self, prompt: _Prompt) -> None:
-        if self._writing:
-            return
+    def _refuse(self, prompt: _Prompt) -> None:
         self._waiting.remove(prompt)
         prompt.left.clear()
         self._release_prompt(prompt)
@@ -252,7 +255,12 @@ class Generator:
 
     def _release_prompt(self, prompt: _Prompt) -> None:
         """Gives back the prompt's own hold once all its continuations have begun."""
-        if not prompt.left and prompt.state is not None:
+        if not prompt.left:
+            self._forget(prompt)
+
+    def _forget(self, prompt: _Prompt) -> None:
+        """Gives back what is held of the prompt, which may be read again, to the same bits."""
+        if prompt.state is not None:
             self._decoder.release(prompt.state)
             prompt.state, prompt.logits = None, None
 
@@ -292,6 +300,8 @@ class Generator:
         if one.stream is not None:
             piece += one.stream.finish()
             text = one.stream.text
+            if one.stream.stopped:  # by what was kept back
+                finish = "stop"
         self._writing = [w for w in self._writing if w is not one]
         self._decoder.release(one.state)
         return piece, Completion(tuple(one.tokens), tuple(one.logprobs), text, finish)

@@ -29,9 +29,9 @@ def group_advantages(
     group's, that of all, or none at all (arXiv:2503.20783).
     """
     grouped = rewards.view(-1, size)
-    centred = grouped - torch.nanmean(grouped, 1, keepdim=True)
+    equal = _equal(grouped)
+    centred = (grouped - torch.nanmean(grouped, 1, keepdim=True)).masked_fill(equal, 0.0)
     deviation = _deviation(centred)
-    equal = (deviation <= 1e-8)[:, None].expand_as(grouped)
     if scale == "group":
         centred = centred / (deviation[:, None] + EPSILON)
     elif scale == "batch":
@@ -50,9 +50,8 @@ def leave_one_out(
     others = known.sum(1, keepdim=True) - 1
     total = torch.nansum(grouped, 1, keepdim=True)
     baseline = (total - grouped) / others.clamp(min=1)
-    values = torch.where(known & (others > 0), grouped - baseline, 0.0)
-    centred = grouped - torch.nanmean(grouped, 1, keepdim=True)
-    equal = (_deviation(centred) <= 1e-8)[:, None].expand_as(grouped)
+    equal = _equal(grouped)
+    values = torch.where(known & ~equal, grouped - baseline, 0.0)
     return Advantages(values.reshape(-1), equal.reshape(-1))
 
 
@@ -78,6 +77,15 @@ def generalised_advantages(
         advantages[place] = advantage
         following = float(values[place])
     return advantages, advantages + values
+
+
+def _equal(
+    grouped: Tensor,  # [g, n], NaN where there is none
+) -> Tensor:
+    """[g, n]: whether a group's rewards are all the same; the sums of large ones would not tell."""
+    largest = grouped.nan_to_num(nan=-torch.inf).amax(1, keepdim=True)
+    least = grouped.nan_to_num(nan=torch.inf).amin(1, keepdim=True)
+    return (largest - least <= 1e-8).expand_as(grouped)
 
 
 def _deviation(

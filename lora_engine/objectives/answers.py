@@ -62,7 +62,17 @@ def weight_of(objective: Objective, batch: PackedBatch) -> dict[str, float]:
 
 def has_weight(objective: Objective, batch: PackedBatch) -> bool:
     """Whether the batch, which is on the CPU, has anything that the objective learns from."""
-    return any(weight_of(objective, batch).values())
+    return is_seen(objective, batch, weight_of(objective, batch))
+
+
+def is_seen(objective: Objective, batch: PackedBatch, weights: Mapping[str, float]) -> bool:
+    """Whether the model sees a batch of these weights.
+
+    One without targets has nothing to see, but counts where examples are counted, as it would
+    beside others.
+    """
+    read = batch.num_targets > 0 or objective.reads.values == "examples"
+    return read and any(weights.values())
 
 
 def added(weights: Iterable[Mapping[str, float]]) -> dict[str, float]:

@@ -155,8 +155,8 @@ class Objective(Protocol):
     def weight(self, batch: PackedBatch) -> float | Mapping[str, float]:
         """What the batch contributes to the divisor of the loss: its targets, pairs, sequences.
 
-        The batch is on the CPU. Where it is 0 the model does not see the batch. Of a loss of
-        several terms by the name of each.
+        The batch is on the CPU. Where it is 0, or there are no targets, the model does not see the
+        batch. Of a loss of several terms by the name of each.
         """
 
     def __call__(self, scores: TargetScores, batch: PackedBatch) -> Loss:

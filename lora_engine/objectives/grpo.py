@@ -119,13 +119,11 @@ class GRPO:
     def weight(self, batch: PackedBatch) -> dict[str, float]:
         """What its loss type divides by; and tokens, for the entropy."""
         tokens, sequences = batch.num_targets, batch.num_examples
-        if not tokens:
-            return {"policy": 0, "entropy": 0}
         divisor: float = sequences
         if self.loss_type in _OF_TOKENS:
             divisor = tokens
         elif self.loss_type == "bnpo":
-            divisor = 1
+            divisor = min(tokens, 1)
         elif self.loss_type == "dr_grpo":
             divisor = sequences * self.max_completion_length
         return {"policy": divisor, "entropy": tokens}

@@ -1,6 +1,8 @@
 """The random number generators of torch, numpy and Python: seed, capture, restore."""
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TypedDict
 
 import numpy as np
@@ -97,3 +99,14 @@ def restore(tensors: dict[str, torch.Tensor], rest: Rest) -> None:
     random.setstate(
         (python_rest["version"], tuple(tensors["python"].tolist()), python_rest["gauss_next"])
     )
+
+
+@contextmanager
+def restored_on_error() -> Iterator[None]:
+    """Whatever is raised within leaves the generators as they were."""
+    before = capture()
+    try:
+        yield
+    except BaseException:
+        restore(*before)
+        raise

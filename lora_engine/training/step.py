@@ -21,7 +21,7 @@ from lora_engine.evaluation.nonfinite import (
     last_nonfinite_gradient,
 )
 from lora_engine.models.peft.routing import adapters_of
-from lora_engine.objectives.answers import added, mean_of, terms_of, weight_of
+from lora_engine.objectives.answers import added, is_seen, mean_of, terms_of, weight_of
 from lora_engine.objectives.base import Mean, Objective
 from lora_engine.training import random_state
 from lora_engine.training.optimizer.optimizer import FlatOptimizer
@@ -104,18 +104,15 @@ class TrainStep:
         finite; where updates are layer-wise, a gradient or metric leaves `optimizer.torn`. Without
         any weight no update is made; loss and norm are then 0.
         """
-        before = random_state.capture()
         weights = [weight_of(self.objective, batch) for batch in batches]
         weight = added(weights)
-        weighty = [index for index, of_batch in enumerate(weights) if any(of_batch.values())]
-        try:
+        both = enumerate(zip(batches, weights, strict=True))
+        weighty = [index for index, one in both if is_seen(self.objective, *one)]
+        with random_state.restored_on_error():
             micro, stopped = self._accumulate(step, batches, weighty, weight, check, learning_rate)
             norm = self.optimizer.grad_norm()
             grad_norm, results = self._read(micro, list(weight), norm, stopped)
             self._check_finite(step, batches, weighty, grad_norm, results, micro)
-        except BaseException:
-            random_state.restore(*before)
-            raise
         if weighty:
             self.optimizer.step(learning_rate, norm)
         tokens = sum(batch.num_tokens for batch in batches)
@@ -134,8 +131,8 @@ class TrainStep:
 
         Of this process alone, where processes share neither weights nor tokens.
         """
-        weight = added([weight_of(self.objective, batch)])
-        if not any(weight.values()):
+        weight = weight_of(self.objective, batch)
+        if not is_seen(self.objective, batch, weight):
             return
         alone = TrainStep(self.model, self.objective, self.optimizer, seed=self.seed)
         before = random_state.capture()

@@ -146,6 +146,22 @@ def test_a_teacher_is_loaded_by_its_path(settings, saved_model):
     assert 0 < after["divergence"] < 0.9 * before["divergence"]
 
 
+def test_a_teacher_of_another_vocabulary_is_refused(settings):
+    """Of as many tokens: the sizes of the heads would not tell."""
+    from tiny_model import save_tiny_model
+
+    save_tiny_model(settings / "teacher")
+    file = settings / "teacher/tokenizer.json"
+    content = json.loads(file.read_text())
+    vocabulary = content["model"]["vocab"]
+    first, second = list(vocabulary)[70:72]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    file.write_text(json.dumps(content))
+    write_rows(settings, "plain")
+    with pytest.raises(UserError, match=r"objective.teacher: teacher: has another vocabulary than"):
+        run("objective.name=distill", "objective.teacher=teacher", "train.max_steps=1")
+
+
 @pytest.mark.parametrize("name", ["kto", "reward"])
 def test_an_interrupted_run_goes_on_to_the_same_bits(settings, name):
     write_rows(settings, kind_of(name))

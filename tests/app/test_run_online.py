@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 from finetune_runs import Recorder, interrupt, read_metrics, run
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from tiny_model import save_tiny_model
 
 from lora_engine.app.config import load_config
 from lora_engine.app.config_yaml import shipped_configs
@@ -115,6 +116,73 @@ def test_a_reward_model_judges(online, settings):
     assert all(line["reward"] == 0.5 * line["rewards"]["judge"] for line in lines)
 
 
+def test_a_broken_reward_model_is_one_line(online, settings, tmp_path):
+    """Or one of another model: none of them judges with numbers that mean nothing."""
+    pairs = [{"prompt": f"double {i}:", "chosen": f" {i}{i}", "rejected": " no"} for i in range(20)]
+    (settings / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    run("objective=reward", "data.train=pairs.jsonl", "train.output_dir=judge", "samples.count=0")
+    folder = online("grpo")
+    weights, about = (
+        folder / "judge/adapter" / name
+        for name in ("adapter_model.safetensors", "adapter_config.json")
+    )
+    whole, tensors, said = weights.read_bytes(), load_file(weights), about.read_text()
+    (head,) = (name for name in tensors if "score" in name)
+    part = next(name for name in tensors if "lora_A" in name)
+
+    def without(name):
+        save_file({n: x for n, x in tensors.items() if n != name}, weights)
+
+    def another(**config):
+        save_tiny_model(tmp_path / "other", initializer_range=0.1, **config)
+        return tmp_path / "other"
+
+    def other_tokens():
+        place = another()
+        file = place / "tokenizer.json"
+        content = json.loads(file.read_text())
+        vocabulary = content["model"]["vocab"]
+        first, second = list(vocabulary)[70:72]
+        vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+        file.write_text(json.dumps(content))
+        (folder / "judge/adapter/base.json").unlink()
+
+    tries = {
+        "cannot be read, get the complete file": lambda: weights.write_bytes(whole[:-9]),
+        "has no adapter_model.safetensors": weights.unlink,
+        "judge has no scalar head; get the complete adapter": lambda: without(head),
+        "": lambda: without(part),
+        "holds values that are not finite": lambda: save_file(
+            {**tensors, head: tensors[head] * torch.nan}, weights
+        ),
+        "is not JSON": lambda: about.write_text("{"),
+        "is not the adapter of a reward model": lambda: about.write_text(
+            said.replace("SEQ_CLS", "CAUSAL_LM")
+        ),
+        "is trained on tiny, whose weight files had other contents; give that": another,
+        "has another vocabulary than the model that is trained, whose token 70 is": other_tokens,
+    }
+    for message, spoil in tries.items():
+        spoil()
+        base = ", base: other" if spoil in (another, other_tokens) else ""
+        overrides = [f"rewards=[{{reward: judge{base}}}]", "train.max_steps=1", "samples.count=0"]
+        with pytest.raises(UserError) as caught:
+            run(*overrides)
+        assert message in str(caught.value) and "judge" in str(caught.value), message
+        assert "\n" not in str(caught.value)
+        weights.write_bytes(whole)
+        about.write_text(said)
+    assert not (folder / "out").exists(), "nothing was begun"
+
+
+def test_a_run_is_resumed_with_the_same_settings_of_a_reward(online):
+    online("grpo")
+    last = ["train.max_steps=1", "samples.count=0"]
+    run("rewards=[{reward: regex, pattern: a}]", *last)
+    with pytest.raises(UserError, match=r"made with rewards=.*pattern a.*, now .*pattern b"):
+        run("rewards=[{reward: regex, pattern: b}]", *last, resume=True)
+
+
 WRONG = {
     "no rewards": (["objective=grpo"], "objective: grpo learns from rewards, and there are none"),
     "not online": (["rewards=[json_valid]"], "rewards: objective sft does not learn from rewards"),
@@ -134,6 +202,14 @@ WRONG = {
     "an engine": (
         ["objective=grpo", "rewards=[json_valid]", "rollout.engine=vlm"],
         "rollout.engine: expected lora_engine or vllm, got 'vlm'",
+    ),
+    "no tokens": (
+        ["objective=grpo", "rewards=[json_valid]", "rollout.max_new_tokens=0"],
+        "rollout.max_new_tokens: expected a whole number from 1 to 1,000,000, got 0",
+    ),
+    "a weight": (
+        ["objective=grpo", "rewards=[{reward: json_valid, weight: 1" + "0" * 400 + "}]"],
+        "rewards[0]: weight: expected a number, got 1000",
     ),
     "a switch": (
         ["objective.name=ppo", "objective.whiten=3", "rewards=[json_valid]"],

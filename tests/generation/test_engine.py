@@ -278,6 +278,15 @@ def test_all_rows_of_the_cache_come_back_and_a_small_one_is_enough(llama: nn.Mod
     assert small._decoder.cache.free.size <= 60
 
 
+def test_a_prompt_between_free_rows_is_read_again_where_they_are_one(llama: nn.Module) -> None:
+    """Rows 30 to 40 are the second prompt's when the 30 before and the 60 behind are free."""
+    first = Request((1,) * 5, Sampling(max_new_tokens=25, temperature=0, stop_tokens=()))
+    second = Request((2,) * 10, Sampling(max_new_tokens=65, seed=1, stop_tokens=()), count=2)
+    small, large = Generator(llama, cache_tokens=100), Generator(llama)
+    assert small.run([first, second]) == large.run([first, second])
+    assert small._decoder.cache.free.free == [(0, 100)]
+
+
 def test_what_never_fits_is_refused_and_the_others_are_written(llama: nn.Module) -> None:
     generator = Generator(llama, cache_tokens=30)
     generator.add(Request(tuple(PROMPTS[2]), GREEDY))
@@ -285,6 +294,21 @@ def test_what_never_fits_is_refused_and_the_others_are_written(llama: nn.Module)
         generator.step()
     (one,) = generator.run([Request(tuple(PROMPTS[0]), GREEDY)])[0]
     assert len(one.token_ids) == 10
+
+
+def test_a_text_that_stops_before_half_a_character_at_the_end_has_stopped(llama) -> None:
+    """The stop is kept back with the character, and is found when nothing follows."""
+    ((whole,),) = Generator(llama).run([Request(tuple(PROMPTS[0]), GREEDY)])
+    last = whole.token_ids[-1]
+
+    class Words:
+        def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str:
+            return "".join("END\ufffd" if token == last else "a" for token in token_ids)
+
+    count = whole.token_ids.index(last) + 1
+    sampling = Sampling(max_new_tokens=count, temperature=0, stop_tokens=(), stop=("END",))
+    ((one,),) = Generator(llama, Words()).run([Request(tuple(PROMPTS[0]), sampling)])
+    assert (one.text, one.finish) == ("a" * (count - 1), "stop")
 
 
 def test_stop_tokens_end_a_continuation_and_stay_in_it(llama: nn.Module) -> None:

@@ -37,6 +37,15 @@ def test_a_completion_without_a_reward_has_no_advantage():
     assert leave_one_out(rewards(1, NAN, NAN), 3).values.tolist() == [0, 0, 0]
 
 
+@pytest.mark.parametrize("value", [0.1, 1e9 + 0.1, 1e15 / 3, -1e-9])
+def test_equal_rewards_have_no_advantage_however_large(value):
+    same, others = [value] * 3, [0.0, 1.0, 2.0]
+    for function in (group_advantages, leave_one_out):
+        values, equal = function(rewards(*same, *others), 3)
+        assert values[:3].tolist() == [0, 0, 0]
+        assert equal.tolist() == [True] * 3 + [False] * 3
+
+
 @pytest.mark.parametrize("scale", ["group", "batch"])
 def test_scaled_and_moved_rewards_have_the_same_advantages(scale):
     own = torch.randn(12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

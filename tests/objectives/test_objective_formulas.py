@@ -333,7 +333,8 @@ def test_a_completion_without_targets_counts_as_a_sequence_alone():
     assert weight_of(GRPO("dapo"), batch)["policy"] == batch.num_targets
     numbers = Numbers(batch, GRPO("grpo"))
     assert math.isfinite(mean_loss(GRPO("grpo"), numbers.scores(), batch))
-    assert weight_of(GRPO("grpo"), collate([blank])) == {"policy": 0, "entropy": 0}
+    for kind, policy in {"grpo": 1, "dr_grpo": 256, "dapo": 0, "bnpo": 0}.items():
+        assert weight_of(GRPO(kind), collate([blank])) == {"policy": policy, "entropy": 0}
 
 
 WRONG = {

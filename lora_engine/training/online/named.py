@@ -5,7 +5,7 @@ from inspect import signature
 from typing import TypeAlias
 
 from lora_engine.errors import UserError, nearest
-from lora_engine.training.online.rewards import Reward
+from lora_engine.training.online.rewards import OVERLONG, Reward
 from lora_engine.training.online.verifiable import BUILT_IN
 from lora_engine.user_code import function_of
 
@@ -32,12 +32,22 @@ def rewards_of(named: Sequence[Named]) -> list[Reward]:
         except (UserError, ValueError) as error:
             raise UserError(f"rewards[{number}]: {error}") from error
     names = [reward.name for reward in rewards]
+    if OVERLONG in names:
+        raise UserError(
+            f"rewards: {OVERLONG!r} is what rollout.overlong_buffer adds; give another `name`"
+        )
     if twice := [name for name in names if names.count(name) > 1]:
         raise UserError(f"rewards: {twice[0]!r} is there twice; give one of them another `name`")
     return rewards
 
 
 def _reward(one: object) -> Reward:
+    made = _made(one)
+    made.parameters()
+    return made
+
+
+def _made(one: object) -> Reward:
     if isinstance(one, Reward):
         return one
     if isinstance(one, str):
@@ -67,6 +77,7 @@ def _reward(one: object) -> Reward:
         function,
         _number(one.get("weight", 1.0), "weight"),
         None if one.get("timeout") is None else _number(one["timeout"], "timeout", least=0.0),
+        settings or getattr(what, "settings", {}),
     )
 
 
@@ -87,8 +98,8 @@ def _built_in(name: str, settings: Mapping[str, object]) -> Callable[..., object
 
 
 def _text(value: object, key: str) -> str:
-    if not isinstance(value, str) or not value:
-        raise UserError(f"{key}: expected text, got {value!r:.60}")
+    if not isinstance(value, str) or not value or not value.isprintable():
+        raise UserError(f"{key}: expected a line of text, got {value!r:.60}")
     return value
 
 
@@ -96,7 +107,7 @@ def _number(value: object, key: str, least: float = float("-inf")) -> float:
     """A number, also as text in a form that YAML takes for text: 1e-2."""
     try:
         number = float("nan") if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = float("nan")
     if not least < number < float("inf"):
         above = "a number above 0" if least == 0 else "a number"

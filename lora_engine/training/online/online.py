@@ -15,6 +15,7 @@ from lora_engine.models.attach.head import transformers_model
 from lora_engine.models.peft.routing import active_adapters
 from lora_engine.objectives.base import Objective
 from lora_engine.objectives.online import OnlineObjective
+from lora_engine.training import random_state
 from lora_engine.training.config import TrainConfig
 from lora_engine.training.online.config import RolloutConfig
 from lora_engine.training.online.heldout import heldout_reward
@@ -83,7 +84,10 @@ class OnlineRun:
 
     def identity(self) -> dict[str, object]:
         """What decides the run's weights beside a TrainConfig, as JSON values."""
-        rewards = [f"{reward.name} × {reward.weight:g}" for reward in self._rollouts.rewards]
+        rewards = []
+        for reward in self._rollouts.rewards:
+            own = "".join(f", {key} {value}" for key, value in sorted(reward.settings.items()))
+            rewards.append(f"{reward.name} × {reward.weight:g}{own}")
         rollout = self._online.rollout.trajectory()
         return {"rewards": rewards, **{f"rollout.{key}": value for key, value in rollout.items()}}
 
@@ -97,7 +101,8 @@ class OnlineRun:
         assert heldout is not None
 
         def rewards(step: int) -> HeldoutResult:
-            result, answers = heldout_reward(self._rollouts, heldout, self._config.seed, check)
+            with random_state.restored_on_error():
+                result, answers = heldout_reward(self._rollouts, heldout, self._config.seed, check)
             self.source.log(step, heldout, answers)
             return result
 

@@ -1,11 +1,10 @@
 """Rewards: functions of what was asked and written, called and checked, and their weighted sum."""
 
-import asyncio
+import copy
 import inspect
 import math
-import threading
 import traceback
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
 from pathlib import Path
@@ -14,10 +13,14 @@ import torch
 from torch import Tensor
 
 from lora_engine.data.preferences import Said
-from lora_engine.errors import UserError
+from lora_engine.errors import UserError, reason
+from lora_engine.training.online.calls import TookTooLong, called
 
-# Of a reward: the squares of larger ones, which deviations take, leave float32.
+# Of a reward and of a sum of them: the squares of larger ones, which deviations take, leave
+# float32.
 LARGEST = 1e15
+# The part of a reward that `rollout.overlong_buffer` adds; no reward may be called so.
+OVERLONG = "overlong"
 # What a reward function is called with beside the records' columns.
 GIVEN = ("prompts", "completions", "prompt_ids", "completion_ids")
 
@@ -63,32 +66,34 @@ class Reward:
     function: called with GIVEN and the columns that it takes, each a list of n, by name; answers n
         numbers, None for a completion that it says nothing of. It may be a coroutine function.
     timeout: seconds that a call may take.
+    settings: JSON values that its numbers depend on, by name; a run is resumed with the same ones.
     """
 
     name: str
     function: Callable[..., object]
     weight: float = 1.0
     timeout: float | None = None
+    settings: Mapping[str, object] = field(default_factory=dict)
 
     def __call__(self, written: Written) -> Tensor:
         """float64 [n], NaN for None. UserError for whatever is wrong with what it answers."""
         arguments = self._arguments(written)
         try:
-            answer = _called(self.function, arguments, self.timeout)
-        except _TimeOut as error:
+            answer = called(self.function, arguments, self.timeout)
+        except TookTooLong as error:
             raise UserError(
                 f"reward {self.name}: took more than {self.timeout:g} s for "
                 f"{len(written.completions)} completions, the first of them "
                 f"{written.describe(0)}; give it a longer timeout or make it faster"
             ) from error
-        except UserError:
+        except (UserError, KeyboardInterrupt):
             raise
-        except Exception as error:
+        except BaseException as error:  # sys.exit and cancelled tasks, too
             raise UserError(self._what_failed(error, written)) from error
         return self._numbers(answer, written)
 
     def _arguments(self, written: Written) -> dict[str, object]:
-        """What of GIVEN and the columns the function takes."""
+        """What of GIVEN and the columns the function takes; its own copies, to change at will."""
         if taken_names := written.columns.keys() & set(GIVEN):
             raise UserError(
                 f"the records have a column {sorted(taken_names)[0]!r}, as reward functions are "
@@ -101,9 +106,9 @@ class Reward:
             "prompt_ids": [list(ids) for ids in written.prompt_ids],
             "completion_ids": [list(ids) for ids in written.completion_ids],
         }
-        taken = inspect.signature(self.function).parameters.values()
+        taken = self.parameters()
         if any(p.kind is p.VAR_KEYWORD for p in taken):
-            return every
+            return copy.deepcopy(every)
         missing = [p.name for p in taken if p.default is p.empty and p.name not in every]
         if missing:
             has = ", ".join(written.columns) or "none"
@@ -112,19 +117,37 @@ class Reward:
                 f"not have (their columns: {has}); name a column so, or give the parameter a "
                 "default"
             )
-        return {p.name: every[p.name] for p in taken if p.name in every}
+        return copy.deepcopy({p.name: every[p.name] for p in taken if p.name in every})
 
-    def _what_failed(self, error: Exception, written: Written) -> str:
+    def parameters(self) -> list[inspect.Parameter]:
+        """What the function takes by name. UserError where Python cannot tell."""
+        try:
+            found = inspect.signature(self.function).parameters.values()
+        except (ValueError, TypeError) as error:
+            raise UserError(
+                f"reward {self.name}: Python does not know what it takes; give a function that is "
+                "written in Python"
+            ) from error
+        return [p for p in found if p.kind is not p.VAR_POSITIONAL]
+
+    def _what_failed(self, error: BaseException, written: Written) -> str:
         """Names the first completion that alone raises too."""
-        said = f"{type(error).__name__}: {error}".split("\n")[0]
+        name = type(error).__name__
+        try:
+            told = reason(error)
+        except Exception:  # of its own __str__
+            told = name
+        said = name if told == name else f"{name}: {told}"
         frames = traceback.extract_tb(error.__traceback__)
         place = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}"
         about = f"{len(written.completions)} completions together"
         for number in range(len(written.completions)):
             one = written.only(number)
             try:
-                _called(self.function, self._arguments(one), self.timeout)
-            except Exception:
+                called(self.function, self._arguments(one), self.timeout)
+            except KeyboardInterrupt:
+                raise
+            except BaseException:
                 about = written.describe(number)
                 break
         return f"reward {self.name}: raises {said} ({place}) for {about}"
@@ -142,16 +165,37 @@ class Reward:
                 f"reward {self.name}: returns {len(values)} numbers for {count} completions; give "
                 "one a completion, None where it says nothing"
             )
+        made = []
         for number, value in enumerate(values):
-            if value is None:
-                continue
-            if not isinstance(value, Real) or not math.fabs(value) <= LARGEST:
+            found = math.nan if value is None else _number(value)
+            if found is None:
                 raise UserError(
-                    f"reward {self.name}: returns {value!r:.60} for {written.describe(number)}; "
+                    f"reward {self.name}: returns {_shown(value)} for {written.describe(number)}; "
                     f"give a number of at most {LARGEST:g}, or None"
                 )
-        made = [math.nan if value is None else float(value) for value in values]
+            made.append(found)
         return torch.tensor(made, dtype=torch.float64)
+
+
+def _shown(value: object) -> str:
+    """A value for a message, also one that Python does not write out."""
+    try:
+        return f"{value!r:.60}"
+    except Exception:  # 10**5000 has more digits than it may have
+        return f"one {type(value).__name__}"
+
+
+def _number(value: object) -> float | None:
+    """A finite number of Python's or of an array's kind, of at most LARGEST; None: it is none."""
+    if getattr(value, "shape", None) == ():
+        value = value.item()  # type: ignore[attr-defined]
+    if not isinstance(value, Real):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
+    return number if abs(number) <= LARGEST else None
 
 
 @dataclass(frozen=True)
@@ -169,45 +213,11 @@ def rewarded(rewards: Sequence[Reward], written: Written) -> Rewarded:
     weighted = torch.stack([reward.weight * parts[reward.name] for reward in rewards])
     nothing = torch.isnan(weighted).all(0)
     total = torch.where(nothing, math.nan, torch.nansum(weighted, 0))
+    large = (total.abs() > LARGEST).tolist()
+    if any(large):
+        place = large.index(True)
+        raise UserError(
+            f"rewards: add up to {float(total[place]):g} for {written.describe(place)}; give "
+            f"weights with which they are at most {LARGEST:g}"
+        )
     return Rewarded(total, parts)
-
-
-class _TimeOut(Exception):
-    """A call took too long."""
-
-
-def _called(
-    function: Callable[..., object], arguments: Mapping[str, object], timeout: float | None
-) -> object:
-    """The function's answer, awaited where it is a coroutine.
-
-    A call that takes too long is left behind in a thread of its own.
-    """
-
-    def call() -> object:
-        answer = function(**arguments)
-        return asyncio.run(_awaited(answer)) if inspect.isawaitable(answer) else answer
-
-    if timeout is None:
-        return call()
-    answers: list[object] = []
-    errors: list[Exception] = []
-
-    def work() -> None:
-        try:
-            answers.append(call())
-        except Exception as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    thread.join(timeout)
-    if thread.is_alive():
-        raise _TimeOut
-    if errors:
-        raise errors[0]
-    return answers[0]
-
-
-async def _awaited(answer: Awaitable[object]) -> object:
-    return await answer

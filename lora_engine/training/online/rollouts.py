@@ -18,10 +18,7 @@ from lora_engine.generation.engine import Completion, Finish, Generator, Request
 from lora_engine.generation.sampling import Sampling
 from lora_engine.models.attach.head import transformers_model
 from lora_engine.training.online.config import RolloutConfig
-from lora_engine.training.online.rewards import Reward, Written, rewarded
-
-# The part of the reward that `overlong_buffer` adds.
-OVERLONG = "overlong"
+from lora_engine.training.online.rewards import OVERLONG, Reward, Written, rewarded
 
 Column = float | list[float]
 

@@ -17,6 +17,7 @@ from lora_engine.data.render import Example
 from lora_engine.evaluation.batch_loss import reference_logprobs, target_scores
 from lora_engine.evaluation.modes import inference
 from lora_engine.objectives.online import OnlineObjective, Sampled
+from lora_engine.training import random_state
 from lora_engine.training.batches import BatchSource
 from lora_engine.training.online.completions import CompletionsLog
 from lora_engine.training.online.rollouts import (
@@ -100,7 +101,8 @@ class OnlineSource(BatchSource):
         if step >= self._settings.steps:
             number, step = number + 1, 0
         if self._round.number != number:
-            self._round = self._sampled(number)
+            with random_state.restored_on_error():  # a reward may draw from it, and fail
+                self._round = self._sampled(number)
         groups = self._round.groups
         passed, part = divmod(step, self._settings.minibatches)
         order = np.random.default_rng([self._seed, 1, number, passed]).permutation(len(groups))
@@ -190,7 +192,8 @@ class OnlineSource(BatchSource):
                 (kept if teaches else spare).extend(group)
             if len(kept) == settings.prompts * size:
                 break
-        answers = [*kept, *spare][: settings.prompts * size]
+        found, most = [*kept, *spare], settings.prompts * size
+        answers, unused = found[:most], found[most:]
         if self._settings.mask_truncated:
             answers = [replace(a, learned=a.finish == "stop") for a in answers]
         judged, metrics = self._judged(answers)
@@ -203,9 +206,6 @@ class OnlineSource(BatchSource):
         if size == 1:
             del metrics["frac_reward_zero_std"]
         assert self._log is not None, "start() comes first"
-        left_out = tried if settings.dynamic_sampling else []
-        kept_ids = {(a.prompt, a.token_ids) for a in judged}
-        unused = [a for a in left_out if (a.prompt, a.token_ids) not in kept_ids]
         self._log.append({"round": number}, self._prompts, judged)
         self._log.append({"round": number, "left_out": True}, self._prompts, unused)
         return Round(number, size, taken, judged, metrics)

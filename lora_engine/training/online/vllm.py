@@ -152,6 +152,8 @@ class VllmEngine:
                 finish = "stop"
                 break
         stream.finish()
+        if stream.stopped:  # by what was kept back, too
+            finish = "stop"
         return Completion(choice.token_ids[:count], choice.logprobs[:count], stream.text, finish)
 
 

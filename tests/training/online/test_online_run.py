@@ -2,8 +2,10 @@
 
 import math
 import multiprocessing
+import random
 import signal
 
+import numpy as np
 import pytest
 import torch
 from online_runs import (
@@ -341,6 +343,81 @@ def test_a_reward_that_fails_loses_nothing(tmp_path, name):
     assert len(rounds) == 5, "only the round that failed was written again"
     assert_same_bits(resumed, fit("straight"))
     assert completions(tmp_path / "broken") == completions(tmp_path / "straight")
+
+
+@pytest.mark.parametrize("failing", ["a round", "an evaluation"])
+def test_a_reward_that_fails_after_drawing_random_numbers_loses_none(tmp_path, failing):
+    """The call that failed is made again with the numbers that it had."""
+    size = {"a round": 16, "an evaluation": 2}[failing]
+
+    def fit(name, fails=False, resume=False):
+        calls = []
+
+        def judge(completions):
+            calls.append(len(completions))
+            noise = random.random() + np.random.rand() + torch.rand(()).item()  # noqa: NPY002
+            if fails and calls.count(size) == 2:
+                raise RuntimeError
+            return [noise + reward for reward in vowels(completions)]
+
+        trainer = online_trainer(tmp_path / name, rewards=[judge], eval_every=2)
+        return trainer.fit(resume=resume)
+
+    with pytest.raises(UserError, match="raises RuntimeError"):
+        fit("broken", fails=True)
+    fit("broken", resume=True)
+    fit("straight")
+    assert completions(tmp_path / "broken") == completions(tmp_path / "straight")
+
+
+def test_what_dynamic_sampling_leaves_out_is_written_down_however_often_it_is_written(tmp_path):
+    """Of one prompt, which is taken again and again, completions of the same tokens."""
+    source, _ = source_of(
+        tmp_path,
+        train=PROMPTS[:1],
+        rewards=[lambda completions: [1.0] * len(completions)],
+        rollout={"prompts": 2, "dynamic_sampling": True, "max_resampled": 2, "max_new_tokens": 1},
+    )
+    source.take(Position(), 1)
+    assert len(completions(tmp_path)) == 3 * 2 * 4
+
+
+def test_masked_completions_count_alike_in_every_micro_batch(tmp_path):
+    """Of a loss per sequence, also where a micro-batch has none but masked ones."""
+    steps = {}
+    for tokens in (4096, 24):
+        folder = tmp_path / str(tokens)
+        online_trainer(
+            folder,
+            objective=GRPO(loss_type="grpo"),
+            rollout={"mask_truncated": True, "max_new_tokens": 2},
+            rewards=[lambda completions: [float(i % 3) for i in range(len(completions))]],
+            tokens_per_batch=tokens,
+            max_steps=1,
+            share_prefixes=False,
+            held_out=None,
+        ).fit()
+        (steps[tokens],) = lines(folder)
+        masked = [one["finish"] == "length" for one in completions(folder)]
+        assert True in masked and False in masked
+    for name in ("loss", "grad_norm", "entropy"):
+        assert steps[24][name] == pytest.approx(steps[4096][name], rel=1e-4), name
+
+
+@pytest.mark.parametrize("name", ["grpo", "ppo"])
+def test_a_round_of_which_all_is_masked_changes_nothing(tmp_path, name):
+    model = writer(value_head=name == "ppo")
+    before = trainable(model)
+    online_trainer(
+        tmp_path,
+        model=model,
+        objective=GRPO(loss_type="grpo") if name == "grpo" else PPO(),
+        rollout={"mask_truncated": True, "stop": (), "max_new_tokens": 1, "top_k": 1},
+        max_steps=1,
+        held_out=None,
+    ).fit()
+    assert {one["finish"] for one in completions(tmp_path)} == {"length"}
+    assert_same_bits(trainable(model), before)
 
 
 def test_a_run_is_resumed_with_the_same_rewards(tmp_path):

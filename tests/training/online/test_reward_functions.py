@@ -4,6 +4,7 @@ import asyncio
 import math
 import time
 from dataclasses import replace
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -49,6 +50,7 @@ def test_none_is_no_reward_and_arrays_are_taken():
     assert answers[1] == 1.0
     assert of(lambda completions: np.array([0.5, 1.0], dtype=np.float32)) == [0.5, 1.0]
     assert of(lambda completions: torch.tensor([0.5, 1.0])) == [0.5, 1.0]
+    assert of(lambda completions: [torch.tensor(0.5), np.bool_(True)]) == [0.5, 1.0]
 
 
 def test_a_coroutine_is_awaited():
@@ -58,6 +60,105 @@ def test_a_coroutine_is_awaited():
 
     assert of(judge) == [1.0, 4.0]
     assert of(judge, timeout=5.0) == [1.0, 4.0]
+
+
+def test_coroutines_share_a_loop_and_run_beside_another(tmp_path):
+    """A client of somebody's that was made in the first call serves the next; notebooks have a
+    loop of their own, in which a run is started."""
+    loops = []
+
+    async def judge(completions):
+        loops.append(asyncio.get_running_loop())
+        return [1, 2]
+
+    async def notebook():
+        return of(judge), of(judge, timeout=5.0)
+
+    assert asyncio.run(notebook()) == ([1.0, 2.0], [1.0, 2.0])
+    of(judge)
+    assert len(set(map(id, loops))) == 1
+
+
+def test_a_coroutine_that_takes_too_long_is_cancelled():
+    ended = []
+
+    async def judge(completions):
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            ended.append("cancelled")
+            raise
+
+    async def quick(completions):
+        return [1, 2]
+
+    async def blocks(completions):
+        time.sleep(2)
+
+    for slow in (judge, blocks):
+        with pytest.raises(UserError, match=r"took more than 0.05 s"):
+            of(slow, timeout=0.05)
+        assert of(quick, timeout=5.0) == [1.0, 2.0]
+    assert ended == ["cancelled"]
+
+
+def test_a_time_limit_may_be_longer_than_the_system_counts():
+    assert of(lambda completions: [1, 2], timeout=1e300) == [1.0, 2.0]
+
+
+def test_what_a_function_changes_is_its_own():
+    records = {"facts": [{"answer": 1}, {"answer": 2}]}
+    written = replace(WRITTEN, prompts=[({"role": "user", "content": "hi"},)] * 2, columns=records)
+
+    def changes(prompts, completions, facts):
+        prompts[0][0]["content"] = "changed"
+        facts[0].clear()
+        facts.pop()
+        completions.clear()
+        return [1, 2]
+
+    Reward("mine", changes)(written)
+    assert written.prompts[0][0] == {"role": "user", "content": "hi"}
+    assert written.columns == {"facts": [{"answer": 1}, {"answer": 2}]}
+    assert written.completions == ["2", "five"]
+
+
+def test_further_positions_are_left_out():
+    assert of(lambda completions, *more: [len(more), len(completions)]) == [0.0, 2.0]
+
+
+def raising(error):
+    def function(completions):
+        raise error
+
+    return function
+
+
+class Unprintable(Exception):
+    def __str__(self):
+        raise ValueError
+
+
+async def cancelled(completions):
+    raise asyncio.CancelledError
+
+
+@pytest.mark.parametrize("timeout", [None, 5.0])
+@pytest.mark.parametrize(
+    ("function", "said"),
+    [
+        (raising(SystemExit(3)), r"raises SystemExit: 3 \("),
+        (raising(AssertionError()), r"raises AssertionError \("),
+        (raising(ValueError("one\ntwo")), r"raises ValueError: one \("),
+        (raising(Unprintable()), r"raises Unprintable \("),
+        (cancelled, r"raises CancelledError \("),
+    ],
+)
+def test_whatever_is_raised_is_one_line(function, said, timeout):
+    with pytest.raises(UserError, match=said) as caught:
+        of(function, timeout=timeout)
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).endswith("for the completion '2' of data.jsonl:1")
 
 
 def needs_digits(completions):
@@ -73,6 +174,10 @@ def needs_digits(completions):
         (lambda completions: [1.0], "returns 1 numbers for 2 completions"),
         (lambda completions: [1.0, math.nan], "returns nan for the completion 'five' of data"),
         (lambda completions: [1.0, 1e30], "returns 1e.30 for .*; give a number of at most 1e.15"),
+        (lambda completions: [10**400, 1], "returns 1000+ for the completion '2' of data.jsonl:1"),
+        (lambda completions: [10**5000, 1], "returns one int for the completion '2'"),
+        (lambda completions: [Fraction(-(10**400), 3), 1], r"returns Fraction\(-1000+ for"),
+        (lambda completions: np.ones((2, 1)), r"returns \[1.0\] for the completion '2'"),
         (lambda completions: ["a", 1], "returns 'a' for the completion '2' of data.jsonl:1"),
         (lambda completions: None, "returns NoneType, expected a list of 2 numbers"),
         (lambda solution: [0, 0], r"takes 'solution', which the records .*\(their columns: answer"),
@@ -99,6 +204,13 @@ def test_rewards_add_up_by_weight_over_those_that_say_something():
     assert found.total[0] == 1.5
     assert math.isnan(found.total[1])
     assert found.parts["one"][0] == 1.0
+
+
+def test_a_sum_that_is_too_large_is_refused():
+    large = Reward("large", lambda completions: [0, 1e10], weight=1e300)
+    said = "rewards: add up to inf for the completion 'five' of data.jsonl:2; give weights"
+    with pytest.raises(UserError, match=said):
+        rewarded([large], WRITTEN)
 
 
 @pytest.mark.parametrize(
@@ -148,6 +260,10 @@ def test_a_function_is_found_by_module_and_by_file(tmp_path, monkeypatch):
         (["regex"], r"rewards\[0\]: regex needs pattern; give it"),
         ([{"reward": "regex", "pattern": "("}], r"regex: .*unterminated.*; mend its settings"),
         ([{"reward": "json_valid", "weight": True}], "weight: expected a number, got True"),
+        ([{"reward": "json_valid", "weight": 10**400}], "weight: expected a number, got 1000"),
+        ([{"reward": "json_valid", "name": "a\nb"}], "name: expected a line of text"),
+        ([{"reward": "json_valid", "name": "overlong"}], "'overlong' is what rollout.overlong_buf"),
+        ([max], r"rewards\[0\]: reward max: Python does not know what it takes; give a function"),
         ([{"reward": "json_valid", "timeout": 0}], "timeout: expected a number above 0, got 0"),
         (["json_valid", "json_valid"], "rewards: 'json_valid' is there twice; give one"),
     ],
