@@ -175,13 +175,14 @@ class DataConfig(Section):
         default=False,
         description="Read and tokenise files while training, `stream_buffer` records at a time, "
         "in memory that does not grow with them. Needs `train.max_steps`. What `eval_fraction` "
-        "holds out is measured by its part in the first four buffers.",
+        "holds out is measured by its part in the first buffer, or in as many, four at most, as "
+        "hold out `eval_limit` records (64 where that is null).",
     )
     stream_buffer: int = Field(
         default=2048,
         ge=16,
         le=10**7,
-        description="Records, of at most some 32 MB of the file, that are shuffled and packed "
+        description="Records, of at most some 8 MB of the file, that are shuffled and packed "
         "among themselves, of a stream.",
     )
     processes: Annotated[int, Field(ge=1, le=1024)] | None = Field(

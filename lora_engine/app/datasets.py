@@ -32,8 +32,6 @@ from lora_engine.data.template import Tokenizer
 from lora_engine.data.tokenising import PARALLEL_BYTES, Tokenised, tokenise, usable_processes
 from lora_engine.errors import UserError
 
-# Buffers of a stream that are looked into for held-out records.
-STREAM_HELDOUT = 4
 # Told of progress: what is read, its bytes that are done and their number (0: not known), records.
 Reading = Callable[[str, int, int, int], None]
 
@@ -142,7 +140,7 @@ def _streamed(
         store = _tokenised(_eval_source(data), data, recipe, tokenizer, reading)
         eval_data = dataset_of("", store, range(len(store)), data.max_length)
     else:
-        eval_data = stream.heldout(STREAM_HELDOUT, data.eval_limit)
+        eval_data = stream.heldout(data.eval_limit)
     shown = f"{name}, training (a stream, of which these are the first records)"
     return (
         replace(train_data, name=shown),

@@ -137,6 +137,20 @@ class OutcomeStore:
         """What is said of a record."""
         return self._about_records[self._arrays["record_about"][record]]
 
+    def outcome(self, record: int) -> Outcome:
+        """What became of a record, as it was collected."""
+        about, origin = self.about(record), self.origin(record)
+        return Outcome(
+            origin=origin,
+            kind=about.kind,
+            format=about.format,
+            key=self.key(record),
+            group=self.group(record),
+            examples=tuple(self.example(i, origin) for i in self.examples_of(record)),
+            dropped=about.dropped,
+            ignored=about.ignored,
+        )
+
     def examples_of(self, record: int) -> range:
         """The examples of a record, by number."""
         return range(*_run(self._arrays["record_ends"], record))

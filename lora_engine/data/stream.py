@@ -18,7 +18,7 @@ from lora_engine.data.dataset import TokenizedDataset, dataset_of
 from lora_engine.data.heldout import digest
 from lora_engine.data.listing import raise_listed
 from lora_engine.data.recipe import Recipe, Result, Tokenising
-from lora_engine.data.store import OutcomeStore, joined
+from lora_engine.data.store import Outcome, OutcomeStore, joined, store_of
 from lora_engine.data.template import Tokenizer
 from lora_engine.data.tokenising import pool_of, work
 from lora_engine.data.tracks import Reached, Track
@@ -27,10 +27,12 @@ from lora_engine.errors import UserError
 # Rows that are read of one source before it is another's turn, where they have shares.
 _TURN = 16
 _CHUNK, _CHUNK_BYTES = 256, 1 << 22
-# Of a buffer, whatever its number of records: what is read in a few seconds.
-_BYTES = 1 << 25
+# Of a buffer, whatever its number of records: what is tokenised in a few seconds.
+_BYTES = 1 << 23
 _EDGE = 1 << 16  # bytes at either end of a file that tell it from others
 _EMPTY = 1000  # buffers in a row without an example, after which none is expected
+# Records to hold out where no limit is given, and buffers that are looked into for them at most.
+_HELDOUT, _LOOKED_INTO = 64, 4
 
 
 class Place(NamedTuple):
@@ -79,8 +81,8 @@ class ExampleStream:
     """Buffers of examples, endlessly.
 
     parts: without weights they are read one after the other; with, in turns as the weights say.
-    records: of a buffer, fewer where they have many bytes. heldout: share of the records that is
-    left out of training.
+    records: of a buffer, fewer where they have many bytes; of one part, none twice.
+    heldout: share of the records that is left out of training.
     helpers: processes that tokenise ahead while a buffer is used; 0 does it when it is asked for.
     """
 
@@ -107,6 +109,7 @@ class ExampleStream:
         self._pool: ProcessPoolExecutor | None = None
         self._ahead: tuple[Place, list[tuple[int, Future[Result]]], Place] | None = None
         self._last: tuple[Place, Buffer] | None = None
+        self._kept: dict[Place, _Outcomes] = {}  # of buffers that training has not gone past
         self.checks: list[Callable[[TokenizedDataset], None]] = []
         weakref.finalize(self, _close, self._tracks)  # also when Python ends
 
@@ -117,9 +120,10 @@ class ExampleStream:
 
     def buffer(self, place: Place) -> Buffer:
         """The buffer that begins there. Raises UserError for malformed records, all of it listed,
-        and what `checks` raise."""
+        and what `checks` raise. What is known of buffers before it is given up."""
         if self._last is None or self._last[0] != place:
             outcomes = self._outcomes(place)
+            self._kept = {of: kept for of, kept in self._kept.items() if of.buffer >= place.buffer}
             heldout, after = set(self._held_out(outcomes)), outcomes.after
             training = [i for i in range(len(outcomes.store)) if i not in heldout]
             dataset = self._dataset(outcomes.store, training)
@@ -139,27 +143,26 @@ class ExampleStream:
             place = after
         raise UserError(f"{self.name}: no example is left to learn from, give other data")
 
-    def heldout(self, buffers: int, limit: int | None) -> TokenizedDataset:
-        """What is held out of the first buffers."""
-        place = self.begin
-        stores: list[OutcomeStore] = []
-        found: list[int] = []
-        for _ in range(buffers):
+    def heldout(self, limit: int | None) -> TokenizedDataset:
+        """What is held out of the first buffers: of as many as hold out `limit` records, or of a
+        few. Raises UserError where that is nothing to learn from."""
+        place, read = self.begin, 0
+        found: dict[str, Outcome] = {}  # by origin: a short stream begins anew in its first buffer
+        for _ in range(_LOOKED_INTO):
             outcomes = self._outcomes(place)
-            before = sum(map(len, stores))
-            found += [before + i for i in self._held_out(outcomes)]
-            stores.append(outcomes.store)
-            place = outcomes.after
+            for record in self._held_out(outcomes):
+                found[outcomes.store.origin(record)] = outcomes.store.outcome(record)
+            place, read = outcomes.after, read + len(outcomes.store)
             tracks = zip(place.tracks, self._parts, strict=True)
             if any(now.passes > 0 for now, part in tracks if not part.replayed):
                 break
-        store = joined(stores)
-        once = {store.origin(i): i for i in found}  # a short stream begins anew in its first buffer
-        chosen = list(once.values())[:limit]
-        dataset = self._dataset(store, chosen)
+            if len(found) >= (limit or _HELDOUT):
+                break
+        store = store_of(list(found.values())[:limit])
+        dataset = self._dataset(store, list(range(len(store))))
         if dataset is None:
             raise UserError(
-                f"{self.name}: nothing to learn from is held out of the first {len(store):,} "
+                f"{self.name}: nothing to learn from is held out of the first {read:,} "
                 "records; give an eval file, or another eval_fraction"
             )
         return dataset
@@ -178,7 +181,7 @@ class ExampleStream:
                     made.update(file.read(_EDGE))
                     file.seek(max(size - _EDGE, 0))
                     made.update(file.read(_EDGE))
-        made.update(repr((self._records, self._seed, self._heldout)).encode())
+        made.update(repr((self._records, _BYTES, self._seed, self._heldout)).encode())
         return made.hexdigest()
 
     def close(self) -> None:
@@ -201,6 +204,12 @@ class ExampleStream:
                 yield record
 
     def _outcomes(self, place: Place) -> _Outcomes:
+        """What becomes of the records of a buffer, worked out once."""
+        if place not in self._kept:
+            self._kept[place] = self._worked_out(place)
+        return self._kept[place]
+
+    def _worked_out(self, place: Place) -> _Outcomes:
         """What becomes of the records of a buffer; the next one is begun where processes can."""
         if self._helpers < 1:
             chunks, after = self._read(place)
@@ -211,7 +220,8 @@ class ExampleStream:
             parts = [part for part, _ in futures]
             results = [future.result() for _, future in futures]
             self._ahead = (after, *self._submitted(after))
-        problems = [problem for result in results for problem in result.problems]
+        listed = (problem for result in results for problem in result.problems)
+        problems = list(dict.fromkeys(listed))  # of what is read again, once
         store = joined([result.store for result in results])
         raise_listed(self.name, problems, len(store) + len(problems))
         of_each = zip(parts, results, strict=True)
@@ -233,13 +243,14 @@ class ExampleStream:
         chunks: list[tuple[int, Chunk]] = []
         left, room = self._records, _BYTES
         for part, count in self._turns(reached):
-            before = reached[part].taken
+            before, wanted = reached[part].taken, min(count, left)
             track, most = self._tracks[part], min(_CHUNK_BYTES, room)
-            some, reached[part] = track.take(reached[part], min(count, left), most)
+            some, reached[part] = track.take(reached[part], wanted, most)
             chunks += [(part, chunk) for chunk in some]
-            left -= reached[part].taken - before
-            room -= sum(chunk.size for chunk in some)
-            if left <= 0 or room <= 0:
+            taken, size = reached[part].taken - before, sum(chunk.size for chunk in some)
+            left, room = left - taken, room - size
+            is_at_end = taken < wanted and size < most
+            if left <= 0 or room <= 0 or (is_at_end and len(reached) == 1):
                 break
         return chunks, Place(place.buffer + 1, tuple(reached))
 

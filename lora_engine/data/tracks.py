@@ -42,7 +42,8 @@ class Track:
 
     def take(self, start: Reached, count: int, most: int) -> tuple[list[Chunk], Reached]:
         """The rows from `start` on, and the place behind them: `count` rows, or as many as have
-        `most` bytes together. Raises UserError for files without rows."""
+        `most` bytes together, or are left until all files are read. Raises UserError for files
+        without rows."""
         chunks: list[Chunk] = []
         at, left, room = start, count, most
         while left > 0 and room > 0:
@@ -53,7 +54,9 @@ class Track:
             self._at = None
             some = some_of(self._rows, left, room)
             if not some:
-                at = self._next_file(at, start)
+                before, at = at, self._next_file(at, start)
+                if chunks and at.passes > before.passes:
+                    break
                 continue
             chunk = chunk_of(some, path, at.row + 1)
             offset = at.offset + (chunk.size if chunk.lines else 0)

@@ -32,7 +32,7 @@ USER, BOT = said("user", "a"), said("assistant", "b")
 IDS = [1, 2, 3]
 
 # The second of three lines of a .jsonl file, and words of what is said of it.
-GOOD_LINESOF_JSON = {
+LINES_OF_JSON = {
     # syntax
     "cut short": (GOOD[:40], "is not valid JSON"),
     "cut in a string": (b'{"text": "a', "is not valid JSON: Unterminated string"),
@@ -182,6 +182,14 @@ GOOD_LINESOF_JSON = {
         row(prompt="a", responses=["b", "c"], scores=["good", "bad"]),
         "has a score that is no number but a string",
     ),
+    "a label that is null": (
+        row(prompt="a", completion="b", label=None),
+        "'label' is empty, and might have said",
+    ),
+    "a tree": (
+        row(prompt={"role": "prompter", "text": "a", "replies": []}),
+        "is a tree of messages and their 'replies'",
+    ),
     # tokens
     "tokens of text": (row(input_ids=["a"]), "'input_ids' must hold whole numbers"),
     "tokens of fractions": (row(input_ids=[1.5]), "'input_ids' must hold whole numbers"),
@@ -295,7 +303,7 @@ FILES = {
 }
 
 
-@pytest.mark.parametrize(("line", "words"), GOOD_LINESOF_JSON.values(), ids=GOOD_LINESOF_JSON)
+@pytest.mark.parametrize(("line", "words"), LINES_OF_JSON.values(), ids=LINES_OF_JSON)
 def test_a_line_of_json(tmp_path, line, words):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"\n".join([GOOD, line, GOOD]))
@@ -323,7 +331,7 @@ def test_a_file(tmp_path, name, content, place, words):
 
 def test_all_of_them_in_one_file_are_listed_up_to_a_limit(tmp_path):
     path = tmp_path / "a.jsonl"
-    bad = [line for line, _ in GOOD_LINESOF_JSON.values()]
+    bad = [line for line, _ in LINES_OF_JSON.values()]
     path.write_bytes(b"\n".join([GOOD, *bad]))
     with pytest.raises(UserError) as caught:
         read_records(path)

@@ -48,6 +48,11 @@ def _prompt(row: Fields) -> object:
             if messages[-1]["role"] != "assistant":  # else a whole conversation, as chosen is
                 return with_system(row, messages)
     if "prompt" in row:
+        if isinstance(row["prompt"], Mapping) and "replies" in row["prompt"]:
+            raise UserError(
+                "is a tree of messages and their 'replies'; make a record of each conversation "
+                "that is to be learned, with 'messages' from the first to the answer"
+            )
         if is_conversation(row["prompt"]):
             return with_system(row, messages_of(row["prompt"], "prompt"))
         refuse_system(row)

@@ -43,6 +43,10 @@ _ALONE = tuple(format for format in FORMATS if format.name in ("messages", "text
 FIELDS = tuple(
     dict.fromkeys(field for f in FORMATS for field in (*f.fields, *COMMON) if field != "*")
 )
+# Those whose answer is learned, unless something beside it says that it is a bad one.
+_ANSWERED = tuple(
+    f for f in FORMATS if f.name in preference.UNPAIRED.over and f is not preference.PROMPTS
+)
 _LIKE = 0.8  # of a name that was meant for another
 _NAMED = 12  # fields named of a record that has no format
 
@@ -72,6 +76,8 @@ def recognise(row: Fields, layout: Layout, wanted: Collection[str] = ()) -> Read
             if not is_empty(given.get(key)):
                 raise UserError(chat.media_problem(key))
     format = _plainly(fields, layout) or _format(fields, layout, wanted)
+    if layout.format is None and format in _ANSWERED:
+        _check_verdict(row if used is None else layout.columns or {}, fields, format)
     made = format.read(fields)
     for field in COMMON:
         if field in fields:
@@ -95,6 +101,16 @@ def _plainly(fields: Fields, layout: Layout) -> Format | None:
     if layout.format is not None or len(fields) != 1:
         return None
     return _named(next(iter(fields)), _ALONE)
+
+
+def _check_verdict(named: Iterable[str], fields: Fields, format: Format) -> None:
+    """Raises UserError where a verdict on the answer is among the names and is not filled in."""
+    for field in preference.VERDICTS:
+        if field in named and is_empty(fields.get(field)):
+            raise UserError(
+                f"{field!r} is empty, and might have said that the answer is a bad one; fill it "
+                f"in, leave it out, or say data.format: {format.name} to learn the answer"
+            )
 
 
 def _named(name: str, formats: Iterable[Format]) -> Format | None:

@@ -129,7 +129,7 @@ REFUSED = {
     ),
     "OpenAssistant, trees": (
         {"prompt": {"text": "Hi", "role": "prompter", "replies": []}, "tree_state": "ready"},
-        "'content' must be a string",
+        "is a tree of messages and their 'replies'; make a record of each conversation that is",
     ),
     "OpenOrca": (
         {"system_prompt": "Be brief.", "question": "Hi", "response": "Hello."},

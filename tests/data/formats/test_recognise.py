@@ -322,6 +322,37 @@ def test_a_label_of_another_kind_is_refused(answered, label, tmp_path):
         read_records(path)
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("null.jsonl", '{"prompt": "Hi", "completion": " No", "label": null}'),
+        ("empty.jsonl", '{"messages": [{"role": "user", "content": "a"}], "label": ""}'),
+        ("tag.jsonl", '{"instruction": "Hi", "output": "No", "kto_tag": null}'),
+        ("empty.csv", "question,answer,label\nHi,No,"),
+    ],
+)
+def test_an_empty_label_is_refused(name, text, tmp_path):
+    """It does not say that the answer is a good one."""
+    (tmp_path / name).write_text(text + "\n")
+    place = rf"{re.escape(name)}:{text.count(chr(10)) + 1}"
+    with pytest.raises(UserError, match=rf"{place}: '(label|kto_tag)' is empty, and might have"):
+        read_records(tmp_path / name)
+
+
+def test_an_empty_label_counts_where_it_is_named_and_not_where_the_format_is_given():
+    row = {"q": "Hi", "a": "No", "label": None, "verdict": None}
+    columns = {"prompt": "q", "completion": "a"}
+    (read,) = read_records([row], layout=Layout(columns=columns))
+    assert (read.kind, read.ignored) == ("completion", ())
+    with pytest.raises(UserError, match="'label' is empty"):
+        read_records([row], layout=Layout(columns={**columns, "label": "verdict"}))
+    row = {"prompt": "Hi", "completion": " No", "label": None}
+    (read,) = read_records([row], layout=Layout(format="prompt-completion"))
+    assert (read.kind, read.completion) == ("completion", " No")
+    (read,) = read_records([{**row, "kto_tag": False}])
+    assert (read.kind, read.label) == ("unpaired", False)
+
+
 def test_a_label_is_no_verdict_where_the_format_is_given():
     row = {"prompt": "Hi", "completion": " No", "label": "politics"}
     (read,) = read_records([row], layout=Layout(format="prompt-completion"))
