@@ -32,6 +32,7 @@ OPERATIONS: dict[str, tuple[str, ...]] = {
     "adamw_8bit": ("cpu", "triton", "cuda"),
     "blockwise_4bit": ("cpu", "triton", "cuda"),
     "packed_weight": ("cpu",),
+    "k_quants": ("cpu",),
 }
 # Those that run where a caller forces them: no GPU has shown them faster.
 FORCED_ONLY = (("attention", "cuda"),)

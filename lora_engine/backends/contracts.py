@@ -276,6 +276,16 @@ class Blockwise4bit(Protocol):
         """Writes w."""
 
 
+class KQuants(Protocol):
+    def quantize_k(
+        self,
+        w: Tensor,  # [N, K] float32, contiguous, K a multiple of 256
+        codes: Tensor,  # [N, bytes of a row] uint8, contiguous
+        kind: str,
+    ) -> None:
+        """Writes codes."""
+
+
 class PackedWeight(Protocol):
     """Weights in the formats of `quantization` that PyTorch's operations decode too."""
 

@@ -4,7 +4,6 @@
 only where Triton runs.
 """
 
-from collections.abc import Callable
 from functools import cache
 from typing import NoReturn
 
@@ -215,19 +214,10 @@ def packed_weight(impl: str) -> contracts.PackedWeight:
     _no_kernels("packed_weight", impl)
 
 
-LAUNCHERS: dict[str, Callable[[str], object]] = {
-    "rms_norm": rms_norm,
-    "layer_norm": layer_norm,
-    "rope": rope,
-    "glu": glu,
-    "lora_linear": lora_linear,
-    "few_rows": few_rows,
-    "glu_lora": glu_lora,
-    "cross_entropy": cross_entropy,
-    "attention": attention,
-    "attention_decode": attention_decode,
-    "adamw": adamw,
-    "adamw_8bit": adamw_8bit,
-    "blockwise_4bit": blockwise_4bit,
-    "packed_weight": packed_weight,
-}
+@cache
+def k_quants(impl: str) -> contracts.KQuants:
+    if impl == "cpu":
+        from lora_engine.backends.cpu import k_quants as cpu
+
+        return cpu
+    _no_kernels("k_quants", impl)

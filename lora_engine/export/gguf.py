@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lora_engine.backends.cpu.k_quants import quantize_k
+from lora_engine import ops
 from lora_engine.errors import UserError
 from lora_engine.export.gguf_families import (
     add_settings,
@@ -167,7 +167,7 @@ def encode(tensor: Tensor, kind: str, name: str) -> np.ndarray:
     if kind not in ("F32", "BF16") and largest > torch.finfo(torch.float16).max:
         raise UserError(f"tensor {name} holds values beyond float16's; use --type bf16")
     if kind in _K:
-        return quantize_k(tensor.contiguous(), kind).numpy()
+        return ops.quantize_k(tensor, kind).numpy()
     return gguf.quants.quantize(tensor.numpy(), gguf.GGMLQuantizationType[kind])
 
 

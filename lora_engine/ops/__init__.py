@@ -18,6 +18,7 @@ from lora_engine.ops.head.linear_divergence import (
     LinearDivergence,
     linear_divergence,
 )
+from lora_engine.ops.k_quants import quantize_k
 from lora_engine.ops.layer_norm import layer_norm
 from lora_engine.ops.lora.added import adding_gradients
 from lora_engine.ops.lora.base import BaseWeight, DenseBase
@@ -70,6 +71,7 @@ __all__ = [
     "lora_embedding",
     "lora_linear",
     "quantize_4bit",
+    "quantize_k",
     "quantize_weight",
     "rms_norm",
     "rope",

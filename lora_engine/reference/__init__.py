@@ -13,6 +13,7 @@ from lora_engine.reference.blockwise_4bit import dequantize_4bit, quantize_4bit
 from lora_engine.reference.cross_entropy import cross_entropy
 from lora_engine.reference.dropout import drop, dropout_mask
 from lora_engine.reference.glu import glu
+from lora_engine.reference.k_quants import quantize_k
 from lora_engine.reference.layer_norm import layer_norm
 from lora_engine.reference.linear_cross_entropy import head_gradients, linear_cross_entropy
 from lora_engine.reference.linear_divergence import linear_divergence
@@ -52,6 +53,7 @@ __all__ = [
     "merged_weight",
     "mlp_block",
     "quantize_4bit",
+    "quantize_k",
     "rms_norm",
     "rope",
 ]

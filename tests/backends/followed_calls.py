@@ -62,6 +62,7 @@ if TYPE_CHECKING:
         launchers.blockwise_4bit("triton").quantize_4bit(x, x, x, x, x)  # type: ignore[call-arg]
         launchers.packed_weight("cpu").decode_scaled(x, x)  # type: ignore[arg-type]
         launchers.packed_weight("cpu").decode_blocks(x)  # type: ignore[arg-type,call-arg]
+        launchers.k_quants("cpu").quantize_k(x, "Q4_K")  # type: ignore[call-arg]
 
     def wrong_structs(x: Tensor, hyper: AdamWHyper) -> None:
         norm = structs.GradNormArgs(x.data_ptr(), x.data_ptr(), x)  # type: ignore[arg-type]

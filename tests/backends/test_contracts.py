@@ -21,13 +21,13 @@ IMPLEMENTED = [(name, impl) for name in WITH_LAUNCHERS for impl in KERNELS[name]
 
 
 def contract_of(operation: str) -> Any:
-    return typing.get_type_hints(launchers.LAUNCHERS[operation])["return"]
+    return typing.get_type_hints(getattr(launchers, operation))["return"]
 
 
 def module_of(operation: str, impl: str) -> Any:
     if impl == "triton" and importlib.util.find_spec("triton") is None:
         pytest.skip("triton is not installed")
-    return launchers.LAUNCHERS[operation](impl)
+    return getattr(launchers, operation)(impl)
 
 
 def methods(protocol: Any) -> dict[str, inspect.Signature]:
@@ -64,7 +64,8 @@ def test_what_launches_comes_from_the_package_that_was_asked_for(operation: str,
 
 
 def test_every_operation_has_a_contract_and_every_contract_an_operation() -> None:
-    assert set(launchers.LAUNCHERS) == set(WITH_LAUNCHERS)
+    found = {name for name, value in vars(launchers).items() if hasattr(value, "cache_info")}
+    assert found == {*WITH_LAUNCHERS, "attention_by_plan"}
     protocols = {
         value
         for module in (contracts, lora_contracts)
@@ -78,13 +79,13 @@ def test_every_operation_has_a_contract_and_every_contract_an_operation() -> Non
 def test_other_implementations_are_refused(operation: str) -> None:
     for impl in {*backends.IMPLEMENTATIONS, "metal"} - {*KERNELS[operation]}:
         with pytest.raises(ValueError, match=f"{operation}: there are no {impl} kernels"):
-            launchers.LAUNCHERS[operation](impl)
+            getattr(launchers, operation)(impl)
 
 
 def test_every_operation_has_a_wrong_call_that_mypy_finds() -> None:
     text = (Path(__file__).parent / "followed_calls.py").read_text()
     called = set(re.findall(r"launchers\.(\w+)\(", text))
-    assert called == set(launchers.LAUNCHERS)
+    assert called == set(WITH_LAUNCHERS)
 
 
 # They import what a user names: functions of rewards, and packages of tracking services.

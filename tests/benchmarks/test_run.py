@@ -20,10 +20,14 @@ def few_inputs(monkeypatch):
     monkeypatch.setattr(measure, "MOST_SETS", 2)
 
 
+# What an operation without a case searches for has many answers as good, and no peer in PyTorch.
+SEARCHES = {"k_quants"}
+
+
 def test_every_operation_has_a_case():
     problems = {name: build(TINY, torch.float32, CPU) for name, build in CASES.items()}
     found = {problem.operation or name for name, problem in problems.items()}
-    assert found == set(backends.OPERATIONS)
+    assert found == set(backends.OPERATIONS) - SEARCHES
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])

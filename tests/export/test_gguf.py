@@ -1,8 +1,6 @@
 """GGUF files: as llama.cpp reads and computes them, and as its own converter writes them."""
 
-import ctypes
 from importlib.util import find_spec
-from pathlib import Path
 
 import gguf
 import numpy as np
@@ -13,7 +11,6 @@ from llama_arithmetic import llama_arithmetic
 from small_ggufs import MODELS, as_read, byte_level, save_model, with_byte_fallback, written
 from transformers import AutoConfig, AutoTokenizer
 
-from lora_engine.backends.cpu.k_quants import quantize_k
 from lora_engine.data.dataset import prepare
 from lora_engine.data.docstrings import docstring_records
 from lora_engine.errors import UserError
@@ -310,65 +307,6 @@ def test_a_template_may_write_the_start_token(tmp_path, split):
         UserError, match=r"chat template writes .*You are.*, the tokenizer's .*I am"
     ):
         compare(tmp_path / "m.gguf", model, tokenizer, [ROW[:2]])
-
-
-def llama_cpp_quantizes(w: np.ndarray, kind: str) -> np.ndarray:
-    """llama.cpp's own choice of codes."""
-    xllamacpp = pytest.importorskip("xllamacpp")
-    library = ctypes.CDLL(str(next(Path(xllamacpp.__file__).parent.glob("*.so"))))
-    if not hasattr(library, "ggml_quantize_chunk"):
-        pytest.skip("this build of llama.cpp shows no quantiser")
-    quantize = library.ggml_quantize_chunk
-    quantize.restype = ctypes.c_size_t
-    sizes = [ctypes.c_int64] * 3
-    quantize.argtypes = [ctypes.c_int, *[ctypes.c_void_p] * 2, *sizes, ctypes.c_void_p]
-    qtype = gguf.GGMLQuantizationType[kind]
-    codes = np.empty(gguf.quant_shape_to_byte_shape(w.shape, qtype), np.uint8)
-    quantize(int(qtype), w.ctypes.data, codes.ctypes.data, 0, *w.shape, None)
-    return codes
-
-
-def lost(codes: np.ndarray, kind: str, w: np.ndarray) -> float:
-    values = gguf.quants.dequantize(codes, gguf.GGMLQuantizationType[kind])
-    return float(((values.astype(np.float64) - w) ** 2).mean())
-
-
-DISTRIBUTIONS = {
-    "normal": lambda n: torch.randn(n),
-    "uniform": lambda n: torch.rand(n) - 0.5,
-    "heavy tails": lambda n: torch.distributions.StudentT(4.0).sample(n),
-    "not around zero": lambda n: torch.randn(n) + 3,
-    "all positive": lambda n: torch.rand(n) + 0.1,
-    "outliers": lambda n: torch.randn(n) * (1 + 50 * (torch.rand(n) > 0.995)),
-    "a wave": lambda n: 0.1 + 2 * torch.cos(torch.arange(n[0] * n[1]).float()).view(n),
-}
-
-
-@pytest.mark.parametrize("kind", ["Q4_K", "Q5_K", "Q6_K"])
-@pytest.mark.parametrize("values", DISTRIBUTIONS)
-def test_k_types_lose_less_than_llama_cpp_s_own(kind, values):
-    torch.manual_seed(0)
-    w = DISTRIBUTIONS[values]((16, 1024)).contiguous()
-    ours = lost(quantize_k(w, kind).numpy(), kind, w.numpy())
-    theirs = lost(llama_cpp_quantizes(w.numpy(), kind), kind, w.numpy())
-    assert ours < theirs
-
-
-@pytest.mark.parametrize("kind", ["Q4_K", "Q5_K", "Q6_K"])
-def test_k_types_of_odd_blocks(kind):
-    grid = torch.zeros(1, 256)
-    np.testing.assert_array_equal(_decoded(quantize_k(grid, kind), kind), 0)
-    one = torch.zeros(1, 256)
-    one[0, 77] = -3.0
-    assert np.abs(_decoded(quantize_k(one, kind), kind) - one.numpy()).max() < 3e-3
-    same = torch.full((1, 256), 0.3)
-    assert np.abs(_decoded(quantize_k(same, kind), kind) - 0.3).max() < 6e-4
-    small = 1e-5 * torch.randn(4, 256)
-    assert np.isfinite(_decoded(quantize_k(small, kind), kind)).all()
-
-
-def _decoded(codes: torch.Tensor, kind: str) -> np.ndarray:
-    return gguf.quants.dequantize(codes.numpy(), gguf.GGMLQuantizationType[kind])
 
 
 def test_types_of_tensors():

@@ -45,8 +45,9 @@ class Launches(TorchDispatchMode):
         super().__init__()
         self.count: Counter[str] = Counter()
         self._in_kernel = False
-        for name, find in launchers.LAUNCHERS.items():
-            monkeypatch.setattr(launchers, name, self._counting(find))
+        for name, find in vars(launchers).copy().items():
+            if hasattr(find, "cache_info"):  # of an operation
+                monkeypatch.setattr(launchers, name, self._counting(find))
 
     def _counting(self, find: Callable[[str], object]) -> Callable[[str], Any]:
         return lambda impl: _Counted(find(impl), self)
