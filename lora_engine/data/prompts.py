@@ -54,6 +54,12 @@ class PromptDataset(TokenizedDataset):
         )
 
 
+def columns_of(*datasets: PromptDataset | None) -> list[str]:
+    """Names of the fields that any record has, in their order."""
+    prompts = (prompt for data in datasets if data is not None for prompt in data.prompts)
+    return list(dict.fromkeys(name for prompt in prompts for name in prompt.columns))
+
+
 def prepare_prompts(
     source: "Source | PromptDataset",
     tokenizer: Tokenizer,

@@ -20,7 +20,8 @@ class Sampling:
     """How a continuation is written.
 
     max_new_tokens: at most so many, the one that ends it included.
-    temperature: what logits are divided by; 0: the most likely token, always.
+    temperature: what logits are divided by, from 1e-30 (float32 has no larger quotients); 0: the
+        most likely token, always.
     top_k: only the k most likely tokens are drawn; 0: all.
     top_p: only the most likely tokens that together have at least this probability.
     min_p: only tokens with at least this share of the most likely one's probability.
@@ -53,7 +54,10 @@ class Sampling:
     def __post_init__(self) -> None:
         ranges = {
             "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
-            "temperature": (0 <= self.temperature < inf, "a finite one from 0"),
+            "temperature": (
+                self.temperature == 0 or 1e-30 <= self.temperature < inf,
+                "0, or a finite one from 1e-30",
+            ),
             "top_k": (self.top_k >= 0, "at least 0"),
             "top_p": (0 < self.top_p <= 1, "over 0 and at most 1"),
             "min_p": (0 <= self.min_p <= 1, "from 0 to 1"),

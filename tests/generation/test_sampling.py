@@ -129,6 +129,7 @@ def test_logits_that_are_no_numbers_are_refused(bad: float) -> None:
     [
         {"temperature": -0.1},
         {"temperature": float("nan")},
+        {"temperature": 1e-40},
         {"top_p": 0.0},
         {"top_p": 1.1},
         {"min_p": -1},

@@ -26,7 +26,7 @@ class RolloutConfig(BaseModel):
     max_new_tokens: int = Field(64, ge=1, le=10**6, description="Longest completion in tokens.")
     temperature: float = Field(
         1.0,
-        gt=0,
+        ge=1e-6,
         le=100,
         description="What logits are divided by, when writing and when learning.",
     )

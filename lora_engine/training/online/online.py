@@ -6,7 +6,7 @@ from typing import cast
 
 from torch import nn
 
-from lora_engine.data.prompts import PromptDataset
+from lora_engine.data.prompts import PromptDataset, columns_of
 from lora_engine.data.template import Tokenizer
 from lora_engine.errors import UserError
 from lora_engine.evaluation.heldout import HeldoutResult
@@ -71,7 +71,8 @@ class OnlineRun:
         engine: Engine = OwnEngine(model, writes)
         if online.rollout.engine == "vllm":
             engine = VllmEngine(model, writes, online.rollout)
-        self._rollouts = Rollouts(model, writes, rewards_of(online.rewards), online.rollout, engine)
+        rewards, columns = rewards_of(online.rewards), columns_of(train, heldout)
+        self._rollouts = Rollouts(model, writes, rewards, online.rollout, engine, columns)
         folder.reserve_completions()
         self.source = OnlineSource(
             train,

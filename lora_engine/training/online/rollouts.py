@@ -104,7 +104,10 @@ class OwnEngine:
 
 
 class Rollouts:
-    """Has completions written and rewarded. engine: of the model."""
+    """Has completions written and rewarded.
+
+    engine: of the model. columns: that rewards may ask for; of a record without one it is None.
+    """
 
     def __init__(
         self,
@@ -113,9 +116,11 @@ class Rollouts:
         rewards: Sequence[Reward],
         settings: RolloutConfig,
         engine: Engine,
+        columns: Sequence[str],
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.rewards, self.settings, self.engine = rewards, settings, engine
+        self.columns = columns
 
     def write(
         self,
@@ -159,13 +164,12 @@ class Rollouts:
 
     def _rewarded(self, prompts: PromptDataset, answers: Sequence[Answer]) -> list[Answer]:
         asked = [prompts.prompts[answer.prompt] for answer in answers]
-        names = dict.fromkeys(name for prompt in asked for name in prompt.columns)
         written = Written(
             [prompt.asked for prompt in asked],
             [answer.text for answer in answers],
             [list(prompts[answer.prompt].input_ids) for answer in answers],
             [list(answer.token_ids) for answer in answers],
-            {name: [prompt.columns.get(name) for prompt in asked] for name in names},
+            {name: [prompt.columns.get(name) for prompt in asked] for name in self.columns},
             [prompts[answer.prompt].origin for answer in answers],
         )
         found = rewarded(self.rewards, written)

@@ -376,7 +376,7 @@ def test_what_dynamic_sampling_leaves_out_is_written_down_however_often_it_is_wr
         tmp_path,
         train=PROMPTS[:1],
         rewards=[lambda completions: [1.0] * len(completions)],
-        rollout={"prompts": 2, "dynamic_sampling": True, "max_resampled": 2, "max_new_tokens": 1},
+        rollout={"prompts": 2, "dynamic_sampling": True, "max_resampled": 2, "top_k": 1},
     )
     source.take(Position(), 1)
     assert len(completions(tmp_path)) == 3 * 2 * 4
@@ -402,6 +402,19 @@ def test_masked_completions_count_alike_in_every_micro_batch(tmp_path):
         assert True in masked and False in masked
     for name in ("loss", "grad_norm", "entropy"):
         assert steps[24][name] == pytest.approx(steps[4096][name], rel=1e-4), name
+
+
+def test_a_column_that_one_record_has_is_none_of_the_others(tmp_path):
+    """Of rounds and held-out prompts without it too."""
+    seen = []
+
+    def judge(completions, hint):
+        seen.extend(hint)
+        return vowels(completions)
+
+    train = [{"prompt": "a", "hint": "b"}, *({"prompt": f"number {i} is"} for i in range(20))]
+    online_trainer(tmp_path, train=train, rewards=[judge], rollout={"prompts": 2}).fit()
+    assert None in seen and set(seen) <= {None, "b"}
 
 
 @pytest.mark.parametrize("name", ["grpo", "ppo"])
