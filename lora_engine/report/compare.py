@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, ValidationError
+
 from lora_engine.errors import UserError, reason
 from lora_engine.evaluation.samples import differing_parts
 from lora_engine.files import user_path
@@ -25,12 +27,47 @@ from lora_engine.report.page import (
 )
 from lora_engine.report.template import COMPARISON, rendered
 from lora_engine.text import bytes_text, duration_text, visible
+from lora_engine.training.metrics import is_measurement
 from lora_engine.training.run.folder import RunFolder
 
 COLOURS = 8  # of runs, in report.css; those of more runs are dashed
 # Settings of `data` that change neither what is held out nor how it is read.
 _NOT_HELD_OUT = {"replay", "processes", "cache", "stream", "stream_buffer"}
 _OF_TRAINING_DATA = {"train", "split", "eval_fraction", "seed"}
+
+
+class _Sample(BaseModel):
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+    prompt: str
+    reference: str
+    after: str
+    origin: str = ""
+
+
+class _Summary(BaseModel):
+    """Of summary.json what is read here."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+    model: str
+    method: str
+    data: str
+    finished: str
+    heldout_loss_before: float | None = None
+    heldout_loss_after: float | None = None
+    heldout_accuracy_after: float | None = None
+    heldout_metrics_after: dict[str, float] | None = None
+    probe_loss_before: float | None = None
+    probe_loss_after: float | None = None
+    best_step: int | None = None
+    train_tokens: int | None = None
+    train_seconds: float | None = None
+    tokens_per_second: float | None = None
+    peak_memory_bytes: float | None = None
+    trainable_parameters: int | None = None
+    loss_unit: str = ""
+    samples: list[_Sample] | None = None
 
 
 @dataclass(frozen=True)
@@ -85,22 +122,37 @@ def _read(path: Path, name: str) -> Run:
         raise UserError(f"{path}: no such folder; give the folder of a run")
     if not run.config.is_file():
         raise UserError(f"{path}: holds no run, it has no {run.config.name}; give a run's folder")
-    try:
-        summary = json.loads(_text(run.summary)) if run.summary.is_file() else None
-    except ValueError as error:
-        raise UserError(f"{run.summary}: is no JSON; mend or remove it") from error
-    lines = _text(run.metrics).split("\n") if run.metrics.is_file() else []
+    summary = _summary(run.summary) if run.summary.is_file() else None
+    metrics = _metrics(run.metrics) if run.metrics.is_file() else []
+    return Run(visible(name), path, _config(run.config), metrics, summary)
+
+
+def _metrics(path: Path) -> list[Row]:
+    # What follows the last line's end is what a run that goes on has not written to its end.
+    *lines, _ = _text(path).split("\n")
     metrics = []
     for number, line in enumerate(lines, 1):
-        try:
-            metrics += [json.loads(line)] if line.strip() else []
-        except ValueError as error:
-            if number == len(lines):  # which a run that goes on has not written to its end
-                continue
-            raise UserError(
-                f"{run.metrics}:{number}: is no JSON; mend or remove the line"
-            ) from error
-    return Run(visible(name), path, _config(run.config), metrics, summary)
+        if not line.strip():
+            continue
+        if not is_measurement(f"{line}\n".encode()):
+            raise UserError(f"{path}:{number}: is no line of metrics; mend or remove it")
+        metrics.append(json.loads(line))
+    return metrics
+
+
+def _summary(path: Path) -> Row:
+    try:
+        summary = json.loads(_text(path))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: is no JSON; mend or remove it") from error
+    try:
+        known = _Summary.model_validate(summary)
+    except ValidationError as error:
+        place = ".".join(map(str, error.errors()[0]["loc"]))
+        raise UserError(
+            f"{path}: {place or 'it'} is not as a run writes it; mend or remove the file"
+        ) from error
+    return known.model_dump()
 
 
 def _config(path: Path) -> Row:
@@ -110,7 +162,8 @@ def _config(path: Path) -> Row:
         config = yaml.safe_load(_text(path))
     except yaml.YAMLError as error:
         raise UserError(f"{path}: is not YAML: {reason(error)}; mend or remove it") from error
-    if not isinstance(config, dict):
+    is_one = isinstance(config, dict)
+    if not is_one or any(not isinstance(config.get(n) or {}, dict) for n in ("model", "data")):
         raise UserError(f"{path}: is no configuration; mend or remove it")
     return config
 
@@ -144,7 +197,8 @@ def _flat(section: Row, prefix: str = "") -> list[tuple[str, Any]]:
 
 def measured_alike(runs: Sequence[Run]) -> bool:
     """Whether the losses are of the same held-out data, in tokens of the same model."""
-    return len({json.dumps(_held_out(run.config), sort_keys=True) for run in runs}) == 1
+    first, *others = (_held_out(run.config) for run in runs)
+    return all(other == first for other in others)
 
 
 def _held_out(config: Row) -> list[object]:

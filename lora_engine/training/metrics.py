@@ -43,7 +43,7 @@ class MetricsLog(GrowingFile):
     """
 
     def __init__(self, path: Path, written: Written | None = None) -> None:
-        super().__init__(path, written, is_line=_is_measurement)
+        super().__init__(path, written, is_line=is_measurement)
 
     def append_step(self, metrics: StepMetrics) -> None:
         own = asdict(metrics)
@@ -68,7 +68,7 @@ class MetricsLog(GrowingFile):
         self.append({**own, **metrics})
 
 
-def _is_measurement(line: bytes) -> bool:
+def is_measurement(line: bytes) -> bool:
     """Whether a line, with its end, is one that a run may have written: numbers of a step."""
     values = line_of(line)
     return (

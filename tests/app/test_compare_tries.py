@@ -1,9 +1,19 @@
 """`lora-engine compare`: what it prints and writes, and what it refuses."""
 
+import copy
+import datetime
+import io
 import json
+import math
 import shutil
 
+import yaml
 from tries import MISTAKE, Try, check, run, tries
+
+from lora_engine.app.compare import as_json, compare, render
+from lora_engine.app.terminal import SafeConsole
+from lora_engine.errors import UserError
+from lora_engine.report.compare import _Summary, comparison_page
 
 
 def test_two_runs(finished, capfd):
@@ -30,6 +40,73 @@ def test_many_runs_stand_below_each_other(finished, capfd):
     status, printed, _ = run(capfd, "compare", *names)
     assert status == 0 and "no setting differs" in printed
     assert sum(line.startswith("Steps") for line in printed.splitlines()) == 2
+
+
+ODD = ([], {}, "x", None, True, -0.5, [{}], math.nan)
+
+
+def places(value, path=()):
+    """Paths of all that is inside of a JSON value."""
+    inside = value.items() if isinstance(value, dict) else enumerate(value)
+    for key, part in inside:
+        yield (*path, key)
+        if isinstance(part, dict | list):
+            yield from places(part, (*path, key))
+
+
+def with_another(value, path, part):
+    changed = copy.deepcopy(value)
+    inner = changed
+    for key in path[:-1]:
+        inner = inner[key]
+    inner[path[-1]] = part
+    return changed
+
+
+def is_shown_or_refused():
+    """Whether the runs are compared; else the refusal is a mistake of the user's, in one line."""
+    try:
+        compared = compare(["run", "other"], None)
+    except UserError as error:
+        assert str(error).startswith("other/") and "\n" not in str(error)
+        return False
+    page = comparison_page(compared.runs)
+    assert "NaN" not in json.dumps(as_json(compared.runs)) and page.startswith("<!doctype")
+    SafeConsole(file=io.StringIO()).print(render(compared))
+    return True
+
+
+def test_whatever_stands_in_a_file_is_shown_or_refused(finished):
+    shutil.copytree("run", "other")
+    other = finished / "other"
+    summary, config = (
+        read((other / name).read_text())
+        for name, read in (("summary.json", json.loads), ("config.yaml", yaml.safe_load))
+    )
+    shown = []
+    for path in places({key: summary.get(key) for key in _Summary.model_fields}):
+        for odd in ODD:
+            (other / "summary.json").write_text(json.dumps(with_another(summary, path, odd)))
+            shown.append(is_shown_or_refused())
+    for odd in ODD:
+        (other / "summary.json").write_text(json.dumps(odd))
+        shown.append(is_shown_or_refused())
+    (other / "summary.json").write_text(json.dumps(summary))
+    for path in (("model",), ("model", "path"), ("data",), ("data", "train"), ("objective",)):
+        for odd in (*ODD, datetime.date(2026, 1, 1)):
+            (other / "config.yaml").write_text(yaml.safe_dump(with_another(config, path, odd)))
+            shown.append(is_shown_or_refused())
+    (other / "config.yaml").write_text(yaml.safe_dump(config))
+    lines = (other / "metrics.jsonl").read_text().splitlines()
+    for odd in ODD:
+        for line in (json.dumps(odd), json.dumps({**json.loads(lines[1]), "loss": odd}),
+                     json.dumps({**json.loads(lines[1]), "step": odd}), "{"):  # fmt: skip
+            text = "\n".join([lines[0], line, *lines[2:]]) + "\n"
+            (other / "metrics.jsonl").write_text(text)
+            shown.append(is_shown_or_refused())
+    assert 0.2 < sum(shown) / len(shown) < 0.8
+    (other / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 3, "lo')
+    assert is_shown_or_refused()
 
 
 MISTAKES = [

@@ -248,7 +248,7 @@ def test_a_last_line_that_is_not_whole_is_left_out_and_another_is_refused(tmp_pa
     (run,) = read_runs([str(tmp_path / "a")])
     assert run.metrics[-1]["step"] == 20
     path.write_text('{"step"\n' + whole)
-    with pytest.raises(UserError, match=r"metrics.jsonl:1: is no JSON"):
+    with pytest.raises(UserError, match=r"metrics.jsonl:1: is no line of metrics"):
         read_runs([str(tmp_path / "a")])
 
 
