@@ -25,7 +25,7 @@ def function_of(name: str) -> Callable[..., object]:
                 spec.loader.exec_module(module)
             else:
                 module = importlib.import_module(module_name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(
             f"{name}: the module cannot be imported ({type(error).__name__}: {error}); it is "
             f"looked for from {Path.cwd()} and where Python looks, give module:function"

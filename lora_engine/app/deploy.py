@@ -51,12 +51,13 @@ def merge(
         raise UserError(f"--dtype {dtype!r} is unknown; use {', '.join(DTYPES)}")
     packing = _packing(quantize, double_quant)
     trained = find_trained(run, base)
-    chosen = trained.read(adapters)
+    trained, chosen = trained.choose(adapters)
     folder = trained.base_folder
     check_base(folder, chosen)
     names = [adapter.name for adapter, _ in chosen]
     name, rows = heldout_rows(trained, folder, names, data) if verify else ("", [])
-    with result_folder(to, MERGE_REPORT, overwrite=overwrite) as target:
+    sources = [trained.folder, folder]
+    with result_folder(to, MERGE_REPORT, overwrite=overwrite, sources=sources) as target:
         check_space(target, bytes_to_write(folder, quantize))
         tell(f"merging {', '.join(names)} into {trained.base}")
         report = {

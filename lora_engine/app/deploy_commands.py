@@ -91,14 +91,15 @@ def export(
         ),
     ],
     kind: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--type",
             metavar="TYPE",
             help="Of a GGUF file: f32, f16, bf16, q8_0, q6_k, q5_k, q4_k, q5_1, q5_0, q4_1, q4_0, "
             "mxfp4.",
+            show_default="q8_0",
         ),
-    ] = "q8_0",
+    ] = None,
     base: Base = None,
     adapter: AdapterNames = None,
     dtype: Dtype = None,
@@ -189,7 +190,7 @@ def evaluate(
         tell=(lambda text: None) if as_json else console.print,
     )
     if as_json:
-        print(json.dumps(report, indent=2, ensure_ascii=False))
+        print(json.dumps(report, indent=2))
     else:
         console.print(evaluation.render(report), soft_wrap=True)
 
@@ -216,7 +217,7 @@ def compare(
 
     compared = comparing.compare(runs, html or (None if as_json else "compare.html"))
     if as_json:
-        print(json.dumps(comparing.as_json(compared.runs), indent=2, ensure_ascii=False))
+        print(json.dumps(comparing.as_json(compared.runs), indent=2))
     else:
         _console().print(comparing.render(compared))
 

@@ -2,14 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 from lora_engine.app.config_data import DataConfig
 from lora_engine.app.datasets import prepare_data
 from lora_engine.app.trained import Tell, Trained, check_base, find_trained, load_tokenizer_of
+from lora_engine.app.writing import trained_or_model
 from lora_engine.data import prepare
+from lora_engine.data.account import account, told_of_records
 from lora_engine.data.readers import RowError
 from lora_engine.data.render import Example
 from lora_engine.data.sources import BUILT_IN, files_of, open_source
@@ -27,7 +28,6 @@ from lora_engine.evaluation.metrics import Metric, measure, metric_of
 from lora_engine.evaluation.modes import without_adapters
 from lora_engine.evaluation.samples import Prompt, choose_prompts, generate
 from lora_engine.evaluation.scores import by_group, difference, score_examples, summary
-from lora_engine.export.adapter import chosen_adapters
 from lora_engine.export.loading import load_adapter
 from lora_engine.files import write_text
 from lora_engine.models.attach.accelerate import accelerate
@@ -95,7 +95,8 @@ def evaluate(
     loaded, tokenizer = load_model(source, dtype=dtype, device=device)
     sides = ["model"]
     report: dict[str, Any] = {"data": data, "source": source}
-    if trained is not None:
+    adapted = trained is not None and bool(trained.adapters)
+    if trained is not None and adapted:
         (folder,) = trained.adapters.values()
         loaded = load_adapter(loaded, folder).eval()
         tokenizer = _tokenizer_of(trained) or tokenizer
@@ -107,10 +108,11 @@ def evaluate(
         origins = [question.origin for question in questions]
     else:
         if held_out is not None:
-            own = prepare_data(held_out, tokenizer)[1]
-            report["data"], examples = own.name, list(own)[:limit]
+            read = prepare_data(held_out, tokenizer)[1]
+            report["data"], examples = read.name, list(read)[:limit]
         else:
-            examples = prepare(data, tokenizer, limit=limit)
+            examples = read = prepare(data, tokenizer, limit=limit)
+        report["findings"] = account(read)["findings"]
         judged = next((example for example in examples if example.role), None)
         if judged is not None:
             raise UserError(
@@ -120,6 +122,10 @@ def evaluate(
         origins = [example.origin for example in examples]
     groups = None if group is None else _groups(data, group, origins)
     prompts = choose_prompts(examples, tokenizer, answers) if chosen else []
+    if chosen and not prompts:
+        raise UserError(
+            f"--metric {metrics[0]}: {report['data']} has no prompt with an answer; give other data"
+        )
 
     def measured() -> _Measured:
         if choices:
@@ -133,7 +139,7 @@ def evaluate(
         with without_adapters(loaded) if side == "base" else nullcontext():
             found[side] = measured()
         report[side] = found[side].section
-    if trained is not None:
+    if adapted:
         both = found["adapter"].scores, found["base"].scores
         report["difference"] = (choice_difference if choices else difference)(*both)
     report["samples"] = [
@@ -160,7 +166,8 @@ def _held_out_of(
         or group is not None
         or config.chosen_objective().unit != NATS_PER_TARGET
     ):
-        what = "this model" if trained else f"{model}, which is no run's folder,"
+        is_run = config is not None
+        what = "this model" if is_run else f"{model}, which is no run's folder,"
         what = "--choices" if choices else "--group" if group else what
         raise UserError(f"evaluate: {what} needs data of its own; give --data SOURCE")
     return config.data
@@ -207,7 +214,7 @@ def _of_questions(
 
 def render(report: dict[str, Any]) -> str:
     """The report for people."""
-    lines = []
+    lines = told_of_records(report.get("findings", ()))
     for side in ("model", "base", "adapter"):
         if side in report:
             lines += [_line(side, report[side]), *_metric_lines(report[side], "  ")]
@@ -249,20 +256,23 @@ def _share(found: Mapping[str, float]) -> str:
 
 
 def _model_and_adapter(model: str, adapter: str | None) -> tuple[str, Trained | None]:
-    """What is to be loaded, and what has the one adapter that is measured on it."""
-    path = Path(model)
-    if adapter is None and path.is_dir() and not (path / "config.json").is_file():
-        trained = find_trained(model)
-    elif adapter is not None:
-        trained = find_trained(adapter, model)
-    else:
+    """What is to be loaded, and the folder that was named, with one adapter or with none."""
+    trained = trained_or_model(model, None) if adapter is None else find_trained(adapter, model)
+    if trained is None:
         return model, None
     if not trained.adapters:
-        return str(trained.folder), None
-    name = next(iter(chosen_adapters(trained.adapters, [])))
-    if Path(trained.base).is_dir():
-        check_base(trained.base_folder, trained.read([name]))
-    return trained.base, replace(trained, adapters={name: trained.adapters[name]})
+        if adapter is not None:
+            raise UserError(f"--adapter {adapter}: is a whole model; give it as MODEL")
+        return str(trained.folder), trained
+    if len(trained.adapters) > 1:
+        there = ", ".join(map(str, trained.adapters.values()))
+        of_base = "" if adapter is not None else f" {trained.base} and"
+        raise UserError(
+            f"{trained.folder}: holds several adapters; give{of_base} --adapter with one of {there}"
+        )
+    trained, chosen = trained.choose([])
+    check_base(trained.base_folder, chosen)
+    return trained.base, trained
 
 
 def _tokenizer_of(trained: Trained) -> Any:

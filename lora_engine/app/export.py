@@ -26,6 +26,7 @@ from lora_engine.training.run.card import MergedForm, merged_card
 
 EXPORT_REPORT = "export_report.json"
 ADAPTER_FILE = "adapter.gguf"
+_USUAL_TYPE = "q8_0"
 FORMATS = ("hf", "peft", "gguf", "gguf-lora", "vllm")
 
 
@@ -34,7 +35,7 @@ def export(
     to: str,
     *,
     format: str,
-    kind: str = "q8_0",
+    kind: str | None = None,
     base: str | None = None,
     adapters: Sequence[str] = (),
     dtype: str | None = None,
@@ -45,16 +46,19 @@ def export(
 ) -> dict[str, Any]:
     """Write what `run` trained to the folder `to`, in one of FORMATS.
 
-    kind: of a GGUF file, one of `gguf.TYPES`. dtype: of "hf". The rest as for `deploy.merge`.
-    Returns what export_report.json holds. Raises UserError for what the format cannot hold, and for
-    a result that computes something else.
+    kind: of "gguf", one of `gguf.TYPES`, q8_0 if None. dtype: of "hf". The rest as for
+    `deploy.merge`. Returns what export_report.json holds. Raises UserError for what the format
+    cannot hold, and for a result that computes something else.
     """
     _check(format, FORMATS, "--format")
-    _check(kind, gguf.TYPES, "--type")
-    if dtype is not None:
-        _check(dtype, DTYPES, "--dtype")
+    _check_option("--type", kind, gguf.TYPES, format, "gguf")
+    _check_option("--dtype", dtype, DTYPES, format, "hf")
+    kind = kind or _USUAL_TYPE
     trained = find_trained(run, base)
-    chosen = trained.read(adapters) if trained.adapters else []
+    if not trained.adapters and (base or adapters):
+        option = f"--base {base}" if base else f"--adapter {adapters[0]}"
+        raise UserError(f"{option}: {trained.folder} is a whole model; leave it out")
+    trained, chosen = trained.choose(adapters) if trained.adapters else (trained, [])
     if not chosen and format not in ("hf", "gguf"):
         raise UserError(
             f"{trained.folder}: is a whole model, it has no adapter; use --format hf or gguf"
@@ -67,7 +71,8 @@ def export(
     wanted = verify and bool(chosen or format == "gguf")
     exact = wanted and format == "gguf" and kind != "f32" and llama_cpp.is_installed()
     name, rows = heldout_rows(trained, folder, names, data) if wanted else ("", [])
-    with result_folder(to, EXPORT_REPORT, overwrite=overwrite) as target:
+    sources = [trained.folder, folder]
+    with result_folder(to, EXPORT_REPORT, overwrite=overwrite, sources=sources) as target:
         check_space(target, bytes_to_write(folder) * (3 if exact else 1))
         report: dict[str, Any] = {
             "format": format,
@@ -111,7 +116,8 @@ def _export_adapter(
             f"{adapter.folder}: vLLM and SGLang do not take this adapter: {'; '.join(problems)}; "
             "use --format hf, which merges it"
         )
-    with result_folder(to, EXPORT_REPORT, overwrite=overwrite) as target:
+    sources = [trained.folder]
+    with result_folder(to, EXPORT_REPORT, overwrite=overwrite, sources=sources) as target:
         for path in sorted(adapter.folder.iterdir()):
             if path.is_file():
                 shutil.copyfile(path, target / path.name)
@@ -272,6 +278,15 @@ def _stops(folder: Path) -> list[int]:
         return []
     ends = settings.get("eos_token_id")
     return [int(end) for end in (ends if isinstance(ends, list) else [ends]) if end is not None]
+
+
+def _check_option(option: str, value: str | None, known: Any, format: str, its: str) -> None:
+    """An option of the format `its` alone."""
+    if value is None:
+        return
+    _check(value, known, option)
+    if format != its:
+        raise UserError(f"{option} {value}: is of --format {its}, not of {format}; leave it out")
 
 
 def _check(value: str, known: Any, option: str) -> None:

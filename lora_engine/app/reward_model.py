@@ -78,7 +78,7 @@ def _loaded(one: Any, tokenizer: Tokenizer, device: str | torch.device) -> Any:
             f"rewards: {folder} is a whole model; give the run of a reward model, whose head is "
             "in its adapter's folder"
         )
-    (read, *more) = trained.read([])
+    (read, *more) = trained.choose([])[1]
     adapter = read[0].folder
     if more or read[0].settings.get("task_type") != "SEQ_CLS":
         raise UserError(

@@ -61,7 +61,7 @@ def starting_adapter(config: RunConfig) -> StartingAdapter | None:
         what = f"holds several adapters; give one of {inside}" if inside else "holds a whole model"
         mend = "" if inside else "; give it as model.path"
         raise UserError(f"model.adapter: {source} {what}{mend}")
-    (read,) = trained.read([])
+    (read,) = trained.choose([])[1]
     if Path(config.model.path).is_dir():
         check_base(Path(config.model.path), [read])
     adapter, _ = read

@@ -1,7 +1,7 @@
 """What somebody calls RUN: a run, an adapter or a model, and the base that it belongs to."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,15 +42,17 @@ class Trained:
             return converted_gguf(resolved, dtype)
         return Path(resolved) if Path(resolved).is_dir() else _of_the_hub(self.base)
 
-    def read(self, asked: Sequence[str]) -> list[tuple[Adapter, float]]:
-        """The adapters chosen by "name" or "name=weight". Raises UserError for a whole model."""
+    def choose(self, asked: Sequence[str]) -> tuple["Trained", list[tuple[Adapter, float]]]:
+        """This with the adapters chosen by "name" or "name=weight" alone, and these with their
+        weights. Raises UserError for a whole model."""
         if not self.adapters:
             raise UserError(
                 f"{self.folder}: is a whole model, there is no adapter to merge; use it as it is, "
                 "or lora-engine export"
             )
         chosen = chosen_adapters(self.adapters, list(asked))
-        return [(read_adapter(self.adapters[name], name), w) for name, w in chosen.items()]
+        read = [(read_adapter(self.adapters[name], name), w) for name, w in chosen.items()]
+        return replace(self, adapters={name: self.adapters[name] for name in chosen}), read
 
 
 def find_trained(name: str, base: str | None = None) -> Trained:

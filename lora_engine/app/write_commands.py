@@ -107,7 +107,7 @@ def generate(
     requests = [writer.request(record, sampling, count) for record in records]
     with ExitStack() as stack, writing.inference(writer.model):
         file = sys.stdout if target is None else stack.enter_context(writing.result_file(target))
-        for place, number, done in writing.answers(writer.generator(), requests):
+        for place, number, done in writing.answers(writer.generator(requests), requests):
             line = writing.answer_line(records[place], number, done)
             _write(file, done.text if prompt is not None and out is None else json.dumps(line))
 

@@ -1,6 +1,7 @@
 """What a run, an adapter or a model writes: answers to a file of prompts, a conversation."""
 
 import os
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from lora_engine.data.template import Message
 from lora_engine.errors import UserError, reason
 from lora_engine.evaluation.modes import inference as inference
 from lora_engine.evaluation.modes import without_adapters
-from lora_engine.evaluation.samples import stop_tokens
+from lora_engine.evaluation.samples import CACHE_TOKENS, stop_tokens
 from lora_engine.export.verify import with_adapters
 from lora_engine.files import naming, user_path
 from lora_engine.generation.engine import Completion, Generator, Request
@@ -37,10 +38,13 @@ class Writer:
     adapted: bool
     positions: int | None
 
-    def generator(self) -> Generator:
-        """Writes with the adapters as they are, and for as long as they stay so."""
+    def generator(self, requests: Sequence[Request]) -> Generator:
+        """Writes with the adapters as they are, and for as long as they stay so; has room for each
+        of the requests."""
         ends = stop_tokens(self.model, self.tokenizer)
-        return Generator(self.model, self.tokenizer, stop_tokens=ends)
+        longest = max(len(one.prompt_ids) + one.sampling.max_new_tokens for one in requests)
+        room = max(CACHE_TOKENS, longest)
+        return Generator(self.model, self.tokenizer, stop_tokens=ends, cache_tokens=room)
 
     def writing(self, *, adapter: bool = True) -> AbstractContextManager[None]:
         """A context in which the model writes with its adapter, or without it."""
@@ -92,7 +96,7 @@ def open_writer(
         source = name if trained is None else str(trained.folder)
         model, tokenizer = load_model(source, dtype=dtype, device=device)
     else:
-        chosen = trained.read(adapters)
+        trained, chosen = trained.choose(adapters)
         folder = trained.base_folder
         check_base(folder, chosen)
         model, tokenizer = load_model(trained.base, dtype=dtype, device=device)
@@ -111,7 +115,13 @@ def trained_or_model(name: str, base: str | None) -> Trained | None:
         path = user_path(name)
     except ValueError as error:
         raise UserError(f"MODEL {name!r}: {error}") from error
-    return find_trained(name, base) if path.is_dir() else None
+    if path.is_dir():
+        trained = find_trained(name, base)
+        if trained.adapters or base is None:
+            return trained
+    elif base is None:
+        return None
+    raise UserError(f"--base {base}: {name} is a whole model, no adapter; leave --base out")
 
 
 def read_prompts(source: str) -> list[Record]:
@@ -150,8 +160,10 @@ def new_file(path: str) -> Path:
         target = user_path(path)
     except ValueError as error:
         raise UserError(f"--out {path!r}: {error}") from error
-    if target.exists():
+    if os.path.lexists(target):
         raise UserError(f"{target}: is there already; give another --out, or remove it")
+    with naming(target):  # what cannot be written is told before anything is answered
+        tempfile.TemporaryFile(dir=target.parent).close()
     return target
 
 
@@ -222,7 +234,7 @@ class Conversation:
         seed = self.sampling.seed + sum(m.get("role") == "user" for m in self.messages)
         request = self.writer.request(record, replace(self.sampling, seed=seed), as_fits=True)
         with self.writer.writing(adapter=adapter):
-            for event in self.writer.generator().stream(request):
+            for event in self.writer.generator([request]).stream(request):
                 yield event.piece
 
     def say(self, text: str) -> None:

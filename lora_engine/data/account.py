@@ -82,9 +82,14 @@ def learned_line(about: Account) -> str:
 
 def finding_lines(about: Account) -> list[str]:
     """One line for each finding of an account, and one for all fields that nothing reads."""
-    findings = [Finding(f["text"], f["count"], tuple(f["origins"])) for f in about["findings"]]
-    said = [f"{finding.text}: {finding.count:,} ({finding.places()})" for finding in findings]
+    said = told_of_records(about["findings"])
     return said + ([ignored_line(about["ignored"].items())] if about["ignored"] else [])
+
+
+def told_of_records(findings: Iterable[FoundRecords]) -> list[str]:
+    """'dropped, the completion is empty: 2 (a.jsonl:1, a.jsonl:7)', a line for each finding."""
+    found = [Finding(f["text"], f["count"], tuple(f["origins"])) for f in findings]
+    return [f"{finding.text}: {finding.count:,} ({finding.places()})" for finding in found]
 
 
 def ignored_line(ignored: Iterable[tuple[str, int]]) -> str:

@@ -7,7 +7,7 @@ told as well, which no tokenizer changes (Gao, "Multiple choice normalization in
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypedDict
 
 import numpy as np
@@ -39,13 +39,13 @@ class Question:
 
 @dataclass(frozen=True)
 class Choice:
-    """What a model says to a question. nats: −log p of each choice. right, right_per_byte: whether
-    the answer is the likeliest, of all and by byte."""
+    """What a model says to a question. nats: −log p of each choice. right, right_per_byte: 1 where
+    the answer is the likeliest, of all and by byte, else 0; 1/n where it is one of n likeliest."""
 
     origin: str
     nats: tuple[float, ...]
-    right: bool
-    right_per_byte: bool
+    right: float
+    right_per_byte: float
 
 
 class ChoiceSummary(TypedDict):
@@ -132,7 +132,15 @@ def choice_examples(questions: Sequence[Question], tokenizer: Tokenizer) -> list
     examples = prepare(rows, tokenizer, max_length=None, loss_on="last_assistant")
     if len(examples) < len(rows):
         raise UserError(f"a choice has nothing to measure: {examples.dropped[0].reason}")
-    return list(examples)
+    named, rest = [], iter(examples)
+    for question in questions:
+        own = [replace(next(rest), origin=question.origin) for _ in question.choices]
+        if len({tuple(one.input_ids) for one in own}) < len(own):
+            raise UserError(
+                f"{question.origin}: two of the 'choices' are the same in the model's tokens"
+            )
+        named += own
+    return named
 
 
 def _row(question: Question, choice: str) -> dict[str, object]:
@@ -153,12 +161,15 @@ def score_choices(
         own = [next(nats) for _ in question.choices]
         sizes = [len(choice.encode()) for choice in question.choices]
         per_byte = [loss / size for loss, size in zip(own, sizes, strict=True)]
-        right, right_per_byte = (
-            min(range(len(own)), key=losses.__getitem__) == question.answer
-            for losses in (own, per_byte)
-        )
-        found.append(Choice(question.origin, tuple(own), right, right_per_byte))
+        shares = [_share(losses, question.answer) for losses in (own, per_byte)]
+        found.append(Choice(question.origin, tuple(own), *shares))
     return found
+
+
+def _share(losses: Sequence[float], answer: int) -> float:
+    """The first of equal ones would make an answer of a model that has none."""
+    least = min(losses)
+    return (losses[answer] == least) / losses.count(least)
 
 
 def summarise_choices(choices: Sequence[Choice]) -> ChoiceSummary:
@@ -182,5 +193,5 @@ def choices_by_group(choices: Sequence[Choice], groups: Sequence[str]) -> dict[s
 
 def choice_difference(choices: Sequence[Choice], others: Sequence[Choice]) -> Interval:
     """The accuracy of `choices` minus that of `others`, the same questions drawn of both."""
-    gained = [float(a.right) - float(b.right) for a, b in zip(choices, others, strict=True)]
+    gained = [a.right - b.right for a, b in zip(choices, others, strict=True)]
     return interval(np.array(gained), np.ones(len(gained)))

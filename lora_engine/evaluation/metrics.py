@@ -51,10 +51,10 @@ def measure(
     Raises UserError where the metric fails, or gives neither a number nor one for each answer.
     """
     try:
-        found = metric(answers, references)
+        found = metric(list(answers), list(references))  # which are then its own to change
     except UserError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"--metric {name}: {type(error).__name__}: {error}; mend it") from error
     if isinstance(found, OfCorpus):
         drawn = resamples(len(answers))
@@ -62,7 +62,7 @@ def measure(
         return with_ends(found.value(found.counts.sum(0)), np.array([*map(found.value, sums)]))
     try:
         values = np.asarray(found, dtype=np.float64)
-    except (TypeError, ValueError):
+    except (RuntimeError, TypeError, ValueError):  # of torch the first: it needs a gradient
         values = np.array(math.nan)
     if values.shape not in ((), (len(answers),)) or not np.isfinite(values).all():
         raise UserError(

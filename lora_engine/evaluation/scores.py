@@ -17,6 +17,7 @@ from lora_engine.data.render import Example
 from lora_engine.errors import UserError
 from lora_engine.evaluation.batch_loss import target_scores
 from lora_engine.evaluation.modes import inference
+from lora_engine.evaluation.nonfinite import NonFiniteError, first_nonfinite_layer
 from lora_engine.objectives.sft import SFT
 
 RESAMPLES = 1000
@@ -40,7 +41,8 @@ def score_examples(
     """The score of each example, in their order, without dropout.
 
     tokens: read at once; the logits of no more than their targets are in memory. Raises UserError
-    if the examples have no supervised token.
+    if the examples have no supervised token, and NonFiniteError, naming example and layer, for a
+    loss that is NaN or infinite.
     """
     device = next(model.parameters()).device
     scores: list[Score] = []
@@ -55,7 +57,10 @@ def score_examples(
             nats = result.logprobs.double().neg().cpu().split(counts)
             correct = result.correct.cpu().split(counts)
             for example, count, loss, right in zip(part, counts, nats, correct, strict=True):
-                scores.append(Score(example.origin, count, float(loss.sum()), int(right.sum())))
+                if not math.isfinite(total := float(loss.sum())):
+                    layer = first_nonfinite_layer(model, batch, SFT())
+                    raise NonFiniteError(f"the loss is {total}", None, [example.origin], layer)
+                scores.append(Score(example.origin, count, total, int(right.sum())))
     if not any(score.targets for score in scores):
         raise UserError("the held-out data have no supervised token to measure a loss on")
     return scores

@@ -79,7 +79,8 @@ def adapter_folders(folder: Path) -> dict[str, Path]:
     """
     found = {"default": folder} if (folder / "adapter_config.json").is_file() else {}
     if folder.is_dir():
-        inner = sorted(path.parent for path in folder.glob("*/adapter_config.json"))
+        # Hidden is what a killed process left half written.
+        inner = sorted(path.parent for path in folder.glob("[!.]*/adapter_config.json"))
         found |= {path.name: path for path in inner}
     if not found:
         raise UserError(

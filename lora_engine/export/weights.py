@@ -147,12 +147,6 @@ def config_sections(config: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _check_weights(adapters: Sequence[tuple[Adapter, float]]) -> None:
     for adapter, weight in adapters:
-        alone = len(adapters) == 1 and weight == 1
-        if adapter.whole and not alone:
-            raise UserError(
-                f"{adapter.folder}: holds modules trained in full, such as "
-                f"{next(iter(adapter.whole))}, of which no sum is defined; merge it alone"
-            )
         if adapter.is_dora and weight != 1:
             raise UserError(
                 f"--adapter {adapter.name}={weight:g}: the adapter is DoRA, which has no weight; "
@@ -184,11 +178,20 @@ def _changes(
         return stored
 
     for adapter, weight in adapters:
+        alone = len(adapters) == 1 and weight == 1
         for name, tensor in adapter.whole.items():
             stored = place(name, adapter)
-            shape = shards.shape(tied[1] if tied and stored == head else stored)
+            source = tied[1] if tied and stored == head else stored
+            shape = shards.shape(source)
             if tuple(tensor.shape) != shape:
                 raise UserError(_unfit(base, adapter, name, tuple(tensor.shape), shape))
+            if _holds(shards, source, tensor):  # of a head with LoRA, PEFT saves the base's too
+                continue
+            if not alone:
+                raise UserError(
+                    f"{adapter.folder}: holds modules trained in full, such as {name}, of which "
+                    "no sum is defined; merge it alone"
+                )
             changes.setdefault(stored, []).append(_Change(weight, whole=tensor))
         for module, layer in adapter.low_rank.items():
             name = f"{module}.weight"
@@ -204,6 +207,16 @@ def _changes(
                 added = layer.bias.float() * layer.scaling
                 changes.setdefault(stored, []).append(_Change(weight, added=added))
     return changes, tied
+
+
+def _holds(shards: Shards, name: str, tensor: Tensor) -> bool:
+    """Whether the base's tensor `name`, of the same shape, is this one."""
+    if not tensor.dim():
+        return torch.equal(shards.tensor(name).to(tensor.dtype), tensor)
+    ranges = row_ranges(tuple(tensor.shape))
+    return all(
+        torch.equal(shards.rows(name, a, b).to(tensor.dtype), tensor[a:b]) for a, b in ranges
+    )
 
 
 def _embedding(shards: Shards) -> str | None:

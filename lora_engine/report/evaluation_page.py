@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lora_engine.data.account import told_of_records
 from lora_engine.evaluation.samples import differing_parts
 from lora_engine.report.template import EVALUATION, rendered
 
@@ -50,6 +51,7 @@ def evaluation_page(report: Report) -> str:
         tables=tables,
         peeks=differing_parts(prompts),
         answers=report[sides[0]].get("answers"),
+        records=told_of_records(report.get("findings", ())),
     )
 
 

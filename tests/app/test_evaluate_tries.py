@@ -1,8 +1,12 @@
 """`lora-engine evaluate`: base beside adapter, by group, with metrics."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
+from tiny_model import save_tiny_model
 from tries import MISTAKE, Try, check, run, tries
 
 ROWS = "".join(
@@ -90,6 +94,55 @@ def test_a_run_is_measured_with_its_own_chat_template(finished, capfd):
     assert run(capfd, "evaluate", "run", "--data", "held.jsonl")[0] == 0
 
 
+def test_a_whole_model_is_measured_on_what_its_run_held_out(finished, capfd):
+    changes = ("lora=null", "train.output_dir=whole", "train.learning_rate=0.001")
+    assert run(capfd, "train", "run.yaml", *changes)[0] == 0
+    status, printed, told = run(capfd, "evaluate", "whole", "--json")
+    assert status == 0, told
+    report = json.loads(printed)
+    summary = json.loads((finished / "whole/summary.json").read_text())
+    loss = report["model"]["loss"]["value"]
+    assert loss == pytest.approx(summary["heldout_loss_after"], rel=1e-3)
+    assert "difference" not in report
+
+
+def test_records_that_are_left_out_are_told(finished, capfd):
+    rows = '{"prompt": "a", "completion": ""}\n{"prompt": "a", "completion": "b"}\n'
+    (finished / "held.jsonl").write_text(rows)
+    call = ("evaluate", "tiny", "--data", "held.jsonl")
+    status, printed, _ = run(capfd, *call, "--html", "page.html")
+    assert status == 0 and "held.jsonl:1" in printed.split("model:")[0]
+    assert "held.jsonl:1" in (finished / "page.html").read_text()
+    (finding,) = json.loads(run(capfd, *call, "--json")[1])["findings"]
+    assert finding["count"] == 1 and finding["origins"] == ["held.jsonl:1"]
+
+
+def test_json_is_for_programs_whatever_the_terminal_shows(finished, capfd, monkeypatch):
+    rows = '{"prompt": "a", "completion": "b", "kind": "caf\u00e9"}\n'
+    (finished / "held.jsonl").write_text(rows, encoding="utf-8")
+    call = ("evaluate", "tiny", "--data", "held.jsonl", "--group", "kind", "--json")
+    printed = run(capfd, *call)[1]
+    assert printed.isascii() and set(json.loads(printed)["model"]["groups"]) == {"caf\u00e9"}
+
+
+def spoil(folder: Path) -> None:
+    """A model whose second layer's output is not finite."""
+    path = folder / "tiny/model.safetensors"
+    weights = load_file(path)
+    weights["model.layers.1.mlp.down_proj.weight"][0, 0] = float("nan")
+    save_file(weights, path, metadata={"format": "pt"})
+
+
+def two_adapters(folder: Path) -> None:
+    for name in "ab":
+        shutil.copytree(folder / "run/adapter", folder / "both" / name)
+
+
+def other_base(folder: Path) -> None:
+    shutil.rmtree(folder / "tiny")
+    save_tiny_model(folder / "tiny", seed=1)
+
+
 PAIR = '{"prompt": "a", "chosen": "b", "rejected": "c"}\n'
 JUDGED = '{"prompt": "a", "completion": "b", "label": true}\n'
 MISTAKES = [
@@ -137,6 +190,31 @@ MISTAKES = [
     Try("another's file as page",
         ["evaluate", "tiny", "--data", "rows.jsonl", "--html", "rows.jsonl"],
         ["rows.jsonl: holds something else"]),
+    Try("a model that is not finite", ["evaluate", "tiny", "--data", "rows.jsonl"],
+        ["the loss is nan", "first bad layer model.layers.1.mlp.down_proj", "rows.jsonl:1"],
+        prepare=spoil),
+    Try("choices of a model that is not finite",
+        ["evaluate", "tiny", "--data", "asked.jsonl", "--choices"],
+        ["the loss is nan", "asked.jsonl:1"], {"asked.jsonl": CHOICES}, spoil),
+    Try("several adapters", ["evaluate", "both", "--data", "rows.jsonl"],
+        ["both: holds several adapters", "give", "--adapter with one of both/a, both/b"],
+        prepare=two_adapters),
+    Try("a whole model as adapter",
+        ["evaluate", "tiny", "--adapter", "tiny", "--data", "rows.jsonl"],
+        ["--adapter tiny: is a whole model"]),
+    Try("another base", ["evaluate", "run"], ["tiny: is not the base"], prepare=other_base),
+    Try("no answers for a metric",
+        ["evaluate", "tiny", "--data", "texts.jsonl", "--metric", "f1"],
+        ["--metric f1: texts.jsonl has no prompt with an answer"],
+        {"texts.jsonl": '{"text": "a"}\n'}),
+    Try("a metric that ends the program",
+        ["evaluate", "tiny", "--data", "rows.jsonl", "--metric", "broken.py:metric"],
+        ["--metric broken.py:metric: SystemExit"],
+        {"broken.py": "def metric(answers, references): raise SystemExit(0)\n"}),
+    Try("a module that ends the program",
+        ["evaluate", "tiny", "--data", "rows.jsonl", "--metric", "broken.py:metric"],
+        ["--metric broken.py:metric: the module cannot be imported (SystemExit"],
+        {"broken.py": "raise SystemExit(0)\n"}),
     Try("no function", ["evaluate", "tiny", "--data", "rows.jsonl", "--metric", "math:nothing"],
         ["--metric math:nothing", "no function 'nothing'"]),
 ]  # fmt: skip

@@ -61,6 +61,29 @@ def test_an_adapter_alone_is_merged_with_the_base_that_is_given(finished, capfd)
     assert report["verified"]["rows"] == "rows.jsonl"
 
 
+def test_an_adapter_that_was_left_half_written_is_none(finished, capfd):
+    shutil.copytree("run/adapter", "adapters/one")
+    shutil.copytree("run/adapter", "adapters/.tmp-two-123")
+    arguments = ("merge", "adapters", "--base", "tiny", "--no-verify")
+    assert run(capfd, *arguments, "--to", "merged")[0] == 0
+    report = json.loads((finished / "merged" / MERGE_REPORT).read_text())
+    assert report["adapters"] == {"one": 1.0}
+
+
+def test_the_chosen_adapter_s_tokenizer_reads_the_rows(finished, capfd):
+    """Adapters in one folder may be of different runs."""
+    for name in ("one", "two"):
+        shutil.copytree("run/adapter", f"adapters/{name}")
+    (finished / "adapters/one/chat_template.jinja").write_text("{{ raise_exception('not mine') }}")
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    (finished / "chats.jsonl").write_text(json.dumps({"messages": chat}) + "\n")
+    arguments = ("merge", "adapters", "--base", "tiny", "--to", "merged", "--data", "chats.jsonl")
+    status, _, told = run(capfd, *arguments, "--adapter", "two")
+    assert status == 0, told
+    template = (finished / "merged/chat_template.jinja").read_text()
+    assert template == (finished / "run/adapter/chat_template.jinja").read_text()
+
+
 def test_weights_that_compute_something_else_are_not_put_in_place(finished, capfd, monkeypatch):
     from lora_engine.export import weights
 
@@ -114,6 +137,13 @@ MISTAKES = [
          "use --quantize int8, or no --quantize"]),
     Try("--to is the run", ["merge", "run", "--to", "run", "--overwrite"],
         ["was not written by this command"]),
+    Try("--to is the adapter", ["merge", "run", "--to", "run/adapter", "--overwrite"],
+        ["run/adapter is what is read"]),
+    Try("--to is in the adapter", ["merge", "run/adapter", "--to", "run/adapter/merged"],
+        ["run/adapter is what is read"]),
+    Try("--to is the base", ["merge", "run", "--to", "tiny", "--overwrite"],
+        ["tiny is what is read"]),
+    Try("--to is the working folder", ["merge", "run", "--to", "."], ["is the working folder"]),
     Try("a broken adapter", ["merge", "run", "--to", "m"], ["adapter_model.safetensors"],
         prepare=lambda f: (f / "run/adapter/adapter_model.safetensors").write_bytes(b"x")),
     Try("weights cut off", ["merge", "run", "--to", "m"], ["tiny"],

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
-from tries import MISTAKE, Try, check, run, snapshot, tries
+from tries import FAILED, MISTAKE, Try, check, run, snapshot, tries
 
 PROMPTS = [{"prompt": "say 1"}, {"messages": [{"role": "user", "content": "say 2"}]}]
 
@@ -156,6 +156,15 @@ MISTAKES = [
         ["--out", "is empty"]),
     Try("answers that are there", ["generate", "tiny", "--prompt", "x", "--out", "."],
         ["is there already"]),
+    Try("answers in no folder", ["generate", "tiny", "--prompt", "x", "--out", "no/answers"],
+        ["no/answers", "no such file or folder"], status=FAILED),
+    Try("answers where a link leads nowhere",
+        ["generate", "tiny", "--prompt", "x", "--out", "link"], ["link: is there already"],
+        prepare=lambda folder: (folder / "link").symlink_to("nowhere")),
+    Try("a base of a whole model", ["generate", "tiny", "--prompt", "x", "--base", "run"],
+        ["--base run: tiny is a whole model"]),
+    Try("a base of a model's name", ["chat", "smollm2", "--base", "tiny"],
+        ["--base tiny: smollm2 is a whole model"]),
     Try("no end of heat", ["generate", "tiny", "--prompt", "x", "--temperature", "inf"],
         ["temperature", "finite"]),
     Try("temperature", ["generate", "tiny", "--prompt", "x", "--temperature=-1"], ["temperature"]),

@@ -4,6 +4,7 @@ import json
 import math
 
 import pytest
+import tokenizers
 import torch
 
 from lora_engine.errors import UserError
@@ -139,3 +140,22 @@ def test_shares_groups_and_the_difference_have_intervals():
     change = choice_difference(one, two)
     assert change["value"] == 0.25 and change["low"] < 0.25 < change["high"]
     assert math.isclose(choice_difference(one, one)["high"], 0)
+
+
+def test_equal_choices_share_the_answer(model):
+    """A model that knows nothing is right as often as chance is, wherever the answers stand."""
+    ignorant = tiny_llama(vocab_size=len(byte_tokenizer())).eval()
+    with torch.no_grad():
+        ignorant.lm_head.weight.zero_()
+    asked = [Question("x", ("ab", "cd", "efg"), answer, str(answer)) for answer in range(3)]
+    found = score_choices(ignorant, asked, choice_examples(asked, byte_tokenizer()))
+    assert [choice.right for choice in found] == [0.5, 0.5, 0]
+    assert summarise_choices(found)["accuracy"]["value"] == pytest.approx(1 / 3)
+
+
+def test_choices_that_a_model_cannot_tell_apart_are_refused():
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = tokenizers.normalizers.Lowercase()
+    asked = [Question("x", ("Yes", "yes"), 0, "asked.jsonl:1")]
+    with pytest.raises(UserError, match=r"asked.jsonl:1: two of the 'choices' are the same in"):
+        choice_examples(asked, tokenizer)

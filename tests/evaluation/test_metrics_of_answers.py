@@ -5,6 +5,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 
 from lora_engine.errors import UserError
 from lora_engine.evaluation.metrics import METRICS, exact_match, measure, metric_of, word_f1
@@ -90,3 +91,14 @@ def test_a_metric_whose_package_is_missing_says_so(monkeypatch):
     monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)
     with pytest.raises(UserError, match="rougeL needs rouge-score; run: pip install"):
         METRICS["rougeL"](["a"], ["a"])
+
+
+def test_what_a_function_does_to_its_lists_is_its_own_affair():
+    answers = list(SAID)
+    measure("m", lambda a, r: a.clear() or r.clear() or 1.0, answers, MEANT)
+    assert answers == list(SAID)
+
+
+def test_a_tensor_that_needs_a_gradient_is_told_in_one_line():
+    with pytest.raises(UserError, match="--metric m: gave tensor"):
+        measure("m", lambda a, r: torch.ones(len(a), requires_grad=True), SAID, MEANT)

@@ -83,7 +83,7 @@ def test_llama_cpp_answers_as_the_adapter_does(tmp_path, monkeypatch):
     Path("run.yaml").write_text(CONFIG)
     finetune(load_config("run.yaml"))
     trained = find_trained("run")
-    chosen, folder = trained.read([]), trained.base_folder
+    chosen, folder = trained.choose([])[1], trained.base_folder
     tokenizer = load_tokenizer_of(trained, folder)
     rows = answered(prepare_data(trained.config.data, tokenizer)[1])
     own = likeliest(with_adapters(load_plain(folder), chosen), rows)

@@ -161,6 +161,24 @@ def test_weighted_adapters_add_up(bases, tmp_path):
     assert compare(bases["plain"], chosen, tmp_path / "merged", ROWS).kl < 1e-9
 
 
+def test_adapters_of_heads_and_embeddings_add_up(bases, tmp_path):
+    """With these PEFT saves the base's own weights, which are not trained."""
+    targets = ["q_proj", "lm_head", "embed_tokens"]
+    chosen = [
+        (
+            read_adapter(
+                save_adapter(bases["plain"], tmp_path, seed, name, target_modules=targets), name
+            ),
+            weight,
+        )
+        for seed, name, weight in ((1, "one", 0.5), (2, "two", -1.0))
+    ]
+    assert all("lm_head.weight" in adapter.whole for adapter, _ in chosen)
+    (tmp_path / "merged").mkdir()
+    assert_merged(bases["plain"], chosen, tmp_path / "merged")
+    assert compare(bases["plain"], chosen, tmp_path / "merged", ROWS).kl < 1e-9
+
+
 def test_dora_adapters_follow_each_other_as_in_peft(bases, tmp_path):
     chosen = [(a, 1.0) for a in two_adapters(bases["plain"], tmp_path, use_dora=True)]
     (tmp_path / "merged").mkdir()

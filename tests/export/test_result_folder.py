@@ -85,6 +85,58 @@ def test_other_people_s_files_are_not_replaced(tmp_path):
         write_result(tmp_path / "file", "new", overwrite=True)
 
 
+def test_a_link_in_a_result_is_somebody_s(tmp_path):
+    """Of a link to a folder no file is found below it."""
+    target = tmp_path / "result"
+    write_result(target, "old")
+    (target / "link").symlink_to(tmp_path)
+    with pytest.raises(UserError, match=r"link: was not written by this command"):
+        write_result(target, "new", overwrite=True)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "link").symlink_to(tmp_path)
+    with pytest.raises(UserError, match=r"other: is not empty"):
+        write_result(tmp_path / "other", "new")
+
+
+def test_what_a_result_is_made_from_is_not_replaced(tmp_path):
+    adapter, model = tmp_path / "adapter", tmp_path / "model"
+    for source in (adapter, model):
+        write_result(source, "old")
+    (model / "config.json").touch()
+    (tmp_path / "link").symlink_to(adapter)
+    sources = [tmp_path / "link", model]
+    for place in (adapter, tmp_path / "x" / ".." / "adapter", adapter / "more" / "inner", model):
+        with (
+            pytest.raises(UserError, match=r"is what is read; give a folder outside of it"),
+            result_folder(place, REPORT, overwrite=True, sources=sources),
+        ):
+            pass
+    assert content(adapter) == "old"
+    # A model's folder may have folders in it.
+    with result_folder(model / "gguf", REPORT, overwrite=False, sources=sources):
+        pass
+    assert (model / "gguf").is_dir()
+
+
+def test_the_working_folder_stays(tmp_path, monkeypatch):
+    (tmp_path / "inner" / "most").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "inner" / "most")
+    for place in (".", "..", "../../inner", "/"):
+        with pytest.raises(UserError, match=r"is the working folder, or holds it"):
+            write_result(place, "new")
+    write_result("../result", "new")
+    assert content(tmp_path / "inner" / "result") == "new"
+
+
+def test_names_that_are_no_utf_8_are_known_again(tmp_path):
+    for text in ("old", "new"):
+        with result_folder(tmp_path / "r", REPORT, overwrite=True) as folder:
+            (folder / "caf\udce9").touch()
+            write_report(folder, REPORT, {"text": text, "data": "caf\udce9.jsonl"})
+    report = json.loads((tmp_path / "r" / REPORT).read_text())
+    assert report == {"text": "new", "data": "caf\udce9.jsonl", "files": ["caf\udce9", REPORT]}
+
+
 def test_a_folder_of_many_files_is_refused_at_its_first(tmp_path, monkeypatch):
     """A slip such as --to / would take long to walk through."""
     (tmp_path / "result").mkdir()
