@@ -33,7 +33,8 @@ class Sampling:
     stop_tokens: tokens that end it; None: the tokenizer's and the model's own.
     top_logprobs: of each token so many of the likeliest in its place are told, at most 20.
     seed: of the random numbers. A continuation depends on its prompt, its settings, its seed and
-        its number among the prompt's alone, not on what else is written at the time.
+        its number among the prompt's alone, not on what else is written at the time; where products
+        are the vendor's (docs/generation.md says where) but for their rounding.
 
     Raises UserError for values outside their range.
     """
