@@ -298,7 +298,8 @@ def lora_linear(dtype: torch.dtype) -> Iterator[Call]:
     from lora_engine.values import Dropout, LoraFactors
 
     dropout = Dropout(0.1, 2**40 + 5)
-    for r, pad, rows in ((16, 0, ROWS), (16, 0, 512), (64, 0, 512), (3, 1, ROWS), (256, 0, ROWS)):
+    some, few = ((16, 0, ROWS), (64, 0, 512), (3, 1, ROWS), (256, 0, ROWS)), (512, 64, 16)
+    for r, pad, rows in (*some, *((16, 0, rows) for rows in few)):
         n, k, ranks = 6144, 4096, 3 * r + pad
         outs = (slice(0, 4096), slice(4096, 5120), slice(5120, n))
         spans = [(out, slice(i * r, (i + 1) * r)) for i, out in enumerate(outs)]
@@ -328,9 +329,11 @@ def lora_linear(dtype: torch.dtype) -> Iterator[Call]:
         rows_scaled = ScaledRows(empty(rows, dtype=torch.float32), s)
         for grad in (None, d_lora_b):
             yield call(lora.lora_b_bwd, dy, lora_b, s, s, grad, spans, parts, rows_scaled)
+        # Tiles of 16 rows are too small for the best ones.
+        instructions = "any_matrix" if rows <= 16 else "matrix"
         for addend in (None, bias):
-            expected = ("_two_segment_kernel",) if wide else ()
-            yield call(lora.lora_linear_fwd, x, weight, s, lora_b, y, addend, matrix=expected)
+            expected = {instructions: ("_two_segment_kernel",) if wide else ()}
+            yield call(lora.lora_linear_fwd, x, weight, s, lora_b, y, addend, **expected)
 
 
 @operation

@@ -40,6 +40,9 @@ LARGEST_GRID = (2**31 - 1, 65535, 65535)
 NATIVE_MATRIX = {90: "wgmma.mma_async", 100: "tcgen05.mma"}
 SYNC_MATRIX = "mma.sync"
 
+# Types of arguments, numbers aside, of whose every value Triton makes another kernel.
+CONSTANTS = (bool, str, tuple, type(None))
+
 # Triton's options that the launch table never sets; they would only widen the printed table.
 UNPRINTED = {"enable_fp_fusion"}
 
@@ -69,9 +72,9 @@ def load_kernels() -> Any:
 class Launch:
     """A kernel as it was launched.
 
-    configuration: what the launch table says of it. flags: its arguments that are not numbers or
-    tensors, which make another kernel. unaligned: those that are not multiples of 16, which make
-    another kernel too.
+    configuration: what the launch table says of it. flags: its arguments that
+    make another kernel of every value: CONSTANTS, and numbers named in capitals. unaligned: the
+    numbers that are not multiples of 16, which make another kernel too.
     """
 
     module: str
@@ -156,7 +159,11 @@ def _launch(
     sizes = tuple(grid(bound)) if callable(grid) else tuple(grid)
     shown = {k: options[k] for k in parameters if k in options and k not in UNPRINTED}
     configuration = " ".join(f"{name}={value}" for name, value in shown.items())
-    flags = frozenset((k, v) for k, v in bound.items() if isinstance(v, bool | str | None))
+    flags = frozenset(
+        (k, v)
+        for k, v in bound.items()
+        if isinstance(v, CONSTANTS) or (k.isupper() and k not in parameters and type(v) is int)
+    )
     numbers = {k: v for k, v in bound.items() if type(v) is int and k not in parameters}
     unaligned = frozenset(k for k, v in numbers.items() if v % 16)
     module, name = function.fn.__module__, function.fn.__name__

@@ -283,7 +283,8 @@ def glu_lora_bwd(
     outer_columns = slice(0, 0) if outer is None else outer.spans[0][1]
     width = max(r.stop - r.start for r in (gate_columns, up_columns, outer_columns))
     block_p = padded(width)
-    config = launch.config("glu_lora_bwd", gate.device, gate.dtype, rows)
+    name = "glu_lora_bwd_gelu" if activation == "gelu" else "glu_lora_bwd"
+    config = launch.config(name, gate.device, gate.dtype, rows)
     blocks = launch.cdiv(cols, config["BLOCK_N"])
     chunks, chunk = split_rows(rows, config["BLOCK_M"], blocks, gate.device)
 
