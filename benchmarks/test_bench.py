@@ -1,6 +1,7 @@
 """The registry under pytest-benchmark.
 
-    pytest benchmarks --benchmark-only                 # kernels
+    pytest benchmarks --benchmark-only                 # all of it, half an hour and more
+    pytest benchmarks --benchmark-only -m "not slow"   # kernels
     pytest benchmarks --benchmark-only -m slow         # whole steps, a process for each contender
 
 The cases, the check before the time and the inputs in turn are those of `lora-engine bench`, which
@@ -61,6 +62,7 @@ def test_kernel(case, name, benchmark, request):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("name", jobs.MODULES)
 def test_step(name, benchmark, request, tmp_path):
     job = jobs.job_of(name)
