@@ -298,8 +298,8 @@ def lora_linear(dtype: torch.dtype) -> Iterator[Call]:
     from lora_engine.values import Dropout, LoraFactors
 
     dropout = Dropout(0.1, 2**40 + 5)
-    some, few = ((16, 0, ROWS), (64, 0, 512), (3, 1, ROWS), (256, 0, ROWS)), (512, 64, 16)
-    for r, pad, rows in (*some, *((16, 0, rows) for rows in few)):
+    tall = ((16, 0, ROWS), (64, 0, 512), (3, 1, ROWS), (256, 0, ROWS))
+    for r, pad, rows in (*tall, (16, 0, 512), (16, 0, 64), (16, 0, 16)):
         n, k, ranks = 6144, 4096, 3 * r + pad
         outs = (slice(0, 4096), slice(4096, 5120), slice(5120, n))
         spans = [(out, slice(i * r, (i + 1) * r)) for i, out in enumerate(outs)]

@@ -72,8 +72,8 @@ def load_kernels() -> Any:
 class Launch:
     """A kernel as it was launched.
 
-    configuration: what the launch table says of it. flags: its arguments that
-    make another kernel of every value: CONSTANTS, and numbers named in capitals. unaligned: the
+    configuration: what the launch table says of it. flags: its arguments of whose every value
+    Triton makes another kernel: those of CONSTANTS, and numbers named in capitals. unaligned: its
     numbers that are not multiples of 16, which make another kernel too.
     """
 

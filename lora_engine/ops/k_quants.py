@@ -6,10 +6,9 @@ from torch import Tensor
 from lora_engine import backends, reference
 from lora_engine.backends import launchers
 from lora_engine.ops.tensors import check, shape_of
+from lora_engine.quantization import gguf
 
-# Values of a block, and its bytes.
-BLOCK = 256
-_BYTES = {"Q4_K": 144, "Q5_K": 176, "Q6_K": 210}
+KINDS = ("Q4_K", "Q5_K", "Q6_K")
 
 
 def quantize_k(
@@ -25,16 +24,18 @@ def quantize_k(
 
     Raises ValueError for another type, and for rows that are no whole blocks of 256 values.
     """
-    check(kind in _BYTES, f"quantize_k: kind={kind!r}: expected {', '.join(_BYTES)}")
+    check(kind in KINDS, f"quantize_k: kind={kind!r}: expected {', '.join(KINDS)}")
+    block = gguf.TYPES[kind.lower()]
     check(
-        w.dim() == 2 and w.is_floating_point() and w.shape[1] % BLOCK == 0,
-        f"quantize_k: w {shape_of(w)} is not [N, K] of a float dtype with K a multiple of {BLOCK}",
+        w.dim() == 2 and w.is_floating_point() and w.shape[1] % block.values == 0,
+        f"quantize_k: w {shape_of(w)} is not [N, K] of a float dtype with K a multiple of "
+        f"{block.values}",
     )
     impl = backends.select("k_quants", w.device, w.dtype, impl)
     w = w.detach().float().contiguous()
     if impl == "reference":
         return reference.quantize_k(w, kind)
     n, k = w.shape
-    codes = torch.empty(n, k // BLOCK * _BYTES[kind], dtype=torch.uint8, device=w.device)
+    codes = torch.empty(n, k // block.values * block.bytes, dtype=torch.uint8, device=w.device)
     launchers.k_quants(impl).quantize_k(w, codes, kind)
     return codes

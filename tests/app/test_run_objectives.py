@@ -148,15 +148,9 @@ def test_a_teacher_is_loaded_by_its_path(settings, saved_model):
 
 def test_a_teacher_of_another_vocabulary_is_refused(settings):
     """Of as many tokens: the sizes of the heads would not tell."""
-    from tiny_model import save_tiny_model
+    from tiny_model import exchange_tokens, save_tiny_model
 
-    save_tiny_model(settings / "teacher")
-    file = settings / "teacher/tokenizer.json"
-    content = json.loads(file.read_text())
-    vocabulary = content["model"]["vocab"]
-    first, second = list(vocabulary)[70:72]
-    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
-    file.write_text(json.dumps(content))
+    exchange_tokens(save_tiny_model(settings / "teacher"))
     write_rows(settings, "plain")
     with pytest.raises(UserError, match=r"objective.teacher: teacher: has another vocabulary than"):
         run("objective.name=distill", "objective.teacher=teacher", "train.max_steps=1")

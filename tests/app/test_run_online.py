@@ -6,7 +6,7 @@ import pytest
 import torch
 from finetune_runs import Recorder, interrupt, read_metrics, run
 from safetensors.torch import load_file, save_file
-from tiny_model import save_tiny_model
+from tiny_model import exchange_tokens, save_tiny_model
 
 from lora_engine.app.config import load_config
 from lora_engine.app.config_yaml import shipped_configs
@@ -138,13 +138,7 @@ def test_a_broken_reward_model_is_one_line(online, settings, tmp_path):
         return tmp_path / "other"
 
     def other_tokens():
-        place = another()
-        file = place / "tokenizer.json"
-        content = json.loads(file.read_text())
-        vocabulary = content["model"]["vocab"]
-        first, second = list(vocabulary)[70:72]
-        vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
-        file.write_text(json.dumps(content))
+        exchange_tokens(another())
         (folder / "judge/adapter/base.json").unlink()
 
     tries = {

@@ -1,5 +1,6 @@
 """Small models: sizes for configurations, and a folder for whole runs."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -23,3 +24,13 @@ def save_tiny_model(folder: Path, **config: Any) -> Path:
     tiny_llama(vocab_size=len(tokenizer), **special, **config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def exchange_tokens(folder: Path) -> None:
+    """Gives two tokens of the tokenizer in `folder`, 70 and 71, each other's id."""
+    file = folder / "tokenizer.json"
+    content = json.loads(file.read_text())
+    vocabulary = content["model"]["vocab"]
+    first, second = list(vocabulary)[70:72]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    file.write_text(json.dumps(content))
