@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from built_once import built_once
 
 ROOT = Path(__file__).parents[2]
 
@@ -44,23 +45,23 @@ def build(
         content.update(path.read_bytes())
     folder = ROOT / "build" / "compiled-tests" / f"{name}-{content.hexdigest()[:16]}"
     library = folder / f"{name}.so"
-    if not library.exists():
-        folder.mkdir(parents=True, exist_ok=True)
+
+    def compile_all(unfinished: Path) -> None:
         folders = [pybind11.get_include(), sysconfig.get_path("include"), *includes]
         options = [*flags, "-fPIC", "-fvisibility=hidden", *(f"-I{folder}" for folder in folders)]
 
         def compile_one(source: Path) -> str:
-            output = str(folder / f"{source.stem}.{os.getpid()}.o")
+            output = str(folder / f"{source.stem}.o")
             _run([compiler, *options, "-x", "c++", "-c", str(source), "-o", output])
             return output
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             made = list(pool.map(compile_one, sources))
-        unfinished = folder / f"{name}.{os.getpid()}"
         _run([compiler, "-shared", *made, *map(str, objects), "-o", str(unfinished)])
-        unfinished.rename(library)
         for path in made:
             os.remove(path)
+
+    built_once(library, compile_all)
     spec = importlib.util.spec_from_file_location(name, library)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

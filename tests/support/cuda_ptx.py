@@ -17,6 +17,7 @@ import compiled_module
 import ptx
 import pytest
 import torch
+from built_once import built_once
 from compiled_module import ROOT
 from ptx.nvcc import find_nvcc
 from torch import Tensor
@@ -53,13 +54,13 @@ def compiled() -> dict[str, Path]:
         content = hashlib.sha256(repr(command).encode() + common + source.read_bytes())
         folder = ROOT / "build" / "compiled-tests" / "cuda-ptx"
         folder = folder / f"{source.stem}-{content.hexdigest()[:16]}"
-        if not folder.exists():
-            unfinished = folder.with_suffix(f".{os.getpid()}")
-            unfinished.mkdir(parents=True)
+
+        def build(unfinished: Path) -> None:
+            unfinished.mkdir()
             keep = ["--keep", f"--keep-dir={unfinished}", "-c", str(source)]
             _run([*command, *keep, "-o", str(unfinished / f"{source.stem}.o")])
-            unfinished.rename(folder)
-        return folder
+
+        return built_once(folder, build)
 
     sources = sorted(CUDA.glob("*.cu"))
     with ThreadPoolExecutor(os.cpu_count()) as pool:

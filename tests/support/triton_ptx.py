@@ -21,6 +21,7 @@ from unittest import mock
 import ptx
 import triton
 import triton_compiler
+from built_once import built_once
 from compiled_module import ROOT
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
@@ -161,17 +162,15 @@ def _sources() -> bytes:
 def _compiled(request: Request) -> Compiled:
     name = hashlib.sha256(_sources() + repr(request).encode()).hexdigest()[:24]
     kept = CACHE / f"{request.kernel}-{request.capability}-{name}.pickle"
-    if kept.exists():
-        compiled: Compiled = pickle.loads(kept.read_bytes())
-        return compiled
-    reply = _ask(request)
-    if isinstance(reply, str):
-        raise RuntimeError(f"{request.kernel}, capability {request.capability}: {reply}")
-    CACHE.mkdir(parents=True, exist_ok=True)
-    unfinished = kept.with_suffix(f".{os.getpid()}")
-    unfinished.write_bytes(pickle.dumps(reply))
-    unfinished.rename(kept)
-    return reply
+
+    def build(unfinished: Path) -> None:
+        reply = _ask(request)
+        if isinstance(reply, str):
+            raise RuntimeError(f"{request.kernel}, capability {request.capability}: {reply}")
+        unfinished.write_bytes(pickle.dumps(reply))
+
+    compiled: Compiled = pickle.loads(built_once(kept, build).read_bytes())
+    return compiled
 
 
 @cache

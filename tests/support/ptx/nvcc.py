@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from built_once import built_once
 from compiled_module import ROOT
 
 CACHE = ROOT / "build" / "compiled-tests" / "ptx"
@@ -36,11 +37,10 @@ def compile_cuda(source: Path, architecture: str, flags: Sequence[str] = ()) -> 
     for path in [source, *sorted(headers)]:
         content.update(path.read_bytes())
     kept = CACHE / f"{source.stem}-{architecture}-{content.hexdigest()[:16]}.ptx"
-    if not kept.exists():
-        CACHE.mkdir(parents=True, exist_ok=True)
-        unfinished = kept.with_suffix(f".{os.getpid()}")
-        command += [str(source), "-o", str(unfinished)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr}"
-        unfinished.rename(kept)
-    return kept.read_text()
+
+    def build(unfinished: Path) -> None:
+        whole = [*command, str(source), "-o", str(unfinished)]
+        done = subprocess.run(whole, capture_output=True, text=True)
+        assert done.returncode == 0, f"{' '.join(whole)}\n{done.stderr}"
+
+    return built_once(kept, build).read_text()
