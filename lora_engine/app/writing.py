@@ -1,6 +1,7 @@
 """What a run, an adapter or a model writes: answers to a file of prompts, a conversation."""
 
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -23,6 +24,8 @@ from lora_engine.generation.engine import Completion, Generator, Request
 from lora_engine.generation.sampling import Sampling
 from lora_engine.models.attach.accelerate import accelerate
 from lora_engine.models.load.load import load_model
+from lora_engine.training.run.atomic import remove_leftovers
+from lora_engine.training.run.lock import locked
 
 
 @dataclass(frozen=True)
@@ -160,25 +163,36 @@ def new_file(path: str) -> Path:
         target = user_path(path)
     except ValueError as error:
         raise UserError(f"--out {path!r}: {error}") from error
-    if os.path.lexists(target):
-        raise UserError(f"{target}: is there already; give another --out, or remove it")
+    _check_new(target)
     with naming(target):  # what cannot be written is told before anything is answered
         tempfile.TemporaryFile(dir=target.parent).close()
     return target
 
 
+def _check_new(target: Path) -> None:
+    if os.path.lexists(target):
+        raise UserError(f"{target}: is there already; give another --out, or remove it")
+
+
 @contextmanager
 def result_file(target: Path) -> Iterator[TextIO]:
-    """A file that is there whole, under its name, or not at all."""
-    unfinished = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        with naming(target), unfinished.open("w", encoding="utf-8") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(target)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    """A file that is there whole, under its name, or not at all.
+
+    Removes what a process that was killed has left of it. Raises UserError if another process
+    writes it, or has written it since `new_file`.
+    """
+    unfinished = target.with_name(f".tmp-{target.name}-{os.getpid()}")
+    with naming(target), locked(target.with_name(f".lora-engine-{target.name}.lock")):
+        _check_new(target)
+        remove_leftovers(target.parent, re.escape(target.name))
+        try:
+            with unfinished.open("w", encoding="utf-8") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            unfinished.replace(target)
+        finally:
+            unfinished.unlink(missing_ok=True)
 
 
 def answers(

@@ -2,10 +2,15 @@
 
 import io
 import json
+import signal
 from pathlib import Path
 
 import pytest
+from broken_machine import in_a_child, killed_at
 from tries import FAILED, MISTAKE, Try, check, run, snapshot, tries
+
+from lora_engine.app import writing
+from lora_engine.errors import UserError
 
 PROMPTS = [{"prompt": "say 1"}, {"messages": [{"role": "user", "content": "say 2"}]}]
 
@@ -37,6 +42,49 @@ def test_a_file_of_prompts_becomes_a_file_of_answers(finished, capfd):
     status, _, told = run(capfd, *call, "--out", "answers.jsonl")
     assert status == MISTAKE and "answers.jsonl: is there already" in told
     assert snapshot(finished) == before
+
+
+def write_answers(target: Path) -> None:
+    with writing.result_file(target) as file:
+        file.write("answer\n")
+
+
+def test_answers_that_were_killed_are_removed_by_the_next(tmp_path):
+    """At any moment the file is whole or not there; another's files stay."""
+    target, other = tmp_path / "a.jsonl", tmp_path / ".tmp-b-1.jsonl-7"
+    other.touch()
+    whole, hidden = [], []
+    for event in range(1, 200):
+        target.unlink(missing_ok=True)
+        status = killed_at(event, lambda: write_answers(target))
+        whole.append(target.exists())
+        hidden.append(sum(path not in (target, other) for path in tmp_path.iterdir()))
+        assert not target.exists() or target.read_text() == "answer\n"
+        if status == 0:
+            break
+        assert status == signal.SIGKILL
+    assert whole == sorted(whole) and whole[-1] and not whole[0]
+    assert max(hidden) == 2 and hidden[-1] == 0  # a lock and unfinished answers, of one process
+    assert {path.name for path in tmp_path.iterdir()} == {target.name, other.name}
+
+
+def test_one_writes_a_file_of_answers_and_the_next_does_not_replace_it(tmp_path):
+    target = tmp_path / "a.jsonl"
+    with writing.result_file(target) as file:
+
+        def work() -> None:
+            from lora_engine.training.run import lock
+
+            lock._holders.clear()  # which the fork has copied
+            with pytest.raises(UserError, match="is running in it"):
+                write_answers(target)
+
+        assert in_a_child(work) == 0
+        file.write("first\n")
+    with pytest.raises(UserError, match=r"a\.jsonl: is there already"):
+        write_answers(target)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+    assert target.read_text() == "first\n"
 
 
 def test_the_adapter_is_what_writes(finished, capfd):

@@ -36,10 +36,11 @@ def remove_folder(folder: Path) -> None:
 def remove_leftovers(parent: Path, names: str) -> None:
     """Delete what killed processes left half written or half deleted in `parent`.
 
-    names: a regular expression for the names of folders, and of files that `write_text` writes.
+    names: a regular expression for the names of folders, and of files that `write_text` writes, or
+    that are written as ".tmp-", the name, "-" and the process's number.
     """
     temporary_folder = re.compile(rf"\.(tmp|old)-({names})-\d+")
-    temporary_file = re.compile(rf"\.tmp-({names})-[a-z0-9_]{{8}}")
+    temporary_file = re.compile(rf"\.tmp-({names})-(\d+|[a-z0-9_]{{8}})")
     for entry in parent.iterdir() if parent.is_dir() else ():
         if entry.is_symlink():
             continue

@@ -66,15 +66,24 @@ def _acquire(path: Path) -> int:
             descriptor = os.open(path, _OPEN, 0o644)
         try:
             if not _lock(descriptor, path.parent) or _is_at(descriptor, path):
-                holder = f"process {os.getpid()} on {socket.gethostname()}"
-                with naming(path):
-                    os.truncate(descriptor, 0)
-                    os.write(descriptor, holder.encode())
+                _name_holder(descriptor, path)
                 return descriptor
         except BaseException:
             os.close(descriptor)
             raise
         os.close(descriptor)  # the holder before has removed the file since it was opened
+
+
+def _name_holder(descriptor: int, path: Path) -> None:
+    """Writes who has locked the file. Removes it where that fails, as on a full disk."""
+    holder = f"process {os.getpid()} on {socket.gethostname()}"
+    try:
+        with naming(path):
+            os.truncate(descriptor, 0)
+            os.write(descriptor, holder.encode())
+    except BaseException:
+        path.unlink(missing_ok=True)  # before another process can lock it
+        raise
 
 
 def _lock(descriptor: int, folder: Path) -> bool:

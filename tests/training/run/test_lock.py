@@ -8,6 +8,7 @@ import sys
 import threading
 
 import pytest
+from broken_machine import file_size_limit
 
 from lora_engine.errors import UserError
 from lora_engine.training.run import lock
@@ -80,6 +81,18 @@ def test_leaves_nothing_behind(tmp_path):
     with locked(tmp_path / "a" / "b" / NAME):
         (tmp_path / "a" / "mine").touch()
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["mine"]
+
+
+def test_a_full_disk_leaves_no_lock(tmp_path):
+    for folder in (tmp_path, tmp_path / "a" / "b"):
+        with (
+            file_size_limit(0),
+            pytest.raises(OSError, match=NAME) as caught,
+            locked(folder / NAME),
+        ):
+            pytest.fail("is in without a name")
+        assert caught.value.errno == errno.EFBIG
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_a_lock_that_was_just_given_up_is_not_taken_for_one(tmp_path, monkeypatch):
