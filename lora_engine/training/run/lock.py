@@ -20,21 +20,21 @@ logger = logging.getLogger(__name__)
 
 _OPEN = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
 
-_holders: dict[str, int] = {}  # folders that this process has locked, and the thread that did
+_holders: dict[str, int] = {}  # files that this process has locked, and the thread that did
 
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Within, no other process and no other thread of this one holds the lock of path's folder.
+    """Within, no other process and no other thread of this one holds the lock.
 
-    path: the file to lock, made here and removed at the end; all who share a folder name the same.
+    path: the file to lock, made here and removed at the end.
     Makes the folder where it is missing, and removes the folders it made that are still empty. The
     system releases the lock of a process that is killed. A thread that holds it may enter again. On
     a file system without locks a warning is logged instead. Raises UserError naming the process
     that holds it.
     """
     folder = path.parent
-    key = os.path.realpath(folder)
+    key = os.path.join(os.path.realpath(folder), path.name)
     holder = _holders.get(key)
     if holder == threading.get_ident():
         yield
@@ -114,6 +114,5 @@ def _is_at(descriptor: int, path: Path) -> bool:
 
 def _in_use(folder: Path, holder: str) -> str:
     return (
-        f"{folder}: {holder} is running in it: wait for its end, stop it, or choose another "
-        "output_dir"
+        f"{folder}: {holder} is running in it: wait for its end, stop it, or write somewhere else"
     )
