@@ -350,7 +350,7 @@ def test_file_in_the_folder_wins_over_a_shipped_name():
 
 
 def test_formats_of_weights_are_those_that_are_written():
-    from lora_engine.app.config import QuantizedFormat
+    from lora_engine.app.config_model import QuantizedFormat
     from lora_engine.quantization.formats import WRITABLE
 
     assert get_args(QuantizedFormat) == WRITABLE
