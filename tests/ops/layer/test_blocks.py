@@ -146,6 +146,17 @@ def test_result_and_gradients(
     check(half.ours, half.formula, half.leaves, alone=False, tolerance=3 * TOLERANCE[dtype])
 
 
+@pytest.mark.reference
+@every_half
+def test_without_gradients(backend: Backend, name: str) -> None:
+    half = half_of(name, backend, torch.float32)
+    leaves = [x.requires_grad_() for x in half.leaves]
+    with torch.no_grad():
+        y, exact = half.ours(*leaves), half.formula(*(x.double() for x in leaves))
+    assert not y.requires_grad
+    assert error(y, exact) < 1e-5
+
+
 @every_half
 def test_gradients_alone_are_the_same(backend: Backend, name: str) -> None:
     """A frozen norm, an input without a gradient (the first layer), single factors."""
