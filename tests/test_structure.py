@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -172,25 +173,57 @@ def test_an_operation_calls_the_reference_where_it_is_asked_for_alone(path: Path
     assert not [n.lineno for n in names if n.id == "reference" and n not in asked]
 
 
-def records_of(path: Path) -> set[str]:
-    """The NamedTuples and dataclasses that a file defines or imports from the package."""
+@cache
+def exported_records(path: Path) -> frozenset[str]:
+    """The NamedTuples and dataclasses that a module defines or passes on from another one."""
     found = set()
     for node in ast.parse(path.read_text()).body:
         if isinstance(node, ast.ClassDef):
-            marks = [*node.bases, *node.decorator_list]
-            if any(m in ast.unparse(mark) for mark in marks for m in ("NamedTuple", "dataclass")):
+            if is_record(node):
                 found.add(node.name)
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lora_engine."):
-            file = PACKAGE.parent / f"{(node.module or '').replace('.', '/')}.py"
-            if file.exists():
-                found |= {alias.name for alias in node.names} & records_of(file)
+        elif isinstance(node, ast.ImportFrom):
+            found |= imported_records(node)
+    return frozenset(found)
+
+
+def is_record(node: ast.ClassDef) -> bool:
+    marks = [*map(ast.unparse, (*node.bases, *node.decorator_list))]
+    return any(word in mark for mark in marks for word in ("NamedTuple", "dataclass"))
+
+
+def imported_records(node: ast.ImportFrom) -> set[str]:
+    """As what they are called: `CacheRows`, or `ops.CacheRows` where the module is imported."""
+    module = node.module or ""
+    if module.split(".")[0] != PACKAGE.name:
+        return set()
+    found = set()
+    for alias in node.names:
+        name = alias.asname or alias.name
+        if (file := file_of(f"{module}.{alias.name}")) is not None:
+            found |= {f"{name}.{record}" for record in exported_records(file)}
+        elif (file := file_of(module)) is not None and alias.name in exported_records(file):
+            found.add(name)
     return found
 
 
-WITH_RECORDS = [p for p in FILES if module_name(p).split(".")[0] in ("values", "ops", "backends")]
+def file_of(module: str) -> Path | None:
+    path = PACKAGE.parent / module.replace(".", "/")
+    files = (path.with_suffix(".py"), path / "__init__.py")
+    return next((file for file in files if file.exists()), None)
 
 
-@pytest.mark.parametrize("path", WITH_RECORDS, ids=lambda p: str(p.relative_to(PACKAGE)))
+def records_of(path: Path) -> set[str]:
+    """The records that a file can make, as it calls them."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ClassDef) and is_record(node):
+            found.add(node.name)
+        elif isinstance(node, ast.ImportFrom):
+            found |= imported_records(node)
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_records_are_made_by_name(path: Path) -> None:
     """No record of four values or more is told by their places, nor spliced out of tuples."""
     records = records_of(path)

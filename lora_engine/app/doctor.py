@@ -117,15 +117,19 @@ def _openmp_fact() -> Fact:
     """How threads wait: spinning takes a shared machine's time from the threads waited for."""
     backends.extension.loaded()  # settles it where the runtime was loaded before lora_engine
     waiting = openmp.waiting()
-    return Fact("OpenMP waits", str(waiting), _status(waiting.policy != "active"), waiting.mend)
+    return Fact(
+        "OpenMP waits", str(waiting), _status(waiting.policy != "active"), hint=waiting.mend
+    )
 
 
 def _triton_fact() -> Fact:
     version = machine.installed_version("triton")
     if version is None or importlib.util.find_spec("triton") is None:
-        return Fact("triton", "not installed", "absent", "GPU kernels need it: pip install triton")
+        return Fact(
+            "triton", "not installed", "absent", hint="GPU kernels need it: pip install triton"
+        )
     if not machine.gpus():
-        return Fact("triton", version, "ok", "no GPU here: interpreter and compiler only")
+        return Fact("triton", version, "ok", hint="no GPU here: interpreter and compiler only")
     return Fact("triton", version, "ok")
 
 
@@ -136,7 +140,7 @@ def _processor_facts() -> list[Fact]:
         Fact("model", machine.processor_name()),
         Fact("memory", bytes_text(machine.memory_bytes())),
         *(
-            Fact(name, "yes" if name in features else "no", _status(name in features), use)
+            Fact(name, "yes" if name in features else "no", _status(name in features), hint=use)
             for name, use in FEATURE_USE.items()
             if x86
         ),
@@ -157,12 +161,12 @@ def _gpu_facts() -> list[Fact]:
     ]
     if not facts and driver and torch.version.cuda is None:
         hint = "a driver is here but torch has no CUDA: install a CUDA build, see pytorch.org"
-        facts.append(Fact("GPU", "not usable", "problem", hint))
+        facts.append(Fact("GPU", "not usable", "problem", hint=hint))
     elif not facts and driver:
         hint = "torch sees no device: is the driver new enough, CUDA_VISIBLE_DEVICES empty?"
-        facts.append(Fact("GPU", "not usable", "problem", hint))
+        facts.append(Fact("GPU", "not usable", "problem", hint=hint))
     elif not facts:
-        facts.append(Fact("GPU", "none", "absent", "everything runs on the CPU"))
+        facts.append(Fact("GPU", "none", "absent", hint="everything runs on the CPU"))
     if driver:
         facts.append(Fact("driver", driver))
     return [*facts, _nvcc_fact()]
@@ -173,10 +177,10 @@ def _nvcc_fact() -> Fact:
     nvcc = shutil.which("nvcc") or shutil.which("nvcc", path=os.path.join(home, "bin"))
     if nvcc is None:
         hint = "only to build CUDA C++ kernels; install the CUDA toolkit and set CUDA_HOME"
-        return Fact("nvcc", "not found", "absent", hint)
+        return Fact("nvcc", "not found", "absent", hint=hint)
     release = next((line for line in _output_lines(nvcc, "--version") if "release" in line), None)
     if release is None:
-        return Fact("nvcc", f"{nvcc} does not run", "problem", "reinstall the CUDA toolkit")
+        return Fact("nvcc", f"{nvcc} does not run", "problem", hint="reinstall the CUDA toolkit")
     return Fact("nvcc", f"{release.partition(', ')[2]}, {nvcc}", "ok")
 
 
@@ -187,7 +191,7 @@ def _extension_facts() -> list[Fact]:
     if module is None:
         first = f"compiler: {compiler}" if compiler else "first a C++ compiler (apt install g++)"
         hint = f"`pip install -e .` in the source folder builds it; {first}"
-        return [Fact("lora_engine._C", extension.problem or "not built", "problem", hint)]
+        return [Fact("lora_engine._C", extension.problem or "not built", "problem", hint=hint)]
     variants = ", ".join(
         isa if runs else f"{isa} (not on this processor)" for isa, runs in module.built_isas()
     )
@@ -204,13 +208,13 @@ def _cuda_kernels_fact() -> Fact:
     built = backends.cuda_architectures()
     if not built:
         hint = "no nvcc when it was built; Triton's kernels serve a GPU without them"
-        return Fact("CUDA kernels", "not built", "absent", hint)
+        return Fact("CUDA kernels", "not built", "absent", hint=hint)
     value = f"built for sm_{', sm_'.join(built)}"
     for gpu in machine.gpus():
         if not any(backends.runs_on(name, gpu.capability) for name in built):
             hint = "build again with a newer CUDA toolkit; until then Triton's kernels serve it"
             capability = backends.capability_text(gpu.capability)
-            return Fact("CUDA kernels", f"{value}, not {capability}", "absent", hint)
+            return Fact("CUDA kernels", f"{value}, not {capability}", "absent", hint=hint)
     return Fact("CUDA kernels", value, "ok")
 
 
@@ -224,7 +228,7 @@ def _kernel_facts() -> list[Fact]:
             slow = choice.impl == "reference"
             value = "PyTorch reference" if slow else choice.reason
             facts.append(
-                Fact(name, value, _status(not slow, "absent"), choice.reason if slow else "")
+                Fact(name, value, _status(not slow, "absent"), hint=choice.reason if slow else "")
             )
     return facts
 
@@ -237,7 +241,9 @@ def _package_facts() -> list[Fact]:
         declared = metadata.requires(DISTRIBUTION) or []
         extras = metadata.metadata(DISTRIBUTION).get_all("Provides-Extra") or []
     except metadata.PackageNotFoundError:
-        return [Fact(DISTRIBUTION, "not installed", "problem", "`pip install -e .` installs it")]
+        return [
+            Fact(DISTRIBUTION, "not installed", "problem", hint="`pip install -e .` installs it")
+        ]
     requirements = [Requirement(text) for text in declared]
     facts = []
     for extra in ["", *extras]:
@@ -260,10 +266,10 @@ def _requirement_fact(requirement: Any, extra: str) -> Fact:
     name = f"{requirement.name} [{extra}]" if extra else requirement.name
     needed = extra in ("", "train")
     if version is None:
-        return Fact(name, "not installed", "problem" if needed else "absent", install)
+        return Fact(name, "not installed", "problem" if needed else "absent", hint=install)
     if not requirement.specifier.contains(version, prereleases=True):
         hint = f"needs {requirement.specifier}: {install}"
-        return Fact(name, version, "problem", hint)
+        return Fact(name, version, "problem", hint=hint)
     return Fact(name, version, "ok")
 
 

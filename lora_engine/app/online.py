@@ -37,5 +37,12 @@ def shown_prompts(dataset: TokenizedDataset, tokenizer: Any, count: int) -> list
     for example, prompt in list(zip(dataset, dataset.prompts, strict=True))[:count]:
         text = tokenizer.decode(list(example.input_ids), skip_special_tokens=True).strip()
         answer = str(prompt.columns.get("answer", ""))
-        made.append(Prompt(tuple(example.input_ids), example.origin, text, answer))
+        made.append(
+            Prompt(
+                input_ids=tuple(example.input_ids),
+                origin=example.origin,
+                text=text,
+                reference=answer,
+            )
+        )
     return made

@@ -109,7 +109,14 @@ def plan(
         else _savings(config, dtype, wanted, limits, machine, length, ways)
     )
     return Plan(
-        sizes, wanted, limits, machine, backends.has_own_memory(device), found, chosen, savings
+        sizes=sizes,
+        wanted=wanted,
+        budget=limits,
+        machine=machine,
+        modelled=backends.has_own_memory(device),
+        found=found,
+        chosen=chosen,
+        savings=savings,
     )
 
 

@@ -78,7 +78,12 @@ def starting_adapter(config: RunConfig) -> StartingAdapter | None:
     values = adapter.folder / VALUE_HEAD_FILE
     if objective.reads.values == "targets" and values.is_file():
         weights += values.read_bytes()
-    return StartingAdapter(adapter.folder, own, hashlib.sha256(weights).hexdigest(), compares)
+    return StartingAdapter(
+        folder=adapter.folder,
+        lora=own,
+        sha256=hashlib.sha256(weights).hexdigest(),
+        compares=compares,
+    )
 
 
 def going_on(model: "nn.Module", start: StartingAdapter) -> "PeftCausalLm":

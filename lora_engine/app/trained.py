@@ -77,12 +77,12 @@ def find_trained(name: str, base: str | None = None) -> Trained:
         folder = run.adapter
         config = load_config(run.config) if run.config.is_file() else None
     if (folder / "config.json").is_file():
-        return Trained(folder, {}, str(folder), config)
+        return Trained(folder=folder, adapters={}, base=str(folder), config=config)
     adapters = adapter_folders(folder)
     source = base or (config.model.path if config else None)
     if source is None:
         source = read_adapter_base(next(iter(adapters.values())))
-    return Trained(folder, adapters, source, config)
+    return Trained(folder=folder, adapters=adapters, base=source, config=config)
 
 
 def read_adapter_base(folder: Path) -> str:

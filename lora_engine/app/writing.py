@@ -109,7 +109,12 @@ def open_writer(
     accelerate(model)
     config = model.config.get_text_config()
     adapted = trained is not None and bool(trained.adapters)
-    return Writer(model, tokenizer, adapted, getattr(config, "max_position_embeddings", None))
+    return Writer(
+        model=model,
+        tokenizer=tokenizer,
+        adapted=adapted,
+        positions=getattr(config, "max_position_embeddings", None),
+    )
 
 
 def trained_or_model(name: str, base: str | None) -> Trained | None:

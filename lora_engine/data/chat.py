@@ -156,7 +156,13 @@ class Chat:
         """(what is learned, notes, text to learn that is added at the end)."""
         encoder, tokenizer = self.encoder, self.encoder.tokenizer
         turns = Turns(
-            written, tokenizer, inputs, encoder.ends, self.origin, self.learning.reasoning, looks
+            written=written,
+            tokenizer=tokenizer,
+            inputs=inputs,
+            ends=encoder.ends,
+            origin=self.origin,
+            needs_reasoning=self.learning.reasoning,
+            looks=looks,
         )
         template = template_with_blocks(tokenizer, inputs)
         if template is None:
@@ -164,9 +170,16 @@ class Chat:
             spans = []
             for index, turn in zip(learned, found, strict=True):
                 of_turn = self._parts(turn.start, turn.end, turn.reasoning_end, turn.calls)
-                spans += [Span(*span, index) for span in of_turn]
+                spans += [Span(start=start, end=end, message=index) for start, end in of_turn]
                 if turn.instead is not None and self._learns_end(turn.calls, turn.end):
-                    spans.append(Span(turn.end, turn.instead[0], index, turn.instead[1]))
+                    spans.append(
+                        Span(
+                            start=turn.end,
+                            end=turn.instead[0],
+                            message=index,
+                            target=turn.instead[1],
+                        )
+                    )
             added = "".join(turn.added for turn in found if self._learns_end(turn.calls, turn.end))
             return spans, tuple(note for turn in found for note in turn.notes), added
         blocks = find_blocks(template, written, tokenizer, inputs, self.origin)
@@ -183,7 +196,7 @@ class Chat:
             for block in of_message:
                 start = turns.after_prompt(index, block.start, block.end)
                 parts = self._parts(start, block.end, *turns.parts(index, start, block.end))
-                spans += [Span(*part, index) for part in parts]
+                spans += [Span(start=begin, end=end, message=index) for begin, end in parts]
             if self._lacks_end(of_message[-1], written.whole):
                 notes[
                     f"its {{% generation %}} blocks leave out {encoder.ends.closing.strip()!r}, so "
@@ -309,7 +322,9 @@ def _cut(whole: str, spans: Sequence[Span], weights: Sequence[float]) -> list[Se
     position = 0
     for start, end, weight, target in learned:
         segments.append(Segment(whole[position:start], False))
-        segments.append(Segment(whole[start:end], True, weight, target))
+        segments.append(
+            Segment(text=whole[start:end], supervised=True, weight=weight, target=target)
+        )
         position = end
     segments.append(Segment(whole[position:], False))
     return [segment for segment in segments if segment.text]

@@ -108,7 +108,7 @@ def chunk_of(reads: Sequence[Read], path: Path | None = None, first: int = 1) ->
     size = sum(read.size for read in reads)
     lines = tuple(read.row for read in reads if isinstance(read.row, bytes))
     if lines:
-        return Chunk((), path, lines, first, size)
+        return Chunk(rows=(), path=path, lines=lines, first=first, size=size)
     return Chunk(tuple(read.row for read in reads if not isinstance(read.row, bytes)), size=size)
 
 
@@ -119,7 +119,7 @@ def lines_of(path: Path, offset: int = 0, first: int = 1) -> Iterator[Chunk]:
         skip(file, offset)
         while lines := file.readlines(BYTES):
             now = meter.tell()
-            yield Chunk((), path, tuple(lines), first, now - done)
+            yield Chunk(rows=(), path=path, lines=tuple(lines), first=first, size=now - done)
             first, done = first + len(lines), now
 
 

@@ -137,14 +137,14 @@ def prepare(
     if isinstance(source, TokenizedDataset):
         return source
     recipe = Recipe(
-        max_length,
-        on_too_long,
-        on_undecidable,
-        loss_on,
-        train_on_reasoning,
-        train_on_tool_calls,
-        inputs,
-        layout,
+        max_length=max_length,
+        on_too_long=on_too_long,
+        on_undecidable=on_undecidable,
+        loss_on=loss_on,
+        train_on_reasoning=train_on_reasoning,
+        train_on_tool_calls=train_on_tool_calls,
+        inputs=inputs,
+        layout=layout,
     )
     name, chunks = chunks_of(source, split)
     name = getattr(source, "name", name)

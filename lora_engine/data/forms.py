@@ -101,7 +101,9 @@ def write_as_is(
         rendered = try_render(marker.mark(messages), tokenizer, inputs=inputs)
         if rendered is None or (marked := read_marks(rendered)).text != whole:
             return None
-        return Written(messages, whole, marked, marker.leaves, levels)
+        return Written(
+            messages=messages, whole=whole, marked=marked, leaves=marker.leaves, levels=levels
+        )
 
     count = len(messages)
     for level in (EVERY, UNNAMED, SAID):
@@ -114,7 +116,9 @@ def write_as_is(
                 levels[i] = level
                 break
     none = [NOTHING] * count
-    return marked_by(levels) or Written(messages, whole, Marked(whole, ()), (), none)
+    return marked_by(levels) or Written(
+        messages=messages, whole=whole, marked=Marked(whole, ()), leaves=(), levels=none
+    )
 
 
 def _unwritten(written: Written) -> int:

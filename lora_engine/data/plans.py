@@ -121,8 +121,14 @@ class Plans:
         segments = []
         for segment, (number, offset) in zip(plan.segments, plan.cuts, strict=True):
             end = starts[number] + offset
-            rest = (segment.supervised, segment.weight, segment.target)
-            segments.append(Segment(text[begin:end], *rest))
+            segments.append(
+                Segment(
+                    text=text[begin:end],
+                    supervised=segment.supervised,
+                    weight=segment.weight,
+                    target=segment.target,
+                )
+            )
             begin = end
         return replace(plan.found, segments=[*segments, *plan.added])
 
@@ -159,7 +165,14 @@ class Plans:
             return None
         unsure = [r for r in renderings if not self._is_known(r.chat_template)]
         added = found.segments[len(inside) :]
-        return _Plan(renderings[0], unsure, cuts, inside, added, found)
+        return _Plan(
+            whole=renderings[0],
+            renderings=unsure,
+            cuts=cuts,
+            segments=inside,
+            added=added,
+            found=found,
+        )
 
     def _is_known(self, template: str | None) -> bool:
         if template not in self._only_writes:
@@ -185,12 +198,12 @@ class Plans:
             self._render([*marked, *behind], look.generation_prompt, look.chat_template)
         )
         made = _Rendering(
-            count,
-            behind,
-            look.generation_prompt,
-            look.chat_template,
-            pieces[::2],
-            [int(number) for number in pieces[1::2]],
+            length=count,
+            behind=behind,
+            generation_prompt=look.generation_prompt,
+            chat_template=look.chat_template,
+            pieces=pieces[::2],
+            texts=[int(number) for number in pieces[1::2]],
         )
         return made if self._is_as(made, messages, said) else None
 

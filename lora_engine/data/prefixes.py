@@ -24,7 +24,7 @@ class Segment(NamedTuple):
 
 def whole_segments(tokens: Sequence[np.ndarray]) -> list[Segment]:
     """Every example as one segment."""
-    return [Segment((i,), 0, len(ids), -1) for i, ids in enumerate(tokens)]
+    return [Segment(members=(i,), start=0, end=len(ids), parent=-1) for i, ids in enumerate(tokens)]
 
 
 def shared_segments(
@@ -49,7 +49,7 @@ def shared_segments(
         end = common_length(tokens, members, seen)
         alone = len(members) == 1
         if end > start and (alone or end - start >= min_shared):
-            segments.append(Segment(members, start, end, parent))
+            segments.append(Segment(members=members, start=start, end=end, parent=parent))
             start, parent = end, len(segments) - 1
         if not alone:
             parts = _split(tokens, members, end)

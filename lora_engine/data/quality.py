@@ -64,16 +64,16 @@ def quality(examples: Iterable[Example], tokenizer: Tokenizer) -> Quality:
     refusals = [(origin, "") for origin, said in answers if _REFUSALS.match(said)]
     often = max(3, int(len(answers) * _SAID_OFTEN))
     return Quality(
-        looked_at,
-        tuple(
+        looked_at=looked_at,
+        same_answers=tuple(
             Finding(_shortened(same.text), same.count, same.origins)
             for same in sorted(group(answers), key=lambda same: -same.count)[:5]
             if same.count >= often
         ),
-        group(refusals)[0] if refusals else None,
-        tuple(scripts.most_common()),
-        unknown,
-        _split_badly(words, tokenizer),
+        refusals=group(refusals)[0] if refusals else None,
+        scripts=tuple(scripts.most_common()),
+        unknown=unknown,
+        split_badly=_split_badly(words, tokenizer),
     )
 
 

@@ -148,12 +148,12 @@ def _outcome(
     record: Record, examples: tuple[Example, ...], dropped: str, ignored: tuple[str, ...]
 ) -> Outcome:
     return Outcome(
-        record.origin,
-        record.kind,
-        record.format,
-        bytes.fromhex(record.content_key()),
-        record.group,
-        examples,
-        dropped,
-        (*record.ignored, *ignored),
+        origin=record.origin,
+        kind=record.kind,
+        format=record.format,
+        key=bytes.fromhex(record.content_key()),
+        group=record.group,
+        examples=examples,
+        dropped=dropped,
+        ignored=(*record.ignored, *ignored),
     )

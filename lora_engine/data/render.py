@@ -106,9 +106,14 @@ def tokenize(
     if record.kind == "tokens":
         text, ids, supervised = Text([]), list(record.tokens), list(record.supervised)
     elif record.kind == "messages":
-        learning = Learning(loss_on, train_on_reasoning, train_on_tool_calls, asked)
+        learning = Learning(
+            loss_on=loss_on,
+            reasoning=train_on_reasoning,
+            tool_calls=train_on_tool_calls,
+            asked=asked,
+        )
         inputs = record.given.over(encoder.inputs)
-        chat = Chat(encoder, inputs, learning, record.origin)
+        chat = Chat(encoder=encoder, inputs=inputs, learning=learning, origin=record.origin)
         text = chat.text(record.messages, record.message_weights)
         ids, supervised, of_chat = _encode_chat(text, encoder, record.origin)
     else:
@@ -118,13 +123,13 @@ def tokenize(
         weights = of_chat.get(WEIGHT)
         columns[WEIGHT] = [record.weight * w for w in weights] if weights else record.weight
     example = Example(
-        ids,
-        supervised,
-        record.origin,
-        False,
-        record.adapter,
-        text.notes,
-        text.ignored,
+        input_ids=ids,
+        supervised=supervised,
+        origin=record.origin,
+        truncated=False,
+        adapter=record.adapter,
+        notes=text.notes,
+        ignored=text.ignored,
         columns=columns,
     )
     if max_length is None or len(ids) <= max_length:

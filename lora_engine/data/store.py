@@ -179,16 +179,16 @@ class OutcomeStore:
         begin, end = _run(self._arrays["sequence_ends"], number)
         about = self._about_sequences[self._arrays["sequence_about"][number]]
         return Example(
-            self._arrays["ids"][begin:end].tolist(),
-            self._arrays["supervised"][begin:end].tolist(),
-            origin,
-            about.truncated,
-            about.adapter,
-            about.notes,
-            about.ignored,
-            about.role,
-            (),
-            self._columns.get(number, {}),
+            input_ids=self._arrays["ids"][begin:end].tolist(),
+            supervised=self._arrays["supervised"][begin:end].tolist(),
+            origin=origin,
+            truncated=about.truncated,
+            adapter=about.adapter,
+            notes=about.notes,
+            ignored=about.ignored,
+            role=about.role,
+            others=(),
+            columns=self._columns.get(number, {}),
         )
 
     def save(self, folder: Path) -> None:
@@ -216,11 +216,17 @@ class OutcomeStore:
         return cls(
             arrays,
             [
-                SequenceAbout(cut, adapter, role, tuple(notes), tuple(ignored))
+                SequenceAbout(
+                    truncated=cut,
+                    adapter=adapter,
+                    role=role,
+                    notes=tuple(notes),
+                    ignored=tuple(ignored),
+                )
                 for cut, adapter, role, notes, ignored in about["sequences"]
             ],
             [
-                RecordAbout(kind, format, dropped, tuple(ignored))
+                RecordAbout(kind=kind, format=format, dropped=dropped, ignored=tuple(ignored))
                 for kind, format, dropped, ignored in about["records"]
             ],
             dict(about["columns"]),
@@ -248,7 +254,12 @@ class StoreWriter:
                 self._add_sequence(sequence)
             self._ends["example"].append(len(self._ends["sequence"]))
         self._ends["record"].append(len(self._ends["example"]))
-        about = RecordAbout(outcome.kind, outcome.format, outcome.dropped, outcome.ignored)
+        about = RecordAbout(
+            kind=outcome.kind,
+            format=outcome.format,
+            dropped=outcome.dropped,
+            ignored=outcome.ignored,
+        )
         self._about["record"].append(self._records.place(about))
         self._keys += outcome.key
         self._origins += outcome.origin.encode("utf-8", "surrogatepass")
@@ -263,7 +274,11 @@ class StoreWriter:
             self._columns[len(self._ends["sequence"])] = dict(sequence.columns)
         self._ends["sequence"].append(len(self._ids))
         about = SequenceAbout(
-            sequence.truncated, sequence.adapter, sequence.role, sequence.notes, sequence.ignored
+            truncated=sequence.truncated,
+            adapter=sequence.adapter,
+            role=sequence.role,
+            notes=sequence.notes,
+            ignored=sequence.ignored,
         )
         self._about["sequence"].append(self._sequences.place(about))
 

@@ -60,7 +60,13 @@ class Track:
                 continue
             chunk = chunk_of(some, path, at.row + 1)
             offset = at.offset + (chunk.size if chunk.lines else 0)
-            at = Reached(at.passes, at.file, offset, at.row + len(some), at.taken + len(some))
+            at = Reached(
+                passes=at.passes,
+                file=at.file,
+                offset=offset,
+                row=at.row + len(some),
+                taken=at.taken + len(some),
+            )
             self._at = at
             chunks.append(chunk)
             left, room = left - len(some), room - chunk.size
@@ -74,10 +80,10 @@ class Track:
 
     def _next_file(self, at: Reached, start: Reached) -> Reached:
         if at.file + 1 < len(self.files):
-            return Reached(at.passes, at.file + 1, 0, 0, at.taken)
+            return Reached(passes=at.passes, file=at.file + 1, offset=0, row=0, taken=at.taken)
         if at.passes > start.passes and at.taken == start.taken:
             raise UserError(f"{self.files[0]}: holds no records; give a source that has some")
-        return Reached(at.passes + 1, 0, 0, 0, at.taken)
+        return Reached(passes=at.passes + 1, file=0, offset=0, row=0, taken=at.taken)
 
     def _file(self, at: Reached) -> Path:
         order = np.random.default_rng([*self._seed, at.passes]).permutation(len(self.files))

@@ -108,8 +108,17 @@ class Turns:
         elif self.ends.are_written and not self.written.whole[run[-1].position : end].strip():
             instead = self._instead(index, run, end, ceiling)
             notes = (*notes, self._end_note(end, instead))
-        parts = self.parts(index, start, end)
-        return Turn(index, start, end, *parts, added, instead, notes)
+        reasoning_end, calls = self.parts(index, start, end)
+        return Turn(
+            message=index,
+            start=start,
+            end=end,
+            reasoning_end=reasoning_end,
+            calls=calls,
+            added=added,
+            instead=instead,
+            notes=notes,
+        )
 
     def _run(self, index: int) -> list[Mark]:
         """The marks of the message up to those of another one."""

@@ -56,7 +56,13 @@ def target_scores(model: nn.Module, batch: PackedBatch, objective: Objective) ->
     else:
         total = -results.loss
         logprobs = _Undifferentiable.apply(results.logprobs, total, objective.name)
-    scores = TargetScores(logprobs, total, results.correct, results.entropy, reference)
+    scores = TargetScores(
+        logprobs=logprobs,
+        total=total,
+        correct=results.correct,
+        entropy=results.entropy,
+        reference=reference,
+    )
     if teacher is not None:
         divergence = _divergence(head, hidden, teacher, objective)
         scores = replace(scores, divergence=divergence)

@@ -106,7 +106,12 @@ def _question(row: Row) -> Question:
         check_string(choice, f"{origin}: 'choices'")
     if len(set(choices)) < len(choices):
         raise UserError(f"{origin}: two of the 'choices' are the same")
-    return Question(asked, tuple(choices), _answer(value.get("answer"), choices, origin), origin)
+    return Question(
+        asked=asked,
+        choices=tuple(choices),
+        answer=_answer(value.get("answer"), choices, origin),
+        origin=origin,
+    )
 
 
 def _answer(value: object, choices: Sequence[str], origin: str) -> int:
@@ -161,8 +166,14 @@ def score_choices(
         own = [next(nats) for _ in question.choices]
         sizes = [len(choice.encode()) for choice in question.choices]
         per_byte = [loss / size for loss, size in zip(own, sizes, strict=True)]
-        shares = [_share(losses, question.answer) for losses in (own, per_byte)]
-        found.append(Choice(question.origin, tuple(own), *shares))
+        found.append(
+            Choice(
+                origin=question.origin,
+                nats=tuple(own),
+                right=_share(own, question.answer),
+                right_per_byte=_share(per_byte, question.answer),
+            )
+        )
     return found
 
 

@@ -133,7 +133,7 @@ class HarnessModel(LM):
 
     def _scores(self, examples: Sequence[Example]) -> list[Score]:
         if not any(example.supervised[1:].count(True) for example in examples):
-            return [Score("", 0, 0.0, 0) for _ in examples]
+            return [Score(origin="", targets=0, nats=0.0, correct=0) for _ in examples]
         return score_examples(self.model, examples, tokens=self.tokens)
 
     def _encode(self, text: str) -> list[int]:

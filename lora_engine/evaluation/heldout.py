@@ -170,4 +170,10 @@ def result_of(
     # A scalar head predicts no token: what is right is the order of its values.
     correct = sum(part["correct"] for part in parts)
     accuracy = correct / targets if targets else metrics.get("rewards/accuracies", 0.0)
-    return HeldoutResult(loss, accuracy, sum(part["tokens"] for part in parts), targets, metrics)
+    return HeldoutResult(
+        loss=loss,
+        accuracy=accuracy,
+        tokens=sum(part["tokens"] for part in parts),
+        targets=targets,
+        metrics=metrics,
+    )

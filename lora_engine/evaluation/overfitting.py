@@ -55,4 +55,4 @@ def parting(curve: Sequence[Measured]) -> Parting | None:
     if then is None or now is None or now >= then:
         return None
     rise = (lowest.heldout, later[-1].heldout)
-    return Parting(lowest.step, rise, (then, now), later[-1].step)
+    return Parting(step=lowest.step, heldout=rise, training=(then, now), seen_at=later[-1].step)

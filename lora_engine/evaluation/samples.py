@@ -99,7 +99,13 @@ def split_example(example: ExampleLike, tokenizer: TextTokenizer) -> Prompt | No
     if not prompt_ids or not reference:
         return None
     text = tokenizer.decode(prompt_ids, skip_special_tokens=True).strip()
-    return Prompt(tuple(prompt_ids), example.origin, text, reference, example.adapter)
+    return Prompt(
+        input_ids=tuple(prompt_ids),
+        origin=example.origin,
+        text=text,
+        reference=reference,
+        adapter=example.adapter,
+    )
 
 
 def differing_parts(prompts: Sequence[str]) -> list[str]:

@@ -50,7 +50,9 @@ def score_examples(
         for part in _packs(examples, tokens):
             batch = collate(part).to(device)
             if not batch.num_targets:
-                scores += [Score(example.origin, 0, 0.0, 0) for example in part]
+                scores += [
+                    Score(origin=example.origin, targets=0, nats=0.0, correct=0) for example in part
+                ]
                 continue
             result = target_scores(model, batch, SFT())
             counts = batch.target_counts
@@ -60,7 +62,11 @@ def score_examples(
                 if not math.isfinite(total := float(loss.sum())):
                     layer = first_nonfinite_layer(model, batch, SFT())
                     raise NonFiniteError(f"the loss is {total}", None, [example.origin], layer)
-                scores.append(Score(example.origin, count, total, int(right.sum())))
+                scores.append(
+                    Score(
+                        origin=example.origin, targets=count, nats=total, correct=int(right.sum())
+                    )
+                )
     if not any(score.targets for score in scores):
         raise UserError("the held-out data have no supervised token to measure a loss on")
     return scores

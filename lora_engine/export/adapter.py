@@ -158,7 +158,7 @@ def read_adapter(folder: Path, name: str = "default") -> Adapter:
                 f"{folder}: {module} has {has} vector of magnitudes, and use_dora is "
                 f"{settings.get('use_dora')!r}; get the adapter's own files"
             )
-    return Adapter(name, folder, settings, layers, whole)
+    return Adapter(name=name, folder=folder, settings=settings, low_rank=layers, whole=whole)
 
 
 def _settings(path: Path) -> dict[str, Any]:
@@ -242,12 +242,12 @@ def _low_rank(
     scaling = alpha / math.sqrt(rank) if settings.get("use_rslora") else alpha / rank
     magnitude = parts.get("magnitude_vector")
     return LowRank(
-        a,
-        b,
-        scaling,
-        None if magnitude is None else magnitude.reshape(-1),
-        embedding or bool(settings.get("fan_in_fan_out")),
-        parts.get("B_bias"),
+        a=a,
+        b=b,
+        scaling=scaling,
+        magnitude=None if magnitude is None else magnitude.reshape(-1),
+        transposed=embedding or bool(settings.get("fan_in_fan_out")),
+        bias=parts.get("B_bias"),
     )
 
 

@@ -120,7 +120,7 @@ def write_gguf(
         values = partial(_stored, weights, source, config)
         if unpacked is not None:
             values = partial(unpacked.values, target)
-        planned.append(_Planned(target, chosen, shape, values))
+        planned.append(_Planned(name=target, kind=chosen, shape=shape, values=values))
     types: dict[str, int] = {}
     for tensor in planned:
         types[tensor.kind] = types.get(tensor.kind, 0) + 1
@@ -264,7 +264,7 @@ def _stored(weights: MergedWeights, source: str, config: Any) -> Tensor:
 
 
 def _held(name: str, tensor: Tensor) -> _Planned:
-    return _Planned(name, "F32", tuple(tensor.shape), lambda: tensor)
+    return _Planned(name=name, kind="F32", shape=tuple(tensor.shape), values=lambda: tensor)
 
 
 def _add_info(writer: Any, tensor: _Planned) -> None:

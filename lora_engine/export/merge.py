@@ -71,7 +71,7 @@ def _write(weights: MergedWeights, target: Path, dtype: torch.dtype | None) -> M
             kept = weights.dtype(name)
             out = dtype if dtype is not None and kept.is_floating_point else kept
             pieces: Callable[[], Iterable[Tensor]] = partial(weights.pieces, name, out)
-            planned.append(Planned(name, out, weights.shape(name), pieces))
+            planned.append(Planned(name=name, dtype=out, shape=weights.shape(name), pieces=pieces))
             if out.is_floating_point:
                 dtypes.add(str(out).removeprefix("torch."))
         written = file.name if len(weights.files) > 1 else SINGLE
@@ -80,7 +80,12 @@ def _write(weights: MergedWeights, target: Path, dtype: torch.dtype | None) -> M
         total += sum(p.nbytes for p in planned)
     if len(weights.files) > 1:
         write_index(target, names_by_file, total)
-    return Merged(tuple(sorted(dtypes)), weights.untied, weights.changed, total)
+    return Merged(
+        dtypes=tuple(sorted(dtypes)),
+        untied=weights.untied,
+        changed=weights.changed,
+        total_bytes=total,
+    )
 
 
 def copy_beside(base: Path, adapter: Path, target: Path) -> None:

@@ -82,7 +82,9 @@ def pack_folder(
     bits = sum(8 * linear.quantized.nbytes for _, linear in packed)
     count = sum(linear.in_features * linear.out_features for _, linear in packed)
     error = (off / size) ** 0.5 if size else 0.0
-    return Packed(format, len(packed), bits / max(1, count), error, worst)
+    return Packed(
+        format=format, linears=len(packed), bits=bits / max(1, count), error=error, error_max=worst
+    )
 
 
 def load_packed(folder: Path) -> Any:
@@ -134,14 +136,14 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor | QuantizedLinear]]
 
 def _planned(name: str, held: Tensor | QuantizedLinear) -> Planned:
     if isinstance(held, Tensor):
-        return Planned(name, held.dtype, tuple(held.shape), lambda: [held])
+        return Planned(name=name, dtype=held.dtype, shape=tuple(held.shape), pieces=lambda: [held])
     weight = held.quantized
 
     def pieces() -> Iterator[Tensor]:
         for start, stop in row_ranges(weight.shape):
             yield weight.rows(start, stop)
 
-    return Planned(name, weight.dtype, tuple(weight.shape), pieces)
+    return Planned(name=name, dtype=weight.dtype, shape=tuple(weight.shape), pieces=pieces)
 
 
 def _squares(linear: QuantizedLinear, exact: Tensor) -> tuple[float, float]:

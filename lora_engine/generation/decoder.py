@@ -186,13 +186,13 @@ class CachedDecoder:
     ) -> Tensor:
         """The hidden states [M, H] of tokens that see such runs of the cache."""
         bounds = [0, *accumulate(len(runs) for runs in seen)]
-        where = (
-            torch.tensor([runs[-1][0] + runs[-1][1] - 1 for runs in seen], device=self.device),
-            torch.tensor([run for runs in seen for run in runs], device=self.device),
-            torch.tensor(bounds, dtype=torch.int32, device=self.device),
-        )
-        buffers = zip(self.cache.keys, self.cache.values, strict=True)
-        caches = [ops.CacheRows(keys, values, *where) for keys, values in buffers]
+        slots = torch.tensor([runs[-1][0] + runs[-1][1] - 1 for runs in seen], device=self.device)
+        spans = torch.tensor([run for runs in seen for run in runs], device=self.device)
+        cu_spans = torch.tensor(bounds, dtype=torch.int32, device=self.device)
+        caches = [
+            ops.CacheRows(keys=keys, values=values, slots=slots, spans=spans, cu_spans=cu_spans)
+            for keys, values in zip(self.cache.keys, self.cache.values, strict=True)
+        ]
         if stack is not None:
             return self.layers.decode(stack, ids, positions, caches)
 

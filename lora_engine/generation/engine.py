@@ -136,7 +136,9 @@ class Generator:
         own = request.sampling.stop_tokens
         stop = self.stop_tokens if own is None else frozenset(own)
         number, self._count = self._count, self._count + 1
-        self._waiting.append(_Prompt(number, request, stop, deque(range(request.count))))
+        self._waiting.append(
+            _Prompt(id=number, request=request, stop_tokens=stop, left=deque(range(request.count)))
+        )
         return number
 
     def cancel(self, request: int) -> None:
@@ -222,7 +224,9 @@ class Generator:
             sampling = prompt.request.sampling
             stream = None if self.tokenizer is None else TextStream(self.tokenizer, sampling.stop)
             random = RandomNumbers(sampling.seed, number)
-            self._writing.append(_Writing(prompt, number, state, random, stream))
+            self._writing.append(
+                _Writing(prompt=prompt, number=number, state=state, random=random, stream=stream)
+            )
 
     def _room_for(self, prompt: _Prompt) -> Any:
         """The state of the prompt's next continuation; None if it has to wait."""
@@ -280,8 +284,17 @@ class Generator:
             one.tokens.append(token)
             one.logprobs.append(logprob)
             piece, completion = self._ended(one, token)
-            place = one.prompt.id, one.number
-            events.append(Written(*place, token, logprob, likeliest, piece, completion))
+            events.append(
+                Written(
+                    request=one.prompt.id,
+                    number=one.number,
+                    token=token,
+                    logprob=logprob,
+                    likeliest=likeliest,
+                    piece=piece,
+                    completion=completion,
+                )
+            )
         return events
 
     def _ended(self, one: _Writing, token: int) -> tuple[str, Completion | None]:
@@ -304,7 +317,9 @@ class Generator:
                 finish = "stop"
         self._writing = [w for w in self._writing if w is not one]
         self._decoder.release(one.state)
-        return piece, Completion(tuple(one.tokens), tuple(one.logprobs), text, finish)
+        return piece, Completion(
+            token_ids=tuple(one.tokens), logprobs=tuple(one.logprobs), text=text, finish=finish
+        )
 
 
 def _logits(prompt: _Prompt) -> torch.Tensor:

@@ -95,7 +95,16 @@ def candidates(
         most = max(most_rows(sizes, load, budget), load.rows if fits else 0)
         shown = load if fits or not most else with_rows(load, most)
         rate = tokens_per_second(sizes, shown, machine, length)
-        made.append(Candidate(name, shown, highest, most, fits, rate))
+        made.append(
+            Candidate(
+                policy=name,
+                load=shown,
+                highest=highest,
+                most_rows=most,
+                fits=fits,
+                tokens_per_second=rate,
+            )
+        )
     return made
 
 

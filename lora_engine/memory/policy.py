@@ -54,7 +54,7 @@ def policy_of(name: str) -> Policy:
     if name in _KEEPS:
         return Policy(name, _KEEPS[name], 1)
     if tiled := re.fullmatch(r"tiled_([1-9][0-9]{0,6})", name):
-        return Policy(name, "inputs_of_halves", 1, int(tiled[1]))
+        return Policy(name=name, keeps="inputs_of_halves", every=1, tile=int(tiled[1]))
     found = re.fullmatch(r"every_([1-9][0-9]{0,3})", name)
     if found is None:
         close = nearest(name, POLICIES)

@@ -35,8 +35,14 @@ def _gpu(
 ) -> Machine:
     """Of a maker's figures in dense bfloat16: what training reaches of them on an H200. link: of
     PCIe 4.0 or 5.0 with 16 lanes, in GB/s, of which 0.8 are reached."""
-    rates = 0.72 * teraflops * 1e12, 0.85 * terabytes * 1e12, 4e-6
-    return Machine(name, *rates, int(gigabytes * 1e9), link=0.8 * link * 1e9)
+    return Machine(
+        name=name,
+        flops=0.72 * teraflops * 1e12,
+        bandwidth=0.85 * terabytes * 1e12,
+        launch=4e-6,
+        memory=int(gigabytes * 1e9),
+        link=0.8 * link * 1e9,
+    )
 
 
 GPUS = {
@@ -143,7 +149,12 @@ class _LayerWork(NamedTuple):
         ]
         seen = length / 2 if not sizes.window else min(length / 2, sizes.window)
         attention = 4 * rows * seen * sizes.heads * sizes.head_dim
-        return _LayerWork(float(sum(each)), attention, float(each[1]), float(each[3]))
+        return _LayerWork(
+            products=float(sum(each)),
+            attention=attention,
+            output=float(each[1]),
+            down=float(each[3]),
+        )
 
 
 def _again(load: Load, work: _LayerWork, layers: int) -> float:

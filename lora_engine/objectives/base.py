@@ -105,9 +105,19 @@ class TargetScores:
     def double(self) -> "TargetScores":
         """The same in float64, `total` summed anew."""
         logprobs = self.logprobs.double()
-        rest = (self.entropy, self.reference, self.divergence, self.values)
-        doubled = (None if part is None else part.double() for part in rest)
-        return TargetScores(logprobs, logprobs.sum(), self.correct, *doubled)
+        return TargetScores(
+            logprobs=logprobs,
+            total=logprobs.sum(),
+            correct=self.correct,
+            entropy=_doubled(self.entropy),
+            reference=_doubled(self.reference),
+            divergence=_doubled(self.divergence),
+            values=_doubled(self.values),
+        )
+
+
+def _doubled(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.double()
 
 
 @dataclass(frozen=True)

@@ -257,12 +257,12 @@ def _encode_q8_0(blocks: Tensor) -> Tensor:
 
 
 TYPES = {
-    "q4_0": _Type(32, 18, (0,), _decode_q4_0, _encode_q4_0),
-    "q4_1": _Type(32, 20, (0, 2), _decode_q4_1, _encode_q4_1),
-    "q5_0": _Type(32, 22, (0,), _decode_q5_0, _encode_q5_0),
-    "q5_1": _Type(32, 24, (0, 2), _decode_q5_1, _encode_q5_1),
-    "q8_0": _Type(32, 34, (0,), _decode_q8_0, _encode_q8_0),
-    "q4_k": _Type(256, 144, (0, 2), _decode_q4_k, None),
-    "q5_k": _Type(256, 176, (0, 2), _decode_q5_k, None),
-    "q6_k": _Type(256, 210, (208,), _decode_q6_k, None),
+    "q4_0": _Type(values=32, bytes=18, scales=(0,), decode=_decode_q4_0, encode=_encode_q4_0),
+    "q4_1": _Type(values=32, bytes=20, scales=(0, 2), decode=_decode_q4_1, encode=_encode_q4_1),
+    "q5_0": _Type(values=32, bytes=22, scales=(0,), decode=_decode_q5_0, encode=_encode_q5_0),
+    "q5_1": _Type(values=32, bytes=24, scales=(0, 2), decode=_decode_q5_1, encode=_encode_q5_1),
+    "q8_0": _Type(values=32, bytes=34, scales=(0,), decode=_decode_q8_0, encode=_encode_q8_0),
+    "q4_k": _Type(values=256, bytes=144, scales=(0, 2), decode=_decode_q4_k, encode=None),
+    "q5_k": _Type(values=256, bytes=176, scales=(0, 2), decode=_decode_q5_k, encode=None),
+    "q6_k": _Type(values=256, bytes=210, scales=(208,), decode=_decode_q6_k, encode=None),
 }

@@ -49,11 +49,11 @@ def token_losses(
     correct = x.gather(-1, index)[:, 0] == x.amax(-1)
     entropy = lse - (z.softmax(-1) * z.masked_fill(z == -torch.inf, 0)).sum(-1)
     return TokenLosses(
-        loss.masked_fill(ignored, 0),
-        logprob.masked_fill(ignored, 0),
-        correct & ~ignored,
-        entropy.masked_fill(ignored, 0),
-        z.detach().mean(-1).masked_fill(ignored, 0),
+        loss=loss.masked_fill(ignored, 0),
+        logprob=logprob.masked_fill(ignored, 0),
+        correct=correct & ~ignored,
+        entropy=entropy.masked_fill(ignored, 0),
+        mean_logit=z.detach().mean(-1).masked_fill(ignored, 0),
     )
 
 

@@ -97,7 +97,13 @@ def head_gradients(
             d_b = (lora.scaling * dz.T @ (upcast(hidden) @ a.T)).to(lora.lora_b.dtype)
         d_weight, d_bias = dz.T @ upcast(hidden), dz.sum(0)
         kind = hidden.dtype
-        return HeadGradients(d_hidden.to(kind), d_weight.to(kind), d_bias.to(kind), d_a, d_b)
+        return HeadGradients(
+            hidden=d_hidden.to(kind),
+            weight=d_weight.to(kind),
+            bias=d_bias.to(kind),
+            lora_a=d_a,
+            lora_b=d_b,
+        )
 
 
 def _logits(

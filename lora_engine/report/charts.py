@@ -126,7 +126,7 @@ def _drawn(series: Series, place: Callable[[Point], Point]) -> Series:
     path = " ".join(f"{'L' if i else 'M'}{x:.2f},{y:.2f}" for i, (x, y) in enumerate(points))
     few = series.style.split()[-1] in ("heldout", "probe") and len(points) <= 60
     dots = points if few or len(points) == 1 else ()
-    return Series(series.name, series.points, series.style, path, dots)
+    return Series(name=series.name, points=series.points, style=series.style, path=path, dots=dots)
 
 
 def _thinned(points: Sequence[Point]) -> Sequence[Point]:

@@ -124,7 +124,9 @@ def _read(path: Path, name: str) -> Run:
         raise UserError(f"{path}: holds no run, it has no {run.config.name}; give a run's folder")
     summary = _summary(run.summary) if run.summary.is_file() else None
     metrics = _metrics(run.metrics) if run.metrics.is_file() else []
-    return Run(visible(name), path, _config(run.config), metrics, summary)
+    return Run(
+        name=visible(name), path=path, config=_config(run.config), metrics=metrics, summary=summary
+    )
 
 
 def _metrics(path: Path) -> list[Row]:
@@ -228,7 +230,7 @@ def figures(runs: Sequence[Run]) -> list[Figure]:
         if ranked and better and len(set(map(text, there))) > 1:
             most = min(there) if better == "lower" else max(there)
             best = {i for i, shown in enumerate(texts) if shown == text(most)}
-        made.append(Figure(name, texts, values, frozenset(best)))
+        made.append(Figure(name=name, texts=texts, values=values, best=frozenset(best)))
 
     def of(key: str) -> Callable[[Run], float | None]:
         return lambda run: None if run.summary is None else run.summary.get(key)

@@ -111,7 +111,19 @@ def _cell(found: Mapping[str, float], form: str, scale: tuple[float, float]) -> 
 
     value = found["value"]
     if "low" not in found:  # of a metric that is one number
-        return Cell(form.format(value), "", place(value), place(value), place(value))
+        return Cell(
+            text=form.format(value),
+            interval="",
+            place=place(value),
+            left=place(value),
+            right=place(value),
+        )
     low, high = found["low"], found["high"]
     told = f"{form.format(low)} to {form.format(high)}"
-    return Cell(form.format(value), told, place(value), place(low), place(high))
+    return Cell(
+        text=form.format(value),
+        interval=told,
+        place=place(value),
+        left=place(low),
+        right=place(high),
+    )

@@ -58,7 +58,12 @@ class Pieces:
                 tuple(self._told(token, logprob) for token, logprob in event.likeliest),
             )
         finish = None if done is None else done.finish
-        return Piece(place * self._asked.count + event.number, event.piece, info, finish)
+        return Piece(
+            answer=place * self._asked.count + event.number,
+            text=event.piece,
+            info=info,
+            finish=finish,
+        )
 
     def prompt(self, place: int, read: Sequence[Read]) -> list[Piece]:
         """The prompt at the beginning of each of its answers. read: its tokens, or none where
@@ -79,13 +84,15 @@ class Pieces:
             ending[-1] = "length"
         count = self._asked.count
         return [
-            Piece(place * count + number, *piece, written=False)
+            Piece(answer=place * count + number, text=text, info=info, finish=finish, written=False)
             for number in range(count)
-            for piece in zip(texts, infos, ending, strict=True)
+            for text, info, finish in zip(texts, infos, ending, strict=True)
         ]
 
     def _told(self, token: int, logprob: float | None) -> Told:
-        return Told(*self._text(token), None if logprob is None else max(logprob, _LOWEST))
+        text, spelled = self._text(token)
+        known = None if logprob is None else max(logprob, _LOWEST)
+        return Told(text=text, spelled=spelled, logprob=known)
 
 
 @dataclass

@@ -399,10 +399,10 @@ class Trainer:
 
     def _card_facts(self, result: TrainResult) -> CardFacts:
         return CardFacts(
-            self.config,
-            result,
-            self.total_steps,
-            self.objective.unit,
-            self._data.train,
-            self._data.heldout,
+            config=self.config,
+            result=result,
+            total_steps=self.total_steps,
+            loss_unit=self.objective.unit,
+            train=self._data.train,
+            heldout=self._data.heldout,
         )

@@ -213,16 +213,16 @@ def _sharegpt_field(row: Fields) -> str:
 
 MESSAGES = Format(
     "messages",
-    "'messages'",
-    lambda row: "messages" in row,
-    lambda row: conversation(row, "messages"),
-    ("messages", *_BESIDE),
+    needs="'messages'",
+    fits=lambda row: "messages" in row,
+    read=lambda row: conversation(row, "messages"),
+    fields=("messages", *_BESIDE),
 )
 SHAREGPT = Format(
     "sharegpt",
-    "'conversations'",
-    lambda row: "conversations" in row or isinstance(row.get("conversation"), list | tuple),
-    lambda row: conversation(row, _sharegpt_field(row)),
-    ("conversations", "conversation", *_BESIDE),
+    needs="'conversations'",
+    fits=lambda row: "conversations" in row or isinstance(row.get("conversation"), list | tuple),
+    read=lambda row: conversation(row, _sharegpt_field(row)),
+    fields=("conversations", "conversation", *_BESIDE),
 )
 FORMATS = (MESSAGES, SHAREGPT)

@@ -62,10 +62,10 @@ def _format(name: str, columns: tuple[str, str, str]) -> Format:
 
     return Format(
         name,
-        f"{asked!r} and {answered!r}",
-        lambda row: asked in row and answered in row,
-        read,
-        (*filter(None, columns), *_BESIDE),
+        needs=f"{asked!r} and {answered!r}",
+        fits=lambda row: asked in row and answered in row,
+        read=read,
+        fields=(*filter(None, columns), *_BESIDE),
     )
 
 

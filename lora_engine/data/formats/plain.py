@@ -93,20 +93,22 @@ def _read_text(row: Fields) -> dict[str, object]:
     return {"text": row["text"]}
 
 
-TEXT = Format("text", "'text'", lambda row: "text" in row, _read_text, ("text",))
+TEXT = Format(
+    "text", needs="'text'", fits=lambda row: "text" in row, read=_read_text, fields=("text",)
+)
 PAIR = Format(
     "prompt-completion",
-    "'prompt' and 'completion'",
-    lambda row: "prompt" in row and "completion" in row,
-    _read_pair,
-    ("prompt", "completion", "system", *FOR_TEMPLATES),
+    needs="'prompt' and 'completion'",
+    fits=lambda row: "prompt" in row and "completion" in row,
+    read=_read_pair,
+    fields=("prompt", "completion", "system", *FOR_TEMPLATES),
     over=("prompts",),
 )
 TOKENS = Format(
     "tokens",
-    "'input_ids'",
-    lambda row: "input_ids" in row,
-    _read_tokens,
-    ("input_ids", "attention_mask", "token_type_ids", "length", "position_ids", *_MASKS),
+    needs="'input_ids'",
+    fits=lambda row: "input_ids" in row,
+    read=_read_tokens,
+    fields=("input_ids", "attention_mask", "token_type_ids", "length", "position_ids", *_MASKS),
 )
 FORMATS = (TEXT, PAIR, TOKENS)

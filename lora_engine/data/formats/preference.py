@@ -214,33 +214,33 @@ def _read_prompt(row: Fields) -> dict[str, object]:
 
 PREFERENCE = Format(
     "preference",
-    "'chosen' and 'rejected'",
-    lambda row: "chosen" in row or "rejected" in row,
-    _read_preference,
-    ("chosen", "rejected", "margin", *_FRAME),
+    needs="'chosen' and 'rejected'",
+    fits=lambda row: "chosen" in row or "rejected" in row,
+    read=_read_preference,
+    fields=("chosen", "rejected", "margin", *_FRAME),
     over=("prompts", "messages", "sharegpt"),
 )
 OPENAI = Format(
     "openai-preference",
-    "'input', 'preferred_output' and 'non_preferred_output'",
-    lambda row: "preferred_output" in row and "non_preferred_output" in row,
-    _read_openai,
-    ("input", "preferred_output", "non_preferred_output"),
+    needs="'input', 'preferred_output' and 'non_preferred_output'",
+    fits=lambda row: "preferred_output" in row and "non_preferred_output" in row,
+    read=_read_openai,
+    fields=("input", "preferred_output", "non_preferred_output"),
 )
 SCORED = Format(
     "scored",
-    "'prompt' and scored 'completions'",
-    _is_scored,
-    _read_scored,
-    (*_LISTED, *_SCORES, *_FRAME),
+    needs="'prompt' and scored 'completions'",
+    fits=_is_scored,
+    read=_read_scored,
+    fields=(*_LISTED, *_SCORES, *_FRAME),
     over=("prompts",),
 )
 UNPAIRED = Format(
     "unpaired",
-    "an answer and a 'label' of true or false",
-    _is_judged,
-    _read_judged,
-    ("completion", "output", "response", "answer", *VERDICTS, *_FRAME),
+    needs="an answer and a 'label' of true or false",
+    fits=_is_judged,
+    read=_read_judged,
+    fields=("completion", "output", "response", "answer", *VERDICTS, *_FRAME),
     over=(
         "prompt-completion",
         "prompts",
@@ -253,9 +253,9 @@ UNPAIRED = Format(
 )
 PROMPTS = Format(
     "prompts",
-    "'prompt'",
-    lambda row: not is_empty(row.get("prompt")),
-    _read_prompt,
-    EVERY,
+    needs="'prompt'",
+    fits=lambda row: not is_empty(row.get("prompt")),
+    read=_read_prompt,
+    fields=EVERY,
 )
 FORMATS = (PREFERENCE, OPENAI, SCORED, UNPAIRED, PROMPTS)

@@ -98,7 +98,16 @@ class SequenceFinder:
         else every row is one. `parents` and `longest`, the most tokens of a sequence, belong to
         `cu_seqlens`.
         """
-        key = _Key(shape, *position_embeddings, attention_mask, cu_seqlens, parents, longest)
+        cos, sin = position_embeddings
+        key = _Key(
+            shape=shape,
+            cos=cos,
+            sin=sin,
+            attention_mask=attention_mask,
+            cu_seqlens=cu_seqlens,
+            parents=parents,
+            longest=longest,
+        )
         if self._found is None or self._key is None or not key.is_same(self._key):
             sequences = _find(shape, position_embeddings, attention_mask, cu_seqlens, longest)
             self._found = sequences._replace(parents=parents)

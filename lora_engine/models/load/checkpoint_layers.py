@@ -48,7 +48,7 @@ class Parts(NamedTuple):
         Raises ValueError where they do not fit, or have values that are not finite.
         """
         whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        weight = QuantizedWeight(format, whole, self.shape, self.dtype)
+        weight = QuantizedWeight(format=format, tensors=whole, shape=self.shape, dtype=self.dtype)
         if not weight.is_finite:
             raise ValueError("has values that are not finite")
         return weight
@@ -156,7 +156,14 @@ def _compressed_tensors(parts: Parts, config: Mapping[str, Any]) -> QuantizedWei
     symmetric = arguments.get("symmetric", True)
     ordered = "weight_g_idx" in parts.names
     bits = arguments.get("num_bits", 4)
-    format = Int4Group("compressed", max(group, 0), not symmetric, ordered, _name(scale), bits)
+    format = Int4Group(
+        packing="compressed",
+        group=max(group, 0),
+        zeros=not symmetric,
+        ordered=ordered,
+        scales=_name(scale),
+        bits=bits,
+    )
     tensors = {"codes": packed, "scale": scale}
     if not symmetric:
         tensors["zero"] = parts.get("weight_zero_point")
@@ -214,7 +221,17 @@ def _gptq(parts: Parts, config: Mapping[str, Any]) -> QuantizedWeight:
             raise ValueError(f"{parts.name}.g_idx does not name a group for each column")
         ordered = not torch.equal(of, torch.arange(len(of), dtype=torch.int32) // size)
         tensors["group_of"] = of
-    return parts.weight(Int4Group(packing, group, True, ordered, _name(scale), bits), tensors)
+    return parts.weight(
+        Int4Group(
+            packing=packing,
+            group=group,
+            zeros=True,
+            ordered=ordered,
+            scales=_name(scale),
+            bits=bits,
+        ),
+        tensors,
+    )
 
 
 def _awq(parts: Parts, config: Mapping[str, Any]) -> QuantizedWeight:
@@ -225,7 +242,12 @@ def _awq(parts: Parts, config: Mapping[str, Any]) -> QuantizedWeight:
     scale = parts.get("scales")
     tensors = {"codes": parts.get("qweight"), "scale": scale, "zero": parts.get("qzeros")}
     bits = config.get("bits", config.get("w_bit", 4))
-    return parts.weight(Int4Group("awq", group, True, False, _name(scale), bits), tensors)
+    return parts.weight(
+        Int4Group(
+            packing="awq", group=group, zeros=True, ordered=False, scales=_name(scale), bits=bits
+        ),
+        tensors,
+    )
 
 
 def _modelopt(parts: Parts, config: Mapping[str, Any]) -> QuantizedWeight:

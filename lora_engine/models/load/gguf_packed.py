@@ -144,7 +144,9 @@ def _read(
         packed = None
     else:
         shape = (stored.shape[0], stored.shape[1])
-        packed = QuantizedWeight(Gguf(stored.type), {"codes": value}, shape, dtype)
+        packed = QuantizedWeight(
+            format=Gguf(stored.type), tensors={"codes": value}, shape=shape, dtype=dtype
+        )
         finite = packed.is_finite
     if not finite:
         raise UserError(f"{file.path}: {name} has values that are not finite; get another file")

@@ -69,7 +69,12 @@ def read_base(folder: Path) -> Base | None:
     """What `write_base` noted; None for an adapter that others saved."""
     try:
         known = json.loads((folder / BASE_FILE).read_text(encoding="utf-8"))
-        return Base(known["name"], known["hub_id"], known["revision"], dict(known["files"]))
+        return Base(
+            name=known["name"],
+            hub_id=known["hub_id"],
+            revision=known["revision"],
+            files=dict(known["files"]),
+        )
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 

@@ -142,7 +142,7 @@ def _header(path: Path) -> dict[str, Stored]:
 def _stored(path: Path, data: int, of: dict[str, Any]) -> Stored:
     start, end = of["data_offsets"]
     shape = tuple(of["shape"])
-    stored = Stored(path, _DTYPES[of["dtype"]], shape, data + start)
+    stored = Stored(file=path, dtype=_DTYPES[of["dtype"]], shape=shape, start=data + start)
     if end - start != stored.nbytes or start < 0 or any(size < 0 for size in shape):
         raise ValueError("the tensor's bytes are not its shape's")
     return stored

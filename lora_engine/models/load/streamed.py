@@ -223,7 +223,10 @@ def _fill_packed(
         return files.shards.read(keys[part])
 
     try:
-        weight = reader(Parts(work.name, shape, dtype, frozenset(keys), read), stated)
+        weight = reader(
+            Parts(name=work.name, shape=shape, dtype=dtype, names=frozenset(keys), read=read),
+            stated,
+        )
     except ValueError as error:
         file = files.shards.tensors[next(iter(keys.values()))].file
         raise UserError(f"{file}: {work.name}.weight: {error}") from error

@@ -212,7 +212,9 @@ def _layers(model: nn.Module) -> Iterator[_Layer]:
                 continue
             kind = (types[i], *kind_of(module))
             first, last = kinds.get(kind), i + 1 == len(layers)
-            layer = _Layer(f"{name}.{i}", module, first, first, last)
+            layer = _Layer(
+                name=f"{name}.{i}", module=module, stands_in=first, first=first, last=last
+            )
             kinds.setdefault(kind, layer)
             yield layer
 

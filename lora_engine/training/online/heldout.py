@@ -32,4 +32,10 @@ def heldout_reward(
         )
     written = sum(len(answer.token_ids) for answer in answers)
     read = sum(len(prompts[answer.prompt]) for answer in answers)
-    return HeldoutResult(0.0 - metrics["reward"], None, read + written, written, metrics), answers
+    return HeldoutResult(
+        loss=0.0 - metrics["reward"],
+        accuracy=None,
+        tokens=read + written,
+        targets=written,
+        metrics=metrics,
+    ), answers

@@ -73,11 +73,13 @@ def _made(one: object) -> Reward:
         there = f"there is {', '.join(BUILT_IN)}, or module:function of your own"
         raise UserError(f"no reward {what!r:.60}; {f'did you mean {close}?' if close else there}")
     return Reward(
-        _text(one.get("name", name), "name"),
-        function,
-        _number(one.get("weight", 1.0), "weight"),
-        None if one.get("timeout") is None else _number(one["timeout"], "timeout", least=0.0),
-        settings or getattr(what, "settings", {}),
+        name=_text(one.get("name", name), "name"),
+        function=function,
+        weight=_number(one.get("weight", 1.0), "weight"),
+        timeout=None
+        if one.get("timeout") is None
+        else _number(one["timeout"], "timeout", least=0.0),
+        settings=settings or getattr(what, "settings", {}),
     )
 
 

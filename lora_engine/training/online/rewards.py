@@ -44,12 +44,12 @@ class Written:
         """One of them."""
         part = slice(place, place + 1)
         return Written(
-            self.prompts[part],
-            self.completions[part],
-            self.prompt_ids[part],
-            self.completion_ids[part],
-            {name: values[part] for name, values in self.columns.items()},
-            self.origins[part],
+            prompts=self.prompts[part],
+            completions=self.completions[part],
+            prompt_ids=self.prompt_ids[part],
+            completion_ids=self.completion_ids[part],
+            columns={name: values[part] for name, values in self.columns.items()},
+            origins=self.origins[part],
         )
 
     def describe(self, place: int) -> str:

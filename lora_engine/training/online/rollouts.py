@@ -156,7 +156,13 @@ class Rollouts:
         ]
         completions = self.engine.run(requests, check)
         answers = [
-            Answer(number, one.token_ids, one.logprobs, one.text, one.finish)
+            Answer(
+                prompt=number,
+                token_ids=one.token_ids,
+                logprobs=one.logprobs,
+                text=one.text,
+                finish=one.finish,
+            )
             for number, group in zip(numbers, completions, strict=True)
             for one in group
         ]
@@ -165,12 +171,12 @@ class Rollouts:
     def _rewarded(self, prompts: PromptDataset, answers: Sequence[Answer]) -> list[Answer]:
         asked = [prompts.prompts[answer.prompt] for answer in answers]
         written = Written(
-            [prompt.asked for prompt in asked],
-            [answer.text for answer in answers],
-            [list(prompts[answer.prompt].input_ids) for answer in answers],
-            [list(answer.token_ids) for answer in answers],
-            {name: [prompt.columns.get(name) for prompt in asked] for name in self.columns},
-            [prompts[answer.prompt].origin for answer in answers],
+            prompts=[prompt.asked for prompt in asked],
+            completions=[answer.text for answer in answers],
+            prompt_ids=[list(prompts[answer.prompt].input_ids) for answer in answers],
+            completion_ids=[list(answer.token_ids) for answer in answers],
+            columns={name: [prompt.columns.get(name) for prompt in asked] for name in self.columns},
+            origins=[prompts[answer.prompt].origin for answer in answers],
         )
         found = rewarded(self.rewards, written)
         total, parts = found.total, dict(found.parts)

@@ -122,11 +122,11 @@ class OnlineSource(BatchSource):
         self._log = CompletionsLog(self._path, Written(*_list(saved["completions"])))
         answers = [Answer.of(answer) for answer in _list(saved["answers"])]
         self._round = Round(
-            int(str(saved["round"])),
-            self._settings.generations,
-            int(str(saved["next_prompt"])),
-            answers,
-            dict(saved["metrics"]),  # type: ignore[call-overload]
+            number=int(str(saved["round"])),
+            size=self._settings.generations,
+            next_prompt=int(str(saved["next_prompt"])),
+            answers=answers,
+            metrics=dict(saved["metrics"]),  # type: ignore[call-overload]
         )
 
     def saved(self, position: Position) -> Saved:
@@ -208,7 +208,7 @@ class OnlineSource(BatchSource):
         assert self._log is not None, "start() comes first"
         self._log.append({"round": number}, self._prompts, judged)
         self._log.append({"round": number, "left_out": True}, self._prompts, unused)
-        return Round(number, size, taken, judged, metrics)
+        return Round(number=number, size=size, next_prompt=taken, answers=judged, metrics=metrics)
 
     def _prompt_at(self, place: int) -> int:
         """The prompt that is taken `place`-th, in each pass over the data in another order."""
@@ -226,11 +226,11 @@ class OnlineSource(BatchSource):
         if self._objective.measures or moves:
             measured = self._measured(answers)
             sampled = Sampled(
-                sampled.rewards,
-                sampled.size,
-                measured.logprobs,
-                measured.values,
-                measured.reference,
+                rewards=sampled.rewards,
+                size=sampled.size,
+                logprobs=measured.logprobs,
+                values=measured.values,
+                reference=measured.reference,
             )
         judged = self._objective.judge(sampled)
         made = []

@@ -154,7 +154,12 @@ class VllmEngine:
         stream.finish()
         if stream.stopped:  # by what was kept back, too
             finish = "stop"
-        return Completion(choice.token_ids[:count], choice.logprobs[:count], stream.text, finish)
+        return Completion(
+            token_ids=choice.token_ids[:count],
+            logprobs=choice.logprobs[:count],
+            text=stream.text,
+            finish=finish,
+        )
 
 
 def save_adapter(model: nn.Module, folder: Path) -> None:
