@@ -1,6 +1,7 @@
 """The layers import one way, `import lora_engine` is cheap, and one OpenMP runtime is loaded."""
 
 import ast
+import inspect
 import subprocess
 import sys
 from functools import cache
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import lora_engine
+from lora_engine import ops
 from lora_engine.app.objectives import OBJECTIVES, ONLINE
 
 PACKAGE = Path(lora_engine.__file__).parent
@@ -312,6 +314,14 @@ def test_public_names_exist() -> None:
         assert getattr(lora_engine, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = lora_engine.nothing
+
+
+@pytest.mark.parametrize("name", [name for name in ops.__all__ if not name.isupper()])
+def test_a_public_operation_is_documented(name: str) -> None:
+    """As help() shows it, overloads too; what Python makes of a record's fields is no text."""
+    told = inspect.getdoc(getattr(ops, name))
+    assert told and not told.startswith(f"{name}(")
+    assert told != inspect.getdoc(object)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
