@@ -52,7 +52,7 @@ class CopiesAtOnce:
 
 
 class CopiesOnStream:
-    """Of a GPU: on a stream of their own, from and to pinned memory, which torch keeps for reuse.
+    """Of a GPU: on a CUDA stream of their own, from and to pinned memory, which torch reuses.
 
     Has never run on a GPU; tests/support/late_copies.py stands for one.
     """

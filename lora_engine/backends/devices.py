@@ -77,7 +77,7 @@ def has_own_memory(device: torch.device) -> bool:
 def keeps_freed_memory(device: torch.device) -> bool:
     """Whether torch keeps what one tensor freed for the next.
 
-    It does so for each of a GPU's streams, whose kernels run one after the other, so that no tensor
+    It does so for each CUDA stream, whose kernels run one after the other, so that no tensor
     is made where an earlier kernel still reads. Memory of a CPU goes back to the system.
     """
     return device.type != "cpu"

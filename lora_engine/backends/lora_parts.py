@@ -28,14 +28,21 @@ class Placing(NamedTuple):
     lora_b: Tensor  # [n, r], of the group's [N, R]
 
     def by_torch(self) -> None:
-        """Writes A and scaling * B there, whatever kind of tensors they are."""
+        """Writes A and scaling * B into lora_a and lora_b with PyTorch's operations.
+
+        For factors that a kernel cannot read where they are: tensor subclasses, other layouts
+        and devices, scalings that are tensors.
+        """
         with torch.no_grad():
             self.lora_a.copy_(self.factors.lora_a)
             torch.mul(self.factors.lora_b, self.factors.scaling, out=self.lora_b)
 
 
 class Added(NamedTuple):
-    """One adapter, and where its gradients are added, float32; None for one that is not needed."""
+    """Where a backward pass adds the gradients of one adapter's A and B, float32.
+
+    None: that factor needs no gradient.
+    """
 
     part: AdapterPart
     lora_a: Tensor | None  # [r, K], contiguous

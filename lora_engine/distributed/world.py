@@ -89,7 +89,7 @@ class World:
         return out.view(own.dtype)
 
     def end(self, work: "dist.Work | None") -> None:
-        """Wait for what was begun; on a GPU its stream waits, not the host."""
+        """Wait for what was begun; on a GPU the CUDA stream waits, not the host."""
         if work is not None:
             with _peers():
                 work.wait()

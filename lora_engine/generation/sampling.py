@@ -87,10 +87,10 @@ Likeliest = tuple[tuple[int, float], ...]
 
 
 class RandomNumbers:
-    """A continuation's uniform random numbers: a stream of the seed and of its number."""
+    """A continuation's uniform random numbers: a substream of the seed, by its number."""
 
     def __init__(self, seed: int, number: int) -> None:
-        # Philox is a counter under a key: streams of other keys have nothing in common.
+        # Philox is a counter under a key: substreams of other keys have nothing in common.
         key = np.array([seed, number], dtype=np.uint64)
         self._generator = np.random.Generator(np.random.Philox(key=key))
 

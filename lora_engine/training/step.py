@@ -85,7 +85,9 @@ class TrainStep:
         self.optimizer = optimizer
         self.seed = seed
         self.world = world
-        # Gathered weights and gradients would meet in another order in each process.
+        # All processes must call collectives in one order. In step, a backward pass has collectives
+        # of its own (weights gathered, gradients scattered, tokens exchanged): sums that autograd's
+        # hooks began would come between these at other places in each process.
         large = [] if world.in_step else optimizer.flat.large()
         self._sum = GradientSum(world, optimizer.flat.grad, large)
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from lora_engine import backends
-from lora_engine.ops.head.linear_head import HeadParameters, ParameterGradients, Wanted
+from lora_engine.ops.head.linear_head import HeadParameters, ParameterGradients, WantedHeadGradients
 from lora_engine.ops.tensors import accumulate_dtype
 
 # Half-precision products are added to their float32 sum in pieces of at most this many bytes, so
@@ -22,7 +22,7 @@ class HeadGradients:
     def __init__(
         self,
         parameters: HeadParameters,
-        wanted: Wanted,
+        wanted: WantedHeadGradients,
         dtype: torch.dtype,
         chunks: int,
     ) -> None:

@@ -25,7 +25,7 @@ from lora_engine.ops.head.linear_head import (
     HeadParameters,
     LinearHead,
     ParameterGradients,
-    Wanted,
+    WantedHeadGradients,
 )
 from lora_engine.ops.head.logits_again import LogitsAgain
 from lora_engine.ops.once_differentiable import once_differentiable
@@ -125,7 +125,7 @@ def linear_cross_entropy(
     if lora is not None:
         lora_a, lora_b, scaling = lora.lora_a, lora.lora_b, lora.scaling
     inputs = (hidden, weight, bias, lora_a, lora_b)
-    wanted = Wanted(
+    wanted = WantedHeadGradients(
         hidden=_requires_grad(hidden),
         weight=_requires_grad(weight),
         bias=_requires_grad(bias),
@@ -207,7 +207,7 @@ class _Job:
     mean_logit: bool
     chunk_rows: int
     scaling: float
-    wanted: Wanted
+    wanted: WantedHeadGradients
     kernels: contracts.CrossEntropy
 
     def chunks(self, rows: int) -> list[slice]:

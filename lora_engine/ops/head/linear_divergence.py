@@ -20,7 +20,7 @@ from lora_engine.ops.head.linear_head import (
     HeadParameters,
     LinearHead,
     ParameterGradients,
-    Wanted,
+    WantedHeadGradients,
 )
 from lora_engine.ops.once_differentiable import once_differentiable
 from lora_engine.ops.tensors import accumulate_dtype, check, shape_of, without_autocast
@@ -89,9 +89,9 @@ def linear_divergence(
     if lora is not None:
         lora_a, lora_b, scaling = operand(lora.lora_a), operand(lora.lora_b), lora.scaling
     inputs = (operand(student.hidden), operand(student.weight), student.bias, lora_a, lora_b)
-    wanted = Wanted(*(x is not None and x.requires_grad for x in inputs))
+    wanted = WantedHeadGradients(*(x is not None and x.requires_grad for x in inputs))
     if not torch.is_grad_enabled():
-        wanted = Wanted(*(False for _ in inputs))
+        wanted = WantedHeadGradients(*(False for _ in inputs))
     rows = chunk_rows or backends.chunk_rows(
         student.hidden.device, student.hidden.dtype, *(len(student.hidden), len(student.weight))
     )
@@ -115,7 +115,7 @@ class _Job:
     softcap: float | None
     scaling: float
     chunk_rows: int
-    wanted: Wanted
+    wanted: WantedHeadGradients
 
 
 class _Gradients(NamedTuple):

@@ -32,7 +32,7 @@ class ParameterGradients(NamedTuple):
     lora_b: Tensor | None = None
 
 
-class Wanted(NamedTuple):
+class WantedHeadGradients(NamedTuple):
     """Which of the hidden rows and of the head's parameters get a gradient."""
 
     hidden: bool

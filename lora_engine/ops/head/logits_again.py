@@ -13,7 +13,7 @@ from lora_engine.ops.head.linear_head import (
     HeadParameters,
     LinearHead,
     ParameterGradients,
-    Wanted,
+    WantedHeadGradients,
 )
 from lora_engine.ops.tensors import accumulate_dtype
 
@@ -23,7 +23,7 @@ class LogitsAgain:
     """Rows whose logits are recomputed, chunk by chunk."""
 
     parameters: HeadParameters
-    wanted: Wanted
+    wanted: WantedHeadGradients
     scaling: float
     chunks: list[slice]
     hidden: Tensor  # [U, H]

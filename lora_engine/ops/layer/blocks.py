@@ -24,7 +24,7 @@ from lora_engine.backends.request import Heads
 from lora_engine.ops import augmented
 from lora_engine.ops.lora.group import LoraGroup
 from lora_engine.ops.lora.linear import checked_product, make_product
-from lora_engine.ops.lora.product import LoraProduct, Wanted
+from lora_engine.ops.lora.product import LoraProduct, WantedFactorGradients
 from lora_engine.ops.tensors import accumulate_dtype, check, empty_rows, shape_of
 from lora_engine.values import Dropout, PreNorm
 
@@ -190,7 +190,7 @@ class Call:
         x: Tensor,
         rstd: Tensor,
         needs: Sequence[bool],  # of x, of the norm's weight
-        wanted: Wanted,  # of the inner product
+        wanted: WantedFactorGradients,  # of the inner product
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Gradients of x, of the norm's weight, and of the inner A.
 
@@ -234,7 +234,7 @@ class Call:
         scaled: ScaledRows | None,
         x: Tensor,  # [M, H]
         rstd: Tensor,  # [M]
-        wanted: Wanted,
+        wanted: WantedFactorGradients,
     ) -> Tensor | None:
         """dSᵀ norm(x) [R, H] without norm(x): a factor of each row goes to dS, of each column last.
 

@@ -16,7 +16,7 @@ from lora_engine.backends import launchers
 from lora_engine.backends.lora_parts import ScaledRows
 from lora_engine.backends.request import Activation
 from lora_engine.ops.layer.blocks import Call
-from lora_engine.ops.lora.product import LoraProduct, Wanted
+from lora_engine.ops.lora.product import LoraProduct, WantedFactorGradients
 
 
 def activate(
@@ -57,8 +57,8 @@ def activate_backward(
     parts: Sequence[Tensor],  # dgate, dup [M, I] each: with padding columns, not yet written
     inner_s: Tensor,  # [M, R]
     outer_ds: Tensor | None,  # [M, R]
-    wanted: Wanted,  # of the inner product
-    outer_wanted: Wanted,
+    wanted: WantedFactorGradients,  # of the inner product
+    outer_wanted: WantedFactorGradients,
     scaled: ScaledRows | None,
     activation: str,
 ) -> tuple[Tensor, FactorGradients]:

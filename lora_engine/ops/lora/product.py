@@ -39,7 +39,7 @@ from lora_engine.ops.tensors import accumulate_dtype, empty_rows, matmul
 from lora_engine.values import Dropout
 
 
-class Wanted(NamedTuple):
+class WantedFactorGradients(NamedTuple):
     """Whether gradients of any A and of any B are wanted, and where they are added.
 
     added: empty where they are results, for autograd.
@@ -199,13 +199,18 @@ class LoraProduct:
         return buffer
 
     def fill_ds(
-        self, dys: Tensor, s: Tensor, wanted: Wanted, scaled: ScaledRows | None = None
+        self,
+        dys: Tensor,
+        s: Tensor,
+        wanted: WantedFactorGradients,
+        scaled: ScaledRows | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Writes dS [M, R] behind dY in `dys` [M, N + R]; returns it, and dB [E], if wanted.
+        """Writes dS [M, R] into the last R columns of `dys` [M, N + R]; the first N hold dY.
 
-        dB is every adapter's s dYᵀ S, one after the other (`lora_parts.split_parts`); None where it
-        is added to `wanted.added`. `scaled.ds` is written too. Without adapters both results are
-        None and nothing is written.
+        Returns the view of dS, and dB [E]: each adapter's s dYᵀ S, one after the other, which
+        `lora_parts.split_parts` takes apart. dB is None where B needs no gradient, and where the
+        kernel adds it to `wanted.added`. `scaled.ds` gets dS with its rows scaled. Without
+        adapters nothing is written, and both are None.
         """
         if not self.group.padded_rank:
             return None, None
@@ -226,7 +231,7 @@ class LoraProduct:
         return made.ds, made.d_lora_b
 
     def dy_gradients(
-        self, ds: Tensor, s: Tensor, wanted: Wanted, scaled: ScaledRows | None = None
+        self, ds: Tensor, s: Tensor, wanted: WantedFactorGradients, scaled: ScaledRows | None = None
     ) -> DyGradients:
         """What is to be made of dY, not yet written, with dS [M, R] at `ds`; see `fill_ds`."""
         lora_b, d_lora_b, adapters = self.group.placed.lora_b, None, self.filling.adapters
@@ -266,7 +271,7 @@ class LoraProduct:
         self,
         ds: Tensor | None,  # [M, R]
         x: Tensor,  # [M, K]
-        wanted: Wanted,
+        wanted: WantedFactorGradients,
         scaled: ScaledColumns | None = None,
     ) -> Tensor | None:
         """dSᵀ X [R, K], its columns times `scaled`, if wanted; None where it is added."""
@@ -304,7 +309,7 @@ class LoraProduct:
         blocks = len(self.filling.adapters.blocks)
         named = _by_name(tuple(needs), blocks)
         gradients = OfGroup[Tensor | None]([], [])
-        sums = self._bias_sums(named, grads) if _wanted(tuple(needs), blocks).biases else {}
+        sums = self._bias_sums(named, grads) if _any_needs(tuple(needs), blocks).biases else {}
         adapters = self.filling.adapters
         d_as: Sequence[Tensor | None] = [None] * len(adapters.blocks)
         d_bs = d_as
@@ -346,18 +351,20 @@ class LoraProduct:
         rows = {i: grads[i].reshape(-1, grads[i].shape[-1]) for i in wanted}
         return {i: dy.sum(0, dtype=accumulate_dtype(dy.dtype)) for i, dy in rows.items()}
 
-    def wanted(self, needs: Sequence[bool]) -> Wanted:
+    def wanted(self, needs: Sequence[bool]) -> WantedFactorGradients:
         """What a backward pass makes of the factors, where `filling.tensors` have these `needs`."""
         adapters, base = self.filling.adapters, self.group.base
         key = tuple(needs), len(adapters.blocks)
-        any_a, any_b, _ = _wanted(*key)
+        any_a, any_b, _ = _any_needs(*key)
         # Gradients of double precision are not for totals of single precision.
         if not backends.adds_gradients(base.device) or base.dtype == torch.float64:
-            return Wanted(any_a, any_b)
-        return Wanted(lora_a=any_a, lora_b=any_b, added=added_gradients(adapters, _by_name(*key)))
+            return WantedFactorGradients(lora_a=any_a, lora_b=any_b)
+        return WantedFactorGradients(
+            lora_a=any_a, lora_b=any_b, added=added_gradients(adapters, _by_name(*key))
+        )
 
 
-class _Wanted(NamedTuple):
+class _AnyNeeds(NamedTuple):
     """Whether any tensor of a kind needs a gradient; biases: of the linears or of adapters."""
 
     lora_a: bool
@@ -372,10 +379,10 @@ def _by_name(needs: tuple[bool, ...], adapters: int) -> OfGroup[bool]:
 
 
 @lru_cache
-def _wanted(needs: tuple[bool, ...], adapters: int) -> _Wanted:
+def _any_needs(needs: tuple[bool, ...], adapters: int) -> _AnyNeeds:
     named = _by_name(needs, adapters)
     of_adapters = named.adapters
-    return _Wanted(
+    return _AnyNeeds(
         lora_a=any(a.lora_a for a in of_adapters),
         lora_b=any(a.lora_b for a in of_adapters),
         biases=any(named.biases) or any(a.bias for a in of_adapters),

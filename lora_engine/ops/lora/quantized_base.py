@@ -17,7 +17,7 @@ class _Scratch(threading.local):
     """Memory for one decoded operand a device and dtype, as large as the largest so far.
 
     Each thread has its own: products of different threads may run at once. On a GPU torch's
-    allocator is the scratch, one for each stream: a product's operand is given back when its
+    allocator is the scratch, one for each CUDA stream: a product's operand is given back when its
     kernels are launched, and the next is made in its place, by autograd's thread as well.
     """
 
