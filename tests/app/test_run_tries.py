@@ -138,7 +138,7 @@ def test_two_runs_in_one_folder(capfd, run_folder):
     thread.start()
     entered.wait(60)
     try:
-        check(capfd, run_folder, Try("", ["train", "run.yaml"], ["run: ", "running", "somewhere else"]))
+        check(capfd, run_folder, Try("", ["train", "run.yaml"], ["run: ", "somewhere else"]))
     finally:
         leave.set()
         thread.join()
