@@ -3,10 +3,11 @@
 from collections.abc import Mapping
 from typing import TypeAlias
 
-from lora_engine.data.strings import check_string, check_strings
+from lora_engine.data.strings import check_string, check_strings, field_name
 from lora_engine.errors import UserError
 
 Messages: TypeAlias = tuple[Mapping[str, object], ...]
+_NAMED = 4  # fields named of a message that lacks one
 _PLAIN, _ROLES = {"role", "content"}, ("system", "user", "assistant", "tool")
 
 
@@ -30,12 +31,22 @@ def _message(message: object, where: str) -> Mapping[str, object]:
     message = {key: value for key, value in message.items() if value is not None}
     role, content = message.get("role"), message.get("content")
     if not isinstance(role, str) or not role:
-        raise UserError(f"{where}: 'role' must be a string such as 'user', got {kind_of(role)}")
+        raise UserError(
+            f"{where}: 'role' must be a string such as 'user', got {kind_of(role)}{_has(message)}"
+        )
     if content is None and message.get("tool_calls"):
         return message
     if not isinstance(content, str):
-        raise UserError(f"{where}: 'content' must be a string, got {kind_of(content)}")
+        raise UserError(
+            f"{where}: 'content' must be a string, got {kind_of(content)}{_has(message)}"
+        )
     return message
+
+
+def _has(message: Mapping[str, object]) -> str:
+    """'; it has 'speaker' and 'text'': what may have been meant instead."""
+    others = [repr(field_name(key)) for key in message if key not in _PLAIN]
+    return f"; it has {' and '.join(others)}" if 0 < len(others) <= _NAMED else ""
 
 
 def string_of(row: Mapping[str, object], field: str, origin: str) -> str:

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from lora_engine.data.batch import MISMATCHED
 from lora_engine.data.encode import Encoder
+from lora_engine.data.formats.hints import answer_in
 from lora_engine.data.preferences import Said
 from lora_engine.data.records import NAMED, Record
 from lora_engine.data.render import EXAMPLE_WEIGHT, WEIGHT, Example, LossOn, part, tokenize
@@ -45,10 +46,13 @@ def example_of(
         case "unpaired":
             return tokenize_judged(record, tokenizer, max_length=max_length, encoder=encoder)
         case "prompt":
+            answer = answer_in(record.columns)
             fields = ", ".join(map(repr, list(record.columns)[:NAMED])) or "nothing else"
+            hint = f"if that is {answer!r}, say data.columns: {{user: prompt, assistant: {answer}}}"
             raise UserError(
-                f"{record.origin}: has a 'prompt' but no answer to learn from; give 'completion', "
-                f"or 'chosen' and 'rejected', beside it (it has {fields})"
+                f"{record.origin}: has a 'prompt' but no answer to learn from; "
+                + (hint if answer else "give 'completion', or 'chosen' and 'rejected', beside it")
+                + f" (it has {fields})"
             )
     return tokenize(
         record,

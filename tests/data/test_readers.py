@@ -164,8 +164,7 @@ def test_mixed_columns_name_each_record(tmp_path):
     assert [line.partition(": ")[2] for line in str(caught.value).splitlines()[1:]] == [
         "'text' must be a string, got a number",
         "'text' must be a string, got a list",
-        "is of no known format: has no fields that hold anything; say what they are with "
-        "data.columns, as in {user: COLUMN, assistant: COLUMN}",
+        "is of no known format: has no fields that hold anything",
     ]
 
 

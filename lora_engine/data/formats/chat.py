@@ -1,7 +1,8 @@
-"""Conversations: `messages` as OpenAI and most others write them, ShareGPT's `conversations`.
+"""Conversations: `messages` as OpenAI and most others write them, ShareGPT's `conversations`, and
+Gemini's `contents`.
 
-Roles and keys that mean the same are read as one: human, gpt, observation, from, value. A call of
-a function becomes a tool call, a list of text parts one text. What is no text is refused.
+Roles and keys that mean the same are read as one: human, gpt, observation, from, value, parts. A
+call of a function becomes a tool call, a list of text parts one text. What is no text is refused.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,6 +26,8 @@ ROLES = {
     "bing": "assistant",
     "bard": "assistant",
     "model": "assistant",
+    "chatbot": "assistant",
+    "prompter": "user",
     "observation": "tool",
     "function_response": "tool",
     "function": "tool",
@@ -35,9 +38,16 @@ _PLAIN, _TURN = {"role", "content"}, {"input", "output"}
 _ROLE_KEYS = ("role", "from")
 _TEXT_KEYS = ("content", "value")
 _LEARNED_KEYS = ("train", "training")
+# Parts of contents in Anthropic's layout, and how the chats that are read here say the same.
+_ELSEWHERE = {
+    "tool_use": "'tool_calls' of the message",
+    "tool_result": "a message of the role 'tool'",
+    "thinking": "'reasoning_content' of the message",
+}
 MEDIA = ("image", "images", "audio", "audios", "video", "videos")
-LISTS = ("messages", "conversations", "conversation")
-_BESIDE = ("system", "functions", *FOR_TEMPLATES)
+LISTS = ("messages", "conversations", "conversation", "contents")
+_SYSTEM = ("system", "systemInstruction", "system_instruction")
+_BESIDE = (*_SYSTEM, "functions", *FOR_TEMPLATES)
 
 
 def is_conversation(value: object) -> bool:
@@ -61,6 +71,9 @@ def messages_of(value: object, field: str) -> list[dict[str, object]]:
         isinstance(turn, Mapping) and turn.keys() >= _TURN and "role" not in turn for turn in listed
     ):
         listed = [message for turn in listed for message in _question_and_answer(turn)]
+    if len(listed) > 1 and all(isinstance(said, str) for said in listed):  # in turn, as of LIMA
+        roles = ("user", "assistant")
+        listed = [{"role": roles[i % 2], "content": said} for i, said in enumerate(listed)]
     return [_message(message, f"message {i}") for i, message in enumerate(listed, start=1)]
 
 
@@ -79,15 +92,23 @@ def conversation(row: Fields, field: str) -> dict[str, object]:
 
 
 def with_system(row: Fields, messages: Sequence[Fields]) -> list[Fields]:
-    """`messages` begun with what the row's field `system` says."""
-    system = text_field(row, "system")
+    """`messages` begun with what the row's field `system` says, a text, parts or Gemini's."""
+    field = next((name for name in _SYSTEM if not is_empty(row.get(name))), "system")
+    system = _system(row.get(field), field)
     if not system.strip():
         return list(messages)
     if messages and messages[0].get("role") == "system":
         if messages[0].get("content") != system:
-            raise UserError("has a system message and, in 'system', another; keep one of them")
+            raise UserError(f"has a system message and, in {field!r}, another; keep one of them")
         return list(messages)
     return [{"role": "system", "content": system}, *messages]
+
+
+def _system(value: object, field: str) -> str:
+    parts = value.get("parts") if isinstance(value, Mapping) else value
+    if isinstance(parts, list | tuple):
+        return text_field({field: _text(parts, repr(field))}, field)
+    return text_field({field: value}, field)
 
 
 def for_template(row: Fields) -> dict[str, object]:
@@ -122,12 +143,14 @@ def _message(message: object, where: str) -> dict[str, object]:
     if is_plain and message["role"] in _STANDARD:
         return dict(message)
     role_key, text_key = _key(message, _ROLE_KEYS, where), _key(message, _TEXT_KEYS, where)
+    if message.get(text_key) is None and "parts" in message:
+        text_key = "parts"
     made: dict[str, object] = {"role": _role(message, role_key, where)}
     if text_key in message:
         made["content"] = _text(message[text_key], where)
-    used = (*_ROLE_KEYS, *_TEXT_KEYS, *_LEARNED_KEYS, CALL)
+    used = (*_ROLE_KEYS, *_TEXT_KEYS, text_key, *_LEARNED_KEYS, CALL)
     made |= {key: value for key, value in message.items() if key not in used}
-    if str(message.get(role_key)).replace("-", "_") == CALL:
+    if str(message.get(role_key)).lower().replace("-", "_") == CALL:
         made |= {"content": "", "tool_calls": _calls(made["content"], where)}
     elif not is_empty(message.get(CALL)):
         if not is_empty(message.get("tool_calls")):
@@ -158,6 +181,8 @@ def _role(message: Fields, key: str, where: str) -> object:
     if not isinstance(role, str):
         return role
     role = role.replace("-", "_") if key == "from" else role
+    if (known := role.lower()) in (*_STANDARD, *ROLES, CALL):
+        role = known
     if role == CALL:
         return "assistant"
     role = ROLES.get(role, role)
@@ -180,6 +205,8 @@ def _text(content: object, where: str) -> object:
         if not isinstance(part, Mapping):
             return content
         kind = part.get("type")
+        if isinstance(kind, str) and kind in _ELSEWHERE:
+            raise UserError(f"{where}: has a part {kind!r}; write it as {_ELSEWHERE[kind]}")
         if isinstance(kind, str) and kind not in ("text", "input_text", "output_text", "refusal"):
             raise UserError(f"{where}: {media_problem(kind)}")
         text = part.get("text") if part.get("text") is not None else part.get("refusal")
@@ -207,8 +234,20 @@ def _calls(value: object, where: str) -> list[Fields]:
     return [{"type": "function", "function": call} for call in calls]
 
 
-def _sharegpt_field(row: Fields) -> str:
-    return "conversations" if "conversations" in row else "conversation"
+def _sharegpt_field(row: Fields) -> str | None:
+    """The field that holds the conversation."""
+    if "conversations" in row:
+        return "conversations"
+    return next(
+        (name for name in ("conversation", "contents") if isinstance(row.get(name), list | tuple)),
+        None,
+    )
+
+
+def _read_sharegpt(row: Fields) -> dict[str, object]:
+    field = _sharegpt_field(row)
+    assert field is not None
+    return conversation(row, field)
 
 
 MESSAGES = Format(
@@ -221,8 +260,8 @@ MESSAGES = Format(
 SHAREGPT = Format(
     "sharegpt",
     needs="'conversations'",
-    fits=lambda row: "conversations" in row or isinstance(row.get("conversation"), list | tuple),
-    read=lambda row: conversation(row, _sharegpt_field(row)),
-    fields=("conversations", "conversation", *_BESIDE),
+    fits=lambda row: _sharegpt_field(row) is not None,
+    read=_read_sharegpt,
+    fields=("conversations", "conversation", "contents", *_BESIDE),
 )
 FORMATS = (MESSAGES, SHAREGPT)

@@ -31,11 +31,23 @@ def _turns(value: object, field: str, role: str) -> list[dict[str, object]]:
 
 def refuse_system(row: Fields) -> None:
     """Raises UserError for a system message beside a plain prompt, which could not show it."""
-    if not is_empty(row.get("system")):
-        raise UserError(
-            "has 'system' beside a plain prompt; say data.template: \"{system}\\n{prompt}\", or, "
-            "for a chat, data.columns: {system: system, user: prompt, assistant: completion}"
+    if is_empty(row.get("system")):
+        return
+    if "chosen" in row or "completion" not in row:
+        beside = [
+            field for field in ("chosen", "rejected", "completions", "scores") if field in row
+        ]
+        columns = ["system: system", "question: prompt", *(f"{name}: {name}" for name in beside)]
+        hint = (
+            f"for chats, say data.columns: {{{', '.join(columns)}}}"
+            if beside
+            else ("make a list of messages of both in 'prompt'")
         )
+        raise UserError(f"has 'system' beside a plain prompt; {hint}")
+    raise UserError(
+        "has 'system' beside a plain prompt; say data.template: \"{system}\\n{prompt}\", or, "
+        "for a chat, data.columns: {system: system, user: prompt, assistant: completion}"
+    )
 
 
 def _read_tokens(row: Fields) -> dict[str, object]:

@@ -81,13 +81,24 @@ def _read_preference(row: Fields) -> dict[str, object]:
         if field not in row:
             raise UserError(f"has {other!r}, but no {field!r} to compare it with")
     chosen, rejected = (_answer(row[field], field) for field in ("chosen", "rejected"))
-    asks = [field for field in _ASKS if not is_empty(row.get(field))]
-    if asks and isinstance(chosen, str) and _prompt(row) is None:
-        raise UserError(
-            f"compares two answers to a prompt that may be in {' and '.join(map(repr, asks))}; say "
-            f"so with data.columns: {{prompt: {asks[0]}, chosen: chosen, rejected: rejected}}"
-        )
+    if isinstance(chosen, str) and _prompt(row) is None:
+        _check_asked(row)
     return _pair(row, chosen, rejected)
+
+
+def _check_asked(row: Fields) -> None:
+    """Raises UserError where a field that is not read may hold what two texts answer."""
+    others = [field for field, value in row.items() if is_conversation(value)]
+    asks = [field for field in (*_ASKS, *others) if not is_empty(row.get(field))]
+    if not asks:
+        return
+    columns = [f"prompt: {asks[0]}"]
+    if "system" in row and asks != ["system"]:  # it may be filled in other rows
+        columns = ["system: system", f"question: {next(name for name in asks if name != 'system')}"]
+    raise UserError(
+        f"compares two answers to a prompt that may be in {' and '.join(map(repr, asks))}; say so "
+        f"with data.columns: {{{', '.join([*columns, 'chosen: chosen', 'rejected: rejected'])}}}"
+    )
 
 
 def _read_openai(row: Fields) -> dict[str, object]:

@@ -6,9 +6,10 @@
    a judged answer before an answer to learn.
 4. One whose fields are empty gives way to one whose fields are not.
 5. A text that says all that another format's fields say, one after the other, is a rendering of
-   them and not read; so is a prompt that is one of their messages, or that a text begins with. Of
-   formats that all say the same the first is read.
-6. What is left must be one, or one that the objective learns from. Otherwise the record is refused.
+   them and not read; so is a prompt that does and ends in their answer, that is one of their
+   messages, or that a text begins with. Of formats that all say the same the first is read.
+6. What is left must be one, or one that the objective learns from. Otherwise the record is refused;
+   so is a text, or a question with its answer, beside a field that is called as an answer is.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -17,8 +18,9 @@ from typing import Literal, NamedTuple
 from lora_engine.data.formats import chat, instructions, plain, preference
 from lora_engine.data.formats.base import COMMON, EVERY, Fields, Format, is_empty
 from lora_engine.data.formats.columns import Layout, laid_out
+from lora_engine.data.formats.hints import answer_in, hint
 from lora_engine.data.strings import field_name
-from lora_engine.errors import UserError, nearest
+from lora_engine.errors import UserError
 
 FormatName = Literal[
     "messages",
@@ -47,7 +49,8 @@ FIELDS = tuple(
 _ANSWERED = tuple(
     f for f in FORMATS if f.name in preference.UNPAIRED.over and f is not preference.PROMPTS
 )
-_LIKE = 0.8  # of a name that was meant for another
+# Those beside which another field may hold the answer that is meant.
+_UNSURE = ("text", "question-answer")
 _NAMED = 12  # fields named of a record that has no format
 
 
@@ -78,6 +81,8 @@ def recognise(row: Fields, layout: Layout, wanted: Collection[str] = ()) -> Read
     format = _plainly(fields, layout) or _format(fields, layout, wanted)
     if layout.format is None and format in _ANSWERED:
         _check_verdict(row if used is None else layout.columns or {}, fields, format)
+    if layout.format is None and used is None and format.name in _UNSURE and len(fields) > 1:
+        _check_answer(fields, format)
     made = format.read(fields)
     for field in COMMON:
         if field in fields:
@@ -113,6 +118,18 @@ def _check_verdict(named: Iterable[str], fields: Fields, format: Format) -> None
             )
 
 
+def _check_answer(fields: Fields, format: Format) -> None:
+    """Raises UserError where another field than those of the format may hold the answer."""
+    answer = answer_in(fields, format.fields)
+    if answer is None or _in_order([str(fields[answer])], " ".join(_said(format, fields))):
+        return
+    asked = format.fields[0]
+    raise UserError(
+        f"has {answer!r} beside {format.needs}, and it may be the answer; say data.columns: "
+        f"{{user: {asked}, assistant: {answer}}}, or data.format: {format.name} to leave it out"
+    )
+
+
 def _named(name: str, formats: Iterable[Format]) -> Format | None:
     return next((format for format in formats if format.name == name), None)
 
@@ -134,7 +151,7 @@ def _format(fields: Fields, layout: Layout, wanted: Collection[str]) -> Format:
         filled = {key: value for key, value in fields.items() if not is_empty(value)}
         fit = [format for format in fit if format.fits(filled)] or fit
     if len(fit) > 1:
-        fit = _without_renderings(fit, fields)
+        fit = _without_renderings(fit, fields, wanted)
     if len(fit) > 1:
         fit = [format for format in fit if format.name in wanted] or fit
     if len(fit) > 1:
@@ -146,7 +163,7 @@ def _format(fields: Fields, layout: Layout, wanted: Collection[str]) -> Format:
     return fit[0]
 
 
-def _without_renderings(fit: list[Format], fields: Fields) -> list[Format]:
+def _without_renderings(fit: list[Format], fields: Fields, wanted: Collection[str]) -> list[Format]:
     """The formats but a text or prompt that says what another one says, and the first of those
     that all say the same."""
     said = {format.name: _said(format, fields) for format in fit}
@@ -154,6 +171,8 @@ def _without_renderings(fit: list[Format], fields: Fields) -> list[Format]:
     if text and any(_in_order(other, text[0]) for other in said.values()):
         text = None
     if prompt and any(set(prompt) <= set(other) for other in said.values()):
+        prompt = None
+    if prompt and "prompts" not in wanted and any(_ends(prompt[0], o) for o in said.values()):
         prompt = None
     if text and prompt and text[0].startswith(prompt[0]):
         prompt = None
@@ -198,6 +217,11 @@ def _in_order(texts: list[str], whole: str) -> bool:
     return bool(texts)
 
 
+def _ends(whole: str, texts: list[str]) -> bool:
+    """Whether `whole` says all of the texts and ends with the last."""
+    return _in_order(texts, whole) and whole.endswith(texts[-1])
+
+
 def _has(fields: Fields) -> str:
     """'has 'a', 'b', but nothing in 'c''."""
     held = [repr(field_name(field)) for field in fields]
@@ -208,11 +232,5 @@ def _has(fields: Fields) -> str:
 def _unknown(fields: Fields, layout: Layout) -> str:
     if layout.columns or layout.template:
         return f"is of no known format with data.columns and data.template applied; {_has(fields)}"
-    start = f"is of no known format: {_has(fields)}"
-    for name in map(field_name, fields):
-        close = nearest(name, ("messages", "conversations", "completion", "text"), _LIKE)
-        if close and close != name:
-            return f"{start}; did you mean {close}? Or data.columns: {{{close}: {name}}}"
-    return (
-        f"{start}; say what they are with data.columns, as in {{user: COLUMN, assistant: COLUMN}}"
-    )
+    said = f"is of no known format: {_has(fields)}"
+    return f"{said}; {hint(fields)}" if fields else said

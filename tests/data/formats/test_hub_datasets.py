@@ -7,7 +7,9 @@ import json
 
 import pytest
 
+from lora_engine.data.dataset import prepare
 from lora_engine.data.formats.columns import Layout
+from lora_engine.data.formats.recognise import recognise
 from lora_engine.data.records import read_records
 from lora_engine.errors import UserError
 
@@ -116,6 +118,55 @@ READ = {
         "preference",
         "preference",
     ),
+    "LIMA": (
+        {"conversations": ["Hi", "Hello.", "And?", "So."], "source": "x"},
+        "sharegpt",
+        "user assistant user assistant",
+    ),
+    "Cohere's roles": (
+        {
+            "messages": [
+                {"role": "System", "content": "Be brief."},
+                {"role": "User", "content": "Hi"},
+                {"role": "Chatbot", "content": "Hello."},
+            ]
+        },
+        "messages",
+        "system user assistant",
+    ),
+    "Gemini": (
+        {
+            "systemInstruction": {"role": "system", "parts": [{"text": "Be brief."}]},
+            "contents": [
+                {"role": "user", "parts": [{"text": "Hi"}]},
+                {"role": "model", "parts": [{"text": "Hello."}]},
+            ],
+        },
+        "sharegpt",
+        "system user assistant",
+    ),
+    "Bedrock": (
+        {
+            "schemaVersion": "bedrock-conversation-2024",
+            "system": [{"text": "Be brief."}],
+            "messages": [
+                {"role": "user", "content": [{"text": "Hi"}]},
+                {"role": "assistant", "content": [{"text": "Hello."}]},
+            ],
+        },
+        "messages",
+        "system user assistant",
+    ),
+    "code, with its rendering as a prompt": (
+        {
+            "instruction": "Add.",
+            "input": "[1, 2]",
+            "output": "print(3)",
+            "prompt": "### Instruction:\nAdd.\n\n### Input:\n[1, 2]\n\n### Output:\nprint(3)",
+        },
+        "alpaca",
+        "user assistant",
+    ),
     "rewards that are checked": (
         {"prompt": [ASKED], "reward_model": {"ground_truth": "2", "style": "rule"}},
         "prompts",
@@ -133,12 +184,54 @@ REFUSED = {
     ),
     "OpenOrca": (
         {"system_prompt": "Be brief.", "question": "Hi", "response": "Hello."},
-        "say what they are with data.columns, as in {user: COLUMN, assistant: COLUMN}",
+        "say data.columns: {system: system_prompt, user: question, assistant: response}",
     ),
     # The answers begin with a word in common, which is no prompt.
     "pairs by Orca": (
         {"system": "", "input": "Hi", "chosen": "The one.", "rejected": "The other."},
-        "a prompt that may be in 'input'; say so with data.columns: {prompt: input, chosen: chosen",
+        "may be in 'input'; say so with data.columns: {system: system, question: input, chosen: ch",
+    ),
+    "UltraInteract's pairs": (
+        {"trajectory": HUMAN[:1], "chosen": "The one.", "rejected": "The other."},
+        "may be in 'trajectory'; say so with data.columns: {prompt: trajectory, chosen: chosen",
+    ),
+    "pairs with a system message": (
+        {"system": "Be brief.", "prompt": "Hi", "chosen": "Hello.", "rejected": "No."},
+        "data.columns: {system: system, question: prompt, chosen: chosen, rejected: rejected}",
+    ),
+    "LIMO": (
+        {"question": "1 + 1?", "solution": "One and one are two.", "answer": "2"},
+        "'solution' beside 'question' and 'answer', and it may be the answer; say data.columns: "
+        "{user: question, assistant: solution}, or data.format: question-answer to leave it out",
+    ),
+    "MBPP": (
+        {"task_id": 1, "text": "Write a sum.", "code": "print(3)", "test_list": []},
+        "'code' beside 'text', and it may be the answer; say data.columns: {user: text, assistant: "
+        "code}, or data.format: text",
+    ),
+    "HelpSteer": (
+        {"prompt": "Hi", "response": "Hello.", "helpfulness": 4},
+        "if that is 'response', say data.columns: {user: prompt, assistant: response}",
+    ),
+    "OpenAI's batches": (
+        {"custom_id": "a", "url": "/v1", "body": {"model": "m", "messages": [ASKED]}},
+        "if 'body.messages' is the conversation, say data.columns: {messages: body.messages}",
+    ),
+    "Nemotron": (
+        {"input": [ASKED], "output": "Hello.", "category": "chat"},
+        "if 'input' is the conversation, say data.columns: {prompt: input, completion: output}",
+    ),
+    "arenas": (
+        {"conversation_a": PAIR["rejected"], "conversation_b": PAIR["chosen"], "winner": "b"},
+        "say what they are with data.columns, as in",
+    ),
+    "Anthropic's calls": (
+        {"messages": [ASKED, {"role": "assistant", "content": [{"type": "tool_use"}]}]},
+        "message 2: has a part 'tool_use'; write it as 'tool_calls' of the message",
+    ),
+    "speakers": (
+        {"conversations": [{"speaker": "user", "text": "Hi"}]},
+        "'role' must be a string such as 'user', got nothing; it has 'speaker' and 'text'",
     ),
     "SQuAD": (
         {"id": "5", "context": "A text.", "question": "Why?", "answers": {"text": ["So."]}},
@@ -147,7 +240,7 @@ REFUSED = {
     "BoolQ": ({"question": "Is it?", "passage": "A text.", "answer": True}, "must be a string"),
     "Magicoder": (
         {"lang": "python", "problem": "Write.", "solution": "print()"},
-        "say what they are with data.columns, as in {user: COLUMN, assistant: COLUMN}",
+        "say data.columns: {user: problem, assistant: solution}",
     ),
     "LLaVA": ({"image": "a.jpg", "conversations": HUMAN}, "holds 'image', and only text"),
 }
@@ -165,20 +258,35 @@ def test_a_dataset_is_read(row, format, shape):
 
 
 @pytest.mark.parametrize(("row", "words"), REFUSED.values(), ids=REFUSED)
-def test_a_dataset_is_refused_in_one_line(row, words, tmp_path):
+def test_a_dataset_is_refused_in_one_line(row, words, tmp_path, tokenizer):
     path = tmp_path / "hub.jsonl"
     path.write_text(json.dumps(row) + "\n")
     with pytest.raises(UserError) as refused:
-        read_records(path)
+        prepare(path, tokenizer)
     (line,) = str(refused.value).splitlines()
     assert "hub.jsonl:1: " in line and words in line
 
 
 def test_what_is_said_of_pairs_helps():
     row, _ = REFUSED["pairs by Orca"]
-    columns = {"prompt": "input", "chosen": "chosen", "rejected": "rejected"}
-    (record,) = read_records([row], layout=Layout(columns=columns))
-    assert (record.prompt, record.chosen, record.rejected) == ("Hi", "The one.", "The other.")
+    columns = {"system": "system", "question": "input", "chosen": "chosen", "rejected": "rejected"}
+    (record,) = read_records([{**row, "system": "Be brief."}], layout=Layout(columns=columns))
+    assert [message["content"] for message in record.prompt] == ["Be brief.", "Hi"]
+    said = [answer[-1]["content"] for answer in (record.chosen, record.rejected)]
+    assert said == ["The one.", "The other."]
+
+
+def test_an_answer_that_the_text_says_is_not_asked_about():
+    (record,) = read_records([{"text": "Q: 1 + 1? A: 2", "answer": "2"}])
+    assert (record.format, record.ignored) == ("text", ("answer",))
+    (record,) = read_records([{"text": "Rain.", "summary": "x"}], layout=Layout("text"))
+    assert record.text == "Rain."
+
+
+def test_a_prompt_for_rewards_stays_one_beside_what_it_is_made_of():
+    row = {"prompt": "Is 2 even? Say Yes", "question": "Is 2 even?", "answer": "Yes"}
+    reading = recognise(row, Layout(), wanted=("prompts",))
+    assert reading.format == "prompts"
 
 
 def test_calls_with_hyphens_are_calls():
