@@ -122,7 +122,8 @@ class DataConfig(Section):
         default=0.05,
         gt=0,
         lt=1,
-        description="Share of `train` to hold out when no `eval` is given.",
+        description="Share of `train` to hold out when no `eval` is given: records, so whole "
+        "documents; of a single document that makes several examples the last of these.",
     )
     eval_limit: int | None = Field(
         default=None,

@@ -24,6 +24,7 @@ from lora_engine.data.prompts import (
     split_prompts,
 )
 from lora_engine.data.recipe import Recipe
+from lora_engine.data.render import Example
 from lora_engine.data.replay import with_replay
 from lora_engine.data.sources import files_among, files_to_stream
 from lora_engine.data.store import OutcomeStore, StoredExamples, joined
@@ -49,6 +50,11 @@ def prepare_data(
     if data.replay is not None:
         stores.append(_tokenised(data.replay.source(), data, recipe, tokenizer, reading))
     store, learned = joined(stores), int(ends[-1])
+    if data.eval is None and _is_one_text(store, learned):
+        train_data, eval_data = _parted(store, data, name)
+        if data.replay is not None:
+            train_data = _with_replay(train_data, store, learned, data)
+        return train_data, _limited(eval_data, data.eval_limit)
     if data.eval is not None:
         training = np.arange(learned)
         eval_store = _tokenised(_eval_source(data), data, recipe, tokenizer, reading)
@@ -237,6 +243,27 @@ def _worked_out(
         tokenizer,
         processes=processes,
         progress=tell,
+    )
+
+
+def _is_one_text(store: OutcomeStore, learned: int) -> bool:
+    """Whether what is learned is one text, which became several examples."""
+    return learned == 1 and store.about(0).kind == "text" and len(store.examples_of(0)) > 1
+
+
+def _parted(
+    store: OutcomeStore, data: DataConfig, name: str
+) -> tuple[TokenizedDataset, TokenizedDataset]:
+    """The examples of a single text, and its last ones, which are held out."""
+    whole = dataset_of(name, store, [0], data.max_length)
+    begin = len(whole) - max(1, round(data.eval_fraction * len(whole)))
+
+    def part(examples: Sequence[Example], what: str) -> TokenizedDataset:
+        duplicates = tuple(find_duplicates(examples))
+        return replace(whole, name=f"{name}, {what}", examples=examples, duplicates=duplicates)
+
+    return part(whole.examples[: max(begin, 1)], "training"), part(
+        whole.examples[max(begin, 1) :], "held out"
     )
 
 

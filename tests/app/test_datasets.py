@@ -202,3 +202,20 @@ def test_a_dataset_of_the_hub_is_streamed_from_its_copy_on_disk(tokenizer, tmp_p
             UserError, match=r"someone/texts: is a part of a dataset, which data.str"
         ):
             prepared(tokenizer, train="someone/texts", **STREAM)
+
+
+def test_of_a_single_document_the_end_is_held_out(tokenizer, tmp_path):
+    path = tmp_path / "book.md"
+    path.write_text("".join(f"# {i}\n\n" + f"Line {i} of it. " * 9 + "\n\n" for i in range(40)))
+    options = {"train": str(path), "max_length": 64}
+    train, heldout = prepared(tokenizer, **options, eval_fraction=0.2)
+    whole = prepare(str(path), tokenizer, max_length=64)
+    assert [*train, *heldout] == list(whole)
+    assert len(heldout) == round(0.2 * len(whole)) and heldout.name.endswith("held out")
+    assert list(prepared(tokenizer, **options, eval_fraction=0.2, eval_limit=2)[1]) == heldout[:2]
+    replay = {"path": str(path), "fraction": 0.5}
+    assert len(prepared(tokenizer, **options, eval_fraction=0.2, replay=replay)[0]) == 2 * len(
+        train
+    )
+    with pytest.raises(UserError, match="cannot hold out"):  # it is one example
+        prepared(tokenizer, train=str(path), max_length=10**6)

@@ -1,5 +1,8 @@
 """How a run shows on a console, plain and on a terminal."""
 
+import io
+import re
+
 import pytest
 from finetune_runs import run
 from rich.console import Console
@@ -87,16 +90,35 @@ def test_reading_is_a_bar_with_its_records_until_the_next_stage():
     progress.on_reading("b.jsonl.gz", 70, 0, 9)  # how much there will be is not known
     [other] = progress._bar.tasks
     assert other.total is None and "b.jsonl.gz: 9 records" in other.fields["facts"]
+    assert other.completed == 70
     assert console._live_stack != [bar] and len(console._live_stack) == 1
     progress.stage("training")
     assert console._live_stack == []
 
 
+def test_the_bar_of_reading_says_how_far_how_fast_and_how_long(monkeypatch):
+    clock = iter([0.0, *(float(i) for i in range(1000))])
+    console = Console(
+        force_terminal=True, width=100, file=io.StringIO(), get_time=lambda: next(clock)
+    )
+    progress = ConsoleProgress(console)
+    for done in (10, 50, 90):
+        progress.on_reading("a.jsonl", done * 10**6, 200 * 10**6, done)
+    progress._bar.refresh()
+    shown = console.file.getvalue()
+    progress.close()
+    assert "45%" in shown and "a.jsonl: 90 records" in shown and "MB/s" in shown
+    assert re.search(r"\d\d:\d\d", shown)
+
+
 def test_reading_without_a_terminal_is_a_line_now_and_then(monkeypatch):
-    clock = iter([0.0, 1.0, 6.0, 6.0, 7.0])
+    clock = iter([0.0, 1.0, 6.0, 7.0, 12.0])
     monkeypatch.setattr("lora_engine.app.progress.time.monotonic", lambda: next(clock))
     console = console_text(terminal=False)
     progress = ConsoleProgress(console)
-    for done in (10, 50, 90):
-        progress.on_reading("a.jsonl", done, 100, done)
-    assert console.export_text() == "reading a.jsonl: 50 records (50%)\n"
+    for done in (10, 50, 70, 100):
+        progress.on_reading("a.jsonl", done * 10**6, 100 * 10**6, done)
+    assert console.export_text().splitlines() == [
+        "reading a.jsonl: 50 records (50%), 8.0 MB/s, 6.2 s left",
+        "reading a.jsonl: 100 records (100%), 8.2 MB/s",
+    ]
