@@ -12,6 +12,7 @@ from lora_engine.app.config_data import DataConfig, DataSource
 from lora_engine.data import cache
 from lora_engine.data.chunks import chunks_of, first_rows, source_size
 from lora_engine.data.dataset import TokenizedDataset, dataset_of, prepare
+from lora_engine.data.formats.columns import RECOGNISED
 from lora_engine.data.heldout import choose_heldout
 from lora_engine.data.leakage import find_duplicates
 from lora_engine.data.listing import raise_listed
@@ -32,6 +33,7 @@ from lora_engine.data.stream import ExampleStream, StreamPart, streamed
 from lora_engine.data.template import Tokenizer
 from lora_engine.data.tokenising import PARALLEL_BYTES, Tokenised, tokenise, usable_processes
 from lora_engine.errors import UserError
+from lora_engine.objectives.base import NATS_PER_TARGET
 
 # Told of progress: what is read, its bytes that are done and their number (0: not known), records.
 Reading = Callable[[str, int, int, int], None]
@@ -71,6 +73,20 @@ def prepare_data(
     eval_name = f"{data.eval or name}, held out"
     eval_data = dataset_of(eval_name, eval_store, heldout, data.max_length)
     return train_data, _limited(eval_data, data.eval_limit)
+
+
+def prepare_as_heldout(
+    source: str, config: RunConfig, tokenizer: Tokenizer, limit: int | None = None
+) -> TokenizedDataset:
+    """The examples of `source`, read as those that the run holds out: what of them is learned, what
+    becomes of long ones, the chat template's variables, and, where the run learns from answers or
+    texts, their columns. UserError for data that cannot be used."""
+    data = config.data
+    recipe = recipe_of(data)
+    if config.chosen_objective().unit != NATS_PER_TARGET:
+        recipe = replace(recipe, layout=RECOGNISED)
+    store = _tokenised(DataSource(path=source, limit=limit), data, recipe, tokenizer, None)
+    return dataset_of(source, store, range(len(store)), data.max_length)
 
 
 def prepare_prompt_data(

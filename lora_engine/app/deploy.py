@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from lora_engine.errors import UserError
 from lora_engine.export.adapter import Adapter
 from lora_engine.export.folder import check_space, result_folder, write_report
 from lora_engine.export.merge import copy_beside, merge_folder
-from lora_engine.export.packed import Packed, dense_folder, load_packed, pack_folder
+from lora_engine.export.packed import Packed, Packing, dense_folder, load_packed, pack_folder
 from lora_engine.export.verify import TOLERANCES, compare, packed_tolerance
 from lora_engine.export.weights import read_config
 from lora_engine.models.load.load import DTYPES
@@ -56,25 +56,17 @@ def merge(
     check_base(folder, chosen)
     names = [adapter.name for adapter, _ in chosen]
     name, rows = heldout_rows(trained, folder, names, data) if verify else ("", [])
-    sources = [trained.folder, folder]
+    sources, over = [trained.folder, folder], trained.packing
     with result_folder(to, MERGE_REPORT, overwrite=overwrite, sources=sources) as target:
-        check_space(target, bytes_to_write(folder, quantize))
-        tell(f"merging {', '.join(names)} into {trained.base}")
-        report = {
-            "base": asdict(base_of_folder(folder)),
-            "adapters": {adapter.name: weight for adapter, weight in chosen},
-            **put_merged(folder, chosen, target, dtype, name, rows, to, packing),
-        }
+        check_space(target, bytes_to_write(folder, over=over, quantize=quantize))
+        tell(f"merging {', '.join(names)} into {trained.base}{told_of(over)}")
+        with dense_folder(folder, target, over) as dense:
+            report = {
+                **about(trained, folder, chosen),
+                **put_merged(folder, dense, chosen, target, dtype, name, rows, to, packing),
+            }
         write_report(target, MERGE_REPORT, report)
     return report
-
-
-@dataclass(frozen=True)
-class Packing:
-    """The format that merged linears are put in."""
-
-    format: str
-    double_quant: bool
 
 
 def _packing(format: str | None, double_quant: bool) -> Packing | None:
@@ -89,15 +81,38 @@ def _packing(format: str | None, double_quant: bool) -> Packing | None:
     return Packing(format, double_quant)
 
 
-def bytes_to_write(base: Path, quantize: str | None = None) -> int:
-    """About so many: what is packed is written unpacked as well, and removed."""
+def about(trained: Trained, base: Path, chosen: Sequence[tuple[Adapter, float]]) -> dict[str, Any]:
+    """What a report says of what is merged. trained_over: the packed bits that the run put the
+    base's linears into, whose values the adapters are merged into; None where it did not."""
+    return {
+        "base": asdict(base_of_folder(base)),
+        "trained_over": as_json(trained.packing),
+        "adapters": {adapter.name: weight for adapter, weight in chosen},
+    }
+
+
+def as_json(packing: Packing | None) -> dict[str, Any] | None:
+    """The packed bits that a run had its base in."""
+    return None if packing is None else asdict(packing)
+
+
+def told_of(packing: Packing | None) -> str:
+    """Of the base: that it has the values of the run's packed bits."""
+    return "" if packing is None else f", its linears in {packing.format} as the run had them"
+
+
+def bytes_to_write(base: Path, *, over: Packing | None, quantize: str | None = None) -> int:
+    """About so many: what is packed, or was `over` packed bits, is written unpacked as well, and
+    removed, and so is what will be packed."""
     size = sum(path.stat().st_size for path in base.glob("*.safetensors"))
     is_packed = bool(read_config(base).get("quantization_config"))
-    return size * (4 if is_packed else 1) * (2 if is_packed or quantize else 1)
+    copies = 1 + (is_packed or over is not None) + (quantize is not None)
+    return size * (4 if is_packed else 1) * copies
 
 
 def put_merged(
     base: Path,
+    dense: Path,
     chosen: Sequence[tuple[Adapter, float]],
     target: Path,
     dtype: str | None,
@@ -108,27 +123,27 @@ def put_merged(
 ) -> dict[str, Any]:
     """Write the merged model into the empty folder `target`, and compare it on `rows`, if any.
 
-    name: of the rows. to: what the user calls the folder. Returns what a report says of it.
+    dense: the base unpacked, `dense_folder`'s. name: of the rows. to: what the user calls the
+    folder. Returns what a report says of it.
     """
-    with dense_folder(base, target) as dense:
-        merged = target if packing is None else target / "merged"
-        merged.mkdir(exist_ok=True)
-        done = merge_folder(dense, chosen, merged, DTYPES.get(dtype or ""))
-        report: dict[str, Any] = {"merged": asdict(done), "packed": None, "verified": None}
-        tolerance = TOLERANCES[done.dtypes[0] if done.dtypes else "float32"]
-        if packing is not None:
-            packed = _packed(merged, target, packing)
-            report["packed"] = asdict(packed)
-            tolerance = packed_tolerance(packed.bits)
-        if rows:
-            load = None if packing is None else load_packed
-            found = compare(dense, chosen, target, rows, load=load)
-            report["verified"] = {"rows": name, **asdict(found), "tolerance": asdict(tolerance)}
-            if problem := found.problem(tolerance):
-                raise UserError(
-                    f"the merged weights do not compute what the adapter does: {problem}; nothing "
-                    f"was written to {to}; use {_instead(packing, report['packed'])}"
-                )
+    merged = target if packing is None else target / "merged"
+    merged.mkdir(exist_ok=True)
+    done = merge_folder(dense, chosen, merged, DTYPES.get(dtype or ""))
+    report: dict[str, Any] = {"merged": asdict(done), "packed": None, "verified": None}
+    tolerance = TOLERANCES[done.dtypes[0] if done.dtypes else "float32"]
+    if packing is not None:
+        packed = _packed(merged, target, packing)
+        report["packed"] = asdict(packed)
+        tolerance = packed_tolerance(packed.bits)
+    if rows:
+        load = None if packing is None else load_packed
+        found = compare(dense, chosen, target, rows, load=load)
+        report["verified"] = {"rows": name, **asdict(found), "tolerance": asdict(tolerance)}
+        if problem := found.problem(tolerance):
+            raise UserError(
+                f"the merged weights do not compute what the adapter does: {problem}; nothing "
+                f"was written to {to}; use {_instead(packing, report['packed'])}"
+            )
     of_transformers = packing is None or packing.format in _READ_BY_TRANSFORMERS
     form: MergedForm = "model" if of_transformers else "packed"
     card = merged_card(base_of_folder(base), [a.folder for a, _ in chosen], form)
@@ -146,7 +161,7 @@ def _instead(packing: Packing | None, packed: dict[str, Any] | None) -> str:
 
 def _packed(merged: Path, target: Path, packing: Packing) -> Packed:
     """The model in `merged`, put into packed bits in `target` and removed where it was."""
-    packed = pack_folder(merged, target, packing.format, double_quant=packing.double_quant)
+    packed = pack_folder(merged, target, packing)
     copy_beside(merged, merged, target)
     shutil.rmtree(merged)
     return packed

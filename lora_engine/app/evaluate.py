@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from lora_engine.app.config_data import DataConfig
-from lora_engine.app.datasets import prepare_data
+from lora_engine.app.datasets import prepare_as_heldout, prepare_data
+from lora_engine.app.deploy import as_json, told_of
 from lora_engine.app.trained import Tell, Trained, check_base, find_trained, load_tokenizer_of
 from lora_engine.app.writing import trained_or_model
 from lora_engine.data import prepare
@@ -91,27 +92,34 @@ def evaluate(
     elif data not in BUILT_IN:
         files_of(data)  # what is not there is told before a model is loaded
     questions = read_questions(data, limit=limit) if choices else []
-    tell(f"loading {source}")
-    loaded, tokenizer = load_model(source, dtype=dtype, device=device)
     sides = ["model"]
     report: dict[str, Any] = {"data": data, "source": source}
     adapted = trained is not None and bool(trained.adapters)
     if trained is not None and adapted:
         (folder,) = trained.adapters.values()
+        tell(f"loading {source}{told_of(trained.packing)}")
+        loaded, tokenizer = trained.load_base(dtype=dtype, device=device)
         loaded = load_adapter(loaded, folder).eval()
         tokenizer = _tokenizer_of(trained) or tokenizer
         sides = ["base", "adapter"]
-        report["adapter_folder"] = str(folder)
+        report |= {"adapter_folder": str(folder), "trained_over": as_json(trained.packing)}
+    else:
+        tell(f"loading {source}")
+        loaded, tokenizer = load_model(source, dtype=dtype, device=device)
     accelerate(loaded)
     if choices:
         examples: Sequence[Example] = choice_examples(questions, tokenizer)
         origins = [question.origin for question in questions]
     else:
+        how = None if trained is None else trained.config
         if held_out is not None:
             read = prepare_data(held_out, tokenizer)[1]
             report["data"], examples = read.name, list(read)[:limit]
+        elif how is not None:
+            examples = read = prepare_as_heldout(data, how, tokenizer, limit)
         else:
             examples = read = prepare(data, tokenizer, limit=limit)
+        report["measured"] = _measured_tokens(None if how is None else how.data)
         report["findings"] = account(read)["findings"]
         judged = next((example for example in examples if example.role), None)
         if judged is not None:
@@ -153,6 +161,24 @@ def evaluate(
     if page is not None:
         write_text(page, evaluation_page(report))
     return report
+
+
+_LOSS_ON = {
+    "assistant": "what the assistant writes",
+    "last_assistant": "the assistant's last message",
+    "completion": "what the assistant writes after the last message of a user",
+    "all": "all tokens",
+}
+
+
+def _measured_tokens(data: DataConfig | None) -> str:
+    """What of the examples is measured, in words. data: of the run that says so."""
+    if data is None:
+        return f"{_LOSS_ON['assistant']}, or a text"
+    left_out = [] if data.train_on_reasoning else ["reasoning"]
+    left_out += [] if data.train_on_tool_calls else ["tool calls"]
+    without = f" without {' and '.join(left_out)}" if left_out else ""
+    return f"{_LOSS_ON[data.loss_on]}{without}, as the run learned"
 
 
 def _held_out_of(
@@ -215,6 +241,8 @@ def _of_questions(
 def render(report: dict[str, Any]) -> str:
     """The report for people."""
     lines = told_of_records(report.get("findings", ()))
+    if "measured" in report:
+        lines += [f"{report['data']}: measured on {report['measured']}"]
     for side in ("model", "base", "adapter"):
         if side in report:
             lines += [_line(side, report[side]), *_metric_lines(report[side], "  ")]

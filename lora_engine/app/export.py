@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lora_engine.app.deploy import bytes_to_write, heldout_rows, put_merged
+from lora_engine.app.deploy import about, bytes_to_write, heldout_rows, put_merged, told_of
 from lora_engine.app.trained import Tell, Trained, check_base, find_trained, load_tokenizer_of
 from lora_engine.errors import UserError, nearest
 from lora_engine.export import gguf, llama_cpp
@@ -73,26 +73,22 @@ def export(
     name, rows = heldout_rows(trained, folder, names, data) if wanted else ("", [])
     sources = [trained.folder, folder]
     with result_folder(to, EXPORT_REPORT, overwrite=overwrite, sources=sources) as target:
-        check_space(target, bytes_to_write(folder) * (3 if exact else 1))
-        report: dict[str, Any] = {
-            "format": format,
-            "base": asdict(base_of_folder(folder)),
-            "adapters": {adapter.name: weight for adapter, weight in chosen},
-            "verified": None,
-        }
-        if format == "hf":
-            tell(f"writing {to}")
-            report |= put_merged(folder, chosen, target, dtype, name, rows, to)
-        elif format == "gguf-lora":
-            with dense_folder(folder, target) as dense:
+        over = trained.packing
+        check_space(target, bytes_to_write(folder, over=over) * (3 if exact else 1))
+        report = {"format": format, **about(trained, folder, chosen), "verified": None}
+        what = to if format == "hf" else "a GGUF adapter"
+        what = f"a GGUF file of type {kind}" if format == "gguf" else what
+        tell(f"writing {what}{told_of(over)}")
+        with dense_folder(folder, target, over) as dense:
+            if format == "hf":
+                report |= put_merged(folder, dense, chosen, target, dtype, name, rows, to)
+            elif format == "gguf-lora":
                 report |= _gguf_lora(trained, dense, chosen, target, name, rows, tell)
-            _write_card(target, folder, chosen, "gguf-lora", ADAPTER_FILE)
-        else:
-            tell(f"writing a GGUF file of type {kind}")
-            called = base_of_folder(folder).name or folder.name
-            with dense_folder(folder, target) as dense:
+                _write_card(target, folder, chosen, "gguf-lora", ADAPTER_FILE)
+            else:
+                called = base_of_folder(folder).name or folder.name
                 report |= _gguf(trained, dense, called, chosen, target, kind, name, rows, tell)
-            _write_card(target, folder, chosen, "gguf", f"model-{kind}.gguf")
+                _write_card(target, folder, chosen, "gguf", f"model-{kind}.gguf")
         write_report(target, EXPORT_REPORT, report)
     return report
 

@@ -18,7 +18,6 @@ from lora_engine.evaluation.batch_loss import target_scores
 from lora_engine.evaluation.modes import inference
 from lora_engine.export.loading import load_adapter
 from lora_engine.models.attach.accelerate import accelerate
-from lora_engine.models.load.load import load_model
 from lora_engine.models.load.origin import base_of, how_they_differ, read_base, sha256_of
 from lora_engine.models.load.scalar import with_scalar_head
 from lora_engine.objectives.reward import Reward as RewardObjective
@@ -87,7 +86,7 @@ def _loaded(one: Any, tokenizer: Tokenizer, device: str | torch.device) -> Any:
         )
     if "score.weight" not in read[0].whole:
         raise UserError(f"rewards: {folder} has no scalar head; get the complete adapter")
-    model, theirs = load_model(trained.base, dtype="float32", device=device)
+    model, theirs = trained.load_base(dtype="float32", device=device)
     trained_on = read_base(adapter)
     if trained_on is not None and (difference := how_they_differ(trained_on, base_of(model))):
         raise UserError(f"rewards: {folder} is {difference}; give that model as its base")

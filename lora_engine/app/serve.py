@@ -18,6 +18,7 @@ from lora_engine.errors import UserError, reason
 from lora_engine.evaluation.modes import with_adapter, without_adapters
 from lora_engine.evaluation.samples import stop_tokens
 from lora_engine.export.adapter import Adapter, read_adapter
+from lora_engine.export.packed import Packing
 from lora_engine.export.verify import with_adapters
 from lora_engine.files import user_path
 from lora_engine.generation.engine import Generator
@@ -100,7 +101,10 @@ def open_models(
         source = trained.base if trained.adapters else str(trained.folder)
         name = trained.base if trained.adapters else model
     named = _adapters(model, source, trained, adapters)
-    loaded, tokenizer = load_model(source, dtype=dtype, device=device)
+    if trained is not None and trained.adapters:
+        loaded, tokenizer = trained.load_base(dtype=dtype, device=device)
+    else:
+        loaded, tokenizer = load_model(source, dtype=dtype, device=device)
     if named:
         loaded = with_adapters(loaded, [(one.adapter, 1.0) for one in named])
         loaded.base_model.set_adapter(named[0].adapter.name)
@@ -165,8 +169,19 @@ def _adapters(
         if len(other.adapters) != 1:
             what = "several adapters" if other.adapters else "a whole model"
             raise UserError(f"--adapter {text}: holds {what}; give the folder of one adapter")
-        add(name, other, next(iter(other.adapters.values())))
+        folder_of = next(iter(other.adapters.values()))
+        here = None if trained is None else trained.packing
+        if other.packing != here:
+            raise UserError(
+                f"--adapter {text}: was trained over the base {_form(other.packing)}, it is "
+                f"{_form(here)} here; give {folder_of} to have it over this one"
+            )
+        add(name, other, folder_of)
     return found
+
+
+def _form(packing: Packing | None) -> str:
+    return "as its files have it" if packing is None else f"in {packing.format}"
 
 
 def _last_part(name: str) -> str:

@@ -10,9 +10,11 @@ import torch
 from lora_engine.app.config import RunConfig, load_config
 from lora_engine.errors import UserError
 from lora_engine.export.adapter import Adapter, adapter_folders, chosen_adapters, read_adapter
+from lora_engine.export.packed import Packing
+from lora_engine.export.weights import read_config
 from lora_engine.files import user_path
 from lora_engine.models.load.gguf import converted_gguf
-from lora_engine.models.load.load import DTYPES, resolve_source
+from lora_engine.models.load.load import DTYPES, load_model, resolve_source
 from lora_engine.models.load.origin import base_of_folder, how_they_differ, read_base
 from lora_engine.models.load.transformers_files import quiet_transformers, readable_folder
 from lora_engine.training.run.folder import RunFolder
@@ -41,6 +43,27 @@ class Trained:
             dtype = DTYPES.get(self.config.model.dtype if self.config else "", torch.float32)
             return converted_gguf(resolved, dtype)
         return Path(resolved) if Path(resolved).is_dir() else _of_the_hub(self.base)
+
+    @property
+    def packing(self) -> Packing | None:
+        """The packed bits that the run put the base's linears into; None where it put them into
+        none, or the base's files have packed bits already."""
+        stated = self.config.model if self.config else None
+        if stated is None or stated.quantize is None or not self.adapters:
+            return None
+        if read_config(self.base_folder).get("quantization_config"):
+            return None
+        return Packing(stated.quantize, stated.double_quant, stated.quantize_skip)
+
+    def load_base(
+        self, *, dtype: str = "auto", device: str | torch.device = "auto"
+    ) -> tuple[Any, Any]:
+        """The base as the adapters were trained over it, and its tokenizer, by `load_model`."""
+        packing = self.packing
+        options = {} if packing is None else packing.options()
+        if self.config is not None and self.config.model.keep_quantized:
+            options["keep_quantized"] = isinstance(resolve_source(self.base), Path)
+        return load_model(self.base, dtype=dtype, device=device, **options)
 
     def choose(self, asked: Sequence[str]) -> tuple["Trained", list[tuple[Adapter, float]]]:
         """This with the adapters chosen by "name" or "name=weight" alone, and these with their

@@ -102,7 +102,7 @@ def open_writer(
         trained, chosen = trained.choose(adapters)
         folder = trained.base_folder
         check_base(folder, chosen)
-        model, tokenizer = load_model(trained.base, dtype=dtype, device=device)
+        model, _ = trained.load_base(dtype=dtype, device=device)
         model = with_adapters(model, chosen)
         tokenizer = load_tokenizer_of(trained, folder)
     model.eval().requires_grad_(False)

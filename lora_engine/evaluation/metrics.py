@@ -9,7 +9,7 @@ from typing import TypeAlias
 import numpy as np
 
 from lora_engine.errors import UserError, nearest
-from lora_engine.evaluation.scores import interval, resamples, with_ends
+from lora_engine.evaluation.scores import interval, resampled_sums, with_ends
 from lora_engine.user_code import function_of
 
 
@@ -57,8 +57,7 @@ def measure(
     except (Exception, SystemExit) as error:
         raise UserError(f"--metric {name}: {type(error).__name__}: {error}; mend it") from error
     if isinstance(found, OfCorpus):
-        drawn = resamples(len(answers))
-        sums = found.counts[drawn].sum(1)
+        sums = resampled_sums(found.counts)
         return with_ends(found.value(found.counts.sum(0)), np.array([*map(found.value, sums)]))
     try:
         values = np.asarray(found, dtype=np.float64)

@@ -113,14 +113,16 @@ def by_group(scores: Sequence[Score], groups: Sequence[str]) -> dict[str, Summar
 def interval(totals: np.ndarray, counts: np.ndarray) -> dict[str, float]:
     """Σ totals / Σ counts over examples, and the ends of its 95 % interval."""
     value = float(totals.sum() / counts.sum())
-    drawn = resamples(len(counts))
-    sums = counts[drawn].sum(1)
-    return with_ends(value, totals[drawn].sum(1)[sums > 0] / sums[sums > 0])
+    sums, of = resampled_sums(np.stack([totals, counts], axis=1)).T
+    return with_ends(value, sums[of > 0] / of[of > 0])
 
 
-def resamples(count: int) -> np.ndarray:
-    """[RESAMPLES, count]: numbers below `count`, the same ones each time."""
-    return np.random.default_rng(0).integers(count, size=(RESAMPLES, count))
+def resampled_sums(values: np.ndarray) -> np.ndarray:
+    """[RESAMPLES, ...]: of `values` [examples, ...] the sum over as many examples as there are,
+    drawn with replacement, the same ones each time. One resample is in memory at once."""
+    random, count = np.random.default_rng(0), len(values)
+    drawn = (random.integers(count, size=count) for _ in range(RESAMPLES))
+    return np.array([values[numbers].sum(0) for numbers in drawn])
 
 
 def with_ends(value: float, resampled: np.ndarray) -> dict[str, float]:

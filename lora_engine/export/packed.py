@@ -1,7 +1,7 @@
 """Weights in packed bits: taken out of a base for a merge, and merged weights put into them."""
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,24 @@ _BESIDE = ("*.json", "*.jinja", "*.txt", "*.model")
 
 
 @dataclass(frozen=True)
+class Packing:
+    """The packed bits that a model's linears are put in: `load_model`'s quantize, double_quant and
+    quantize_skip."""
+
+    format: str
+    double_quant: bool = False
+    skip: str | Sequence[str] | None = None
+
+    def options(self) -> dict[str, Any]:
+        """As `load_model` takes them."""
+        return {
+            "quantize": self.format,
+            "double_quant": self.double_quant,
+            "quantize_skip": self.skip,
+        }
+
+
+@dataclass(frozen=True)
 class Packed:
     """What `pack_folder` wrote. linears: how many are packed. bits: of a packed parameter, with its
     scales. error, error_max: |packed - merged| / |merged| of a linear's weight, by the root mean
@@ -35,40 +53,34 @@ class Packed:
 
 
 @contextmanager
-def dense_folder(base: Path, beside: Path) -> Iterator[Path]:
-    """The model in `base`; where it is in packed bits, what they decode to.
+def dense_folder(base: Path, beside: Path, packing: Packing | None = None) -> Iterator[Path]:
+    """The model in `base`; where it is in packed bits, or `packing` puts it there, what they decode
+    to.
 
     That is a folder in `beside`, gone at the end, with each weight in the dtype of the model.
     Raises UserError for packed weights that cannot be read.
     """
-    if not read_config(base).get("quantization_config"):
+    if packing is None and not read_config(base).get("quantization_config"):
         yield base
         return
     folder = beside / "unpacked"
     folder.mkdir()
     try:
-        _unpack(base, folder)
+        model = _streamed(base, _dtype(base)) if packing is None else _put(base, packing)
+        _unpack(model, base, folder)
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def pack_folder(
-    dense: Path,
-    target: Path,
-    format: str,
-    *,
-    double_quant: bool = False,
-) -> Packed:
-    """The model in `dense` with its linears in `format`, as `lora_engine.load_model` reads it.
+def pack_folder(dense: Path, target: Path, packing: Packing) -> Packed:
+    """The model in `dense` with its linears in packed bits, as `lora_engine.load_model` reads it.
 
     Written into `target`, which holds no model. NF4 and FP4 have bitsandbytes' keys, which
     transformers reads too. Memory holds the packed model and two of its tensors. Raises UserError
     as `lora_engine.quantize_model`.
     """
-    model, _ = load_model(
-        dense, dtype=_dtype(dense), device="cpu", quantize=format, double_quant=double_quant
-    )
+    model = _put(dense, packing)
     packed = _packed_linears(model)
     weights, off, size, worst = Shards(dense), 0.0, 0.0, 0.0
     for name, linear in packed:
@@ -83,7 +95,11 @@ def pack_folder(
     count = sum(linear.in_features * linear.out_features for _, linear in packed)
     error = (off / size) ** 0.5 if size else 0.0
     return Packed(
-        format=format, linears=len(packed), bits=bits / max(1, count), error=error, error_max=worst
+        format=packing.format,
+        linears=len(packed),
+        bits=bits / max(1, count),
+        error=error,
+        error_max=worst,
     )
 
 
@@ -92,8 +108,13 @@ def load_packed(folder: Path) -> Any:
     return _streamed(folder, torch.float32).eval()
 
 
-def _unpack(base: Path, folder: Path) -> None:
-    model = _streamed(base, _dtype(base))
+def _put(dense: Path, packing: Packing) -> Any:
+    """The model in `dense` with its linears in packed bits, in memory."""
+    return load_model(dense, dtype=_dtype(dense), device="cpu", **packing.options())[0]
+
+
+def _unpack(model: Any, base: Path, folder: Path) -> None:
+    """Writes what the packed `model` of the folder `base` decodes to."""
     planned = [_planned(name, tensor) for name, tensor in _tensors(model)]
     write_shard(folder / SINGLE, planned)
     for pattern in _BESIDE:

@@ -94,6 +94,31 @@ def test_a_run_is_measured_with_its_own_chat_template(finished, capfd):
     assert run(capfd, "evaluate", "run", "--data", "held.jsonl")[0] == 0
 
 
+def test_other_data_are_read_as_the_run_read_its_own(finished, capfd):
+    """With its columns and its masks; beside an adapter alone they are recognised."""
+    rows = [{"asked": f"say {i}", "said": f"it is {i}"} for i in range(9)]
+    (finished / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (finished / "more.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:4]))
+    changes = ("data.columns={prompt: asked, completion: said}", "train.output_dir=own")
+    lengths = []
+    for loss_on in ("completion", "all"):
+        how = (*changes, f"data.loss_on={loss_on}")
+        shutil.rmtree("own", ignore_errors=True)
+        assert run(capfd, "train", "run.yaml", *how)[0] == 0
+        status, printed, told = run(capfd, "evaluate", "own", "--data", "more.jsonl", "--json")
+        assert status == 0, told
+        report = json.loads(printed)
+        assert "as the run learned" in report["measured"]
+        lengths.append(report["adapter"]["targets"])
+    assert lengths[0] == 4 * len("it is 0 ")  # and the end token
+    assert lengths[1] - lengths[0] == 4 * len("say 0") - 4  # nothing comes before the first token
+    status, printed, _ = run(capfd, "evaluate", "own", "--data", "more.jsonl", "--html", "p.html")
+    assert status == 0 and "more.jsonl: measured on all tokens, as the run learned" in printed
+    assert "measured on all tokens, as the run learned" in (finished / "p.html").read_text()
+    alone = ("evaluate", "tiny", "--adapter", "own/adapter", "--data", "more.jsonl")
+    assert run(capfd, *alone)[0] == MISTAKE
+
+
 def test_a_whole_model_is_measured_on_what_its_run_held_out(finished, capfd):
     changes = ("lora=null", "train.output_dir=whole", "train.learning_rate=0.001")
     assert run(capfd, "train", "run.yaml", *changes)[0] == 0

@@ -1,10 +1,14 @@
 """Scores of single examples, and their intervals."""
 
+import tracemalloc
+from contextlib import contextmanager
+
 import numpy as np
 import pytest
 import torch
 from training_helpers import make_examples
 
+from lora_engine.data.render import Example
 from lora_engine.errors import UserError
 from lora_engine.evaluation.scores import (
     Score,
@@ -50,6 +54,47 @@ def test_intervals_are_those_of_the_mean():
     assert interval(np.array([3.0, 3.0]), np.array([2.0, 2.0])) == {
         "value": 1.5, "low": 1.5, "high": 1.5,
     }  # fmt: skip
+
+
+def test_intervals_of_many_examples_take_the_memory_of_one_resample():
+    values = np.random.default_rng(1).normal(2.0, 1.0, 20_000)
+    tracemalloc.start()
+    found = interval(values, np.ones(20_000))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert found["high"] - found["low"] == pytest.approx(2 * 1.96 / 20_000**0.5, rel=0.15)
+    assert peak < 5e6, "all resamples are 160 MB"
+
+
+def test_no_tensor_has_the_logits_of_all_targets(monkeypatch):
+    monkeypatch.setattr("lora_engine.backends.chunk_rows", lambda *shape: 64)
+    model = tiny_llama(vocab_size=8192).eval()
+    examples = [Example([5] * 600, [True] * 600)]
+    logits = 599 * 8192
+    with largest_tensor() as ours:
+        score_examples(model, examples)
+    with largest_tensor() as theirs, torch.no_grad():
+        model(input_ids=torch.tensor([examples[0].input_ids]))
+    assert theirs[0] >= logits > 2 * ours[0], (ours, theirs, logits)
+
+
+@contextmanager
+def largest_tensor():
+    """[elements] of the largest that is made within it."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    found = [0]
+
+    class Watching(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            made = func(*args, **(kwargs or {}))
+            for one in made if isinstance(made, tuple | list) else [made]:
+                if isinstance(one, torch.Tensor) and not func.is_view:
+                    found[0] = max(found[0], one.numel())
+            return made
+
+    with Watching():
+        yield found
 
 
 def test_a_paired_difference_is_narrower_than_either():

@@ -12,7 +12,7 @@ import lora_engine
 from lora_engine.errors import UserError
 from lora_engine.export.adapter import read_adapter
 from lora_engine.export.merge import merge_folder
-from lora_engine.export.packed import dense_folder, load_packed, pack_folder
+from lora_engine.export.packed import Packing, dense_folder, load_packed, pack_folder
 from lora_engine.export.verify import TOLERANCES, compare, load_plain, packed_tolerance
 from lora_engine.models.quantized.linear import QuantizedLinear
 
@@ -48,7 +48,7 @@ def test_a_packed_merge_is_the_dense_merge_quantised(dense, adapter, tmp_path, f
     merged, packed = tmp_path / "merged", tmp_path / "packed"
     merged.mkdir(), packed.mkdir()
     merge_folder(dense, [(adapter, 1.0)], merged)
-    report = pack_folder(merged, packed, format)
+    report = pack_folder(merged, packed, Packing(format))
     plain, found = load_file(merged / "model.safetensors"), linears(load_packed(packed))
     assert len(found) == report.linears == 14
     errors = []
