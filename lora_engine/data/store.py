@@ -268,7 +268,7 @@ class StoreWriter:
         self._ends["group"].append(len(self._groups))
 
     def _add_sequence(self, sequence: Example) -> None:
-        self._ids.extend(sequence.input_ids)
+        self._ids.fromlist(sequence.input_ids)
         self._supervised += bytes(sequence.supervised)
         if sequence.columns:
             self._columns[len(self._ends["sequence"])] = dict(sequence.columns)

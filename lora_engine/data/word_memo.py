@@ -3,7 +3,8 @@
 A tokenizer of byte pairs cuts a text at a pattern and encodes each piece by itself. By the patterns
 that are known here a piece begins wherever a space and a letter of ASCII stand behind a character
 of ASCII that is no space. So a text may be cut there first, and what stands between two such
-places, a word as a rule, has the same tokens wherever it stands.
+places, a word as a rule, has the same tokens wherever it stands. The space, which is a word's first
+character, is left out of what words are kept by: the first one of a text has none.
 """
 
 import json
@@ -13,8 +14,8 @@ from itertools import chain
 from typing import Protocol
 
 _MOST = 100_000  # words that are kept, some 25 MB
-_LONGEST = 40  # characters of one that is
-_WORDS = re.compile("(?<=[!-~])(?= [A-Za-z])")
+_LONGEST = 40  # characters of one that is, the space before it included
+_GAP = re.compile(" (?<=[!-~] )(?=[A-Za-z])")  # begins with what a search looks for
 _END = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _UPPER, _LOWER = r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}", r"\p{Ll}\p{Lm}\p{Lo}\p{M}"
 # The patterns of GPT-2, of cl100k as Llama 3 and as Qwen have it, and of o200k.
@@ -78,6 +79,7 @@ class WordMemo:
         longest_first = sorted(self._ids, key=len, reverse=True)
         self._added = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
         self._begins = tuple({text[0] for text in self._ids})
+        self._first: dict[str, Sequence[int]] = {}
         self._known: dict[str, Sequence[int]] = {}
 
     def encode(self, text: str) -> list[int]:
@@ -94,17 +96,20 @@ class WordMemo:
 
     def _plain(self, text: str) -> list[int]:
         """Of a text without added tokens."""
-        words = _WORDS.split(text)
-        found = list(map(self._known.get, words))
+        first, *words = _GAP.split(text)
+        found = [self._first.get(first), *map(self._known.get, words)]
         if None in found:
             new = [i for i, ids in enumerate(found) if ids is None]
-            asked = [words[i] for i in new]
+            asked = [" " + words[i - 1] if i else first for i in new]
             made = self._backend.encode_batch_fast(asked, add_special_tokens=False)
-            for i, word, encoding in zip(new, asked, made, strict=True):
+            for i, encoding in zip(new, made, strict=True):
                 found[i] = encoding.ids
-                if len(word) <= _LONGEST and len(self._known) < _MOST:
-                    self._known[word] = encoding.ids
+                self._keep(words[i - 1] if i else first, encoding.ids, is_first=not i)
         return list(chain.from_iterable(filter(None, found)))
+
+    def _keep(self, word: str, ids: Sequence[int], *, is_first: bool) -> None:
+        if len(word) < _LONGEST and len(self._first) + len(self._known) < _MOST:
+            (self._first if is_first else self._known)[word] = ids
 
 
 def word_memo(backend: Backend, added: Mapping[int, _Added]) -> WordMemo | None:
@@ -127,7 +132,7 @@ def word_memo(backend: Backend, added: Mapping[int, _Added]) -> WordMemo | None:
 
 
 def _cuts_at_words(pre_tokenizer: Mapping[str, object]) -> bool:
-    """Whether each piece that it cuts begins where `_WORDS` does: nothing of it is unknown here."""
+    """Whether each piece that it cuts begins where `_GAP` is: nothing of it is unknown here."""
     steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
     cuts = bytes_ = 0
     for step in steps if isinstance(steps, list) else ():
