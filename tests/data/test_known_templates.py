@@ -3,6 +3,8 @@
 Most are the files that TRL brings, the others small ones of the same structure.
 """
 
+from pathlib import Path
+
 import pytest
 from known_turns import SHAPES, TOOLS, known_tokenizer, learned
 
@@ -280,6 +282,46 @@ def test_what_is_learned(name, shape):
         assert expected in str(refused.value)
     else:
         assert learned(tokenize(record, tokenizer), tokenizer) == expected
+
+
+def others() -> list[str]:
+    """The templates that TRL brings of which no expectation is written here."""
+    trl = pytest.importorskip("trl")
+    names = sorted(path.stem for path in Path(trl.__file__).parent.glob("chat_templates/*.jinja"))
+    return [name for name in names if name not in EXPECTED]
+
+
+@pytest.mark.slow
+def test_by_every_other_template_all_of_an_answer_is_learned_and_nothing_of_a_question():
+    learns = 0
+    for name in others():
+        tokenizer = known_tokenizer(name)
+        for shape, messages in SHAPES.items():
+            try:
+                example = tokenize(Record("messages", tuple(messages), origin="a:1"), tokenizer)
+            except Undecided as refused:
+                assert str(refused).startswith("a:1: the chat template "), (name, shape)
+                continue
+            stretches = learned(example, tokenizer)
+            text, position = "".join(stretches), 0
+            for said in answers(messages):
+                position = text.find(said, position)
+                assert position >= 0, (name, shape, said)
+            asked = [m["content"] for m in messages if m["role"] in ("user", "system")]
+            assert not any(len(said) > 1 and said in text for said in asked), (name, shape)
+            learns += 1
+    assert learns > 250
+
+
+def answers(messages) -> list[str]:
+    """What assistants say, and what they call with, but for the order of the two in one message."""
+    said: list[str] = []
+    for message in messages:
+        if message["role"] == "assistant":
+            calls = message.get("tool_calls", [])
+            said += [call["function"]["arguments"]["in"] for call in calls]
+            said += [message["content"]] if message["content"] and not calls else []
+    return said
 
 
 WRITE_TOOLS = {
