@@ -6,7 +6,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lora_engine.app.datasets import prepare_data
+from lora_engine.app.config import RunConfig
+from lora_engine.app.datasets import prepare_data, prepare_prompt_data
 from lora_engine.app.trained import Tell, Trained, check_base, find_trained, load_tokenizer_of
 from lora_engine.data import prepare
 from lora_engine.data.docstrings import docstring_records
@@ -167,6 +168,16 @@ def _packed(merged: Path, target: Path, packing: Packing) -> Packed:
     return packed
 
 
+def _held_out(
+    config: RunConfig, tokenizer: Any, adapters: Sequence[str]
+) -> tuple[str, list[list[int]]]:
+    """What the run held out: its examples, or the prompts that it would answer."""
+    read = prepare_prompt_data if config.writes else prepare_data
+    examples = read(config.data, tokenizer)[1]
+    own = [list(e.input_ids) for e in examples if e.adapter in ("", *adapters)]
+    return examples.name, own[:_ROWS]
+
+
 def heldout_rows(
     trained: Trained, base: Path, adapters: Sequence[str], data: str | None
 ) -> tuple[str, list[list[int]]]:
@@ -176,9 +187,12 @@ def heldout_rows(
     """
     tokenizer = load_tokenizer_of(trained, base)
     if data is None and trained.config is not None:
-        examples = prepare_data(trained.config.data, tokenizer)[1]
-        own = [list(e.input_ids) for e in examples if e.adapter in ("", *adapters)]
-        return f"{examples.name}", own[:_ROWS]
+        try:
+            return _held_out(trained.config, tokenizer, adapters)
+        except UserError as error:
+            raise UserError(
+                f"the rows that the run held out: {error}; or give --data to compare on others"
+            ) from error
     if data is None or data == "docstrings":
         texts = [record.messages[0]["content"] for record in docstring_records()[:_ROWS]]
         return "docstrings", [tokenizer.encode(str(text)) for text in texts]

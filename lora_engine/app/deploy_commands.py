@@ -144,6 +144,7 @@ def evaluate(
         str | None,
         typer.Option("--adapter", metavar="FOLDER", help="Measured beside MODEL without it."),
     ] = None,
+    base: Base = None,
     choices: Annotated[
         bool, typer.Option("--choices", help="The rows are questions with choices.")
     ] = False,
@@ -181,6 +182,7 @@ def evaluate(
         model,
         data=data,
         adapter=adapter,
+        base=base,
         choices=choices,
         group=group,
         metrics=metric or [],

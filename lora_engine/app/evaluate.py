@@ -55,6 +55,7 @@ def evaluate(
     *,
     data: str | None = None,
     adapter: str | None = None,
+    base: str | None = None,
     choices: bool = False,
     group: str | None = None,
     metrics: Sequence[str] = (),
@@ -69,7 +70,7 @@ def evaluate(
     """Loss, perplexity and accuracy on `data`, and metrics of what the model writes.
 
     model: as `load_model` takes it, or a run's folder, whose base and adapter are then meant.
-    data: None: what the run held out.
+    data: None: what the run held out. base: where the run's is now.
     choices: the rows are questions with choices (`read_questions`), of which it is measured how
     often the right one is the likeliest. group: a column of the data. metrics: names of
     `metrics.METRICS`, or "module:function" of a function of answers and references; `answers`
@@ -84,7 +85,7 @@ def evaluate(
             "the two"
         )
     chosen = {name: metric_of(name) for name in metrics}
-    source, trained = _model_and_adapter(model, adapter)
+    source, trained = _model_and_adapter(model, adapter, base)
     held_out = None
     if data is None:
         held_out = _held_out_of(model, trained, choices, group)
@@ -283,9 +284,13 @@ def _share(found: Mapping[str, float]) -> str:
     return f"{found['value']:.1%} ({found['low']:.1%} to {found['high']:.1%})"
 
 
-def _model_and_adapter(model: str, adapter: str | None) -> tuple[str, Trained | None]:
+def _model_and_adapter(
+    model: str, adapter: str | None, base: str | None
+) -> tuple[str, Trained | None]:
     """What is to be loaded, and the folder that was named, with one adapter or with none."""
-    trained = trained_or_model(model, None) if adapter is None else find_trained(adapter, model)
+    if adapter is not None and base is not None:
+        raise UserError(f"--base {base}: --adapter has {model} as its base; give one of the two")
+    trained = trained_or_model(model, base) if adapter is None else find_trained(adapter, model)
     if trained is None:
         return model, None
     if not trained.adapters:

@@ -176,6 +176,9 @@ def _gguf(
     text = modelfile(path.name, tokenizer, stops)
     (target / "Modelfile").write_text(text, encoding="utf-8")
     report: dict[str, Any] = {"type": kind, "types": written.types}
+    if rows:
+        tensor, lost = gguf.check_values(path, MergedWeights(folder, chosen), config)
+        report["farthest"] = {"tensor": tensor, "lost": lost}
     if rows and llama_cpp.is_installed():
         exact = None
         if kind != "f32":
@@ -248,8 +251,25 @@ def _verified(
         beside = llama_cpp.compare_file(exact, of_file, rows)
         verified["exact"] = asdict(beside)
         _check_share(beside.top1, llama_cpp.TOP1_EXACT, "the file's weights in float32")
+        _check_exact(beside)
+    elif kind == "f32":
+        _check_exact(found)
     _check_share(found.top1, llama_cpp.TOP1[kind], kind)
+    decided = llama_cpp.TOP1_DECIDED.get(kind, 0.0)
+    _check_share(found.top1_decided, decided, f"{kind} where it is no near tie")
     return verified
+
+
+def _check_exact(beside: llama_cpp.Likeliest) -> None:
+    """Of weights in float32: what is left is the order of sums, which moves no likeliest token but
+    of near ties."""
+    if beside.top1_decided < 1 or beside.logprob > llama_cpp.LOGPROB_EXACT:
+        raise UserError(
+            "llama.cpp computes something else with the file's weights in float32: "
+            f"log-probabilities are {beside.logprob:.2g} nats off, at most "
+            f"{llama_cpp.LOGPROB_EXACT:g} are usual, and the likeliest token agrees at "
+            f"{beside.top1_decided:.1%} where it is no near tie; use --format hf"
+        )
 
 
 def _check_share(found: float, usual: float, what: str) -> None:

@@ -20,6 +20,8 @@ from lora_engine.models.load.transformers_files import quiet_transformers, reada
 from lora_engine.training.run.folder import RunFolder
 
 Tell = Callable[[str], None]
+# PEFT's names of what has no language model's head.
+_OTHER_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "SEQ_2_SEQ_LM")
 
 
 @dataclass(frozen=True)
@@ -38,11 +40,16 @@ class Trained:
     @property
     def base_folder(self) -> Path:
         """The base as a model folder. Raises UserError if it cannot be had."""
-        resolved = resolve_source(self.base)
-        if isinstance(resolved, Path):
-            dtype = DTYPES.get(self.config.model.dtype if self.config else "", torch.float32)
-            return converted_gguf(resolved, dtype)
-        return Path(resolved) if Path(resolved).is_dir() else _of_the_hub(self.base)
+        try:
+            resolved = resolve_source(self.base)
+            if isinstance(resolved, Path):
+                dtype = DTYPES.get(self.config.model.dtype if self.config else "", torch.float32)
+                return converted_gguf(resolved, dtype)
+            return Path(resolved) if Path(resolved).is_dir() else _of_the_hub(self.base)
+        except UserError as error:
+            raise UserError(
+                f"the base of {self.folder}: {error}; give where it is now with --base"
+            ) from error
 
     @property
     def packing(self) -> Packing | None:
@@ -117,9 +124,15 @@ def read_adapter_base(folder: Path) -> str:
 
 
 def check_base(base: Path, adapters: Sequence[tuple[Adapter, float]]) -> None:
-    """Raises UserError if an adapter says that it was trained on another model than `base`."""
+    """Raises UserError if an adapter says that it was trained on another model than `base`, or that
+    it is no language model's."""
     found = base_of_folder(base)
     for adapter, _ in adapters:
+        if (task := adapter.settings.get("task_type")) in _OTHER_TASKS:
+            raise UserError(
+                f"{adapter.folder}: its task_type is {task}, a model that writes no text, as a "
+                "reward model; give the run or the adapter of a language model"
+            )
         trained_on = read_base(adapter.folder)
         difference = trained_on and how_they_differ(trained_on, found)
         if difference:

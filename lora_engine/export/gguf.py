@@ -45,6 +45,19 @@ TYPES = {
 _K = ("Q4_K", "Q5_K", "Q6_K")
 # For rows that are no whole number of blocks of 256, which small models alone have.
 _INSTEAD = "Q8_0"
+# The most of |w| that a tensor's values can be off by, root mean squares: of codes with a scale for
+# each block, half a step where a block is one large value, |w| sqrt(block), and small ones between
+# two codes. Usual weights lose a third of it.
+_LOSES = {
+    "F32": 1e-6,
+    "F16": 1e-3,
+    "BF16": 4e-3,
+    "Q8_0": 0.023,
+    "Q6_K": 0.08,
+    **dict.fromkeys(("Q5_K", "Q5_0", "Q5_1"), 0.18),
+    **dict.fromkeys(("Q4_K", "Q4_0", "Q4_1"), 0.36),
+    "MXFP4": 0.4,
+}
 _FINE = {"F32", "F16", "BF16", "Q8_0", "Q6_K"}
 
 
@@ -210,6 +223,35 @@ def write_gguf_adapter(adapter: "Adapter", config: Any, path: Path, *, name: str
     return Written(path, {"F32": len(planned)})
 
 
+def check_values(path: Path, weights: MergedWeights, config: Any) -> tuple[str, float]:
+    """The tensor of the GGUF file `path` that is farthest from the weights that it was written of,
+    by what its type may lose, and how far: |file - weights| / |weights|, root mean squares.
+
+    One tensor is in memory at once. Raises UserError for one that is farther than its type loses of
+    any weights.
+    """
+    import gguf
+
+    unpacked, worst, farthest = _Unpacked(path), ("", 0.0), 0.0
+    family = family_of(config)
+    mapped = gguf.get_tensor_name_map(_architecture(family.architecture), config.num_hidden_layers)
+    for source in weights.names():
+        name = mapped.get_name(source, try_suffixes=(".weight", ".bias"))
+        if name is None or name not in unpacked:  # a head that is the embedding
+            continue
+        own, kind = _stored(weights, source, config).double(), unpacked.kind(name)
+        off = (unpacked.values(name).reshape(own.shape).double() - own).norm()
+        lost = float(off / own.norm()) if off else 0.0
+        if not lost <= _LOSES[kind]:
+            raise UserError(
+                f"tensor {name}: its {kind} values are {lost:.2%} off the weights, "
+                f"{_LOSES[kind]:.2%} at most are the type's; use --type bf16, or --format hf"
+            )
+        if lost / _LOSES[kind] > farthest:
+            worst, farthest = (name, lost), lost / _LOSES[kind]
+    return worst
+
+
 def put_values(path: Path, model: Any) -> None:
     """Puts the values of the GGUF file `path` into the weights of transformers' `model`, which it
     was written of. A head that the file has apart from the embedding is so in the model too."""
@@ -237,6 +279,9 @@ class _Unpacked:
 
     def __contains__(self, name: str) -> bool:
         return name in self._tensors
+
+    def kind(self, name: str) -> str:
+        return str(self._tensors[name].tensor_type.name)
 
     def values(self, name: str) -> Tensor:
         import gguf

@@ -28,8 +28,11 @@ TOP1 = {
     **dict.fromkeys(("q4_k", "q4_1", "q4_0"), 0.65),
     "mxfp4": 0.5,
 }
+# The same where the adapter on is decided: what these types lose moves near ties alone.
+TOP1_DECIDED = {"f32": 0.99, "f16": 0.99, "bf16": 0.97, "q8_0": 0.97}
 # And of llama.cpp with the file's weights in float32 beside transformers with them: but for ties.
 TOP1_EXACT = 0.98
+LOGPROB_EXACT = 0.01  # mean, in nats; of SmolLM2 it is 0.0001
 POSITIONS = 200
 WRITTEN = 24  # tokens of a greedy text
 # Nats between the two likeliest tokens from which on a position is decided. llama.cpp rounds

@@ -203,6 +203,11 @@ def _changes(
                 raise UserError(_unfit(base, adapter, name, expected, shape))
             changes.setdefault(stored, []).append(_Change(weight, low_rank=layer))
             if layer.bias is not None:
+                if _stored_name(f"{module}.bias", shards) is None:
+                    raise UserError(
+                        f"{adapter.folder}: adds a bias to {module} (lora_bias), which has none in "
+                        f"{base}, nor a place for one; use the adapter beside its base"
+                    )
                 stored = place(f"{module}.bias", adapter)
                 added = layer.bias.float() * layer.scaling
                 changes.setdefault(stored, []).append(_Change(weight, added=added))

@@ -131,6 +131,15 @@ def test_a_whole_model_is_measured_on_what_its_run_held_out(finished, capfd):
     assert "difference" not in report
 
 
+def test_a_base_that_was_moved_is_given_anew(finished, capfd):
+    (finished / "tiny").rename(finished / "elsewhere")
+    status, _, told = run(capfd, "evaluate", "run")
+    assert status == MISTAKE and "the base of run/adapter: " in told and "with --base" in told
+    assert run(capfd, "evaluate", "run", "--base", "elsewhere")[0] == 0
+    status, _, told = run(capfd, "evaluate", "elsewhere", "--adapter", "run", "--base", "a")
+    assert status == MISTAKE and "--base a: --adapter has elsewhere as its base" in told
+
+
 def test_records_that_are_left_out_are_told(finished, capfd):
     rows = '{"prompt": "a", "completion": ""}\n{"prompt": "a", "completion": "b"}\n'
     (finished / "held.jsonl").write_text(rows)
@@ -168,9 +177,18 @@ def other_base(folder: Path) -> None:
     save_tiny_model(folder / "tiny", seed=1)
 
 
+def of_a_reward_model(folder: Path) -> None:
+    """As PEFT has it of one without a head of its own, which any model would load."""
+    path = folder / "run/adapter/adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "task_type": "SEQ_CLS"}))
+
+
 PAIR = '{"prompt": "a", "chosen": "b", "rejected": "c"}\n'
 JUDGED = '{"prompt": "a", "completion": "b", "label": true}\n'
 MISTAKES = [
+    Try("a reward model", ["evaluate", "run", "--data", "rows.jsonl"],
+        ["run/adapter: its task_type is SEQ_CLS, a model that writes no text"],
+        prepare=of_a_reward_model),
     Try("pairs", ["evaluate", "tiny", "--data", "pairs.jsonl"],
         ["pairs.jsonl:1: is a record of preferences", "give --data"],
         files={"pairs.jsonl": PAIR * 2}),

@@ -103,6 +103,7 @@ def test_what_a_gguf_type_loses_is_told_apart_from_what_llama_cpp_rounds(place, 
     exact, weights = verified["exact"], verified["weights"]
     assert exact["top1"] >= 0.99 and exact["top1_decided"] == 1.0 and exact["logprob"] < 0.01
     assert weights["positions"] == exact["positions"] == verified["positions"]
+    assert 0 < report_of(place)["farthest"]["lost"] < 1e-3
     assert 0 < weights["logprob"] < 0.1
     assert not (place / "out/exact.gguf").exists()
 
@@ -112,6 +113,52 @@ def test_weights_that_llama_cpp_takes_for_others_are_refused(place, capfd, monke
     monkeypatch.setattr("lora_engine.export.gguf.restored", lambda name, tensor, config: tensor)
     status, _, told = export(capfd, "gguf", "--type", "f16")
     assert status == 2 and "are usual for the file's weights in float32" in told
+    assert not (place / "out").exists()
+
+
+def of_another(setting, value):
+    """Settings of a model that has another value there."""
+    add = gguf.add_settings
+
+    def added(writer, config, file_type):
+        other = type(config)(**{**config.to_dict(), setting: value})
+        add(writer, other, file_type)
+
+    return "add_settings", added
+
+
+def of_one_tensor(change):
+    """Values of one of the file's tensors that are changed."""
+    encode = gguf.encode
+
+    def encoded(tensor, kind, name):
+        return encode(change(tensor) if name == "blk.1.ffn_up.weight" else tensor, kind, name)
+
+    return "encode", encoded
+
+
+# Of a wrong export, what it changes: the likeliest token hardly says so of the first two.
+FAULTS = {
+    "one matrix is 4 % too large": (lambda: of_one_tensor(lambda w: 1.04 * w), "values are 4"),
+    "rows of it are exchanged": (
+        lambda: of_one_tensor(lambda w: w.roll(1, 0)),
+        "% off the weights",
+    ),
+    "another rms_norm_eps": (lambda: of_another("rms_norm_eps", 0.05), "in float32"),
+    "another base of the rotation": (
+        lambda: of_another("rope_parameters", {"rope_type": "default", "rope_theta": 500.0}),
+        "in float32",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_file_that_is_wrong_anywhere_is_not_put_in_place(place, capfd, monkeypatch, fault):
+    pytest.importorskip("xllamacpp")
+    make, words = FAULTS[fault]
+    monkeypatch.setattr(gguf, *make())
+    status, _, told = export(capfd, "gguf", "--type", "q8_0")
+    assert status == MISTAKE and words in told, told
     assert not (place / "out").exists()
 
 

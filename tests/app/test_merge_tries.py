@@ -70,6 +70,19 @@ def test_an_adapter_that_was_left_half_written_is_none(finished, capfd):
     assert report["adapters"] == {"one": 1.0}
 
 
+def test_a_run_of_rewards_is_compared_on_the_prompts_that_it_held_out(finished, capfd):
+    rows = "".join(json.dumps({"prompt": f"say {i}", "answer": str(i)}) + "\n" for i in range(9))
+    (finished / "rows.jsonl").write_text(rows)
+    config = finished / "run/config.yaml"
+    text = config.read_text().replace("objective: sft", "objective: grpo")
+    config.write_text(text.replace("rewards: null", "rewards: [exact_match]"))
+    status, printed, told = run(capfd, "merge", "run", "--to", "merged")
+    assert status == 0 and "of rows.jsonl, held out" in printed, told
+    (finished / "rows.jsonl").unlink()
+    status, _, told = run(capfd, "merge", "run", "--to", "other")
+    assert status == 2 and "no such file" in told and "or give --data to compare on others" in told
+
+
 def test_the_chosen_adapter_s_tokenizer_reads_the_rows(finished, capfd):
     """Adapters in one folder may be of different runs."""
     for name in ("one", "two"):

@@ -290,6 +290,14 @@ def test_another_base_is_refused_by_its_shapes(bases, tmp_path):
         merge_folder(low, [(adapter, 1.0)], tmp_path)
 
 
+def test_a_bias_where_the_base_has_none_is_told(bases, tmp_path):
+    adapter = save_adapter(bases["tied"], tmp_path / "a", target_modules=LINEARS, lora_bias=True)
+    with pytest.raises(
+        UserError, match=r"a: adds a bias to model\.\S+ \(lora_bias\), which has none"
+    ):
+        merge_folder(bases["tied"], [(read_adapter(adapter), 1.0)], tmp_path)
+
+
 def broken(folder, **changes):
     """The adapter in `folder` with other settings."""
     path = folder / "adapter_config.json"
