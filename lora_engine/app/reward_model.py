@@ -18,6 +18,7 @@ from lora_engine.evaluation.batch_loss import target_scores
 from lora_engine.evaluation.modes import inference
 from lora_engine.export.loading import load_adapter
 from lora_engine.models.attach.accelerate import accelerate
+from lora_engine.models.attach.head import positions_of
 from lora_engine.models.load.origin import base_of, how_they_differ, read_base, sha256_of
 from lora_engine.models.load.scalar import with_scalar_head
 from lora_engine.objectives.reward import Reward as RewardObjective
@@ -28,7 +29,7 @@ class RewardModel:
     """A scalar head's value at the last token of a prompt and its completion.
 
     model: a sequence classifier with one label, of the policy's vocabulary. settings: what tells
-    its weights from others, for `Reward.settings`.
+    its weights from others, for `Reward.settings`. positions: the tokens that it was made for.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class RewardModel:
     ) -> None:
         self.model, self.tokens_per_batch = model, tokens_per_batch
         self.settings = settings or {}
+        self.positions = positions_of(model)
 
     def __call__(
         self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]

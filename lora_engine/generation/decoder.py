@@ -113,12 +113,11 @@ class CachedDecoder:
             else:
                 hidden.append(self._read_by_rows(self._stack, *part))
         place = sorted(range(len(prompts)), key=order.__getitem__)
-        rows = 1 if self._stack is None else self._stack.rows
-        head = self.layers.head()
+        head, rows = self.layers.head(), self._plan.rows or 1
         return torch.cat([_logits(head, few) for few in torch.cat(hidden)[place].split(rows)])
 
     def decode(self, states: Sequence[Text], tokens: Sequence[int]) -> Tensor:
-        most = self._stack.rows if self._stack is not None else max(len(states), 1)
+        most = self._plan.rows or max(len(states), 1)
         hidden = [
             self._decode(states[first : first + most], tokens[first : first + most])
             for first in range(0, len(states), most)
@@ -159,7 +158,7 @@ class CachedDecoder:
             if i == first:
                 continue
             long = self._is_long(length)
-            fits = tokens <= self._plan.prompt_tokens if long else self._stack is not None
+            fits = self._stack is not None and (not long or tokens <= self._plan.prompt_tokens)
             if not fits or long != self._is_long(lengths[first]):
                 yield first, i
                 first, tokens = i, length

@@ -12,8 +12,11 @@ from lora_engine.app.config import load_config
 from lora_engine.app.config_yaml import shipped_configs
 from lora_engine.app.finetune import examine_data
 from lora_engine.app.objectives import ONLINE, objective_of
+from lora_engine.app.reward_model import made_rewards
 from lora_engine.errors import UserError
 from lora_engine.objectives import GRPO, PPO
+from lora_engine.testing import byte_tokenizer
+from lora_engine.training.online.named import rewards_of
 
 REWARDS = """
 def vowels(completions):
@@ -114,6 +117,8 @@ def test_a_reward_model_judges(online, settings):
     values = {line["rewards"]["judge"] for line in lines}
     assert len(values) > 3
     assert all(line["reward"] == 0.5 * line["rewards"]["judge"] for line in lines)
+    (judge,) = made_rewards(["judge"], byte_tokenizer(), "cpu")
+    assert rewards_of([judge])[0].positions == 512
 
 
 def test_a_broken_reward_model_is_one_line(online, settings, tmp_path):

@@ -152,14 +152,58 @@ def test_logprobs_are_those_of_the_model(llama: nn.Module) -> None:
             assert torch.allclose(torch.tensor(one.logprobs), expected, atol=1e-5)
 
 
+# How a model's products are made: its class, and what LoRA has beside a rank.
+ADAPTERS: dict[str, dict[str, object]] = {
+    "lora": {},
+    "qwen3": {},
+    "window": {},
+    "two": {},
+    "biased": {"lora_bias": True},
+    "dora": {"use_dora": True},
+    "head and embedding": {"target_modules": ["q_proj", "lm_head", "embed_tokens"]},
+    "nf4": {},
+    "nf4 dora": {"use_dora": True},
+    "int8": {},
+    "base": {},
+    "whole": {},
+}
+
+
+def of_kind(kind: str, dtype: torch.dtype) -> nn.Module:
+    """An accelerated model with products of that kind."""
+    model = made(MODELS.get(kind, MODELS["llama"])(), lora=False).to(dtype)
+    if kind.startswith(("nf4", "int8")):
+        lora_engine.quantize_model(model, kind.split()[0])
+    if kind == "base":
+        model.requires_grad_(False)
+    elif kind != "whole":
+        common = {"r": 4, "init_lora_weights": False, "target_modules": "all-linear"}
+        config = peft.LoraConfig(**{**common, **ADAPTERS[kind]})
+        model = peft.get_peft_model(model, config, autocast_adapter_dtype=False)
+        if kind == "two":
+            model.add_adapter("second", peft.LoraConfig(**{**common, "r": 3}))
+            model.base_model.set_adapter(["default", "second"])
+    for name, parameter in model.named_parameters():
+        if "lora_B.default.bias" in name:
+            nn.init.normal_(parameter)
+    lora_engine.accelerate(model.eval())
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ADAPTERS)
 def test_a_continuation_is_the_same_to_the_bit_whatever_is_written_beside(
-    llama: nn.Module,
+    kind: str, dtype: torch.dtype
 ) -> None:
+    model = of_kind(kind, dtype)
     request = Request(tuple(PROMPTS[2]), DRAWN, count=3)
-    (alone,) = Generator(llama, max_batch=1).run([request])
     others = [Request(tuple(p), GREEDY, count=2) for p in PROMPTS]
-    beside = Generator(llama, max_batch=7).run([*others, request, *others])[len(others)]
-    assert alone == beside
+    with inference(model):
+        (alone,) = Generator(model, max_batch=1).run([request])
+        assert Generator(model).batched
+        for most in (7, 40):
+            beside = Generator(model, max_batch=most).run([*others, request, *3 * others])
+            assert alone == beside[len(others)], most
     assert len({one.token_ids for one in alone}) == 3
 
 
@@ -235,8 +279,7 @@ def test_passes_of_prompts_hold_what_they_may(llama: nn.Module) -> None:
     def passes() -> list[list[int]]:
         return [lengths[first:last] for first, last in decoder._passes(lengths)]
 
-    decoder._stack = None
-    assert passes() == [[10], [3], [20, 30], [1], [51], [11, 39], [12], [9]]
+    assert passes() == [[length] for length in lengths]
     decoder.prompt(5)  # the first one: the layers' calls are prepared
     if decoder._stack is not None:
         assert passes() == [[10, 3], [20, 30], [1], [51], [11, 39], [12], [9]]

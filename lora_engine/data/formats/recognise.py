@@ -232,5 +232,7 @@ def _has(fields: Fields) -> str:
 def _unknown(fields: Fields, layout: Layout) -> str:
     if layout.columns or layout.template:
         return f"is of no known format with data.columns and data.template applied; {_has(fields)}"
+    if "prompt" in fields and is_empty(fields["prompt"]):
+        return "the prompt is empty; give some text"
     said = f"is of no known format: {_has(fields)}"
     return f"{said}; {hint(fields)}" if fields else said

@@ -73,12 +73,12 @@ class Head:
         hidden: Tensor,  # [..., H]
     ) -> Tensor:
         """The logits [..., V] that the loss is taken of, in hidden's dtype."""
-        logits = ops.linear_few_rows(hidden, self.weight, self.bias)
+        logits = ops.linear_few_rows(hidden, self.weight, self.bias, self.lora)
         if logits is None:
             logits = nn.functional.linear(hidden, self.weight, self.bias)
-        if self.lora is not None:
-            lora_a, lora_b = (x.to(hidden.dtype) for x in (self.lora.lora_a, self.lora.lora_b))
-            logits = logits + self.lora.scaling * (hidden @ lora_a.t()) @ lora_b.t()
+            if self.lora is not None:
+                lora_a, lora_b = (x.to(hidden.dtype) for x in (self.lora.lora_a, self.lora.lora_b))
+                logits = logits + self.lora.scaling * (hidden @ lora_a.t()) @ lora_b.t()
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         return logits
@@ -90,6 +90,13 @@ def transformers_model(model: nn.Module) -> CausalLm:
         return cast(PeftCausalLm, model).get_base_model()
     tuner = peft_tuner(model)
     return cast(CausalLm, model) if tuner is None else tuner.model
+
+
+def positions_of(model: nn.Module) -> int | None:
+    """How many tokens the model was made for; None where its configuration does not say."""
+    config = transformers_model(model).config.get_text_config()
+    positions: int | None = getattr(config, "max_position_embeddings", None)
+    return positions
 
 
 def peft_tuner(model: nn.Module) -> PeftTuner | None:

@@ -157,7 +157,7 @@ class LinearGroup:
             raise UserError(f"rows cannot be routed by adapter through a layer on PEFT: {problem}")
         if self.inside:
             return tuple(forward(x) for forward in self.forwards)
-        return tuple(module(x) for module in self.modules)  # hooks run in a module's call
+        return tuple(_called(module, x) for module in self.modules)
 
     def _warn(self, message: str) -> None:
         if not self._warned:
@@ -202,6 +202,16 @@ def _why_not_placed(modules: Iterable[nn.Module], patches: Patches) -> str | Non
     if any(patches.places(base_layer(module).weight) for module in modules):
         return "it shares its weight with another layer"
     return None
+
+
+def _called(module: nn.Module, x: Tensor) -> Tensor:
+    """A module's call, in which hooks run; of few rows a plain linear is one product of ours."""
+    if type(module) is nn.Linear and not (lora_state.hooks_everywhere() or are_altered([module])):
+        y = ops.linear_few_rows(x, module.weight, module.bias)
+        if y is not None:
+            return y
+    result: Tensor = module(x)
+    return result
 
 
 class SingleLinear(ReplacedForward):

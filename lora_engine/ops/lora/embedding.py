@@ -6,8 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lora_engine.backends.products import multiply
 from lora_engine.ops.augmented import operand
-from lora_engine.ops.tensors import check, shape_of, without_autocast
+from lora_engine.ops.lora import few_rows
+from lora_engine.ops.tensors import check, is_observed, shape_of, without_autocast
 from lora_engine.values import LoraFactors
 
 
@@ -25,8 +27,8 @@ def lora_embedding(
     The adapters' lora_a are [r, V] and lora_b [H, r] (PEFT's lora_embedding_A and _B); both get
     gradients, the weight none. `routes` gives each id the adapter with that number and no other.
     The row of A for `padding_idx` gets no gradient, as in torch's embedding.
-    The gathers are torch's, on every device; the product adds onto the gathered rows, so that
-    neither `scaling` nor the sum costs a pass.
+    The gathers are torch's, on every device; with gradients the product adds onto the gathered
+    rows, so that neither `scaling` nor the sum costs a pass.
 
     Raises ValueError where an adapter does not fit the weight.
     """
@@ -44,6 +46,11 @@ def lora_embedding(
         s = F.embedding(flat, factors.lora_a.t(), padding_idx)
         if routes is not None:
             s = s * (routes.reshape(-1) == factors.adapter)[:, None]
-        lora_b = operand(factors.lora_b).t().to(out.dtype)
-        out = torch.addmm(out, s.to(out.dtype), lora_b, alpha=factors.scaling)
+        s, lora_b = s.to(out.dtype), operand(factors.lora_b).to(out.dtype)
+        if is_observed():
+            out = torch.addmm(out, s, lora_b.t(), alpha=factors.scaling)
+            continue
+        s = s * factors.scaling
+        few = few_rows.linear(s, lora_b, None)
+        out = multiply(out, s, lora_b.t(), out) if few is None else out + few
     return out.view(*ids.shape, weight.shape[1])

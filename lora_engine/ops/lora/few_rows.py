@@ -2,9 +2,11 @@
 
 The vendor's product packs the whole weight at every call, which takes longer than reading it, and
 the adapters' factors would be placed anew. Kernels for few rows (`lora_contracts.FewRows`) read the
-weight once, where it is resident, and A and B from the tensors of the group's adapters.
+weight once, where it is resident or decoded, and A and B from the tensors of the group's adapters.
+A row's result is the same to the bit beside any others; a vendor's depends on how many there are.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,8 +17,11 @@ from lora_engine import backends
 from lora_engine.backends import launchers
 from lora_engine.backends.lora_contracts import FewRows
 from lora_engine.backends.lora_parts import GroupAdapter, GroupLinear
+from lora_engine.ops.lora.base import BaseWeight
+from lora_engine.ops.lora.dora import magnitude_scale
 from lora_engine.ops.lora.group import LoraGroup
 from lora_engine.ops.tensors import as_rows, is_observed
+from lora_engine.values import LoraFactors
 
 
 def kernels_for(x: Tensor, *groups: LoraGroup, impl: str | None = None) -> FewRows | None:
@@ -40,18 +45,23 @@ def lora_linear(
 ) -> Tensor:
     """The group's outputs [M, N] side by side, `residual` added, by what `kernels_for` found."""
     x, prepared = as_rows(x), _prepared(kernels, group)
-    y = x.new_empty(x.shape[0], prepared.weight.shape[0])
+    y = x.new_empty(x.shape[0], sum(group.out_features))
     prepared(x, y, residual)
     return y
 
 
 class PreparedGroup(NamedTuple):
-    """A group's tensors as the kernel takes them: those that it had when it was prepared."""
+    """A group's tensors as the kernel takes them: those that it had when it was prepared.
+
+    scale: DoRA's, of the values at that time. bias: what is added after it.
+    """
 
     kernels: FewRows
-    weight: Tensor  # [N, K]
+    base: BaseWeight
     linears: list[GroupLinear]
     adapters: list[GroupAdapter]
+    scale: Tensor | None  # [N]
+    bias: Tensor | None  # [N]
 
     def __call__(
         self,
@@ -60,7 +70,23 @@ class PreparedGroup(NamedTuple):
         residual: Tensor | None = None,  # [M, N]
     ) -> None:
         """Writes the group's outputs, `residual` added."""
-        self.kernels.lora_linear_few_rows(x, self.weight, self.linears, self.adapters, y, residual)
+        if self.scale is None:
+            self._products(x, y, residual)
+            return
+        self._products(x, y, None)
+        y.mul_(self.scale)
+        for addend in (self.bias, residual):
+            if addend is not None:
+                y.add_(addend)
+
+    def _products(self, x: Tensor, y: Tensor, residual: Tensor | None) -> None:
+        multiply, weight = self.kernels.lora_linear_few_rows, self.base.resident
+        if weight is not None:
+            multiply(x, weight, self.linears, self.adapters, y, residual)
+            return
+        for rows, block in self.base.blocks():
+            added = None if residual is None else residual[:, rows]
+            multiply(x, block, *_part(self.linears, self.adapters, rows), y[:, rows], added)
 
 
 def prepare(group: LoraGroup, rows: int) -> PreparedGroup | None:
@@ -71,29 +97,57 @@ def prepare(group: LoraGroup, rows: int) -> PreparedGroup | None:
 
 
 def _prepared(kernels: FewRows, group: LoraGroup) -> PreparedGroup:
-    weight, blocks = group.base.resident, group.adapters.blocks
-    assert weight is not None
+    adapters, biases = group.adapters, list(group.biases)
+    blocks, dora, after = adapters.blocks, magnitude_scale(group.base, adapters), None
+    if adapters.has_bias:
+        biases = list(group.bias(adapters).split(group.out_features))
+    if dora is not None and any(bias is not None for bias in biases):
+        biases, after = [None] * len(biases), group.bias(adapters)
     counts = [0] * len(group.out_features)
     for block in blocks:
         counts[block.linear] += 1
-    linears = zip(group.out_features, group.biases, counts, strict=True)
+    linears = zip(group.out_features, biases, counts, strict=True)
     factors = [block.factors for block in blocks]
     return PreparedGroup(
         kernels=kernels,
-        weight=weight,
+        base=group.base,
         linears=[GroupLinear(rows=rows, bias=bias, adapters=own) for rows, bias, own in linears],
         adapters=[
             GroupAdapter(lora_a=f.lora_a, lora_b=f.lora_b, scaling=f.scaling) for f in factors
         ],
+        scale=None if dora is None else dora.scale,
+        bias=after,
     )
+
+
+def _part(
+    linears: Sequence[GroupLinear], adapters: Sequence[GroupAdapter], rows: slice
+) -> tuple[list[GroupLinear], list[GroupAdapter]]:
+    """What of a group's linears, and of their adapters, stands in these rows of its weight."""
+    own: list[GroupLinear] = []
+    theirs: list[GroupAdapter] = []
+    start = taken = 0
+    for linear in linears:
+        first, last = max(rows.start - start, 0), min(rows.stop - start, linear.rows)
+        if first < last:
+            bias = None if linear.bias is None else linear.bias[first:last]
+            own.append(GroupLinear(rows=last - first, bias=bias, adapters=linear.adapters))
+            theirs += [
+                adapter._replace(lora_b=adapter.lora_b[first:last])
+                for adapter in adapters[taken : taken + linear.adapters]
+            ]
+        start, taken = start + linear.rows, taken + linear.adapters
+    return own, theirs
 
 
 def linear(
     x: Tensor,  # [..., K]
     weight: Tensor,  # [N, K]
     bias: Tensor | None,  # [N]
+    lora: LoraFactors | None = None,
 ) -> Tensor | None:
-    """`torch.nn.functional.linear`; None where it is not for this kernel."""
+    """`torch.nn.functional.linear`, with a low-rank product added; None where it is not for this
+    kernel."""
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.dtype != torch.get_autocast_dtype(device):
         return None
@@ -104,13 +158,20 @@ def linear(
     impl = backends.few_rows_impl(_rows(x), x.device, x.dtype)
     if impl is None or not _is_readable(weight, x.device, impl):
         return None
-    outer = weight.shape[0]
-    if not _fits(bias, outer, x):
+    outer, inner = weight.shape
+    if not _fits(bias, outer, x.device, x.dtype):
         return None
+    adapters = []
+    if lora is not None:
+        if lora.magnitude is not None or lora.bias is not None:
+            return None
+        if not _are_plain(lora, outer, inner, x.device, impl):
+            return None
+        adapters.append(GroupAdapter(lora.lora_a, lora.lora_b, lora.scaling))
     rows = as_rows(x)
     y = x.new_empty(rows.shape[0], outer)
-    linears = [GroupLinear(rows=outer, bias=bias, adapters=0)]
-    launchers.few_rows(impl).lora_linear_few_rows(rows, weight, linears, [], y)
+    linears = [GroupLinear(rows=outer, bias=bias, adapters=len(adapters))]
+    launchers.few_rows(impl).lora_linear_few_rows(rows, weight, linears, adapters, y)
     return y.view(*x.shape[:-1], outer)
 
 
@@ -127,23 +188,31 @@ def _implementation(
 
 
 def _is_plain(group: LoraGroup, device: torch.device, impl: str) -> bool:
-    """Whether W and the adapters, low-rank products alone, are tensors that the kernel can read."""
-    weight = group.base.resident
-    if weight is None or not _is_readable(weight, device, impl):
+    """Whether the kernel can read W, as it is or as it is decoded, and all else."""
+    base, inner = group.base, group.in_features
+    weight = base.resident
+    if base.device != device or not (weight is None or _is_readable(weight, device, impl)):
         return False
     for block in group.adapters.blocks:
-        factors = block.factors
-        a, b = factors.lora_a, factors.lora_b
-        if factors.magnitude is not None or factors.bias is not None or a.dtype != b.dtype:
-            return False
-        # A parameter's data may have been exchanged for data of another shape.
-        outer, inner = group.out_features[block.linear], group.in_features
-        if a.shape[1] != inner or b.shape != (outer, a.shape[0]):
-            return False
-        if not (_is_readable(a, device, impl) and _is_readable(b, device, impl)):
+        if not _are_plain(block.factors, group.out_features[block.linear], inner, device, impl):
             return False
     biases = zip(group.biases, group.out_features, strict=True)
-    return all(_fits(bias, outer, weight) for bias, outer in biases)
+    return all(_fits(bias, outer, device, base.dtype) for bias, outer in biases)
+
+
+def _are_plain(
+    factors: LoraFactors, outer: int, inner: int, device: torch.device, impl: str
+) -> bool:
+    """Whether the kernel can read A [r, inner] and B [outer, r]."""
+    a, b = factors.lora_a, factors.lora_b
+    # A parameter's data may have been exchanged for data of another shape.
+    return (
+        a.dtype == b.dtype
+        and a.shape[1] == inner
+        and b.shape == (outer, a.shape[0])
+        and _is_readable(a, device, impl)
+        and _is_readable(b, device, impl)
+    )
 
 
 def _is_readable(x: Tensor, device: torch.device, impl: str) -> bool:
@@ -158,10 +227,10 @@ def _is_readable(x: Tensor, device: torch.device, impl: str) -> bool:
     )
 
 
-def _fits(bias: Tensor | None, outer: int, like: Tensor) -> bool:
+def _fits(bias: Tensor | None, outer: int, device: torch.device, dtype: torch.dtype) -> bool:
     return bias is None or (
-        bias.device == like.device
-        and bias.dtype == like.dtype
+        bias.device == device
+        and bias.dtype == dtype
         and bias.shape == (outer,)
         and bias.is_contiguous()
     )

@@ -127,7 +127,7 @@ class LoraGroup:
         if adapters.has_magnitude:
             dora = magnitude_scale(self.base, adapters)
         if adapters.has_bias or any(bias is not None for bias in self.biases):
-            bias = self._bias(adapters)
+            bias = self.bias(adapters)
         return Filling(
             write=self.placed.writes, adapters=adapters, biases=self.biases, bias=bias, dora=dora
         )
@@ -138,7 +138,7 @@ class LoraGroup:
             self.placed.write(filling.adapters, kernels)
 
     @torch.no_grad()
-    def _bias(self, adapters: AdapterSet) -> Tensor:
+    def bias(self, adapters: AdapterSet) -> Tensor:
         """[N]: the linears' biases plus the adapters' times their scaling."""
         dtype = accumulate_dtype(self.base.dtype)
         total = torch.zeros(sum(self.out_features), dtype=dtype, device=self.base.device)

@@ -80,6 +80,7 @@ def _made(one: object) -> Reward:
         if one.get("timeout") is None
         else _number(one["timeout"], "timeout", least=0.0),
         settings=settings or getattr(what, "settings", {}),
+        positions=getattr(what, "positions", None),
     )
 
 

@@ -11,7 +11,7 @@ from lora_engine.data.template import Tokenizer
 from lora_engine.errors import UserError
 from lora_engine.evaluation.heldout import HeldoutResult
 from lora_engine.evaluation.samples import TextTokenizer
-from lora_engine.models.attach.head import transformers_model
+from lora_engine.models.attach.head import positions_of
 from lora_engine.models.peft.routing import active_adapters
 from lora_engine.objectives.base import Objective
 from lora_engine.objectives.online import OnlineObjective
@@ -62,16 +62,18 @@ class OnlineRun:
                 f"an online run trains one adapter, and {', '.join(active_adapters(model))} are "
                 "active; activate one"
             )
-        text_config = transformers_model(model).config.get_text_config()
-        positions = getattr(text_config, "max_position_embeddings", None)
+        rewards = rewards_of(online.rewards)
         for prompts in (train, heldout):
             if prompts is not None:
-                check_lengths(prompts, online.rollout, positions)
+                check_lengths(prompts, online.rollout, positions_of(model))
+                for reward in rewards:
+                    named = f"the model of the reward {reward.name}"
+                    check_lengths(prompts, online.rollout, reward.positions, named)
         writes = cast(TextTokenizer, tokenizer)  # what decodes is a tokenizer of transformers
         engine: Engine = OwnEngine(model, writes)
         if online.rollout.engine == "vllm":
             engine = VllmEngine(model, writes, online.rollout)
-        rewards, columns = rewards_of(online.rewards), columns_of(train, heldout)
+        columns = columns_of(train, heldout)
         self._rollouts = Rollouts(model, writes, rewards, online.rollout, engine, columns)
         folder.reserve_completions()
         self.source = OnlineSource(

@@ -67,6 +67,7 @@ class Reward:
         numbers, None for a completion that it says nothing of. It may be a coroutine function.
     timeout: seconds that a call may take.
     settings: JSON values that its numbers depend on, by name; a run is resumed with the same ones.
+    positions: the most tokens of a prompt and its completion that it can judge; None: any number.
     """
 
     name: str
@@ -74,6 +75,7 @@ class Reward:
     weight: float = 1.0
     timeout: float | None = None
     settings: Mapping[str, object] = field(default_factory=dict)
+    positions: int | None = None
 
     def __call__(self, written: Written) -> Tensor:
         """float64 [n], NaN for None. UserError for whatever is wrong with what it answers."""

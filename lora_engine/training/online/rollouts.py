@@ -230,15 +230,17 @@ def reward_metrics(answers: Sequence[Answer]) -> dict[str, float]:
     return metrics
 
 
-def check_lengths(prompts: PromptDataset, settings: RolloutConfig, positions: int | None) -> None:
-    """UserError where a prompt and its completion are longer than the model was made for."""
+def check_lengths(
+    prompts: PromptDataset, settings: RolloutConfig, positions: int | None, model: str = "the model"
+) -> None:
+    """UserError where a prompt and its completion are longer than a model was made for."""
     if positions is None:
         return
     longest = max(prompts, key=len)
     if len(longest) + settings.max_new_tokens > positions:
         raise UserError(
             f"{longest.origin}: a prompt of {len(longest):,} tokens and max_new_tokens "
-            f"{settings.max_new_tokens:,} are more than the {positions:,} that the model was made "
+            f"{settings.max_new_tokens:,} are more than the {positions:,} that {model} was made "
             "for; give a smaller max_new_tokens, or drop longer prompts with max_length"
         )
 

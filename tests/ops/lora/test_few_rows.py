@@ -54,7 +54,13 @@ def expected(x: Tensor, weight: ops.LoraGroup) -> Tensor:
         AdaptedLinear(
             linear.weight.double(),
             [
-                replace(f, lora_a=f.lora_a.double(), lora_b=f.lora_b.double())
+                replace(
+                    f,
+                    lora_a=f.lora_a.double(),
+                    lora_b=f.lora_b.double(),
+                    magnitude=None if f.magnitude is None else f.magnitude.double(),
+                    bias=None if f.bias is None else f.bias.double(),
+                )
                 for f in linear.adapters
             ],
             None if linear.bias is None else linear.bias.double(),
@@ -118,6 +124,53 @@ def test_strided_inputs_and_factors(backend: Backend) -> None:
         assert error(result(backend, x, weight), expected(x, weight)) < 1e-5
 
 
+VARIANTS: dict[str, dict[str, bool]] = {
+    "plain": {},
+    "dora": {"magnitude": True},
+    "biased adapters": {"bias": True},
+    "biases": {"biases": True},
+    "dora and biases": {"magnitude": True, "biases": True},
+    "all biases": {"bias": True, "biases": True},
+}
+
+
+@pytest.mark.parametrize("stored", ["dense", "nf4"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_and_packed_weights(
+    backend: Backend, dtype: torch.dtype, variant: str, stored: str
+) -> None:
+    """Blocks of rows that are decoded at a time begin and end within linears."""
+    if stored == "nf4" and dtype == torch.float64:
+        pytest.skip("packed weights are of 32 bits at most")
+    torch.manual_seed(0)
+    has, outs, k = VARIANTS[variant], (1000, 24, 1050), 64
+    with backend.device:
+        adapters = [
+            replace(
+                factors(n, k, 5),
+                magnitude=torch.rand(n) + 1 if has.get("magnitude") else None,
+                bias=torch.randn(n) if has.get("bias") else None,
+            )
+            for n in outs
+        ]
+        weights = [torch.randn(n, k).to(dtype) for n in outs]
+        kept = [ops.quantize_weight(w, stored) for w in weights] if stored == "nf4" else weights
+        biases = [torch.randn(n).to(dtype) for n in outs] if has.get("biases") else None
+        base = ops.base_of(kept, 15)
+        weight = ops.LoraGroup(base, adapters, biases)
+        x, residual = torch.randn(8, k).to(dtype), torch.randn(8, sum(outs)).to(dtype)
+    assert stored == "dense" or len(list(base.blocks())) == 3
+    found = result(backend, x, weight)
+    assert error(found, expected(x, weight)) < 2 * TOLERANCES[dtype]
+    with torch.no_grad():
+        kernels = few_rows.kernels_for(x, weight, impl=backend.impl)
+        assert kernels is not None
+        added = few_rows.lora_linear(kernels, x, weight, residual)
+    assert error(added, found.double() + residual) < TOLERANCES[dtype]
+    for rows in (1, 5):
+        assert torch.equal(result(backend, x[:rows], weight), found[:rows])
+
+
 def test_a_row_does_not_depend_on_others(backend: Backend, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     with backend.device:
@@ -176,11 +229,9 @@ def test_others_are_left_to_the_augmented_product() -> None:
         assert few_rows.kernels_for(torch.randn(0, 40), weight) is None
         assert few_rows.kernels_for(one, weight, impl="reference") is None
         pair = factors(24, 40, 4)
-        dora = ops.LoraFactors(pair.lora_a, pair.lora_b, 0.5, torch.ones(24))
-        biased = ops.LoraFactors(pair.lora_a, pair.lora_b, 0.5, bias=torch.ones(24))
         columns = ops.LoraFactors(torch.randn(40, 4).t(), pair.lora_b, 0.5)
         mixed = ops.LoraFactors(pair.lora_a, pair.lora_b.bfloat16(), 0.5)
-        for other in (dora, biased, columns, mixed):
+        for other in (columns, mixed):
             assert few_rows.kernels_for(one, weight_of(40, (24,), torch.float32, [other])) is None
             y = ops.lora_linear(one, weight_of(40, (24,), torch.float32, [other]))
             assert torch.isfinite(y[0]).all()

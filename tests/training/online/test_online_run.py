@@ -35,6 +35,7 @@ from lora_engine.objectives.sft import SFT
 from lora_engine.testing import tiny_llama
 from lora_engine.training.online.config import RolloutConfig
 from lora_engine.training.online.online import Online
+from lora_engine.training.online.rewards import Reward
 from lora_engine.training.online.source import packed_groups
 from lora_engine.training.state import Position
 
@@ -461,6 +462,11 @@ def test_a_group_without_rewards_teaches_nothing(tmp_path):
         ({"gradient_accumulation_steps": 2}, "set rollout.minibatches"),
         ({"rollout": {"generations": 1}}, "set rollout.generations to 2 or more"),
         ({"rollout": {"max_new_tokens": 510}}, "are more than the 512 that the model was made for"),
+        (
+            {"rewards": [Reward("judge", vowels, positions=15)]},
+            "are more than the 15 that the model of the reward judge was made for; give a smaller",
+        ),
+        ({"train": [{"prompt": "", "answer": "a"}]}, "the prompt is empty; give some text"),
         ({"train": [{"text": "a text"}]}, "is read as 'text', expected 'prompt' and no answer"),
         ({"train": [Record("prompt", prompt="")]}, "the prompt is empty; give some text"),
     ],
