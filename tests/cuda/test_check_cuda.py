@@ -25,6 +25,7 @@ check_cuda = load()
 needs_nvcc = pytest.mark.skipif(check_cuda.find_nvcc() is None, reason="needs nvcc")
 
 
+@pytest.mark.slow
 @needs_nvcc
 def test_our_kernels_fit_hopper():
     found = check_cuda.rows(["90a"])

@@ -33,7 +33,7 @@ def test_every_dropped_record_has_a_reason(tokenizer):
             pair(long, "b"),
             {"messages": [{"role": "user", "content": "a"}]},
             pair("a", long),
-            {"messages": [{"role": "user", "content": "a"}]},
+            {"messages": [{"role": "system", "content": "a"}]},
             {"messages": [{"role": "assistant", "content": " "}]},
         ],
         tokenizer,

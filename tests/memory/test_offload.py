@@ -88,7 +88,7 @@ def peak_of(layers, policy, store):
         return peak_cpu_bytes(lambda: step(model, batch)) / (HIDDEN * TOKENS * 4)
 
 
-@pytest.mark.parametrize("policy", ["layer", "half"])
+@pytest.mark.parametrize("policy", ["layer", pytest.param("half", marks=pytest.mark.slow)])
 def test_a_layer_more_costs_no_memory(tmp_path, policy):
     def of_more(store):
         return peak_of(10, policy, store) - peak_of(2, policy, store)

@@ -53,6 +53,14 @@ CASES = {
         "allowed": 0.2,  # too much: of a linear's gradient beside all else that its layer makes
     },
 }
+SLOW = {
+    "dropout",
+    "in tiles",
+    "nf4, half",
+    "all weights, layer",
+    "all weights, Lion",
+    "all weights, Adafactor, without masters",
+}
 
 
 def model_of(case):
@@ -133,7 +141,9 @@ def counted(case, batch):
     return peak_cpu_bytes(steps, prepare)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in CASES]
+)
 def test_the_peak_of_a_step_is_predicted(name):
     case = CASES[name]
     batch, targets = batch_of(case)

@@ -138,7 +138,8 @@ def test_bits_are_those_of_bitsandbytes(
     torch.manual_seed(0)
     if is_interpreted(backend):
         pytest.skip("compared with the reference")
-    for shape, dtype, block in CASES:
+    # Half of the cases each, so that codes, nested or not, see all of them of every kind.
+    for shape, dtype, block in CASES[(KINDS.index(kind) + CODES.index(code) + nested) % 2 :: 2]:
         w = kind(shape).to(dtype)
         format = Blockwise4bit(code, block, nested)
         (there,) = backend.put(w)

@@ -24,6 +24,7 @@ def test_every_step_is_the_same(name: str, when: str, compare: Compare) -> None:
     compare(TRL[name], when)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["SFT", "DPO", "GRPO"])
 def test_every_step_is_the_same_on_qwen3(name: str, compare: Compare) -> None:
     compare(TRL[name], "after", family="Qwen3")
@@ -58,6 +59,7 @@ def with_peft_config(model: Any, folder: Path, **settings: Any) -> Any:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["SFT", "DPO", "Reward"])
 def test_autocast_loses_no_more_than_without(name: str, tmp_path: Path) -> None:
     """TRL's defaults are bfloat16 under autocast; sampled tokens would differ by rounding."""
@@ -72,6 +74,7 @@ def test_autocast_loses_no_more_than_without(name: str, tmp_path: Path) -> None:
     assert all(mine <= 2 * other for mine, other in zip(ours_lost, lost, strict=True))
 
 
+@pytest.mark.slow
 def test_weights_in_bfloat16(compare: Compare) -> None:
     compare(TRL["SFT"], "after", tolerance=5e-3, bf16=None, dtype=torch.bfloat16)
 

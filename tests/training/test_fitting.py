@@ -85,6 +85,7 @@ def test_another_error_is_not_one_of_memory(tmp_path, monkeypatch):
     assert is_out_of_memory(NO_MEMORY) and is_out_of_memory(MemoryError())
 
 
+@pytest.mark.slow
 def test_layers_that_cannot_be_taken_apart_skip_those_policies(tmp_path, monkeypatch):
     tries = Tries(monkeypatch, failing=4)
     make_trainer(tmp_path, tiny_lora(), max_steps=1, memory="900GB").fit()
@@ -104,6 +105,7 @@ def test_the_largest_batch_has_the_most_tokens():
     assert largest.num_tokens == max(batch.num_tokens for batch in source.one_epoch())
 
 
+@pytest.mark.slow
 def test_of_two_processes_each_has_to_fit(tmp_path):
     """The second has no memory for three policies, and both take the fourth."""
     for policies, same in run_together(2, fit_with_and_without, tmp_path, 3):

@@ -155,7 +155,8 @@ def test_fewer_micro_batches_than_processes_are_refused(tmp_path):
 LINEARS = 2 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 32 * 48)  # values of the tiny model's linears
 
 
-@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 4])
 def test_processes_that_share_the_weights_train_as_one(tmp_path, count):
     """Five micro-batches, which no number of processes divides, dense and in packed bits."""
     formats = [None, "nf4"]
