@@ -9,7 +9,9 @@
 batch of eight functions. Nothing of a product is remembered: before each one an accelerated model
 looks at PEFT's layers and copies A and B. Both are timed within the step. Much of that time fetches
 memory that the product reads next, so every such step has a neighbour that remembers what the first
-step saw and copied, and so computes with stale adapters: what those take less is the cost.
+step saw and copied, and so computes with stale adapters. What those take less is the cost: the mean
+of all pairs but for a tenth at either end, with its standard error, in processor time, which leaves
+out what other programs take of the machine, and by the clock.
 """
 
 import argparse
@@ -18,15 +20,16 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from statistics import median, quantiles
-from typing import Any
+from statistics import mean, median, stdev
+from typing import Any, NamedTuple
 
 import torch
 
 from benchmarks.common import output
 from benchmarks.train.train_workload import add_adapters, init_adapters, labels
 
-STEPS = 7
+STEPS = 15
+TIMED_STEPS = 3
 DEMO = 8  # functions a step
 
 
@@ -36,7 +39,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--attach", action="store_true", help="time accelerate() itself")
     parser.add_argument("--tokens", default="", help="lengths of rows to take steps of, by commas")
-    parser.add_argument("--steps", type=int, default=STEPS, help="pairs of steps, 2 and more")
+    parser.add_argument("--steps", type=int, default=STEPS, help="pairs of steps, 3 and more")
     parser.add_argument("--out", type=Path, help="write OUT.json and OUT.md")
     return parser.parse_args(argv)
 
@@ -126,11 +129,24 @@ class Remembering:
             LinearGroup.ready, LoraGroup.fill, LoraGroup.fill_again = before  # type: ignore[method-assign]
 
 
-def step_shares(model: Any, batch: dict[str, torch.Tensor], steps: int) -> dict[str, Any]:
-    """Medians over `steps` pairs of training steps, one that looks and copies, one that remembers.
+class Seconds(NamedTuple):
+    """What a step takes."""
 
-    step, look, copy: seconds of the former, and within it. cost: of each pair the share that the
-    latter takes less, its quartiles.
+    wall: float
+    cpu: float  # of all threads
+
+
+class Cost(NamedTuple):
+    """A share of a step, and its standard error."""
+
+    share: float
+    error: float
+
+
+def step_shares(model: Any, batch: dict[str, torch.Tensor], steps: int) -> dict[str, Any]:
+    """Of `steps` pairs of training steps, one that looks and copies, one that remembers.
+
+    step, look, copy: seconds of the former, and within it, medians. wall, cpu: what it costs.
     """
     from lora_engine.models.attach.linear_group import LinearGroup
     from lora_engine.ops.lora.group import LoraGroup
@@ -143,38 +159,48 @@ def step_shares(model: Any, batch: dict[str, torch.Tensor], steps: int) -> dict[
         "again": (LoraGroup, "fill_again"),
     }
 
-    def step() -> float:
-        began = time.perf_counter()
+    def step() -> Seconds:
+        wall, cpu = time.perf_counter(), time.process_time()
         model(**batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        return time.perf_counter() - began
+        return Seconds(time.perf_counter() - wall, time.process_time() - cpu)
 
-    def looking_step() -> tuple[float, dict[str, float]]:
-        with timed(calls) as spent:
-            return step(), spent
-
-    def remembering_step() -> float:
+    def remembering_step() -> Seconds:
         with remembering():
             return step()
 
-    looking_step(), remembering_step()
-    seconds, looked, copied, costs = [], [], [], []
+    def timed_step() -> dict[str, float]:
+        with timed(calls) as spent:
+            step()
+            return spent
+
+    step(), remembering_step()
+    # The clocks within a step take time as well: such steps are no part of a pair.
+    within = [timed_step() for _ in range(TIMED_STEPS)]
+    pairs = []
     for i in range(steps):
         if i % 2:
-            less, (whole, spent) = remembering_step(), looking_step()
+            less, whole = remembering_step(), step()
         else:
-            (whole, spent), less = looking_step(), remembering_step()
-        seconds.append(whole)
-        looked.append(spent["look"])
-        copied.append(spent["fill"] + spent["again"])
-        costs.append(1 - less / whole)
+            whole, less = step(), remembering_step()
+        pairs.append((whole, less))
     return {
-        "step": median(seconds),
-        "look": median(looked),
-        "copy": median(copied),
-        "cost": quantiles(costs, n=4),
+        "step": median(whole.wall for whole, _ in pairs),
+        "look": median(spent["look"] for spent in within),
+        "copy": median(spent["fill"] + spent["again"] for spent in within),
+        "wall": cost([(whole.wall, less.wall) for whole, less in pairs]),
+        "cpu": cost([(whole.cpu, less.cpu) for whole, less in pairs]),
     }
+
+
+def cost(pairs: Sequence[tuple[float, float]]) -> Cost:
+    """What the former of each pair takes more, as a share of their median."""
+    more = sorted(whole - less for whole, less in pairs)
+    cut = len(more) // 10
+    kept = more[cut : len(more) - cut]
+    step = median(whole for whole, _ in pairs)
+    return Cost(mean(kept) / step, stdev(kept) / len(kept) ** 0.5 / step)
 
 
 def demo_batch(tokenizer: Any) -> dict[str, torch.Tensor]:
@@ -228,14 +254,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         rows = []
         for name, found in steps.items():
             ms = (f"{1e3 * found[key]:.1f}" for key in ("step", "look", "copy"))
-            low, middle, high = (f"{100 * share:.1f}" for share in found["cost"])
-            rows.append([name, *ms, f"{middle} ({low} to {high})"])
+            costs = (found[key] for key in ("cpu", "wall"))
+            rows.append([name, *ms, *(f"{100 * c.share:.1f} ± {100 * c.error:.1f}" for c in costs)])
         columns = (
             "batch",
             "step ms",
             "looking ms",
             "copying ms",
-            "remembering saves % (quartiles)",
+            "cost in processor time %",
+            "by the clock %",
         )
         parts.append(output.table(columns, rows))
     text = "\n\n".join(parts)

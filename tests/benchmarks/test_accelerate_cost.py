@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import pytest
 import torch
 
 import lora_engine
@@ -24,10 +25,18 @@ def test_looking_and_copying_are_parts_of_the_step() -> None:
     lora_engine.accelerate(model)
     methods = LinearGroup.ready, LoraGroup.fill, LoraGroup.fill_again
     ids = torch.arange(3, 43).view(2, 20)
-    shares = accelerate_cost.step_shares(model, {"input_ids": ids, "labels": ids}, steps=2)
+    shares = accelerate_cost.step_shares(model, {"input_ids": ids, "labels": ids}, steps=3)
     assert (LinearGroup.ready, LoraGroup.fill, LoraGroup.fill_again) == methods
     assert 0 < shares["look"] + shares["copy"] < shares["step"]
-    assert min(shares["look"], shares["copy"]) > 0 and max(shares["cost"]) < 1
+    assert min(shares["look"], shares["copy"]) > 0
+    assert max(abs(shares[clock].share) for clock in ("wall", "cpu")) < 1
+
+
+def test_cost_is_a_share_of_a_step_without_what_is_far_off() -> None:
+    pairs = [(10.0, 9.0), (10.0, 9.5)] * 9 + [(10.0, 99.0), (99.0, 9.0)]
+    cost = accelerate_cost.cost(pairs)
+    assert cost.share == pytest.approx(0.075)
+    assert cost.error == pytest.approx(0.025 / 16**0.5, rel=0.1)
 
 
 def test_what_is_remembered_is_neither_looked_at_nor_copied() -> None:

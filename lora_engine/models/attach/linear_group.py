@@ -16,6 +16,7 @@ from lora_engine.models.attach.forwards import (
 )
 from lora_engine.models.attach.patches import Patches
 from lora_engine.models.attach.saving import save_apart
+from lora_engine.models.attach.seen_linears import Computing, Placed, SeenLinears
 from lora_engine.models.peft import lora_state
 from lora_engine.models.peft.lora_state import base_layer, is_lora
 from lora_engine.models.peft.router import AdapterRouter
@@ -56,21 +57,20 @@ class LinearGroup:
         capacity = lora_state.rank_capacity(modules)
         base = ops.base_of([stored_weight(layer, dtype) for layer in layers], capacity)
         self.lora = ops.LoraGroup(base, [None] * len(layers), capacity=capacity)
-        self._placed: list[tuple[nn.Linear, Tensor, Tensor]] = []
+        self._placed: list[Placed] = []
         for i, layer in enumerate(layers):
             view = base.weight(i)
             if view is not None:
                 patches.set_storage(layer.weight, view)
                 save_apart(layer, patches)
             held = layer.weight.detach() if view is None else view
-            self._placed.append((layer, layer.weight, held))
+            self._placed.append(Placed(layer, layer.weight, held))
         self._dropout: tuple[float, ...] = ()  # of one element, but where adapters differ
         self._state: tuple[object, ...] | None = None
         self._problem: str | None = None
-        self._watched: list[nn.Module] = []
-        # The parts that compute, and what their classes had for a forward and a __call__ when they
-        # were taken.
-        self._computing: list[tuple[nn.Module, object, object]] = []
+        self._hookable: list[nn.Module] = []
+        self._computing: list[Computing] = []
+        self._seen: SeenLinears | None = None
 
     @property
     def padding_columns(self) -> int:
@@ -84,8 +84,22 @@ class LinearGroup:
 
     def ready(self, x: Tensor) -> bool:
         """Whether `lora` stands for what the layers would compute of `x` now."""
-        if self.lora is None:
+        if self.lora is None or not (self._is_as_seen() or self._look(self.lora)):
             return False
+        base = self.lora.base
+        return (
+            x.dtype == base.dtype
+            and not lora_state.hooks_everywhere()
+            and not lora_state.autocast_to_another_half(base.device, base.dtype)
+        )
+
+    def _is_as_seen(self) -> bool:
+        """Whether nothing has changed since `_look` found that `lora` stands for the layers."""
+        return self._seen is not None and self._seen.stand(self.router.names)
+
+    def _look(self, lora: ops.LoraGroup) -> bool:
+        """Whether `lora` stands for the layers, having been given their adapters."""
+        self._seen = None
         for layer, parameter, held in self._placed:
             weight = lora_state.own_tensor(layer, "weight")
             if weight is not parameter or parameter.data_ptr() != held.data_ptr():
@@ -101,22 +115,24 @@ class LinearGroup:
         self._dropout = tuple({p for state in states for p in state.dropout})
         state = (self.router.names, *states)
         if state != self._state:
-            self._problem = self._take_adapters(self.lora)
-            self._watch()
+            self._problem = self._take_adapters(lora)
+            self._list_parts()
             self._state = state
-        base = self.lora.base
-        if self._problem is not None or x.dtype != base.dtype:
+        if self._problem is not None or len(self._dropout) > 1 or 1.0 in self._dropout:
             return False
-        if len(self._dropout) > 1 or 1.0 in self._dropout:
-            return False
-        if lora_state.hooks_everywhere() or are_altered(self._watched):
+        if are_altered(self._hookable):
             return False
         for part, forward, call in self._computing:
             if type(part).forward is not forward or type(part).__call__ is not call:
                 return False
-        if lora_state.autocast_to_another_half(base.device, base.dtype):
-            return False
-        self.lora.biases = tuple(layer.bias for layer, _, _ in self._placed)
+        lora.biases = tuple(layer.bias for layer, _, _ in self._placed)
+        self._seen = SeenLinears(
+            adapted=self._adapted,
+            placed=self._placed,
+            computing=self._computing,
+            hookable=self._hookable,
+            names=self.router.names,
+        )
         return True
 
     def alone(self, x: Tensor) -> ops.LoraGroup | None:
@@ -164,20 +180,20 @@ class LinearGroup:
             self._warned = True
             warnings.warn(message, EngineWarning, stacklevel=4)
 
-    def _watch(self) -> None:
+    def _list_parts(self) -> None:
         """Takes note of all parts of the linears that are called, and of what their classes do.
 
         What only holds others (`nn.ModuleDict`) is not called: it has no forward.
         """
         parts = [part for module in self.modules for part in module.modules()]
-        known = {part: of_class for part, *of_class in self._computing}
+        known = {computing.part: computing for computing in self._computing}
         self._computing = [
-            (part, *known.get(part, (type(part).forward, type(part).__call__)))
+            known.get(part, Computing(part, type(part).forward, type(part).__call__))
             for part in parts
             if type(part).forward is not nn.Module.forward
         ]
         own = self.modules if self.inside else ()
-        self._watched = [part for part, *_ in self._computing if part not in own]
+        self._hookable = [part for part, *_ in self._computing if part not in own]
 
     def _take_adapters(self, lora: ops.LoraGroup) -> str | None:
         """Gives the active adapters to the group; the reason if that is not possible."""

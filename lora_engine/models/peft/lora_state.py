@@ -11,6 +11,7 @@ from torch import nn
 from lora_engine import ops
 from lora_engine.models.attach.capture import is_idle
 from lora_engine.models.families.modules import LoraLinear, SavedWhole
+from lora_engine.models.peft.watch import Watch
 from lora_engine.models.quantized.stored import is_plain_linear, stored_weight, why_not_stored
 
 # The number of an adapter that no row is routed to; rows without an adapter have -1.
@@ -109,7 +110,7 @@ class AdapterState(NamedTuple):
 
 
 def adapter_state(module: LoraLinear) -> AdapterState:
-    """The layer's state at this moment. Every product asks this of up to three layers."""
+    """The layer's state at this moment."""
     disabled, merged = module.disable_adapters, bool(module.merged)
     lora_a, lora_b = _parts(module, "lora_A"), _parts(module, "lora_B")
     dropouts = _parts(module, "lora_dropout")
@@ -139,7 +140,43 @@ def adapter_state(module: LoraLinear) -> AdapterState:
     return AdapterState(tuple(dropped), tuple(state))
 
 
+def switches(module: LoraLinear) -> tuple[bool, bool, tuple[str, ...]]:
+    """Whether the layer's adapters are disabled or merged, and which are active."""
+    return module.disable_adapters, module.merged, tuple(module.active_adapters)
+
+
+def watch_adapters(watch: Watch, module: LoraLinear) -> None:
+    """Has `watch` hold for as long as the layer's `adapter_state` stays, its `switches` given.
+
+    The shapes of factors are not watched: a parameter may be given other data.
+    """
+    watch.attributes(module, "_modules", "scaling", "lora_variant")
+    parts = module._modules
+    for part in ("base_layer", *_PARTS):
+        watch.item(parts, part)
+    for part in _PARTS:
+        watch.attributes(_held(module, part), "_modules")
+    for name in module.active_adapters:
+        for part in _PARTS:
+            watch.item(_parts(module, part), name)
+        if name not in _parts(module, "lora_A"):
+            continue
+        a, b, dropout = (_parts(module, part)[name] for part in _PARTS)
+        watch_tensors(watch, a)
+        watch_tensors(watch, b)
+        watch.attributes(dropout, "p", "training")
+        watch.item(module.scaling, name)
+        watch.item(module.lora_variant, name)
+        if name in module.lora_variant:
+            magnitudes = _held(module, "lora_magnitude_vector")
+            watch.item(parts, "lora_magnitude_vector")
+            watch.attributes(magnitudes, "_modules")
+            watch.item(magnitudes._modules, name)
+            watch_tensors(watch, _held(magnitudes, name))
+
+
 _Part: TypeAlias = Literal["lora_A", "lora_B", "lora_dropout"]
+_PARTS: tuple[_Part, ...] = ("lora_A", "lora_B", "lora_dropout")
 
 
 def _parts(module: LoraLinear, part: _Part) -> Mapping[str, nn.Module]:
@@ -147,9 +184,14 @@ def _parts(module: LoraLinear, part: _Part) -> Mapping[str, nn.Module]:
 
     Read past nn.Module's __getattr__, which takes longer.
     """
-    parts = module._modules[part]
-    assert parts is not None
-    return cast("Mapping[str, nn.Module]", parts._modules)
+    return cast("Mapping[str, nn.Module]", _held(module, part)._modules)
+
+
+def _held(module: nn.Module, name: str) -> nn.Module:
+    """A module's submodule."""
+    part = module._modules[name]
+    assert part is not None
+    return part
 
 
 def own_tensor(layer: nn.Module, name: Literal["weight", "bias"]) -> torch.Tensor | None:
@@ -164,6 +206,13 @@ def own_tensor(layer: nn.Module, name: Literal["weight", "bias"]) -> torch.Tenso
         vars(layer).get("weight") if name == "weight" else vars(layer).get("bias")
     )
     return instead
+
+
+def watch_tensors(watch: Watch, layer: nn.Module) -> None:
+    """Has `watch` hold for as long as `own_tensor` finds what it finds now."""
+    watch.attributes(layer, "_parameters", "weight", "bias")
+    watch.item(layer._parameters, "weight")
+    watch.item(layer._parameters, "bias")
 
 
 def rank_capacity(modules: Sequence[nn.Module]) -> int:
@@ -193,6 +242,13 @@ def active_factors(module: nn.Module, names: Sequence[str]) -> list[ops.LoraFact
             )
         )
     return factors
+
+
+def running_factors(module: LoraLinear) -> list[torch.Tensor]:
+    """A and B of the adapters that run now."""
+    return [
+        part[name].weight for name in _running(module) for part in (module.lora_A, module.lora_B)
+    ]
 
 
 def why_not(modules: Sequence[nn.Module], dtype: torch.dtype) -> str | None:
