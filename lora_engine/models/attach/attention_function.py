@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -45,8 +46,17 @@ _KNOWN = frozenset(
     }
 )
 
-# Masks of `padding_mask` within `proving`, and their windows; None outside.
-_masks: ContextVar[list[tuple[Tensor, int]] | None] = ContextVar("masks", default=None)
+
+class _Made(NamedTuple):
+    """A mask of `padding_mask` within `proving`, which stands for none where rows are whole."""
+
+    mask: Tensor
+    window: int
+    stands_for_none: bool
+
+
+# The masks made within `proving`; None outside.
+_masks: ContextVar[list[_Made] | None] = ContextVar("masks", default=None)
 
 
 @contextmanager
@@ -72,12 +82,18 @@ def check_window(module: nn.Module, mask: Tensor | None, window: int) -> None:
     masks = _masks.get()
     if masks is None or (mask is not None and mask.dim() != 2):
         return
-    windows = [of_mask for known, of_mask in masks if known is mask] if mask is not None else [0]
+    windows = [made.window for made in masks if made.mask is mask] if mask is not None else [0]
     if windows != [window]:
         raise UserError(
             f"attention of {type(module).__name__} has a window of {window}, "
             f"its mask {windows[0] if windows else 'an unknown one'}"
         )
+
+
+def _is_none(mask: Tensor | None) -> bool:
+    """Whether a call has no mask, outside of `proving`."""
+    made = _masks.get() or ()
+    return mask is None or any(each.stands_for_none for each in made if each.mask is mask)
 
 
 # The implementation of transformers whose masks `padding_mask` makes, within `whole_masks`.
@@ -189,10 +205,11 @@ def padding_mask(
             attention_mask = numbers if attention_mask is None else numbers * attention_mask
         masks = _masks.get()
         if masks is not None:
+            stands_for_none = attention_mask is None
             if attention_mask is None:
                 attention_mask = torch.ones(batch_size, q_length, device=device)
             attention_mask = attention_mask.clone()
-            masks.append((attention_mask, known.window))
+            masks.append(_Made(attention_mask, known.window, stands_for_none))
         return attention_mask
     if known is None:  # sdpa would take "no mask" for a causal one
         kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
@@ -251,7 +268,7 @@ def attend(
         )
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     batch, heads, length, head_dim = query.shape
-    if attention_mask is not None or 0 < (sliding_window or 0) <= length:
+    if not _is_none(attention_mask) or 0 < (sliding_window or 0) <= length:
         causal = True  # as of a mask that sdpa is given: its `is_causal` speaks where there is none
     if _weights.get() or hasattr(attention_mask, _OF_WEIGHTS):
         plain = eager_attention_of(module)

@@ -125,6 +125,18 @@ def test_a_layer_that_is_told_to_see_later_tokens_does(
         assert torch.allclose(ours_of_it, plain_of_it, atol=1e-5)
 
 
+def test_layers_whose_own_attention_asks_their_mask_alone() -> None:
+    """Eager attention is causal by the mask that it is always given, and asks no `is_causal`."""
+    plain = with_lora(tiny_llama(initializer_range=0.2), init_lora_weights=False)
+    choose(plain, "eager")
+    for layer in plain.get_base_model().model.layers:
+        layer.self_attn.is_causal = False
+    ours = copy.deepcopy(plain)
+    report = lora_engine.accelerate(ours)
+    assert any(each.operation == "attention" for each in report.left)
+    assert torch.allclose(ours(IDS).logits, plain(IDS).logits, atol=1e-5)
+
+
 def test_a_rotation_that_somebody_puts_into_transformers_runs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
