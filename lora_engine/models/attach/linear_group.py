@@ -16,7 +16,7 @@ from lora_engine.models.attach.forwards import (
 )
 from lora_engine.models.attach.patches import Patches
 from lora_engine.models.attach.saving import save_apart
-from lora_engine.models.attach.seen_linears import Computing, Placed, SeenLinears
+from lora_engine.models.attach.seen_linears import Computing, Placed, SeenLinears, place_of
 from lora_engine.models.peft import lora_state
 from lora_engine.models.peft.lora_state import base_layer, is_lora
 from lora_engine.models.peft.router import AdapterRouter
@@ -32,7 +32,8 @@ class LinearGroup:
     own forward: hooks, forwards that others replaced, inputs of another dtype (under autocast),
     autocast to another half precision than the weights', and base weights that were unfrozen,
     exchanged (`load_state_dict(assign=True)`, `functional_call`) or given other storage
-    (`model.to(...)`), these with one warning.
+    (`model.to(...)`), or another part or order of the same (a slice, a transpose), these with one
+    warning.
 
     dtype: the model's; see `stored_weight`.
     """
@@ -102,7 +103,7 @@ class LinearGroup:
         self._seen = None
         for layer, parameter, held in self._placed:
             weight = lora_state.own_tensor(layer, "weight")
-            if weight is not parameter or parameter.data_ptr() != held.data_ptr():
+            if weight is not parameter or place_of(parameter) != place_of(held):
                 self._warn(
                     "the model's weights were moved or exchanged after "
                     "lora_engine.accelerate(model); its linears run as PEFT's own until "

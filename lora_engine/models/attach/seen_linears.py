@@ -18,6 +18,14 @@ class Placed(NamedTuple):
     held: Tensor
 
 
+def place_of(x: Tensor) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
+    """Which numbers in memory x is, and in which order: its address, shape and strides.
+
+    A slice or a transpose has the address of the whole.
+    """
+    return x.data_ptr(), x.shape, x.stride()
+
+
 class Computing(NamedTuple):
     """A module that is called, and what its class had for a forward and a __call__ when taken."""
 
@@ -58,7 +66,7 @@ class SeenLinears:
         self._factors = [f for module in adapted for f in lora_state.running_factors(module)]
         self._shapes = [factor.shape for factor in self._factors]
         self._classes = {(type(part), forward, call) for part, forward, call in computing}
-        self._addresses = [(weight, held.data_ptr()) for _, weight, held in placed]
+        self._places = [(weight, place_of(held)) for _, weight, held in placed]
 
     def stand(self, names: tuple[str, ...]) -> bool:
         """Whether nothing has changed; names: as they are now."""
@@ -68,8 +76,8 @@ class SeenLinears:
             and [lora_state.switches(module) for module in self._adapted] == self._switches
             and [factor.shape for factor in self._factors] == self._shapes
             and all(
-                weight.data_ptr() == address and not weight.requires_grad
-                for weight, address in self._addresses
+                place_of(weight) == place and not weight.requires_grad
+                for weight, place in self._places
             )
             and all(
                 kind.forward is forward and kind.__call__ is call

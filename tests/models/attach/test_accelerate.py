@@ -167,6 +167,28 @@ def test_moved_weights_are_noticed() -> None:
             assert torch.isfinite(model(**batch()).loss)
 
 
+@pytest.mark.parametrize("adapted", ["q_proj", "lm_head"])
+@pytest.mark.parametrize("change", ["transposed", "fewer"])
+def test_another_part_or_order_of_the_same_memory_is_noticed(adapted: str, change: str) -> None:
+    plain = with_lora(tiny_llama(), target_modules=[adapted])
+    ours = copy.deepcopy(plain)
+    lora_engine.accelerate(ours)
+    ids = batch()["input_ids"]
+    before = plain(ids).logits
+    for model in (plain, ours):
+        layer = model.get_base_model().model.layers[0]
+        if change == "transposed":  # of the same shape
+            layer.self_attn.o_proj.weight.data = layer.self_attn.o_proj.weight.data.t()
+        else:  # as units are pruned
+            for linear in (layer.mlp.gate_proj, layer.mlp.up_proj):
+                linear.weight.data = linear.weight.data[:20]
+            layer.mlp.down_proj.weight.data = layer.mlp.down_proj.weight.data[:, :20]
+    expected = plain(ids).logits
+    assert not torch.allclose(before, expected, atol=1e-3)
+    with pytest.warns(UserWarning, match="were moved or exchanged after"):
+        assert torch.allclose(ours(ids).logits, expected, atol=1e-5)
+
+
 @pytest.mark.parametrize("padding", ["none", "left"])
 def test_generation_is_unchanged(padding: str) -> None:
     model = with_lora(tiny_llama()).eval()
