@@ -1,5 +1,6 @@
 """Settings of trainers beside their defaults: packing, resuming, evaluation, noise and the like."""
 
+import importlib
 import tempfile
 from collections.abc import Callable
 from functools import partial
@@ -8,8 +9,17 @@ from typing import Any
 
 import torch
 
-from benchmarks.drop_in.trainer_cases import Case
-from benchmarks.drop_in.trainer_setups import BAD, GOOD, PAIRS, PROMPTS, TRL, accuracy, hugging_face
+from benchmarks.drop_in.trainer_cases import Case, make_model
+from benchmarks.drop_in.trainer_setups import (
+    BAD,
+    GOOD,
+    PAIRS,
+    PROMPTS,
+    TRL,
+    accuracy,
+    hugging_face,
+    share_of_vowels,
+)
 from lora_engine.testing import CHAT_TEMPLATE, byte_tokenizer
 
 Build = Callable[..., Any]
@@ -21,6 +31,12 @@ _CHAT = CHAT_TEMPLATE.replace(
 )
 _TEXTS = {"text": [a + b for a, b in zip(PROMPTS * 2, GOOD + BAD, strict=True)]}
 _ANSWERS = {"prompt": PROMPTS, "completion": GOOD}
+_ASKED = {"prompt": PROMPTS}
+_SAMPLES: dict[str, Any] = {"rewards": True, "max_completion_length": 8}
+# What Online DPO logs of all rows of a batch, padding among them, whose logits are not computed.
+_SUMS_OVER_PADDING = tuple(
+    f"objective/{name}" for name in ("kl", "entropy", "non_score_reward", "rlhf_reward")
+)
 _EVALUATION = {"eval_strategy": "steps", "eval_steps": 2}
 # The worst of five, so that what is loaded at the end is not what is there already.
 _BEST = {
@@ -103,6 +119,38 @@ def synchronised(name: str, **own: Any) -> Build:
     return built
 
 
+def other(
+    place: str,
+    name: str,
+    rows: dict[str, Any],
+    model: Any,
+    folder: Path,
+    *,
+    teaches: bool = False,
+    rewards: bool = False,
+    **settings: Any,
+) -> Any:
+    """The trainer `name` of the module `place`, which may want a teacher or a reward."""
+    import datasets
+
+    given: dict[str, Any] = {"reward_funcs": share_of_vowels} if rewards else {}
+    if teaches:
+        given["teacher_model"] = make_model("Llama", "ForCausalLM").eval()
+    module = importlib.import_module(place)
+    return getattr(module, f"{name}Trainer")(
+        model=model,
+        args=getattr(module, f"{name}Config")(str(folder), **settings),
+        train_dataset=datasets.Dataset.from_dict(rows),
+        processing_class=byte_tokenizer(),
+        **given,
+    )
+
+
+def experimental(place: str, name: str, rows: dict[str, Any], **own: Any) -> Build:
+    """`other` of the module `place` of trl.experimental."""
+    return having(partial(other, f"trl.experimental.{place}", name, rows), **own)
+
+
 SFT = partial(trl, "SFT", _ANSWERS)
 VARIANTS = {
     "SFT, packing": Case(having(partial(trl, "SFT", _TEXTS), packing=True, max_length=48)),
@@ -134,5 +182,59 @@ VARIANTS = {
     "Trainer, best model at the end": Case(having(hugging_face, **_BEST)),
     "Trainer, compute_metrics in parts": Case(
         having(hugging_face, compute_metrics=accuracy, eval_accumulation_steps=1, **_EVALUATION)
+    ),
+    "SFT, dft": Case(having(SFT, loss_type="dft")),
+    "SFT, padding_free, dft": Case(
+        having(SFT, padding_free=True, max_length=None, loss_type="dft")
+    ),
+    "SFT, bfd_split": Case(
+        having(
+            partial(trl, "SFT", _TEXTS), packing=True, packing_strategy="bfd_split", max_length=24
+        )
+    ),
+    "DPO, three losses at once": Case(
+        having(
+            partial(trl, "DPO", PAIRS),
+            loss_type=["sigmoid", "bco_pair", "sft"],
+            loss_weights=[0.8, 0.2, 1.0],
+        ),
+        but=TRL["DPO"].but,
+    ),
+    "DPO, reference computed before": Case(
+        having(partial(trl, "DPO", PAIRS), precompute_ref_log_probs=True, padding_free=True),
+        but=TRL["DPO"].but,
+    ),
+    "GRPO, GSPO": Case(
+        having(TRL["GRPO"].build, importance_sampling_level="sequence", loss_type="grpo")
+    ),
+    "GRPO, the uncertain half": Case(having(TRL["GRPO"].build, top_entropy_quantile=0.5)),
+    "GKD": Case(
+        experimental("gkd", "GKD", conversations(), teaches=True, max_new_tokens=8, lmbda=0.5)
+    ),
+    "TPO": Case(experimental("tpo", "TPO", {**PAIRS, "reference": GOOD[::-1]})),
+    "GMPO": Case(experimental("gmpo", "GMPO", _ASKED, **_SAMPLES, num_generations=4)),
+    "A2PO": Case(experimental("a2po", "A2PO", _ASKED, **_SAMPLES)),
+    "Online DPO": Case(
+        experimental(
+            "online_dpo",
+            "OnlineDPO",
+            _ASKED,
+            rewards=True,
+            max_new_tokens=8,
+            max_length=64,
+        ),
+        but=_SUMS_OVER_PADDING,
+    ),
+    "SDPO": Case(
+        experimental(
+            "sdpo",
+            "SDPO",
+            {**_ASKED, "privileged_context": GOOD},
+            **_SAMPLES,
+            num_generations=4,
+        )
+    ),
+    "Distillation": Case(
+        having(partial(other, "trl", "Distillation", _ASKED), teaches=True, max_completion_length=8)
     ),
 }

@@ -80,8 +80,11 @@ class CausalLmForward(ReplacedForward):
         supervised = hidden.flatten(0, 1).index_select(0, rows)
         loss = mean_loss(supervised, head, targets, num_items_in_batch)
         logits = LazyLogits(partial(head.logits, hidden), hidden.dtype)
-        if head.is_trained and loss.requires_grad:
-            loss.register_hook(lambda _: logits.expire())
+        if loss.requires_grad:
+            given = logits.given
+            loss.register_hook(lambda _: given.refuse_watchers())
+            if head.is_trained:
+                loss.register_hook(lambda _: logits.expire())
         return CausalLmOutput(
             loss=loss,
             logits=logits,

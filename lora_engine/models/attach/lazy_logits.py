@@ -9,6 +9,29 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from lora_engine.errors import UserError
 
 
+class GivenLogits:
+    """The logits of one result that somebody has read, in each dtype."""
+
+    def __init__(self) -> None:
+        self._tensors: list[Tensor] = []
+
+    def add(self, logits: Tensor) -> None:
+        """Takes note of `logits`."""
+        self._tensors.append(logits)
+
+    def refuse_watchers(self) -> None:
+        """UserError where somebody waits for the loss's gradient in the logits: none comes.
+
+        Forgets them all.
+        """
+        given, self._tensors = self._tensors, []
+        if any(logits.retains_grad or logits._backward_hooks for logits in given):
+            raise UserError(
+                "the loss is not computed from the logits, whose hooks and retain_grad() get no "
+                "gradient of it: compute it from them, or call lora_engine.restore(model)"
+            )
+
+
 class LazyLogits:
     """Logits of type `dtype`, made at the first `value()`."""
 
@@ -16,10 +39,13 @@ class LazyLogits:
         self.dtype = dtype
         self._make: Callable[[], Tensor] | None = make
         self._made: Tensor | None = None
+        self.given = GivenLogits()
 
     def float(self) -> "LazyLogits":
         """The same in float32, made when they are read: accelerate converts results so."""
-        return LazyLogits(lambda: self.value().float(), torch.float32)
+        converted = LazyLogits(lambda: self.value().float(), torch.float32)
+        converted.given = self.given
+        return converted
 
     def value(self) -> Tensor:
         """The logits. Raises UserError after `expire()`, unless they were made before."""
@@ -30,6 +56,7 @@ class LazyLogits:
                     "read them before, or call lora_engine.restore(model)"
                 )
             self._made = self._make()
+            self.given.add(self._made)
         return self._made
 
     def expire(self) -> None:

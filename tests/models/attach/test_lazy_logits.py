@@ -104,3 +104,25 @@ def test_converted_they_cannot_be_made_of_another_head_either() -> None:
     output.loss.backward()
     with pytest.raises(UserError, match="logits are read after backward"):
         converted.value()
+
+
+WATCHERS = [lambda logits: logits.retain_grad(), lambda logits: logits.register_hook(torch.neg)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("watch", WATCHERS, ids=["retain_grad", "hook"])
+def test_who_waits_for_the_loss_s_gradient_in_them_is_told(watch: Any, dtype: torch.dtype) -> None:
+    model = with_lora(tiny_llama(dtype=dtype))
+    lora_engine.accelerate(model)
+    output = model(**given())
+    watch(dict(output.items())["logits"].float().value())
+    with pytest.raises(UserError, match="the loss is not computed from the logits"):
+        output.loss.backward()
+
+
+def test_a_loss_made_of_them_reaches_who_watches_them() -> None:
+    output = accelerated()(**given())
+    logits = output.logits
+    logits.retain_grad()
+    logits.square().sum().backward()
+    assert torch.allclose(logits.grad, 2 * logits)
