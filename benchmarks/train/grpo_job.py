@@ -19,6 +19,7 @@ from benchmarks.train import train_workload
 
 CONTENDERS = {
     "ours": "lora_engine's Trainer(online=…), a group's prompt computed once",
+    "ours-unshared": "the same, learning with a prompt for each completion (share_prefixes: false)",
     "trl": "GRPOTrainer, everything in the dtype, no gradient checkpointing",
 }
 
@@ -103,6 +104,7 @@ def run_ours(folder: Path, options: Options, name: str) -> Result:
         learning_rate=train_workload.LEARNING_RATE,
         schedule="constant",
         preflight=False,
+        share_prefixes=name == "ours",
     )
     lora_engine.Trainer(
         model,
@@ -168,7 +170,7 @@ def run_trl(folder: Path, options: Options, name: str) -> Result:
 
 
 def run(folder: Path, options: Options, name: str) -> Result:
-    return (run_ours if name == "ours" else run_trl)(folder, options, name)
+    return (run_ours if name.startswith("ours") else run_trl)(folder, options, name)
 
 
 JOB = Job(
@@ -184,7 +186,7 @@ JOB = Job(
         "tokens": 32,
     },
     contenders=CONTENDERS,
-    default=tuple(CONTENDERS),
+    default=("ours", "trl"),
     prepare=prepare,
     run=run,
     packages={"trl": "trl"},
