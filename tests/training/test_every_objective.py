@@ -20,8 +20,10 @@ import lora_engine
 from lora_engine import TrainConfig, Trainer, UserError
 from lora_engine.data.batch import collate, without_shared_prefixes
 from lora_engine.data.dataset import TokenizedDataset
+from lora_engine.evaluation import batch_loss
 from lora_engine.evaluation.batch_loss import target_scores, with_statistics
 from lora_engine.evaluation.heldout import evaluate
+from lora_engine.models.attach.head import transformers_model
 from lora_engine.objectives.base import Loss, Reads, Teacher, settings_of
 from lora_engine.objectives.distill import Distill
 from lora_engine.objectives.dpo import DPO
@@ -86,18 +88,40 @@ def whole():
     return {name: gradient_of(name, [examples_for(name, 6, 7)]) for name in NAMES}
 
 
+def padded_hidden_states(model, batch, rows=None):
+    """`packed_hidden_states` of a batch whose sequences are rows of one length, with padding on
+    either side that a mask takes out."""
+    lengths = batch.cu_seqlens.diff().tolist()
+    width = max(lengths) + 3
+    before = [place % 3 for place in range(len(lengths))]
+    mask = torch.zeros(len(lengths), width, dtype=torch.bool)
+    for row, (first, length) in enumerate(zip(before, lengths, strict=True)):
+        mask[row, first : first + length] = True
+    ids, positions = torch.full(mask.shape, 7), torch.zeros(mask.shape, dtype=torch.int64)
+    ids[mask], positions[mask] = batch.input_ids, batch.position_ids
+    output = transformers_model(model).base_model(
+        input_ids=ids, attention_mask=mask.long(), position_ids=positions, use_cache=False
+    )
+    hidden = output.last_hidden_state[mask]
+    return hidden if rows is None else hidden[rows]
+
+
 WAYS = {
     "micro-batches": {},
     "shared prefixes": {"share_prefixes": True},
     "transformers' own forward": {"accelerate": False},
+    "padding": {},
+    "padding, transformers' own forward": {"accelerate": False},
 }
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("way", list(WAYS))
-def test_loss_and_gradient_stay(name, way, whole):
+def test_loss_and_gradient_stay(name, way, whole, monkeypatch):
     examples = examples_for(name, 6, 7)
     parts = [examples]
+    if way.startswith("padding"):
+        monkeypatch.setattr(batch_loss, "packed_hidden_states", padded_hidden_states)
     if way == "micro-batches":
         parts = [examples[:1], examples[1:4], examples[4:]]
     result, gradients = gradient_of(name, parts, **WAYS[way])

@@ -27,6 +27,7 @@ from lora_engine.data.dataset import prepare
 from lora_engine.data.records import Record
 from lora_engine.data.render import Example
 from lora_engine.evaluation.batch_loss import target_scores
+from lora_engine.generation.engine import Completion
 from lora_engine.models.load.scalar import VALUE_HEAD_FILE, add_value_head
 from lora_engine.objectives.advantages import generalised_advantages
 from lora_engine.objectives.grpo import GRPO
@@ -36,6 +37,7 @@ from lora_engine.testing import tiny_llama
 from lora_engine.training.online.config import RolloutConfig
 from lora_engine.training.online.online import Online
 from lora_engine.training.online.rewards import Reward
+from lora_engine.training.online.rollouts import OwnEngine
 from lora_engine.training.online.source import packed_groups
 from lora_engine.training.state import Position
 
@@ -204,6 +206,67 @@ def test_truncated_completions_are_masked(tmp_path):
     lengths = [one["finish"] for one in completions(tmp_path)]
     assert [count > 0 for count in batch.target_counts] != [True] * 16
     assert sum(count > 0 for count in batch.target_counts) == lengths.count("stop")
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo", "dapo", "reinforce", "bnpo"])
+def test_completions_that_are_empty_or_never_end(tmp_path, monkeypatch, loss_type):
+    """Of each group: no token at all, the end alone, and two that were cut. One step from the
+    policy that wrote them is minus the advantage of each token, divided as the loss type does."""
+    end = TOKENIZER.eos_token_id
+
+    def run(self, requests, check):
+        def of(ids, text, finish):
+            return Completion(ids, (-1.0,) * len(ids), text, finish)
+
+        return [
+            [
+                of((), "", "stop"),
+                of((end,), "", "stop"),
+                of((5, 6, 7, 8, 9, 10), "abcdef", "length"),
+                of((11, 12, 13, 14, 15, 16), "uvwxyz", "length"),
+            ]
+            for _ in requests
+        ]
+
+    monkeypatch.setattr(OwnEngine, "run", run)
+    told = []
+
+    def judged(completions, completion_ids):
+        told.append((tuple(completions), tuple(map(len, completion_ids))))
+        return [0.0, 1.0, 0.5, 0.2] * (len(completions) // 4)
+
+    online_trainer(
+        tmp_path,
+        objective=GRPO(loss_type=loss_type, sampler_correction="none"),
+        rewards=[judged],
+        # In a round of one step ratios are 1, whatever the log-probabilities above.
+        rollout={"old_logprobs": "trainer"},
+        max_steps=1,
+        held_out=None,
+    ).fit()
+    assert told == [(("", "", "abcdef", "uvwxyz") * 4, (0, 1, 6, 6) * 4)]
+    (step,) = lines(tmp_path)
+    written = completions(tmp_path)
+    assert [one["completion"] for one in written[:4]] == ["", "", "abcdef", "uvwxyz"]
+    assert [one["finish"] for one in written[:4]] == ["stop", "stop", "length", "length"]
+    assert step["completions/clipped_ratio"] == 0.5
+    assert step["completions/min_length"] == 0
+    assert step["completions/mean_terminated_length"] == 0.5
+    assert step["supervised_tokens"] == 4 * 13
+    assert step["grad_norm"] > 0
+    none, one, first, second = (each["advantage"] for each in written[:4])
+    assert none < 0 < one
+    tokens = one + 6 * first + 6 * second
+    expected = {
+        "grpo": -(one + first + second) / 4,
+        "dr_grpo": -tokens / (4 * 6),
+        "dapo": -tokens / 13,
+        "bnpo": -tokens / 13,
+    }
+    if loss_type in expected:
+        assert step["loss"] == pytest.approx(expected[loss_type], rel=1e-4, abs=1e-6)
+    else:
+        assert math.isfinite(step["loss"])
 
 
 def test_overlong_completions_lose(tmp_path):
