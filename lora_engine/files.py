@@ -37,6 +37,15 @@ def sync_file(path: Path) -> None:
         os.close(descriptor)
 
 
+def user_cache_dir() -> Path:
+    """The user's folder of files that can be made again.
+
+    $XDG_CACHE_HOME/lora_engine, or ~/.cache/lora_engine.
+    """
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "lora_engine"
+
+
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
     """Within, an OSError names `path`, or a file in that folder.

@@ -14,10 +14,8 @@ from lora_engine.backends.choice import (
 )
 from lora_engine.backends.copies import Copies, Copy, copies
 from lora_engine.backends.devices import (
-    adds_gradients,
     gpu_count,
     has_own_memory,
-    keeps_freed_memory,
     memory,
     moved,
     peak_memory_bytes,
@@ -38,7 +36,6 @@ from lora_engine.backends.extension import (
 from lora_engine.backends.hardware import (
     capability,
     capability_text,
-    computes_bfloat16,
     cpu_features,
     keeps_scalars,
     reads_at_once,
@@ -46,12 +43,14 @@ from lora_engine.backends.hardware import (
     triton_interpreted,
 )
 from lora_engine.backends.plans import PASSES, STRATEGIES
+from lora_engine.backends.scratch import scratch_matrix
 from lora_engine.backends.selection import (
     attention_plan,
     chunk_rows,
     decoded_rows,
     decoding_plan,
     explain,
+    factors_plan,
     few_rows_impl,
     product_strategy,
     runs_fused,
@@ -60,6 +59,7 @@ from lora_engine.backends.selection import (
     takes_one_query,
     updated_values,
 )
+from lora_engine.backends.timed_dtype import preferred_dtype
 
 __all__ = [
     "BLOCKS",
@@ -72,12 +72,10 @@ __all__ = [
     "Copies",
     "Copy",
     "Extension",
-    "adds_gradients",
     "attention_plan",
     "capability",
     "capability_text",
     "chunk_rows",
-    "computes_bfloat16",
     "copies",
     "cpu_features",
     "cuda_architectures",
@@ -86,17 +84,18 @@ __all__ = [
     "dtypes_of",
     "explain",
     "extension_available",
+    "factors_plan",
     "few_rows_impl",
     "gpu_count",
     "has_own_memory",
     "keep_freed_memory",
-    "keeps_freed_memory",
     "keeps_scalars",
     "memory",
     "moved",
     "native",
     "peak_memory_bytes",
     "preferred_device",
+    "preferred_dtype",
     "product_strategy",
     "reads_at_once",
     "reads_beside_operands",
@@ -105,6 +104,7 @@ __all__ = [
     "resident_bytes",
     "runs_fused",
     "runs_on",
+    "scratch_matrix",
     "select",
     "takes_one_pass",
     "takes_one_query",

@@ -70,7 +70,8 @@ class Choice:
     impl: the implementation. reason: why that, and why not another one.
     plan: for a Product, a Forward, a Matmul, Queries, an Activation or Heads the strategy; for a
         Head the rows of logits that are held at a time, of a Packed those decoded at a time; for
-        Decoding a DecodingPlan; for an Update the values that a temporary tensor holds.
+        Decoding a DecodingPlan; for Factors a FactorsPlan; for an Update the values that a
+        temporary tensor holds.
     launch: for an Extent the line of launch_table.json.
     """
 

@@ -36,11 +36,6 @@ def reads_beside_operands(device: torch.device) -> bool:
     return device.type != "cuda"
 
 
-def adds_gradients(device: torch.device) -> bool:
-    """Whether a LoRA product's backward pass adds to gradients at no launch of its own."""
-    return device.type == "cpu"
-
-
 def why_absent(device: torch.device) -> str | None:
     """Why no tensor can be on `device`, and what can be done; None where one can."""
     if device.type == "cuda":

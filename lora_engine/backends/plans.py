@@ -8,6 +8,7 @@ from lora_engine.backends import tables
 from lora_engine.backends.request import (
     Activation,
     Decoding,
+    Factors,
     Forward,
     Head,
     Heads,
@@ -117,7 +118,19 @@ class DecodingPlan(NamedTuple):
     prompt_tokens: int
 
 
-Plan: TypeAlias = Strategy | DecodingPlan | int
+class FactorsPlan(NamedTuple):
+    """How the gradients of factors are made.
+
+    adds: the backward pass adds them to totals of float32, at no launch of its own, where it is
+    given such. scales_rows: behind a norm, dA is made of dS / rms(x) and x, else of dS and the
+    norm, made again.
+    """
+
+    adds: bool
+    scales_rows: bool
+
+
+Plan: TypeAlias = Strategy | DecodingPlan | FactorsPlan | int
 
 
 def plan(request: Request, present: Present, impl: str) -> Plan | None:
@@ -130,6 +143,8 @@ def plan(request: Request, present: Present, impl: str) -> Plan | None:
         return _product(request, sizes)
     if isinstance(sizes, Forward):
         return _forward(impl, request, present, sizes)
+    if isinstance(sizes, Factors):
+        return _factors(request)
     if isinstance(sizes, Matmul):
         return _matmul(request, present)
     if isinstance(sizes, Queries):
@@ -186,6 +201,13 @@ def _decoding(impl: str, request: Request, present: Present) -> DecodingPlan:
         prompt_by_rows=PROMPT_BY_ROWS,
         prompt_tokens=tokens,
     )
+
+
+def _factors(request: Request) -> FactorsPlan:
+    # Gradients of double precision are not for totals of single precision.
+    adds = request.device == "cpu" and request.dtype != torch.float64
+    # dS / rms(x) may be too small for float16.
+    return FactorsPlan(adds=adds, scales_rows=request.dtype != torch.float16)
 
 
 def _kind(request: Request) -> str:

@@ -30,6 +30,10 @@ class Forward(NamedTuple):
     rows: int
 
 
+class Factors(NamedTuple):
+    """The gradients of a LoRA group's factors, in the backward pass of its product."""
+
+
 class Matmul(NamedTuple):
     """A product of two large matrices."""
 
@@ -98,6 +102,7 @@ class Extent(NamedTuple):
 Sizes: TypeAlias = (
     Product
     | Forward
+    | Factors
     | Matmul
     | Head
     | Packed

@@ -9,11 +9,12 @@ import torch
 from lora_engine.backends import devices, extension, hardware, tables
 from lora_engine.backends.choice import Choice, choose
 from lora_engine.backends.extension import Extension
-from lora_engine.backends.plans import DecodingPlan, Strategy
+from lora_engine.backends.plans import DecodingPlan, FactorsPlan, Strategy
 from lora_engine.backends.request import (
     Activation,
     Decoding,
     Extent,
+    Factors,
     Forward,
     Head,
     Heads,
@@ -166,6 +167,13 @@ def decoding_plan(device: torch.device, dtype: torch.dtype) -> DecodingPlan:
     """How a model whose weights are of this dtype goes on with texts."""
     plan = _choose_here("lora_linear", device, dtype, Decoding()).plan
     assert isinstance(plan, DecodingPlan)
+    return plan
+
+
+def factors_plan(device: torch.device, dtype: torch.dtype) -> FactorsPlan:
+    """How a LoRA group of this dtype makes the gradients of its factors."""
+    plan = _choose_here("lora_linear", device, dtype, Factors()).plan
+    assert isinstance(plan, FactorsPlan)
     return plan
 
 

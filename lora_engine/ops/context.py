@@ -1,10 +1,13 @@
 """What autograd hands to both passes of a function."""
 
-from typing import Protocol, TypeVar
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol, TypeVar
 
 from torch import Tensor
 
 Kept = TypeVar("Kept")
+Record = TypeVar("Record", bound=NamedTuple)
+T = TypeVar("T")
 
 
 class Context(Protocol[Kept]):
@@ -25,3 +28,12 @@ class Context(Protocol[Kept]):
     def mark_dirty(self, *changed: Tensor) -> None: ...
     def mark_non_differentiable(self, *outputs: Tensor) -> None: ...
     def set_materialize_grads(self, value: bool) -> None: ...
+
+
+def named_first(record: type[Record], values: Sequence[T]) -> tuple[Record, Sequence[T]]:
+    """The first of `values` by the names of `record`'s fields, and those that follow them.
+
+    For functions that take, or save, any number of tensors behind those that have names.
+    """
+    count = len(record._fields)
+    return record._make(values[:count]), values[count:]

@@ -132,7 +132,7 @@ def test_changed_prompts_are_sampled_anew_on_resume(settings):
 
 def test_auto_is_the_dtype_that_the_run_began_with(settings, monkeypatch):
     """Another machine, or another number of threads, may choose another."""
-    chosen = "lora_engine.models.load.load.preferred_dtype"
+    chosen = "lora_engine.backends.preferred_dtype"
     monkeypatch.setattr(chosen, lambda device: torch.bfloat16)
     auto = ("model.dtype=auto", "samples.count=0", "train.schedule=constant")
     run(*auto, "train.max_steps=1")

@@ -1,11 +1,15 @@
 """What runs is chosen in backends: nothing else asks for devices, capabilities or sizes for it."""
 
 import ast
+import inspect
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor
 
 import lora_engine
+from lora_engine import backends
 
 PACKAGE = Path(lora_engine.__file__).parent
 # Attributes that tell a device, or what a GPU can do.
@@ -35,8 +39,51 @@ SIZES = {
     "UPDATED_VALUES",
     "OLDEST_CAPABILITY",
 }
-# Answers about a device that say how something is done there, not how much of it.
-FACTS = {"has_own_memory", "keeps_freed_memory", "reads_beside_operands", "adds_gradients"}
+
+
+def facts() -> set[str]:
+    """What backends tells of a device by yes or no: whoever asks may choose by it."""
+    found = set()
+    for name in backends.__all__:
+        function = getattr(backends, name)
+        if not inspect.isfunction(function):
+            continue
+        signature = inspect.signature(function)
+        asked = [parameter.annotation for parameter in signature.parameters.values()]
+        if signature.return_annotation is bool and asked in ([torch.device], [Tensor]):
+            found.add(name)
+    return found
+
+
+FACTS = facts()
+# Who asks for one, and why that is no choice of what runs. Such a choice is a plan of backends
+# (`factors_plan`), or a function of backends that does it (`scratch_matrix`).
+ANSWERED = {
+    # Where bytes are decides whether they are copied, and what a run's memory is.
+    "has_own_memory": {
+        "ops/stored_weight.py": "a thread reads a file into the host's memory, not a GPU's",
+        "distributed/world.py": "the processes of a machine share the memory of its CPU",
+        "memory/plan.py": "a budget is less what is no tensor's in that memory",
+        "memory/timeline.py": "predicts what a run takes: nothing runs",
+        "app/plan.py": "tells which machine's speed a plan is of",
+    },
+    "reads_beside_operands": {
+        "ops/augmented.py": "what a product may read has to be finite",
+    },
+    # A value that the host cannot see without waiting is not checked.
+    "reads_at_once": {
+        "ops/attention.py": "checks sequences",
+        "ops/attention_decode.py": "checks spans",
+        "ops/cross_entropy.py": "checks targets",
+        "ops/rope.py": "checks positions",
+    },
+    "keep_freed_memory": {
+        "models/attach/accelerate.py": "tells the C library, and asks nothing",
+    },
+    "keeps_scalars": {
+        "ops/head/head_gradients.py": "a factor is not to be rounded before it is multiplied",
+    },
+}
 # Files that tell people what the machine has, and choose nothing by it.
 REPORTS = {"machine.py", "app/doctor.py", "report/page.py"}
 
@@ -100,9 +147,73 @@ def _compares_a_device(comparison: ast.Compare) -> bool:
     return any(isinstance(p, ast.Attribute) and p.attr == "capability" for p in parts)
 
 
+def of_facts(source: str) -> set[str]:
+    """The facts of FACTS that a file names."""
+    nodes = list(ast.walk(ast.parse(source)))
+    names = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+    return FACTS & (names | {node.id for node in nodes if isinstance(node, ast.Name)})
+
+
+def of_dtypes(source: str) -> list[str]:
+    """The lines that ask for one of torch's floating dtypes, but to refuse another."""
+    tree = ast.parse(source)
+    checks = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and _refuses(n)]
+    refusals = {node for check in checks for node in ast.walk(check)}
+    return [
+        f"{node.lineno}: {ast.unparse(node)}"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Compare) and node not in refusals
+        if any(map(_is_floating, ast.walk(node)))
+    ]
+
+
+def _refuses(call: ast.Call) -> bool:
+    return ast.unparse(call.func) == "check"
+
+
+def _is_floating(node: ast.AST) -> bool:
+    return isinstance(node, ast.Attribute) and node.attr in ("float16", "bfloat16", "float64")
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_nothing_else_asks(path: Path) -> None:
     assert not questions(path.read_text())
+
+
+def test_who_asks_for_a_fact_says_why() -> None:
+    """None asks unsaid, and none is said to ask that does not."""
+    asking: dict[str, set[str]] = {}
+    for path in FILES:
+        for fact in of_facts(path.read_text()):
+            asking.setdefault(fact, set()).add(str(path.relative_to(PACKAGE)))
+    assert asking == {fact: set(files) for fact, files in ANSWERED.items()}
+
+
+OPERATIONS = [path for path in FILES if path.relative_to(PACKAGE).parts[0] == "ops"]
+
+
+@pytest.mark.parametrize("path", OPERATIONS, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_operations_choose_by_no_dtype(path: Path) -> None:
+    assert not of_dtypes(path.read_text())
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "if x.dtype == torch.float16: pass",
+        "scaled = None if base.dtype != torch.float64 else 1",
+        "exact = dtype in (torch.float16, torch.bfloat16)",
+    ],
+)
+def test_questions_for_dtypes_are_found(line: str) -> None:
+    assert of_dtypes(line)
+    assert not of_dtypes('check(x.dtype in (torch.float64, torch.bfloat16), "expected those")')
+    assert not of_dtypes("x.dtype == weight.dtype")
+
+
+def test_facts_are_found() -> None:
+    assert {"has_own_memory", "reads_beside_operands", "reads_at_once", "keeps_scalars"} <= FACTS
+    assert of_facts("if backends.has_own_memory(x.device): pass") == {"has_own_memory"}
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
-"""The user's cache folder, of files that can be made again."""
+"""Folders of files that can be made again, in the user's cache."""
 
-import os
 import shutil
 import tempfile
 import time
@@ -10,12 +9,6 @@ from pathlib import Path
 from lora_engine.files import sync_file
 
 _ABANDONED_AFTER_SECONDS = 24 * 3600
-
-
-def user_cache_dir() -> Path:
-    """$XDG_CACHE_HOME/lora_engine, or ~/.cache/lora_engine."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "lora_engine"
 
 
 def cached_folder(folder: Path, build: Callable[[Path], None]) -> Path:

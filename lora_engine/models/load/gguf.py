@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from lora_engine.errors import UserError
-from lora_engine.files import naming
-from lora_engine.models.load.cache import cached_folder, user_cache_dir
+from lora_engine.files import naming, user_cache_dir
+from lora_engine.models.load.cache import cached_folder
 from lora_engine.models.load.gguf_head import (
     SMOLLM2_PACKAGE,
     check_head,

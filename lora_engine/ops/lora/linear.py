@@ -8,7 +8,7 @@ from torch import Tensor
 from lora_engine import backends, reference
 from lora_engine.backends import launchers
 from lora_engine.ops import augmented
-from lora_engine.ops.context import Context
+from lora_engine.ops.context import Context, named_first
 from lora_engine.ops.lora import few_rows
 from lora_engine.ops.lora.group import LoraGroup
 from lora_engine.ops.lora.product import LoraProduct
@@ -183,9 +183,8 @@ class _LoraLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Context[_Kept], *grads: Tensor) -> tuple[Tensor | None, ...]:
         product, shape = ctx.kept
-        saved = _Saved(*ctx.saved_tensors[: len(_Saved._fields)])
-        asked = _Needs(*ctx.needs_input_grad[: len(_Needs._fields)])
-        needs = ctx.needs_input_grad[len(asked) :]
+        saved, _ = named_first(_Saved, ctx.saved_tensors)
+        asked, needs = named_first(_Needs, ctx.needs_input_grad)
         product.begin_backward()
         wanted = product.wanted(needs)
         dys = product.claim_gradient(grads)

@@ -356,8 +356,7 @@ class LoraProduct:
         adapters, base = self.filling.adapters, self.group.base
         key = tuple(needs), len(adapters.blocks)
         any_a, any_b, _ = _any_needs(*key)
-        # Gradients of double precision are not for totals of single precision.
-        if not backends.adds_gradients(base.device) or base.dtype == torch.float64:
+        if not backends.factors_plan(base.device, base.dtype).adds:
             return WantedFactorGradients(lora_a=any_a, lora_b=any_b)
         return WantedFactorGradients(
             lora_a=any_a, lora_b=any_b, added=added_gradients(adapters, _by_name(*key))

@@ -1,6 +1,5 @@
 """A base weight in packed bits, decoded for each product into memory that all of them share."""
 
-import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -11,34 +10,6 @@ from lora_engine import backends
 from lora_engine.ops.lora.base import Factors
 from lora_engine.ops.quantized_weight import QuantizedWeight
 from lora_engine.ops.tensors import check
-
-
-class _Scratch(threading.local):
-    """Memory for one decoded operand a device and dtype, as large as the largest so far.
-
-    Each thread has its own: products of different threads may run at once. On a GPU torch's
-    allocator is the scratch, one for each CUDA stream: a product's operand is given back when its
-    kernels are launched, and the next is made in its place, by autograd's thread as well.
-    """
-
-    def __init__(self) -> None:
-        self.buffers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
-
-    def matrix(self, rows: int, cols: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """An uninitialised [rows, cols], over whatever was asked for before."""
-        if backends.keeps_freed_memory(device):
-            return torch.empty(rows, cols, dtype=dtype, device=device)
-        buffer = self.buffers.get((device, dtype))
-        if buffer is None or buffer.numel() < rows * cols:
-            self.buffers[device, dtype] = buffer = torch.empty(0)  # freed before more is taken
-            # No inference tensor, which could not be written to outside of inference mode.
-            with torch.inference_mode(False):
-                buffer = torch.empty(rows * cols, dtype=dtype, device=device)
-            self.buffers[device, dtype] = buffer
-        return buffer[: rows * cols].view(rows, cols)
-
-
-_scratch = _Scratch()
 
 
 class QuantizedBase:
@@ -92,7 +63,7 @@ class QuantizedBase:
         step = backends.decoded_rows(self.device, self.dtype, total)
         for start in range(0, total, step):
             stop = min(start + step, total)
-            block = _scratch.matrix(stop - start, self.in_features, self.dtype, self.device)
+            block = backends.scratch_matrix(stop - start, self.in_features, self.dtype, self.device)
             self._decode(start, block)
             yield slice(start, stop), block
 
@@ -100,7 +71,7 @@ class QuantizedBase:
     def forward_operand(self, lora_b: Tensor) -> Iterator[Tensor]:
         """[W | lora_b]ᵀ in the scratch memory."""
         n, k = sum(self.out_features), self.in_features
-        operand = _scratch.matrix(n, k + lora_b.shape[1], self.dtype, self.device)
+        operand = backends.scratch_matrix(n, k + lora_b.shape[1], self.dtype, self.device)
         self._decode(0, operand[:, :k])
         operand[:, k:] = lora_b
         yield operand.t()
@@ -109,7 +80,7 @@ class QuantizedBase:
     def backward_operand(self, lora_a: Tensor) -> Iterator[Tensor]:
         """W with lora_a below it in the scratch memory."""
         n, k = sum(self.out_features), self.in_features
-        operand = _scratch.matrix(n + lora_a.shape[0], k, self.dtype, self.device)
+        operand = backends.scratch_matrix(n + lora_a.shape[0], k, self.dtype, self.device)
         self._decode(0, operand[:n])
         operand[n:] = lora_a
         yield operand

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from lora_engine.models.load.cache import cached_folder, user_cache_dir
+from lora_engine.files import user_cache_dir
+from lora_engine.models.load.cache import cached_folder
 
 
 def fill(folder: Path) -> None:

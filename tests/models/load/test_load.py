@@ -15,14 +15,13 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from lora_engine.errors import UserError
-from lora_engine.models.load import load
 from lora_engine.models.load.gguf import (
     gguf_tokenizer,
     gguf_value,
     hub_id_of_gguf,
     smollm2_gguf_path,
 )
-from lora_engine.models.load.load import load_model, load_tokenizer, preferred_dtype
+from lora_engine.models.load.load import load_model, load_tokenizer
 from lora_engine.models.load.origin import Base, base_of
 from lora_engine.ops import quantize_weight
 
@@ -370,50 +369,3 @@ class TestMistakes:
     def test_options(self, folder, options, message):
         with pytest.raises(UserError, match=message):
             load_model(folder, **options)
-
-
-class TestPreferredDtype:
-    @pytest.fixture
-    def seconds(self, monkeypatch):
-        """What the measurement will say, and how often it was asked."""
-        seconds = {torch.float32: 2.0, torch.bfloat16: 1.0, "asked": 0}
-
-        def measure(dtype):
-            seconds["asked"] += 1
-            return seconds[dtype]
-
-        monkeypatch.setattr(load, "_matmul_seconds", measure)
-        return seconds
-
-    @pytest.mark.parametrize(
-        ("bfloat16_seconds", "expected"),
-        [(1.0, torch.bfloat16), (1.9, torch.float32), (40.0, torch.float32)],
-        ids=["twice-as-fast", "hardly-faster", "slower"],
-    )
-    def test_takes_bfloat16_where_it_is_clearly_faster(self, seconds, bfloat16_seconds, expected):
-        seconds[torch.bfloat16] = bfloat16_seconds
-        assert preferred_dtype("cpu") == expected
-
-    def test_measures_once(self, seconds):
-        assert preferred_dtype("cpu") == torch.bfloat16
-        seconds[torch.float32] = 0.1
-        assert preferred_dtype("cpu") == torch.bfloat16
-        assert seconds["asked"] == 2
-
-    def test_measures_again_for_another_machine_or_a_damaged_file(self, seconds, tmp_path):
-        preferred_dtype("cpu")
-        path = tmp_path / "cache" / "lora_engine" / "cpu_dtype.json"
-        path.write_text(json.dumps({"another CPU": "float32"}))
-        preferred_dtype("cpu")
-        assert json.loads(path.read_text())["another CPU"] == "float32"
-        path.write_text("{")
-        preferred_dtype("cpu")
-        assert seconds["asked"] == 6
-
-    def test_a_cache_that_cannot_be_written_does_no_harm(self, seconds, tmp_path):
-        (tmp_path / "cache").write_text("a file where the folder should be")
-        assert preferred_dtype("cpu") == torch.bfloat16
-
-    def test_measures_for_real(self):
-        assert preferred_dtype("cpu") in (torch.float32, torch.bfloat16)
-        assert load._matmul_seconds(torch.float32) > 0
