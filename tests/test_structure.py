@@ -12,6 +12,8 @@ import pytest
 import lora_engine
 from lora_engine import ops
 from lora_engine.app.objectives import OBJECTIVES, ONLINE
+from lora_engine.objectives.base import Objective
+from lora_engine.objectives.online import OnlineObjective
 
 PACKAGE = Path(lora_engine.__file__).parent
 
@@ -241,13 +243,12 @@ def test_records_are_made_by_name(path: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted((PACKAGE / "ops").rglob("*.py")), ids=lambda p: p.stem)
 def test_autograd_is_asked_and_answered_by_name(path: Path) -> None:
-    """No `needs_input_grad[3]`, and no gradient or saved tensor that is told by its place."""
+    """No `needs_input_grad[3]` or `[3:]`, nor a gradient or saved tensor told by its place."""
     tree = ast.parse(path.read_text())
     numbered = [
         node.lineno
         for node in ast.walk(tree)
         if isinstance(node, ast.Subscript)
-        and isinstance(node.slice, ast.Constant)
         and ast.unparse(node.value).endswith((".needs_input_grad", ".saved_tensors"))
     ]
     unnamed = [
@@ -261,16 +262,15 @@ def test_autograd_is_asked_and_answered_by_name(path: Path) -> None:
     assert not numbered + unnamed
 
 
-# A report knows an objective by the name that is written in the run's folder.
-BESIDE_OBJECTIVES = [
-    p for p in FILES if module_name(p).split(".")[0] not in ("objectives", "report")
-]
+BESIDE_OBJECTIVES = [p for p in FILES if module_name(p).split(".")[0] != "objectives"]
 
 
 @pytest.mark.parametrize("path", BESIDE_OBJECTIVES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_an_objective_answers_for_itself(path: Path) -> None:
-    """Nobody compares its name, or asks for its class: `reads`, `unit` and protocols say it all."""
-    named = {kind.__name__ for kind in (*OBJECTIVES.values(), *ONLINE.values())}
+    """Nobody compares its name or settings, or asks for its class: `reads`, `unit` and what the
+    protocols promise say it all."""
+    kinds = (*OBJECTIVES.values(), *ONLINE.values(), Objective, OnlineObjective)
+    named = {kind.__name__ for kind in kinds}
     imported = (name.split(".") for name in imported_names(path) if name.startswith("objectives."))
     classes = named & {parts[-1] for parts in imported}
     found = []
@@ -280,7 +280,8 @@ def test_an_objective_answers_for_itself(path: Path) -> None:
             of_one = any("objective" in ast.unparse(part) for part in parts)
             literal = any(isinstance(p, ast.Constant) and isinstance(p.value, str) for p in parts)
             by_class = any(isinstance(p, ast.Name) and p.id in classes for p in parts)
-            asks = of_one and ((literal and "reads" not in ast.unparse(node)) or by_class)
+            of_one = of_one or any(ast.unparse(part).endswith("reads.values") for part in parts)
+            asks = of_one and (literal or by_class)
         else:
             asks = (
                 isinstance(node, ast.Call)

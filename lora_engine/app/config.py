@@ -31,7 +31,7 @@ from lora_engine.errors import UserError, nearest
 from lora_engine.models.peft.adapters import LoraConfig
 from lora_engine.objectives.base import Objective
 from lora_engine.objectives.close_to_base import CloseToBase
-from lora_engine.objectives.online import OnlineObjective
+from lora_engine.objectives.online import as_online
 from lora_engine.training.config import TrainConfig
 from lora_engine.training.online.config import RolloutConfig
 
@@ -103,12 +103,12 @@ class RunConfig(Section):
     @property
     def writes(self) -> bool:
         """Whether the model writes completions to learn from."""
-        return isinstance(self.chosen_objective(), OnlineObjective)
+        return as_online(self.chosen_objective()) is not None
 
     @model_validator(mode="after")
     def _objective_is_one(self) -> "RunConfig":
         objective = self.chosen_objective()
-        if objective.reads.values == "examples" and self.lora is None:
+        if not objective.reads.predicts_tokens and self.lora is None:
             raise ValueError(
                 f"lora: objective {objective.name} trains an adapter and a head; give lora"
             )
@@ -155,7 +155,7 @@ class RunConfig(Section):
         if self.lora is None:
             raise ValueError("lora: null trains all weights; model.adapter is trained, leave it")
         objective = self.chosen_objective()
-        if objective.reads.values == "examples":
+        if not objective.reads.predicts_tokens:
             raise ValueError(
                 f"model.adapter: objective {objective.name} begins with an adapter and head of its "
                 "own; merge the adapter into the model first"

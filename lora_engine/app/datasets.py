@@ -123,8 +123,8 @@ def prepare_probe(config: RunConfig, tokenizer: Tokenizer) -> TokenizedDataset |
     source, data = config.evaluation.probe, config.data
     options: dict[str, Any] = {"max_length": data.max_length, "inputs": template_inputs(data)}
     if source == SHIPPED:
-        predicts_none = config.chosen_objective().reads.values == "examples"
-        return None if predicts_none else shipped_probe(tokenizer, **options)
+        predicts = config.chosen_objective().reads.predicts_tokens
+        return shipped_probe(tokenizer, **options) if predicts else None
     return None if source is None else prepare(source, tokenizer, **options)
 
 

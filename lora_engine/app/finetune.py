@@ -122,7 +122,7 @@ def _finetune(config: RunConfig, resume: bool, observer: Observer | None, world:
     model, tokenizer, fingerprint = run_model(config, getattr(observer, "on_load", None), world)
     origin = _origin(config, fingerprint, start)
     reads = config.chosen_objective().reads
-    if reads.values == "examples":
+    if not reads.predicts_tokens:
         model = with_scalar_head(
             model, pad_token_id=tokenizer.pad_token_id, seed=config.lora.seed if config.lora else 0
         )
@@ -139,7 +139,7 @@ def _finetune(config: RunConfig, resume: bool, observer: Observer | None, world:
         model = going_on(model, start)
     elif config.lora is not None:
         model = add_adapters(model, config.lora)
-    if reads.values == "targets":
+    if reads.values_targets:
         add_value_head(model, None if start is None else start.folder)
     callbacks = () if observer is None else (observer,)
     train = config.train_with_rates()
@@ -164,7 +164,7 @@ def _finetune(config: RunConfig, resume: bool, observer: Observer | None, world:
     preflight = trainer.preflight(step)
     if preflight is not None:
         tell(f"preflight: {preflight}")
-    writes = trainer.objective.reads.values != "examples"
+    writes = trainer.objective.reads.predicts_tokens
     prompts = shown_prompts(eval_data, tokenizer, config.samples.count if writes else 0)
     in_step = is_sharded(model)  # then all processes run it, to write samples, too
     writing = world.is_first or in_step
@@ -199,6 +199,7 @@ def _finetune(config: RunConfig, resume: bool, observer: Observer | None, world:
         **result.summary(),
         "objective": trainer.objective.name,
         "loss_unit": unit,
+        "accuracy_of": trainer.objective.reads.accuracy_of,
         "peak_memory_bytes": max(result.peak_memory_bytes, earlier_peak(files.metrics)),
         "heldout_perplexity_before": perplexity(result.heldout_loss_before, unit),
         "heldout_perplexity_after": perplexity(result.heldout_loss_after, unit),

@@ -14,7 +14,7 @@ from lora_engine.export.adapter import Adapter
 from lora_engine.models.load.scalar import VALUE_HEAD_FILE
 from lora_engine.models.peft.adapters import LoraConfig
 from lora_engine.models.peft.routing import REFERENCE_ADAPTER
-from lora_engine.objectives.online import OnlineObjective
+from lora_engine.objectives.online import as_online
 
 if TYPE_CHECKING:
     from torch import nn
@@ -72,11 +72,11 @@ def starting_adapter(config: RunConfig) -> StartingAdapter | None:
             "leave lora out"
         )
     objective = objective_of(config.objective)
-    compares = isinstance(objective, OnlineObjective) and objective.compares
-    compares = compares or objective.reads.reference
+    online = as_online(objective)
+    compares = objective.reads.reference or (online is not None and online.compares)
     weights = (adapter.folder / "adapter_model.safetensors").read_bytes()
     values = adapter.folder / VALUE_HEAD_FILE
-    if objective.reads.values == "targets" and values.is_file():
+    if objective.reads.values_targets and values.is_file():
         weights += values.read_bytes()
     return StartingAdapter(
         folder=adapter.folder,

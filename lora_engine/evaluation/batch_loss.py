@@ -35,7 +35,7 @@ def target_scores(model: nn.Module, batch: PackedBatch, objective: Objective) ->
     through its own. Raises UserError for a reference of a model without adapters.
     """
     reads = objective.reads
-    if reads.values == "examples":
+    if not reads.predicts_tokens:
         return _example_values(model, batch)
     reference = reference_logprobs(model, batch, reads.temperature) if reads.reference else None
     teacher = None if reads.divergence is None else _taught(model, batch, reads.divergence)
@@ -66,7 +66,7 @@ def target_scores(model: nn.Module, batch: PackedBatch, objective: Objective) ->
     if teacher is not None:
         divergence = _divergence(head, hidden, teacher, objective)
         scores = replace(scores, divergence=divergence)
-    if reads.values:
+    if reads.values_targets:
         scores = replace(scores, values=scalar_head(model)(hidden))
     return scores
 

@@ -71,7 +71,7 @@ def is_seen(objective: Objective, batch: PackedBatch, weights: Mapping[str, floa
     One without targets has nothing to see, but counts where examples are counted, as it would
     beside others.
     """
-    read = batch.num_targets > 0 or objective.reads.values == "examples"
+    read = batch.num_targets > 0 or not objective.reads.predicts_tokens
     return read and any(weights.values())
 
 

@@ -78,6 +78,21 @@ class Reads:
     mismatched: bool = False
     weights: bool = False
 
+    @property
+    def predicts_tokens(self) -> bool:
+        """Whether examples have targets; otherwise the model says a value of each and no more."""
+        return self.values != "examples"
+
+    @property
+    def values_targets(self) -> bool:
+        """Whether the scalar head says a value of every target, beside its log-probability."""
+        return self.values == "targets"
+
+    @property
+    def accuracy_of(self) -> str:
+        """What the share of right ones is of, for people: "tokens", or "pairs" in their order."""
+        return "tokens" if self.predicts_tokens else self.examples
+
 
 @dataclass(frozen=True)
 class TargetScores:

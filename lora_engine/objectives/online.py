@@ -57,3 +57,8 @@ class OnlineObjective(Objective, Protocol):
 
     def judge(self, sampled: Sampled) -> Judged:
         """Advantages, and what else its batches hold."""
+
+
+def as_online(objective: Objective) -> OnlineObjective | None:
+    """`objective`, if it is one of completions that the model writes."""
+    return objective if isinstance(objective, OnlineObjective) else None

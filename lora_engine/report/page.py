@@ -63,7 +63,7 @@ def render_report(summary: Row, metrics: Sequence[Row], completions: Sequence[Sh
         comparisons=comparisons(summary),
         charts=[
             asdict(chart)
-            for chart in charts(metrics, summary["loss_unit"], summary.get("objective", ""))
+            for chart in charts(metrics, summary["loss_unit"], summary.get("accuracy_of"))
         ],
         peeks=differing_parts([sample["prompt"] for sample in summary["samples"]]),
         completions=completions,
@@ -101,7 +101,7 @@ def comparisons(summary: Row) -> list[Comparison]:
     if None in losses:
         return []
     rows = []
-    name = _accuracy(summary.get("objective", ""))
+    name = _accuracy(summary.get("accuracy_of"))
     before, after = (summary.get(f"heldout_metrics_{when}", {}) for when in ("before", "after"))
     if None not in accuracies:  # else rewards are measured, and the loss is minus the reward
         rows.append(_comparison("Held-out loss", losses, "{:.3f}", lower_is_better=True))
@@ -148,9 +148,9 @@ def more_is_better(metric: str) -> bool | None:
 _COUNTED = {"Pair accuracy": "rewards/accuracies"}
 
 
-def _accuracy(objective: str) -> str:
-    """What is right or wrong: a token, or where a model predicts none the order of a pair."""
-    return "Pair accuracy" if objective == "reward" else "Token accuracy"
+def _accuracy(of: str | None) -> str:
+    """What is right or wrong, as the run's summary says it."""
+    return {"tokens": "Token accuracy", "pairs": "Pair accuracy"}.get(of or "", "Accuracy")
 
 
 def perplexity(loss: float) -> float:
@@ -158,11 +158,12 @@ def perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
 
 
-def charts(metrics: Sequence[Row], loss_unit: str, objective: str = "") -> list[Chart]:
+def charts(metrics: Sequence[Row], loss_unit: str, accuracy_of: str | None) -> list[Chart]:
     """Loss, the objective's metrics, learning rate, gradient norm, throughput and memory over the
     steps.
 
-    loss_unit: what the objective counts the loss in, "" for a bare number. objective: its name.
+    loss_unit: what the objective counts the loss in, "" for a bare number. accuracy_of: as
+    `Reads` has it.
     """
     loss = points_of(metrics, "loss")
     heldout = points_of(metrics, "heldout_loss")
@@ -192,8 +193,8 @@ def charts(metrics: Sequence[Row], loss_unit: str, objective: str = "") -> list[
             label=loss_label,
         ),
         _probe_chart(metrics, last),
-        single(_accuracy(objective), accuracy, "held-out, %", "heldout", from_zero=False),
-        *_metric_charts(metrics, _COUNTED.get(_accuracy(objective)), last),
+        single(_accuracy(accuracy_of), accuracy, "held-out, %", "heldout", from_zero=False),
+        *_metric_charts(metrics, _COUNTED.get(_accuracy(accuracy_of)), last),
         single("Learning rate", points_of(metrics, "learning_rate"), "", label=scientific),
         single("Gradient norm", points_of(metrics, "grad_norm"), "before clipping"),
         single("Throughput", points_of(metrics, "tokens_per_second"), "tokens per second"),

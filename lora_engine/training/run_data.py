@@ -108,7 +108,7 @@ class RunData:
             )
 
     def _probe(self, source: "Source | TokenizedDataset", objective: Objective) -> TokenizedDataset:
-        if objective.reads.values == "examples":
+        if not objective.reads.predicts_tokens:
             raise UserError(f"probe: objective {objective.name} predicts no tokens; leave it out")
         dataset = _tokenized(source, self._tokenizer, self._config, "probe")
         check_roles(dataset.examples, "plain", "sft", dataset.name)

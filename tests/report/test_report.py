@@ -29,6 +29,7 @@ def summary():
         "steps": 20,
         "stopped": "finished",
         "loss_unit": "nats per supervised token",
+        "accuracy_of": "tokens",
         "finished": "2026-01-02 03:04",
         "heldout_loss_before": 3.0,
         "heldout_loss_after": 1.5,
@@ -173,7 +174,7 @@ def test_page_needs_no_other_file(summary, metrics):
 
 
 def test_charts_follow_the_metrics(metrics):
-    drawn = {chart.title: chart for chart in charts(metrics, "nats per pair")}
+    drawn = {chart.title: chart for chart in charts(metrics, "nats per pair", "tokens")}
     assert list(drawn) == [
         "Loss",
         "Token accuracy",
@@ -191,7 +192,7 @@ def test_charts_follow_the_metrics(metrics):
 
 def test_the_later_line_of_a_step_counts(metrics):
     again = {**metrics[5], "loss": 9.0}
-    loss = charts([*metrics, again], "")[0].series[0]
+    loss = charts([*metrics, again], "", "tokens")[0].series[0]
     assert dict(loss.points)[5] == 9.0
     assert len(loss.points) == 20
 
@@ -276,6 +277,7 @@ def test_metrics_of_pairs_have_charts_and_are_compared(summary, metrics):
             for when in ["heldout_" if "heldout_loss" in row else ""]
         ],
         "nats per pair",
+        "tokens",
     )
     titles = [chart.title for chart in drawn]
     assert titles[2:4] == ["rewards", "kl"]
@@ -285,16 +287,18 @@ def test_metrics_of_pairs_have_charts_and_are_compared(summary, metrics):
         looks = [look(series.style) for series in chart.series]
         assert len(set(looks)) == len(looks), chart.title
     shown = {"rewards/accuracies": 0.5, "rewards/margins": -0.25, "rewards/rejected": 0.0}
-    summary |= {"heldout_metrics_before": shown, "objective": "dpo"}
+    summary |= {"heldout_metrics_before": shown}
     summary["heldout_metrics_after"] = {"rewards/accuracies": 0.75, "rewards/margins": 1.0}
     summary["heldout_accuracy_after"] = 0.2
     rows = {row.name: row for row in comparisons(summary)}
     assert rows["rewards/accuracies"].change == "+25.0 points" and rows["rewards/margins"].better
     assert rows["rewards/margins"].change == "+1.250"
     assert rows["Token accuracy, all answers"].better is None, "rejected ones are to be unlikely"
-    summary["objective"] = "reward"  # whose accuracy is that of pairs
+    summary["accuracy_of"] = "pairs"
     assert "rewards/accuracies" not in {row.name for row in comparisons(summary)}
     assert next(row for row in comparisons(summary) if row.name == "Pair accuracy").better is False
+    del summary["accuracy_of"]  # of a run that did not say
+    assert "Accuracy" in {row.name for row in comparisons(summary)}
 
 
 def test_the_probe_has_a_curve_beside_the_loss_and_a_row(summary, metrics):
@@ -302,10 +306,10 @@ def test_the_probe_has_a_curve_beside_the_loss_and_a_row(summary, metrics):
         row.update(probe_loss=loss, probe_accuracy=0.4)
     summary |= {"probe_loss_before": 2.0, "probe_loss_after": 2.5, "stopped": "forgetting"}
     summary |= {"warnings": ["stopped at step 20: <too much>"]}
-    titles = [chart.title for chart in charts(metrics, summary["loss_unit"])]
+    titles = [chart.title for chart in charts(metrics, summary["loss_unit"], "tokens")]
     assert titles[:2] == ["Loss", "Forgetting"]
     assert not [title for title in titles if "probe" in title]
-    chart = charts(metrics, summary["loss_unit"])[1]
+    chart = charts(metrics, summary["loss_unit"], "tokens")[1]
     assert [(s.name, s.points) for s in chart.series] == [
         ("before training", [(0, 2.0), (20, 2.0)]),
         ("probe", [(0, 2.0), (20, 2.5)]),
@@ -318,4 +322,6 @@ def test_the_probe_has_a_curve_beside_the_loss_and_a_row(summary, metrics):
 
 
 def test_a_run_without_a_probe_has_no_such_curve(summary, metrics):
-    assert "Forgetting" not in [chart.title for chart in charts(metrics, summary["loss_unit"])]
+    assert "Forgetting" not in [
+        chart.title for chart in charts(metrics, summary["loss_unit"], "tokens")
+    ]

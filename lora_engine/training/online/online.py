@@ -14,7 +14,7 @@ from lora_engine.evaluation.samples import TextTokenizer
 from lora_engine.models.attach.head import positions_of
 from lora_engine.models.peft.routing import active_adapters
 from lora_engine.objectives.base import Objective
-from lora_engine.objectives.online import OnlineObjective
+from lora_engine.objectives.online import OnlineObjective, as_online
 from lora_engine.training import random_state
 from lora_engine.training.config import TrainConfig
 from lora_engine.training.online.config import RolloutConfig
@@ -96,7 +96,7 @@ class OnlineRun:
 
     def tried(self) -> Objective:
         """The objective of the trial before the run."""
-        return TrialOfPrompts(values=self.objective.reads.values == "targets")
+        return TrialOfPrompts(values=self.objective.reads.values_targets)
 
     def measure(self, check: Callable[[], None]) -> Callable[[int], HeldoutResult]:
         """Of the held-out prompts, by their rewards, with the weights of a step."""
@@ -119,7 +119,8 @@ def _online_objective(
 
     Raises UserError for one that does not learn from rewards, or has settings that do not fit.
     """
-    if not isinstance(objective, OnlineObjective):
+    online = as_online(objective)
+    if online is None:
         raise UserError(
             f"objective {objective.name} does not learn from rewards; give GRPO or PPO, or leave "
             "the rewards out"
@@ -129,11 +130,11 @@ def _online_objective(
             "gradient_accumulation_steps has no effect on an online run, whose steps are of whole "
             "minibatches; leave it out and set rollout.minibatches"
         )
-    if not objective.measures and rollout.generations < 2:
+    if not online.measures and rollout.generations < 2:
         raise UserError(
             f"objective {objective.name} compares completions of a prompt; set "
             "rollout.generations to 2 or more"
         )
     decided = {"temperature": rollout.temperature, "max_completion_length": rollout.max_new_tokens}
-    known = {own.name for own in fields(objective)}
-    return replace(objective, **{key: x for key, x in decided.items() if key in known})
+    known = {own.name for own in fields(online)}
+    return replace(online, **{key: x for key, x in decided.items() if key in known})
