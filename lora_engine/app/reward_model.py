@@ -24,6 +24,8 @@ from lora_engine.models.load.scalar import with_scalar_head
 from lora_engine.objectives.reward import Reward as RewardObjective
 from lora_engine.training.online.named import Named
 
+_TOKENS_PER_BATCH = 4096
+
 
 class RewardModel:
     """A scalar head's value at the last token of a prompt and its completion.
@@ -35,10 +37,9 @@ class RewardModel:
     def __init__(
         self,
         model: nn.Module,
-        tokens_per_batch: int = 4096,
         settings: Mapping[str, object] | None = None,
     ) -> None:
-        self.model, self.tokens_per_batch = model, tokens_per_batch
+        self.model = model
         self.settings = settings or {}
         self.positions = positions_of(model)
 
@@ -49,7 +50,7 @@ class RewardModel:
         whole = [[*asked, *said] for asked, said in zip(prompt_ids, completion_ids, strict=True)]
         values: list[float] = []
         with inference(self.model):
-            for first, last in _spans([len(ids) for ids in whole], self.tokens_per_batch):
+            for first, last in _spans([len(ids) for ids in whole], _TOKENS_PER_BATCH):
                 examples = [Example(ids, [False] * len(ids)) for ids in whole[first:last]]
                 batch = collate(examples).to(device)
                 scores = target_scores(self.model, batch, RewardObjective())

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from lora_engine.data.readers import Row, RowError, file_kind, parse_line, read_file
 from lora_engine.data.sources import Part, files_among, open_parts
-from lora_engine.data.unpack import Meter, opened, skip
+from lora_engine.data.unpack import Meter, opened
 from lora_engine.errors import UserError
 
 ROWS = 256
@@ -112,11 +112,10 @@ def chunk_of(reads: Sequence[Read], path: Path | None = None, first: int = 1) ->
     return Chunk(tuple(read.row for read in reads if not isinstance(read.row, bytes)), size=size)
 
 
-def lines_of(path: Path, offset: int = 0, first: int = 1) -> Iterator[Chunk]:
-    """A file's lines in chunks. offset, first: where to begin, in unpacked bytes and as a line."""
-    meter, done = Meter(), 0
+def lines_of(path: Path) -> Iterator[Chunk]:
+    """A file's lines in chunks."""
+    meter, done, first = Meter(), 0, 1
     with opened(path, meter) as file:
-        skip(file, offset)
         while lines := file.readlines(BYTES):
             now = meter.tell()
             yield Chunk(rows=(), path=path, lines=tuple(lines), first=first, size=now - done)

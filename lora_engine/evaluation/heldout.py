@@ -83,16 +83,14 @@ def evaluate(
     model: nn.Module,
     batches: Iterable[PackedBatch],
     objective: Objective,
-    *,
-    step: int | None = None,
 ) -> HeldoutResult:
     """The objective's loss, and token accuracy, over `batches`, without dropout.
 
-    The result of SFT does not depend on how the examples are packed, beyond rounding. `step` is
-    named in the NonFiniteError raised if a batch's loss or a metric is not finite. UserError if
-    `batches` have nothing that the objective measures.
+    The result of SFT does not depend on how the examples are packed, beyond rounding. Raises
+    NonFiniteError if a batch's loss or a metric is not finite, UserError if `batches` have nothing
+    that the objective measures.
     """
-    return result_of([measure(model, batches, objective)], objective, step=step)
+    return result_of([measure(model, batches, objective)], objective)
 
 
 def measure(
@@ -148,7 +146,7 @@ def measure(
 def result_of(
     parts: Sequence[Sums], objective: Objective, *, step: int | None = None
 ) -> HeldoutResult:
-    """The result of what several processes measured; raises as `evaluate`."""
+    """The result of what several processes measured; raises as `evaluate`, naming `step`."""
     for part in parts:
         if part["failure"] is not None:
             what, origins, layer = part["failure"]

@@ -90,9 +90,7 @@ class LlamaCpp:
     context: the most tokens that are asked about at once. Raises UserError if it cannot be loaded.
     """
 
-    def __init__(
-        self, path: Path, *, adapter: Path | None = None, context: int = 1024, threads: int = 0
-    ) -> None:
+    def __init__(self, path: Path, *, adapter: Path | None = None, context: int = 1024) -> None:
         if not is_installed():
             raise UserError("llama.cpp is not installed; run: pip install xllamacpp")
         import xllamacpp
@@ -110,7 +108,7 @@ class LlamaCpp:
         # SmolLM2's likeliest tokens than the 8 bits of activations do.
         disabled = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
         params.flash_attn_type = disabled
-        count = threads or torch.get_num_threads()
+        count = torch.get_num_threads()
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = count
         if adapter is not None:
             params.lora_adapters = [_adapter(xllamacpp, adapter)]

@@ -61,16 +61,14 @@ def generalised_advantages(
     *,
     discount: float = 1.0,
     trace: float = 0.95,
-    after: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """(advantages, returns), [n] each, of one completion (arXiv:1506.02438).
 
     With δ_t = r_t + γ v_{t+1} − v_t, A_t = δ_t + γ λ A_{t+1} and R_t = A_t + v_t.
-    discount: γ. trace: λ. after: value of the state behind the last token; 0 where it ended.
+    discount: γ. trace: λ. The state behind the last token has the value 0: the completion ended.
     """
     advantages = torch.empty_like(values)
     following = advantage = 0.0
-    following = after
     for place in range(len(values) - 1, -1, -1):
         delta = float(rewards[place]) + discount * following - float(values[place])
         advantage = delta + discount * trace * advantage

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from lora_engine.data.chunks import Chunk, chunks_of, lines_of
+from lora_engine.data.chunks import Chunk, chunks_of
 from lora_engine.data.dataset import prepare
 from lora_engine.data.recipe import Recipe, Tokenising
 from lora_engine.data.records import read_records
@@ -89,13 +89,6 @@ def test_problems_found_by_several_processes_are_all_listed(tokenizer, tmp_path,
     path.write_text('{"text": "a"}\n{oops\n' * 8)
     with pytest.raises(UserError, match=r"8 of 16 .*a\.jsonl:2, .*:4, .*:6 and 5 more: is not"):
         prepare(path, tokenizer, processes=2)
-
-
-def test_lines_can_be_begun_anywhere(file):
-    whole = [row for chunk in lines_of(file) for row in chunk.parsed()]
-    offset = sum(map(len, file.read_bytes().splitlines(keepends=True)[:7]))
-    rest = [row for chunk in lines_of(file, offset, 8) for row in chunk.parsed()]
-    assert rest == whole[7:] and rest[0].origin == f"{file}:8"
 
 
 def test_a_limit_reads_no_further(tokenizer, tmp_path):

@@ -19,8 +19,8 @@ from lora_engine.objectives.sft import SFT
 NO_TARGETS = Example([1, 2, 3], [True, False, False], "none.jsonl:1")
 
 
-def evaluate(model, batches, **options):
-    return heldout.evaluate(model, batches, SFT(), **options)
+def evaluate(model, batches):
+    return heldout.evaluate(model, batches, SFT())
 
 
 def packed(examples, per_batch):
@@ -87,7 +87,7 @@ def test_non_finite_loss_names_samples_and_layer():
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
     with pytest.raises(NonFiniteError) as caught:
-        evaluate(model, packed(examples, 2), step=7)
+        heldout.result_of([heldout.measure(model, packed(examples, 2), SFT())], SFT(), step=7)
     assert caught.value.step == 7
     assert caught.value.origins == ("data.jsonl:1", "data.jsonl:2")
     assert "layers.1.mlp" in caught.value.layer

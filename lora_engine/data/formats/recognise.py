@@ -12,7 +12,7 @@
    so is a text, or a question with its answer, beside a field that is called as an answer is.
 """
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Literal, NamedTuple
 
 from lora_engine.data.formats import chat, instructions, plain, preference
@@ -62,10 +62,9 @@ class Reading(NamedTuple):
     ignored: tuple[str, ...]
 
 
-def recognise(row: Fields, layout: Layout, wanted: Collection[str] = ()) -> Reading:
+def recognise(row: Fields, layout: Layout) -> Reading:
     """The row by the format that it has.
 
-    wanted: formats that the objective learns from, by name; where several fit these go first.
     Raises UserError, without the row's place, for a row of no format or of several, and for values
     that are not what its format has.
     """
@@ -78,7 +77,7 @@ def recognise(row: Fields, layout: Layout, wanted: Collection[str] = ()) -> Read
         for key in chat.MEDIA:
             if not is_empty(given.get(key)):
                 raise UserError(chat.media_problem(key))
-    format = _plainly(fields, layout) or _format(fields, layout, wanted)
+    format = _plainly(fields, layout) or _format(fields, layout)
     if layout.format is None and format in _ANSWERED:
         _check_verdict(row if used is None else layout.columns or {}, fields, format)
     if layout.format is None and used is None and format.name in _UNSURE and len(fields) > 1:
@@ -134,7 +133,7 @@ def _named(name: str, formats: Iterable[Format]) -> Format | None:
     return next((format for format in formats if format.name == name), None)
 
 
-def _format(fields: Fields, layout: Layout, wanted: Collection[str]) -> Format:
+def _format(fields: Fields, layout: Layout) -> Format:
     if layout.format is not None:
         format = _named(layout.format, FORMATS)
         assert format is not None
@@ -151,9 +150,7 @@ def _format(fields: Fields, layout: Layout, wanted: Collection[str]) -> Format:
         filled = {key: value for key, value in fields.items() if not is_empty(value)}
         fit = [format for format in fit if format.fits(filled)] or fit
     if len(fit) > 1:
-        fit = _without_renderings(fit, fields, wanted)
-    if len(fit) > 1:
-        fit = [format for format in fit if format.name in wanted] or fit
+        fit = _without_renderings(fit, fields)
     if len(fit) > 1:
         names = [f"{format.name} ({format.needs})" for format in fit]
         raise UserError(
@@ -163,7 +160,7 @@ def _format(fields: Fields, layout: Layout, wanted: Collection[str]) -> Format:
     return fit[0]
 
 
-def _without_renderings(fit: list[Format], fields: Fields, wanted: Collection[str]) -> list[Format]:
+def _without_renderings(fit: list[Format], fields: Fields) -> list[Format]:
     """The formats but a text or prompt that says what another one says, and the first of those
     that all say the same."""
     said = {format.name: _said(format, fields) for format in fit}
@@ -172,7 +169,7 @@ def _without_renderings(fit: list[Format], fields: Fields, wanted: Collection[st
         text = None
     if prompt and any(set(prompt) <= set(other) for other in said.values()):
         prompt = None
-    if prompt and "prompts" not in wanted and any(_ends(prompt[0], o) for o in said.values()):
+    if prompt and any(_ends(prompt[0], o) for o in said.values()):
         prompt = None
     if text and prompt and text[0].startswith(prompt[0]):
         prompt = None

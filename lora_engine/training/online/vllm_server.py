@@ -121,8 +121,8 @@ class VllmServer:
         except (KeyError, TypeError, ValueError) as error:
             raise self._strange("/v1/completions", answer) from error
 
-    def _json(self, method: str, path: str, body: object = None) -> dict[str, Any]:
-        status, text = self._ask(method, path, body)
+    def _json(self, method: str, path: str) -> dict[str, Any]:
+        status, text = self._ask(method, path)
         self._check(status, text, f"refuses {path}")
         return self.parsed(path, text)
 

@@ -9,7 +9,6 @@ import pytest
 
 from lora_engine.data.dataset import prepare
 from lora_engine.data.formats.columns import Layout
-from lora_engine.data.formats.recognise import recognise
 from lora_engine.data.records import read_records
 from lora_engine.errors import UserError
 
@@ -281,12 +280,6 @@ def test_an_answer_that_the_text_says_is_not_asked_about():
     assert (record.format, record.ignored) == ("text", ("answer",))
     (record,) = read_records([{"text": "Rain.", "summary": "x"}], layout=Layout("text"))
     assert record.text == "Rain."
-
-
-def test_a_prompt_for_rewards_stays_one_beside_what_it_is_made_of():
-    row = {"prompt": "Is 2 even? Say Yes", "question": "Is 2 even?", "answer": "Yes"}
-    reading = recognise(row, Layout(), wanted=("prompts",))
-    assert reading.format == "prompts"
 
 
 def test_calls_with_hyphens_are_calls():
