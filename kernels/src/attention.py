@@ -3,8 +3,6 @@
 The kernels are in attention_fwd.py and attention_bwd.py. Rotation is a launch of its own.
 """
 
-from typing import Any
-
 import torch
 import triton
 from lora_engine.backends.triton import launch
@@ -102,7 +100,7 @@ def attention_bwd(
     heads, kv_heads = q.shape[1] // head_dim, k.shape[1] // head_dim
     sequences = cu_seqlens.numel() - 1
     delta = torch.empty_like(lse)
-    options: dict[str, Any] = {
+    options: dict[str, int | str] = {
         "CAUSAL": causal,
         "WINDOW": window > 0,
         "GROUP": heads // kv_heads,
@@ -203,7 +201,7 @@ def _window(window: int, x: Tensor) -> int:
 
 def _config(
     kernel: str, vec: int, head_dim: int, window: int, parents: Tensor | None, *tensors: Tensor
-) -> dict[str, Any]:
+) -> dict[str, int]:
     """Launch parameters: of `kernel` where `tensors` may be read by tensor descriptors.
 
     Without, more registers are taken: parents, and heads that are padded, have lines of their own.
@@ -213,7 +211,7 @@ def _config(
     aligned = vec > 1 and all(y.data_ptr() % 16 == 0 for y in tensors)
     described = aligned and block == head_dim and parents is None
     name = kernel if described else f"{kernel}_pointers" if aligned else f"{kernel}_unaligned"
-    config: dict[str, Any] = {**launch.config(name, x.device, x.dtype, block), "BLOCK_D": block}
+    config = {**launch.config(name, x.device, x.dtype, block), "BLOCK_D": block}
     if "SPLIT" in config:  # within a window there are few tiles without a mask
         config["SPLIT"] = bool(config["SPLIT"]) and not window
     config["TMA"] = bool(config["TMA"]) and described

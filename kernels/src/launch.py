@@ -1,14 +1,12 @@
 """Launch parameters: from a table shipped with the package, no tuning while a model trains."""
 
-from typing import Any
-
 import torch
 
 from lora_engine.backends.hardware import capability
 from lora_engine.backends.selection import launch_parameters
 
 
-def config(kernel: str, device: torch.device, dtype: torch.dtype, size: int) -> dict[str, Any]:
+def config(kernel: str, device: torch.device, dtype: torch.dtype, size: int) -> dict[str, int]:
     """The launch parameters of `kernel`, as keyword arguments of its launch."""
     return launch_parameters(kernel, capability(device), dtype, size)
 

@@ -7,7 +7,6 @@ it. The thin products are in lora_factors.py.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import triton
 import triton.language as tl
@@ -191,10 +190,10 @@ def _launch(
     widest = max((end - start for start, end, _ in runs), default=1)
     rows_aligned = aligned(x, weight, y)
     name = name if rows_aligned else "lora_linear_unaligned"
-    config: dict[str, Any] = {**launch.config(name, x.device, x.dtype, rows)}
-    block_m, block_n, block_k = (config[f"BLOCK_{axis}"] for axis in "MNK")
+    config = dict(launch.config(name, x.device, x.dtype, rows))
+    block_m, block_n, block_k = config["BLOCK_M"], config["BLOCK_N"], config["BLOCK_K"]
     config["BLOCK_R"] = min(config["BLOCK_R"], padded(widest))
-    operands: tuple[Any, ...] = (x, weight, y)
+    operands: tuple[Tensor | TensorDescriptor, ...] = (x, weight, y)
     if config["TMA"]:
         weight_block = [block_n, block_k] if rows_are_out else [block_k, block_n]
         blocks = [block_m, block_k], weight_block, [block_m, block_n]

@@ -1,14 +1,12 @@
 """What the norms' launchers share: tiles of rows, and gradients that are sums over all rows."""
 
-from typing import Any
-
 from lora_engine.backends.triton import launch
 from torch import Tensor
 
 from lora_engine.backends.hardware import multiprocessors
 
 
-def tile_of(kernel: str, x: Tensor, *others: Tensor | None) -> tuple[dict[str, Any], int]:
+def tile_of(kernel: str, x: Tensor, *others: Tensor | None) -> tuple[dict[str, int], int]:
     """The kernel's launch parameters for rows like x's, and how many programs run at a time.
 
     x and `others` are [rows, cols], or [tokens, heads, cols] with heads side by side.
