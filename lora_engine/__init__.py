@@ -17,6 +17,7 @@ _PUBLIC = {
     "restore": "lora_engine.models.attach.accelerate",
     "route_adapters": "lora_engine.models.peft.routing",
     "load_model": "lora_engine.models.load.load",
+    "make_merge_aware": "lora_engine.models.peft.merge_aware",
     "with_scalar_head": "lora_engine.models.load.scalar",
     "quantize_model": "lora_engine.models.quantized.quantize",
     "quantize_weight": "lora_engine.ops.quantized_weight",
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from lora_engine.models.attach.accelerate import restore as restore
     from lora_engine.models.load.load import load_model as load_model
     from lora_engine.models.load.scalar import with_scalar_head as with_scalar_head
+    from lora_engine.models.peft.merge_aware import make_merge_aware as make_merge_aware
     from lora_engine.models.peft.routing import route_adapters as route_adapters
     from lora_engine.models.quantized.quantize import quantize_model as quantize_model
     from lora_engine.ops.quantized_weight import QuantizedWeight as QuantizedWeight

@@ -64,11 +64,16 @@ class LoraFactors:
 
 @dataclass(frozen=True)
 class AdaptedLinear:
-    """One linear and all the adapters it has, each of them trained or not."""
+    """One linear and all the adapters it has, each of them trained or not.
+
+    merged: whether the weight has what the adapters add in it, quantised: they add nothing more,
+        and get straight-through gradients.
+    """
 
     weight: Tensor  # [N, K]
     adapters: Sequence[LoraFactors] = ()
     bias: Tensor | None = None  # [N]
+    merged: bool = False
 
 
 @dataclass(frozen=True)

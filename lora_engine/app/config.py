@@ -207,6 +207,33 @@ class RunConfig(Section):
             raise ValueError("lora: weights in packed bits are frozen; give lora, or leave them")
         return self
 
+    def why_not_merge_aware(self) -> str | None:
+        """Why the adapter cannot be merge-aware; None if it can, or is not to be."""
+        if self.lora is None or not self.lora.merge_aware:
+            return None
+        model = self.model
+        if model.quantize is None:
+            return "lora.merge_aware: give the format that is served as model.quantize, nf4 say"
+        if model.shard or model.offload_host or model.offload_folder is not None:
+            return (
+                "lora.merge_aware: weights are merged where they are computed with; leave "
+                "model.shard, model.offload_host and model.offload_folder out"
+            )
+        if self.chosen_objective().reads.values == "examples":
+            return "lora.merge_aware: a model with a scalar head is not merged; leave it out"
+        if self.rollout.engine == "vllm":
+            return (
+                "lora.merge_aware: vLLM would write with the adapter beside the base; set "
+                "rollout.engine: lora_engine"
+            )
+        return None
+
+    @model_validator(mode="after")
+    def _merged_weights_are_packed(self) -> "RunConfig":
+        if (problem := self.why_not_merge_aware()) is not None:
+            raise ValueError(problem)
+        return self
+
     @model_validator(mode="after")
     def _what_is_trained_is_one(self) -> "RunConfig":
         if self.lora is not None and self.train.trainable is not None:

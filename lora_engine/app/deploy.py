@@ -8,6 +8,7 @@ from typing import Any
 
 from lora_engine.app.config import RunConfig
 from lora_engine.app.datasets import prepare_data, prepare_prompt_data
+from lora_engine.app.merge_aware import ServedAs
 from lora_engine.app.trained import Tell, Trained, check_base, find_trained, load_tokenizer_of
 from lora_engine.data import prepare
 from lora_engine.data.docstrings import docstring_records
@@ -44,34 +45,50 @@ def merge(
 ) -> dict[str, Any]:
     """Merge a run's adapter into its base, verify it, and put it in the folder `to`.
 
-    quantize, double_quant: the format of the merged linears' weights, see `load_model`.
+    quantize, double_quant: the format of the merged linears' weights, see `load_model`; of a
+    merge-aware adapter the one that it was trained for if None, and "none" for weights of 16 bits.
     Returns what merge_report.json holds. Raises UserError for what cannot be merged, and if the
     merged weights do not compute what the adapter did; `to` is then as it was.
     """
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"--dtype {dtype!r} is unknown; use {', '.join(DTYPES)}")
-    packing = _packing(quantize, double_quant)
     trained = find_trained(run, base)
     trained, chosen = trained.choose(adapters)
+    served = trained.served_as
+    packing = _packing(quantize, double_quant, served)
+    if served is not None and packing != served.packing:
+        tell(
+            f"note: the adapter learned over weights that it was merged into, in {served}; what is "
+            f"written now, {'16 bits' if packing is None else packing.format}, is something else"
+        )
+        served = None
+    if served is not None and dtype is None:
+        dtype = served.dtype_name
     folder = trained.base_folder
     check_base(folder, chosen)
     names = [adapter.name for adapter, _ in chosen]
     name, rows = heldout_rows(trained, folder, names, data) if verify else ("", [])
     sources, over = [trained.folder, folder], trained.packing
     with result_folder(to, MERGE_REPORT, overwrite=overwrite, sources=sources) as target:
-        check_space(target, bytes_to_write(folder, over=over, quantize=quantize))
+        form = None if packing is None else packing.format
+        check_space(target, bytes_to_write(folder, over=over, quantize=form))
         tell(f"merging {', '.join(names)} into {trained.base}{told_of(over)}")
-        with dense_folder(folder, target, over) as dense:
+        rounded = None if served is None else served.dtype
+        with dense_folder(folder, target, over, rounded) as dense:
             report = {
                 **about(trained, folder, chosen),
-                **put_merged(folder, dense, chosen, target, dtype, name, rows, to, packing),
+                **put_merged(
+                    *(folder, dense, chosen, target, dtype, name, rows, to, packing, served)
+                ),
             }
         write_report(target, MERGE_REPORT, report)
     return report
 
 
-def _packing(format: str | None, double_quant: bool) -> Packing | None:
-    if format is None:
+def _packing(format: str | None, double_quant: bool, served: ServedAs | None) -> Packing | None:
+    if format is None and not double_quant and served is not None:
+        return served.packing
+    if format is None or (format == "none" and served is not None):
         if double_quant:
             raise UserError("--double-quant needs packed weights; add --quantize nf4 or fp4")
         return None
@@ -79,15 +96,19 @@ def _packing(format: str | None, double_quant: bool) -> Packing | None:
         writable_format(format, None, double_quant)
     except ValueError as error:
         raise UserError(f"--quantize: {error}") from error
+    if served is not None and served.packing.is_in(format, double_quant):
+        return served.packing
     return Packing(format, double_quant)
 
 
 def about(trained: Trained, base: Path, chosen: Sequence[tuple[Adapter, float]]) -> dict[str, Any]:
     """What a report says of what is merged. trained_over: the packed bits that the run put the
-    base's linears into, whose values the adapters are merged into; None where it did not."""
+    base's linears into, whose values the adapters are merged into; None where it did not.
+    trained_for: the packed bits that a merge-aware adapter was trained in; None for another."""
     return {
         "base": asdict(base_of_folder(base)),
         "trained_over": as_json(trained.packing),
+        "trained_for": None if trained.served_as is None else as_json(trained.served_as.packing),
         "adapters": {adapter.name: weight for adapter, weight in chosen},
     }
 
@@ -97,8 +118,10 @@ def as_json(packing: Packing | None) -> dict[str, Any] | None:
     return None if packing is None else asdict(packing)
 
 
-def told_of(packing: Packing | None) -> str:
-    """Of the base: that it has the values of the run's packed bits."""
+def told_of(packing: Packing | None, served: ServedAs | None = None) -> str:
+    """Of the base: that it has the values of the run's packed bits, or has the adapter in them."""
+    if served is not None:
+        return f", its linears merged into {served.packing.format} as the run had them"
     return "" if packing is None else f", its linears in {packing.format} as the run had them"
 
 
@@ -121,11 +144,13 @@ def put_merged(
     rows: Sequence[Sequence[int]],
     to: str,
     packing: Packing | None = None,
+    served: ServedAs | None = None,
 ) -> dict[str, Any]:
     """Write the merged model into the empty folder `target`, and compare it on `rows`, if any.
 
     dense: the base unpacked, `dense_folder`'s. name: of the rows. to: what the user calls the
-    folder. Returns what a report says of it.
+    folder. served: what the adapter learned over, where that is what is written: the result then
+    has to be what the training computed with. Returns what a report says of it.
     """
     merged = target if packing is None else target / "merged"
     merged.mkdir(exist_ok=True)
@@ -135,10 +160,12 @@ def put_merged(
     if packing is not None:
         packed = _packed(merged, target, packing)
         report["packed"] = asdict(packed)
-        tolerance = packed_tolerance(packed.bits)
+        if served is None:
+            tolerance = packed_tolerance(packed.bits)
     if rows:
         load = None if packing is None else load_packed
-        found = compare(dense, chosen, target, rows, load=load)
+        prepare = None if served is None else served.apply
+        found = compare(dense, chosen, target, rows, load=load, prepare=prepare)
         report["verified"] = {"rows": name, **asdict(found), "tolerance": asdict(tolerance)}
         if problem := found.problem(tolerance):
             raise UserError(

@@ -98,9 +98,11 @@ def evaluate(
     adapted = trained is not None and bool(trained.adapters)
     if trained is not None and adapted:
         (folder,) = trained.adapters.values()
-        tell(f"loading {source}{told_of(trained.packing)}")
+        tell(f"loading {source}{told_of(trained.packing, trained.served_as)}")
         loaded, tokenizer = trained.load_base(dtype=dtype, device=device)
         loaded = load_adapter(loaded, folder).eval()
+        if trained.served_as is not None:
+            trained.served_as.apply(loaded)
         tokenizer = _tokenizer_of(trained) or tokenizer
         sides = ["base", "adapter"]
         report |= {"adapter_folder": str(folder), "trained_over": as_json(trained.packing)}

@@ -65,6 +65,11 @@ def export(
         )
     if format in ("peft", "vllm"):
         return _export_adapter(trained, chosen, to, format, overwrite)
+    if chosen and trained.served_as is not None:
+        raise UserError(
+            f"{trained.folder}: the adapter learned over weights that it was merged into, in "
+            f"{trained.served_as}; first: lora-engine merge, then export the merged folder"
+        )
     folder = trained.base_folder if chosen else trained.folder
     check_base(folder, chosen)
     names = [adapter.name for adapter, _ in chosen]
@@ -107,6 +112,11 @@ def _export_adapter(
         )
     adapter = chosen[0][0]
     problems = lint(adapter)
+    if trained.served_as is not None and format == "vllm":
+        raise UserError(
+            f"{adapter.folder}: is merge-aware, and vLLM would have the adapter beside its base; "
+            "merge it with lora-engine merge"
+        )
     if problems and format == "vllm":
         raise UserError(
             f"{adapter.folder}: vLLM and SGLang do not take this adapter: {'; '.join(problems)}; "

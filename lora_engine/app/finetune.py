@@ -25,12 +25,18 @@ from lora_engine.app.chat_settings import set_chat_template
 from lora_engine.app.config import RunConfig, dump_config, load_config
 from lora_engine.app.datasets import Reading, prepare_data, prepare_probe, prepare_prompt_data
 from lora_engine.app.fit_memory import with_memory
+from lora_engine.app.merge_aware import merge_aware, packing_of
 from lora_engine.app.objectives import objective_of, teacher_of
 from lora_engine.app.online import online_of, shown_prompts
 from lora_engine.app.run_model import run_model
 from lora_engine.app.run_summary import description, earlier_peak, model_name, perplexity
 from lora_engine.app.samples_before import counted, read_json, samples_before
-from lora_engine.app.starting_adapter import StartingAdapter, going_on, starting_adapter
+from lora_engine.app.starting_adapter import (
+    StartingAdapter,
+    going_on,
+    starting_adapter,
+    tell_other_weights,
+)
 from lora_engine.data import TokenizedDataset
 from lora_engine.data.account import account, lines
 from lora_engine.data.adapters import check_adapters
@@ -139,6 +145,10 @@ def _finetune(config: RunConfig, resume: bool, observer: Observer | None, world:
         model = going_on(model, start)
     elif config.lora is not None:
         model = add_adapters(model, config.lora)
+    if config.lora is not None and config.lora.merge_aware:
+        merge_aware(model, packing_of(config.model))
+    if start is not None:
+        tell_other_weights(start, model)
     if reads.values_targets:
         add_value_head(model, None if start is None else start.folder)
     callbacks = () if observer is None else (observer,)
@@ -307,7 +317,9 @@ def _config_of_run(folder: Path) -> RunConfig | None:
 
 def _origin(config: RunConfig, weights: str, start: StartingAdapter | None) -> dict[str, Any]:
     """What the trained model is made from, for the identity of the run."""
-    origin = {"weights": weights}
+    origin: dict[str, Any] = {"weights": weights}
+    if config.lora is not None and config.lora.merge_aware:
+        origin["lora.merge_aware"] = asdict(packing_of(config.model))
     if start is not None:
         return {**origin, "model.adapter": start.sha256}
     return origin if config.lora is None else {**origin, "lora.seed": config.lora.seed}

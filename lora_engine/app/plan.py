@@ -130,7 +130,9 @@ def model_sizes(config: RunConfig, dtype: torch.dtype) -> ModelSizes:
     skip = SKIPPED if stated.quantize_skip is None else stated.quantize_skip
     patterns = config.train.trainable
     names = None if patterns is None else trained_names(of.model, patterns)
-    sizes = sizes_of(of.model, config.lora, dtype, Storing(format, skip), names)
+    merge_aware = config.lora is not None and config.lora.merge_aware
+    storing = Storing(format, skip, merge_aware)
+    sizes = sizes_of(of.model, config.lora, dtype, storing, names)
     weights = dict(sizes.weights)
     if of.packed_bytes:
         others = sum(size for part, size in weights.items() if part not in ("linears", "factors"))

@@ -41,13 +41,15 @@ def run_model(config: RunConfig, progress: Progress | None, world: World) -> tup
 
 def _load(config: RunConfig, device: str, progress: Progress | None) -> tuple[Any, Any]:
     stated = config.model
+    # A merge-aware run keeps the weights, and packs them once they have their adapters.
+    merge_aware = config.lora is not None and config.lora.merge_aware
     model, tokenizer = load_model(
         stated.path,
         dtype=stated.dtype,
         device=device,
-        quantize=stated.quantize,
-        double_quant=stated.double_quant,
-        quantize_skip=stated.quantize_skip,
+        quantize=None if merge_aware else stated.quantize,
+        double_quant=stated.double_quant and not merge_aware,
+        quantize_skip=None if merge_aware else stated.quantize_skip,
         keep_quantized=stated.keep_quantized,
         offload_folder=stated.offload_folder,
         offload_host=stated.offload_host,
@@ -56,5 +58,10 @@ def _load(config: RunConfig, device: str, progress: Progress | None) -> tuple[An
     if config.lora is None and any(isinstance(m, QuantizedLinear) for m in model.modules()):
         raise UserError(
             f"{stated.path}: its weights are in packed bits, which are frozen; give lora"
+        )
+    if merge_aware and any(isinstance(m, QuantizedLinear) for m in model.modules()):
+        raise UserError(
+            f"{stated.path}: its weights are in packed bits already; lora.merge_aware needs the "
+            "model of 16 bits that they were made from"
         )
     return model, tokenizer

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_engine.app.merge_aware import served_as
 from lora_engine.app.trained import Tell, Trained, check_base, find_trained, load_tokenizer_of
 from lora_engine.app.writing import trained_or_model
 from lora_engine.data.encode import Encoder
@@ -24,6 +25,7 @@ from lora_engine.files import user_path
 from lora_engine.generation.engine import Generator
 from lora_engine.models.attach.accelerate import accelerate
 from lora_engine.models.load.load import load_model
+from lora_engine.models.load.trained_over import read_trained_over
 from lora_engine.serving.models import Served
 from lora_engine.serving.requests import Limits
 from lora_engine.serving.worker import Worker
@@ -101,6 +103,13 @@ def open_models(
         source = trained.base if trained.adapters else str(trained.folder)
         name = trained.base if trained.adapters else model
     named = _adapters(model, source, trained, adapters)
+    aware = {one.name: served_as(read_trained_over(one.adapter.folder)) for one in named}
+    merge_aware = next((name for name, form in aware.items() if form), None)
+    if merge_aware and len(named) > 1:
+        raise UserError(
+            f"--adapter: {merge_aware} is merge-aware, which is served alone; give each adapter a "
+            "server, or merge it with lora-engine merge"
+        )
     if trained is not None and trained.adapters:
         loaded, tokenizer = trained.load_base(dtype=dtype, device=device)
     else:
@@ -108,6 +117,8 @@ def open_models(
     if named:
         loaded = with_adapters(loaded, [(one.adapter, 1.0) for one in named])
         loaded.base_model.set_adapter(named[0].adapter.name)
+        if form := aware[named[0].name]:
+            form.apply(loaded)
     loaded.eval().requires_grad_(False)
     accelerate(loaded)
     if tokenizer.chat_template is None and named:

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 from lora_engine.app.config import RunConfig
 from lora_engine.app.objectives import objective_of
 from lora_engine.app.trained import check_base, find_trained
-from lora_engine.errors import UserError
+from lora_engine.errors import EngineWarning, UserError
 from lora_engine.export.adapter import Adapter
 from lora_engine.models.load.scalar import VALUE_HEAD_FILE
+from lora_engine.models.load.trained_over import read_trained_over, trained_over
 from lora_engine.models.peft.adapters import LoraConfig
 from lora_engine.models.peft.routing import REFERENCE_ADAPTER
 from lora_engine.objectives.online import as_online
@@ -66,7 +67,11 @@ def starting_adapter(config: RunConfig) -> StartingAdapter | None:
         check_base(Path(config.model.path), [read])
     adapter, _ = read
     own = _settings(adapter, config)
-    if config.lora is not None and config.lora not in (own, LoraConfig(seed=config.lora.seed)):
+    problem = config.model_copy(update={"lora": own}).why_not_merge_aware()
+    if problem is not None:
+        raise UserError(f"model.adapter: {source} is merge-aware; {problem}")
+    usual = LoraConfig(seed=own.seed, merge_aware=own.merge_aware)
+    if config.lora is not None and config.lora not in (own, usual, LoraConfig(seed=own.seed)):
         raise UserError(
             f"lora: the adapter in {source} keeps its settings (r {own.r}, alpha {own.alpha:g}); "
             "leave lora out"
@@ -126,4 +131,25 @@ def _settings(adapter: Adapter, config: RunConfig) -> LoraConfig:
     if isinstance(given.get("target_modules"), list):
         given["target_modules"] = sorted(given["target_modules"])
     seed = config.lora.seed if config.lora is not None else 0
-    return LoraConfig.model_validate({**given, "seed": seed})
+    over = read_trained_over(adapter.folder)
+    merge_aware = over is not None and over.merge_aware
+    if config.lora is not None and "merge_aware" in config.lora.model_fields_set:
+        merge_aware = config.lora.merge_aware
+    return LoraConfig.model_validate({**given, "seed": seed, "merge_aware": merge_aware})
+
+
+def tell_other_weights(start: StartingAdapter, model: "nn.Module") -> None:
+    """Warns where the adapter learned over other packed bits than `model` has, with it in them or
+    beside them."""
+    before, now = read_trained_over(start.folder), trained_over(model)
+    if before is None:
+        return
+    if (before.formats, before.double_quant, before.merge_aware) != (
+        *(now.formats, now.double_quant, now.merge_aware),
+    ):
+        warnings.warn(
+            f"model.adapter: {start.folder} learned over {before}, and goes on over {now}; "
+            "model.quantize and lora.merge_aware say which",
+            EngineWarning,
+            stacklevel=2,
+        )

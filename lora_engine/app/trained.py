@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from lora_engine.app.config import RunConfig, load_config
+from lora_engine.app.merge_aware import ServedAs, served_as
 from lora_engine.errors import UserError
 from lora_engine.export.adapter import Adapter, adapter_folders, chosen_adapters, read_adapter
 from lora_engine.export.packed import Packing
@@ -16,6 +18,7 @@ from lora_engine.files import user_path
 from lora_engine.models.load.gguf import converted_gguf
 from lora_engine.models.load.load import DTYPES, load_model, resolve_source
 from lora_engine.models.load.origin import base_of_folder, how_they_differ, read_base
+from lora_engine.models.load.trained_over import read_trained_over
 from lora_engine.models.load.transformers_files import quiet_transformers, readable_folder
 from lora_engine.training.run.folder import RunFolder
 
@@ -54,18 +57,29 @@ class Trained:
     @property
     def packing(self) -> Packing | None:
         """The packed bits that the run put the base's linears into; None where it put them into
-        none, or the base's files have packed bits already."""
+        none, or the base's files have packed bits already, or the adapter is merge-aware."""
         stated = self.config.model if self.config else None
-        if stated is None or stated.quantize is None or not self.adapters:
+        if stated is None or stated.quantize is None or not self.adapters or self.served_as:
             return None
         if read_config(self.base_folder).get("quantization_config"):
             return None
         return Packing(stated.quantize, stated.double_quant, stated.quantize_skip)
 
+    @cached_property
+    def served_as(self) -> ServedAs | None:
+        """What a merge-aware adapter learned over; None for one that was beside its base."""
+        found = [served_as(read_trained_over(folder)) for folder in self.adapters.values()]
+        return found[0] if len(found) == 1 else None
+
     def load_base(
         self, *, dtype: str = "auto", device: str | torch.device = "auto"
     ) -> tuple[Any, Any]:
-        """The base as the adapters were trained over it, and its tokenizer, by `load_model`."""
+        """The base as the adapters were trained over it, and its tokenizer, by `load_model`.
+
+        Of a merge-aware adapter the base's own weights: `served_as` is applied once it is loaded.
+        """
+        if self.served_as is not None and dtype == "auto":
+            dtype = self.served_as.dtype_name
         packing = self.packing
         options = {} if packing is None else packing.options()
         if self.config is not None and self.config.model.keep_quantized:

@@ -104,6 +104,8 @@ def open_writer(
         check_base(folder, chosen)
         model, _ = trained.load_base(dtype=dtype, device=device)
         model = with_adapters(model, chosen)
+        if trained.served_as is not None:
+            trained.served_as.apply(model)
         tokenizer = load_tokenizer_of(trained, folder)
     model.eval().requires_grad_(False)
     accelerate(model)

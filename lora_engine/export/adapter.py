@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from lora_engine.errors import UserError, nearest
+from lora_engine.ops.mergeable_weight import low_rank_rows
 
 _PREFIX = "base_model.model."
 _LOW_RANK = re.compile(
@@ -261,7 +262,7 @@ def _for_module(patterns: dict[str, Any] | None, module: str, otherwise: Any) ->
 
 def delta_rows(layer: LowRank, start: int, stop: int) -> Tensor:
     """Rows start:stop of what is added to the weight as it is stored, in float32: [rows, …]."""
-    a, b = layer.a.float(), layer.b.float()
     if layer.transposed:
+        a, b = layer.a.float(), layer.b.float()
         return (a[:, start:stop].T @ b.T) * layer.scaling
-    return torch.mm(b[start:stop], a) * layer.scaling
+    return low_rank_rows(layer.a, layer.b, layer.scaling, start, stop)

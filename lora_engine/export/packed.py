@@ -11,12 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from lora_engine.errors import UserError
-from lora_engine.export.shards import SINGLE, Planned, Shards, row_ranges, write_shard
+from lora_engine.export.merge import merge_folder
+from lora_engine.export.shards import SINGLE, Planned, Shards, write_shard
 from lora_engine.export.weights import config_sections, read_config
 from lora_engine.models.load.load import load_model
 from lora_engine.models.load.streamed import streamed_model
 from lora_engine.models.load.transformers_files import quiet_transformers, readable_folder
 from lora_engine.models.quantized.linear import QuantizedLinear
+from lora_engine.ops.tensors import row_ranges
 
 _BESIDE = ("*.json", "*.jinja", "*.txt", "*.model")
 
@@ -29,6 +31,10 @@ class Packing:
     format: str
     double_quant: bool = False
     skip: str | Sequence[str] | None = None
+
+    def is_in(self, format: str, double_quant: bool) -> bool:
+        """Whether these are the bits, whatever is skipped."""
+        return (self.format, self.double_quant) == (format, double_quant)
 
     def options(self) -> dict[str, Any]:
         """As `load_model` takes them."""
@@ -53,19 +59,29 @@ class Packed:
 
 
 @contextmanager
-def dense_folder(base: Path, beside: Path, packing: Packing | None = None) -> Iterator[Path]:
+def dense_folder(
+    base: Path,
+    beside: Path,
+    packing: Packing | None = None,
+    dtype: torch.dtype | None = None,
+) -> Iterator[Path]:
     """The model in `base`; where it is in packed bits, or `packing` puts it there, what they decode
-    to.
+    to; where `dtype` is given, its weights rounded to that.
 
     That is a folder in `beside`, gone at the end, with each weight in the dtype of the model.
     Raises UserError for packed weights that cannot be read.
     """
-    if packing is None and not read_config(base).get("quantization_config"):
+    packed = bool(read_config(base).get("quantization_config"))
+    if packing is None and not packed and (dtype is None or _is_in(base, dtype)):
         yield base
         return
     folder = beside / "unpacked"
     folder.mkdir()
     try:
+        if packing is None and not packed:
+            merge_folder(base, [], folder, dtype)
+            yield folder
+            return
         model = _streamed(base, _dtype(base)) if packing is None else _put(base, packing)
         _unpack(model, base, folder)
         yield folder
@@ -184,6 +200,13 @@ def _squares(linear: QuantizedLinear, exact: Tensor) -> tuple[float, float]:
 
 def _packed_linears(model: nn.Module) -> list[tuple[str, QuantizedLinear]]:
     return [(n, m) for n, m in model.named_modules() if isinstance(m, QuantizedLinear)]
+
+
+def _is_in(folder: Path, dtype: torch.dtype) -> bool:
+    """Whether rounding to `dtype` changes nothing that the model's files hold."""
+    shards = Shards(folder)
+    kept = {shards.dtype(name) for name in shards.names()}
+    return all(one == dtype for one in kept if one.is_floating_point)
 
 
 def _dtype(folder: Path) -> torch.dtype:

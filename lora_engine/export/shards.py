@@ -2,7 +2,7 @@
 
 import json
 import struct
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,6 @@ from lora_engine.errors import UserError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-
-# float32 copies of at most this many values at once.
-_PIECE = 1 << 23
 
 _NAMES = {
     torch.float64: "F64",
@@ -84,16 +81,6 @@ class Shards:
 
     def _slice(self, name: str) -> Any:
         return self._opened[self._file_of[name]].get_slice(name)
-
-
-def row_ranges(shape: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """The rows of a tensor, of one dimension or more, in runs of about 8 million values."""
-    values = 1
-    for size in shape[1:]:
-        values *= size
-    step = max(1, _PIECE // max(1, values))
-    for start in range(0, shape[0], step):
-        yield start, min(start + step, shape[0])
 
 
 @dataclass(frozen=True)

@@ -96,10 +96,12 @@ def compare(
     rows: Sequence[Sequence[int]],
     device: str | torch.device = "cpu",
     load: Callable[[Path], Any] | None = None,
+    prepare: Callable[[Any], None] | None = None,
 ) -> Comparison:
     """Both models' next-token distributions over the first positions of `rows` of token ids.
 
-    load: of the merged model, `load_plain` if None.
+    load: of the merged model, `load_plain` if None. prepare: what is done to the model with its
+    adapters before it computes.
     At most POSITIONS, and so many as a quarter of a gigabyte holds. Raises UserError for rows that
     are no tokens of the model and for a merged folder that transformers cannot load whole.
     """
@@ -107,6 +109,8 @@ def compare(
     chosen = _chosen(rows, model.get_input_embeddings().weight.shape[0])
     off = _logits(model, chosen)
     model = with_adapters(model, adapters)
+    if prepare is not None:
+        prepare(model)
     on = _logits(model, chosen)
     del model
     gc.collect()

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from lora_engine.errors import UserError
 from lora_engine.export.adapter import Adapter, LowRank, delta_rows
-from lora_engine.export.shards import Shards, row_ranges
+from lora_engine.export.shards import Shards
+from lora_engine.ops.tensors import row_ranges
 
 
 @dataclass(frozen=True)

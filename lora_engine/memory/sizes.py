@@ -78,10 +78,14 @@ class ModelSizes:
 
 @dataclass(frozen=True)
 class Storing:
-    """How linears' weights are kept: packed in `format`, but for those of `skip`; None: dense."""
+    """How linears' weights are kept: packed in `format`, but for those of `skip`; None: dense.
+
+    merge_aware: those with adapters are kept dense as well.
+    """
 
     format: Format | None = None
     skip: str | Sequence[str] = SKIPPED
+    merge_aware: bool = False
 
 
 def sizes_of(
@@ -123,7 +127,8 @@ def sizes_of(
     trained = list(saved.values()) if lora is not None else _trained(model, names)
     whole = {id(parameter) for parameter in trained}
     adapters = sum(rank * sum(_extents(module)) for module, rank in ranks.items())
-    weights = _weights(model, layers, groups, storing, dtype, tied=tied)
+    merged = set(ranks) if storing.merge_aware else set()
+    weights = _weights(model, layers, groups, storing, dtype, tied=tied, merged=merged)
     if lora is not None and saved:  # PEFT trains a copy beside the original
         weights["trained copies"] = sum(p.numel() for p in trained) * dtype.itemsize
     return ModelSizes(
@@ -226,8 +231,12 @@ def _weights(
     dtype: torch.dtype,
     *,
     tied: bool,
+    merged: Collection[nn.Module],
 ) -> dict[str, int]:
-    """Bytes of the base's weights by part, with the adapters' factors beside them."""
+    """Bytes of the base's weights by part, with the adapters' factors beside them.
+
+    merged: the linears that are kept dense and packed.
+    """
     packed = {} if storing.format is None else linears_to_quantize(model, storing.skip)
     inner = {id(p) for layer in layers for p in layer.parameters()}
     bytes_of = {"linears": 0, "factors": 0, "embedding": 0, "head": 0, "others": 0}
@@ -240,7 +249,8 @@ def _weights(
             values = prod(shape) * module.weight.dtype.itemsize
             if module in packed and storing.format is not None:
                 layout = storing.format.layout(shape)
-                values = sum(prod(entry.shape) * entry.dtype.itemsize for entry in layout.values())
+                size = sum(prod(entry.shape) * entry.dtype.itemsize for entry in layout.values())
+                values = size + (values if module in merged else 0)
             bytes_of["linears"] += values
             placed.add(id(module.weight))
     augmented = storing.format is None

@@ -28,6 +28,7 @@ from lora_engine.ops.lora.group import LoraGroup
 from lora_engine.ops.lora.linear import lora_linear
 from lora_engine.ops.lora.quantized_base import QuantizedBase
 from lora_engine.ops.lora.storage import Weight, base_of, has_base
+from lora_engine.ops.mergeable_weight import MergeableWeight
 from lora_engine.ops.quantized_weight import QuantizedWeight, quantize_weight
 from lora_engine.ops.rms_norm import rms_norm
 from lora_engine.ops.rope import rope
@@ -47,6 +48,7 @@ __all__ = [
     "LinearDivergence",
     "LoraFactors",
     "LoraGroup",
+    "MergeableWeight",
     "PreNorm",
     "QuantizedBase",
     "QuantizedWeight",

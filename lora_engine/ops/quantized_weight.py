@@ -231,14 +231,23 @@ def quantize_weight(
     Raises ValueError for another format or block, for a weight that is no matrix, of another dtype
     or not finite, and for columns that are no whole number of the format's blocks.
     """
-    wanted = writable_format(format, block, double_quant)
-    if isinstance(wanted, Blockwise4bit):
-        tensors = quantize_4bit(weight, wanted, impl=impl)
+    return put_in_format(weight, writable_format(format, block, double_quant), impl=impl)
+
+
+def put_in_format(
+    weight: Tensor,  # [N, K]
+    format: Format,
+    *,
+    impl: str | None = None,
+) -> QuantizedWeight:
+    """`quantize_weight` for a format that is known, one that can be written."""
+    if isinstance(format, Blockwise4bit):
+        tensors = quantize_4bit(weight, format, impl=impl)
     else:
-        _check_impl(wanted, impl)
-        tensors = encode_weight(weight, wanted)
+        _check_impl(format, impl)
+        tensors = encode_weight(weight, format)
     return QuantizedWeight(
-        format=wanted, tensors=tensors, shape=(weight.shape[0], weight.shape[1]), dtype=weight.dtype
+        format=format, tensors=tensors, shape=(weight.shape[0], weight.shape[1]), dtype=weight.dtype
     )
 
 

@@ -1,6 +1,7 @@
 """Small things every operation needs: rows, buffers whose memory is reused, messages."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator, Sequence
 from functools import wraps
 from typing import ParamSpec, TypeVar
 
@@ -23,6 +24,7 @@ def as_rows(x: Tensor) -> Tensor:
 
 ROW_STEP = 64
 LEAST_STEPPED_BYTES = 2**20
+_VALUES_AT_A_TIME = 2**23
 
 
 def stepped_rows(rows: int, row_bytes: int) -> int:
@@ -77,6 +79,14 @@ def check(condition: bool, message: str | Callable[[], str]) -> None:
     """
     if not condition:
         raise ValueError(message if isinstance(message, str) else message())
+
+
+def row_ranges(shape: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """The rows of a tensor, of one dimension or more, in runs of about 8 million values, as many
+    as are copied to float32 at once."""
+    step = max(1, _VALUES_AT_A_TIME // max(1, math.prod(shape[1:])))
+    for start in range(0, shape[0], step):
+        yield start, min(start + step, shape[0])
 
 
 def without_autocast(operation: Callable[P, R]) -> Callable[P, R]:

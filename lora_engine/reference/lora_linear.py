@@ -7,6 +7,9 @@ over the linear's adapters j, where
               a linear, another one for each linear of a group;
     s_j b_j   is the bias of an adapter's B, where it has one;
     m / norm  is DoRA's scale of a linear's only adapter (`dora_scale`), where it has a magnitude.
+
+Where W has the adapters merged in it, the sum adds nothing: y = x Wᵀ + bias. A and B get the
+gradients that they would have if it did.
 """
 
 from collections.abc import Sequence
@@ -36,10 +39,13 @@ def lora_linear(
     y = F.linear(x, linear.weight)
     for factors in linear.adapters:
         a, b, scaling = factors.lora_a, factors.lora_b, factors.scaling
-        dropped = x if dropout is None else drop(x, dropout, substream)
+        dropped = x.detach() if linear.merged else x
+        if dropout is not None:
+            dropped = drop(dropped, dropout, substream)
         if routes is not None:
             dropped = dropped * (routes == factors.adapter)[..., None]
-        y = y + lora_delta(dropped, a, b, scaling)
+        delta = lora_delta(dropped, a, b, scaling)
+        y = y + (delta - delta.detach() if linear.merged else delta)
         if factors.bias is not None:
             y = y + scaling * factors.bias.to(y.dtype)
         if factors.magnitude is not None:

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 import yaml
 from processes import run_together
 
@@ -11,6 +12,7 @@ from lora_engine.app import fit_memory
 from lora_engine.app.cli import main
 from lora_engine.app.config import load_config
 from lora_engine.app.fit_memory import with_memory
+from lora_engine.app.plan import model_sizes
 from lora_engine.distributed.world import ALONE, World, current
 from lora_engine.errors import UserError
 from lora_engine.memory.plan import CPU_OVERHEAD_BYTES
@@ -182,3 +184,12 @@ def fitted_in_halves(config):
     told = []
     given = load_config(config, [f"train.memory={2 * (beside / 1e6 + 40):.3f}MB"])
     return with_memory(given, None, current(), told.append).train.model_dump(mode="json"), told
+
+
+def test_a_merge_aware_run_keeps_its_weights_dense_and_packed(config):
+    def linears(*options):
+        of = load_config(config, ["model.quantize=nf4", "lora.target_modules=[q_proj]", *options])
+        return model_sizes(of, torch.float32).weights["linears"]
+
+    layers, values = 4, 64 * 64
+    assert linears("lora.merge_aware=true") - linears() == layers * values * 4

@@ -100,7 +100,8 @@ def test_null_lora_is_full_fine_tuning_and_can_be_given_back():
             BASE,
             ["lora.rank=8"],
             "command line: lora.rank: unknown key; lora takes r, alpha, dropout, target_modules, "
-            "exclude_modules, rslora, bias, modules_to_save, ensure_weight_tying, seed, adapters",
+            "exclude_modules, rslora, bias, modules_to_save, ensure_weight_tying, merge_aware, "
+            "seed, adapters",
         ),
         (
             BASE,

@@ -187,7 +187,7 @@ def test_dora_adapters_follow_each_other_as_in_peft(bases, tmp_path):
 
 
 def test_shards_stay_and_long_tensors_are_merged_in_pieces(bases, tmp_path, monkeypatch):
-    monkeypatch.setattr("lora_engine.export.shards._PIECE", 100)  # a few rows
+    monkeypatch.setattr("lora_engine.ops.tensors._VALUES_AT_A_TIME", 100)  # a few rows
     base = tmp_path / "sharded"
     load_plain(bases["tied"]).save_pretrained(base, max_shard_size="20kB")
     adapter = read_adapter(
@@ -206,7 +206,7 @@ def test_shards_stay_and_long_tensors_are_merged_in_pieces(bases, tmp_path, monk
 @pytest.mark.parametrize("write", ["merge", "gguf"])
 def test_no_more_than_pieces_of_a_tensor_are_in_memory(tmp_path, monkeypatch, write):
     """Of a model of 100 MB in one file; its pages are the file's, which the system may drop."""
-    monkeypatch.setattr("lora_engine.export.shards._PIECE", 1 << 18)
+    monkeypatch.setattr("lora_engine.ops.tensors._VALUES_AT_A_TIME", 1 << 18)
     sizes = {"hidden_size": 1024, "intermediate_size": 2048, "layers": 3, "dtype": torch.bfloat16}
     base = save_tiny_model(tmp_path / "base", **sizes)
     size = (base / "model.safetensors").stat().st_size

@@ -20,7 +20,7 @@ from lora_engine.ops import (
     quantize_weight,
     shard_weight,
 )
-from lora_engine.ops.lora.adapters import Adapters, total_rank
+from lora_engine.ops.lora.adapters import Adapters, AdapterSet, total_rank
 from lora_engine.ops.lora.base import Factors
 from lora_engine.ops.lora.sharded_base import ShardedBase
 
@@ -30,6 +30,7 @@ class LentBase:
 
     format = "dense"
     is_augmentable = False
+    merges = False
     factors: Factors | None = None
     resident: Tensor | None = None
 
@@ -40,6 +41,9 @@ class LentBase:
         whole = torch.cat([weight.detach() for weight in weights]).to("cpu", torch.float64)
         self._stored = [block.clone() for block in whole.split(height)]
         self._is_lent = False
+
+    def merged(self, adapters: AdapterSet) -> "LentBase":
+        return self
 
     def weight(self, i: int) -> Tensor | None:
         return None

@@ -126,6 +126,7 @@ class LoraLinear(nn.Module):
 
     lora_A: Mapping[str, nn.Linear]
     lora_B: Mapping[str, nn.Linear]
+    lora_bias: Mapping[str, bool]
     lora_dropout: Mapping[str, nn.Module]
     lora_magnitude_vector: Mapping[str, Magnitude]
     lora_variant: Mapping[str, object]

@@ -117,6 +117,12 @@ class LoraConfig(_Section):
         description="What is trained of an embedding is trained of the output head that is tied "
         "to it, and the other way round; without it the two part.",
     )
+    merge_aware: bool = Field(
+        default=False,
+        description="Train over the weights that will be served: for every product the adapter is "
+        "merged into the base's weights, and these are put into the packed bits of "
+        "`model.quantize` (docs/deployment.md).",
+    )
     seed: int = Field(
         default=0, ge=0, lt=2**32, description="Seed of the adapter's random initial values."
     )
@@ -130,6 +136,14 @@ class LoraConfig(_Section):
     @classmethod
     def _names_a_module(cls, value: str | list[str]) -> str | list[str] | None:
         return _not_empty(value)
+
+    @model_validator(mode="after")
+    def _can_be_merged(self) -> "LoraConfig":
+        if self.merge_aware and self.dropout:
+            raise ValueError("merge_aware: what is served has no dropout; set dropout to 0")
+        if self.merge_aware and self.adapters is not None:
+            raise ValueError("merge_aware: weights are merged with one adapter; leave adapters out")
+        return self
 
     @model_validator(mode="after")
     def _adapters_can_be_routed(self) -> "LoraConfig":

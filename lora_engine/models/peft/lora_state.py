@@ -11,7 +11,9 @@ from torch import nn
 from lora_engine import ops
 from lora_engine.models.attach.capture import is_idle
 from lora_engine.models.families.modules import LoraLinear, SavedWhole
+from lora_engine.models.peft.straight_through import StraightThrough
 from lora_engine.models.peft.watch import Watch
+from lora_engine.models.quantized.merge_aware_linear import MergeAwareLinear
 from lora_engine.models.quantized.stored import is_plain_linear, stored_weight, why_not_stored
 
 # The number of an adapter that no row is routed to; rows without an adapter have -1.
@@ -295,7 +297,12 @@ def why_not_active(module: LoraLinear) -> str | None:
         problem = _why_not_as_peft_makes(module, name)
         if problem is not None:
             return problem
-        if name in module.lora_variant:
+        merges = isinstance(base_layer(module), MergeAwareLinear)
+        if merges != is_straight_through(module, name):
+            return "it is merge-aware, and one of its adapters is not"
+        if merges and len(active) > 1:
+            return "several adapters are active at once, over a weight that is merged with one"
+        if name in module.lora_variant and not merges:
             variant = type(module.lora_variant[name]).__name__
             if variant != "DoraLinearVariant":
                 return f"the variant {variant} of LoRA"
@@ -306,6 +313,11 @@ def why_not_active(module: LoraLinear) -> str | None:
     if module.fan_in_fan_out:
         return "fan_in_fan_out=True"
     return None
+
+
+def is_straight_through(module: LoraLinear, name: str) -> bool:
+    """Whether an adapter is merged into its layer's weight: see `merge_aware`."""
+    return isinstance(module.lora_variant.get(name), StraightThrough)
 
 
 def _is_peft_s(function: FunctionType) -> bool:
@@ -334,7 +346,7 @@ def _lora_b(module: LoraLinear, name: str) -> tuple[torch.Tensor, torch.Tensor |
 
 def _magnitude(module: LoraLinear, name: str) -> torch.Tensor | None:
     """An adapter's magnitudes where it is DoRA."""
-    if name not in module.lora_variant:
+    if name not in module.lora_variant or is_straight_through(module, name):
         return None
     magnitude: torch.Tensor = module.lora_magnitude_vector[name].weight
     return magnitude

@@ -18,6 +18,7 @@ from lora_engine.models.quantized.bitsandbytes_linears import (
 )
 from lora_engine.models.quantized.fp8_linear import is_fp8, weight_fp8, why_not_fp8
 from lora_engine.models.quantized.linear import QuantizedLinear
+from lora_engine.models.quantized.merge_aware_linear import MergeAwareLinear
 from lora_engine.models.sharded.linear import ShardedLinear
 from lora_engine.ops import QuantizedWeight, Weight
 from lora_engine.ops.frozen_product import frozen_product
@@ -25,7 +26,7 @@ from lora_engine.ops.frozen_product import frozen_product
 
 def is_plain_linear(module: object) -> bool:
     """Whether the class is one of those whose weights are known here: nn.Linear, not its others."""
-    if type(module) in (nn.Linear, QuantizedLinear, ShardedLinear):
+    if type(module) in (nn.Linear, QuantizedLinear, ShardedLinear, MergeAwareLinear):
         return True
     return is_4bit(module) or is_8bit(module) or is_fp8(module)
 
@@ -51,6 +52,8 @@ def stored_weight(layer: nn.Linear, dtype: torch.dtype) -> Weight:
         return layer.sharded
     if isinstance(layer, QuantizedLinear):
         return layer.quantized
+    if isinstance(layer, MergeAwareLinear):
+        return layer.mergeable
     if is_4bit(layer):
         return weight_4bit(layer)
     if is_8bit(layer):
@@ -60,7 +63,7 @@ def stored_weight(layer: nn.Linear, dtype: torch.dtype) -> Weight:
 
 def decoded_dtype(layer: nn.Linear, dtype: torch.dtype) -> torch.dtype:
     """The dtype of the numbers that the layer's weight stands for; `dtype`: see `stored_weight`."""
-    if isinstance(layer, QuantizedLinear | ShardedLinear):
+    if isinstance(layer, QuantizedLinear | ShardedLinear | MergeAwareLinear):
         return layer.dtype
     if is_8bit(layer) or is_fp8(layer):
         return dtype

@@ -7,6 +7,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from lora_engine.ops.lora.adapters import AdapterSet
 from lora_engine.ops.tensors import check, shape_of
 
 ROW_ALIGNMENT_BYTES = 16
@@ -55,12 +56,20 @@ class BaseWeight(Protocol):
         """Whether W can be lent together with the adapters' factors, as one operand."""
 
     @property
+    def merges(self) -> bool:
+        """Whether products multiply by `merged`, and add nothing of adapters themselves."""
+
+    @property
     def factors(self) -> Factors | None:
         """The place for the adapters' factors in a buffer of the base's own; None: it has none."""
 
     @property
     def resident(self) -> Tensor | None:
         """W as one tensor [N, K] that outlives any product; None where there is none."""
+
+    def merged(self, adapters: AdapterSet) -> "BaseWeight":
+        """The weight that a product with these adapters multiplies by: itself, or where it `merges`
+        one that has what they add in it. It stays as it is when the adapters change."""
 
     def weight(self, i: int) -> Tensor | None:
         """Linear i's weight [N_i, K] where it is kept, for a module to take as its own.
@@ -98,6 +107,7 @@ class DenseBase:
 
     format = "dense"
     is_augmentable = True
+    merges = False
 
     def __init__(
         self,
@@ -145,6 +155,10 @@ class DenseBase:
                 for w in weights
             )
         )
+
+    def merged(self, adapters: AdapterSet) -> "DenseBase":
+        """Itself."""
+        return self
 
     def weight(self, i: int) -> Tensor:
         """Linear i's weight [N_i, K], a view of the buffer."""

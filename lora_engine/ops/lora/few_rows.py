@@ -98,7 +98,9 @@ def prepare(group: LoraGroup, rows: int) -> PreparedGroup | None:
 
 def _prepared(kernels: FewRows, group: LoraGroup) -> PreparedGroup:
     adapters, biases = group.adapters, list(group.biases)
-    blocks, dora, after = adapters.blocks, magnitude_scale(group.base, adapters), None
+    base = group.base.merged(adapters)
+    dora, after = magnitude_scale(group.base, adapters), None
+    blocks = () if group.base.merges else adapters.blocks
     if adapters.has_bias:
         biases = list(group.bias(adapters).split(group.out_features))
     if dora is not None and any(bias is not None for bias in biases):
@@ -110,7 +112,7 @@ def _prepared(kernels: FewRows, group: LoraGroup) -> PreparedGroup:
     factors = [block.factors for block in blocks]
     return PreparedGroup(
         kernels=kernels,
-        base=group.base,
+        base=base,
         linears=[GroupLinear(rows=rows, bias=bias, adapters=own) for rows, bias, own in linears],
         adapters=[
             GroupAdapter(lora_a=f.lora_a, lora_b=f.lora_b, scaling=f.scaling) for f in factors

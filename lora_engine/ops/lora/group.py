@@ -22,9 +22,13 @@ class Filling:
     """The adapters' values as one product uses them: see `LoraGroup.fill`.
 
     write: the count of `PlacedFactors.writes` after their factors were placed.
+    base: the weight that is multiplied by.
+    added: the factors that products add to it, zero where it has the adapters in it.
     """
 
     write: int
+    base: BaseWeight
+    added: Factors
     adapters: AdapterSet
     biases: tuple[Tensor | None, ...]  # [N_i]: the linears' own
     bias: Tensor | None  # [N] in the base's dtype: of the linears and adapters
@@ -63,6 +67,7 @@ class LoraGroup:
         if factors is None:
             factors = _new_factors(base, max(capacity, total_rank(adapters)))
         self.placed = PlacedFactors(factors)
+        self._nothing = Factors(*map(torch.zeros_like, factors)) if base.merges else factors
         self.set_adapters(adapters)
 
     @staticmethod
@@ -128,8 +133,19 @@ class LoraGroup:
             dora = magnitude_scale(self.base, adapters)
         if adapters.has_bias or any(bias is not None for bias in self.biases):
             bias = self.bias(adapters)
+        base = self.base.merged(adapters)
+        placed = Factors(self.placed.lora_a, self.placed.lora_b)
+        if base is not self.base and base.factors is not None:
+            for place, factor in zip(base.factors, placed, strict=True):
+                place.copy_(factor)
         return Filling(
-            write=self.placed.writes, adapters=adapters, biases=self.biases, bias=bias, dora=dora
+            write=self.placed.writes,
+            base=base,
+            added=self._nothing if self.base.merges else placed,
+            adapters=adapters,
+            biases=self.biases,
+            bias=bias,
+            dora=dora,
         )
 
     def fill_again(self, filling: Filling, kernels: lora_contracts.LoraLinear) -> None:

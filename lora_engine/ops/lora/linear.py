@@ -103,12 +103,13 @@ def _check_routed(group: LoraGroup, routes: Tensor | None) -> None:
 
 def adapted_linears(group: LoraGroup) -> list[AdaptedLinear]:
     """The group's linears, each by itself, as the reference takes them."""
-    blocks = group.adapters.blocks
+    blocks, base = group.adapters.blocks, group.base.merged(group.adapters)
     return [
         AdaptedLinear(
-            weight=group.base.read(rows),
+            weight=base.read(rows),
             adapters=[b.factors for b in blocks if b.linear == i],
             bias=bias,
+            merged=group.base.merges,
         )
         for i, (rows, bias) in enumerate(zip(group.rows, group.biases, strict=True))
     ]

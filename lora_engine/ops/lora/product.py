@@ -9,7 +9,9 @@ lent together with the factors; the group's strategy decides. Variants change op
 not the products:
 dropout masks X in the product S = X Aᵀ, and the term dS A of dX, which then takes two products;
 with routed rows the columns of S and dS of other adapters are zeroed in each row;
-DoRA multiplies each column of Y by magnitude / norm, and so each column of dY first of all.
+DoRA multiplies each column of Y by magnitude / norm, and so each column of dY first of all;
+where the base merges, W is Q(W + s B A), Y = X Wᵀ and dX = dY W, and the rest is as above: the
+straight-through gradients of A and B.
 """
 
 from collections.abc import Sequence
@@ -162,16 +164,16 @@ class LoraProduct:
 
         Or that added to `total` [M, N], without addend.
         """
-        base, placed = self.group.base, self.group.placed
+        base, lora_b = self.filling.base, self.filling.added.lora_b
         strategy = self.group.forward_strategy(x.shape[0])
         if strategy == "augmented":
             if joined is None:
                 joined = torch.cat((x, s), dim=1)
-            with base.forward_operand(placed.lora_b) as operand:
+            with base.forward_operand(lora_b) as operand:
                 if total is not None:
                     return multiply(total, joined, operand, total)
                 return _matmul(joined, operand, addend)
-        n = placed.lora_b.shape[0]
+        n, rank = lora_b.shape
         y = total
         if y is None:
             y = empty_rows(x.shape[0], n, dtype=x.dtype, device=x.device)
@@ -179,13 +181,13 @@ class LoraProduct:
             vector = addend if addend is not None and addend.dim() == 1 else None
             for rows, weight in base.blocks():
                 bias = None if vector is None else vector[rows]
-                self.kernels.lora_linear_fwd(x, weight, s, placed.lora_b[rows], y[:, rows], bias)
+                self.kernels.lora_linear_fwd(x, weight, s, lora_b[rows], y[:, rows], bias)
             return y if addend is None or vector is not None else y.add_(addend)
         for rows, weight in base.blocks():
             part = y[:, rows]
             added = None if addend is None else addend[..., rows]
             multiply(part, x, weight.t(), part if total is not None else added)
-        return multiply(y, s, placed.lora_b.t(), y) if placed.rank else y
+        return multiply(y, s, lora_b.t(), y) if rank else y
 
     def claim_gradient(self, grads: Sequence[Tensor]) -> Tensor:
         """The gradients of Y side by side, times DoRA's scale, and columns for dS: [M, N + R]."""
@@ -250,7 +252,7 @@ class LoraProduct:
 
     def input_gradient(self, dys: Tensor) -> Tensor:
         """dX [M, K] from `dys` with dS filled in."""
-        base, lora_a = self.group.base, self.group.placed.lora_a
+        base, lora_a = self.filling.base, self.filling.added.lora_a
         rank, k = lora_a.shape
         n = dys.shape[1] - rank
         masked = self.dropout is not None and rank > 0

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lora_engine import backends
+from lora_engine.ops.lora.adapters import AdapterSet
 from lora_engine.ops.lora.base import Factors
 from lora_engine.ops.quantized_weight import QuantizedWeight
 from lora_engine.ops.tensors import check
@@ -22,6 +23,7 @@ class QuantizedBase:
     """
 
     is_augmentable = True
+    merges = False
     factors: Factors | None = None
     resident: Tensor | None = None
 
@@ -45,6 +47,10 @@ class QuantizedBase:
         """Whether these are packed weights, alike but for their rows."""
         packed = [weight for weight in weights if isinstance(weight, QuantizedWeight)]
         return len(packed) == len(weights) and len(set(map(_kind, packed))) == 1
+
+    def merged(self, adapters: AdapterSet) -> "QuantizedBase":
+        """Itself."""
+        return self
 
     def weight(self, i: int) -> Tensor | None:
         """None: linear i's weight is nowhere but in packed bits."""

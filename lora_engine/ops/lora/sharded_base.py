@@ -6,6 +6,7 @@ from typing import cast
 
 from torch import Tensor
 
+from lora_engine.ops.lora.adapters import AdapterSet
 from lora_engine.ops.lora.base import Factors
 from lora_engine.ops.lora.quantized_base import QuantizedBase
 from lora_engine.ops.quantized_weight import QuantizedWeight
@@ -20,6 +21,7 @@ class ShardedBase:
     lent where they were gathered, as one block without a place for factors.
     """
 
+    merges = False
     factors: Factors | None = None
     resident: Tensor | None = None
 
@@ -38,6 +40,10 @@ class ShardedBase:
         """Whether these are sharded weights, alike but for their rows."""
         sharded = [weight for weight in weights if isinstance(weight, ShardedWeight)]
         return len(sharded) == len(weights) and len(set(map(_kind, sharded))) == 1
+
+    def merged(self, adapters: AdapterSet) -> "ShardedBase":
+        """Itself."""
+        return self
 
     def weight(self, i: int) -> Tensor | None:
         """None: linear i's weight is nowhere whole."""

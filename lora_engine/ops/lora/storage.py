@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lora_engine.ops.lora.base import BaseWeight, DenseBase
+from lora_engine.ops.lora.merged_base import MergedBase
 from lora_engine.ops.lora.quantized_base import QuantizedBase
 from lora_engine.ops.lora.sharded_base import ShardedBase
 from lora_engine.ops.tensors import check, shape_of
@@ -39,7 +40,7 @@ class Storage(Protocol):
 
 
 # The first that takes the weights keeps them.
-STORAGES: list[Storage] = [DenseBase, QuantizedBase, ShardedBase]
+STORAGES: list[Storage] = [DenseBase, QuantizedBase, ShardedBase, MergedBase]
 
 
 def has_base(weights: Sequence[Weight]) -> bool:

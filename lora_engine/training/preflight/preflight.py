@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lora_engine.data.batch import PackedBatch
 from lora_engine.errors import UserError
 from lora_engine.evaluation.batch_loss import with_statistics
+from lora_engine.models.quantized.merge_aware_linear import unquantised
 from lora_engine.objectives.answers import check_objective
 from lora_engine.objectives.base import Objective
 from lora_engine.objectives.sft import SFT
@@ -85,11 +86,12 @@ def preflight(
         example, whose mean is tried. It gets the batch as it is, which may be of any type.
     objective: the loss of a PackedBatch, as in training.
 
-    The model runs in training mode, with the same dropout mask in every pass. On return, and after
-    any exception, its values, gradients, modes and buffers and all random generators are bit for
-    bit as before, but for frozen parameters that the forward pass itself writes into. A model that
-    passes costs two backward passes, six to twelve forward passes, and three times the memory of
-    the trained parameters.
+    The model runs in training mode, with the same dropout mask in every pass, and merge-aware
+    linears without quantising: of that the straight-through gradients are the true ones. On
+    return, and after any exception, its values, gradients, modes and buffers and all random
+    generators are bit for bit as before, but for frozen parameters that the forward pass itself
+    writes into. A model that passes costs two backward passes, six to twelve forward passes, and
+    three times the memory of the trained parameters.
 
     Raises UserError, of one line, where the run would learn nothing or not what it should: nothing
     is trained or supervised; a trained parameter has no gradient though the loss depends on it;
@@ -111,7 +113,7 @@ def preflight(
             (batch,) = with_statistics(model, [taken], objective)
     frozen = _frozen(model)
     sums = {name: _checksum(p) for name, p in frozen.items()}
-    with trial(model, batch, objective, loss) as tried:
+    with unquantised(model), trial(model, batch, objective, loss) as tried:
         checks = _Preflight(model, tried)
         _check_unchanged(frozen, sums)  # first: the checks below would name other causes
         report = checks.run()

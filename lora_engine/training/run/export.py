@@ -5,6 +5,7 @@ A PeftModel becomes its adapter:
     adapter_config.json          names the base by its hub id, or by its file's or folder's name
     adapter_model.safetensors    in PEFT's format
     tokenizer.json, tokenizer_config.json, chat_template.jinja    what the run used
+    trained_over.json            the packed bits of the base, and whether the adapter was in them
     base.json                    the base: hub id, revision, SHA-256 of its files
     value_head.safetensors       of a run of PPO: v_head.summary.weight and .bias
     README.md                    the model card: base (with the SHA-256 of its files), how to load
@@ -24,6 +25,7 @@ from lora_engine.data.template import Tokenizer
 from lora_engine.models.families.modules import CausalLm, PeftCausalLm
 from lora_engine.models.load.origin import Base, base_of, write_base
 from lora_engine.models.load.scalar import has_value_head, save_value_head
+from lora_engine.models.load.trained_over import trained_over, write_trained_over
 from lora_engine.models.load.transformers_files import quiet_transformers
 from lora_engine.models.peft.routing import REFERENCE_ADAPTER, active_adapters, is_peft
 from lora_engine.training.run.atomic import new_folder
@@ -65,6 +67,7 @@ def _complete_adapters(
         own = folder if name == "default" else folder / name
         _name_base(own / "adapter_config.json", base)
         write_base(own, base)
+        write_trained_over(own, trained_over(model))
         save_value_head(model, own)
         _save_tokenizer(tokenizer, own)
         beside = [other for other in active if other != name]

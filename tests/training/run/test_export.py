@@ -30,6 +30,7 @@ FILES = {
     "adapter_config.json",
     "adapter_model.safetensors",
     "base.json",
+    "trained_over.json",
     "chat_template.jinja",
     "tokenizer.json",
     "tokenizer_config.json",
