@@ -169,7 +169,7 @@ def watch_adapters(watch: Watch, module: LoraLinear) -> None:
         watch.attributes(dropout, "p", "training")
         watch.item(module.scaling, name)
         watch.item(module.lora_variant, name)
-        if name in module.lora_variant:
+        if _magnitude(module, name) is not None:
             magnitudes = _held(module, "lora_magnitude_vector")
             watch.item(parts, "lora_magnitude_vector")
             watch.attributes(magnitudes, "_modules")
