@@ -19,9 +19,9 @@ using namespace lora_engine;
 PYBIND11_MODULE(_C, m) {
   m.doc() = "C++ kernels of lora_engine, called through lora_engine.ops";
 
-  m.def("keep_freed_memory", &keep_freed_memory,
-        "Let the allocator keep freed memory for reuse; False where the C library has no such "
-        "setting.");
+  m.def("keep_freed_memory", &keep_freed_memory, py::arg("expected_bytes"),
+        "Let the allocator keep freed memory for reuse and grow in huge pages, at once by so many "
+        "bytes; False where the C library has no such setting.");
   m.def("crowd_openmp", &crowd_openmp, py::call_guard<py::gil_scoped_release>(),
         "Have the threads of GNU's OpenMP runtime, loaded already, wait asleep; False where they "
         "do not.");

@@ -10,6 +10,7 @@
 
 #include "../fields.hpp"
 #include "kernels.hpp"
+#include "memory.hpp"
 
 namespace lora_engine {
 
@@ -143,6 +144,7 @@ void define(py::module_& m, const char* name, void (*Kernels::*kernel)(DType, co
     Elements elements;
     const Args args = read_fields<Args>(object, elements);
     py::gil_scoped_release released;
+    advise_heap();
     (table().*kernel)(dtype, args);
   });
 }
@@ -154,6 +156,7 @@ void define(py::module_& m, const char* name, void (*Kernels::*kernel)(const Arg
     Elements elements;
     const Args args = read_fields<Args>(object, elements);
     py::gil_scoped_release released;
+    advise_heap();
     (table().*kernel)(args);
   });
 }

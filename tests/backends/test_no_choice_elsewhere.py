@@ -77,9 +77,6 @@ ANSWERED = {
         "ops/cross_entropy.py": "checks targets",
         "ops/rope.py": "checks positions",
     },
-    "keep_freed_memory": {
-        "models/attach/accelerate.py": "tells the C library, and asks nothing",
-    },
     "keeps_scalars": {
         "ops/head/head_gradients.py": "a factor is not to be rounded before it is multiplied",
     },

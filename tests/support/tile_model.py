@@ -24,6 +24,7 @@ SOURCES = [CPU / f"{stem}.cpp" for stem in ("attention_fwd", "attention_bwd", "m
 SOURCES += [
     CPU / "lora_linear.cpp",
     CPU / "few_rows.cpp",
+    CPU / "memory.cpp",
     CPU / "bindings.cpp",
     ROOT / "tests" / "cpu" / f"{NAME}.cpp",
 ]

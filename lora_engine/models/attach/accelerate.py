@@ -56,7 +56,8 @@ def accelerate(
     _check_parameters(inner)
     restore(model)
     expected = _loss_and_gradients(model, verify) if verify is not None else None
-    backends.keep_freed_memory(next(inner.parameters()).device)
+    device = next(inner.parameters()).device
+    backends.keep_freed_memory(device, _bytes_to_place(inner))
     try:
         with not_packed_anew(inner), _outside_modes(inner):
             report = _attach_proven(inner)
@@ -71,6 +72,7 @@ def accelerate(
     except BaseException:
         restore(model)
         raise
+    backends.keep_freed_memory(device)
     return report
 
 
@@ -117,6 +119,12 @@ def _check_parameters(model: nn.Module) -> None:
                 f"accelerate: {name} is a {type(parameter).__name__}, which kernels cannot read; "
                 "give a model of plain parameters, not sharded over processes"
             )
+
+
+def _bytes_to_place(model: nn.Module) -> int:
+    """Of the weights that move beside their factors, at most."""
+    weights = {m.weight for m in model.modules() if isinstance(m, nn.Linear)}
+    return sum(weight.nbytes for weight in weights)
 
 
 def restore(model: nn.Module) -> None:
