@@ -219,7 +219,7 @@ class RunConfig(Section):
                 "lora.merge_aware: weights are merged where they are computed with; leave "
                 "model.shard, model.offload_host and model.offload_folder out"
             )
-        if self.chosen_objective().reads.values == "examples":
+        if not self.chosen_objective().reads.predicts_tokens:
             return "lora.merge_aware: a model with a scalar head is not merged; leave it out"
         if self.rollout.engine == "vllm":
             return (
