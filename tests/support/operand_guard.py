@@ -16,6 +16,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import _disable_current_modes
 
 from lora_engine import backends
@@ -44,6 +45,7 @@ class OperandGuard:
 
     def __enter__(self) -> None:
         self._end = ExitStack()
+        _device_constructors()  # remembers at its first call what a device's context acts upon
         for owner, name in _ALLOCATIONS:
             poisoned = _poisoned(getattr(owner, name))
             self._end.enter_context(mock.patch.object(owner, name, poisoned))

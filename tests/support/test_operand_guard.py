@@ -1,6 +1,9 @@
 """The guard that other tests run under: what it finds, and what it lets pass."""
 
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -103,3 +106,16 @@ def test_new_memory_is_nan() -> None:
         made.append(torch.empty_strided((2, 3), (4, 1)))
         assert all(y.isnan().all() for y in made)
         assert torch.empty(3, dtype=torch.int64).dtype == torch.int64
+
+
+def test_a_device_s_context_makes_tensors_there_within_and_afterwards() -> None:
+    """A process's first such context may be entered within."""
+    code = """
+import torch
+from operand_guard import OperandGuard
+with OperandGuard(), torch.device("meta"):
+    assert torch.empty(2).is_meta
+with torch.device("meta"):
+    assert torch.empty(2).is_meta
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120, cwd=Path(__file__).parent)
